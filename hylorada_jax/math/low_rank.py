@@ -1,0 +1,277 @@
+"""Low-rank adaptation of one linear layer: LoRA, DoRA and their gated blend (method.md §1).
+
+With W [d_out, d_in] frozen, A [r, d_in], B [d_out, r] and ‖·‖ the L2 norm of each row:
+
+    δ = s·(x Aᵀ) Bᵀ·p
+    n = ‖W + s·B A‖
+    m = g·m' + (1−g)·m₀          g = σ(magnitude_gate), m₀ = ‖W‖
+    c = (1−β)·m / n + β          β = σ(residual_weight)
+    y = (base + δ)·c
+
+LoRA is c = 1; DoRA is g = 1, β = 0. What depends on weights only (c, and s·B) is computed once per
+optimizer step by the caller; :func:`low_rank_delta` and :func:`adapted_output` are all that runs per token.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import Precision
+from jaxtyping import Float
+
+# n is kept above this so that a zero row of W gives a finite c and a finite gradient.
+NORM_FLOOR = 1e-12
+
+
+def orthogonal_init(key: Array, rank: int, d_in: int) -> Float[Array, "r d_in"]:
+    """A matrix with orthonormal rows (orthonormal columns when rank > d_in).
+
+        A Aᵀ = I_r  if r ≤ d_in,  else  Aᵀ A = I_d
+
+    Args:
+        key: a PRNG key.
+        rank: r.
+        d_in: input features.
+
+    Returns:
+        A, float32, uniformly distributed over such matrices.
+
+    Example:
+        >>> A = orthogonal_init(jax.random.key(0), 2, 5)
+        >>> bool(jnp.allclose(A @ A.T, jnp.eye(2), atol=1e-6))
+        True
+
+    Source: Saxe et al. 2014, §3; HyLoRADA's initialisation of lora_A.
+    """
+    return jax.nn.initializers.orthogonal()(key, (rank, d_in), jnp.float32)
+
+
+def kaiming_init(key: Array, rank: int, d_in: int) -> Float[Array, "r d_in"]:
+    """Kaiming-uniform with a = √5, LoRA's initialisation of A.
+
+        A ~ U(−1/√d_in, 1/√d_in)
+
+    Args:
+        key: a PRNG key.
+        rank: r.
+        d_in: input features.
+
+    Returns:
+        A, float32.
+
+    Example:
+        >>> bool(jnp.abs(kaiming_init(jax.random.key(0), 2, 4)).max() <= 0.5)
+        True
+
+    Source: He et al. 2015; Hu et al. 2021, §4.1.
+    """
+    bound = d_in**-0.5
+    return jax.random.uniform(key, (rank, d_in), jnp.float32, -bound, bound)
+
+
+def low_rank_delta(
+    x: Float[Array, "*tokens d_in"], lora_A: Float[Array, "r d_in"], scaled_B: Float[Array, "d_out r"]
+) -> Float[Array, "*tokens d_out"]:
+    """The low-rank update of a layer's output.
+
+        δ = (x Aᵀ)(s·B)ᵀ
+
+    Args:
+        x: the layer's input (after dropout, in training).
+        lora_A: A.
+        scaled_B: s·B.
+
+    Returns:
+        δ in at least float32. The products take their operands in x's dtype and accumulate in float32.
+
+    Example:
+        >>> low_rank_delta(jnp.ones((2, 3)), jnp.ones((1, 3)), jnp.ones((4, 1)))[0, 0].item()
+        3.0
+
+    Source: Hu et al. 2021, §4.1.
+    """
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    hidden = jnp.einsum("...i,ri->...r", x, lora_A.astype(x.dtype), preferred_element_type=accumulator)
+    return jnp.einsum(
+        "...r,or->...o", hidden.astype(x.dtype), scaled_B.astype(x.dtype), preferred_element_type=accumulator
+    )
+
+
+def adapted_output(
+    base_output: Float[Array, "*tokens d_out"],
+    delta: Float[Array, "*tokens d_out"],
+    column_scale: Float[Array, " d_out"] | None = None,
+) -> Float[Array, "*tokens d_out"]:
+    """The adapted layer's output.
+
+        y = (base + δ)·c
+
+    Args:
+        base_output: what the frozen layer gave.
+        delta: δ.
+        column_scale: c, or None for c = 1 (LoRA), which costs nothing.
+
+    Returns:
+        y in base_output's dtype; the sum and the product are taken in at least float32.
+
+    Example:
+        >>> adapted_output(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.array([1.0, 0.5])).tolist()
+        [[2.0, 1.0]]
+
+    Source: Liu et al. 2024 (DoRA), eq. 5; method.md §1.
+    """
+    y = base_output.astype(delta.dtype) + delta
+    if column_scale is not None:
+        y = y * column_scale.astype(y.dtype)
+    return y.astype(base_output.dtype)
+
+
+def row_norm_squared(weight: Float[Array, "d_out d_in"]) -> Float[Array, " d_out"]:
+    """‖W‖² of every row, the frozen part of n².
+
+        n₀² = Σ_j W_ij²
+
+    Args:
+        weight: W.
+
+    Returns:
+        n₀² in at least float32.
+
+    Example:
+        >>> row_norm_squared(jnp.array([[3.0, 4.0]])).tolist()
+        [25.0]
+    """
+    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    return jnp.sum(wide * wide, axis=-1)
+
+
+def safe_sqrt(squared: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """√max(n², floor²): a norm that is finite and has a finite gradient at 0.
+
+    Args:
+        squared: n², which rounding may have made slightly negative.
+
+    Returns:
+        n ≥ ``NORM_FLOOR``; the gradient is zero where the floor is reached.
+
+    Example:
+        >>> safe_sqrt(jnp.array([4.0])).tolist()
+        [2.0]
+    """
+    return jnp.sqrt(jnp.maximum(squared, NORM_FLOOR**2))
+
+
+def adapted_norm(
+    weight: Float[Array, "d_out d_in"],
+    norm_squared: Float[Array, " d_out"],
+    lora_A: Float[Array, "r d_in"],
+    scaled_B: Float[Array, "d_out r"],
+) -> Float[Array, " d_out"]:
+    """n = ‖W + s·B A‖ of every row, without ever forming B A.
+
+        n² = n₀² + 2·Σ_r (W Aᵀ ⊙ sB) + Σ_r (sB (A Aᵀ) ⊙ sB)
+
+    Args:
+        weight: W.
+        norm_squared: n₀² = ‖W‖², from :func:`row_norm_squared`.
+        lora_A: A.
+        scaled_B: s·B.
+
+    Returns:
+        n in at least float32, never below ``NORM_FLOOR``. Products run at the highest precision, because
+        a TPU's default would round W to bfloat16.
+
+    Example:
+        >>> W, A, B = jnp.array([[3.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[4.0]])
+        >>> adapted_norm(W, row_norm_squared(W), A, B).tolist()
+        [5.0]
+
+    Source: Liu et al. 2024 (DoRA), eq. 5, expanded.
+    """
+    dtype = jnp.promote_types(lora_A.dtype, jnp.float32)
+    lora_A, scaled_B = lora_A.astype(dtype), scaled_B.astype(dtype)
+    cross = jnp.matmul(weight.astype(dtype), lora_A.T, precision=Precision.HIGHEST)
+    gram = jnp.matmul(lora_A, lora_A.T, precision=Precision.HIGHEST)
+    square = jnp.matmul(scaled_B, gram, precision=Precision.HIGHEST)
+    return safe_sqrt(norm_squared.astype(dtype) + jnp.sum((2 * cross + square) * scaled_B, axis=-1))
+
+
+def gated_magnitude(
+    magnitude: Float[Array, " d_out"], initial: Float[Array, " d_out"], magnitude_gate: Float[Array, ""]
+) -> Float[Array, " d_out"]:
+    """The blend of the learned magnitude with the frozen one.
+
+        m = g·m' + (1−g)·m₀,  g = σ(magnitude_gate)
+
+    Args:
+        magnitude: m', learned.
+        initial: m₀ = ‖W‖.
+        magnitude_gate: the gate before its sigmoid.
+
+    Returns:
+        m. Written as m₀ + g·(m' − m₀), so that it is exactly m₀ at the start.
+
+    Example:
+        >>> gated_magnitude(jnp.array([3.0]), jnp.array([1.0]), jnp.array(0.0)).tolist()
+        [2.0]
+
+    Source: method.md §1.
+    """
+    return initial + jax.nn.sigmoid(magnitude_gate) * (magnitude - initial)
+
+
+def residual_blend(
+    magnitude: Float[Array, " d_out"], norm: Float[Array, " d_out"], residual_weight: Float[Array, ""]
+) -> Float[Array, " d_out"]:
+    """The column scale between DoRA's and LoRA's.
+
+        c = (1−β)·m/n + β,  β = σ(residual_weight)
+
+    Args:
+        magnitude: m.
+        norm: n = ‖W + s·B A‖, positive.
+        residual_weight: the blend before its sigmoid.
+
+    Returns:
+        c. Written as m/n + β·(1 − m/n), so that it is exactly 1 where m = n.
+
+    Example:
+        >>> residual_blend(jnp.array([2.0]), jnp.array([1.0]), jnp.array(0.0)).tolist()
+        [1.5]
+
+    Source: method.md §1.
+    """
+    ratio = magnitude / norm
+    return ratio + jax.nn.sigmoid(residual_weight) * (1 - ratio)
+
+
+def merged_weight(
+    weight: Float[Array, "d_out d_in"],
+    lora_A: Float[Array, "r d_in"],
+    scaled_B: Float[Array, "d_out r"],
+    column_scale: Float[Array, " d_out"] | None = None,
+) -> Float[Array, "d_out d_in"]:
+    """The one weight that does what the frozen weight and the adapter do together.
+
+        W' = c ⊙ (W + s·B A)
+
+    Args:
+        weight: W.
+        lora_A: A.
+        scaled_B: s·B.
+        column_scale: c, or None for c = 1.
+
+    Returns:
+        W' in W's dtype, computed in at least float32 and rounded once.
+
+    Example:
+        >>> merged_weight(jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.array([2.0])).tolist()
+        [[4.0]]
+
+    Source: Hu et al. 2021, §4.1; method.md §1, Merging.
+    """
+    dtype = jnp.promote_types(weight.dtype, jnp.float32)
+    update = jnp.matmul(scaled_B.astype(dtype), lora_A.astype(dtype), precision=Precision.HIGHEST)
+    merged = weight.astype(dtype) + update
+    if column_scale is not None:
+        merged = merged * column_scale.astype(dtype)[:, None]
+    return merged.astype(weight.dtype)

@@ -1,0 +1,1 @@
+"""Thin Linen modules over ``math``, for people who build their own model."""

@@ -1,0 +1,1 @@
+"""Everything done to a model or to its parameter tree."""

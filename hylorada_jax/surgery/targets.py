@@ -1,0 +1,125 @@
+"""Which layers of a model are adapted: names, regular expressions, roles, "all-linear".
+
+Imports neither jax nor torch: both packages select their targets here.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import TargetError
+
+ALL_LINEAR = "all-linear"
+
+# The model families' own names of the attention projections; c_attn is GPT-2's fused q, k, v.
+ROLES: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "query", "q", "attn.c_attn"),
+    "k": ("k_proj", "key", "k", "attn.c_attn"),
+    "v": ("v_proj", "value", "v", "attn.c_attn"),
+    "o": ("o_proj", "out_proj", "attention.output.dense", "o", "attn.c_proj"),
+}
+HEADS = ("lm_head", "cls.predictions.decoder", "score", "classifier")
+
+
+def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
+    """The names of the layers to adapt, in the order of ``names``.
+
+    A pattern matches a layer by its full name, by the end of its name after a dot ("q_proj" matches
+    "model.layers.0.self_attn.q_proj"), or as a regular expression over the full name. "all-linear"
+    matches every linear layer but the output head.
+
+    Args:
+        names: the full names of all linear layers of a model.
+        config: its ``target_modules``, ``exclude_modules`` and ``roles`` are read.
+
+    Returns:
+        The selected names.
+
+    Raises:
+        TargetError: a pattern matches nothing, is no regular expression, names the output head, or nothing
+            is left.
+
+    Example:
+        >>> names = ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"]
+        >>> select_targets(names, HyLoRADAConfig(target_modules=("c_proj",), exclude_modules=("mlp.c_proj",)))
+        ['h.0.attn.c_proj']
+    """
+    targets = config.roles if config.target_modules is None else config.target_modules
+    chosen: set[str] = set()
+    for pattern in targets:
+        chosen |= _matching(pattern, names)
+    for pattern in config.exclude_modules:
+        chosen -= _matching(pattern, names)
+    if heads := sorted(name for name in chosen if any(_ends_with(name, head) for head in HEADS)):
+        raise TargetError(
+            "The output head is not adapted: the loss reads its weight directly, in chunks of the vocabulary",
+            ", ".join(heads),
+            f"Exclude it: exclude_modules={heads}.",
+        )
+    if targets and not chosen:
+        raise TargetError(
+            "At least one layer must be left to adapt",
+            f"targets {list(targets)} less exclusions {list(config.exclude_modules)}",
+            "Exclude fewer layers.",
+        )
+    return [name for name in names if name in chosen]
+
+
+def layer_index(name: str) -> int | None:
+    """The depth of a layer: the first number in its dotted name, None where there is none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, int]:
+    """The rank of every selected layer under the config's ``rank_strategy`` (method.md §7).
+
+    Args:
+        selected: the names of the adapted layers.
+        names: the names of all linear layers, which tell the model's depth.
+        config: its ``lora_rank`` and ``rank_strategy`` are read.
+
+    Returns:
+        {name: rank}; a layer outside the numbered blocks has the full rank.
+    """
+    depths = [index for name in names if (index := layer_index(name)) is not None]
+    depth = max(depths, default=0) + 1
+    return {
+        name: config.lora_rank if (index := layer_index(name)) is None else config.layer_rank(index, depth)
+        for name in selected
+    }
+
+
+def _matching(pattern: str, names: Sequence[str]) -> set[str]:
+    if pattern == ALL_LINEAR:
+        return {name for name in names if not any(_ends_with(name, head) for head in HEADS)}
+    found = {
+        name for name in names if any(_ends_with(name, alias) for alias in ROLES.get(pattern, (pattern,)))
+    }
+    try:
+        found |= {name for name in names if re.fullmatch(pattern, name)}
+    except re.error as error:
+        raise TargetError(
+            "A target must be a layer name or a regular expression",
+            f"{pattern!r} ({error})",
+            "Escape or correct it.",
+        ) from error
+    if not found:
+        raise TargetError(
+            "Every target and exclusion must match a linear layer", repr(pattern), _suggestion(pattern, names)
+        )
+    return found
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _suggestion(pattern: str, names: Sequence[str]) -> str:
+    # Layers that differ only in their depth are one suggestion.
+    endings = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
+    short = sorted({ending.rsplit(".", 1)[-1] for ending in endings})
+    near = difflib.get_close_matches(pattern, sorted({*short, *endings}), n=5, cutoff=0.5)
+    return (
+        f"Near matches: {', '.join(near)}. " if near else ""
+    ) + f"The model's linear layers: {', '.join(endings)}."
