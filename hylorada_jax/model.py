@@ -62,7 +62,7 @@ class HyLoRADAModel:
         self.frozen: dict[str, Any] = {"params": self.base.params, "norms": norms}
         self.adapters = build.build_adapters(self.sites, norms, config, seed)
         self._enabled = True
-        self._jitted = jax.jit(self._forward)
+        self._jitted = jax.jit(self.apply)
 
     def __call__(
         self,
@@ -80,12 +80,9 @@ class HyLoRADAModel:
             segment_ids: packed documents 1, 2, …, padding 0 [batch, seq]; our decoder only.
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
-        return self._jitted(self.adapters if self._enabled else None, self.frozen, input_ids, inputs)
-
-    def _forward(self, adapters: Tree | None, frozen: Tree, input_ids: Array, inputs: dict[str, Any]) -> Any:
-        if adapters is None:
-            return self.base.forward({"params": frozen["params"]}, input_ids, **inputs)
-        return self.apply(adapters, input_ids, frozen=frozen, **inputs)
+        if not self._enabled:
+            return self.base(input_ids, **inputs)
+        return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs)
 
     def apply(
         self,

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -166,34 +167,40 @@ def build_adapters(
     """
     tree: dict[str, Any] = {}
     for site in sites:
-        norm = np.asarray(subtree(norms, site.linear.path)).reshape(len(site.layers), site.linear.d_out)
-        layers = [
-            _pad_rank(_fresh(site, name, rank, jnp.asarray(row), config, seed), max(site.ranks))
-            for name, rank, row in zip(site.names, site.ranks, norm, strict=True)
-        ]
-        leaves = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
-        tree = with_leaf(tree, site.linear.path, leaves if site.linear.stacked else layers[0])
+        norm = subtree(norms, site.linear.path).reshape(len(site.layers), site.linear.d_out)
+        names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
+        leaves = _fresh(site, names, norm, config, seed)
+        tree = with_leaf(tree, site.linear.path, leaves if site.linear.stacked else _first(leaves))
     return tree
 
 
-def _fresh(
-    site: Site, name: str, rank: int, norm: Array, config: HyLoRADAConfig, seed: int
-) -> dict[str, Array]:
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    return linear_adapter.init_leaves(
-        str(config.linear),
-        key,
-        rank,
-        site.linear.d_in,
-        norm,
-        gate_init=config.gate_init,
-        residual_init=config.residual_init,
-    )
+def _first(leaves: dict[str, Array]) -> dict[str, Array]:
+    return {name: leaf[0] for name, leaf in leaves.items()}
 
 
-def _pad_rank(leaves: dict[str, Array], rank: int) -> dict[str, Array]:
-    missing = rank - leaves["lora_A"].shape[0]
-    return leaves | {
-        "lora_A": jnp.pad(leaves["lora_A"], ((0, missing), (0, 0))),
-        "lora_B": jnp.pad(leaves["lora_B"], ((0, 0), (0, missing))),
-    }
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _fresh(site: Site, names: Array, norms: Array, config: HyLoRADAConfig, seed: int) -> dict[str, Array]:
+    """The leaves of a site's layers, stacked; one batch of layers for each rank among them."""
+
+    def one(name: Array, norm: Array, rank: int) -> dict[str, Array]:
+        key = jax.random.fold_in(jax.random.key(seed), name)
+        leaves = linear_adapter.init_leaves(
+            str(config.linear),
+            key,
+            rank,
+            site.linear.d_in,
+            norm,
+            gate_init=config.gate_init,
+            residual_init=config.residual_init,
+        )
+        missing = max(site.ranks) - rank
+        return leaves | {
+            "lora_A": jnp.pad(leaves["lora_A"], ((0, missing), (0, 0))),
+            "lora_B": jnp.pad(leaves["lora_B"], ((0, 0), (0, missing))),
+        }
+
+    ranks = np.asarray(site.ranks)
+    groups = [np.flatnonzero(ranks == rank) for rank in np.unique(ranks)]
+    batches = [jax.vmap(partial(one, rank=int(ranks[i[0]])))(names[i], norms[i]) for i in groups]
+    order = np.argsort(np.concatenate(groups))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *batches)

@@ -92,7 +92,9 @@ def find_linears(init: Callable[[Array], Any]) -> list[Linear]:
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        # A function of its own: jax would answer from its cache for one that was traced before, and the
+        # recorder would see nothing.
+        shapes = jax.eval_shape(lambda key: init(key), jax.random.key(0))
     flat = {
         tuple(str(key.key) for key in path): leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]

@@ -1,0 +1,111 @@
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hylorada_jax.config import METHODS, PRESETS, HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+
+
+def test_the_documents_usages_run_as_written():
+    config = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0, use_hylorada=True, lora_plus_enabled=True)
+    assert (config.method, config.linear) == ("hylorada_v1", "hylorada_v1")
+    config = HyLoRADAConfig(use_hylorada_v2=True, structure_dim=32, structure_encoder_type="temporal")
+    assert (config.method, config.linear) == ("hylorada_v2", "hylorada_v2")
+    config = HyLoRADAConfig(
+        lora_rank=8, position_bias_enabled=True, daa_enabled=True, sparse_enabled=True, s2_attn_enabled=False
+    )
+    assert (config.method, config.linear) == ("hylorada", "hylorada")
+    assert config.daa_enabled
+    assert config.sparse_enabled
+    assert not config.s2_attn_enabled
+
+
+@given(
+    method=st.sampled_from(sorted(METHODS)),
+    rank=st.integers(1, 64),
+    alpha=st.floats(0.1, 1e3),
+    dropout=st.floats(0, 0.99),
+    targets=st.none() | st.lists(st.sampled_from(["q", "q_proj", "all-linear", r"h\.\d+"]), min_size=1).map(tuple),
+    strategy=st.sampled_from(["uniform", "importance", "decreasing"]),
+)
+def test_json_round_trip_gives_an_equal_config(method, rank, alpha, dropout, targets, strategy):
+    config = HyLoRADAConfig(
+        method=method,
+        lora_rank=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        rank_strategy=strategy,
+    )
+    assert HyLoRADAConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_serves_every_method(preset, method):
+    assert HyLoRADAConfig.preset(preset, method=method).method == method
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"lora_rank": 2.5}, "lora_rank"),
+        ({"lora_rank": True}, "lora_rank"),
+        ({"lora_alpha": -1}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"lora_plus_ratio": 0}, "lora_plus_ratio"),
+        ({"method": "lorra"}, "lora"),
+        ({"rank_strategy": "increasing"}, "decreasing"),
+        ({"structure_encoder_type": "graph"}, "temporal"),
+        ({"structure_dim": 0}, "structure_dim"),
+        ({"target_modules": ()}, "target_modules"),
+        ({"target_modules": (1,)}, "target_modules"),
+        ({"use_rslora": 1}, "use_rslora"),
+        ({"daa_enabled": "yes"}, "daa_enabled"),
+        ({"method": "lora", "use_dora": True}, "use_dora"),
+        ({"method": "lora", "position_bias_enabled": True}, "position_bias_enabled"),
+        ({"use_hylorada_v2": True, "position_bias_enabled": True}, "position_bias_enabled"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        HyLoRADAConfig(**settings)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="lora_rank"):
+        HyLoRADAConfig.from_dict({"lora_rnk": 8})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"lora"'])
+def test_a_text_that_is_no_config_is_refused(text):
+    with pytest.raises(ConfigError):
+        HyLoRADAConfig.from_json(text)
+
+
+def test_layer_ranks_are_those_of_the_formulas():
+    # r(1 − ½·min(i, L−1−i)/(L/2)) and r(1 − ½·i/(L−1)) by hand, for r = 8 and L = 4.
+    importance = HyLoRADAConfig(lora_rank=8, rank_strategy="importance")
+    assert [importance.layer_rank(i, 4) for i in range(4)] == [8, 6, 6, 8]
+    decreasing = HyLoRADAConfig(lora_rank=8, rank_strategy="decreasing")
+    assert [decreasing.layer_rank(i, 4) for i in range(4)] == [8, 6, 5, 4]
+    assert HyLoRADAConfig(lora_rank=1, rank_strategy="decreasing").layer_rank(3, 4) == 1
+    assert HyLoRADAConfig(lora_rank=2, rank_strategy="decreasing").layer_rank(3, 4) == 2
+
+
+def test_alpha_keeps_its_ratio_to_the_rank():
+    config = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0)
+    assert config.scale(8) == config.scale(4) == 2.0
+    rslora = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0, use_rslora=True)
+    assert rslora.scale(4) == 8.0 / 2.0  # α_l = 16·4/8 = 8, over √4
+
+
+def test_the_config_loads_neither_jax_nor_torch():
+    code = "import sys, hylorada_jax.config; sys.exit(bool({'jax', 'torch', 'flax'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,92 @@
+import json
+
+import numpy as np
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_base,
+    check_keys,
+    read_adapter,
+    write_adapter,
+)
+
+TENSORS = {"h.0.q.lora_A": np.arange(6.0, dtype=np.float32).reshape(2, 3), "h.0.q.magnitude_gate": np.float32(0.5)}
+BASE = {"name": "tiny", "model_type": "llama", "layers_sha256": "0"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    write_adapter(tmp_path / "adapter", TENSORS, HyLoRADAConfig(), BASE)
+    return tmp_path / "adapter"
+
+
+def test_what_is_written_is_read_bit_for_bit(saved):
+    tensors, config, base = read_adapter(saved)
+    assert (config, base) == (HyLoRADAConfig(), BASE)
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        np.testing.assert_array_equal(tensors[name], tensor, strict=True)
+
+
+def test_nothing_is_overwritten_unasked(saved):
+    with pytest.raises(CheckpointError, match="overwrit"):
+        write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE)
+    write_adapter(saved, TENSORS, HyLoRADAConfig(lora_rank=4), BASE, overwrite=True)
+    assert read_adapter(saved)[1].lora_rank == 4
+
+
+def test_non_finite_tensors_are_not_written(tmp_path):
+    with pytest.raises(CheckpointError, match=r"finite[\s\S]*bad"):
+        write_adapter(tmp_path, {"bad": np.array([np.nan])}, HyLoRADAConfig(), BASE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        read_adapter(saved)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_every_truncation_and_many_bit_flips_are_refused(saved, name):
+    path, whole = saved / name, (saved / name).read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[: rng.integers(len(whole))] for _ in range(30)]
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        damaged.append(bytes(flipped))
+    for content in damaged:
+        path.write_bytes(content)
+        # A flip may fall on white space or on a letter case that JSON does not tell apart: then nothing changed.
+        if name == CONFIG_NAME and _same_json(content, whole):
+            continue
+        with pytest.raises(CheckpointError):
+            read_adapter(saved)
+
+
+def _same_json(a: bytes, b: bytes) -> bool:
+    try:
+        return json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
+
+
+def test_another_format_version_is_refused(saved):
+    body = json.loads((saved / CONFIG_NAME).read_text())
+    (saved / CONFIG_NAME).write_text(json.dumps(body | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="99"):
+        read_adapter(saved)
+
+
+def test_keys_and_bases_are_compared_both_ways():
+    with pytest.raises(CheckpointError, match=r"missing b; unexpected c; of another shape a \(1,\) for \(2,\)"):
+        check_keys({"a": (1,), "c": (1,)}, {"a": (2,), "b": (1,)})
+    check_base(BASE, BASE | {"name": "a copy elsewhere"})
+    with pytest.raises(CheckpointError, match="model_type: adapter 'llama', model 'gpt2'"):
+        check_base(BASE, BASE | {"model_type": "gpt2"})

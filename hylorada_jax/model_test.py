@@ -1,0 +1,148 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hylorada_jax import HyLoRADAConfig, HyLoRADAModel
+from hylorada_jax.errors import CheckpointError, ModelError, NotBuiltError, TargetError
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.surgery import layout
+
+IDS = jnp.asarray(np.random.default_rng(9).integers(0, 40, (2, 6)))
+METHODS = ("lora", "dora", "hylorada_v1")
+
+
+def shaken(params):
+    """Weights with no zero bias and no unit norm, under which a lost term would show."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: jnp.asarray(a + 0.1 * rng.normal(size=a.shape), a.dtype), params)
+
+
+@functools.cache
+def qwen2(**settings):
+    shape = {"model_type": "qwen2", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+    base = CausalLM.from_config(DecoderConfig.from_hf(shape | settings), jax.random.key(0))
+    return base.with_params(shaken(base.params))
+
+
+def gpt2():
+    from transformers import FlaxGPT2LMHeadModel, GPT2Config
+
+    model = FlaxGPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    model.params = shaken(model.params)
+    return model
+
+
+@pytest.fixture(scope="module", params=[qwen2, gpt2], ids=["qwen2", "gpt2"])
+def base(request):
+    return request.param()
+
+
+def moved(model, scale=0.1):
+    """Adapters away from their start."""
+    rng = np.random.default_rng(0)
+    flat = layout.flatten(model.sites, model.adapters)
+    flat = {name: (leaf + scale * rng.normal(size=leaf.shape)).astype(leaf.dtype) for name, leaf in flat.items()}
+    return layout.unflatten(model.sites, flat, model.config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_life_of_an_adapter(base, method, tmp_path):
+    model = HyLoRADAModel(base, HyLoRADAConfig(method=method, lora_rank=4))
+    plain = base(IDS).logits
+    # Identity at the start, to the rounding of float32 through the layers.
+    np.testing.assert_allclose(model(IDS).logits, plain, atol=2e-6)
+
+    model.adapters = moved(model)
+    adapted = model(IDS).logits
+    assert np.abs(adapted - plain).max() > 1e-2
+    with model.disable_adapter():
+        np.testing.assert_array_equal(model(IDS).logits, plain)
+    np.testing.assert_array_equal(model(IDS).logits, adapted)
+    np.testing.assert_allclose(model.merge_and_unload()(IDS).logits, adapted, atol=1e-5)
+    np.testing.assert_array_equal(base(IDS).logits, plain)
+
+    model.save_pretrained(tmp_path / "adapter")
+    again = HyLoRADAModel.from_pretrained(base, tmp_path / "adapter")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again.adapters, model.adapters)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.adapters)) == model.num_trainable
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_leaf_gets_a_gradient_within_two_steps(base, method):
+    model = HyLoRADAModel(base, HyLoRADAConfig(method=method, lora_rank=2, detach_norm=False))
+    loss = lambda adapters, frozen: jnp.mean(model.apply(adapters, IDS, frozen=frozen).logits ** 2)
+    gradient = jax.jit(jax.grad(loss))
+    first = gradient(model.adapters, model.frozen)
+    step = jax.tree.map(lambda p, g: p - 0.1 * g, model.adapters, first)
+    second = gradient(step, model.frozen)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(second):
+        assert np.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+def test_calling_again_does_not_recompile(base):
+    model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
+    model(IDS)
+    model.adapters = moved(model)
+    model(IDS[::-1])
+    assert model._jitted._cache_size() == 1
+
+
+def test_a_later_token_moves_no_earlier_logit(base):
+    model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
+    model.adapters = moved(model)
+    changed = IDS.at[:, 4].set((IDS[:, 4] + 1) % 40)
+    before, after = model(IDS).logits, model(changed).logits
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert np.any(before[:, 4] != after[:, 4])
+
+
+def test_the_frozen_tree_is_neither_copied_nor_cast():
+    base = qwen2()
+    model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
+    assert all(a is b for a, b in zip(jax.tree.leaves(base.params), jax.tree.leaves(model.frozen["params"]), strict=True))
+
+
+def test_trainable_parameters_are_printed(capsys):
+    model = HyLoRADAModel(qwen2(), HyLoRADAConfig(method="lora", lora_rank=2))
+    model.print_trainable_parameters()
+    # q: 2·(16+16), v: 2·(16+8), three layers.
+    assert capsys.readouterr().out.startswith("trainable params: 336 || all params: ")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_hylorada_v2": True},
+        {"position_bias_enabled": True},
+        {"daa_enabled": True},
+        {"sparse_enabled": True},
+        {"s2_attn_enabled": True},
+        {"method": "lorada"},
+        {"method": "longlora"},
+        {"method": "sparse"},
+    ],
+)
+def test_a_component_that_is_not_there_yet_is_refused(settings):
+    with pytest.raises(NotBuiltError):
+        HyLoRADAModel(qwen2(), HyLoRADAConfig(**settings))
+
+
+def test_bad_bases_and_targets_are_refused():
+    with pytest.raises(ModelError, match="load_model"):
+        HyLoRADAModel("smollm2-135m", HyLoRADAConfig())
+    with pytest.raises(TargetError, match="q_proj"):
+        HyLoRADAModel(qwen2(), HyLoRADAConfig(target_modules="q_prj"))
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    HyLoRADAModel(qwen2(), HyLoRADAConfig()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="layers_sha256"):
+        HyLoRADAModel.from_pretrained(qwen2(intermediate_size=32), tmp_path)
+    with pytest.raises(CheckpointError, match="overwrit"):
+        HyLoRADAModel(qwen2(), HyLoRADAConfig()).save_pretrained(tmp_path)

@@ -1,0 +1,198 @@
+"""The surgery on stacked and unstacked modules, against plain formulas in float64."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.surgery import build, layout
+from hylorada_jax.surgery.intercept import adapt_linears
+from hylorada_jax.surgery.linears import find_linears
+from hylorada_jax.surgery.merge import merge
+from hylorada_jax.surgery.resolve import resolve
+
+DEPTH, WIDTH = 4, 6
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(WIDTH, name="down")(jnp.tanh(nn.Dense(9, name="up", use_bias=False)(x))), None
+
+
+class Stack(nn.Module):
+    """Blocks under scan and remat, then a plain layer; neither knows of adapters."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            nn.remat(Block) if self.remat else Block,
+            variable_axes={"params": 0, "hylorada": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=DEPTH,
+        )
+        return nn.Dense(3, name="out")(scan(name="layers")(x, None)[0])
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(config, seed=0, scale=0.3):
+    """A stack, its sites, and adapters moved away from their start (padding left at zero)."""
+    rng = np.random.default_rng(seed)
+    net, x = Stack(), jnp.asarray(rng.normal(size=(5, WIDTH)))
+    init = lambda key: net.init(key, x)["params"]
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), shapes)
+    sites = build.plan(find_linears(init), config)
+    norms = build.build_norms(sites, params)
+    adapters = build.build_adapters(sites, norms, config)
+    flat = layout.flatten(sites, adapters)
+    moved = {name: leaf + scale * rng.normal(size=leaf.shape) for name, leaf in flat.items()}
+    return net, x, params, sites, norms, adapters, layout.unflatten(sites, moved, config), moved
+
+
+def run(net, x, params, resolved, **context):
+    with adapt_linears(**context):
+        return net.apply({"params": params, "hylorada": resolved}, x)
+
+
+def column_scale(W, leaves, s, kind):
+    """c by its definition, with B·A formed."""
+    sigmoid = lambda t: 1 / (1 + np.exp(-t))
+    norm = np.linalg.norm(W + s * leaves["lora_B"] @ leaves["lora_A"], axis=1)
+    if kind == "lora":
+        return np.ones(len(W))
+    if kind == "dora":
+        return leaves["magnitude"] / norm
+    g, beta = sigmoid(leaves["magnitude_gate"]), sigmoid(leaves["residual_weight"])
+    m = g * leaves["magnitude"] + (1 - g) * np.linalg.norm(W, axis=1)
+    return (1 - beta) * m / norm + beta
+
+
+def reference(x, params, tensors, config, ranks):
+    """The stack, one layer after another, each by y = (x Wᵀ + s x Aᵀ Bᵀ)·c + bias."""
+
+    def dense(x, name, leaves, layer=None):
+        pick = lambda leaf: np.asarray(leaf if layer is None else leaf[layer])
+        W, bias = pick(leaves["kernel"]).T, pick(leaves["bias"]) if "bias" in leaves else 0.0
+        own = {key.rsplit(".", 1)[1]: value for key, value in tensors.items() if key.rsplit(".", 1)[0] == name}
+        if not own:
+            return x @ W.T + bias
+        s = config.scale(ranks[name])
+        c = column_scale(W, own, s, config.linear)
+        if config.magnitude_scales_bias:
+            return (x @ W.T + bias + s * x @ own["lora_A"].T @ own["lora_B"].T) * c
+        return (x @ W.T + s * x @ own["lora_A"].T @ own["lora_B"].T) * c + bias
+
+    x = np.asarray(x)
+    for i in range(DEPTH):
+        up = np.tanh(dense(x, f"layers.{i}.up", params["layers"]["up"], i))
+        x = x + dense(up, f"layers.{i}.down", params["layers"]["down"], i)
+    return dense(x, "out", params["out"])
+
+
+CONFIGS = [
+    HyLoRADAConfig(method="lora", lora_rank=3, target_modules="all-linear"),
+    HyLoRADAConfig(method="lora", lora_rank=3, target_modules=("up", "out"), use_rslora=True, rank_strategy="decreasing"),
+    HyLoRADAConfig(method="dora", lora_rank=8, target_modules="all-linear"),
+    HyLoRADAConfig(method="hylorada_v1", lora_rank=4, target_modules="all-linear", rank_strategy="importance"),
+    HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules=(r"layers\.[02]\.down", "out")),
+    HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules="all-linear", magnitude_scales_bias=True),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.method}-{c.rank_strategy}-{'-'.join(c.target_modules)}")
+def test_adapted_merged_and_counted_as_the_formula_says(config):
+    net, x, params, sites, norms, fresh, adapters, tensors = make(config)
+    ranks = {name: rank for site in sites for name, rank in zip(site.names, site.ranks, strict=True)}
+    resolved = resolve(sites, adapters, params, norms, config)
+
+    # float64 throughout: only the order of summation differs.
+    scaled = {"scales_bias": config.magnitude_scales_bias}
+    y = run(net, x, params, resolved, **scaled)
+    np.testing.assert_allclose(y, reference(x, params, tensors, config, ranks), rtol=1e-11, atol=1e-11)
+    merged = merge(sites, resolved, params, config)
+    np.testing.assert_allclose(net.apply({"params": merged}, x), y, rtol=1e-11, atol=1e-11)
+
+    start = run(net, x, params, resolve(sites, fresh, params, norms, config), **scaled)
+    np.testing.assert_allclose(start, net.apply({"params": params}, x), rtol=1e-12, atol=1e-12)
+
+    count = sum(leaf.size for leaf in layout.flatten(sites, adapters).values())
+    assert count == build.count_parameters(sites, config)
+    shapes = {name: leaf.shape for name, leaf in tensors.items()}
+    assert shapes == layout.tensor_shapes(sites, config)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4:3], ids=lambda c: c.method)
+def test_remat_leaves_the_gradients_unchanged_and_padding_gets_none(config):
+    net, x, params, sites, norms, _, adapters, _ = make(config)
+
+    def loss(adapters, net):
+        return jnp.sum(run(net, x, params, resolve(sites, adapters, params, norms, config)) ** 2)
+
+    gradient, again = (jax.grad(loss)(adapters, n) for n in (net, Stack(remat=True)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), gradient, again)
+    for site in sites:
+        if site.linear.stacked and len(set(site.ranks)) > 1:
+            leaves = gradient["layers"][site.linear.path[-1]]
+            for i, rank in enumerate(site.ranks):
+                assert np.all(leaves["lora_A"][i, rank:] == 0)
+                assert np.all(leaves["lora_B"][i, :, rank:] == 0)
+                assert np.any(leaves["lora_A"][i, :rank] != 0)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_tree_to_tensors_to_tree_is_the_identity(config):
+    _, _, _, sites, _, fresh, adapters, _ = make(config)
+    for tree in (fresh, adapters):
+        again = layout.unflatten(sites, layout.flatten(sites, tree), config)
+        assert jax.tree.structure(again) == jax.tree.structure(tree)
+        jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_a_layers_start_does_not_depend_on_the_other_targets():
+    narrow = make(HyLoRADAConfig(lora_rank=2, target_modules=r"layers\.2\.up"))[5]
+    wide = make(HyLoRADAConfig(lora_rank=2, target_modules="all-linear"))[5]
+    np.testing.assert_array_equal(narrow["layers"]["up"]["lora_A"][0], wide["layers"]["up"]["lora_A"][2])
+    assert np.any(wide["layers"]["up"]["lora_A"][1] != wide["layers"]["up"]["lora_A"][2])
+
+
+def test_dropout_acts_on_the_low_rank_path_alone_and_differs_by_layer_and_key():
+    config = HyLoRADAConfig(method="lora", lora_rank=3, target_modules="out")
+    net, x, params, sites, norms, _, adapters, _ = make(config)
+    resolved = resolve(sites, adapters, params, norms, config)
+
+    def dropped(key):
+        with adapt_linears(dropout=0.5):
+            return net.apply({"params": params, "hylorada": resolved}, x, rngs={"dropout": key})
+
+    samples = jax.vmap(dropped)(jax.random.split(jax.random.key(0), 4000))
+    exact, base = run(net, x, params, resolved), net.apply({"params": params}, x)
+    # The mean over masks is the output without dropout; five standard errors of the mean are allowed.
+    error = 5 * samples.std(0) / np.sqrt(len(samples))
+    assert np.all(np.abs(samples.mean(0) - exact) <= error)
+    assert np.all(error < 0.2 * np.abs(exact - base).max())
+    zero = jax.tree.map(jnp.zeros_like, resolved)
+    with adapt_linears(dropout=0.5):
+        y = net.apply({"params": params, "hylorada": zero}, x, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(y, base)
+
+
+def test_the_frozen_weights_are_bfloat16_and_the_scales_are_not():
+    config = HyLoRADAConfig(lora_rank=2, target_modules="all-linear")
+    net, x, params, sites, *_ = make(config)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    norms = build.build_norms(sites, half)
+    adapters = build.build_adapters(sites, norms, config)
+    resolved = resolve(sites, adapters, half, norms, config)
+    assert {leaf.dtype for leaf in jax.tree.leaves((norms, adapters, resolved))} == {jnp.dtype("float32")}
+    assert run(net, x.astype(jnp.bfloat16), half, resolved).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(merge(sites, resolved, half, config))} == {jnp.dtype("bfloat16")}

@@ -1,0 +1,58 @@
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import TargetError
+from hylorada_jax.surgery.targets import layer_ranks, select_targets
+
+LLAMA = [
+    f"model.layers.{i}.{part}"
+    for i in range(3)
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+] + ["lm_head"]
+GPT2 = [f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+
+
+def select(names, **settings):
+    return select_targets(names, HyLoRADAConfig(**settings))
+
+
+def test_a_methods_roles_find_each_familys_projections():
+    assert select(LLAMA, method="lora") == [n for n in LLAMA if n.endswith(("q_proj", "v_proj"))]
+    assert select(LLAMA, method="dora") == [n for n in LLAMA if "self_attn" in n]
+    assert select(GPT2, method="lora") == [n for n in GPT2 if n.endswith("c_attn")]
+    assert select(GPT2, method="dora") == [n for n in GPT2 if ".attn." in n]
+
+
+def test_names_regexes_and_exclusions():
+    assert select(GPT2, target_modules="c_proj") == [n for n in GPT2 if n.endswith("c_proj")]
+    assert select(GPT2, target_modules="mlp.c_proj") == [n for n in GPT2 if n.endswith("mlp.c_proj")]
+    assert select(LLAMA, target_modules=r"model\.layers\.[01]\..*_proj", exclude_modules=("mlp.up_proj",)) == [
+        n for n in LLAMA[:10] if "self_attn" in n
+    ]
+
+
+def test_all_linear_leaves_the_output_head_out():
+    assert select(LLAMA, target_modules="all-linear") == LLAMA[:-1]
+
+
+@pytest.mark.parametrize("pattern", ["q_prj", r"model\.layer\..*", "roj"])
+def test_a_pattern_without_a_match_is_refused_with_near_ones(pattern):
+    for settings in ({"target_modules": pattern}, {"target_modules": "q_proj", "exclude_modules": (pattern,)}):
+        with pytest.raises(TargetError, match="q_proj") as error:
+            select(LLAMA, **settings)
+        assert pattern in str(error.value.received).replace("\\\\", "\\")
+
+
+def test_a_broken_regex_an_empty_choice_and_the_head_are_refused():
+    with pytest.raises(TargetError, match="regular expression"):
+        select(LLAMA, target_modules="*proj")
+    with pytest.raises(TargetError, match="left to adapt"):
+        select(LLAMA, target_modules="q_proj", exclude_modules=("q_proj",))
+    with pytest.raises(TargetError, match="output head"):
+        select(LLAMA, target_modules="lm_head")
+
+
+def test_ranks_follow_the_depth_of_the_whole_model():
+    config = HyLoRADAConfig(lora_rank=8, rank_strategy="decreasing", target_modules=r".*\.[12]\..*q_proj")
+    ranks = layer_ranks(select_targets(LLAMA, config), LLAMA, config)
+    assert ranks == {"model.layers.1.self_attn.q_proj": 6, "model.layers.2.self_attn.q_proj": 4}
