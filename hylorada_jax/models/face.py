@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from jax import Array
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.causal_lm import CausalLM
 
 
 class BaseModel(Protocol):
@@ -27,6 +28,9 @@ class BaseModel(Protocol):
     def head(self, variables: Any) -> Array:
         """The output embedding [vocab, d]."""
 
+    def generate(self, prompts: Any, **settings: Any) -> list[list[int]]:
+        """The new tokens of every prompt."""
+
     def with_params(self, params: Any) -> Any:
         """The model, as the user gave it, with other parameters."""
 
@@ -40,8 +44,6 @@ def as_base(model: Any) -> BaseModel:
     Raises:
         ModelError: the model is neither, or is known to compute wrongly for its config.
     """
-    from hylorada_jax.models.causal_lm import CausalLM
-
     if isinstance(model, CausalLM):
         return model
     if any(cls.__name__ == "FlaxPreTrainedModel" for cls in type(model).__mro__):

@@ -1,0 +1,299 @@
+"""A base model behind one face: a Linen module, its parameters, and pure functions of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from hylorada_jax.math.attention import default_positions
+from hylorada_jax.models.decoder import DecoderLM, KVCache
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.generate import generate
+
+Variables = Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CausalLMOutput:
+    """What a forward pass gives.
+
+    Args:
+        logits: [batch, seq, vocab], float32 at least.
+    """
+
+    logits: Float[Array, "batch seq vocab"]
+
+
+def param_shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """The parameter tree as shapes, without weights or memory.
+
+    Args:
+        config: the decoder's configuration.
+        dtype: the dtype of every leaf.
+
+    Returns:
+        A tree of ``jax.ShapeDtypeStruct``; leaves under ``layers`` have a leading axis of num_hidden_layers.
+    """
+    shapes = jax.eval_shape(lambda: _flax_init(DecoderLM(config), jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """Random weights as HF draws them: normal(initializer_range), zero biases, unit norms.
+
+    Args:
+        config: the decoder's configuration.
+        rng: a ``jax.random`` key.
+        dtype: bfloat16, float32 or float64.
+
+    Returns:
+        The ``params`` tree.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config, dtype))
+    # One draw, cut into leaves: a draw per shape takes XLA several seconds to compile.
+    drawn = jax.random.normal(rng, (sum(leaf.size for _, leaf in leaves),), dtype) * config.initializer_range
+    params, start = [], 0
+    for path, leaf in leaves:
+        match path[-1].key:
+            case "bias":
+                params.append(jnp.zeros(leaf.shape, dtype))
+            case "scale":
+                params.append(jnp.ones(leaf.shape, dtype))
+            case _:
+                params.append(drawn[start : start + leaf.size].reshape(leaf.shape))
+        start += leaf.size
+    return jax.tree_util.tree_unflatten(tree, params)
+
+
+def _flax_init(module: nn.Module, rng: Array) -> dict[str, Any]:
+    """The parameters as Flax makes them: of the right shapes, and with every module called."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    return module.init(rng, token, token)["params"]
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """The step that ``generate`` repeats, for a bare decoder.
+
+    Hashed by value and free of weights, so that models of one shape share a compiled generation, and it keeps
+    none of them alive.
+
+    Args:
+        module: the decoder.
+    """
+
+    module: DecoderLM
+
+    def __call__(
+        self,
+        variables: Variables,
+        input_ids: Int[Array, "batch query"],
+        *,
+        position_ids: Int[Array, "batch query"],
+        key_valid: Bool[Array, "batch query"] | None = None,
+        cache: KVCache,
+    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
+        """See ``CausalLM.decode``."""
+        hidden, cache = self.module.apply(
+            variables, input_ids, position_ids, key_valid, cache=cache, method="hidden"
+        )
+        return self.module.apply(variables, hidden[:, -1], method="logits"), cache
+
+
+@dataclass(frozen=True, eq=False)
+class CausalLM:
+    """One of our decoders with its weights.
+
+    The methods that take ``variables`` are pure: ``{"params": …}``, perhaps with ``"hylorada"`` for adapters.
+
+    Args:
+        module: the decoder.
+        params: its parameter tree.
+        config: its configuration.
+        name: what the user typed: a directory, a Hub name, 'smollm2-135m'.
+
+    Example:
+        >>> config = DecoderConfig.from_hf({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2,
+        ...     "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 11})
+        >>> CausalLM.from_config(config, jax.random.key(0))(jnp.array([[1, 2, 3]])).logits.shape
+        (1, 3, 11)
+    """
+
+    module: nn.Module
+    params: dict[str, Any]
+    config: DecoderConfig
+    name: str
+
+    supports_segments = True
+
+    @classmethod
+    def from_config(
+        cls, config: DecoderConfig, rng: Array, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    ) -> CausalLM:
+        """A model with random weights.
+
+        Args:
+            config: its configuration.
+            rng: a ``jax.random`` key.
+            dtype: of the weights, and so of the computation.
+            remat: see ``DecoderLM``.
+
+        Returns:
+            The model, named 'random'.
+        """
+        return cls(DecoderLM(config, remat), init_params(config, rng, dtype), config, "random")
+
+    def init_params(self, rng: Array) -> dict[str, Any]:
+        """Random parameters of this model's shape; traced to learn which linear modules there are."""
+        return _flax_init(self.module, rng)
+
+    def with_params(self, params: dict[str, Any]) -> CausalLM:
+        """This model with other weights of the same shapes."""
+        return replace(self, params=params)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch seq"],
+        attention_mask: Int[Array, "batch seq"] | None = None,
+        position_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> CausalLMOutput:
+        """Logits of every token, compiled; the arguments are those of ``forward``."""
+        logits = _jitted_logits(
+            self.module, {"params": self.params}, input_ids, attention_mask, position_ids, segment_ids
+        )
+        return CausalLMOutput(logits=logits)
+
+    def forward(
+        self,
+        variables: Variables,
+        input_ids: Int[Array, "batch seq"],
+        *,
+        attention_mask: Int[Array, "batch seq"] | None = None,
+        position_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        rngs: dict[str, Array] | None = None,
+    ) -> CausalLMOutput:
+        """Logits of every token.
+
+        Args:
+            variables: the collections of the model.
+            input_ids: tokens.
+            attention_mask: 1 for a token, 0 for padding, on either side.
+            position_ids: positions; by default counted by ``default_positions``.
+            segment_ids: packed documents 1, 2, 3 …, 0 for padding; a token sees its own document only.
+            rngs: keys for dropout inside adapters.
+
+        Returns:
+            The output. Logits at padding are finite and mean nothing.
+        """
+        inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
+        return CausalLMOutput(logits=self.module.apply(variables, *inputs, rngs=rngs))
+
+    def hidden(
+        self,
+        variables: Variables,
+        input_ids: Int[Array, "batch seq"],
+        *,
+        attention_mask: Int[Array, "batch seq"] | None = None,
+        position_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        rngs: dict[str, Array] | None = None,
+    ) -> Float[Array, "batch seq d"]:
+        """Hidden states after the final norm; the arguments are those of ``forward``."""
+        inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
+        return self.module.apply(variables, *inputs, rngs=rngs, method="hidden")[0]
+
+    def head(self, variables: Variables) -> Float[Array, "vocab d"]:
+        """The output embedding, tied or not: logits = hidden · headᵀ."""
+        params = variables["params"]
+        if self.config.tie_word_embeddings:
+            return params["model"]["embed_tokens"]["embedding"]
+        return params["lm_head"]["kernel"].T
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache in the dtype of the weights.
+
+        Args:
+            batch: rows.
+            length: slots: the padded prompt and what is to be generated.
+
+        Returns:
+            The cache.
+        """
+        c = self.config
+        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+        dtype = self.params["model"]["embed_tokens"]["embedding"].dtype
+        return KVCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool), jnp.int32(0)
+        )
+
+    def decode(
+        self,
+        variables: Variables,
+        input_ids: Int[Array, "batch query"],
+        *,
+        position_ids: Int[Array, "batch query"],
+        key_valid: Bool[Array, "batch query"] | None = None,
+        cache: KVCache,
+    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
+        """Appends tokens to a cache and predicts what follows.
+
+        Args:
+            variables: the collections of the model.
+            input_ids: the new tokens, one or many; pad a prompt on its left.
+            position_ids: their positions.
+            key_valid: False for padding.
+            cache: from ``init_cache`` or from the call before; it must have room for them.
+
+        Returns:
+            Logits after the last token of every row, and the cache.
+        """
+        return DecodeStep(self.module)(
+            variables, input_ids, position_ids=position_ids, key_valid=key_valid, cache=cache
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+        """Continues prompts; the settings are those of ``hylorada_jax.models.generate.generate``.
+
+        Args:
+            prompts: token ids, one list per prompt, of any lengths.
+            **settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng.
+
+        Returns:
+            The new tokens of every prompt.
+        """
+        return generate(
+            DecodeStep(self.module), self.init_cache, {"params": self.params}, prompts, **settings
+        )
+
+
+def _inputs(
+    input_ids: Int[Array, "batch seq"],
+    attention_mask: Int[Array, "batch seq"] | None,
+    position_ids: Int[Array, "batch seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """The module's arguments: positions filled in, and which keys are no padding."""
+    if position_ids is None:
+        position_ids = default_positions(
+            input_ids.shape, attention_mask=attention_mask, segment_ids=segment_ids
+        )
+    valid = [mask > 0 for mask in (attention_mask, segment_ids) if mask is not None]
+    return input_ids, position_ids, jnp.all(jnp.stack(valid), axis=0) if valid else None, segment_ids
+
+
+@partial(jax.jit, static_argnums=0)
+def _jitted_logits(module: DecoderLM, variables: Variables, *inputs: Any) -> Float[Array, "batch seq vocab"]:
+    """``CausalLM.forward`` compiled once per module, whatever the weights."""
+    return module.apply(variables, *_inputs(*inputs))

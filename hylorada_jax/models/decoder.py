@@ -1,0 +1,212 @@
+"""Our decoder for the Llama family, in Flax Linen: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+
+The layers run under ``nn.scan``: their parameters, and the variables of adapters in the collection
+``hylorada``, are stacked along a leading axis, and the program has the size of one layer whatever the depth.
+There is no dtype here: the model computes in the dtype of the parameters it is given (bfloat16, float32,
+float64), and norms, angles, softmax and logits in float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.math import rope
+from hylorada_jax.math.attention import causal_mask
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.decoder_layer import DecoderLayer, RMSNorm, Step, Stream
+
+# What the backward pass keeps of a layer's inside. 'dots' keeps the projections (matrix products without a
+# batch axis) and computes attention again, whose logits grow with the square of the length.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far, slot by slot, for all layers.
+
+    Args:
+        keys: [layers, batch, slots, kv_heads, head_dim], already rotated.
+        values: the same shape.
+        valid: [batch, slots] False for padding and for slots not yet written.
+        length: scalar int32, the slots written so far; the same for every row.
+    """
+
+    keys: Float[Array, "layers batch slots kv_heads head_dim"]
+    values: Float[Array, "layers batch slots kv_heads head_dim"]
+    valid: Bool[Array, "batch slots"]
+    length: Int[Array, ""]
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    config: DecoderConfig
+    remat: str
+
+    def setup(self) -> None:
+        """Builds the layers as one scanned, perhaps rematerialised, layer."""
+        c = self.config
+        if self.remat not in REMAT_POLICIES:
+            raise ConfigError(
+                "remat must be one of " + ", ".join(REMAT_POLICIES),
+                f"remat={self.remat!r}",
+                "choose one of them",
+            )
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size)
+        # prevent_cse: needed outside of scan only, and it costs.
+        layer = (
+            DecoderLayer
+            if self.remat == "none"
+            else nn.remat(DecoderLayer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        )
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "hylorada": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_hidden_layers,
+        )(c)
+        self.norm = RMSNorm(c.rms_norm_eps)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch query"],
+        position_ids: Int[Array, "batch query"],
+        key_valid: Bool[Array, "batch query"] | None = None,
+        segment_ids: Int[Array, "batch query"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
+        """Hidden states after the final norm; see ``DecoderLM.hidden``."""
+        c, length = self.config, input_ids.shape[1]
+        x = self.embed_tokens(input_ids)
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        cos, sin = rope.rope_tables(
+            position_ids,
+            _frequencies(c, position_ids, dtype),
+            attention_factor=c.rope_scaling.attention_factor,
+            dtype=dtype,
+        )
+        start = jnp.int32(0) if cache is None else cache.length
+        query_slots = start + jnp.arange(length, dtype=jnp.int32)
+        key_slots = query_slots
+        if cache is not None:
+            new = jnp.ones(input_ids.shape, bool) if key_valid is None else key_valid
+            key_valid = lax.dynamic_update_slice(cache.valid, new, (0, start))
+            key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
+        mask = partial(causal_mask, query_slots, key_slots, key_valid=key_valid, segment_ids=segment_ids)
+        windows = {c.sliding_window if slides else None for slides in c.sliding_layers}
+        # Without a window first: a layer picks by its flag where there are two.
+        masks = jnp.stack([mask(window=w) for w in sorted(windows, key=lambda w: w is not None)])
+
+        stream = Stream(x, None if cache is None else (cache.keys, cache.values))
+        step = Step(cos, sin, masks, start)
+        stream, _ = self.layers(stream, jnp.arange(c.num_hidden_layers, dtype=jnp.int32), step)
+        if stream.cache is not None and key_valid is not None:
+            keys, values = stream.cache
+            cache = KVCache(keys, values, key_valid, start + length)
+        return self.norm(stream.x), cache
+
+
+def _wide_dot(lhs: Array, rhs: Array, dimensions: lax.DotDimensionNumbers, precision=None, **_) -> Array:
+    """A product whose float32 accumulator stays unrounded, so that bfloat16 models give float32 logits."""
+    dtype = jnp.promote_types(lhs.dtype, jnp.float32)
+    return lax.dot_general(lhs, rhs, dimensions, precision=precision, preferred_element_type=dtype)
+
+
+def _frequencies(config: DecoderConfig, position_ids: Int[Array, "batch query"], dtype: jnp.dtype):
+    """The rotary frequencies that the config asks for."""
+    s = config.rope_scaling
+    dim, theta = config.head_dim, config.rope_theta
+    original = s.original_max_position_embeddings
+    match s.rope_type:
+        case "linear":
+            return rope.linear_frequencies(dim, theta, factor=s.factor)
+        case "dynamic":
+            longest = config.max_position_embeddings
+            return rope.dynamic_frequencies(
+                dim, theta, factor=s.factor, max_positions=longest, positions=position_ids, dtype=dtype
+            )
+        case "llama3":
+            low, high = s.low_freq_factor, s.high_freq_factor
+            return rope.llama3_frequencies(
+                dim, theta, factor=s.factor, low_freq_factor=low, high_freq_factor=high, original=original
+            )
+        case "yarn":
+            betas = {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
+            return rope.yarn_frequencies(
+                dim, theta, factor=s.factor, original=original, truncate=s.truncate, **betas
+            )
+        case _:
+            return rope.default_frequencies(dim, theta)
+
+
+class DecoderLM(nn.Module):
+    """The decoder with its output embedding.
+
+    Args:
+        config: shape and options.
+        remat: what the backward pass keeps of each layer: 'none' all of it; 'full' its input alone (least
+            memory, one more forward pass); 'dots' the outputs of its linear layers, so that only attention,
+            norms and activations are computed again.
+    """
+
+    config: DecoderConfig
+    remat: str = "none"
+
+    def setup(self) -> None:
+        """Builds the decoder, and the head where it is not tied."""
+        self.model = Decoder(self.config, self.remat)
+        if not self.config.tie_word_embeddings:
+            self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dot_general=_wide_dot)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "batch query"],
+        position_ids: Int[Array, "batch query"],
+        key_valid: Bool[Array, "batch query"] | None = None,
+        segment_ids: Int[Array, "batch query"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: tokens.
+            position_ids: their positions.
+            key_valid: False for padding.
+            segment_ids: the document of every token; not together with a cache.
+            cache: the tokens so far; the new ones are appended at the end of every row.
+
+        Returns:
+            The states and, when one was given, the cache with the new tokens.
+        """
+        return self.model(input_ids, position_ids, key_valid, segment_ids, cache)
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Logits of hidden states, in float32 at least."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        head = self.model.embed_tokens.embedding
+        return _wide_dot(hidden, head, (((hidden.ndim - 1,), (1,)), ((), ())))
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch query"],
+        position_ids: Int[Array, "batch query"],
+        key_valid: Bool[Array, "batch query"] | None = None,
+        segment_ids: Int[Array, "batch query"] | None = None,
+    ) -> Float[Array, "batch query vocab"]:
+        """Logits of every token; the arguments are those of ``hidden``."""
+        hidden, _ = self.hidden(input_ids, position_ids, key_valid, segment_ids)
+        return self.logits(hidden)

@@ -1,0 +1,257 @@
+"""What our decoder needs to know about a model, read from a Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.rope_config import RopeScaling
+
+HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+# What transformers' configuration classes assume for a key that config.json leaves out. These matter: Mistral
+# without sliding_window slides over 4096 tokens, with an explicit null it does not slide at all.
+_COMMON: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "eos_token_id": None,
+    "layer_types": None,
+}
+_QWEN: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": None,
+        "eos_token_id": 2,
+    },
+    "mistral": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
+}
+
+# Settings that change the computation and that this decoder does not have, with the value that means "off".
+_REFUSED: dict[str, Any] = {
+    "quantization_config": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "use_mrope": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape and the options of a decoder of the Llama family.
+
+    Hashable, so that it can be a static argument of ``jax.jit``. Use ``from_hf`` to build one.
+
+    Args:
+        model_type: 'llama' (SmolLM2 too), 'mistral', 'qwen2' or 'qwen3'.
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the MLP.
+        num_hidden_layers: depth.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; divides num_attention_heads.
+        head_dim: width of one head; even.
+        max_position_embeddings: the context the model is made for, in tokens.
+        hidden_act: the MLP's activation, by HF's name.
+        rms_norm_eps: added to the mean square in every norm.
+        rope_theta: base of the rotary wavelengths.
+        rope_scaling: how they are stretched.
+        tie_word_embeddings: whether the output embedding is the input embedding.
+        qkv_bias: biases in q_proj, k_proj and v_proj.
+        o_bias: a bias in o_proj.
+        mlp_bias: biases in gate_proj, up_proj and down_proj.
+        qk_norm: a norm over each head's queries and keys.
+        sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all of them.
+        sliding_layers: for each layer, whether the window applies to it.
+        initializer_range: standard deviation of random weights.
+        eos_token_ids: tokens that end a text.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    sliding_layers: tuple[bool, ...]
+    initializer_range: float
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        """Reads a Hugging Face config, with the defaults that transformers has for its family.
+
+        Args:
+            hf: the content of config.json.
+
+        Returns:
+            The configuration of our decoder.
+
+        Raises:
+            ModelError: the family, or an option that changes the computation, is not one this decoder has.
+
+        Example:
+            >>> config = DecoderConfig.from_hf({"model_type": "llama", "num_key_value_heads": 8})
+            >>> config.head_dim, config.num_key_value_heads
+            (128, 8)
+        """
+        family = hf.get("model_type")
+        if family not in _DEFAULTS:
+            raise ModelError(
+                "our decoder reads the Llama family: " + ", ".join(_DEFAULTS),
+                f"model_type={family!r}",
+                "take a model of one of these families, or a model that HF has in Flax (GPT-2, OPT, …)",
+            )
+        for key, off in _REFUSED.items():
+            if hf.get(key, off) not in (off, None):
+                raise ModelError(
+                    f"{key} changes the computation, and this decoder does not have it",
+                    f"{key}={hf[key]!r}",
+                    f"take a version of the model without it, or set {key} to {off!r} if the weights allow",
+                )
+        # The layout of transformers 5 keeps rope_theta and rope_scaling together.
+        together = hf.get("rope_parameters") or {}
+        c = {**_DEFAULTS[family], **({"rope_scaling": together} if together else {}), **hf}
+        c["rope_theta"] = hf.get("rope_theta", together.get("rope_theta", c["rope_theta"]))
+
+        heads = c["num_attention_heads"]
+        kv_heads = c["num_key_value_heads"] or heads
+        head_dim = c["head_dim"] or c["hidden_size"] // heads
+        window, sliding = _sliding(family, c)
+        eos = c["eos_token_id"]
+        config = cls(
+            model_type=family,
+            vocab_size=c["vocab_size"],
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"],
+            num_hidden_layers=c["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=c["max_position_embeddings"],
+            hidden_act=c["hidden_act"],
+            rms_norm_eps=float(c["rms_norm_eps"]),
+            rope_theta=float(c["rope_theta"]),
+            rope_scaling=RopeScaling.from_hf(c["rope_scaling"], c["max_position_embeddings"]),
+            tie_word_embeddings=c["tie_word_embeddings"],
+            qkv_bias=family == "qwen2" or (c.get("attention_bias", False) and family != "mistral"),
+            o_bias=family in ("llama", "qwen3") and c["attention_bias"],
+            mlp_bias=family == "llama" and c["mlp_bias"],
+            qk_norm=family == "qwen3",
+            sliding_window=window,
+            sliding_layers=sliding,
+            initializer_range=c["initializer_range"],
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        )
+        _check(config)
+        return config
+
+
+def _check(config: DecoderConfig) -> None:
+    """Raises on shapes and names that cannot be computed."""
+    c = config
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ModelError(
+            "num_attention_heads must be a multiple of num_key_value_heads",
+            f"{c.num_attention_heads} and {c.num_key_value_heads}",
+            "check config.json: each key-value head serves the same number of query heads",
+        )
+    if c.head_dim % 2:
+        raise ModelError(
+            "rotary embeddings need an even head_dim", c.head_dim, "check head_dim in config.json"
+        )
+    if c.hidden_act not in HIDDEN_ACTS:
+        raise ModelError(
+            "hidden_act must be one of " + ", ".join(HIDDEN_ACTS),
+            f"hidden_act={c.hidden_act!r}",
+            "take a model with one of these activations",
+        )
+
+
+def _sliding(family: str, c: Mapping[str, Any]) -> tuple[int | None, tuple[bool, ...]]:
+    """The window, and which layers have it."""
+    depth, window, types = c["num_hidden_layers"], c["sliding_window"], c["layer_types"]
+    if family == "llama" and window is not None:
+        raise ModelError(
+            "a llama model has no sliding window",
+            f"sliding_window={window}",
+            "set model_type to 'mistral' if the model slides, else set sliding_window to null",
+        )
+    if family in ("qwen2", "qwen3"):
+        window = window if c["use_sliding_window"] else None
+        implied = [window is not None and layer >= c["max_window_layers"] for layer in range(depth)]
+        choose = True
+    else:
+        implied = [window is not None] * depth
+        choose = False
+    if window is not None and window < 1:
+        raise ModelError("sliding_window must be at least 1", window, "null turns the window off")
+    if types is None:
+        sliding = implied
+    else:
+        sliding = [kind == "sliding_attention" for kind in types]
+        known = all(kind in ("full_attention", "sliding_attention") for kind in types)
+        if not known or len(types) != depth or (any(sliding) and window is None):
+            raise ModelError(
+                "layer_types names 'full_attention' or, with a window, 'sliding_attention' for each layer",
+                f"layer_types={types!r}, num_hidden_layers={depth}, sliding_window={window}",
+                "check layer_types, sliding_window and use_sliding_window in config.json",
+            )
+        if not choose and sliding != implied:
+            raise ModelError(
+                f"all layers of a {family} model attend alike (transformers ignores layer_types here)",
+                f"layer_types={types!r}, sliding_window={window}",
+                "remove layer_types from config.json",
+            )
+    return (window if any(sliding) else None), tuple(sliding)

@@ -1,0 +1,80 @@
+import subprocess
+import sys
+
+import pytest
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.decoder_config import DecoderConfig
+
+LLAMA = {"model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": None}, "None"),
+        ({"hidden_act": "xielu"}, "xielu"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 5}, "32 and 5"),
+        ({"head_dim": 7}, "even"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"sliding_window": 4096}, "mistral"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, "layer_types"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 32}, "chunked_attention"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope type"),
+        ({"rope_scaling": {"type": "linear"}}, "missing ['factor']"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "unknown ['beta_fast']"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_computed_is_refused_by_name(change, words):
+    with pytest.raises(ModelError) as error:
+        DecoderConfig.from_hf({**LLAMA, **change})
+    assert words in str(error.value)
+
+
+def test_settings_that_mean_off_are_accepted():
+    off = {
+        "quantization_config": None,
+        "attention_dropout": 0.0,
+        "rope_interleaved": False,
+        "rope_scaling": {"rope_type": "default"},
+    }
+    assert DecoderConfig.from_hf({**LLAMA, **off}) == DecoderConfig.from_hf(LLAMA)
+
+
+def test_layout_of_transformers_5_equals_the_old_one():
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    old = DecoderConfig.from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": scaling})
+    new = DecoderConfig.from_hf({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 5e5}})
+    assert new == old != DecoderConfig.from_hf(LLAMA)
+
+
+def test_configs_hash_by_value():
+    assert len({DecoderConfig.from_hf(LLAMA), DecoderConfig.from_hf(dict(LLAMA))}) == 1
+
+
+@pytest.mark.parametrize(("raw", "tokens"), [(None, ()), (7, (7,)), ([7, 8], (7, 8))])
+def test_end_tokens(raw, tokens):
+    assert DecoderConfig.from_hf({**LLAMA, "eos_token_id": raw}).eos_token_ids == tokens
+
+
+def test_the_file_imports_no_framework():
+    code = (
+        "import sys, hylorada_jax.models.decoder_config;"
+        "print({'jax', 'flax', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

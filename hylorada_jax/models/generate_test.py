@@ -1,0 +1,165 @@
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.models import generate as generation
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.generate import filter_logits, generate
+
+VOCAB = 50
+
+
+def chain_cache(batch, slots):
+    return jnp.zeros((batch, 2), jnp.int32)
+
+
+def chain_decode(variables, input_ids, *, position_ids, key_valid=None, cache):
+    """A model that can be computed by hand: what follows is a sum over real tokens and their positions."""
+    valid = jnp.ones_like(input_ids, bool) if key_valid is None else key_valid
+    seen = jnp.stack([input_ids * variables["weight"], position_ids], -1)
+    cache = cache + jnp.where(valid[..., None], seen, 0).sum(1)
+    return jax.nn.one_hot(cache.sum(1) % VOCAB, VOCAB), cache
+
+
+def chain_by_hand(prompt, steps, eos=None):
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(sum(3 * token + position for position, token in enumerate(tokens)) % VOCAB)
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def run(prompts, **settings):
+    return generate(chain_decode, chain_cache, {"weight": jnp.int32(3)}, prompts, **settings)
+
+
+PROMPTS = [[5], list(range(1, 71)), [7, 8, 9]]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 64, 65])
+def test_tokens_equal_those_computed_by_hand(steps):
+    assert run(PROMPTS, max_new_tokens=steps) == [chain_by_hand(prompt, steps) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_rows_end_with_their_end_token(prompt):
+    eos = chain_by_hand(prompt, 12)[5]
+    assert run(PROMPTS, max_new_tokens=40, eos_token_id=eos) == [
+        chain_by_hand(each, 40, eos) for each in PROMPTS
+    ]
+    assert run(PROMPTS, max_new_tokens=40, eos_token_id=[VOCAB + 1, eos]) == run(
+        PROMPTS, max_new_tokens=40, eos_token_id=eos
+    )
+
+
+def test_decoding_stops_when_all_rows_have_ended():
+    calls = []
+
+    def counting(variables, input_ids, **rest):
+        jax.debug.callback(lambda: calls.append(1))
+        return chain_decode(variables, input_ids, **rest)
+
+    eos = chain_by_hand([5], 4)[3]
+    generate(counting, chain_cache, {"weight": jnp.int32(3)}, [[5]], max_new_tokens=60, eos_token_id=eos)
+    jax.effects_barrier()
+    assert len(calls) == 4
+
+
+def test_nothing_is_compiled_again():
+    config = DecoderConfig.from_hf(
+        {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "num_attention_heads": 2}
+        | {"intermediate_size": 32, "num_hidden_layers": 2}
+    )
+    settings = {"max_new_tokens": 5, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "rng": jax.random.key(0)}
+    CausalLM.from_config(config, jax.random.key(0)).generate([[1, 2, 3]], **settings)
+    program: Any = generation._generate
+    compiled = program._cache_size()
+    other = CausalLM.from_config(config, jax.random.key(1))  # other weights, in another object
+    other.generate([list(range(40))], **settings)
+    changed = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 4, "top_p": 0.5, "rng": jax.random.key(2)}
+    other.generate([[4]], **changed)
+    assert program._cache_size() == compiled
+    other.generate([list(range(1, 70))], **settings)  # the next bucket
+    assert program._cache_size() == compiled + 1
+
+
+LOGITS = np.log([0.4, 0.3, 0.15, 0.1, 0.05])
+
+
+def constant_decode(variables, input_ids, *, cache, **_):
+    return jnp.broadcast_to(variables["logits"], (len(input_ids), 5)), cache
+
+
+def draws(**settings):
+    rng = settings.pop("rng", jax.random.key(0))
+    return generate(
+        constant_decode,
+        chain_cache,
+        {"logits": jnp.float32(LOGITS)},
+        [[0]] * 500,
+        max_new_tokens=8,
+        rng=rng,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 1.0}, 5),
+        ({"temperature": 0.5}, 5),
+        ({"temperature": 1.0, "top_k": 3}, 3),
+        ({"temperature": 1.0, "top_p": 0.8}, 3),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.6}, 2),
+        ({"temperature": 2.0, "top_k": 1}, 1),
+    ],
+    ids=str,
+)
+def test_samples_follow_the_filtered_distribution(settings, kept):
+    weights = np.exp(LOGITS / settings["temperature"])[:kept]
+    expected = weights / weights.sum()
+    counts = Counter(token for row in draws(**settings) for token in row)
+    assert set(counts) == set(range(kept))
+    for token, p in enumerate(expected):
+        # 4000 independent draws: five standard errors.
+        assert counts[token] / 4000 == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / 4000))
+
+
+def test_samples_depend_on_the_key_the_row_and_the_step():
+    first = draws(temperature=1.0)
+    assert first == draws(temperature=1.0)
+    assert first != draws(temperature=1.0, rng=jax.random.key(1))
+    assert len(set(map(tuple, first))) > 400
+    assert len(set(map(tuple, zip(*first, strict=True)))) == 8
+
+
+def test_filter_keeps_ties_and_at_least_one():
+    logits = jnp.array([[2.0, 1.0, 1.0, 0.0]])
+    assert jnp.isfinite(filter_logits(logits, top_k=jnp.int32(2))).tolist() == [[True, True, True, False]]
+    assert jnp.isfinite(filter_logits(logits, top_p=jnp.float32(1e-6))).tolist() == [[True] + [False] * 3]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "error", "words"),
+    [
+        ([], {}, DataError, "prompt"),
+        ([[1], []], {}, DataError, r"\[1, 0\]"),
+        ([[1]], {"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
+        ([[1]], {"temperature": -1.0}, ConfigError, "temperature"),
+        ([[1]], {"temperature": float("nan")}, ConfigError, "temperature"),
+        ([[1]], {"temperature": 1.0}, ConfigError, "rng"),
+        ([[1]], {"top_k": 0}, ConfigError, "top_k"),
+        ([[1]], {"top_p": 0.0}, ConfigError, "top_p"),
+        ([[1]], {"top_p": 1.5}, ConfigError, "top_p"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(prompts, settings, error, words):
+    with pytest.raises(error, match=words):
+        run(prompts, **{"max_new_tokens": 4, **settings})

@@ -1,0 +1,166 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+transformers = pytest.importorskip("transformers", "4.57")
+
+from hylorada_jax.errors import ModelError  # noqa: E402
+from hylorada_jax.models.hf_flax import HFFlaxModel  # noqa: E402
+
+# A tiny model of every family whose logits are hidden states times an embedding, by its own config's names.
+TINY = {"vocab_size": 50, "max_position_embeddings": 32}
+GPT2 = TINY | {"n_embd": 16, "n_layer": 2, "n_head": 2}
+LLAMA = TINY | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+FAMILIES = {
+    "GPT2LMHeadModel": transformers.GPT2Config(**GPT2),
+    "GPT2LMHeadModel untied": transformers.GPT2Config(**GPT2, tie_word_embeddings=False),
+    "GPTNeoForCausalLM": transformers.GPTNeoConfig(
+        **TINY, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    ),
+    "BloomForCausalLM": transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2),
+    "OPTForCausalLM": transformers.OPTConfig(
+        **TINY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16
+    ),
+    "OPTForCausalLM projected": transformers.OPTConfig(
+        **TINY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=8
+    ),
+    "XGLMForCausalLM": transformers.XGLMConfig(
+        **TINY, d_model=16, num_layers=2, attention_heads=2, ffn_dim=24
+    ),
+    "LlamaForCausalLM": transformers.LlamaConfig(**LLAMA, num_key_value_heads=1),
+    "MistralForCausalLM": transformers.MistralConfig(**LLAMA, num_key_value_heads=1, sliding_window=32),
+    "GemmaForCausalLM": transformers.GemmaConfig(**LLAMA, num_key_value_heads=1, head_dim=12),
+}
+IDS = np.random.default_rng(0).integers(3, 50, (2, 7))
+
+
+def tiny(name: str):
+    return getattr(transformers, "Flax" + name.split()[0])(FAMILIES[name], seed=1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forward_is_the_models_own_call_and_hidden_times_head_is_its_logits(name):
+    model = tiny(name)
+    face = HFFlaxModel.wrap(model)
+    mask = np.ones_like(IDS)
+    mask[0, 5:] = 0
+    expected = model(IDS, attention_mask=mask).logits
+    variables = {"params": face.params}
+    forward = jax.jit(lambda v: face.forward(v, IDS, attention_mask=mask).logits)
+    hidden = jax.jit(lambda v: face.hidden(v, IDS, attention_mask=mask) @ face.head(v).T)
+    # float32 with logits of order 1; jit and the transposed head round differently from HF's eager call.
+    np.testing.assert_allclose(forward(variables), expected, atol=2e-6, rtol=2e-6)
+    np.testing.assert_allclose(hidden(variables), expected, atol=2e-6, rtol=2e-6)
+    np.testing.assert_array_equal(face(IDS, attention_mask=mask).logits, expected)
+
+
+def test_position_ids_reach_the_model():
+    model = tiny("GPT2LMHeadModel")
+    positions = np.arange(7)[None] + np.array([[3], [9]])
+    expected = model(IDS, position_ids=positions).logits
+    np.testing.assert_array_equal(HFFlaxModel.wrap(model)(IDS, position_ids=positions).logits, expected)
+    assert np.abs(model(IDS).logits - expected).max() > 1e-3
+
+
+def test_hidden_computes_no_logits():
+    # A vocabulary so large that its logits would dominate the work.
+    config = transformers.GPT2Config(vocab_size=50000, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    face = HFFlaxModel.wrap(transformers.FlaxGPT2LMHeadModel(config))
+
+    def flops(function):
+        return jax.jit(function).lower({"params": face.params}, IDS).compile().cost_analysis()["flops"]
+
+    assert flops(face.hidden) < flops(lambda v, ids: face.forward(v, ids).logits) / 50
+
+
+def test_the_weights_are_an_argument_and_shared():
+    model = tiny("GPT2LMHeadModel")
+    face = HFFlaxModel.wrap(model)
+    assert face.params is model.params
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, model.params)
+    other = face.with_params(doubled)
+    assert type(other) is type(model)
+    np.testing.assert_array_equal(face.forward({"params": doubled}, IDS).logits, other(IDS).logits)
+    assert model.params["transformer"]["wte"]["embedding"] is face.params["transformer"]["wte"]["embedding"]
+    shapes = jax.eval_shape(face.init_params, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, model.params)
+
+
+def test_other_collections_and_rngs_reach_the_modules():
+    import flax.linen as nn
+
+    face = HFFlaxModel.wrap(tiny("GPT2LMHeadModel"))
+    seen = []
+
+    def interceptor(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        if context.module.has_variable("extra", "shift"):
+            seen.append(context.module.path)
+            return (
+                out
+                + context.module.get_variable("extra", "shift")
+                + 0 * context.module.make_rng("dropout")[0]
+            )
+        return out
+
+    path = ("transformer", "h", "1", "mlp", "c_fc")
+    shift = jnp.ones(64)
+    tree: dict = {"shift": shift}
+    for key in reversed(path):
+        tree = {key: tree}
+    rngs = {"dropout": jax.random.PRNGKey(0)}
+    with nn.intercept_methods(interceptor):
+        shifted = face.forward({"params": face.params, "extra": tree}, IDS, rngs=rngs).logits
+    # The oracle: the same shift in the layer's own bias. float32, logits of order 1.
+    params = jax.tree.map(lambda leaf: leaf, face.params)
+    params["transformer"]["h"]["1"]["mlp"]["c_fc"]["bias"] += shift
+    np.testing.assert_allclose(shifted, face.forward({"params": params}, IDS).logits, atol=1e-6)
+    assert seen == [path]
+
+
+def test_families_without_a_plain_head_still_run():
+    bert = transformers.BertConfig(
+        **TINY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    model = transformers.FlaxBertForMaskedLM(bert)
+    face = HFFlaxModel.wrap(model)
+    np.testing.assert_array_equal(face(IDS).logits, model(IDS).logits)
+    with pytest.raises(ModelError, match=r"received: FlaxBertForMaskedLM"):
+        face.hidden({"params": face.params}, IDS)
+
+    bart = transformers.BartConfig(
+        **TINY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    model = transformers.FlaxBartForConditionalGeneration(bart)
+    face = HFFlaxModel.wrap(model)
+    logits = face.forward({"params": face.params}, IDS, decoder_input_ids=IDS[:, :3]).logits
+    np.testing.assert_array_equal(logits, model(IDS, decoder_input_ids=IDS[:, :3]).logits)
+    with pytest.raises(ModelError, match="FlaxGPT2Model"):
+        HFFlaxModel.wrap(transformers.FlaxGPT2Model(FAMILIES["GPT2LMHeadModel"])).head({})
+
+
+def test_what_cannot_be_done_is_refused():
+    face = HFFlaxModel.wrap(tiny("GPT2LMHeadModel"))
+    with pytest.raises(ModelError, match="Packed documents"):
+        face(IDS, segment_ids=np.ones_like(IDS))
+    empty = transformers.FlaxGPT2LMHeadModel(FAMILIES["GPT2LMHeadModel"], _do_init=False)
+    with pytest.raises(ModelError, match="_do_init"):
+        HFFlaxModel.wrap(empty)
+    tied = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"tie_word_embeddings[\s\S]*hylorada_jax\.load_model"):
+        HFFlaxModel.wrap(transformers.FlaxLlamaForCausalLM(tied))
+
+
+def test_the_name_is_where_it_came_from_or_the_class():
+    model = tiny("GPT2LMHeadModel")
+    assert HFFlaxModel.wrap(model).name == "FlaxGPT2LMHeadModel"
+    config = transformers.GPT2Config(**GPT2, name_or_path="org/name")
+    assert HFFlaxModel.wrap(transformers.FlaxGPT2LMHeadModel(config)).name == "org/name"

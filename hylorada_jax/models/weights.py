@@ -1,0 +1,200 @@
+"""From tensors on disk to a parameter tree: one tensor at a time, and a report of all that does not fit."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from hylorada_jax.errors import ModelError
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+TreePath = tuple[str, ...]
+
+
+class Weights(Protocol):
+    """Named tensors on disk, each read on request, in PyTorch's orientation."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor by its name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, as a new array."""
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+
+
+class SafetensorsWeights:
+    """The tensors of one or more safetensors files.
+
+    Args:
+        files: the file, or all shards.
+
+    Raises:
+        ModelError: a file is truncated or damaged, a name occurs twice, or a tensor is no float tensor.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        for file in files:
+            with _open(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    view = tensors.get_slice(name)
+                    if name in self._files:
+                        raise ModelError(
+                            "A tensor must be in one shard only.",
+                            f"{name} in {self._files[name]} and {file}",
+                            "Remove the files that are left over from another download.",
+                        )
+                    self._files[name] = file
+                    self.shapes[name] = tuple(view.get_shape())
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the file."""
+        # Opened anew for each tensor: closing gives the mapped pages back, so that they never add up.
+        with _open(self._files[name]) as tensors:
+            dtype = tensors.get_slice(name).get_dtype()
+            if dtype not in _FLOATS:
+                raise ModelError(
+                    f"Weights must be one of {', '.join(_FLOATS)}; quantised ones cannot be adapted here.",
+                    f"{name} is {dtype} in {self._files[name]}",
+                    "Load the model's unquantised version.",
+                )
+            return tensors.get_tensor(name)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            "A safetensors file must be complete and well formed.",
+            f"{file}: {error}",
+            "The file is truncated or damaged: download it again.",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor belongs in the parameter tree.
+
+    Args:
+        path: the leaf.
+        layer: its index on the leaf's first axis, where the leaf stacks all layers; None: the whole leaf.
+        transpose: whether the leaf is (in, out) and the tensor (out, in).
+    """
+
+    path: TreePath
+    layer: int | None = None
+    transpose: bool = False
+
+
+def load_tree(
+    leaves: Mapping[TreePath, tuple[int, ...]],
+    slots: Mapping[str, Slot],
+    weights: Weights,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Read a parameter tree, one tensor at a time.
+
+    At the peak, memory holds the tree and one tensor. On CPU the tree's arrays are the buffers that were read
+    into, without a copy; elsewhere each leaf moves to the device as soon as it is complete.
+
+    Args:
+        leaves: path and shape of every leaf.
+        slots: tensor name to its place; together they fill every leaf exactly.
+        weights: the tensors on disk, names and shapes already checked by `check_match`.
+        dtype: of the tree; each tensor is cast as it is read.
+
+    Returns:
+        The tree as nested dictionaries of jax arrays.
+
+    Raises:
+        ModelError: a weight is NaN or infinite, or becomes infinite in `dtype`.
+    """
+    by_leaf: dict[TreePath, list[tuple[str, Slot]]] = {path: [] for path in leaves}
+    for name, slot in slots.items():
+        by_leaf[slot.path].append((name, slot))
+    tree = {}
+    for path, parts in by_leaf.items():
+        leaf = _aligned(leaves[path], dtype)
+        for name, slot in parts:
+            tensor = weights.read(name)
+            target = leaf if slot.layer is None else leaf[slot.layer]
+            with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
+                target[...] = tensor.T if slot.transpose else tensor
+            if not np.isfinite(target).all():
+                raise ModelError(
+                    f"Weights must be finite in {np.dtype(dtype).name}.",
+                    f"{name} in {weights.file_of(name)} has NaN or infinite values",
+                    "The checkpoint is damaged: download it again; or load it in a wider dtype.",
+                )
+        tree[path] = jax.device_put(leaf)
+    return unflatten_dict(tree)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that jax can use on CPU as it is: XLA wants 64 bytes of alignment, else it copies."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def check_match(
+    leaves: Mapping[TreePath, tuple[int, ...]],
+    slots: Mapping[str, Slot],
+    weights: Weights,
+    is_harmless: Callable[[str], bool],
+    where: object,
+) -> None:
+    """Refuse weights that do not fit the model, showing both sides.
+
+    Args:
+        leaves: path and shape of every leaf of the parameter tree.
+        slots: expected tensor name to its place in the tree.
+        weights: the tensors on disk.
+        is_harmless: whether a tensor that the model has no place for is known to carry nothing.
+        where: the model's place, for the message.
+
+    Raises:
+        ModelError: a tensor is missing, has no place, or has the wrong shape.
+    """
+    misshapen = []
+    for name, slot in slots.items():
+        shape = leaves[slot.path] if slot.layer is None else leaves[slot.path][1:]
+        expected = shape[::-1] if slot.transpose else shape
+        if name in weights.shapes and weights.shapes[name] != expected:
+            misshapen.append(f"{name} {weights.shapes[name]} instead of {expected}")
+    sides = {
+        "missing": [name for name in slots if name not in weights.shapes],
+        "unexpected": [name for name in weights.shapes if name not in slots],
+        "wrong shape": misshapen,
+    }
+    # Last, and only when the rest fits, because to know it a tensor may have to be read.
+    if not sides["missing"] and not misshapen:
+        sides["unexpected"] = [name for name in sides["unexpected"] if not is_harmless(name)]
+    if any(sides.values()):
+        report = [f"{side} ({len(names)}): {shorten(names)}" for side, names in sides.items() if names]
+        raise ModelError(
+            "The weights must fit the model that the config describes, tensor by tensor.",
+            f"{where}\n    " + "\n    ".join(report),
+            "Check that config.json and the weights are of the same model and that the download is complete.",
+        )
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first names of a long list, and how many more there are."""
+    return ", ".join(sorted(names)[:8]) + (f", … ({len(names) - 8} more)" if len(names) > 8 else "")

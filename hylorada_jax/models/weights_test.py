@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.weights import SafetensorsWeights, Slot, check_match, load_tree
+
+LEAVES = {("a", "kernel"): (2, 3), ("layers", "kernel"): (2, 3, 4), ("norm", "scale"): (3,)}
+SLOTS = {
+    "a.weight": Slot(("a", "kernel"), None, transpose=True),
+    "layers.0.weight": Slot(("layers", "kernel"), 0, transpose=True),
+    "layers.1.weight": Slot(("layers", "kernel"), 1, transpose=True),
+    "norm.weight": Slot(("norm", "scale")),
+}
+
+
+def tensors(dtype=np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"a.weight": (3, 2), "layers.0.weight": (4, 3), "layers.1.weight": (4, 3), "norm.weight": (3,)}
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def test_tensors_go_where_their_slots_say(tmp_path):
+    given = tensors()
+    names = list(given)
+    save_file({name: given[name] for name in names[:2]}, tmp_path / "1.safetensors")
+    save_file({name: given[name] for name in names[2:]}, tmp_path / "2.safetensors")
+    weights = SafetensorsWeights([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+    check_match(LEAVES, SLOTS, weights, lambda name: False, tmp_path)
+    tree = load_tree(LEAVES, SLOTS, weights, np.dtype(np.float32))
+    np.testing.assert_array_equal(tree["a"]["kernel"], given["a.weight"].T)
+    stacked = np.stack([given["layers.0.weight"].T, given["layers.1.weight"].T])
+    np.testing.assert_array_equal(tree["layers"]["kernel"], stacked)
+    np.testing.assert_array_equal(tree["norm"]["scale"], given["norm.weight"])
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", [np.float32, ml_dtypes.bfloat16])
+def test_each_tensor_is_cast_as_numpy_casts_it(tmp_path, stored, wanted):
+    given = tensors(stored)
+    save_file(given, tmp_path / "m.safetensors")
+    tree = load_tree(LEAVES, SLOTS, SafetensorsWeights([tmp_path / "m.safetensors"]), np.dtype(wanted))
+    np.testing.assert_array_equal(tree["norm"]["scale"], given["norm.weight"].astype(wanted))
+    assert tree["norm"]["scale"].dtype == wanted
+
+
+def test_on_cpu_the_buffer_that_was_read_into_is_the_jax_array(tmp_path, monkeypatch):
+    save_file(tensors(), tmp_path / "m.safetensors")
+    pointers = {}
+    put = jax.device_put
+
+    def watch(leaf):
+        pointers[leaf.shape] = leaf.ctypes.data
+        return put(leaf)
+
+    monkeypatch.setattr(jax, "device_put", watch)
+    tree = load_tree(LEAVES, SLOTS, SafetensorsWeights([tmp_path / "m.safetensors"]), np.dtype(np.float32))
+    for leaf in jax.tree.leaves(tree):
+        assert leaf.unsafe_buffer_pointer() == pointers[leaf.shape]
+
+
+def test_a_mismatch_is_reported_from_both_sides(tmp_path):
+    given = tensors()
+    given["typo.weight"] = given.pop("a.weight")
+    given["norm.weight"] = np.ones(5, np.float32)
+    save_file(given, tmp_path / "m.safetensors")
+    weights = SafetensorsWeights([tmp_path / "m.safetensors"])
+    with pytest.raises(ModelError) as caught:
+        check_match(LEAVES, SLOTS, weights, lambda name: False, tmp_path)
+    assert "missing (1): a.weight" in str(caught.value)
+    assert "unexpected (1): typo.weight" in str(caught.value)
+    assert "wrong shape (1): norm.weight (5,) instead of (3,)" in str(caught.value)
+
+
+def test_only_extras_known_to_be_harmless_pass(tmp_path):
+    save_file(tensors() | {"inv_freq": np.ones(2, np.float32)}, tmp_path / "m.safetensors")
+    weights = SafetensorsWeights([tmp_path / "m.safetensors"])
+    check_match(LEAVES, SLOTS, weights, lambda name: name == "inv_freq", tmp_path)
+    with pytest.raises(ModelError, match=r"unexpected \(1\): inv_freq"):
+        check_match(LEAVES, SLOTS, weights, lambda name: False, tmp_path)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, np.float32), (np.inf, np.float32), (1e6, np.float16)])
+def test_a_weight_that_is_or_becomes_infinite_is_named(tmp_path, value, dtype):
+    given = tensors()
+    given["layers.1.weight"][2, 1] = value
+    save_file(given, tmp_path / "m.safetensors")
+    weights = SafetensorsWeights([tmp_path / "m.safetensors"])
+    with pytest.raises(ModelError, match=r"layers\.1\.weight in .*m\.safetensors has NaN or infinite"):
+        load_tree(LEAVES, SLOTS, weights, np.dtype(dtype))
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    save_file(tensors(), tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    for length in (len(whole) - 1, 20, 0):
+        (tmp_path / "m.safetensors").write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"m\.safetensors: .*[\s\S]*download it again"):
+            SafetensorsWeights([tmp_path / "m.safetensors"])
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for name in ("1.safetensors", "2.safetensors"):
+        save_file({"a.weight": np.ones(2, np.float32)}, tmp_path / name)
+    with pytest.raises(ModelError, match="in one shard only"):
+        SafetensorsWeights([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path):
+    save_file(tensors() | {"norm.weight": np.ones(3, np.int8)}, tmp_path / "m.safetensors")
+    weights = SafetensorsWeights([tmp_path / "m.safetensors"])
+    with pytest.raises(ModelError, match=r"norm\.weight is I8"):
+        load_tree(LEAVES, SLOTS, weights, np.dtype(jnp.float32))
