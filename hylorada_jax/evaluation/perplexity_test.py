@@ -1,0 +1,97 @@
+"""Oracle: every window of the definition computed on its own, with the model's plain logits."""
+
+import jax
+import numpy as np
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import DataError
+from hylorada_jax.evaluation.perplexity import PerplexityEvaluator, evaluate_perplexity
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+
+VOCAB, SEQ_LEN = 31, 12
+SHAPE = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": False, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base():
+    return CausalLM.from_config(DecoderConfig.from_hf(SHAPE), jax.random.key(0))
+
+
+def documents(seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, n) for n in (40, 7, 1, 12, 13, 25)]
+
+
+def direct_loss(logits_of, stride):
+    """The definition, one window at a time: a token counts in the first window that predicts it."""
+    total, count = 0.0, 0
+    for tokens in documents():
+        scored, start = 0, 0
+        while scored < len(tokens) - 1:
+            stop = min(start + SEQ_LEN, len(tokens) - 1)
+            window = np.zeros(SEQ_LEN, int)  # one shape for all; what comes later changes nothing before it
+            window[: stop - start] = tokens[start:stop]
+            logits = np.asarray(logits_of(window[None]), np.float64)[0, : stop - start]
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            nll = -log_p[np.arange(stop - start), tokens[start + 1 : stop + 1]]
+            total, count = total + nll[scored - start :].sum(), count + stop - scored
+            start, scored = start + stride, stop
+    return total / count, count
+
+
+@pytest.mark.parametrize("stride", [SEQ_LEN, 5])
+def test_perplexity_of_a_base_model_is_the_definition(base, stride):
+    found = evaluate_perplexity(
+        base, documents(), seq_len=SEQ_LEN, stride=stride, batch_size=2, progress=False
+    )
+    loss, count = direct_loss(lambda ids: base(ids).logits, stride)
+    assert found.tokens == count == sum(len(d) - 1 for d in documents())
+    assert found.loss == pytest.approx(loss, rel=1e-6)  # float32 logits
+    assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
+
+
+def test_adapters_change_what_is_evaluated_and_nothing_compiles_twice(base):
+    model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2, target_modules=("v_proj",)))
+    evaluator = PerplexityEvaluator(model, documents(), seq_len=SEQ_LEN, stride=5, batch_size=2)
+    other = jax.tree.map(lambda x: x + 0.3, model.adapters)
+    before, after = evaluator(progress=False), evaluator(other, progress=False)
+    assert evaluator._score._cache_size() == 1  # type: ignore[attr-defined]
+    assert before.loss == pytest.approx(direct_loss(lambda ids: base(ids).logits, 5)[0], rel=1e-6)
+    model.adapters = other
+    expected, _ = direct_loss(lambda ids: model(ids).logits, 5)
+    assert after.loss == pytest.approx(expected, rel=1e-6)
+    assert abs(after.loss - before.loss) > 0.01
+
+
+def test_a_sample_of_the_tokens_takes_rows_from_everywhere(base):
+    evaluator = PerplexityEvaluator(
+        base, documents(), seq_len=SEQ_LEN, stride=SEQ_LEN, batch_size=2, max_tokens=24
+    )
+    assert 12 < evaluator(progress=False).tokens <= 24
+
+
+def test_nothing_to_predict_is_refused(base):
+    with pytest.raises(DataError, match="two tokens"):
+        evaluate_perplexity(base, [[1], []], seq_len=SEQ_LEN)
+
+
+@pytest.mark.slow
+def test_loss_of_one_window_equals_that_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from hylorada_jax.models.loading import load_model
+
+    torch.manual_seed(0)
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()
+    reference.save_pretrained(tmp_path)
+    tokens = documents()[0]
+    found = evaluate_perplexity(load_model(tmp_path), [tokens], seq_len=64, progress=False)
+    ids = torch.tensor(tokens)[None]
+    # transformers' loss is the mean over the same 39 predictions, in float32 there too.
+    assert found.loss == pytest.approx(reference(ids, labels=ids).loss.item(), rel=1e-5)

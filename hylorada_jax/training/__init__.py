@@ -1,0 +1,1 @@
+"""Data, optimizer, step, checkpoints and the trainer."""

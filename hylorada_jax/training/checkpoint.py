@@ -1,0 +1,184 @@
+"""Checkpoints that survive a kill, a full disk and damage."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hylorada_jax.errors import CheckpointError
+from hylorada_jax.training.devices import replicated
+from hylorada_jax.training.step import TrainState
+
+DAMAGED = "damaged_checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background.
+
+    A checkpoint is complete or absent: orbax writes it beside its place and renames it. It holds the state
+    (adapters, optimizer, step), the position in the data, the seed of all randomness, and a digest of the
+    state, so that damage that still reads is noticed too. Use as a context manager; leaving it waits for the
+    checkpoint under way.
+
+    Args:
+        directory: made if it does not exist.
+        keep: number of newest checkpoints kept.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        # orbax insists on an absolute path.
+        self._directory = directory.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        # orbax logs a failure several times, with its stack; what we raise says it once.
+        logging.getLogger("absl").addFilter(_not_orbax)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # With an error on its way, one of the background must not take its place.
+            if error is None:
+                self.wait()
+            self._manager.close()
+        except Exception:
+            if error is None:
+                raise
+        finally:
+            logging.getLogger("absl").removeFilter(_not_orbax)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, ascending."""
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+
+    @property
+    def last(self) -> str:
+        """The last complete checkpoint, in words."""
+        steps = self.steps
+        return f"the checkpoint of step {steps[-1]} in {self._directory}" if steps else "no checkpoint yet"
+
+    def save(self, state: TrainState, *, data: dict[str, Any], seed: int) -> None:
+        """Writes a checkpoint in the background.
+
+        Args:
+            state: copied before this returns, so that the next step may consume it.
+            data: the position in the data, as the iterator's ``get_state`` gives it.
+            seed: of shuffling and dropout.
+
+        Raises:
+            CheckpointError: this checkpoint or the one before could not be written.
+        """
+        host = jax.tree.map(np.array, state)
+        run = {"data": data, "seed": seed, "digest": _digest(host)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run))
+        try:
+            self._manager.save(int(host.step), args=items)
+        except Exception as error:  # whatever the file system, tensorstore and orbax may raise
+            raise self._unwritten(error) from error
+
+    def wait(self) -> None:
+        """Returns when the checkpoint under way is complete; a CheckpointError if it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def restore(self, like: TrainState, *, seed: int) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that is whole.
+
+        Damaged ones that are newer are moved to damaged_checkpoints/ beside the directory, with a warning.
+
+        Args:
+            like: a state of the same tree, shapes and dtypes.
+            seed: the run's; that of the checkpoint must be the same.
+
+        Returns:
+            The state and the position in the data; None if there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be used.
+        """
+        damage: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                state, data = self._read(step, like, seed)
+            except Exception as error:  # damage shows as any of a dozen exceptions of orbax and tensorstore
+                damage[step] = _first_line(error)
+                continue
+            self._set_aside(damage, used=step)
+            return state, data
+        if not damage:
+            return None
+        raise CheckpointError(
+            f"One of the checkpoints in {self._directory} must be readable and of this run",
+            "; ".join(f"step {step}: {what}" for step, what in damage.items()),
+            "Start again with overwrite (--overwrite), or put an intact copy in its place.",
+        )
+
+    def _read(self, step: int, like: TrainState, seed: int) -> tuple[TrainState, dict[str, Any]]:
+        place = replicated()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        state, run = restored["state"], restored["run"]
+        if _digest(jax.tree.map(np.asarray, state)) != run["digest"]:
+            raise ValueError("its content does not match its digest")
+        if run["seed"] != seed:
+            raise ValueError(f"its seed is {run['seed']}, the run's is {seed}")
+        return state, run["data"]
+
+    def _set_aside(self, damage: dict[int, str], *, used: int) -> None:
+        """Moves damaged checkpoints away, for their steps will be written again."""
+        for step, what in damage.items():
+            target = self._directory.parent / DAMAGED / str(step)
+            while target.exists():
+                target = target.with_name(target.name + "_again")
+            target.parent.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(target)
+            warnings.warn(
+                f"the checkpoint of step {step} is damaged ({what}); going on from step {used}. "
+                f"It was moved to {target}",
+                stacklevel=3,
+            )
+        if damage:
+            self._manager.reload()
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            "A checkpoint must be written completely",
+            _first_line(error),
+            f"Free some space, then go on with resume (--resume) from {self.last}.",
+        )
+
+
+def _digest(state: TrainState) -> str:
+    """A fingerprint of every leaf's place, shape, dtype and bytes."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    """An error in one line of bearable length: tensorstore's run over pages, and end with the cause."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:120]} … {text[-160:]}"
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname

@@ -1,0 +1,139 @@
+"""The settings of one training run. Imports neither jax nor numpy, so a command line starts fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from hylorada_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how fast, on what batches, and where the run is kept.
+
+    Args:
+        output_dir: directory of the run: adapter/, checkpoints/, metrics.jsonl, loss.png, run.json.
+        steps: optimizer steps, ≥ 1.
+        batch_size: rows per optimizer step, over all microbatches and devices.
+        microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
+            More parts take less memory and, without dropout, give the same result.
+        seq_len: tokens per row.
+        packing: several documents share a row, isolated from each other. The model must support segments.
+        learning_rate: peak rate of lora_A and all that follows it (method.md, section 7).
+        warmup_ratio: part of the steps over which the rates rise linearly from 0; then they fall to 0 so.
+        weight_decay: AdamW's decay of the leaves that decay.
+        max_grad_norm: global norm to which the gradient is clipped.
+        seed: seed of the shuffling and of dropout, in [0, 2³²).
+        eval_every: steps between evaluations; None evaluates before the first and after the last step only.
+        eval_stride: tokens between the windows of an evaluation; None takes ``seq_len``.
+        eval_tokens: evaluate on about this many tokens of the held-out documents; None takes all.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        keep_checkpoints: number of newest checkpoints kept, ≥ 1.
+        log_every: steps between lines of metrics.jsonl.
+        resume: go on from the newest usable checkpoint of ``output_dir`` (from the start if it has none).
+        overwrite: delete the run that ``output_dir`` holds.
+
+    Raises:
+        ConfigError: a value is out of range or contradicts another.
+
+    Example:
+        >>> TrainingConfig(output_dir="runs/a", steps=200).warmup_steps
+        6
+    """
+
+    output_dir: str | Path
+    steps: int
+    batch_size: int = 8
+    microbatches: int = 1
+    seq_len: int = 512
+    packing: bool = True
+    learning_rate: float = 2e-4
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_every: int | None = None
+    eval_stride: int | None = None
+    eval_tokens: int | None = None
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    log_every: int = 1
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "microbatches",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            self._require_int(name, 1)
+        self._require_int("seq_len", 2)
+        self._require_int("seed", 0)
+        for name in ("eval_every", "eval_stride", "eval_tokens"):
+            if getattr(self, name) is not None:
+                self._require_int(name, 1)
+        self._require_number("learning_rate", positive=True)
+        self._require_number("max_grad_norm", positive=True)
+        self._require_number("weight_decay", positive=False)
+        self._require_number("warmup_ratio", positive=False)
+        if self.warmup_ratio > 1:
+            raise ConfigError(
+                "warmup_ratio must be in [0, 1]", self.warmup_ratio, "Give a part of the steps, as 0.03."
+            )
+        if self.seed >= 2**32:
+            raise ConfigError("seed must be below 2³²", self.seed, "Choose a smaller seed.")
+        if self.batch_size % self.microbatches:
+            raise ConfigError(
+                "microbatches must divide batch_size",
+                f"batch_size={self.batch_size}, microbatches={self.microbatches}",
+                "Choose a batch_size that is a multiple of microbatches.",
+            )
+        if self.eval_stride is not None and self.eval_stride > self.seq_len:
+            raise ConfigError(
+                "eval_stride must not exceed seq_len, or tokens would be left out",
+                f"eval_stride={self.eval_stride}, seq_len={self.seq_len}",
+                "Choose a smaller stride.",
+            )
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "resume goes on with a run and overwrite deletes it",
+                "both",
+                "Choose one of resume and overwrite.",
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the rates rise: ⌈warmup_ratio · steps⌉."""
+        return math.ceil(self.warmup_ratio * self.steps)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that decide which numbers a run computes: two runs that differ here are two runs."""
+        free = (
+            "output_dir",
+            "resume",
+            "overwrite",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        )
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+    def _require_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} must be an integer ≥ {least}", repr(value), "Correct this setting.")
+
+    def _require_number(self, name: str, *, positive: bool) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value < 0 or (positive and value == 0):
+            bound = "> 0" if positive else "≥ 0"
+            raise ConfigError(f"{name} must be a finite number {bound}", repr(value), "Correct this setting.")

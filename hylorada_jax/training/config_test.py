@@ -1,0 +1,57 @@
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.training.config import TrainingConfig
+
+
+def make(**settings: Any) -> TrainingConfig:
+    defaults: dict[str, Any] = {"output_dir": "a", "steps": 10}
+    return TrainingConfig(**defaults | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"batch_size": 8, "microbatches": 3}, "microbatches"),
+        ({"seq_len": 1}, "seq_len"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"eval_every": 0}, "eval_every"),
+        ({"seq_len": 8, "eval_stride": 9}, "eval_stride"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints"),
+        ({"resume": True, "overwrite": True}, "resume"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        make(**settings)
+
+
+def test_fingerprint_has_what_changes_the_numbers_and_nothing_else():
+    base = make()
+    same = make(output_dir="b", resume=True, log_every=5, checkpoint_every=3, eval_every=7)
+    assert base.fingerprint() == same.fingerprint()
+    changes: list[dict[str, Any]] = [
+        {"steps": 11},
+        {"seed": 1},
+        {"batch_size": 4},
+        {"packing": False},
+        {"learning_rate": 1e-3},
+    ]
+    assert all(make(**change).fingerprint() != base.fingerprint() for change in changes)
+
+
+def test_config_imports_neither_jax_nor_numpy():
+    loaded = "sorted({'jax', 'numpy', 'torch'} & set(sys.modules))"
+    code = f"import sys, hylorada_jax.training.config; print({loaded})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,121 @@
+import json
+import sys
+
+import pytest
+
+from hylorada_jax.errors import DataError
+from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
+
+
+def write_jsonl(path, texts):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    return path
+
+
+def test_standard_library_is_divided_by_file_without_overlap():
+    train, held_out, both = (load_documents(PYTHON_STDLIB, split) for split in ("train", "eval", "all"))
+    names = [{document.name for document in side} for side in (train, held_out, both)]
+    assert names[0] | names[1] == names[2]
+    assert not names[0] & names[1]
+    assert not {document.text for document in train} & {document.text for document in held_out}
+    assert "argparse.py" in names[2]
+    assert not any(
+        part in name.split("/") for name in names[2] for part in ("test", "site-packages", "encodings")
+    )
+    # 5 % of some 500 files by hash: five standard deviations of the binomial are 5 percentage points.
+    assert 0 < len(held_out) / len(both) < 0.1
+
+
+def test_documents_come_from_files_globs_and_jsonl(tmp_path):
+    for name in ("b.txt", "a.txt", "blank.txt"):
+        (tmp_path / name).write_text("" if name == "blank.txt" else f"text of {name}")
+    assert [d.text for d in load_documents(tmp_path / "b.txt")] == ["text of b.txt"]
+    assert [d.text for d in load_documents(f"{tmp_path}/*.txt")] == ["text of a.txt", "text of b.txt"]
+    jsonl = write_jsonl(tmp_path / "c.jsonl", ["one", "", "two"])
+    assert load_documents(jsonl) == [(f"{jsonl}:1", "one"), (f"{jsonl}:3", "two")]
+
+
+def test_copies_of_one_text_stay_on_one_side_and_the_side_ignores_order(tmp_path):
+    texts = [f"record {i}" for i in range(200)]
+    jsonl = write_jsonl(tmp_path / "a.jsonl", texts + texts)
+    train, held_out = ({d.text for d in load_documents(jsonl, split)} for split in ("train", "eval"))
+    assert not train & held_out
+    assert train | held_out == set(texts)
+    backwards = write_jsonl(tmp_path / "b.jsonl", texts[::-1])
+    assert {d.text for d in load_documents(backwards, "eval")} == held_out
+
+
+@pytest.mark.parametrize("texts", [["x", "y"], ["x", "y", "z"], [f"line {i}\n" * 50 for i in range(4)]])
+def test_neither_side_is_empty(tmp_path, texts):
+    jsonl = write_jsonl(tmp_path / "a.jsonl", texts)
+    sides = [[d.text for d in load_documents(jsonl, split)] for split in ("train", "eval")]
+    assert all(sides)
+    assert sorted(sides[0] + sides[1]) == sorted(texts)
+
+
+def test_a_single_file_holds_out_its_last_lines(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    (train,), (held_out,) = (load_documents(tmp_path / "a.txt", split) for split in ("train", "eval"))
+    assert train.text + held_out.text == text
+    assert train.text.endswith("\n")
+    assert 0.04 < len(held_out.text) / len(text) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "said"),
+    [
+        ("absent.txt", None, "absent.txt"),
+        ("*.nothing", None, "match at least one"),
+        ("", None, "not a directory"),
+        ("empty.txt", b" \n", "text in it"),
+        ("latin.txt", "é".encode("latin-1"), "UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl:2"),
+        ("renamed.jsonl", b'{"body": "a"}\n', "renamed.jsonl:1: body"),
+        ("short.txt", b"a", "hold a part"),
+    ],
+)
+def test_unusable_data_is_refused_by_name(tmp_path, source, content, said):
+    if content is not None:
+        (tmp_path / source).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_documents(str(tmp_path / source), "train")
+    assert said in str(error.value)
+
+
+def test_an_unreachable_hub_dataset_is_a_data_error(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(DataError, match="no route"):
+        load_documents("owner/name")
+
+
+def test_of_a_hub_dataset_only_the_training_files_are_read(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    write_jsonl(tmp_path / "train.jsonl", ["seen"])
+    write_jsonl(tmp_path / "test.jsonl", ["unseen"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    assert [d.text for d in load_documents("owner/name")] == ["seen"]
+
+
+def test_parquet_is_read_by_its_text_column(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"n": [1, 2, 3], "text": ["one", None, "two"]}), path)
+    assert load_documents(path) == [(f"{path}:0", "one"), (f"{path}:2", "two")]
+    parquet.write_table(pyarrow.table({"body": ["one"]}), path)
+    with pytest.raises(DataError, match="body"):
+        load_documents(path)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        load_documents(tmp_path / "a.parquet")

@@ -1,0 +1,87 @@
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from hylorada_jax.errors import DataError
+from hylorada_jax.models.tokenizer import Tokenizer
+from hylorada_jax.training.corpus import Document
+from hylorada_jax.training.data import as_documents, digest, shuffled_batches, tokenize
+from hylorada_jax.training.packing import Rows
+
+
+def rows():
+    return Rows([np.arange(n) for n in (30, 40, 50)], 8)
+
+
+def drawn(batches, count):
+    return [next(batches)["row"].tolist() for _ in range(count)]
+
+
+def test_every_epoch_has_every_row_once_in_another_order():
+    n = len(rows())
+    order = np.concatenate(drawn(shuffled_batches(rows(), 3, seed=0), 2 * n // 3 + 1))
+    first, second = order[:n], order[n : 2 * n]
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() != list(range(n))
+
+
+def test_the_seed_decides_the_order():
+    assert drawn(shuffled_batches(rows(), 4, seed=1), 3) == drawn(shuffled_batches(rows(), 4, seed=1), 3)
+    assert drawn(shuffled_batches(rows(), 4, seed=1), 3) != drawn(shuffled_batches(rows(), 4, seed=2), 3)
+
+
+def test_an_iterator_goes_on_from_its_state_through_json():
+    batches = shuffled_batches(rows(), 4, seed=0)
+    drawn(batches, 5)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = drawn(batches, 6)
+    again = shuffled_batches(rows(), 4, seed=0)
+    again.set_state(state)
+    assert drawn(again, 6) == expected
+
+
+def test_a_batch_has_the_rows_it_names():
+    batch = next(shuffled_batches(rows(), 4, seed=0))
+    for i, row in enumerate(batch["row"]):
+        for name, values in rows()[row].items():
+            np.testing.assert_array_equal(batch[name][i], values)
+
+
+def test_documents_become_tokens_with_one_end_and_uncut():
+    backend = tokenizers.Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    documents = [Document("x", "a b a c"), Document("y", "b </s>"), Document("z", "b")]
+    found = tokenize(documents, Tokenizer(backend, {"eos_token": "</s>"}))
+    assert [tokens.tolist() for tokens in found] == [[1, 2, 1, 0, 3], [2, 3], [2, 3]]
+    assert [tokens.tolist() for tokens in tokenize(documents[2:], Tokenizer(backend))] == [[2]]
+
+
+def test_the_digest_depends_on_tokens_order_and_boundaries():
+    variants = [[[1, 2, 3]], [[1, 2], [3]], [[3], [1, 2]], [[1, 2, 4]], [[1, 2, 3], []]]
+    digests = [digest([np.array(tokens, np.int32) for tokens in variant]) for variant in variants]
+    assert len(set(digests)) == len(variants)
+    assert digest([np.array([1, 2, 3])]) == digests[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (["text"], "Tokenize"),
+        ([[1.5, 2.0]], "Tokenize"),
+        ([[[1, 2]]], "Tokenize"),
+        ([[1, 2], [3, 10]], "document 1: 3 … 10"),
+        ([[1, -1]], "document 0: -1 … 1"),
+        ([], "0 documents"),
+        ([[1], []], "2 documents"),
+    ],
+)
+def test_unusable_documents_are_named(data, said):
+    with pytest.raises(DataError, match=said):
+        as_documents(data, 10, "training")

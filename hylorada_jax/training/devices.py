@@ -1,0 +1,28 @@
+"""Data parallelism: rows are divided over the devices, everything else is on each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def replicate(tree: Any) -> Any:
+    """A tree with every leaf on every device; on a single device nothing is copied."""
+    return jax.device_put(tree, replicated())
+
+
+def replicated() -> NamedSharding:
+    """The sharding of a leaf that every device has whole."""
+    return NamedSharding(_mesh(), PartitionSpec())
+
+
+def shard_rows(batch: Any) -> Any:
+    """A batch with its rows divided over the devices, which must divide their number."""
+    return jax.device_put(batch, NamedSharding(_mesh(), PartitionSpec("data")))
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("data",))

@@ -1,0 +1,171 @@
+"""The loop over steps, and what happens between them: looking, evaluating, saving, stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hylorada_jax.errors import NonFiniteError
+from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
+from hylorada_jax.training.checkpoint import Checkpoints
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.devices import shard_rows
+from hylorada_jax.training.packing import Batch
+from hylorada_jax.training.report import MetricsLog, Speed
+from hylorada_jax.training.run_directory import RunDirectory
+from hylorada_jax.training.step import Metrics, TrainState
+
+
+class _Pending(NamedTuple):
+    """A step that was started and not yet looked at."""
+
+    step: int
+    batch: Batch
+    metrics: Metrics
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the loop over steps needs, and the loop.
+
+    Attributes:
+        config: the settings.
+        directory: where the run is kept.
+        checkpoints: where its states are saved.
+        log: where its metrics go.
+        frozen: the model's frozen tree, on the devices.
+        evaluator: of the held-out data, or None.
+    """
+
+    config: TrainingConfig
+    directory: RunDirectory
+    checkpoints: Checkpoints
+    log: MetricsLog
+    frozen: Any
+    evaluator: PerplexityEvaluator | None
+    _speed: Speed = dataclasses.field(default_factory=Speed)
+
+    def run(
+        self,
+        train_step: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]],
+        state: TrainState,
+        batches: grain.DatasetIterator[Batch],
+    ) -> TrainState:
+        """Trains to the last step.
+
+        A step's metrics are read only after the next step was started, so that the device never waits for
+        the host; before anything is saved or evaluated they are read at once, so that a state that is not
+        finite never reaches a checkpoint.
+
+        Args:
+            train_step: from :func:`make_train_step`.
+            state: where to go on from; consumed.
+            batches: positioned after the batch of ``state.step``.
+
+        Returns:
+            The state after the last step, saved.
+        """
+        config, start = self.config, int(state.step)
+        pending: _Pending | None = None
+        bar = tqdm(total=config.steps, initial=start, desc="training", unit="step")
+        with bar, _interrupts() as interrupted:
+            self._speed.restart()
+            for step in range(start + 1, config.steps + 1):
+                batch = next(batches)
+                rows = shard_rows({name: values for name, values in batch.items() if name != "row"})
+                state, metrics = train_step(state, self.frozen, rows)
+                self._look_at(pending, bar)
+                pending = _Pending(step, batch, metrics)
+                last = step == config.steps
+                if last or (config.eval_every is not None and step % config.eval_every == 0):
+                    self._look_at(pending, bar)
+                    pending = None
+                    self.evaluate(state)
+                stops = interrupted.is_set() and not last
+                if last or stops or step % config.checkpoint_every == 0:
+                    self._look_at(pending, bar)
+                    pending = None
+                    self.checkpoints.save(state, data=batches.get_state(), seed=config.seed)
+                if stops:
+                    self._stop(step)
+        return state
+
+    def evaluate(self, state: TrainState) -> None:
+        """Logs the held-out perplexity, if there is held-out data."""
+        if self.evaluator is None:
+            return
+        found = self.evaluator(state.adapters, self.frozen)
+        step = int(state.step)
+        if not np.isfinite(found.loss):
+            raise self._not_finite(f"an evaluation loss of {found.loss} after step {step}")
+        result = {"eval_loss": found.loss, "eval_perplexity": found.perplexity, "eval_tokens": found.tokens}
+        self.log.write({"step": step, **result})
+        tqdm.write(f"step {step}: held-out perplexity {found.perplexity:.3f} on {found.tokens:,} tokens")
+        self._speed.restart()
+
+    def _look_at(self, done: _Pending | None, bar: tqdm) -> None:
+        """Waits for a step, checks and reports it; nothing if it was looked at before."""
+        if done is None:
+            return
+        values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+        checked = {name: values[name] for name in ("loss", "grad_norm", "adapter_norm")}
+        if not np.isfinite(list(checked.values())).all():
+            np.savez(self.directory.nonfinite_batch, **done.batch)  # type: ignore[arg-type]
+            found = ", ".join(f"{name} {value}" for name, value in checked.items())
+            raise self._not_finite(
+                f"{found} at step {done.step}, on rows {done.batch['row'].tolist()} of the training data, "
+                f"saved in {self.directory.nonfinite_batch}"
+            )
+        speed = self._speed.add(values["tokens"])
+        if done.step % self.config.log_every == 0 or done.step == self.config.steps:
+            self.log.write({"step": done.step, **values, "tokens_per_second": round(speed, 1)})
+        bar.update()
+        bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:,.0f} tokens/s")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        self.checkpoints.wait()
+        return NonFiniteError(
+            "Loss, gradient and adapters must be finite",
+            what,
+            f"The last good state is {self.checkpoints.last}. Use a smaller learning_rate, more warm-up or "
+            "float32, and look at the batch.",
+        )
+
+    def _stop(self, step: int) -> None:
+        self.checkpoints.wait()
+        tqdm.write(
+            f"interrupted: step {step} is saved in {self.directory.path}; go on with resume (--resume)"
+        )
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt as ever.
+
+    An exception in the middle of a step would lose the state, which the step has consumed.
+    """
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield interrupted
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,165 @@
+"""LoRA+ and the parameter groups: which leaf learns at which rate, and which leaves decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.training.config import TrainingConfig
+
+
+class Group(NamedTuple):
+    """A row of the table in method.md, section 7: its own peak rate or None for the run's, and decay."""
+
+    rate: float | None = None
+    decays: bool = False
+
+
+GROUPS = {
+    "lora_A": Group(decays=True),
+    "lora_B": Group(decays=True),  # at the run's rate times lora_plus_ratio
+    "magnitude": Group(),
+    "gate": Group(),
+    "daa": Group(rate=1e-3),
+    "sparse": Group(rate=2e-4, decays=True),
+    "sparse_gate": Group(rate=2e-4),
+    "unfrozen": Group(decays=True),
+    "unfrozen_norm": Group(),
+}
+
+# What stands at the top of the adapter tree serves the whole model, and goes by its place.
+_LABEL_OF_PLACE = {"position_bias": "gate", "structure_encoder": "gate"}
+_LABEL_OF_LEAF = {
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "magnitude": "magnitude",
+    "magnitude_gate": "gate",
+    "residual_weight": "gate",
+    "position_scale": "gate",
+    "scale_from_structure": "gate",
+    "alpha": "daa",
+    "beta": "daa",
+    "position_bias": "daa",
+    "down": "sparse",
+    "up": "sparse",
+    "gate_scores": "sparse_gate",
+    "embedding": "unfrozen",
+    "scale": "unfrozen_norm",
+    "bias": "unfrozen_norm",
+}
+
+
+def label_tree(adapters: Any) -> Any:
+    """The group of every trainable leaf.
+
+    Args:
+        adapters: the trainable tree, nested dicts.
+
+    Returns:
+        A congruent tree of names in ``GROUPS``.
+
+    Raises:
+        ConfigError: a leaf belongs to no group; its path is named.
+
+    Example:
+        >>> label_tree({"q_proj": {"lora_A": 0.0, "magnitude_gate": 0.0}, "position_bias": {"bias": 0.0}})
+        {'position_bias': {'bias': 'gate'}, 'q_proj': {'lora_A': 'lora_A', 'magnitude_gate': 'gate'}}
+
+    Source: method.md, section 7.
+    """
+
+    def label(path: tuple[Any, ...], _: object) -> str:
+        names = [str(key.key) for key in path]
+        found = _LABEL_OF_PLACE.get(names[0]) or _LABEL_OF_LEAF.get(names[-1])
+        if found is None:
+            raise ConfigError(
+                f"Every trainable leaf belongs to a group: {', '.join(_LABEL_OF_LEAF)}, or a place "
+                f"{', '.join(_LABEL_OF_PLACE)}",
+                "/".join(names),
+                "Add the leaf to the table in hylorada_jax/training/optimizer.py.",
+            )
+        return found
+
+    return jax.tree_util.tree_map_with_path(label, adapters)
+
+
+def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+    """Linear warm-up, then linear decay to 0, as a part of the peak rate.
+
+        f(t) = t / w  for t < w,   else (T - t) / (T - w)
+
+    Args:
+        config: ``steps`` is T, ``warmup_steps`` is w.
+
+    Returns:
+        f, from the number of steps done to the factor on every peak rate.
+
+    Source: the schedule of Devlin et al. 2019 (BERT), appendix A.2.
+    """
+    total, warmup = config.steps, config.warmup_steps
+
+    def factor(step: Int[Array, ""]) -> Float[Array, ""]:
+        rising = step / max(warmup, 1)
+        falling = (total - step) / max(total - warmup, 1)
+        return jnp.clip(jnp.where(step < warmup, rising, falling), 0, 1)
+
+    return factor
+
+
+def peak_rates(training: TrainingConfig, config: HyLoRADAConfig) -> dict[str, float]:
+    """The peak learning rate of each group.
+
+    Args:
+        training: ``learning_rate`` is read.
+        config: ``lora_plus_enabled`` and ``lora_plus_ratio`` are read.
+
+    Returns:
+        A rate for every name in ``GROUPS``.
+
+    Source: method.md, section 7; the ratio is LoRA+, Hayou et al. 2024.
+    """
+    rates = {label: group.rate or training.learning_rate for label, group in GROUPS.items()}
+    if config.lora_plus_enabled:
+        rates["lora_B"] *= config.lora_plus_ratio
+    return rates
+
+
+def make_optimizer(
+    adapters: Any, training: TrainingConfig, config: HyLoRADAConfig
+) -> optax.GradientTransformation:
+    """AdamW per group, after clipping by the global norm over all leaves.
+
+    Args:
+        adapters: the trainable tree; its leaf names decide the groups.
+        training: rates, decay, schedule and clipping.
+        config: LoRA+.
+
+    Returns:
+        The optax transformation.
+
+    Raises:
+        ConfigError: a leaf belongs to no group.
+
+    Source: method.md, section 7; AdamW is Loshchilov and Hutter 2019, with β = (0.9, 0.999) and ε = 1e-8.
+    """
+    factor = schedule(training)
+    labels = label_tree(adapters)
+
+    def adamw(label: str, peak: float) -> optax.GradientTransformation:
+        decay = training.weight_decay if GROUPS[label].decays else 0.0
+        return optax.adamw(lambda step: peak * factor(step), weight_decay=decay)
+
+    present = set(jax.tree.leaves(labels))
+    groups = {
+        label: adamw(label, peak) for label, peak in peak_rates(training, config).items() if label in present
+    }
+    return optax.chain(
+        optax.clip_by_global_norm(training.max_grad_norm), optax.multi_transform(groups, labels)
+    )

@@ -1,0 +1,152 @@
+"""Documents of tokens into rows of one length: windows, packed so that documents cannot see each other."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hylorada_jax.math.loss import IGNORED
+
+Batch = dict[str, np.ndarray]
+"""Rows of equal length, int32 [rows, seq_len] under each of the names that ``Rows`` lists."""
+
+
+class Window(NamedTuple):
+    """The tokens start … stop−1 of a document; each predicts its next, and counts from ``scored`` on."""
+
+    document: int
+    start: int
+    stop: int
+    scored: int
+
+
+class Rows:
+    """Random access to the rows that a list of documents makes.
+
+    A document of n tokens has n − 1 predictions. It is cut into windows of at most ``seq_len`` inputs, a
+    window every ``stride`` tokens, so that every prediction counts exactly once, in the first window that
+    has it. Windows are packed into rows of ``seq_len`` tokens, best fit, longest first.
+
+    A row has ``input_ids``; ``targets``, the next token or -1 where nothing is predicted or counted;
+    ``segment_ids``, 1, 2, 3 … for the windows in the row and 0 for padding; and ``position_ids``, which
+    restart at 0 in every window.
+
+    Args:
+        documents: token ids, one [n] int array per document; one of fewer than 2 tokens gives no row.
+        seq_len: tokens per row.
+        stride: tokens between the starts of windows, 1 … seq_len; None takes ``seq_len`` (no overlap).
+        packing: several windows may share a row. Otherwise each has its own, padded on the right.
+
+    Example:
+        >>> rows = Rows([np.array([5, 6, 7]), np.array([8, 9])], seq_len=4)
+        >>> {name: values.tolist() for name, values in rows[0].items()}  # doctest: +NORMALIZE_WHITESPACE
+        {'input_ids': [5, 6, 8, 0], 'targets': [6, 7, 9, -1],
+         'segment_ids': [1, 1, 2, 0], 'position_ids': [0, 1, 0, 0]}
+
+    Source: the windows are those of the Hugging Face guide "Perplexity of fixed-length models"; best-fit
+    packing is Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        seq_len: int,
+        *,
+        stride: int | None = None,
+        packing: bool = True,
+    ) -> None:
+        self._documents = documents
+        self._seq_len = seq_len
+        self._windows = [
+            window
+            for number, tokens in enumerate(documents)
+            for window in _cut(number, len(tokens), seq_len, stride or seq_len)
+        ]
+        lengths = [window.stop - window.start for window in self._windows]
+        self._rows = best_fit(lengths, seq_len) if packing else [[i] for i in range(len(lengths))]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        row = empty_rows(self._seq_len)
+        at = 0
+        for segment, number in enumerate(self._rows[index], start=1):
+            window = self._windows[number]
+            tokens = self._documents[window.document][window.start : window.stop + 1]
+            here = slice(at, at + len(tokens) - 1)
+            row["input_ids"][here] = tokens[:-1]
+            row["targets"][here] = tokens[1:]
+            row["targets"][at : at + window.scored - window.start] = IGNORED
+            row["segment_ids"][here] = segment
+            row["position_ids"][here] = np.arange(len(tokens) - 1)
+            at = here.stop
+        return row
+
+    def batches(self, batch_size: int, *, tokens: int | None = None) -> Iterator[Batch]:
+        """The rows once, in order; the last batch is filled up with rows of padding.
+
+        Args:
+            batch_size: rows per batch.
+            tokens: take only as many rows as hold this many tokens, spread evenly over all of them.
+
+        Returns:
+            The batches, [batch_size, seq_len] under every name.
+        """
+        count = len(self) if tokens is None else min(len(self), -(-tokens // self._seq_len))
+        chosen = [i * len(self) // count for i in range(count)]
+        for first in range(0, count, batch_size):
+            rows = [self[i] for i in chosen[first : first + batch_size]]
+            rows += [empty_rows(self._seq_len)] * (batch_size - len(rows))
+            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def empty_rows(*shape: int) -> Batch:
+    """Rows of nothing but padding."""
+    batch = {
+        name: np.zeros(shape, np.int32) for name in ("input_ids", "targets", "segment_ids", "position_ids")
+    }
+    batch["targets"][...] = IGNORED
+    return batch
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pieces into rows: the longest piece first, each into the row it leaves least room in.
+
+    Args:
+        lengths: length of each piece, 1 … capacity.
+        capacity: length of a row.
+
+    Returns:
+        The numbers of the pieces in each row.
+
+    Example:
+        >>> best_fit([3, 1, 4, 1, 2], 5)
+        [[2, 1], [0, 4], [3]]
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (room left, row), ascending
+    for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(room, (lengths[piece], 0))
+        if at < len(room):
+            left, row = room.pop(at)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if left > lengths[piece]:
+            insort(room, (left - lengths[piece], row))
+    return rows
+
+
+def _cut(document: int, length: int, seq_len: int, stride: int) -> Iterator[Window]:
+    """The windows of one document; no prediction counts twice."""
+    inputs = length - 1  # the last token has nothing to predict
+    start = scored = 0
+    while scored < inputs:
+        stop = min(start + seq_len, inputs)
+        yield Window(document, start, stop, scored)
+        start, scored = start + stride, stop

@@ -1,0 +1,78 @@
+"""Laws: every prediction counts once, in a row of its own document; and hypothesis looks for exceptions."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hylorada_jax.training.packing import Rows, best_fit
+
+lengths = st.lists(st.integers(0, 40), max_size=12)
+
+
+def numbered(lengths):
+    """Documents whose tokens are all different, so that a token says where it stood."""
+    starts = np.cumsum([0, *lengths])
+    return [np.arange(start, start + n, dtype=np.int32) for start, n in zip(starts, lengths, strict=False)]
+
+
+@given(lengths, st.integers(1, 9), st.data(), st.booleans())
+def test_every_prediction_counts_exactly_once_with_its_own_context(lengths, seq_len, data, packing):
+    stride = data.draw(st.integers(1, seq_len))
+    documents = numbered(lengths)
+    rows = Rows(documents, seq_len, stride=stride, packing=packing)
+    scored = []
+    for i in range(len(rows)):
+        row = rows[i]
+        counted = row["targets"] >= 0
+        scored += row["targets"][counted].tolist()
+        # The target follows its input, and the inputs of a segment follow each other.
+        assert (row["targets"][counted] == row["input_ids"][counted] + 1).all()
+        for segment in range(1, row["segment_ids"].max() + 1):
+            inside = row["segment_ids"] == segment
+            n = inside.sum()
+            assert (row["position_ids"][inside] == np.arange(n)).all()
+            assert (np.diff(row["input_ids"][inside]) == 1).all()
+            # With a stride, a prediction past the first window has seq_len − stride tokens or more before it.
+            first_counted = np.flatnonzero(inside & counted)[0] - np.flatnonzero(inside)[0]
+            begins_document = row["input_ids"][inside][0] in {int(d[0]) for d in documents if len(d)}
+            assert begins_document or first_counted == seq_len - stride
+        assert packing or row["segment_ids"].max() == 1
+        assert (row["targets"][row["segment_ids"] == 0] == -1).all()
+    assert sorted(scored) == [int(token) for tokens in documents for token in tokens[1:]]
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_best_fit_places_every_piece_and_overfills_no_row(lengths):
+    rows = best_fit(lengths, 20)
+    assert sorted(piece for row in rows for piece in row) == list(range(len(lengths)))
+    filled = [sum(lengths[piece] for piece in row) for row in rows]
+    assert all(0 < n <= 20 for n in filled)
+    # Two rows that are at most half full would have been one: no fitting algorithm leaves them.
+    assert sum(n <= 10 for n in filled) <= 1
+
+
+def test_packing_fills_rows():
+    rng = np.random.default_rng(0)
+    documents = [np.ones(n, np.int32) for n in rng.integers(2, 300, 400)]
+    rows = Rows(documents, 128)
+    tokens = sum(len(d) - 1 for d in documents)
+    # Many pieces of all sizes leave less than 1 % of padding, where a row for each piece leaves a third.
+    assert len(rows) <= tokens / 128 * 1.01 + 1
+    assert len(Rows(documents, 128, packing=False)) > 1.3 * len(rows)
+
+
+def test_batches_have_every_row_once_and_one_shape():
+    rows = Rows(numbered([7, 7, 7, 7, 7]), 6)
+    batches = list(rows.batches(2))
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 6)] * 3
+    stacked = np.concatenate([batch["targets"] for batch in batches])
+    np.testing.assert_array_equal(stacked[:5], np.stack([rows[i]["targets"] for i in range(5)]))
+    assert (stacked[5] == -1).all()
+    (some,) = rows.batches(2, tokens=7)  # two rows of 6 hold 7 tokens: the first, and one from the middle
+    np.testing.assert_array_equal(some["input_ids"], np.stack([rows[i]["input_ids"] for i in (0, 2)]))
+
+
+@pytest.mark.parametrize("documents", [[], [np.array([], np.int32)], [np.array([3], np.int32)]])
+def test_nothing_to_predict_makes_no_row(documents):
+    assert len(Rows(documents, 4)) == 0

@@ -1,0 +1,63 @@
+import math
+
+import pytest
+
+from hylorada_jax.training import report
+from hylorada_jax.training.report import MetricsLog, Speed, plot_losses, read_metrics
+
+
+def test_lines_up_to_the_resumed_step_stay_and_later_ones_go(tmp_path):
+    path, board = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    with MetricsLog(path, board, last_step=0) as log:
+        for step in (1, 2, 3):
+            log.write({"step": step, "loss": step / 3})
+        log.write({"step": 3, "eval_loss": 2.0})
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    with MetricsLog(path, board, last_step=2) as log:
+        assert log.evaluation_at(3) is None
+        log.write({"step": 3, "eval_loss": 3.0})
+        assert log.evaluation_at(3) == {"step": 3, "eval_loss": 3.0}
+    expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "eval_loss": 3.0}]
+    assert read_metrics(path) == expected
+
+
+def test_speed_is_tokens_over_time_since_the_restart(monkeypatch):
+    now = iter([0.0, 1.0, 2.0, 10.0, 12.0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
+    speed = Speed()
+    assert (speed.add(100), speed.add(300)) == (100.0, 200.0)
+    speed.restart()
+    assert speed.add(50) == 25.0
+
+
+def test_the_running_mean_starts_without_bias_and_follows():
+    mean = report._running_mean([5.0] * 50 + [1.0] * 50)
+    assert mean[:50] == pytest.approx([5.0] * 50)
+    assert mean[-1] == pytest.approx(1.0, abs=1e-3)  # (1 − 1/5)^50 of the step is left
+
+
+@pytest.mark.parametrize("records", [[{"step": 1, "loss": 2.0}], [{"step": 0, "eval_loss": 1.0}]])
+def test_a_plot_of_little_is_still_a_png(tmp_path, records):
+    plot_losses(records, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_has_every_value(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board", last_step=0) as log:
+        log.write({"step": 7, "loss": 0.5, "learning_rate": 1e-3})
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["learning_rate", "loss"]
+    (loss,) = events.Scalars("loss")
+    assert (loss.step, loss.value) == (7, 0.5)
+
+
+def test_without_tensorboard_nothing_is_written_for_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboard.summary.writer.event_file_writer", None)
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board", last_step=0) as log:
+        log.write({"step": 1, "loss": math.pi})
+    assert not (tmp_path / "board").exists()

@@ -1,0 +1,123 @@
+"""One optimizer step as one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from hylorada_jax.math.loss import token_nll
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.optimizer import schedule
+
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes in training.
+
+    Attributes:
+        step: optimizer steps done, int32 scalar.
+        adapters: the trainable tree.
+        opt_state: the optimizer's state.
+    """
+
+    step: Int[Array, ""]
+    adapters: Any
+    opt_state: Any
+
+
+def init_state(adapters: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the adapters are copied, for the step consumes its argument."""
+    adapters = jax.tree.map(jnp.copy, adapters)
+    return TrainState(jnp.int32(0), adapters, optimizer.init(adapters))
+
+
+def make_train_step(
+    model: HyLoRADAModel, optimizer: optax.GradientTransformation, config: TrainingConfig
+) -> jax.stages.Wrapped:
+    """A function that does one optimizer step.
+
+        R = resolve(adapters);   g_R = Σ_microbatches ∂(Σ_t nll_t)/∂R;   g = (∂R/∂adapters)ᵀ g_R / tokens
+
+    The column scales are resolved once, and the gradient of what they were resolved to is pulled back once,
+    however many microbatches there are. Loss and gradient are means over all scored tokens of the step, so
+    the number of microbatches does not change them (with dropout it changes the masks).
+
+    Args:
+        model: the adapted model; its frozen tree is an argument of the step, not a constant of the program.
+        optimizer: from :func:`make_optimizer`.
+        config: microbatches, seed and schedule are read.
+
+    Returns:
+        ``step(state, frozen, batch) -> (state, metrics)``, jitted; ``state`` is donated. ``frozen`` is
+        ``model.frozen``; ``batch`` has the arrays of :class:`Rows`, [batch, seq_len]. Metrics: ``loss`` (mean
+        nll in nats), ``grad_norm`` (before clipping), ``adapter_norm`` (after the step), ``learning_rate``
+        (of lora_A), ``tokens`` (scored).
+    """
+    factor = schedule(config)
+
+    def step(state: TrainState, frozen: Any, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
+        resolved, pull = jax.vjp(lambda adapters: model.resolve(adapters, frozen), state.adapters)
+        step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def loss_sum(resolved: Any, rows: Mapping[str, Array], key: Array) -> Array:
+            rngs = {"dropout": key}
+            hidden = model.hidden_resolved(
+                resolved, **model_inputs(model, rows), frozen=frozen, train=True, rngs=rngs
+            )
+            return score(hidden, model.head(frozen), rows["targets"]).sum()
+
+        def add_microbatch(total: Any, numbered: tuple[Array, Mapping[str, Array]]) -> tuple[Any, None]:
+            number, rows = numbered
+            key = jax.random.fold_in(step_key, number)
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(resolved, rows, key)), None
+
+        rows = jax.tree.map(lambda x: _microbatches(x, config.microbatches), dict(batch))
+        loss_shape = jax.eval_shape(loss_sum, resolved, jax.tree.map(lambda x: x[0], rows), step_key)
+        zero = jnp.zeros((), loss_shape.dtype), jax.tree.map(jnp.zeros_like, resolved)
+        (loss, cotangent), _ = jax.lax.scan(add_microbatch, zero, (jnp.arange(config.microbatches), rows))
+
+        tokens = jnp.sum(batch["targets"] >= 0)
+        # A row always predicts something, but a user's own batch may not: 0/1 is a loss of 0, not NaN.
+        mean = 1 / jnp.maximum(tokens, 1)
+        (gradient,) = pull(jax.tree.map(lambda g: (g * mean).astype(g.dtype), cotangent))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.adapters)
+        adapters = optax.apply_updates(state.adapters, updates)
+        metrics = {
+            "loss": loss * mean,
+            "grad_norm": optax.tree.norm(gradient),
+            "adapter_norm": optax.tree.norm(adapters),
+            "learning_rate": config.learning_rate * factor(state.step),
+            "tokens": tokens,
+        }
+        return TrainState(state.step + 1, adapters, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def model_inputs(model: Any, rows: Mapping[str, Array]) -> dict[str, Array]:
+    """What a model is given of some rows: segments where it knows them, else a padding mask."""
+    inputs = {name: rows[name] for name in ("input_ids", "position_ids", "segment_ids")}
+    base = getattr(model, "base", model)
+    if not base.supports_segments:
+        inputs["attention_mask"] = (inputs.pop("segment_ids") > 0).astype(jnp.int32)
+    return inputs
+
+
+def score(hidden: Array, head: Array, targets: Array) -> Array:
+    """Negative log-likelihoods [batch, seq] of the targets; 0 where a target is ignored."""
+    return token_nll(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)).reshape(targets.shape)
+
+
+def _microbatches(x: Array, count: int) -> Array:
+    """[batch, ...] -> [count, batch / count, ...]: part i takes rows i, i + count, …
+
+    Where the rows are sharded over devices, every part then has its share on each of them.
+    """
+    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,184 @@
+"""Oracle: jax.grad of the plain mean cross-entropy over full logits, in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.math.loss import token_nll
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.training import step as step_module
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.optimizer import make_optimizer
+from hylorada_jax.training.packing import Rows
+from hylorada_jax.training.step import init_state, make_train_step
+
+CONFIG = HyLoRADAConfig(method="hylorada_v1", lora_rank=2)
+
+
+def tiny_model(config=CONFIG, vocab=37, dtype=jnp.float32, **shape):
+    hf = {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    decoder = DecoderConfig.from_hf(hf | shape)
+    return HyLoRADAModel(CausalLM.from_config(decoder, jax.random.key(0), dtype=dtype), config)
+
+
+def documents(count=12, vocab=37, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, n, dtype=np.int32) for n in rng.integers(3, 30, count)]
+
+
+def trained(adapters, seed=1):
+    """Adapters away from their initial values, where B = 0 hides half of the gradients."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), adapters)
+
+
+def first_batch(rows, batch_size):
+    return next(rows.batches(batch_size))
+
+
+def plain_loss(model, adapters, batch, frozen):
+    """Mean nll of one batch over full logits."""
+    inputs = {name: batch[name] for name in ("position_ids", "segment_ids")}
+    logits = model.apply(adapters, batch["input_ids"], frozen=frozen, **inputs).logits
+    targets = batch["targets"]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    return jnp.where(targets >= 0, nll, 0).sum() / (targets >= 0).sum()
+
+
+@pytest.mark.parametrize(("microbatches", "tied"), [(1, True), (4, False)])
+def test_step_is_the_optimizer_on_the_mean_loss_whatever_the_microbatches(microbatches, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    with jax.enable_x64(True):
+        wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
+        adapters, frozen = wide(trained(model.adapters)), wide(model.frozen)
+        batch = first_batch(Rows(documents(), 16), 4)
+        training = TrainingConfig(
+            output_dir="run", steps=10, batch_size=4, microbatches=microbatches, warmup_ratio=0.0
+        )
+        optimizer = make_optimizer(adapters, training, CONFIG)
+        expected_loss, gradient = jax.value_and_grad(lambda a: plain_loss(model, a, batch, frozen))(adapters)
+        updates, _ = optimizer.update(gradient, optimizer.init(adapters), adapters)
+        expected = optax.apply_updates(adapters, updates)
+
+        step = make_train_step(model, optimizer, training)
+        state, metrics = step(init_state(adapters, optimizer), frozen, batch)
+        # float64: only the order of sums differs.
+        assert float(metrics["loss"]) == pytest.approx(float(expected_loss), rel=1e-12)
+        assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-11)
+        assert float(metrics["adapter_norm"]) == pytest.approx(float(optax.tree.norm(expected)), rel=1e-11)
+        assert int(metrics["tokens"]) == (batch["targets"] >= 0).sum()
+        # Adam divides by √v, which magnifies the rounding of a gradient near 0: hence 1e-8 on steps of 1e-4.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), state.adapters, expected
+        )
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.adapters, adapters)
+        assert min(jax.tree.leaves(moved)) > 1e-5
+
+
+def test_a_bfloat16_base_trains_float32_adapters():
+    batch = first_batch(Rows(documents(), 16), 4)
+    training = TrainingConfig(output_dir="run", steps=10, batch_size=4, warmup_ratio=0.0)
+    losses = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = tiny_model(dtype=dtype)
+        optimizer = make_optimizer(model.adapters, training, CONFIG)
+        step = make_train_step(model, optimizer, training)
+        state, metrics = step(init_state(model.adapters, optimizer), model.frozen, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.adapters, metrics["loss"]))} == {
+            jnp.dtype("f4")
+        }
+        losses.append(float(metrics["loss"]))
+    # bfloat16 keeps 8 bits: 0.4 % per rounding of logits of size 0.1, on a loss near ln 37 = 3.6.
+    assert losses[1] == pytest.approx(losses[0], abs=5e-3)
+    assert losses[1] != losses[0]
+
+
+def test_packed_log_probabilities_equal_the_separate_ones():
+    model, texts = tiny_model(), documents()
+    model.adapters = trained(model.adapters)
+
+    def log_probabilities(rows):
+        found = {}
+        for batch in rows.batches(2):
+            logits = model(
+                **{name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")}
+            ).logits
+            log_p = np.asarray(jax.nn.log_softmax(logits))
+            for r, segments in enumerate(batch["segment_ids"]):
+                for segment in range(1, segments.max() + 1):
+                    inside = segments == segment
+                    found[tuple(batch["input_ids"][r][inside])] = log_p[r, inside]
+        return found
+
+    packed, separate = (log_probabilities(Rows(texts, 32, packing=p)) for p in (True, False))
+    assert len(Rows(texts, 32)) < len(texts) == len(separate)
+    assert packed.keys() == separate.keys()
+    for key, values in packed.items():
+        np.testing.assert_allclose(values, separate[key], rtol=0, atol=1e-5)  # the issue's own tolerance
+
+
+def test_dropout_masks_depend_on_seed_and_step_only():
+    config = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, lora_dropout=0.5)
+    model = tiny_model(config)
+    batch = first_batch(Rows(documents(), 16), 4)
+
+    def losses(seed, steps):
+        training = TrainingConfig(output_dir="run", steps=10, batch_size=4, seed=seed)
+        optimizer = make_optimizer(model.adapters, training, config)
+        step = make_train_step(model, optimizer, training)
+        for at in steps:
+            state = init_state(trained(model.adapters), optimizer)._replace(step=jnp.int32(at))
+            yield float(step(state, model.frozen, batch)[1]["loss"])
+
+    (first, again, other_step), (other_seed,) = losses(0, [3, 3, 4]), losses(1, [3])
+    assert first == again
+    assert len({first, other_step, other_seed}) == 3
+
+
+def test_a_second_step_does_not_compile_again_and_holds_no_weights():
+    model = tiny_model(vocab=5_000)
+    training = TrainingConfig(output_dir="run", steps=10, batch_size=4)
+    optimizer = make_optimizer(model.adapters, training, CONFIG)
+    step = make_train_step(model, optimizer, training)
+    state = init_state(model.adapters, optimizer)
+    batch = first_batch(Rows(documents(), 16), 4)
+    # 5,000 · 16 weights of the embedding alone would take 640,000 characters as a constant.
+    assert len(step.lower(state, model.frozen, batch).as_text()) < 500_000
+    for _ in range(2):
+        state, _ = step(state, model.frozen, batch)
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_temporary_memory_of_the_step_does_not_grow_with_vocab(monkeypatch, tied):
+    chunk = 2**15
+    monkeypatch.setattr(step_module, "token_nll", partial(token_nll, chunk_elements=chunk))
+    config = HyLoRADAConfig(method="lora", lora_rank=2)  # the smallest program to compile
+
+    def temporary_bytes(vocab):
+        model = tiny_model(config, vocab=vocab, tie_word_embeddings=tied)
+        training = TrainingConfig(output_dir="run", steps=10, batch_size=32)
+        optimizer = make_optimizer(model.adapters, training, config)
+        batch = first_batch(Rows(documents(200), 32), 32)
+        step = make_train_step(model, optimizer, training)
+        compiled = step.lower(init_state(model.adapters, optimizer), model.frozen, batch).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    small, large = temporary_bytes(2**11), temporary_bytes(2**14)
+    # The CPU's products want an untied kernel [d, vocab] transposed, once: a copy of the head, not of logits.
+    transposed_head = 0 if tied else (2**14 - 2**11) * 16 * 4
+    assert large - small <= chunk * 4 + transposed_head, (small, large)
+    # The law would also hold for a program that is as large at both sizes: the full logits are 64 MiB.
+    assert large < 32 * 32 * 2**14 * 4 / 8, large

@@ -1,0 +1,187 @@
+"""The trainer: a model, data and settings become a run in a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.training.checkpoint import Checkpoints
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.data import as_documents, digest, shuffled_batches
+from hylorada_jax.training.devices import replicate
+from hylorada_jax.training.loop import Loop
+from hylorada_jax.training.optimizer import make_optimizer
+from hylorada_jax.training.packing import Rows
+from hylorada_jax.training.report import MetricsLog, Record, plot_losses
+from hylorada_jax.training.run_directory import RunDirectory
+from hylorada_jax.training.step import init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves.
+
+    Attributes:
+        steps: optimizer steps done.
+        losses: training loss at each logged step, in nats per token.
+        perplexity_before: on the held-out data before the first step; None without such data.
+        perplexity_after: after the last step.
+        adapter: directory of the saved adapter.
+        metrics: metrics.jsonl.
+        loss_plot: loss.png.
+    """
+
+    steps: int
+    losses: list[float]
+    perplexity_before: float | None
+    perplexity_after: float | None
+    adapter: Path
+    metrics: Path
+    loss_plot: Path
+
+
+class HyLoRADATrainer:
+    """Trains a model's adapters and keeps the run in a directory.
+
+    The directory gets adapter/ (the result), checkpoints/, metrics.jsonl, loss.png and run.json (what the run
+    is). A run that was killed at any moment goes on with ``resume=True`` and ends with the same bits. All
+    settings are checked here, before any work.
+
+    Args:
+        model: what is trained; at the end it has the trained adapters.
+        train_data: token ids of each document (:func:`load_documents`, then :func:`tokenize`).
+        eval_data: the same of the held-out documents, or None.
+        config: the settings.
+
+    Raises:
+        ConfigError: packing is asked for and the model knows no segments, or the devices do not divide the
+            rows.
+        DataError: there is too little data, or a token id is outside the vocabulary.
+        CheckpointError: the output directory holds a run and neither resume nor overwrite is set.
+
+    Example:
+        >>> config = TrainingConfig(output_dir="runs/a", steps=200)
+        >>> result = HyLoRADATrainer(model, train, held_out, config).train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: HyLoRADAModel,
+        train_data: Sequence[Any],
+        eval_data: Sequence[Any] | None,
+        config: TrainingConfig,
+    ) -> None:
+        self._model, self._config = model, config
+        self._directory = RunDirectory(config.output_dir)
+        self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
+        _check_batches(model, config)
+
+        vocab = jax.eval_shape(model.head, model.frozen).shape[0]
+        documents = as_documents(train_data, vocab, "training")
+        held_out = None if eval_data is None else as_documents(eval_data, vocab, "evaluation")
+        if (tokens := sum(map(len, documents))) <= config.seq_len:
+            received = f"{tokens} tokens for a seq_len of {config.seq_len}"
+            rule = "The training data must fill a row"
+            raise DataError(rule, received, "Give more text, or a smaller seq_len.")
+        self._rows = Rows(documents, config.seq_len, packing=config.packing)
+        self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
+        self._fingerprint = {
+            "model": model.base.name,
+            "adapter": model.config.to_dict(),
+            "training": config.fingerprint(),
+            "train_data": digest(documents),
+            "eval_data": held_out and digest(held_out),
+        }
+
+    def train(self) -> TrainingResult:
+        """Runs to the last step, from the start or from the newest usable checkpoint.
+
+        Returns:
+            Perplexities, losses and the places of the files.
+
+        Raises:
+            NonFiniteError: a loss or a gradient became NaN or infinite; the error names the step, the file
+                with the batch, and the last good checkpoint.
+            CheckpointError: a checkpoint or another file could not be written, or none can be used.
+            KeyboardInterrupt: after an interrupt, once a checkpoint is written. A second one does not wait.
+        """
+        config, directory = self._config, self._directory
+        try:
+            directory.open(self._fingerprint, resume=config.resume, overwrite=config.overwrite)
+            with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
+                return self._train(checkpoints)
+        except OSError as error:  # a full disk also meets the small files
+            raise CheckpointError(
+                "The output directory must be writable",
+                f"{directory.path}: {error}",
+                "Free some space, then go on with resume (--resume).",
+            ) from error
+
+    def _train(self, checkpoints: Checkpoints) -> TrainingResult:
+        config, directory, model = self._config, self._directory, self._model
+        optimizer = make_optimizer(model.adapters, config, model.config)
+        state = replicate(init_state(model.adapters, optimizer))
+        batches = shuffled_batches(self._rows, config.batch_size, config.seed)
+        if found := checkpoints.restore(state, seed=config.seed):
+            state, position = found
+            batches.set_state(position)
+        elif config.resume and directory.metrics.exists():
+            print(f"{directory.path} has no checkpoint yet: starting from the first step")
+        start = int(state.step)
+        with MetricsLog(directory.metrics, directory.tensorboard, last_step=start) as log:
+            loop = Loop(config, directory, checkpoints, log, replicate(model.frozen), self._evaluator)
+            if start == 0 and log.evaluation_at(0) is None:
+                loop.evaluate(state)
+            state = loop.run(make_train_step(model, optimizer, config), state, batches)
+            checkpoints.wait()
+            # Through the host: the frozen weights that the model still has are on one device.
+            model.adapters = jax.device_put(jax.device_get(state.adapters))
+            model.save_pretrained(directory.adapter, overwrite=True)
+            plot_losses(log.records, directory.loss_plot)
+            return TrainingResult(
+                steps=config.steps,
+                losses=[record["loss"] for record in log.records if "loss" in record],
+                perplexity_before=_perplexity(log.evaluation_at(0)),
+                perplexity_after=_perplexity(log.evaluation_at(config.steps)),
+                adapter=directory.adapter,
+                metrics=directory.metrics,
+                loss_plot=directory.loss_plot,
+            )
+
+
+def _evaluator(model: HyLoRADAModel, documents: Sequence[Any], config: TrainingConfig) -> PerplexityEvaluator:
+    return PerplexityEvaluator(
+        model,
+        documents,
+        seq_len=config.seq_len,
+        stride=config.eval_stride or config.seq_len,
+        batch_size=config.batch_size // config.microbatches,
+        max_tokens=config.eval_tokens,
+    )
+
+
+def _perplexity(record: Record | None) -> float | None:
+    return None if record is None else record["eval_perplexity"]
+
+
+def _check_batches(model: HyLoRADAModel, config: TrainingConfig) -> None:
+    if config.packing and not model.base.supports_segments:
+        raise ConfigError(
+            "packing needs a model that keeps packed documents apart",
+            f"{model.base.name} knows no segment_ids",
+            "Set packing=False, or load the model into our own decoder.",
+        )
+    rows, devices = config.batch_size // config.microbatches, jax.device_count()
+    if rows % devices:
+        raise ConfigError(
+            "The number of devices must divide batch_size / microbatches",
+            f"{config.batch_size} / {config.microbatches} = {rows} rows, {devices} devices",
+            f"Choose a batch_size that is a multiple of {devices * config.microbatches}.",
+        )

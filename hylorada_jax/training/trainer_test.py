@@ -1,0 +1,332 @@
+"""Oracle of every interrupted run: the run that was never interrupted, bit for bit."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.training import loop as loop_module
+from hylorada_jax.training import trainer as trainer_module
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.devices import shard_rows
+from hylorada_jax.training.report import MetricsLog, read_metrics
+from hylorada_jax.training.step import make_train_step
+from hylorada_jax.training.trainer import HyLoRADATrainer
+
+STEPS = 6
+
+
+def tiny_model(seed=0):
+    hf = {
+        "model_type": "llama", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+    }  # fmt: skip
+    config = HyLoRADAConfig(
+        method="hylorada_v1", lora_rank=2, lora_dropout=0.1, target_modules=("v_proj", "down_proj")
+    )
+    base = CausalLM.from_config(DecoderConfig.from_hf(hf), jax.random.key(0))
+    return HyLoRADAModel(base, config, seed)
+
+
+def texts(seed=0, count=30):
+    """Documents that count modulo 29: something to learn."""
+    rng = np.random.default_rng(seed)
+    return [np.arange(first, first + n) % 29 for first, n in rng.integers(5, 40, (count, 2))]
+
+
+def settings(directory, **changes):
+    defaults = {
+        "output_dir": directory, "steps": STEPS, "batch_size": 4, "microbatches": 2, "seq_len": 16,
+        "learning_rate": 1e-2, "checkpoint_every": 2, "eval_every": 3,
+    }  # fmt: skip
+    return TrainingConfig(**defaults | changes)
+
+
+def train(directory, model=None, train_data=None, **changes):
+    model = model or tiny_model()
+    trainer = HyLoRADATrainer(model, train_data or texts(), texts(1, 4), settings(directory, **changes))
+    return model, trainer.train()
+
+
+def numbers(records):
+    """What must be equal in two runs: everything but the speed."""
+    return [{name: value for name, value in r.items() if name != "tokens_per_second"} for r in records]
+
+
+def assert_same_run(directory, model, reference):
+    expected_directory, expected_model, _ = reference
+    jax.tree.map(np.testing.assert_array_equal, model.adapters, expected_model.adapters)
+    metrics = "metrics.jsonl"
+    assert numbers(read_metrics(directory / metrics)) == numbers(read_metrics(expected_directory / metrics))
+    weights = Path("adapter") / "adapter_model.safetensors"
+    assert (directory / weights).read_bytes() == (expected_directory / weights).read_bytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """All runs here are one program: compile it once, also for child processes."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    values = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in values.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that nothing disturbs."""
+    directory = tmp_path_factory.mktemp("reference") / "run"
+    return directory, *train(directory)
+
+
+def test_a_run_learns_and_leaves_its_files(reference):
+    directory, model, result = reference
+    assert result.perplexity_after < 0.9 * result.perplexity_before
+    records = read_metrics(result.metrics)
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 3, STEPS]
+    assert result.losses == [r["loss"] for r in records if "loss" in r]
+    assert all(r["tokens_per_second"] > 0 for r in records if "loss" in r)
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert result.loss_plot.read_bytes().startswith(b"\x89PNG")
+    loaded = HyLoRADAModel.from_pretrained(model.base, result.adapter)
+    jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
+
+
+def test_perplexities_are_those_of_the_models_before_and_after(reference):
+    _, model, result = reference
+    for evaluated, found in ((tiny_model(), result.perplexity_before), (model, result.perplexity_after)):
+        expected = evaluate_perplexity(evaluated, texts(1, 4), seq_len=16, stride=16, batch_size=4)
+        assert found == pytest.approx(
+            expected.perplexity, rel=1e-6
+        )  # float32 sums in batches of another size
+
+
+def test_interrupt_saves_and_resume_ends_bit_equal(tmp_path, reference, monkeypatch, capsys):
+    write = MetricsLog.write
+
+    def interrupt_once(log, record):
+        write(log, record)
+        if record["step"] == 3 and "loss" in record:
+            monkeypatch.setattr(MetricsLog, "write", write)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetricsLog, "write", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    assert "resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (tmp_path / "run" / "checkpoints" / "3").exists()  # not a step that is due
+    model, _ = train(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", model, reference)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, reference):
+    directory, _, result = reference
+    model, again = train(directory, resume=True)
+    assert_same_run(directory, model, reference)
+    assert (again.perplexity_before, again.perplexity_after, again.losses) == (
+        result.perplexity_before,
+        result.perplexity_after,
+        result.losses,
+    )
+
+
+def test_resume_goes_on_from_the_older_checkpoint_when_the_newest_is_cut(tmp_path, reference, monkeypatch):
+    batches_left = iter(range(5))
+
+    def shard_or_die(batch):
+        if next(batches_left, None) is None:
+            raise RuntimeError("killed")
+        return shard_rows(batch)
+
+    monkeypatch.setattr(loop_module, "shard_rows", shard_or_die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tmp_path / "run")
+    monkeypatch.setattr(loop_module, "shard_rows", shard_rows)
+    for path in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    with pytest.warns(UserWarning, match=r"step 4 is damaged .* going on from step 2"):
+        model, _ = train(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", model, reference)
+
+
+# capsys keeps what is printed in memory: pytest's own file would be full too.
+@pytest.mark.usefixtures("capsys")
+def test_a_full_disk_names_the_last_good_checkpoint_and_resume_ends_bit_equal(
+    tmp_path, reference, monkeypatch
+):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = MetricsLog.write
+
+    def fill_disk(log, record):
+        write(log, record)
+        if record["step"] == 3:
+            while not (tmp_path / "run" / "checkpoints" / "2").exists():  # still being written
+                time.sleep(0.01)
+            # The kernel refuses every further growth of a file: a real failed write.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+
+    monkeypatch.setattr(MetricsLog, "write", fill_disk)
+    try:
+        with pytest.raises(CheckpointError, match="checkpoint of step 2"):
+            train(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.setattr(MetricsLog, "write", write)
+    model, _ = train(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", model, reference)
+
+
+@pytest.mark.parametrize(
+    "place", ["before", "after"]
+)  # of the step: a NaN in its loss, or only in its update
+def test_a_non_finite_state_stops_with_step_batch_and_checkpoint(tmp_path, monkeypatch, place):
+    def poisoned(*arguments):
+        step = make_train_step(*arguments)
+
+        def poison(state, at):
+            return state._replace(adapters=jax.tree.map(lambda x: x * np.nan if at else x, state.adapters))
+
+        def poisoned_step(state, frozen, batch):
+            third = int(state.step) == 2
+            state, metrics = step(poison(state, third and place == "before"), frozen, batch)
+            state = poison(state, third and place == "after")
+            return state, metrics | {"adapter_norm": optax.tree.norm(state.adapters)}
+
+        return poisoned_step
+
+    monkeypatch.setattr(trainer_module, "make_train_step", poisoned)
+    model = tiny_model()
+    initial = jax.tree.map(np.array, model.adapters)
+    with pytest.raises(NonFiniteError) as error:
+        train(tmp_path / "run", model, checkpoint_every=1)
+    message = str(error.value)
+    assert "at step 3" in message
+    assert "the checkpoint of step 2" in message
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
+    jax.tree.map(np.testing.assert_array_equal, model.adapters, initial)
+    batch = np.load(tmp_path / "run" / "nonfinite_batch.npz")
+    assert batch["input_ids"].shape == (4, 16)
+    assert str(batch["row"].tolist()) in message
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_is_not_overwritten_unasked_and_only_its_own_files_are_deleted(tmp_path, reference):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "notes.txt").write_text("mine")
+    train(directory)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"--resume.*--overwrite"):
+        HyLoRADATrainer(tiny_model(), texts(), None, settings(directory))
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    model, _ = train(directory, overwrite=True)
+    assert_same_run(directory, model, reference)
+    assert (directory / "notes.txt").read_text() == "mine"
+
+
+def test_another_run_is_not_resumed_and_both_sides_are_named(reference):
+    directory, _, _ = reference
+    trainer = HyLoRADATrainer(tiny_model(), texts(7), texts(1, 4), settings(directory, resume=True, seed=3))
+    with pytest.raises(CheckpointError) as error:
+        trainer.train()
+    assert "training.seed: 0 in" in str(error.value)
+    assert "3 now" in str(error.value)
+    assert "train_data" in str(error.value)
+
+
+def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
+    model = tiny_model()
+
+    def refused(kind, match, train_data=None, eval_data=None, **changes):
+        with pytest.raises(kind, match=match):
+            HyLoRADATrainer(model, train_data or texts(), eval_data, settings(tmp_path / "run", **changes))
+        assert not (tmp_path / "run").exists()
+
+    refused(DataError, "fill a row", [np.arange(9)])
+    refused(DataError, "vocabulary", [np.arange(40)])
+    refused(DataError, "Tokenize", ["some text"])
+    refused(DataError, "two tokens", eval_data=[[1]])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="must be a directory"):
+        HyLoRADATrainer(model, texts(), None, settings(tmp_path / "file"))
+    object.__setattr__(model.base, "supports_segments", False)
+    refused(ConfigError, "packing=False")
+
+
+CHILD = """
+import sys
+from hylorada_jax.training.trainer_test import train
+train(sys.argv[1], resume=True, checkpoint_every=1, **eval(sys.argv[2]))
+"""
+
+
+def child(directory, environment, **changes):
+    variables = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", CHILD, str(directory), repr(changes)]
+    return subprocess.Popen(
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_cache):
+    steps = 60
+    expected = child(tmp_path / "whole", compilation_cache, steps=steps)
+    assert expected.wait(timeout=600) == 0, errors_of(tmp_path / "whole").read_text()
+
+    rng = np.random.default_rng(int(os.environ.get("KILL_SEED", "0")))
+    directory, killed_at = tmp_path / "killed", []
+    for _ in range(8):
+        process = child(directory, compilation_cache, steps=steps)
+        # From the first line of its log on, anything may be under way: a step, a save, a rename, the end.
+        already = len(read_metrics(directory / "metrics.jsonl"))
+        while process.poll() is None and len(read_metrics(directory / "metrics.jsonl")) <= already:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0), errors_of(directory).read_text()
+        killed_at.append(len(read_metrics(directory / "metrics.jsonl")))
+    last = child(directory, compilation_cache, steps=steps)
+    assert last.wait(timeout=600) == 0, errors_of(directory).read_text()
+    assert len(set(killed_at)) > 1, killed_at
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    metrics = [numbers(read_metrics(run / "metrics.jsonl")) for run in (directory, tmp_path / "whole")]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.slow
+def test_two_devices_give_the_loss_of_one(tmp_path, compilation_cache):
+    losses = []
+    for count in (1, 2):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        process = child(tmp_path / str(count), compilation_cache | flags, steps=3)
+        assert process.wait(timeout=600) == 0, errors_of(tmp_path / str(count)).read_text()
+        records = read_metrics(tmp_path / str(count) / "metrics.jsonl")
+        losses.append([r.get("loss", r.get("eval_loss")) for r in records])
+    # float32: the sum over rows is split in two. Dropout masks are equal, for they follow the global row.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    refusal = child(tmp_path / "odd", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, steps=3)
+    assert refusal.wait(timeout=600) != 0
+    assert "devices must divide" in errors_of(tmp_path / "odd").read_text()
