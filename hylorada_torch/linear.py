@@ -1,0 +1,177 @@
+"""The linear adapters, written to be read: one formula, y = (base + δ)·c, and three choices of c."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Row norms are kept above this, so that a zero row of W gives a finite c and a finite gradient.
+NORM_FLOOR = 1e-12
+
+
+def row_norm(weight: Tensor) -> Tensor:
+    """L2 norm of each row, in at least float32 and never below ``NORM_FLOOR``.
+
+    Args:
+        weight: [d_out, d_in], any float dtype.
+
+    Returns:
+        [d_out], float32, or float64 when ``weight`` is float64.
+
+    Example:
+        >>> row_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([5., 1.])
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).clamp_min(NORM_FLOOR)
+
+
+class LoRALinear(nn.Module):
+    """Adds a low-rank update to what a frozen linear layer gave.
+
+    y = (base + δ)·c with δ = s·(dropout(x) Aᵀ) Bᵀ and c = 1; s = α/r, or α/√r with ``use_rslora``.
+
+    Trainable: ``lora_A`` [rank, d_in], Kaiming-uniform(a=√5), and ``lora_B`` [d_out, rank], zeros; float32,
+    or float64 when ``base_weight`` is float64.
+
+    Args:
+        base_weight: [d_out, d_in], the frozen weight; only its shape, its dtype and (in the subclasses) its
+            row norms are used here, and no reference to it is kept.
+        rank: r, at least 1; may exceed d_in or d_out.
+        alpha: α.
+        dropout: probability in [0, 1) of dropping an entry of x on the low-rank path only.
+        use_rslora: divide α by √r instead of r.
+        generator: source of the random initial ``lora_A``; torch's global one if None.
+
+    Example:
+        >>> weight = torch.eye(3)
+        >>> adapter, x = LoRALinear(weight, rank=2, alpha=4.0), torch.ones(1, 5, 3)
+        >>> torch.equal(adapter(x, x @ weight.T, weight), x)  # lora_B is zero: nothing has changed yet
+        True
+
+    Reference:
+        Hu et al., "LoRA", 2021, §4.1; Kalajdzievski, "A Rank Stabilization Scaling Factor", 2023 (rsLoRA).
+    """
+
+    def __init__(
+        self,
+        base_weight: Tensor,
+        rank: int = 8,
+        alpha: float = 16.0,
+        *,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        d_out, d_in = base_weight.shape
+        dtype = torch.promote_types(base_weight.dtype, torch.float32)
+        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(base_weight.new_empty((rank, d_in), dtype=dtype))
+        self.lora_B = nn.Parameter(base_weight.new_zeros((d_out, rank), dtype=dtype))
+        self.initialize_lora_a(generator)
+
+    def initialize_lora_a(self, generator: torch.Generator | None) -> None:
+        """Draw the initial ``lora_A``."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+
+    def column_scale(self, base_weight: Tensor) -> Tensor:
+        """c [d_out], the factor of each output feature; LoRA has none, so 1."""
+        return self.lora_B.new_ones(base_weight.shape[0])
+
+    def forward(self, x: Tensor, base_output: Tensor, base_weight: Tensor) -> Tensor:
+        """y = (base + δ)·c.
+
+        Args:
+            x: [batch, seq, d_in], the frozen layer's input.
+            base_output: [batch, seq, d_out], what the frozen layer gave.
+            base_weight: [d_out, d_in], its weight.
+
+        Returns:
+            [batch, seq, d_out] in the dtype of ``x``.
+        """
+        x_low_rank = self.dropout(x).to(self.lora_A.dtype)
+        delta = self.scaling * F.linear(F.linear(x_low_rank, self.lora_A), self.lora_B)
+        return ((base_output + delta) * self.column_scale(base_weight)).to(x.dtype)
+
+
+class DoRALinear(LoRALinear):
+    """LoRA whose updated weight has rows of learned length.
+
+    c = (1−β)·m / n + β,  n = ‖W + s·B A‖,  m = g·m' + (1−g)·m₀,  m₀ = ‖W‖, with g = 1 and β = 0: c = m' / n.
+
+    Trainable: LoRA's, and ``magnitude`` m' [d_out], initially m₀.
+
+    Args:
+        base_weight: [d_out, d_in], the frozen weight.
+        rank: r.
+        alpha: α.
+        detach_norm: no gradient through n, as the paper's §4.3 and PEFT have it.
+        **lora: what `LoRALinear` takes besides.
+
+    Reference:
+        Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, §4.1 and §4.3.
+    """
+
+    def __init__(
+        self, base_weight: Tensor, rank: int = 8, alpha: float = 16.0, *, detach_norm: bool = True, **lora
+    ) -> None:
+        super().__init__(base_weight, rank, alpha, **lora)
+        self.detach_norm = detach_norm
+        self.magnitude = nn.Parameter(row_norm(base_weight.detach()))
+
+    def gates(self) -> tuple[Tensor | float, Tensor | float]:
+        """(g, β): how much of the learned magnitude counts, and how much of plain LoRA is mixed in."""
+        return 1.0, 0.0
+
+    def column_scale(self, base_weight: Tensor) -> Tensor:
+        """c = (1−β)·m / n + β."""
+        g, beta = self.gates()
+        n = row_norm(base_weight + self.scaling * self.lora_B @ self.lora_A)
+        n = n.detach() if self.detach_norm else n
+        m = g * self.magnitude + (1 - g) * row_norm(base_weight)
+        return (1 - beta) * m / n + beta
+
+
+class HyLoRADALinear(DoRALinear):
+    """A learned mixture of DoRA and LoRA, y = (1−β)·DoRA + β·LoRA, with a gated magnitude.
+
+    c of `DoRALinear` with g = σ(magnitude_gate) and β = σ(residual_weight).
+
+    Trainable: DoRA's, and the scalars ``magnitude_gate`` and ``residual_weight``, both inputs of a sigmoid.
+    ``lora_A`` starts orthogonal (orthonormal rows when rank <= d_in).
+
+    Args:
+        base_weight: [d_out, d_in], the frozen weight.
+        rank: r.
+        alpha: α.
+        gate_init: initial ``magnitude_gate``.
+        residual_init: initial ``residual_weight``; 0.1 means β = σ(0.1) ≈ 0.525.
+        detach_norm: no gradient through n.
+        **lora: what `LoRALinear` takes besides.
+    """
+
+    def __init__(
+        self,
+        base_weight: Tensor,
+        rank: int = 8,
+        alpha: float = 16.0,
+        *,
+        gate_init: float = 0.0,
+        residual_init: float = 0.1,
+        detach_norm: bool = False,
+        **lora,
+    ) -> None:
+        super().__init__(base_weight, rank, alpha, detach_norm=detach_norm, **lora)
+        self.magnitude_gate = nn.Parameter(self.magnitude.new_tensor(gate_init))
+        self.residual_weight = nn.Parameter(self.magnitude.new_tensor(residual_init))
+
+    def initialize_lora_a(self, generator: torch.Generator | None) -> None:
+        """Draw the initial ``lora_A``."""
+        nn.init.orthogonal_(self.lora_A, generator=generator)
+
+    def gates(self) -> tuple[Tensor, Tensor]:
+        """(g, β), the sigmoids of two scalars."""
+        return torch.sigmoid(self.magnitude_gate), torch.sigmoid(self.residual_weight)

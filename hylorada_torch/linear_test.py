@@ -1,0 +1,180 @@
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hylorada_torch.linear import DoRALinear, HyLoRADALinear, LoRALinear
+
+KINDS = (LoRALinear, DoRALinear, HyLoRADALinear)
+# Float64 sums of a few dozen products of order 1, in two orders.
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-13, atol=1e-13)
+
+
+def case(kind, *, rank=3, d_in=5, d_out=7, seed=0, dtype=torch.float64, **options):
+    """An adapter with random parameters (not the initial ones), and what it is called with."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64).to(dtype)
+    adapter = kind(weight, rank, 4.0, generator=generator, **options)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, 4, d_in, generator=generator, dtype=torch.float64).to(dtype)
+    return adapter, x, x @ weight.T, weight
+
+
+def copy_shared(source, target):
+    """Give `target` the parameters that it has in common with `source`."""
+    target.load_state_dict(
+        {name: source.state_dict()[name] for name in target.state_dict() if name in source.state_dict()},
+        strict=False,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, 3, 9])
+def test_initial_output_is_the_base_output(kind, rank):
+    weight, x = torch.randn(7, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    assert_close(kind(weight, rank)(x, x @ weight.T, weight), x @ weight.T)
+
+
+def test_parameters_and_their_initial_values():
+    weight = torch.randn(7, 5, dtype=torch.bfloat16)
+    norms = weight.double().norm(dim=1)
+    expected = ["lora_A", "lora_B", "magnitude", "magnitude_gate", "residual_weight"]
+    for kind, count in zip(KINDS, (2, 3, 5), strict=True):
+        values = dict(kind(weight, rank=3).named_parameters())
+        assert list(values) == expected[:count]
+        assert {value.dtype for value in values.values()} == {torch.float32}
+        assert not values["lora_B"].any()
+        if "magnitude" in values:
+            assert_close(values["magnitude"].double(), norms, rtol=1e-6, atol=0)  # float32's sum
+    assert (values["magnitude_gate"].item(), values["residual_weight"].item()) == (0.0, pytest.approx(0.1))
+    assert HyLoRADALinear(weight.double()).lora_A.dtype == torch.float64
+
+
+def test_kaiming_bound_and_orthonormal_rows():
+    weight = torch.randn(6, 50, dtype=torch.float64)
+    # Kaiming-uniform with a = √5 is uniform on ±1/√d_in; 400 draws come within 2% of the bound.
+    bound = 1 / math.sqrt(50)
+    largest = LoRALinear(weight, rank=8).lora_A.abs().max().item()
+    assert 0.98 * bound < largest <= bound
+    a = HyLoRADALinear(weight, rank=8).lora_A
+    assert_close(a @ a.T, torch.eye(8, dtype=torch.float64))
+    a = HyLoRADALinear(weight, rank=60).lora_A
+    assert_close(a.T @ a, torch.eye(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_output_is_the_formula_of_method_md(use_rslora):
+    adapter, x, base, weight = case(HyLoRADALinear, use_rslora=use_rslora)
+    W, A, B, magnitude, gate, residual = (
+        t.detach().numpy()
+        for t in (
+            weight,
+            adapter.lora_A,
+            adapter.lora_B,
+            adapter.magnitude,
+            adapter.magnitude_gate,
+            adapter.residual_weight,
+        )
+    )
+    s = 4.0 / (math.sqrt(3) if use_rslora else 3)
+    g, beta = 1 / (1 + np.exp(-gate)), 1 / (1 + np.exp(-residual))
+    y = np.empty(base.shape)
+    for row in range(7):
+        updated = W[row] + s * B[row] @ A
+        m = g * magnitude[row] + (1 - g) * math.sqrt(W[row] @ W[row])
+        dora = m * updated / math.sqrt(updated @ updated)
+        y[..., row] = x.numpy() @ ((1 - beta) * dora + beta * updated)
+    assert_close(adapter(x, base, weight).detach(), torch.from_numpy(y))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_finite_differences(kind):
+    options = {} if kind is LoRALinear else {"detach_norm": False}
+    adapter, x, base, weight = case(kind, **options)
+    names = [name for name, _ in adapter.named_parameters()]
+
+    def output(x, base, *values):
+        return torch.func.functional_call(adapter, dict(zip(names, values, strict=True)), (x, base, weight))
+
+    inputs = [t.detach().requires_grad_() for t in (x, base, *adapter.parameters())]
+    assert torch.autograd.gradcheck(output, inputs)
+
+
+@pytest.mark.parametrize("kind", [DoRALinear, HyLoRADALinear])
+def test_detach_norm_takes_the_norm_as_a_constant(kind):
+    adapter, x, base, weight = case(kind, detach_norm=True)
+    adapter(x, base, weight).square().sum().backward()
+    scale = adapter.column_scale(weight).detach()
+    lora, *_ = case(LoRALinear)
+    copy_shared(adapter, lora)
+    # With n constant, lora_A and lora_B see c as a constant: LoRA's gradient of Σ(c·y)².
+    (lora(x, base, weight) * scale).square().sum().backward()
+    for leaf in ("lora_A", "lora_B"):
+        assert_close(adapter.get_parameter(leaf).grad, lora.get_parameter(leaf).grad)
+
+
+def test_lora_is_the_full_residual_exactly():
+    adapter, x, base, weight = case(HyLoRADALinear)
+    lora, *_ = case(LoRALinear)
+    copy_shared(adapter, lora)
+    with torch.no_grad():
+        adapter.residual_weight.fill_(math.inf)
+    assert torch.equal(adapter(x, base, weight), lora(x, base, weight))
+
+
+def test_dora_is_the_open_gate_without_residual_exactly():
+    adapter, x, base, weight = case(HyLoRADALinear)
+    dora, *_ = case(DoRALinear)
+    copy_shared(adapter, dora)
+    with torch.no_grad():
+        adapter.magnitude_gate.fill_(math.inf)
+        adapter.residual_weight.fill_(-math.inf)
+    assert torch.equal(adapter(x, base, weight), dora(x, base, weight))
+
+
+def test_a_trained_adapter_collapses_to_a_dora_adapter():
+    adapter, x, base, weight = case(HyLoRADALinear)
+    dora, *_ = case(DoRALinear)
+    copy_shared(adapter, dora)
+    with torch.no_grad():
+        g, beta = adapter.gates()
+        n = (weight + adapter.scaling * adapter.lora_B @ adapter.lora_A).norm(dim=1)
+        m = g * adapter.magnitude + (1 - g) * weight.norm(dim=1)
+        dora.magnitude.copy_((1 - beta) * m + beta * n)
+    assert_close(dora(x, base, weight), adapter(x, base, weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_zero_row_gives_finite_values(kind):
+    weight, x = torch.randn(7, 5), torch.randn(2, 4, 5, requires_grad=True)
+    weight[2] = 0
+    adapter = kind(weight, 3)
+    y = adapter(x, x @ weight.T, weight)
+    assert torch.equal(y[..., 2], torch.zeros(2, 4))
+    y.square().sum().backward()
+    for tensor in (y, x.grad, *(parameter.grad for parameter in adapter.parameters())):
+        assert torch.isfinite(tensor).all()
+
+
+def test_dropout_touches_the_low_rank_path_only_and_only_in_training():
+    weight, x = torch.eye(200, dtype=torch.float64), torch.ones(1, 1, 200, dtype=torch.float64)
+    adapter = LoRALinear(weight, rank=200, alpha=200.0, dropout=0.25)
+    with torch.no_grad():
+        adapter.lora_A.copy_(weight)
+        adapter.lora_B.copy_(weight)
+    # δ = dropout(x), so an output is 1 + 0 or 1 + 1/(1−p).
+    assert set(adapter(x, x, weight).flatten().tolist()) == {1.0, 1.0 + 1 / 0.75}
+    assert torch.equal(adapter.eval()(x, x, weight), 2 * x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_computed_in_float32_and_rounded_once(kind):
+    adapter, x, _, weight = case(kind, dtype=torch.bfloat16)
+    base = x @ weight.T
+    y = adapter(x, base, weight)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, adapter(x.float(), base.float(), weight.float()).bfloat16())

@@ -1,0 +1,140 @@
+"""LoRA+ and the parameter groups: which leaf learns at which rate, and which leaves decay."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.training.config import TrainingConfig
+
+LABEL_OF_LEAF = {
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "magnitude": "magnitude",
+    "magnitude_gate": "gate",
+    "residual_weight": "gate",
+}
+DECAYING = ("lora_A", "lora_B")
+
+
+def label(name: str) -> str:
+    """The group of a trainable parameter, by the last part of its name.
+
+    Args:
+        name: as `HyLoRADAModel.adapters` has it.
+
+    Raises:
+        ConfigError: the parameter belongs to no group.
+
+    Example:
+        >>> label("model.layers.0.self_attn.q_proj.residual_weight")
+        'gate'
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf not in LABEL_OF_LEAF:
+        raise ConfigError(
+            f"Every trainable parameter belongs to a group: {', '.join(LABEL_OF_LEAF)}",
+            name,
+            "Add the leaf to the table in hylorada_torch/optimizer.py.",
+        )
+    return LABEL_OF_LEAF[leaf]
+
+
+def parameter_groups(
+    adapters: Mapping[str, nn.Parameter], training: TrainingConfig, config: HyLoRADAConfig
+) -> list[dict[str, Any]]:
+    """One AdamW parameter group per label: its parameters, its peak rate ``lr`` and its ``weight_decay``.
+
+    lora_B learns ``lora_plus_ratio`` times as fast as the rest (LoRA+); lora_A and lora_B alone decay.
+
+    Args:
+        adapters: the trainable parameters by name.
+        training: ``learning_rate`` and ``weight_decay`` are read.
+        config: ``lora_plus_enabled`` and ``lora_plus_ratio`` are read.
+
+    Raises:
+        ConfigError: a parameter belongs to no group.
+
+    Reference:
+        Hayou et al., "LoRA+", 2024; method.md §7.
+    """
+    labels = {name: label(name) for name in adapters}
+    ratio = config.lora_plus_ratio if config.lora_plus_enabled else 1.0
+    return [
+        {
+            "name": group,
+            "params": [parameter for name, parameter in adapters.items() if labels[name] == group],
+            "lr": training.learning_rate * (ratio if group == "lora_B" else 1.0),
+            "weight_decay": training.weight_decay if group in DECAYING else 0.0,
+        }
+        for group in dict.fromkeys(labels.values())
+    ]
+
+
+def schedule(training: TrainingConfig) -> Callable[[int], float]:
+    """Linear warm-up, then linear decay to 0, as a part of the peak rate.
+
+    f(t) = t / w  for t < w,  else (T − t) / (T − w)
+
+    Args:
+        training: ``steps`` is T, ``warmup_steps`` is w.
+
+    Returns:
+        f, from the number of steps done to the factor on every peak rate.
+
+    Example:
+        >>> factor = schedule(TrainingConfig(output_dir="run", steps=6, warmup_ratio=1 / 3))
+        >>> [factor(step) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    total, warmup = training.steps, training.warmup_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return max(total - step, 0) / max(total - warmup, 1)
+
+    return factor
+
+
+def make_optimizer(
+    adapters: Mapping[str, nn.Parameter], training: TrainingConfig, config: HyLoRADAConfig
+) -> tuple[AdamW, LambdaLR]:
+    """AdamW over the parameter groups, and the scheduler of its rates.
+
+    A step is: backward, `clip_by_global_norm`, ``optimizer.step()``, ``scheduler.step()``.
+
+    Args:
+        adapters: the trainable parameters by name.
+        training: rates, decay and schedule.
+        config: LoRA+.
+
+    Raises:
+        ConfigError: a parameter belongs to no group.
+
+    Reference:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; β = (0.9, 0.999), ε = 1e-8.
+    """
+    optimizer = AdamW(parameter_groups(adapters, training, config), betas=(0.9, 0.999), eps=1e-8)
+    return optimizer, LambdaLR(optimizer, schedule(training))
+
+
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale all gradients, in place, by min(1, max_norm / ‖g‖), the norm taken over all of them together.
+
+    torch.nn.utils.clip_grad_norm_ divides by ‖g‖ + 1e-6 instead, which no paper does and optax does not.
+
+    Args:
+        parameters: those whose gradients are clipped; each has one.
+        max_norm: the largest norm to leave.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)

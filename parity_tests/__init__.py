@@ -1,0 +1,1 @@
+"""The two packages against each other, and both against peft and transformers."""

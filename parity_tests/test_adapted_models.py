@@ -1,0 +1,104 @@
+"""Whole adapted models in JAX against the reference: names, logits, and the gradient of every adapter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import hylorada_torch
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.surgery import layout
+from parity_tests.conftest import VOCAB
+from parity_tests.tolerances import MODEL, relative_error
+
+CONFIGS = {
+    "lora": HyLoRADAConfig(method="lora", lora_rank=3, lora_alpha=5.0, target_modules=("all-linear",)),
+    "lora, rslora, its own targets": HyLoRADAConfig(method="lora", use_rslora=True),
+    "dora": HyLoRADAConfig(method="dora", lora_rank=3, target_modules=("all-linear",)),
+    "dora, norm not detached": HyLoRADAConfig(method="dora", detach_norm=False),
+    "hylorada_v1": HyLoRADAConfig(lora_rank=3, target_modules=("all-linear",)),
+    "hylorada_v1, ranks by depth": HyLoRADAConfig(
+        lora_rank=6, rank_strategy="decreasing", use_rslora=True, detach_norm=True
+    ),
+    "hylorada_v1, one layer, bias scaled": HyLoRADAConfig(
+        target_modules=(r".*\.1\..*(c_attn|q_proj)",), magnitude_scales_bias=True
+    ),
+}
+# What concerns biases, names or ranks is compared on the families that differ in it.
+CASES = [
+    *(("gpt2", name) for name in ("lora", "dora", "hylorada_v1")),
+    *(("qwen2", name) for name in ("lora", "dora", "hylorada_v1")),
+    ("llama", "hylorada_v1"),
+    ("qwen3", "hylorada_v1"),
+    ("gpt2", "hylorada_v1, one layer, bias scaled"),
+    ("qwen2", "hylorada_v1, one layer, bias scaled"),
+    ("qwen2", "hylorada_v1, ranks by depth"),
+    ("qwen2", "dora, norm not detached"),
+    ("gpt2", "lora, rslora, its own targets"),
+]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_float64(base_models, family, name):
+    with jax.enable_x64(True):
+        got, expected = logits_and_gradients(base_models, family, "float64", CONFIGS[name])
+    errors = {name: relative_error(got[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= MODEL["float64"], errors
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_float32(base_models, family):
+    got, expected = logits_and_gradients(base_models, family, "float32", CONFIGS["hylorada_v1"])
+    # The gradients as one vector: that of a scalar gate is a sum of many terms that all but cancel.
+    errors = [relative_error(got.pop("logits"), expected.pop("logits"))]
+    vector, expected_vector = (
+        np.concatenate([v[name].ravel() for name in expected]) for v in (got, expected)
+    )
+    errors.append(relative_error(vector, expected_vector))
+    assert max(errors) <= MODEL["float32"], errors
+
+
+def adapted_models(base_models, family, dtype, config):
+    """The reference and the JAX model with the same random adapters, far from their initial values."""
+    torch_base, jax_base = base_models(family, dtype)
+    reference = hylorada_torch.HyLoRADAModel(torch_base, config)
+    model = HyLoRADAModel(jax_base, config)
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: (value.detach().numpy() + 0.2 * rng.normal(size=value.shape)).astype(dtype)
+        for name, value in reference.adapters().items()
+    }
+    assert layout.tensor_shapes(model.sites, config) == {name: value.shape for name, value in tensors.items()}
+    reference.load_adapters({name: torch.tensor(value) for name, value in tensors.items()})
+    return reference, model, layout.unflatten(model.sites, tensors, config)
+
+
+def logits_and_gradients(base_models, family, dtype, config):
+    """(those of JAX, those of the reference): the logits and the gradient of every adapter, by name."""
+    reference, model, adapters = adapted_models(base_models, family, dtype, config)
+    rng = np.random.default_rng(2)
+    input_ids = rng.integers(VOCAB, size=(2, 9))
+    attention_mask = np.ones_like(input_ids)
+    attention_mask[1, 6:] = 0
+    cotangent = rng.normal(size=(2, 9, VOCAB)).astype(dtype) * attention_mask[..., None]
+
+    expected = reference(torch.tensor(input_ids), attention_mask=torch.tensor(attention_mask)).logits
+    expected.backward(torch.tensor(cotangent, dtype=expected.dtype))
+
+    @jax.jit
+    def run(adapters, frozen, cotangent):
+        def forward(adapters):
+            inputs = {"attention_mask": jnp.asarray(attention_mask), "frozen": frozen}
+            return model.apply(adapters, jnp.asarray(input_ids), **inputs).logits
+
+        logits, pull_back = jax.vjp(forward, adapters)
+        return logits, pull_back(cotangent.astype(logits.dtype))[0]
+
+    got, gradients = run(adapters, model.frozen, cotangent)
+    assert got.dtype == dtype
+    tokens = attention_mask.astype(bool)  # the output at padding means nothing
+    results = {"logits": np.asarray(got)[tokens], **layout.flatten(model.sites, gradients)}
+    adapter_gradients = {name: parameter.grad.numpy() for name, parameter in reference.adapters().items()}
+    return results, {"logits": expected.detach().numpy()[tokens], **adapter_gradients}

@@ -1,0 +1,392 @@
+"""Our decoder against transformers' torch models, every option away from its default."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hylorada_jax.math import rope
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder import DecoderLM, _frequencies
+from hylorada_jax.models.decoder_config import HIDDEN_ACTS, DecoderConfig
+from hylorada_jax.models.decoder_layer import ACTIVATIONS
+from hylorada_jax.models.generate import filter_logits
+from parity_tests.hf_weights import params_of, random_torch_model
+
+# float32 sums of a few hundred terms, four layers deep, in two orders; 1e-5 is the project's promise.
+FLOAT32 = 1e-5
+# The same in float64, with room for 2^-53 · 10^4.
+FLOAT64 = 1e-12
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not 48 / 6
+    "rope_theta": 500.0,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 16,  # shorter than the texts
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA = {
+    **SHAPE,
+    "model_type": "llama",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+    "beta_fast": 6.0,
+    "beta_slow": 0.5,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.2,
+    "truncate": False,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-llama3": {**LLAMA, "rope_scaling": LLAMA3},
+    "llama-linear-tied": {
+        **LLAMA,
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+        "tie_word_embeddings": True,
+    },
+    "llama-dynamic": {**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "hidden_act": "gelu"},
+    "mistral": {**SHAPE, "model_type": "mistral", "sliding_window": 7, "rope_scaling": YARN},
+    "mistral-full": {**SHAPE, "model_type": "mistral", "sliding_window": None, "head_dim": None},
+    "qwen2": {
+        **SHAPE,
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 2,
+        "rope_scaling": YARN,
+        "hidden_act": "relu",
+    },
+    "qwen2-tied": {**SHAPE, "model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 8},
+    "qwen3": {
+        **SHAPE,
+        "model_type": "qwen3",
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": LLAMA3,
+        "tie_word_embeddings": True,
+    },
+}
+# Beyond its context, dynamic NTK depends on the longest text of the call.
+STABLE = [name for name in MODELS if name != "llama-dynamic"]
+LENGTHS = (40, 23, 31)
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def ours(hf: dict[str, Any], model: torch.nn.Module) -> CausalLM:
+    config = DecoderConfig.from_hf(hf)
+    return CausalLM(DecoderLM(config), params_of(model), config, "random")
+
+
+@functools.cache
+def random_model(name: str, gain: float = 0.7) -> CausalLM:
+    return ours(MODELS[name], random_torch_model(MODELS[name], gain=gain))
+
+
+def logits_of(model: CausalLM, ids, mask=None, segments=None) -> np.ndarray:
+    mask, segments = (None if array is None else jnp.asarray(array, jnp.int32) for array in (mask, segments))
+    output = model(jnp.asarray(ids, jnp.int32), attention_mask=mask, segment_ids=segments)
+    return np.asarray(output.logits)
+
+
+def texts(seed: int = 1) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 97, length).astype(np.int32) for length in LENGTHS]
+
+
+def padded(rows: list[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
+    width = max(map(len, rows))
+    ids, mask = np.zeros((2, len(rows), width), np.int32)
+    for row, text in enumerate(rows):
+        where = slice(width - len(text), None) if side == "left" else slice(len(text))
+        ids[row, where], mask[row, where] = text, 1
+    return ids, mask
+
+
+def torch_logits(model, ids, mask=None, positions=None) -> np.ndarray:
+    def tensor(array):
+        return None if array is None else torch.tensor(np.asarray(array), dtype=torch.long)
+
+    with torch.no_grad():
+        out = model(tensor(ids), attention_mask=tensor(mask), position_ids=tensor(positions), use_cache=False)
+    return out.logits.numpy()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name, side):
+    hf = MODELS[name]
+    model = random_torch_model(hf)
+    ids, mask = padded(texts(), side)
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
+    theirs = torch_logits(model, ids, mask, positions)
+    mine = logits_of(ours(hf, model), ids, mask)
+    assert np.isfinite(mine).all()
+    np.testing.assert_allclose(mine[mask > 0], theirs[mask > 0], rtol=0, atol=FLOAT32)
+
+
+class _Rotary64(torch.nn.Module):
+    """transformers computes angles in float32 whatever the model's dtype; this takes float64 ones."""
+
+    def __init__(self, frequencies, factor):
+        super().__init__()
+        self.frequencies, self.factor = torch.tensor(np.asarray(frequencies, np.float64)), factor
+
+    def forward(self, x, position_ids):
+        angles = torch.cat([position_ids[..., None].double() * self.frequencies] * 2, dim=-1)
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers_in_float64(name):
+    hf = MODELS[name]
+    # Its eager attention and its norms fall back to float32: sdpa and torch's own RMSNorm do not.
+    model = random_torch_model(hf, attention="sdpa").double()
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(len(child.weight), eps=hf["rms_norm_eps"], dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(parent, key, norm)
+    ids = texts()[0][None]
+    with jax.enable_x64(True):
+        mine = ours(hf, model)
+        positions = jnp.arange(ids.shape[1])[None]
+        frequencies = _frequencies(mine.config, positions, jnp.float64)
+        factor = mine.config.rope_scaling.attention_factor
+        model.model.rotary_emb = _Rotary64(frequencies, factor)
+        logits = logits_of(mine, ids)
+    assert logits.dtype == np.float64
+    np.testing.assert_allclose(logits, torch_logits(model, ids), rtol=0, atol=FLOAT64)
+
+
+OFF = [
+    ("llama-llama3", {"rope_scaling": None}),
+    ("llama-llama3", {"rope_theta": 10000.0}),
+    ("llama-llama3", {"rms_norm_eps": 1e-6}),
+    ("llama-llama3", {"hidden_act": "silu"}),
+    ("llama-llama3", {"attention_bias": False}),
+    ("llama-llama3", {"mlp_bias": False}),
+    ("llama-linear-tied", {"rope_scaling": None}),
+    ("llama-dynamic", {"rope_scaling": None}),
+    ("llama-dynamic", {"hidden_act": "gelu_new"}),
+    ("mistral", {"sliding_window": 8}),
+    ("mistral", {"rope_scaling": {**YARN, "truncate": True}}),
+    ("mistral", {"rope_scaling": {**YARN, "mscale": 1.0}}),
+    ("qwen2", {"sliding_window": 7}),
+    ("qwen2", {"max_window_layers": 1}),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+    ("qwen3", {"sliding_window": 6}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), OFF)
+def test_every_option_is_seen_by_these_tests(name, change):
+    """If an option were dropped, the comparisons above would fail by far more than their tolerance."""
+    base = random_model(name)
+    config = DecoderConfig.from_hf({**MODELS[name], **change})
+    changed = CausalLM(DecoderLM(config), base.params, config, "changed")  # leaves without a use are left
+    inputs = padded(texts(), "right")
+    difference = np.abs(logits_of(base, *inputs) - logits_of(changed, *inputs))[inputs[1] > 0]
+    assert difference.max() > 10 * FLOAT32
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_packed_documents_equal_the_separate_ones(name):
+    model, rows = random_model(name), texts()
+    ids = np.concatenate([*rows, [0, 0]])[None]
+    segments = np.concatenate([np.full(len(row), i + 1) for i, row in enumerate(rows)] + [[0, 0]])[None]
+    packed = logits_of(model, ids, segments=segments)[0]
+    assert np.isfinite(packed).all()
+    alone = logits_of(model, *padded(rows, "right"))
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(packed[segments[0] == i + 1], alone[i, : len(row)], rtol=0, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_equals_transformers(name):
+    mine = random_model(name, gain=1.5)
+    prompts = [text.tolist() for text in texts()]
+    free = mine.generate(prompts, max_new_tokens=24, eos_token_id=-1)
+    # A token of the middle of one row becomes the end token, so that rows end at different times.
+    eos = next(token for token in free[1][6:] if token not in free[1][:6])
+    ids, mask = padded(texts(), "left")
+    out = random_torch_model(MODELS[name], gain=1.5).generate(
+        torch.tensor(ids, dtype=torch.long),
+        attention_mask=torch.tensor(mask, dtype=torch.long),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=eos,
+    )
+    theirs = []
+    for row in out[:, ids.shape[1] :].tolist():
+        theirs.append(row[: row.index(eos) + 1] if eos in row else row)
+    assert mine.generate(prompts, max_new_tokens=24, eos_token_id=eos) == theirs
+    assert len(theirs[1]) < 24
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_generation_takes_the_argmax_of_the_full_forward_pass(name):
+    mine, prompts = random_model(name, gain=1.5), [text.tolist() for text in texts()]
+    new = mine.generate(prompts, max_new_tokens=24, eos_token_id=-1)
+    whole = [np.array(prompt + more, np.int32) for prompt, more in zip(prompts, new, strict=True)]
+    logits = logits_of(mine, *padded(whole, "right"))
+    for row, prompt in enumerate(prompts):
+        predicted = logits[row, len(prompt) - 1 : len(prompt) + 23].argmax(-1)
+        assert predicted.tolist() == new[row]
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_cached_logits_equal_full_logits(name):
+    mine = random_model(name)
+    ids, mask = padded(texts(), "left")
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)
+    full = logits_of(mine, ids, mask)
+    cache = mine.init_cache(len(ids), ids.shape[1] + 5)
+    start, decode = 0, jax.jit(mine.decode)
+    for end in (20, 21, 22, 40):  # a prompt, single tokens, a chunk
+        logits, cache = decode(
+            {"params": mine.params},
+            jnp.asarray(ids[:, start:end]),
+            position_ids=jnp.asarray(positions[:, start:end]),
+            key_valid=jnp.asarray(mask[:, start:end] > 0),
+            cache=cache,
+        )
+        np.testing.assert_allclose(np.asarray(logits), full[:, end - 1], rtol=0, atol=FLOAT32)
+        start = end
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 2.5},
+    LLAMA3,
+    {**LLAMA3, "factor": 32.0, "low_freq_factor": 2.0, "original_max_position_embeddings": 8192},
+    {key: value for key, value in YARN.items() if "mscale" not in key},
+    YARN,
+    {"rope_type": "yarn", "factor": 16.0},
+    {"rope_type": "yarn", "factor": 0.5, "truncate": True},
+    {"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.9, "mscale": 2.0, "mscale_all_dim": 1.0},
+]
+
+
+@pytest.mark.parametrize("scaling", ROPES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize(("head_dim", "theta"), [(16, 500.0), (64, 10000.0), (128, 1e6)])
+def test_frequencies_equal_transformers(scaling, head_dim, theta):
+    hf = {**LLAMA, "rope_scaling": dict(scaling), "head_dim": head_dim, "rope_theta": theta}
+    hf["max_position_embeddings"] = 4096
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(hf)))
+    kind = scaling.get("rope_type", scaling.get("type"))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
+    config = DecoderConfig.from_hf(hf)
+    mine = _frequencies(config, jnp.zeros((1, 1), jnp.int32), jnp.dtype("float32"))
+    # Theirs are float32 powers and differences: a few units in the last place of the largest term.
+    np.testing.assert_allclose(mine, frequencies.numpy(), rtol=2e-6)
+    assert config.rope_scaling.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("longest", [5, 64, 65, 300])
+def test_dynamic_frequencies_equal_transformers(longest):
+    hf = {**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 64}
+    theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](AutoConfig.for_model(**hf), "cpu", torch.tensor(longest))
+    positions = jnp.arange(longest)[None]
+    mine = rope.dynamic_frequencies(
+        16, 500.0, factor=3.0, max_positions=64, positions=positions, dtype=jnp.float32
+    )
+    # float32 powers on both sides; exponents up to 7/8 of ln(base) enlarge the base's rounding.
+    np.testing.assert_allclose(np.asarray(mine), theirs.numpy(), rtol=5e-6)
+
+
+@pytest.mark.parametrize("name", HIDDEN_ACTS)
+def test_activations_equal_transformers(name):
+    x = np.linspace(-8, 8, 400, dtype=np.float32)
+    # One float32 evaluation of erf, tanh or exp on values up to 8.
+    np.testing.assert_allclose(
+        ACTIVATIONS[name](jnp.asarray(x)), ACT2FN[name](torch.tensor(x)).numpy(), rtol=1e-6, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 5, 50, 200])
+@pytest.mark.parametrize("top_p", [None, 1e-3, 0.3, 0.9, 0.999])
+def test_sampling_filters_equal_transformers(top_k, top_p):
+    scores = torch.tensor(np.random.default_rng(0).normal(0, 3, (64, 97)), dtype=torch.float32)
+    theirs = scores
+    for value, warper in ((top_k, TopKLogitsWarper), (top_p, TopPLogitsWarper)):
+        if value is not None:
+            theirs = warper(value)(None, theirs)
+    mine = filter_logits(
+        jnp.asarray(scores.numpy()),
+        top_k=None if top_k is None else jnp.int32(top_k),
+        top_p=None if top_p is None else jnp.float32(top_p),
+    )
+    np.testing.assert_array_equal(np.asarray(mine), theirs.numpy())
+
+
+DICTS: list[dict[str, Any]] = [
+    *MODELS.values(),
+    *({"model_type": family} for family in ("llama", "mistral", "qwen2", "qwen3")),
+    {"model_type": "llama", "num_key_value_heads": None, "hidden_size": 576, "num_attention_heads": 9},
+    {"model_type": "qwen2", "use_sliding_window": True},
+    {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 31},
+    {"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 0},
+]
+
+
+@pytest.mark.parametrize("hf", DICTS, ids=str)
+def test_config_reads_what_transformers_reads(hf):
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(hf)))
+    config = DecoderConfig.from_hf(hf)
+    assert config == DecoderConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False)))
+    theirs.num_hidden_layers = 1
+    with torch.device("meta"):
+        layer = AutoModelForCausalLM.from_config(theirs).model.layers[0]
+    assert config.num_key_value_heads == theirs.num_key_value_heads
+    assert layer.self_attn.head_dim == config.head_dim
+    assert (layer.self_attn.q_proj.bias is not None) == config.qkv_bias
+    assert (layer.self_attn.o_proj.bias is not None) == config.o_bias
+    assert (layer.mlp.up_proj.bias is not None) == config.mlp_bias
+    assert hasattr(layer.self_attn, "q_norm") == config.qk_norm
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.rope_theta == theirs.rope_theta
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    if hf["model_type"] == "mistral":
+        assert config.sliding_window == theirs.sliding_window
+    elif hf["model_type"] != "llama":
+        kinds = tuple(kind == "sliding_attention" for kind in theirs.layer_types)
+        assert config.sliding_layers == kinds
+        assert config.sliding_window == (theirs.sliding_window if any(kinds) else None)

@@ -1,0 +1,30 @@
+"""The documents' code runs as written, and does what the text around it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_an_adapter_in_a_network_of_ones_own_learns_the_change():
+    (code,) = blocks("docs/own_network.md")
+    scope: dict = {}
+    exec(code, scope)
+    # The change to learn has the adapter's own form, so that nearly nothing need remain.
+    assert scope["losses"][-1] < 0.01 * scope["losses"][0]
+
+
+@pytest.mark.slow
+def test_the_readmes_lines_train_a_real_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for code in blocks("README.md"):
+        exec(code, scope)
+    assert scope["result"].perplexity_after < scope["result"].perplexity_before
+    assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
