@@ -1,6 +1,14 @@
 from .config import HyLoRADAConfig as HyLoRADAConfig
 from .errors import HyLoRADAError as HyLoRADAError
+from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
 from .model import HyLoRADAModel as HyLoRADAModel
+from .models.causal_lm import CausalLM as CausalLM
+from .models.loading import load_model as load_model
+from .models.tokenizer import load_tokenizer as load_tokenizer
 from .modules.linear import DoRALinear as DoRALinear
 from .modules.linear import HyLoRADALinear as HyLoRADALinear
 from .modules.linear import LoRALinear as LoRALinear
+from .training.config import TrainingConfig as TrainingConfig
+from .training.corpus import load_documents as load_documents
+from .training.data import tokenize as tokenize
+from .training.trainer import HyLoRADATrainer as HyLoRADATrainer

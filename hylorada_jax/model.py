@@ -1,9 +1,10 @@
 """A frozen base model with trainable adapters: the object that users hold."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,26 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.io import adapter_files
+from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.face import as_base
+from hylorada_jax.models.generate import generate
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.intercept import COLLECTION, adapt_linears
 from hylorada_jax.surgery.linears import Tree, find_linears
 from hylorada_jax.surgery.merge import merge
 from hylorada_jax.surgery.resolve import resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class _AdaptedDecode:
+    """A decoding step with adapters; hashed by value, so that models of one shape share a compilation."""
+
+    step: DecodeStep
+    scales_bias: bool
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> Any:
+        with adapt_linears(scales_bias=self.scales_bias):
+            return self.step(*arguments, **inputs)
 
 
 class HyLoRADAModel:
@@ -62,7 +77,7 @@ class HyLoRADAModel:
         self.frozen: dict[str, Any] = {"params": self.base.params, "norms": norms}
         self.adapters = build.build_adapters(self.sites, norms, config, seed)
         self._enabled = True
-        self._jitted = jax.jit(self.apply)
+        self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
     def __call__(
         self,
@@ -150,6 +165,27 @@ class HyLoRADAModel:
                 {"params": frozen["params"], COLLECTION: resolved}, *arguments, rngs=rngs, **inputs
             )
 
+    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+        """Continues prompts with a KV cache; the adapters are resolved once for the whole generation.
+
+        Args:
+            prompts: token ids, one list per prompt, of any lengths.
+            settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng, as in
+                :func:`hylorada_jax.models.generate.generate`.
+
+        Returns:
+            The new tokens of every prompt.
+        """
+        if not self._enabled:
+            return self.base.generate(prompts, **settings)
+        variables = {"params": self.base.params, COLLECTION: self._resolve(self.adapters, self.frozen)}
+        scales_bias = self.config.magnitude_scales_bias
+        if isinstance(self.base, CausalLM):
+            decode = _AdaptedDecode(DecodeStep(self.base.module), scales_bias)
+            return generate(decode, self.base.init_cache, variables, prompts, **settings)
+        with adapt_linears(scales_bias=scales_bias):
+            return self.base.generate(prompts, variables=variables, **settings)
+
     @property
     def num_trainable(self) -> int:
         """The number of trainable parameters."""
@@ -178,7 +214,7 @@ class HyLoRADAModel:
         Returns:
             A model of the kind that was given; the frozen base itself is unchanged.
         """
-        resolved = jax.jit(self.resolve)(self.adapters, self.frozen)
+        resolved = self._resolve(self.adapters, self.frozen)
         params = merge(self.sites, resolved, self.base.params, self.config)
         return self.base.with_params(params)
 
