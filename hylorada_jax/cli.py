@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PACKAGED_MODEL = "smollm2-135m"
 EMBEDDED_CORPUS = "python-stdlib"
-Method = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -90,7 +90,9 @@ def finetune(
     from hylorada_jax.training.corpus import load_documents
     from hylorada_jax.training.run_directory import RunDirectory
 
-    adapter = _adapter_config(config, method=method, rank=rank, alpha=alpha, dropout=dropout, targets=targets, exclude=exclude)
+    adapter = _adapter_config(
+        config, method=method, rank=rank, alpha=alpha, dropout=dropout, targets=targets, exclude=exclude
+    )
     training = TrainingConfig(
         output_dir=output,
         steps=steps,
@@ -122,7 +124,9 @@ def finetune(
     adapted = HyLoRADAModel(load_model(model, dtype=jnp.dtype(dtype), remat=remat), adapter, seed)
     trainer = HyLoRADATrainer(adapted, train, held_out, training)
     print(f"model    {model}, {dtype}")
-    print(f"data     {data}: {sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out")
+    print(
+        f"data     {data}: {sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"
+    )
     print(f"method   {adapter.method}, rank {adapter.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
 
@@ -190,7 +194,11 @@ def evaluate(
         "seq_len": seq_len,
         "stride": stride or max(1, seq_len // 2),
     }
-    _print(result, json, f"perplexity {measured.perplexity:.4f}  (loss {measured.loss:.4f} nats, {measured.tokens:,} tokens)")
+    _print(
+        result,
+        json,
+        f"perplexity {measured.perplexity:.4f}  (loss {measured.loss:.4f} nats, {measured.tokens:,} tokens)",
+    )
 
 
 def generate(
@@ -228,7 +236,12 @@ def generate(
 
     import jax
 
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     tokens = _load(model, adapter, dtype).generate(
         [ids], eos_token_id=tokenizer.eos_token_id, rng=jax.random.key(seed), **settings
     )
@@ -248,7 +261,7 @@ def params(
     """Count the trainable parameters from the model's config alone: no weights are read, no memory is taken.
 
     Args:
-        model: smollm2-135m (the packaged weights), a directory with a config.json, a .gguf file, or a Hub name.
+        model: smollm2-135m, a directory with a config.json, a .gguf file, or a Hub name.
         method: what would be trained: lora, dora, hylorada_v1, …; by default hylorada_v1.
         config: a HyLoRADAConfig as JSON; the options given beside it win.
         rank: rank of the update, r [8].
@@ -279,7 +292,9 @@ def params(
         "adapted_layers": sum(len(site.layers) for site in sites),
     }
     share = 100 * trainable / (base + trainable)
-    _print(result, json, f"{adapter.method}, rank {adapter.lora_rank}: {trainable:,} trainable beside {base:,} frozen ({share:.3f} %)")
+    text = f"{adapter.method}, rank {adapter.lora_rank}: "
+    text += f"{trainable:,} trainable beside {base:,} frozen ({share:.3f} %)"
+    _print(result, json, text)
 
 
 def main() -> None:
@@ -301,9 +316,18 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _adapter_config(file: Path | None, *, exclude: tuple[str, ...] = (), rank: int | None = None, alpha: float | None = None, **given: Any) -> HyLoRADAConfig:
+def _adapter_config(
+    file: Path | None,
+    *,
+    exclude: tuple[str, ...] = (),
+    rank: int | None = None,
+    alpha: float | None = None,
+    **given: Any,
+) -> HyLoRADAConfig:
     names = {"dropout": "lora_dropout", "targets": "target_modules"}
-    settings: dict[str, Any] = {names.get(name, name): value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {
+        names.get(name, name): value for name, value in given.items() if value is not None
+    }
     if exclude:
         settings["exclude_modules"] = exclude
     if rank is not None:
@@ -314,7 +338,9 @@ def _adapter_config(file: Path | None, *, exclude: tuple[str, ...] = (), rank: i
     if file is None:
         return HyLoRADAConfig(**settings)
     if "method" in settings:
-        raise ConfigError("A config file names its method", f"--config {file} --method {settings['method']}", "Give one.")
+        raise ConfigError(
+            "A config file names its method", f"--config {file} --method {settings['method']}", "Give one."
+        )
     return dataclasses.replace(HyLoRADAConfig.load(file), **settings)
 
 

@@ -108,8 +108,8 @@ class HyLoRADAConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     rank_strategy: str = "uniform"
-    target_modules: tuple[str, ...] | None = None
-    exclude_modules: tuple[str, ...] = ()
+    target_modules: str | Iterable[str] | None = None
+    exclude_modules: str | Iterable[str] = ()
     gate_init: float = 0.0
     residual_init: float = 0.1
     detach_norm: bool | None = None
@@ -192,7 +192,7 @@ class HyLoRADAConfig:
                 )
         if self.position_bias_enabled and (self.use_hylorada_v2 or not self.use_hylorada):
             raise ConfigError(
-                "position_bias_enabled scales the update of the Unified layer, which only method='hylorada' has",
+                "position_bias_enabled acts in the Unified layer, which only method='hylorada' has",
                 f"method={self.method!r}, position_bias_enabled=True",
                 "Choose method='hylorada', or leave position_bias_enabled out.",
             )

@@ -28,7 +28,8 @@ def test_the_documents_usages_run_as_written():
     rank=st.integers(1, 64),
     alpha=st.floats(0.1, 1e3),
     dropout=st.floats(0, 0.99),
-    targets=st.none() | st.lists(st.sampled_from(["q", "q_proj", "all-linear", r"h\.\d+"]), min_size=1).map(tuple),
+    targets=st.none()
+    | st.lists(st.sampled_from(["q", "q_proj", "all-linear", r"h\.\d+"]), min_size=1).map(tuple),
     strategy=st.sampled_from(["uniform", "importance", "decreasing"]),
 )
 def test_json_round_trip_gives_an_equal_config(method, rank, alpha, dropout, targets, strategy):

@@ -46,7 +46,9 @@ def moved(model, scale=0.1):
     """Adapters away from their start."""
     rng = np.random.default_rng(0)
     flat = layout.flatten(model.sites, model.adapters)
-    flat = {name: (leaf + scale * rng.normal(size=leaf.shape)).astype(leaf.dtype) for name, leaf in flat.items()}
+    flat = {
+        name: (leaf + scale * rng.normal(size=leaf.shape)).astype(leaf.dtype) for name, leaf in flat.items()
+    }
     return layout.unflatten(model.sites, flat, model.config)
 
 
@@ -90,7 +92,7 @@ def test_calling_again_does_not_recompile(base):
     model(IDS)
     model.adapters = moved(model)
     model(IDS[::-1])
-    assert model._jitted._cache_size() == 1
+    assert model._jitted._cache_size() == 1  # type: ignore[attr-defined]
 
 
 def test_a_later_token_moves_no_earlier_logit(base):
@@ -105,7 +107,10 @@ def test_a_later_token_moves_no_earlier_logit(base):
 def test_the_frozen_tree_is_neither_copied_nor_cast():
     base = qwen2()
     model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
-    assert all(a is b for a, b in zip(jax.tree.leaves(base.params), jax.tree.leaves(model.frozen["params"]), strict=True))
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(base.params), jax.tree.leaves(model.frozen["params"]), strict=True)
+    )
 
 
 def test_trainable_parameters_are_printed(capsys):

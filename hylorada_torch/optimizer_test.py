@@ -51,11 +51,10 @@ def test_every_rate_follows_the_schedule():
 
 @pytest.mark.parametrize(("size", "expected"), [(3.0, [0.6, 0.8]), (0.03, [0.03, 0.04])])
 def test_clipping_keeps_the_direction_and_bounds_the_norm(size, expected):
-    parameters = [nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(2)]
-    for parameter, part in zip(parameters, (1.0, 4 / 3), strict=True):
-        parameter.grad = torch.tensor(size * part, dtype=torch.float64)
+    gradients = [torch.tensor(size * part, dtype=torch.float64) for part in (1.0, 4 / 3)]
+    parameters = [nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     clip_by_global_norm(parameters, 1.0)
     # Float64 rounding of a square root and a few products.
-    assert [torch.Tensor.item(parameter.grad) for parameter in parameters] == pytest.approx(
-        expected, rel=1e-14
-    )
+    assert [gradient.item() for gradient in gradients] == pytest.approx(expected, rel=1e-14)

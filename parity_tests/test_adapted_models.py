@@ -53,10 +53,10 @@ def test_float32(base_models, family):
     got, expected = logits_and_gradients(base_models, family, "float32", CONFIGS["hylorada_v1"])
     # The gradients as one vector: that of a scalar gate is a sum of many terms that all but cancel.
     errors = [relative_error(got.pop("logits"), expected.pop("logits"))]
-    vector, expected_vector = (
-        np.concatenate([v[name].ravel() for name in expected]) for v in (got, expected)
+    vectors = (
+        np.concatenate([gradients[name].ravel() for name in expected]) for gradients in (got, expected)
     )
-    errors.append(relative_error(vector, expected_vector))
+    errors.append(relative_error(*vectors))
     assert max(errors) <= MODEL["float32"], errors
 
 

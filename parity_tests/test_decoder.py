@@ -314,9 +314,10 @@ def test_frequencies_equal_transformers(scaling, head_dim, theta):
     kind = scaling.get("rope_type", scaling.get("type"))
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
     config = DecoderConfig.from_hf(hf)
-    mine = _frequencies(config, jnp.zeros((1, 1), jnp.int32), jnp.dtype("float32"))
-    # Theirs are float32 powers and differences: a few units in the last place of the largest term.
-    np.testing.assert_allclose(mine, frequencies.numpy(), rtol=2e-6)
+    mine = _frequencies(config, jnp.zeros((1, 1), jnp.int32), np.float32)
+    # The same float32 operations; torch's power is now and then off by one unit in the last place.
+    np.testing.assert_array_max_ulp(np.asarray(mine), frequencies.numpy(), maxulp=1)
+    assert (mine == frequencies.numpy()).mean() > 0.95
     assert config.rope_scaling.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
@@ -325,9 +326,7 @@ def test_dynamic_frequencies_equal_transformers(longest):
     hf = {**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 64}
     theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](AutoConfig.for_model(**hf), "cpu", torch.tensor(longest))
     positions = jnp.arange(longest)[None]
-    mine = rope.dynamic_frequencies(
-        16, 500.0, factor=3.0, max_positions=64, positions=positions, dtype=jnp.float32
-    )
+    mine = rope.dynamic_frequencies(16, 500.0, jnp.float32, factor=3.0, max_positions=64, positions=positions)
     # float32 powers on both sides; exponents up to 7/8 of ln(base) enlarge the base's rounding.
     np.testing.assert_allclose(np.asarray(mine), theirs.numpy(), rtol=5e-6)
 

@@ -59,9 +59,7 @@ def train_jax(model, adapters, config, batches):
 
 
 CASES = [
-    ("gpt2", "lora"),
-    ("gpt2", "dora"),
-    ("gpt2", "hylorada_v1"),
+    *(("gpt2", method) for method in ("lora", "dora", "hylorada_v1")),
     ("llama", "dora"),
     ("qwen2", "hylorada_v1"),
 ]

@@ -14,7 +14,10 @@ from hylorada_jax.io.adapter_files import (
     write_adapter,
 )
 
-TENSORS = {"h.0.q.lora_A": np.arange(6.0, dtype=np.float32).reshape(2, 3), "h.0.q.magnitude_gate": np.float32(0.5)}
+TENSORS = {
+    "h.0.q.lora_A": np.arange(6.0, dtype=np.float32).reshape(2, 3),
+    "h.0.q.magnitude_gate": np.array(0.5, np.float32),
+}
 BASE = {"name": "tiny", "model_type": "llama", "layers_sha256": "0"}
 
 
@@ -63,7 +66,7 @@ def test_every_truncation_and_many_bit_flips_are_refused(saved, name):
         damaged.append(bytes(flipped))
     for content in damaged:
         path.write_bytes(content)
-        # A flip may fall on white space or on a letter case that JSON does not tell apart: then nothing changed.
+        # A flip may fall on white space that JSON does not tell apart: then nothing changed.
         if name == CONFIG_NAME and _same_json(content, whole):
             continue
         with pytest.raises(CheckpointError):
@@ -85,7 +88,9 @@ def test_another_format_version_is_refused(saved):
 
 
 def test_keys_and_bases_are_compared_both_ways():
-    with pytest.raises(CheckpointError, match=r"missing b; unexpected c; of another shape a \(1,\) for \(2,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"missing b; unexpected c; of another shape a \(1,\) for \(2,\)"
+    ):
         check_keys({"a": (1,), "c": (1,)}, {"a": (2,), "b": (1,)})
     check_base(BASE, BASE | {"name": "a copy elsewhere"})
     with pytest.raises(CheckpointError, match="model_type: adapter 'llama', model 'gpt2'"):

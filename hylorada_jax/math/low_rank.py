@@ -208,7 +208,7 @@ def gated_magnitude(
         magnitude_gate: the gate before its sigmoid.
 
     Returns:
-        m. Written as m₀ + g·(m' − m₀), so that it is exactly m₀ at the start.
+        m; exactly m' where g is 1, and exactly m₀ where it is 0.
 
     Example:
         >>> gated_magnitude(jnp.array([3.0]), jnp.array([1.0]), jnp.array(0.0)).tolist()
@@ -216,7 +216,8 @@ def gated_magnitude(
 
     Source: method.md §1.
     """
-    return initial + jax.nn.sigmoid(magnitude_gate) * (magnitude - initial)
+    gate = jax.nn.sigmoid(magnitude_gate)
+    return gate * magnitude + (1 - gate) * initial
 
 
 def residual_blend(
@@ -232,7 +233,7 @@ def residual_blend(
         residual_weight: the blend before its sigmoid.
 
     Returns:
-        c. Written as m/n + β·(1 − m/n), so that it is exactly 1 where m = n.
+        c; exactly 1 (LoRA) where β is 1, and exactly m/n (DoRA) where it is 0.
 
     Example:
         >>> residual_blend(jnp.array([2.0]), jnp.array([1.0]), jnp.array(0.0)).tolist()
@@ -240,8 +241,8 @@ def residual_blend(
 
     Source: method.md §1.
     """
-    ratio = magnitude / norm
-    return ratio + jax.nn.sigmoid(residual_weight) * (1 - ratio)
+    residual = jax.nn.sigmoid(residual_weight)
+    return (1 - residual) * (magnitude / norm) + residual
 
 
 def merged_weight(

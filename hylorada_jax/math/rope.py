@@ -1,8 +1,11 @@
 """Rotary position embeddings: frequencies, their stretched variants, and the rotation.
 
 Every variant returns the angular frequencies ω_i, i = 0 … head_dim/2 − 1, of RoFormer (Su et al.,
-arXiv:2104.09864 §3.2.2); the stretched ones agree with transformers' ``ROPE_INIT_FUNCTIONS``. The host
-computes them in float64, all but dynamic NTK, whose base depends on the positions of the batch.
+arXiv:2104.09864 §3.2.2); the stretched ones are those of transformers' ``ROPE_INIT_FUNCTIONS``. The host computes
+them, all but dynamic NTK, whose base depends on the positions of the batch.
+
+In float32 they are bit for bit those that models are trained with: a rounding of another kind would turn a head at
+position 8000 by up to 5e-4 radians.
 """
 
 from __future__ import annotations
@@ -12,10 +15,16 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float, Int
 
 
-def default_frequencies(head_dim: int, theta: float) -> Float64[np.ndarray, " half"]:
+def _periods(head_dim: int, theta: float, dtype: DTypeLike) -> Float[np.ndarray, " half"]:
+    """1/ω_i = theta^(2i/head_dim), where the exponent and then the exact power are rounded to ``dtype``."""
+    exponents = np.arange(0, head_dim, 2).astype(dtype) / np.asarray(head_dim, dtype)
+    return np.power(np.float64(theta), exponents.astype(np.float64)).astype(dtype)
+
+
+def default_frequencies(head_dim: int, theta: float, dtype: DTypeLike) -> Float[np.ndarray, " half"]:
     """The frequencies of pretraining.
 
         ω_i = theta^(−2i/head_dim)
@@ -23,18 +32,21 @@ def default_frequencies(head_dim: int, theta: float) -> Float64[np.ndarray, " ha
     Args:
         head_dim: width of one head, even.
         theta: base of the wavelengths.
+        dtype: float32 or float64.
 
     Returns:
         [head_dim // 2] radians per token.
 
     Example:
-        >>> default_frequencies(4, 10000.0).tolist()
+        >>> default_frequencies(4, 10000.0, np.float64).tolist()
         [1.0, 0.01]
     """
-    return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return 1 / _periods(head_dim, theta, dtype)
 
 
-def linear_frequencies(head_dim: int, theta: float, *, factor: float) -> Float64[np.ndarray, " half"]:
+def linear_frequencies(
+    head_dim: int, theta: float, dtype: DTypeLike, *, factor: float
+) -> Float[np.ndarray, " half"]:
     """Position interpolation: every wavelength grows by ``factor`` (Chen et al., arXiv:2306.15595).
 
         ω_i = default_i / factor
@@ -42,22 +54,23 @@ def linear_frequencies(head_dim: int, theta: float, *, factor: float) -> Float64
     Args:
         head_dim: width of one head, even.
         theta: base of the wavelengths.
+        dtype: float32 or float64.
         factor: the stretch.
 
     Returns:
         [head_dim // 2] radians per token.
     """
-    return default_frequencies(head_dim, theta) / factor
+    return default_frequencies(head_dim, theta, dtype) / factor
 
 
 def dynamic_frequencies(
     head_dim: int,
     theta: float,
+    dtype: DTypeLike,
     *,
     factor: float,
     max_positions: int,
     positions: Int[Array, "*shape"],
-    dtype: DTypeLike,
 ) -> Float[Array, " half"]:
     """Dynamic NTK: the base grows once the longest text of the batch outgrows the context.
 
@@ -70,10 +83,10 @@ def dynamic_frequencies(
     Args:
         head_dim: width of one head, even and above 2.
         theta: base of the wavelengths.
+        dtype: float32 or float64.
         factor: the stretch.
         max_positions: context of pretraining, in tokens.
         positions: position of every token of the call.
-        dtype: float32 or float64.
 
     Returns:
         [head_dim // 2] radians per token.
@@ -81,18 +94,19 @@ def dynamic_frequencies(
     length = jnp.maximum(jnp.max(positions) + 1, max_positions).astype(dtype)
     stretch = factor * length / max_positions - (factor - 1)
     base = theta * stretch ** (head_dim / (head_dim - 2))
-    return base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim).astype(dtype)
+    return 1 / base ** jnp.asarray(np.arange(0, head_dim, 2) / head_dim, dtype)
 
 
 def llama3_frequencies(
     head_dim: int,
     theta: float,
+    dtype: DTypeLike,
     *,
     factor: float,
     low_freq_factor: float,
     high_freq_factor: float,
     original: int,
-) -> Float64[np.ndarray, " half"]:
+) -> Float[np.ndarray, " half"]:
     """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
 
         t_i = (original·ω_i/2π − low) / (high − low), clamped to [0, 1]
@@ -101,6 +115,7 @@ def llama3_frequencies(
     Args:
         head_dim: width of one head, even.
         theta: base of the wavelengths.
+        dtype: float32 or float64.
         factor: the stretch.
         low_freq_factor: turns per original context below which a frequency is stretched in full.
         high_freq_factor: turns per original context above which a frequency is kept.
@@ -112,8 +127,8 @@ def llama3_frequencies(
     Source:
         Llama 3.1's reference code; transformers ``_compute_llama3_parameters``.
     """
-    frequencies = default_frequencies(head_dim, theta)
-    turns = original * frequencies / (2 * math.pi)
+    frequencies = default_frequencies(head_dim, theta, dtype)
+    turns = original / (2 * math.pi / frequencies)
     keep = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
     return keep * frequencies + (1 - keep) * frequencies / factor
 
@@ -121,13 +136,14 @@ def llama3_frequencies(
 def yarn_frequencies(
     head_dim: int,
     theta: float,
+    dtype: DTypeLike,
     *,
     factor: float,
     original: int,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    truncate: bool = True,
-) -> Float64[np.ndarray, " half"]:
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+) -> Float[np.ndarray, " half"]:
     """YaRN: a linear ramp over the dimensions, from kept to stretched (Peng et al., arXiv:2309.00071 §3.2).
 
         d(β) = head_dim · ln(original / 2πβ) / (2 ln theta)        the dimension with β turns in ``original``
@@ -136,6 +152,7 @@ def yarn_frequencies(
     Args:
         head_dim: width of one head, even.
         theta: base of the wavelengths.
+        dtype: float32 or float64.
         factor: the stretch.
         original: context of pretraining, in tokens.
         beta_fast: turns above which a dimension is kept.
@@ -154,14 +171,14 @@ def yarn_frequencies(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     # 0.001: transformers' guard against an empty ramp.
-    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low or 0.001), 0.0, 1.0)
-    frequencies = default_frequencies(head_dim, theta)
-    return (1 - ramp) * frequencies + ramp * frequencies / factor
+    ramp = np.clip((np.arange(head_dim // 2).astype(dtype) - low) / (high - low or 0.001), 0.0, 1.0)
+    keep, periods = 1 - ramp, _periods(head_dim, theta, dtype)
+    return 1 / (factor * periods) * (1 - keep) + 1 / periods * keep
 
 
 def rope_tables(
     positions: Int[Array, "batch seq"],
-    frequencies: Float[Array, " half"] | Float64[np.ndarray, " half"],
+    frequencies: Float[Array, " half"] | Float[np.ndarray, " half"],
     *,
     attention_factor: float = 1.0,
     dtype: DTypeLike,

@@ -47,7 +47,6 @@ def param_shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict[
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
 def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """Random weights as HF draws them: normal(initializer_range), zero biases, unit norms.
 
@@ -151,7 +150,7 @@ class CausalLM:
         Returns:
             The model, named 'random'.
         """
-        return cls(DecoderLM(config, remat), init_params(config, rng, dtype), config, "random")
+        return cls(DecoderLM(config, remat), _jitted_init_params(config, rng, dtype), config, "random")
 
     def init_params(self, rng: Array) -> dict[str, Any]:
         """Random parameters of this model's shape; traced to learn which linear modules there are."""
@@ -291,6 +290,10 @@ def _inputs(
         )
     valid = [mask > 0 for mask in (attention_mask, segment_ids) if mask is not None]
     return input_ids, position_ids, jnp.all(jnp.stack(valid), axis=0) if valid else None, segment_ids
+
+
+# init_params itself is not jitted: a trace from jax's cache would hide the modules from who looks for them.
+_jitted_init_params = jax.jit(init_params, static_argnames=("config", "dtype"))
 
 
 @partial(jax.jit, static_argnums=0)

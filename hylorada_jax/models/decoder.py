@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
@@ -125,31 +126,36 @@ def _wide_dot(lhs: Array, rhs: Array, dimensions: lax.DotDimensionNumbers, preci
     return lax.dot_general(lhs, rhs, dimensions, precision=precision, preferred_element_type=dtype)
 
 
-def _frequencies(config: DecoderConfig, position_ids: Int[Array, "batch query"], dtype: jnp.dtype):
+def _frequencies(config: DecoderConfig, position_ids: Int[Array, "batch query"], dtype: DTypeLike):
     """The rotary frequencies that the config asks for."""
-    s = config.rope_scaling
-    dim, theta = config.head_dim, config.rope_theta
-    original = s.original_max_position_embeddings
+    s, base = config.rope_scaling, (config.head_dim, config.rope_theta, dtype)
     match s.rope_type:
         case "linear":
-            return rope.linear_frequencies(dim, theta, factor=s.factor)
+            return rope.linear_frequencies(*base, factor=s.factor)
         case "dynamic":
-            longest = config.max_position_embeddings
+            length = config.max_position_embeddings
             return rope.dynamic_frequencies(
-                dim, theta, factor=s.factor, max_positions=longest, positions=position_ids, dtype=dtype
+                *base, factor=s.factor, max_positions=length, positions=position_ids
             )
         case "llama3":
-            low, high = s.low_freq_factor, s.high_freq_factor
             return rope.llama3_frequencies(
-                dim, theta, factor=s.factor, low_freq_factor=low, high_freq_factor=high, original=original
+                *base,
+                factor=s.factor,
+                low_freq_factor=s.low_freq_factor,
+                high_freq_factor=s.high_freq_factor,
+                original=s.original_max_position_embeddings,
             )
         case "yarn":
-            betas = {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
             return rope.yarn_frequencies(
-                dim, theta, factor=s.factor, original=original, truncate=s.truncate, **betas
+                *base,
+                factor=s.factor,
+                original=s.original_max_position_embeddings,
+                beta_fast=s.beta_fast,
+                beta_slow=s.beta_slow,
+                truncate=s.truncate,
             )
         case _:
-            return rope.default_frequencies(dim, theta)
+            return rope.default_frequencies(*base)
 
 
 class DecoderLM(nn.Module):

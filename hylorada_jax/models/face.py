@@ -9,30 +9,46 @@ from hylorada_jax.models.causal_lm import CausalLM
 
 
 class BaseModel(Protocol):
-    """What adapters, training and evaluation ask of a base model; every method is a pure function."""
+    """What adapters, training and evaluation ask of a base model.
 
-    name: str
-    params: Any
-    config: Any
+    Inputs beside the tokens are attention_mask, position_ids and segment_ids, all [batch, seq] or None.
+    """
+
     supports_segments: bool
+
+    @property
+    def name(self) -> str:
+        """What the user loaded it by."""
+
+    @property
+    def params(self) -> Any:
+        """The frozen tree."""
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration; it has ``model_type``."""
 
     def init_params(self, rng: Array) -> Any:
         """Fresh random parameters; traced to learn the model's modules and shapes."""
 
-    def forward(self, variables: Any, input_ids: Array, **inputs: Any) -> Any:
-        """The output with ``.logits`` [batch, seq, vocab]."""
+    def with_params(self, params: Any) -> Any:
+        """The model, as the user gave it, with other parameters."""
 
-    def hidden(self, variables: Any, input_ids: Array, **inputs: Any) -> Array:
-        """The states [batch, seq, d] that the output head reads."""
+    # (*args: Any, **kwargs: Any) is how a protocol leaves the arguments to the two implementations.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """(input_ids, …) → the output for the model's own parameters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(variables, input_ids, …) → the output, with ``.logits`` [batch, seq, vocab]."""
+
+    def hidden(self, *args: Any, **kwargs: Any) -> Array:
+        """(variables, input_ids, …) → the states [batch, seq, d] that the output head reads."""
 
     def head(self, variables: Any) -> Array:
         """The output embedding [vocab, d]."""
 
-    def generate(self, prompts: Any, **settings: Any) -> list[list[int]]:
-        """The new tokens of every prompt."""
-
-    def with_params(self, params: Any) -> Any:
-        """The model, as the user gave it, with other parameters."""
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """(prompts, …) → the new tokens of every prompt."""
 
 
 def as_base(model: Any) -> BaseModel:

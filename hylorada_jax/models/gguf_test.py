@@ -32,8 +32,8 @@ def write_gguf(
     """A GGUF file by the gguf package's own writer; `kinds` says which tensors are quantised, and how."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in ({f"{architecture}.{k}": v for k, v in keys.items()} | (extra or {})).items():
-        kind = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}[type(value)]
-        getattr(writer, f"add_{kind}")(key, value)
+        method = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}[type(value)]
+        getattr(writer, f"add_{method}")(key, value)
     for name, tensor in tensors.items():
         kind = (kinds or {}).get(name)
         data = tensor if kind is None else gguf.quants.quantize(tensor, kind)

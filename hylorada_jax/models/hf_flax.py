@@ -125,7 +125,7 @@ class HFFlaxModel:
         input_ids: Int[Array, "batch seq"],
         attention_mask: Int[Array, "batch seq"] | None = None,
         position_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Any:
         """Hugging Face's output; the arguments are those of `forward`."""
         return self.forward(

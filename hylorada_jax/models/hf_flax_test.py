@@ -32,7 +32,7 @@ FAMILIES = {
     "MistralForCausalLM": transformers.MistralConfig(**LLAMA, num_key_value_heads=1, sliding_window=32),
     "GemmaForCausalLM": transformers.GemmaConfig(**LLAMA, num_key_value_heads=1, head_dim=12),
 }
-IDS = np.random.default_rng(0).integers(3, 50, (2, 7))
+IDS = jnp.array(np.random.default_rng(0).integers(3, 50, (2, 7)))
 
 
 def tiny(name: str):
@@ -43,8 +43,7 @@ def tiny(name: str):
 def test_forward_is_the_models_own_call_and_hidden_times_head_is_its_logits(name):
     model = tiny(name)
     face = HFFlaxModel.wrap(model)
-    mask = np.ones_like(IDS)
-    mask[0, 5:] = 0
+    mask = jnp.ones_like(IDS).at[0, 5:].set(0)
     expected = model(IDS, attention_mask=mask).logits
     variables = {"params": face.params}
     forward = jax.jit(lambda v: face.forward(v, IDS, attention_mask=mask).logits)
@@ -57,7 +56,7 @@ def test_forward_is_the_models_own_call_and_hidden_times_head_is_its_logits(name
 
 def test_position_ids_reach_the_model():
     model = tiny("GPT2LMHeadModel")
-    positions = np.arange(7)[None] + np.array([[3], [9]])
+    positions = jnp.arange(7)[None] + jnp.array([[3], [9]])
     expected = model(IDS, position_ids=positions).logits
     np.testing.assert_array_equal(HFFlaxModel.wrap(model)(IDS, position_ids=positions).logits, expected)
     assert np.abs(model(IDS).logits - expected).max() > 1e-3
@@ -69,7 +68,7 @@ def test_hidden_computes_no_logits():
     face = HFFlaxModel.wrap(transformers.FlaxGPT2LMHeadModel(config))
 
     def flops(function):
-        return jax.jit(function).lower({"params": face.params}, IDS).compile().cost_analysis()["flops"]
+        return jax.jit(function).lower({"params": face.params}, IDS).compile().cost_analysis()["flops"]  # type: ignore[index]
 
     assert flops(face.hidden) < flops(lambda v, ids: face.forward(v, ids).logits) / 50
 
@@ -150,7 +149,7 @@ def test_families_without_a_plain_head_still_run():
 def test_what_cannot_be_done_is_refused():
     face = HFFlaxModel.wrap(tiny("GPT2LMHeadModel"))
     with pytest.raises(ModelError, match="Packed documents"):
-        face(IDS, segment_ids=np.ones_like(IDS))
+        face(IDS, segment_ids=jnp.ones_like(IDS))
     empty = transformers.FlaxGPT2LMHeadModel(FAMILIES["GPT2LMHeadModel"], _do_init=False)
     with pytest.raises(ModelError, match="_do_init"):
         HFFlaxModel.wrap(empty)

@@ -31,7 +31,9 @@ def save_model(path: Path, dtype: type = np.float32, **config) -> Path:
         shapes["lm_head.weight"] = (11, 8)
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    tensors = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    tensors: dict[str, np.ndarray] = {
+        name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()
+    }
     save_file(tensors, path / "model.safetensors")
     return path
 

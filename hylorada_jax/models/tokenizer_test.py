@@ -3,7 +3,7 @@ import string
 from itertools import pairwise
 
 import pytest
-import regex
+import regex  # type: ignore[import-untyped]
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 

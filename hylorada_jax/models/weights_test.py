@@ -8,7 +8,11 @@ from safetensors.numpy import save_file
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, check_match, load_tree
 
-LEAVES = {("a", "kernel"): (2, 3), ("layers", "kernel"): (2, 3, 4), ("norm", "scale"): (3,)}
+LEAVES: dict[tuple[str, ...], tuple[int, ...]] = {
+    ("a", "kernel"): (2, 3),
+    ("layers", "kernel"): (2, 3, 4),
+    ("norm", "scale"): (3,),
+}
 SLOTS = {
     "a.weight": Slot(("a", "kernel"), None, transpose=True),
     "layers.0.weight": Slot(("layers", "kernel"), 0, transpose=True),

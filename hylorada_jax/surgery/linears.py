@@ -69,7 +69,7 @@ def find_linears(init: Callable[[Array], Any]) -> list[Linear]:
 
     Args:
         init: key → parameter tree, which calls every module once. It is traced, not run: no memory is
-            taken for the weights.
+            taken for the weights. It must not be jitted, or jax may answer from its cache.
 
     Returns:
         The modules in the order of the tree's paths.

@@ -7,9 +7,17 @@ from hylorada_jax.surgery.targets import layer_ranks, select_targets
 LLAMA = [
     f"model.layers.{i}.{part}"
     for i in range(3)
-    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+    for part in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.up_proj",
+    )
 ] + ["lm_head"]
-GPT2 = [f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+GPT2 = [
+    f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")
+]
 
 
 def select(names, **settings):
@@ -26,9 +34,9 @@ def test_a_methods_roles_find_each_familys_projections():
 def test_names_regexes_and_exclusions():
     assert select(GPT2, target_modules="c_proj") == [n for n in GPT2 if n.endswith("c_proj")]
     assert select(GPT2, target_modules="mlp.c_proj") == [n for n in GPT2 if n.endswith("mlp.c_proj")]
-    assert select(LLAMA, target_modules=r"model\.layers\.[01]\..*_proj", exclude_modules=("mlp.up_proj",)) == [
-        n for n in LLAMA[:10] if "self_attn" in n
-    ]
+    assert select(
+        LLAMA, target_modules=r"model\.layers\.[01]\..*_proj", exclude_modules=("mlp.up_proj",)
+    ) == [n for n in LLAMA[:10] if "self_attn" in n]
 
 
 def test_all_linear_leaves_the_output_head_out():
@@ -37,7 +45,10 @@ def test_all_linear_leaves_the_output_head_out():
 
 @pytest.mark.parametrize("pattern", ["q_prj", r"model\.layer\..*", "roj"])
 def test_a_pattern_without_a_match_is_refused_with_near_ones(pattern):
-    for settings in ({"target_modules": pattern}, {"target_modules": "q_proj", "exclude_modules": (pattern,)}):
+    for settings in (
+        {"target_modules": pattern},
+        {"target_modules": "q_proj", "exclude_modules": (pattern,)},
+    ):
         with pytest.raises(TargetError, match="q_proj") as error:
             select(LLAMA, **settings)
         assert pattern in str(error.value.received).replace("\\\\", "\\")

@@ -106,6 +106,8 @@ def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""]], Float[Array, 
     total, warmup = config.steps, config.warmup_steps
 
     def factor(step: Int[Array, ""]) -> Float[Array, ""]:
+        # jax divides int32 in float32 also where float64 is in use.
+        step = jnp.asarray(step, jnp.result_type(float))
         rising = step / max(warmup, 1)
         falling = (total - step) / max(total - warmup, 1)
         return jnp.clip(jnp.where(step < warmup, rising, falling), 0, 1)

@@ -105,14 +105,10 @@ def plot_losses(records: Sequence[Record], path: Path) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
         axes.plot(steps, _running_mean(losses), color="tab:blue", linewidth=2, label="training, running mean")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", linewidth=1, label="held out")
-        for step, loss in (held_out[0], held_out[-1]):
-            label = f"ppl {math.exp(min(loss, 700)):.2f}"
-            axes.annotate(
-                label, (step, loss), (0, 8), textcoords="offset points", ha="center", color="tab:red"
-            )
+        first, last = (math.exp(min(loss, 700)) for _, loss in (held_out[0], held_out[-1]))
+        label = f"held out, perplexity {first:.2f} to {last:.2f}"
+        axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", linewidth=1, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.margins(y=0.15)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

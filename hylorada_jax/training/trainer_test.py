@@ -284,9 +284,12 @@ train(sys.argv[1], resume=True, checkpoint_every=1, **eval(sys.argv[2]))
 def child(directory, environment, **changes):
     variables = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", CHILD, str(directory), repr(changes)]
-    return subprocess.Popen(
-        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    with errors_of(directory).open("w") as errors:
+        return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def errors_of(directory):
+    return directory.with_suffix(".stderr")
 
 
 @pytest.mark.slow
