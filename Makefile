@@ -9,10 +9,10 @@ finetune: $(VENV)/.installed
 	$(VENV)/bin/hylorada finetune --output runs/finetune $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto $(ARGS)
 
 test-quick: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

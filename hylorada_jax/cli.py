@@ -49,7 +49,7 @@ def finetune(
     eval_tokens: int | None = 8192,
     eval_every: int | None = None,
     checkpoint_every: int = 10,
-    prompt: str = "def read_lines(path):\n",
+    prompt: str = 'def read_lines(path):\n    """',
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -135,8 +135,8 @@ def finetune(
     if prompt and tokenizer.encode(prompt):
         ids, eos = [tokenizer.encode(prompt)], tokenizer.eos_token_id
         with adapted.disable_adapter():
-            before = adapted.generate(ids, max_new_tokens=48, eos_token_id=eos)
-        after = adapted.generate(ids, max_new_tokens=48, eos_token_id=eos)
+            before = adapted.generate(ids, max_new_tokens=64, eos_token_id=eos)
+        after = adapted.generate(ids, max_new_tokens=64, eos_token_id=eos)
         print(f"\n--- sample, before ---\n{prompt}{tokenizer.decode(before[0])}")
         print(f"\n--- sample, after ----\n{prompt}{tokenizer.decode(after[0])}\n")
     print(f"adapter  {result.adapter}\nmetrics  {result.metrics}\nplot     {result.loss_plot}")

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from hylorada_jax.models.loading import load_model
+from parity_tests.hf_weights import make_float64
 
 VOCAB = 31
 DECODER_SIZES = {
@@ -55,32 +55,7 @@ def base_models(tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))  # no bias stays 0, no norm stays 1
         model.save_pretrained(tmp_path)
         if dtype == "float64":
-            _widen(model)
+            make_float64(model)
         return model, load_model(tmp_path, dtype=np.dtype(dtype))
 
     return build
-
-
-class _Rotary(nn.Module):
-    """The default rotary table, in float64."""
-
-    def __init__(self, head_dim, theta):
-        super().__init__()
-        self.frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-
-    def forward(self, x, position_ids):
-        angles = position_ids[..., None] * torch.cat([self.frequencies, self.frequencies])
-        return angles.cos(), angles.sin()
-
-
-def _widen(model):
-    """Replace what transformers computes in float32 whatever the dtype: RMS norms and rotary tables."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            norm = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon, dtype=torch.float64)
-            norm.weight = module.weight
-            model.set_submodule(name, norm)
-        elif type(module).__name__.endswith("RotaryEmbedding"):
-            config = model.config
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            model.set_submodule(name, _Rotary(head_dim, config.rope_theta))

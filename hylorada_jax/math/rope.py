@@ -1,11 +1,10 @@
 """Rotary position embeddings: frequencies, their stretched variants, and the rotation.
 
 Every variant returns the angular frequencies ω_i, i = 0 … head_dim/2 − 1, of RoFormer (Su et al.,
-arXiv:2104.09864 §3.2.2); the stretched ones are those of transformers' ``ROPE_INIT_FUNCTIONS``. The host computes
-them, all but dynamic NTK, whose base depends on the positions of the batch.
-
-In float32 they are bit for bit those that models are trained with: a rounding of another kind would turn a head at
-position 8000 by up to 5e-4 radians.
+arXiv:2104.09864 §3.2.2); the stretched ones are those of transformers' ``ROPE_INIT_FUNCTIONS``. The host
+computes them, all but dynamic NTK, whose base depends on the positions of the batch. In float32 they are
+rounded step by step like those that models are trained with: at position 8000, one unit in the last place
+turns a head by up to 5e-4 radians.
 """
 
 from __future__ import annotations

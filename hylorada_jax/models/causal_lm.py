@@ -60,7 +60,9 @@ def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float3
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config, dtype))
     # One draw, cut into leaves: a draw per shape takes XLA several seconds to compile.
-    drawn = jax.random.normal(rng, (sum(leaf.size for _, leaf in leaves),), dtype) * config.initializer_range
+    # Drawn in float32 and rounded, so that one key gives one model, whatever the dtype.
+    size = sum(leaf.size for _, leaf in leaves)
+    drawn = (jax.random.normal(rng, (size,), jnp.float32) * config.initializer_range).astype(dtype)
     params, start = [], 0
     for path, leaf in leaves:
         match path[-1].key:
@@ -216,9 +218,8 @@ class CausalLM:
     def head(self, variables: Variables) -> Float[Array, "vocab d"]:
         """The output embedding, tied or not: logits = hidden · headᵀ."""
         params = variables["params"]
-        if self.config.tie_word_embeddings:
-            return params["model"]["embed_tokens"]["embedding"]
-        return params["lm_head"]["kernel"].T
+        owner = params["model"]["embed_tokens"] if self.config.tie_word_embeddings else params["lm_head"]
+        return owner["embedding"]
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache in the dtype of the weights.
@@ -284,6 +285,11 @@ def _inputs(
     segment_ids: Int[Array, "batch seq"] | None,
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """The module's arguments: positions filled in, and which keys are no padding."""
+    # Users bring numpy arrays too.
+    input_ids = jnp.asarray(input_ids)
+    position_ids, attention_mask, segment_ids = (
+        None if given is None else jnp.asarray(given) for given in (position_ids, attention_mask, segment_ids)
+    )
     if position_ids is None:
         position_ids = default_positions(
             input_ids.shape, attention_mask=attention_mask, segment_ids=segment_ids

@@ -52,7 +52,7 @@ def test_the_parameter_tree_is_the_one_that_adapters_and_loading_rely_on():
         "model.layers.mlp.up_proj.kernel": (2, 32, 48),
         "model.layers.mlp.down_proj.kernel": (2, 48, 32),
         "model.norm.scale": (32,),
-        "lm_head.kernel": (32, 61),
+        "lm_head.embedding": (61, 32),
     }
 
 

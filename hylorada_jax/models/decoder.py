@@ -120,12 +120,6 @@ class Decoder(nn.Module):
         return self.norm(stream.x), cache
 
 
-def _wide_dot(lhs: Array, rhs: Array, dimensions: lax.DotDimensionNumbers, precision=None, **_) -> Array:
-    """A product whose float32 accumulator stays unrounded, so that bfloat16 models give float32 logits."""
-    dtype = jnp.promote_types(lhs.dtype, jnp.float32)
-    return lax.dot_general(lhs, rhs, dimensions, precision=precision, preferred_element_type=dtype)
-
-
 def _frequencies(config: DecoderConfig, position_ids: Int[Array, "batch query"], dtype: DTypeLike):
     """The rotary frequencies that the config asks for."""
     s, base = config.rope_scaling, (config.head_dim, config.rope_theta, dtype)
@@ -175,7 +169,8 @@ class DecoderLM(nn.Module):
         """Builds the decoder, and the head where it is not tied."""
         self.model = Decoder(self.config, self.remat)
         if not self.config.tie_word_embeddings:
-            self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dot_general=_wide_dot)
+            # [vocab, hidden] like the embedding it replaces: the chunked loss reads slices of it as it lies.
+            self.lm_head = nn.Embed(self.config.vocab_size, self.config.hidden_size)
 
     def hidden(
         self,
@@ -201,10 +196,9 @@ class DecoderLM(nn.Module):
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        head = self.model.embed_tokens.embedding
-        return _wide_dot(hidden, head, (((hidden.ndim - 1,), (1,)), ((), ())))
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, head.embedding, preferred_element_type=dtype)
 
     def __call__(
         self,

@@ -60,7 +60,7 @@ def as_base(model: Any) -> BaseModel:
     Raises:
         ModelError: the model is neither, or is known to compute wrongly for its config.
     """
-    if isinstance(model, CausalLM):
+    if isinstance(model, CausalLM) or type(model).__name__ == "HFFlaxModel":
         return model
     if any(cls.__name__ == "FlaxPreTrainedModel" for cls in type(model).__mro__):
         from hylorada_jax.models.hf_flax import HFFlaxModel  # imports transformers

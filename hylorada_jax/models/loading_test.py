@@ -49,8 +49,8 @@ def test_the_loaded_model_runs_and_keeps_its_name(tmp_path):
     assert model.name == str(tmp_path / "m")
     assert model.module.remat == "full"
     assert model(jnp.array([[1, 2, 3]])).logits.shape == (1, 3, 11)
-    kernel = load_file(tmp_path / "m" / "model.safetensors")["lm_head.weight"].T
-    np.testing.assert_array_equal(model.params["lm_head"]["kernel"], kernel)
+    head = load_file(tmp_path / "m" / "model.safetensors")["lm_head.weight"]
+    np.testing.assert_array_equal(model.params["lm_head"]["embedding"], head)
 
 
 def test_every_leaf_has_the_dtype_that_was_asked_for(tmp_path):

@@ -329,7 +329,9 @@ def test_two_devices_give_the_loss_of_one(tmp_path, compilation_cache):
         records = read_metrics(tmp_path / str(count) / "metrics.jsonl")
         losses.append([r.get("loss", r.get("eval_loss")) for r in records])
     # float32: the sum over rows is split in two. Dropout masks are equal, for they follow the global row.
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    np.testing.assert_allclose(losses[1][:2], losses[0][:2], rtol=1e-6)  # before and in the first step
+    # Adam divides a gradient by its own size, and so carries its rounding into the following steps.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     refusal = child(tmp_path / "odd", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, steps=3)
     assert refusal.wait(timeout=600) != 0
     assert "devices must divide" in errors_of(tmp_path / "odd").read_text()
