@@ -15,6 +15,7 @@ computes it once per optimizer step instead.
 import math
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
@@ -62,6 +63,8 @@ class LoRALinear(nn.Module):
         gate_init: float = 0.0,
         residual_init: float = 0.0,
     ) -> Array:
+        # Users bring numpy arrays too, as inputs and as parameters.
+        x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
         _check_shapes(type(self).__name__, self.rank, x, base_output, base_weight)
         norm_squared = low_rank.row_norm_squared(base_weight)
 
@@ -76,7 +79,7 @@ class LoRALinear(nn.Module):
                 residual_init=residual_init,
             )[name]
 
-        leaves = {name: self.param(name, fresh, name) for name in linear_adapter.LEAVES[kind]}
+        leaves = {name: jnp.asarray(self.param(name, fresh, name)) for name in linear_adapter.LEAVES[kind]}
         scale = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
         resolved = linear_adapter.resolve_leaves(
             leaves, base_weight, norm_squared, scale, detach_norm=detach_norm
