@@ -15,6 +15,7 @@ from hylorada_jax.training.corpus import Document
 from hylorada_jax.training.packing import Batch, Rows
 
 _DOCUMENTS_AT_ONCE = 64
+_ENDLESS = 2**50  # rows; more than anybody trains on
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -97,6 +98,10 @@ def shuffled_batches(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIte
     def numbered(index: int) -> Batch:
         return {**rows[index], "row": np.array(index, np.int32)}
 
-    dataset = grain.MapDataset.range(len(rows)).shuffle(seed=seed).map(numbered).repeat().batch(batch_size)
+    # Not repeat() without a number: grain then divides the largest int by the batch size in floating point,
+    # which overflows for a batch of one.
+    epochs = _ENDLESS // len(rows) + 1
+    order = grain.MapDataset.range(len(rows)).shuffle(seed=seed)
+    dataset = order.map(numbered).repeat(epochs).batch(batch_size)
     # Making a row takes microseconds: threads would cost more than they save.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

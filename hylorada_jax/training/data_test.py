@@ -21,9 +21,10 @@ def drawn(batches, count):
     return [next(batches)["row"].tolist() for _ in range(count)]
 
 
-def test_every_epoch_has_every_row_once_in_another_order():
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_epoch_has_every_row_once_in_another_order(batch_size):
     n = len(rows())
-    order = np.concatenate(drawn(shuffled_batches(rows(), 3, seed=0), 2 * n // 3 + 1))
+    order = np.concatenate(drawn(shuffled_batches(rows(), batch_size, seed=0), 2 * n // batch_size + 1))
     first, second = order[:n], order[n : 2 * n]
     assert sorted(first) == sorted(second) == list(range(n))
     assert first.tolist() != second.tolist()
