@@ -14,12 +14,12 @@ import tyro
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
+from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer
 
 PACKAGED_MODEL = "smollm2-135m"
-EMBEDDED_CORPUS = "python-stdlib"
 Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -28,7 +28,7 @@ def finetune(
     *,
     output: Path,
     model: str = PACKAGED_MODEL,
-    data: str = EMBEDDED_CORPUS,
+    data: str = PYTHON_STDLIB,
     eval_data: str | None = None,
     method: Method | None = None,
     config: Path | None = None,
@@ -87,7 +87,6 @@ def finetune(
         overwrite: delete the run in the output directory.
     """
     from hylorada_jax.training.config import TrainingConfig
-    from hylorada_jax.training.corpus import load_documents
     from hylorada_jax.training.run_directory import RunDirectory
 
     adapter = _adapter_config(
@@ -132,11 +131,11 @@ def finetune(
 
     result = trainer.train()
     print(f"held-out perplexity  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
-    if prompt and tokenizer.encode(prompt):
-        ids, eos = [tokenizer.encode(prompt)], tokenizer.eos_token_id
+    if ids := tokenizer.encode(prompt):
+        eos = tokenizer.eos_token_id
         with adapted.disable_adapter():
-            before = adapted.generate(ids, max_new_tokens=64, eos_token_id=eos)
-        after = adapted.generate(ids, max_new_tokens=64, eos_token_id=eos)
+            before = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos)
+        after = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos)
         print(f"\n--- sample, before ---\n{prompt}{tokenizer.decode(before[0])}")
         print(f"\n--- sample, after ----\n{prompt}{tokenizer.decode(after[0])}\n")
     print(f"adapter  {result.adapter}\nmetrics  {result.metrics}\nplot     {result.loss_plot}")
@@ -146,7 +145,7 @@ def evaluate(
     *,
     model: str = PACKAGED_MODEL,
     adapter: Path | None = None,
-    data: str = EMBEDDED_CORPUS,
+    data: str = PYTHON_STDLIB,
     seq_len: int = 512,
     stride: int | None = None,
     batch_size: int = 4,
@@ -167,9 +166,7 @@ def evaluate(
         dtype: of the weights and the computation.
         json: print one JSON object.
     """
-    from hylorada_jax.training.corpus import load_documents
-
-    texts = load_documents(data, "eval" if data == EMBEDDED_CORPUS else "all")
+    texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
     tokenizer = _tokenizer(model)
 
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity

@@ -7,7 +7,6 @@ adapter was trained on, and checksums, so that a file that was cut or altered is
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.files import write_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -67,8 +67,8 @@ def write_adapter(
     text = json.dumps({**body, "sha256": _digest(body)}, indent=2, ensure_ascii=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / WEIGHTS_NAME, weights)
-        _replace(directory / CONFIG_NAME, text.encode())
+        write_whole(directory / WEIGHTS_NAME, weights)
+        write_whole(directory / CONFIG_NAME, text.encode())
     except OSError as error:
         raise CheckpointError(
             "The adapter's directory must be writable",
@@ -177,18 +177,6 @@ def _read(path: Path) -> bytes:
             f"{path}: {error.strerror}",
             "Check the path; train with `hylorada finetune`, or save with save_pretrained.",
         ) from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _digest(body: Mapping[str, Any]) -> str:

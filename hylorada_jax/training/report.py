@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hylorada_jax.training.run_directory import write_whole
+from hylorada_jax.io.files import write_whole
 
 Record = Mapping[str, Any]
 
@@ -53,7 +53,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, tensorboard: Path, *, last_step: int) -> None:
         self.records: list[Record] = [r for r in read_metrics(path) if r["step"] <= last_step]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        lines = [json.dumps(record) + "\n" for record in self.records]
+        write_whole(path, "".join(lines).encode())
         self._file = path.open("a", encoding="utf-8")
         self._board = _event_writer(tensorboard)
 

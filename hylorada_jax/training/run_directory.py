@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.files import write_whole
 from hylorada_jax.training.checkpoint import DAMAGED
 
 
@@ -85,7 +85,8 @@ class RunDirectory:
             )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.run, json.dumps(fingerprint, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(fingerprint, indent=2, ensure_ascii=False) + "\n"
+            write_whole(self.run, text.encode())
 
     def _check_same_run(self, fingerprint: Mapping[str, Any]) -> None:
         try:
@@ -106,16 +107,6 @@ class RunDirectory:
                 ),
                 "Resume with the same settings and data, or choose another output directory.",
             )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
