@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"roles": QV},
     "dora": {"roles": QKVO, "use_dora": True},
     "lorada": {"roles": QKVO, "daa_enabled": True},
-    "longlora": {"roles": QKVO, "s2_attn_enabled": True},
+    "longlora": {"roles": QKVO, "s2_attn_enabled": True, "train_embeddings": True, "train_norms": True},
     "sparse": {"roles": (), "sparse_enabled": True},
     "hylorada_v1": {"roles": QKVO, "use_hylorada": True},
     "hylorada_v2": {"roles": QKVO, "use_hylorada": True, "use_hylorada_v2": True},
-    "hylorada": {"roles": QKVO, "use_hylorada": True, "position_bias_enabled": True, "daa_enabled": True},
+    "hylorada": {
+        "roles": QKVO,
+        "use_hylorada": True,
+        "position_bias_enabled": True,
+        "daa_enabled": True,
+        "daa_position_bias": True,
+    },
 }
 
 _SWITCHES = (
@@ -36,11 +43,26 @@ _SWITCHES = (
     "use_hylorada_v2",
     "position_bias_enabled",
     "daa_enabled",
+    "daa_position_bias",
     "sparse_enabled",
     "s2_attn_enabled",
+    "train_embeddings",
+    "train_norms",
 )
 # Which linear layer a method has is part of its name, so these may not contradict it.
 _LINEAR_SWITCHES = _SWITCHES[:3]
+
+_NUMBERS = (
+    "lora_alpha",
+    "lora_dropout",
+    "gate_init",
+    "residual_init",
+    "lora_plus_ratio",
+    "sparse_topk_ratio",
+    "sparse_temperature",
+    "sparse_dropout",
+    "s2_shift_ratio",
+)
 
 RANK_STRATEGIES = ("uniform", "importance", "decreasing")
 STRUCTURE_ENCODERS = ("default", "temporal")
@@ -82,11 +104,23 @@ class HyLoRADAConfig:
         lora_plus_enabled: train lora_B at ``lora_plus_ratio`` times the rate of lora_A (LoRA+).
         lora_plus_ratio: that ratio, > 0.
         position_bias_enabled: scale the update by a learned function of the position.
-        daa_enabled: direct attention adaptation.
+        daa_enabled: direct attention adaptation, S' = α·S + β on the logits of every self-attention.
+        daa_per_head: one α and β per head; otherwise one for all heads of a layer.
+        daa_position_bias: add a learned bias for each bucket of distances, and head (PositionalDAA).
         sparse_enabled: a sparse adapter after every MLP block.
-        s2_attn_enabled: shifted sparse attention in training.
+        sparse_adapter_dim: hidden units of that adapter, ≥ 1.
+        sparse_topk_ratio: the part of them in (0, 1] that the gate leaves on; at least one stays on.
+        sparse_temperature: τ of the gate's straight-through gradient, > 0.
+        sparse_dropout: probability in [0, 1) of dropping one of the units in training.
+        s2_attn_enabled: shifted sparse attention in training; evaluation and generation attend in full.
+        s2_group_size: G, tokens per group; None: a quarter of the row, as LongLoRA has it.
+        s2_shift_ratio: half of the heads see groups shifted by this part of G, in (0, 1).
+        train_embeddings: train the token (and position) embeddings themselves.
+        train_norms: train the norms themselves.
         structure_dim: width of the structure prior.
         structure_encoder_type: default or temporal.
+        structure_seq_len: the length whose middle the encoder counts positions from. A constant: were it the
+            length of the row, every later token would change the prior of all earlier ones.
 
     Raises:
         ConfigError: a value is out of range, unknown, or contradicts another.
@@ -118,15 +152,26 @@ class HyLoRADAConfig:
     lora_plus_ratio: float = 10.0
     position_bias_enabled: bool | None = None
     daa_enabled: bool | None = None
+    daa_per_head: bool = True
+    daa_position_bias: bool | None = None
     sparse_enabled: bool | None = None
+    sparse_adapter_dim: int = 128
+    sparse_topk_ratio: float = 0.1
+    sparse_temperature: float = 1.0
+    sparse_dropout: float = 0.0
     s2_attn_enabled: bool | None = None
+    s2_group_size: int | None = None
+    s2_shift_ratio: float = 0.5
+    train_embeddings: bool | None = None
+    train_norms: bool | None = None
     structure_dim: int = 32
     structure_encoder_type: str = "default"
+    structure_seq_len: int = 2048
 
     def __post_init__(self) -> None:
         self._set("target_modules", _names("target_modules", self.target_modules))
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules) or ())
-        for name in ("lora_alpha", "lora_dropout", "gate_init", "residual_init", "lora_plus_ratio"):
+        for name in _NUMBERS:
             self._set(name, _number(name, getattr(self, name)))
         self._resolve_method()
         if self.detach_norm is None:
@@ -154,6 +199,8 @@ class HyLoRADAConfig:
                     given,
                     f"Leave {name} out, or choose another method.",
                 )
+            if name == "daa_position_bias" and not self.daa_enabled:
+                default = False  # switched off, DAA takes its part along
             self._set(name, default if given is None else given)
 
     def _method_of_switches(self) -> str:
@@ -175,11 +222,26 @@ class HyLoRADAConfig:
         _require(0 <= self.lora_dropout < 1, "lora_dropout must be in [0, 1)", self.lora_dropout)
         _require(self.lora_plus_ratio > 0, "lora_plus_ratio must be > 0", self.lora_plus_ratio)
         _require(
-            _is_int(self.structure_dim) and self.structure_dim >= 1,
-            "structure_dim must be an integer ≥ 1",
-            self.structure_dim,
+            0 < self.sparse_topk_ratio <= 1, "sparse_topk_ratio must be in (0, 1]", self.sparse_topk_ratio
         )
-        for name in ("use_rslora", "detach_norm", "magnitude_scales_bias", "lora_plus_enabled"):
+        _require(self.sparse_temperature > 0, "sparse_temperature must be > 0", self.sparse_temperature)
+        _require(0 <= self.sparse_dropout < 1, "sparse_dropout must be in [0, 1)", self.sparse_dropout)
+        _require(0 < self.s2_shift_ratio < 1, "s2_shift_ratio must be in (0, 1)", self.s2_shift_ratio)
+        for name in ("structure_dim", "structure_seq_len", "sparse_adapter_dim"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, f"{name} must be an integer ≥ 1", value)
+        if self.s2_group_size is not None:
+            _require(
+                _is_int(self.s2_group_size), "s2_group_size must be an integer or None", self.s2_group_size
+            )
+            self.s2_groups(1)
+        for name in (
+            "use_rslora",
+            "detach_norm",
+            "magnitude_scales_bias",
+            "lora_plus_enabled",
+            "daa_per_head",
+        ):
             _require(isinstance(getattr(self, name), bool), f"{name} must be a bool", getattr(self, name))
         for name, allowed in (
             ("rank_strategy", RANK_STRATEGIES),
@@ -195,6 +257,18 @@ class HyLoRADAConfig:
                 "position_bias_enabled acts in the Unified layer, which only method='hylorada' has",
                 f"method={self.method!r}, position_bias_enabled=True",
                 "Choose method='hylorada', or leave position_bias_enabled out.",
+            )
+        if self.daa_position_bias and not self.daa_enabled:
+            raise ConfigError(
+                "daa_position_bias is a part of direct attention adaptation",
+                f"daa_position_bias=True, daa_enabled={self.daa_enabled}",
+                "Set daa_enabled=True too, or leave daa_position_bias out.",
+            )
+        if self.method == "sparse" and self.target_modules is not None:
+            raise ConfigError(
+                "method='sparse' adapts no linear layer",
+                f"target_modules={self.target_modules}",
+                "Choose a method with a linear adapter and set sparse_enabled=True.",
             )
 
     @property
@@ -214,6 +288,37 @@ class HyLoRADAConfig:
     def roles(self) -> tuple[str, ...]:
         """The attention projections that the method adapts when ``target_modules`` is None."""
         return METHODS[str(self.method)]["roles"]
+
+    def s2_groups(self, seq_len: int) -> tuple[int, int]:
+        """The group size G of shifted sparse attention and the shift, in tokens.
+
+        Args:
+            seq_len: tokens per row; read where ``s2_group_size`` is None, which takes a quarter of it,
+                rounded up to where the shift is a whole number.
+
+        Returns:
+            (G, shift_ratio·G).
+
+        Raises:
+            ConfigError: the shift is not a whole number of tokens, at least one.
+
+        Example:
+            >>> HyLoRADAConfig(method="longlora").s2_groups(256)
+            (64, 32)
+
+        Source: Chen et al. 2024 (LongLoRA), §3.2.
+        """
+        ratio = Fraction(self.s2_shift_ratio).limit_denominator(1024)
+        unit = ratio.denominator
+        size = unit * -(-seq_len // (4 * unit)) if self.s2_group_size is None else self.s2_group_size
+        if size < 1 or size % unit:
+            raise ConfigError(
+                f"s2_group_size must be a positive multiple of {unit}, so that s2_shift_ratio={ratio} of it "
+                "is a whole number of tokens",
+                size,
+                f"Take {unit * max(1, round(size / unit))}, or another s2_shift_ratio.",
+            )
+        return size, int(size * ratio)
 
     def scale(self, rank: int) -> float:
         """s of a layer of this rank: α keeps its ratio to r, so s = α_r/r or, with rsLoRA, α_r/√r.
@@ -322,7 +427,10 @@ class HyLoRADAConfig:
         """
         if name not in PRESETS:
             raise ConfigError(f"A preset is one of {', '.join(PRESETS)}", repr(name), _near(name, PRESETS))
-        return cls.from_dict({**PRESETS[name], **settings})
+        preset = dict(PRESETS[name])
+        if settings.get("method") == "sparse":  # which has no linear adapters to target
+            preset.pop("target_modules", None)
+        return cls.from_dict({**preset, **settings})
 
 
 def _names(name: str, value: object) -> tuple[str, ...] | None:
