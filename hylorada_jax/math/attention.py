@@ -1,10 +1,53 @@
-"""Attention: positions, the mask, and the one function that every model calls."""
+"""Attention: positions, the mask, and the functions that every model calls.
+
+:func:`attention` is the formula; :func:`attend` applies it to the :class:`Pattern` of a forward pass: whole
+rows, or groups of their tokens (shifted sparse attention).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.position import relative_bias
+
+
+class DAA(NamedTuple):
+    """Direct attention adaptation of one layer, S' = α·S + β + position_bias[bucket(q − k)].
+
+    Attributes:
+        alpha: α, per query head or one for all.
+        beta: β; constant along every row of logits, so that the softmax does not see it.
+        position_bias: a bias per bucket of distances and head, or None.
+    """
+
+    alpha: Float[Array, " heads_or_1"]
+    beta: Float[Array, " heads_or_1"]
+    position_bias: Float[Array, "buckets heads_or_1"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys each query sees, and where the tokens stand: made once per forward pass, not per layer.
+
+    Attributes:
+        mask: True where the query sees the key; the batch axis is 1 where all rows are alike.
+        query_positions: position id of every query.
+        key_positions: position id of every key.
+        front: None where rows are attended to whole. Otherwise rows are cut into groups as long as the mask
+            is wide, after padding by this much in front, and "batch" counts groups.
+    """
+
+    mask: Bool[Array, "batch_or_1 1 query key"]
+    query_positions: Int[Array, "batch query"]
+    key_positions: Int[Array, "batch key"]
+    front: int | None = field(default=None, metadata={"static": True})
 
 
 def default_positions(
@@ -85,37 +128,224 @@ def attention(
     key: Float[Array, "batch key kv_heads head_dim"],
     value: Float[Array, "batch key kv_heads head_dim"],
     mask: Bool[Array, "batch_or_1 1 query key"],
+    *,
+    daa: DAA | None = None,
+    query_positions: Int[Array, "batch query"] | None = None,
+    key_positions: Int[Array, "batch key"] | None = None,
+    bias: Float[Array, "batch_or_1 heads_or_1 query key"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """Scaled dot-product attention with grouped heads; keys and values are never repeated.
 
-        softmax(q kᵀ / √head_dim  where mask) v        query head h reads key-value head ⌊h·kv_heads/heads⌋
+        S = scale · q kᵀ,   S' = α·S + β + position_bias[bucket(q − k)]          (with DAA)
+        softmax(S' + bias where mask) v             query head h reads key-value head ⌊h·kv_heads/heads⌋
 
-    ``jax.nn.dot_product_attention`` is the same formula, but takes its softmax in float32 even for float64
-    inputs; there its mask value turns to −∞, and a row without a visible key to NaN. Here a row without a
-    visible key (padding) takes the mean of the values, which is finite and has finite gradients.
+    ``jax.nn.dot_product_attention`` is the same formula without DAA, but takes its softmax in float32 even
+    for float64 inputs; there its mask value turns to −∞, and a row without a visible key to NaN. Here a row
+    without a visible key (padding) takes the mean of the values, which is finite and has finite gradients.
+
+    α multiplies the queries instead of the logits: the same in exact arithmetic, and the backward pass needs
+    no second array of logits.
 
     Args:
         query: queries.
         key: keys; heads is a multiple of kv_heads.
         value: values.
         mask: True where the query sees the key.
+        daa: direct attention adaptation of this layer.
+        query_positions: position ids, read by DAA's position bias.
+        key_positions: the same of the keys.
+        bias: added to the logits as it is (T5's relative bias).
+        scale: of the logits; None takes 1/√head_dim.
 
     Returns:
         The attended values in query's dtype; logits and softmax are in float32 at least.
 
+    Raises:
+        ConfigError: DAA has neither one value nor one per query head, or a position bias and no positions.
+
     Source:
-        Vaswani et al., arXiv:1706.03762 §3.2.1; grouped queries: Ainslie et al., arXiv:2305.13245 §2.2.
+        Vaswani et al., arXiv:1706.03762 §3.2.1; grouped queries: Ainslie et al., arXiv:2305.13245 §2.2;
+        DAA: method.md §3.
 
     Example:
         >>> q = jnp.ones((1, 2, 4, 8)); kv = jnp.ones((1, 2, 2, 8))
         >>> attention(q, kv, kv, causal_mask(jnp.arange(2), jnp.arange(2))).shape
         (1, 2, 4, 8)
     """
-    batch, length, _, head_dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    batch, length, heads, head_dim = query.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=dtype) * head_dim**-0.5
+    additions = [] if bias is None else [bias]
+    if daa is not None:
+        _check_heads(daa, heads)
+        query = (query * daa.alpha[:, None].astype(dtype)).astype(query.dtype)
+        additions.append(daa.beta.astype(dtype)[:, None, None])
+        if daa.position_bias is not None:
+            if query_positions is None or key_positions is None:
+                raise ConfigError(
+                    "DAA's position bias needs the positions of queries and keys",
+                    f"query_positions={query_positions}, key_positions={key_positions}",
+                    "Pass the model's position ids.",
+                )
+            additions.append(relative_bias(daa.position_bias.astype(dtype), query_positions, key_positions))
+    grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=dtype)
+    logits = logits * (head_dim**-0.5 if scale is None else scale)
+    for addition in additions:
+        every_head = jnp.broadcast_to(addition, (*addition.shape[:-3], heads, *addition.shape[-2:]))
+        logits = logits + every_head.reshape(*addition.shape[:-3], *logits.shape[1:3], *addition.shape[-2:])
     # A finite number, so that a row with no visible key is uniform and not 0/0.
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
+
+
+def _check_heads(daa: DAA, heads: int) -> None:
+    given = {name: leaf.shape for name, leaf in daa._asdict().items() if leaf is not None}
+    if any(shape[-1] not in (1, heads) for shape in given.values()):
+        raise ConfigError(
+            "DAA has one value per query head, or one for all",
+            f"{given} for {heads} heads",
+            f"Make it for num_heads={heads}.",
+        )
+
+
+def full_pattern(
+    mask: Bool[Array, "batch_or_1 1 query key"],
+    query_positions: Int[Array, "batch query"],
+    key_positions: Int[Array, "batch key"],
+) -> tuple[Pattern]:
+    """The pattern of ordinary attention: every head sees whole rows, through ``mask``.
+
+    Args:
+        mask: from :func:`causal_mask`.
+        query_positions: position id of every query.
+        key_positions: position id of every key.
+
+    Returns:
+        One pattern, for all heads.
+    """
+    return (Pattern(mask, query_positions, key_positions),)
+
+
+def shifted_patterns(
+    positions: Int[Array, "batch seq"],
+    group_size: int,
+    shift: int,
+    *,
+    key_valid: Bool[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    window: int | None = None,
+) -> tuple[Pattern, Pattern]:
+    """The patterns of shifted sparse attention: groups of G tokens, and the same shifted, strictly causal.
+
+        first heads:  [0, G), [G, 2G), …            last half of the heads:  [0, shift), [shift, shift + G), …
+
+    A token sees the tokens of its group that are not later, of its own document, and no padding. Rows of any
+    length: what a first or last group lacks is masked. LongLoRA rolls the tokens instead, and lets the last
+    group's queries see the first tokens of the row across the wrap-around; here nothing wraps.
+
+    Args:
+        positions: position id of every token.
+        group_size: G.
+        shift: in tokens, 0 < shift < G.
+        key_valid: False for padding.
+        segment_ids: the document of every token.
+        window: a query sees itself and the window − 1 keys before it; None: all of its group.
+
+    Returns:
+        The patterns of the plain and of the shifted groups, for :func:`attend`.
+
+    Raises:
+        ConfigError: the shift is not inside a group.
+
+    Source: Chen et al. 2024 (LongLoRA), arXiv:2309.12307 §3.2.
+    """
+    if not 0 < shift < group_size:
+        raise ConfigError(
+            "Shifted groups begin inside a group: 0 < shift < group_size",
+            f"shift={shift}, group_size={group_size}",
+            "Half of an even group_size is LongLoRA's choice.",
+        )
+    if key_valid is None:
+        key_valid = jnp.ones(positions.shape, bool)
+    slots = jnp.arange(group_size)
+
+    def pattern(front: int) -> Pattern:
+        segments = None if segment_ids is None else _to_groups(segment_ids, group_size, front)
+        valid = _to_groups(key_valid, group_size, front)
+        mask = causal_mask(slots, slots, key_valid=valid, segment_ids=segments, window=window)
+        grouped = _to_groups(positions, group_size, front)
+        return Pattern(mask, grouped, grouped, front)
+
+    return pattern(0), pattern(group_size - shift)
+
+
+def attend(
+    query: Float[Array, "batch query heads head_dim"],
+    key: Float[Array, "batch key kv_heads head_dim"],
+    value: Float[Array, "batch key kv_heads head_dim"],
+    patterns: tuple[Pattern, ...],
+    daa: DAA | None = None,
+) -> Float[Array, "batch query heads head_dim"]:
+    """:func:`attention` over the pattern of a forward pass: the one call of every self-attention layer.
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        patterns: one pattern for all heads (:func:`full_pattern`), or two, the second for the last half of
+            the heads (:func:`shifted_patterns`).
+        daa: direct attention adaptation of this layer.
+
+    Returns:
+        The attended values in query's dtype.
+
+    Raises:
+        ConfigError: a single head cannot be halved.
+    """
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if len(patterns) == 1:
+        return _over(patterns[0], query, key, value, daa)
+    if heads < 2:
+        raise ConfigError(
+            "Shifted sparse attention halves the heads of a layer", f"{heads} head", "Use full attention."
+        )
+    if daa is not None:
+        _check_heads(daa, heads)
+    outputs = []
+    middle = heads - heads // 2
+    for pattern, first, last in zip(patterns, (0, middle), (middle, heads), strict=True):
+        # Where the cut is between two key-value heads each half takes its own; a shared one is repeated.
+        per_kv = heads // kv_heads
+        read = range(first // per_kv, -(-last // per_kv))
+        if first % per_kv or last % per_kv:
+            read = [head // per_kv for head in range(first, last)]  # type: ignore[assignment]
+        half = None if daa is None else DAA(*(_heads(leaf, first, last) for leaf in daa))
+        own = jnp.asarray(list(read))
+        outputs.append(_over(pattern, query[:, :, first:last], key[:, :, own], value[:, :, own], half))
+    return jnp.concatenate(outputs, axis=2)
+
+
+def _heads(leaf: Array | None, first: int, last: int) -> Array | None:
+    return leaf if leaf is None or leaf.shape[-1] == 1 else leaf[..., first:last]
+
+
+def _over(pattern: Pattern, query: Array, key: Array, value: Array, daa: DAA | None) -> Array:
+    def run(query: Array, key: Array, value: Array) -> Array:
+        positions = {"query_positions": pattern.query_positions, "key_positions": pattern.key_positions}
+        return attention(query, key, value, pattern.mask, daa=daa, **positions)
+
+    if pattern.front is None:
+        return run(query, key, value)
+    size, (batch, length) = pattern.mask.shape[-1], query.shape[:2]
+    attended = run(*(_to_groups(x, size, pattern.front) for x in (query, key, value)))
+    rows = attended.reshape(batch, -1, *attended.shape[2:])
+    return jax.lax.slice_in_dim(rows, pattern.front, pattern.front + length, axis=1)
+
+
+def _to_groups(x: Array, size: int, front: int) -> Array:
+    """[batch, seq, …] → [batch · groups, size, …], zeros in front of the first and after the last token."""
+    back = -(front + x.shape[1]) % size
+    padded = jnp.pad(x, [(0, 0), (front, back)] + [(0, 0)] * (x.ndim - 2))
+    return padded.reshape(-1, size, *x.shape[2:])

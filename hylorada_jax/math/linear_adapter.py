@@ -12,14 +12,20 @@ from jaxtyping import Float
 
 from hylorada_jax.math import low_rank
 
+_V1 = ("lora_A", "lora_B", "magnitude", "magnitude_gate", "residual_weight")
+
 LEAVES: dict[str, tuple[str, ...]] = {
     "lora": ("lora_A", "lora_B"),
     "dora": ("lora_A", "lora_B", "magnitude"),
-    "hylorada_v1": ("lora_A", "lora_B", "magnitude", "magnitude_gate", "residual_weight"),
+    "hylorada_v1": _V1,
+    "hylorada_v2": (*_V1, "scale_from_structure"),
+    "hylorada": (*_V1, "position_scale"),
 }
 
 
-def leaf_shapes(kind: str, rank: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(
+    kind: str, rank: int, d_in: int, d_out: int, *, structure_dim: int = 32
+) -> dict[str, tuple[int, ...]]:
     """The trainable leaves of one adapter, by name.
 
     Args:
@@ -27,6 +33,7 @@ def leaf_shapes(kind: str, rank: int, d_in: int, d_out: int) -> dict[str, tuple[
         rank: r.
         d_in: input features.
         d_out: output features.
+        structure_dim: width of the structure prior, for v2.
 
     Returns:
         {leaf name: shape}.
@@ -41,6 +48,7 @@ def leaf_shapes(kind: str, rank: int, d_in: int, d_out: int) -> dict[str, tuple[
         "lora_A": (rank, d_in),
         "lora_B": (d_out, rank),
         "magnitude": (d_out,),
+        "scale_from_structure": (structure_dim,),
     }
     return {name: shapes.get(name, ()) for name in LEAVES[kind]}
 
@@ -54,6 +62,7 @@ def init_leaves(
     *,
     gate_init: float = 0.0,
     residual_init: float = 0.1,
+    structure_dim: int = 32,
 ) -> dict[str, Array]:
     """The leaves of a fresh adapter, under which the layer computes what it did before.
 
@@ -65,6 +74,7 @@ def init_leaves(
         norm_squared: n₀² = ‖W‖² of every row.
         gate_init: magnitude_gate, before its sigmoid.
         residual_init: residual_weight, before its sigmoid.
+        structure_dim: width of the structure prior, for v2.
 
     Returns:
         {leaf name: array} in norm_squared's dtype, float32 for a model of float32 or less.
@@ -84,6 +94,8 @@ def init_leaves(
         "magnitude": low_rank.safe_sqrt(norm_squared),
         "magnitude_gate": jnp.asarray(gate_init, dtype),
         "residual_weight": jnp.asarray(residual_init, dtype),
+        "scale_from_structure": jnp.zeros(structure_dim, dtype),
+        "position_scale": jnp.zeros((), dtype),
     }
     return {name: leaves[name] for name in LEAVES[kind]}
 
@@ -96,7 +108,7 @@ def resolve_leaves(
     *,
     detach_norm: bool,
 ) -> dict[str, Array]:
-    """All of an adapter that depends on weights only: A, s·B and the column scale c.
+    """All of an adapter that depends on weights only: A, s·B, the column scale c and what p needs.
 
     Args:
         leaves: the adapter's leaves; their names tell its kind.
@@ -106,7 +118,8 @@ def resolve_leaves(
         detach_norm: stop the gradient at n (DoRA §4.3).
 
     Returns:
-        {"lora_A": A, "lora_B": s·B} and, unless the kind is LoRA, "column_scale": c [d_out].
+        {"lora_A": A, "lora_B": s·B} and, unless the kind is LoRA, "column_scale": c [d_out]; further
+        "scale_from_structure" for v2, and "position_gate", σ(position_scale), for Unified.
 
     Example:
         >>> W = jnp.ones((4, 3))
@@ -128,4 +141,9 @@ def resolve_leaves(
         return resolved | {"column_scale": leaves["magnitude"] / norm}
     initial = low_rank.safe_sqrt(norm_squared.astype(norm.dtype))
     magnitude = low_rank.gated_magnitude(leaves["magnitude"], initial, leaves["magnitude_gate"])
-    return resolved | {"column_scale": low_rank.residual_blend(magnitude, norm, leaves["residual_weight"])}
+    resolved["column_scale"] = low_rank.residual_blend(magnitude, norm, leaves["residual_weight"])
+    if "scale_from_structure" in leaves:
+        resolved["scale_from_structure"] = leaves["scale_from_structure"]
+    if "position_scale" in leaves:
+        resolved["position_gate"] = jax.nn.sigmoid(leaves["position_scale"])
+    return resolved

@@ -1,8 +1,8 @@
-"""Low-rank adaptation of one linear layer: LoRA, DoRA and their gated blend (method.md §1).
+"""Low-rank adaptation of one linear layer: LoRA, DoRA, their gated blend and its conditioning (method.md §1).
 
 With W [d_out, d_in] frozen, A [r, d_in], B [d_out, r] and ‖·‖ the L2 norm of each row:
 
-    δ = s·(x Aᵀ) Bᵀ·p
+    δ = s·(x Aᵀ) Bᵀ·p             p = a scale per token, 1 if absent
     n = ‖W + s·B A‖
     m = g·m' + (1−g)·m₀          g = σ(magnitude_gate), m₀ = ‖W‖
     c = (1−β)·m / n + β          β = σ(residual_weight)
@@ -68,17 +68,69 @@ def kaiming_init(key: Array, rank: int, d_in: int) -> Float[Array, "r d_in"]:
     return jax.random.uniform(key, (rank, d_in), jnp.float32, -bound, bound)
 
 
+def structure_scale(
+    prior: Float[Array, "*tokens s"], scale_from_structure: Float[Array, " s"]
+) -> Float[Array, "*tokens"]:
+    """The scale that a structure prior gives each token's update (HyLoRADA v2).
+
+        p = 0.5 + σ(prior · scale_from_structure)
+
+    Args:
+        prior: of :func:`hylorada_jax.math.structure.structure_prior`.
+        scale_from_structure: the layer's own reading of it; zeros at the start.
+
+    Returns:
+        p in (0.5, 1.5), exactly 1 while scale_from_structure is 0; at least float32.
+
+    Example:
+        >>> structure_scale(jnp.ones((2, 3)), jnp.zeros(3)).tolist()
+        [1.0, 1.0]
+
+    Source: method.md §1.
+    """
+    dtype = jnp.promote_types(scale_from_structure.dtype, jnp.float32)
+    score = jnp.sum(prior.astype(dtype) * scale_from_structure.astype(dtype), axis=-1)
+    return 0.5 + jax.nn.sigmoid(score)
+
+
+def position_scale(
+    factor: Float[Array, "*tokens"], position_gate: Float[Array, ""]
+) -> Float[Array, "*tokens"]:
+    """The scale that its position gives each token's update (HyLoRADA Unified).
+
+        p = 1 + g·t,  t = tanh(position_bias[bucket(position)])
+
+    Args:
+        factor: t, of :func:`hylorada_jax.math.position.position_factor`, one for the whole model.
+        position_gate: g = σ(position_scale), the layer's own.
+
+    Returns:
+        p in (0, 2), exactly 1 while the position bias is 0.
+
+    Example:
+        >>> position_scale(jnp.array([0.0, -0.5]), jnp.array(0.5)).tolist()
+        [1.0, 0.75]
+
+    Source: method.md §1.
+    """
+    return 1 + position_gate * factor
+
+
 def low_rank_delta(
-    x: Float[Array, "*tokens d_in"], lora_A: Float[Array, "r d_in"], scaled_B: Float[Array, "d_out r"]
+    x: Float[Array, "*tokens d_in"],
+    lora_A: Float[Array, "r d_in"],
+    scaled_B: Float[Array, "d_out r"],
+    token_scale: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "*tokens d_out"]:
     """The low-rank update of a layer's output.
 
-        δ = (x Aᵀ)(s·B)ᵀ
+        δ = (x Aᵀ)(s·B)ᵀ·p
 
     Args:
         x: the layer's input (after dropout, in training).
         lora_A: A.
         scaled_B: s·B.
+        token_scale: p, or None for p = 1, which costs nothing.
 
     Returns:
         δ in at least float32. The products take their operands in x's dtype and accumulate in float32.
@@ -91,6 +143,8 @@ def low_rank_delta(
     """
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
     hidden = jnp.einsum("...i,ri->...r", x, lora_A.astype(x.dtype), preferred_element_type=accumulator)
+    if token_scale is not None:
+        hidden = hidden * token_scale[..., None]  # here it costs r products per token, not d_out
     return jnp.einsum(
         "...r,or->...o", hidden.astype(x.dtype), scaled_B.astype(x.dtype), preferred_element_type=accumulator
     )

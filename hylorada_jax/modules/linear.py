@@ -4,7 +4,8 @@ Each is called with what the frozen layer got, gave, and holds::
 
     adapter(x, base_output, base_weight, deterministic=True)
 
-and computes y = (base + δ)·c (method.md §1). ``base_weight`` is [d_out, d_in]: pass ``kernel.T`` of an
+and computes y = (base + δ)·c (method.md §1); the HyLoRADA layers take what they depend on before
+``deterministic``. ``base_weight`` is [d_out, d_in]: pass ``kernel.T`` of an
 ``nn.Dense``. Leave the frozen layer's bias out of ``base_output`` and add it afterwards, so that a trained
 adapter can be merged or exported as a DoRA adapter. Dropout needs an rng named "dropout".
 
@@ -12,18 +13,66 @@ These modules compute c at every call. Attached to a whole model, :class:`hylora
 computes it once per optimizer step instead.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math import linear_adapter, low_rank
+from hylorada_jax.math.position import check_positions
+from hylorada_jax.modules.position import PositionBias
+
+# p of every token, from the adapter's resolved leaves.
+TokenScale = Callable[[Mapping[str, Array]], Array]
 
 
-class LoRALinear(nn.Module):
+class _LinearAdapter(nn.Module):
+    """What all the linear adapters share."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+
+    def _adapt(
+        self,
+        kind: str,
+        x: Array,
+        base_output: Array,
+        base_weight: Array,
+        deterministic: bool,
+        *,
+        token_scale: TokenScale | None = None,
+        detach_norm: bool = False,
+        **start: Any,
+    ) -> Array:
+        # Users bring numpy arrays too, as inputs and as parameters.
+        x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
+        _check_shapes(type(self).__name__, self.rank, x, base_output, base_weight)
+        norm_squared = low_rank.row_norm_squared(base_weight)
+
+        def fresh(key: Array, name: str) -> Array:
+            d_in = base_weight.shape[1]
+            return linear_adapter.init_leaves(kind, key, self.rank, d_in, norm_squared, **start)[name]
+
+        leaves = {name: jnp.asarray(self.param(name, fresh, name)) for name in linear_adapter.LEAVES[kind]}
+        scale = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        resolved = linear_adapter.resolve_leaves(
+            leaves, base_weight, norm_squared, scale, detach_norm=detach_norm
+        )
+        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        p = None if token_scale is None else token_scale(resolved)
+        delta = low_rank.low_rank_delta(x, resolved["lora_A"], resolved["lora_B"], p)
+        return low_rank.adapted_output(base_output, delta, resolved.get("column_scale"))
+
+
+class LoRALinear(_LinearAdapter):
     """Low-rank adaptation of a linear layer.
 
         y = base + s·(x Aᵀ) Bᵀ,  s = α/r, or α/√r with ``use_rslora``
@@ -46,48 +95,6 @@ class LoRALinear(nn.Module):
     Source: Hu et al. 2021, §4.1; Kalajdzievski 2023 (rsLoRA).
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    use_rslora: bool = False
-
-    def _adapt(
-        self,
-        kind: str,
-        x: Array,
-        base_output: Array,
-        base_weight: Array,
-        deterministic: bool,
-        *,
-        detach_norm: bool = False,
-        gate_init: float = 0.0,
-        residual_init: float = 0.0,
-    ) -> Array:
-        # Users bring numpy arrays too, as inputs and as parameters.
-        x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
-        _check_shapes(type(self).__name__, self.rank, x, base_output, base_weight)
-        norm_squared = low_rank.row_norm_squared(base_weight)
-
-        def fresh(key: Array, name: str) -> Array:
-            return linear_adapter.init_leaves(
-                kind,
-                key,
-                self.rank,
-                base_weight.shape[1],
-                norm_squared,
-                gate_init=gate_init,
-                residual_init=residual_init,
-            )[name]
-
-        leaves = {name: jnp.asarray(self.param(name, fresh, name)) for name in linear_adapter.LEAVES[kind]}
-        scale = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-        resolved = linear_adapter.resolve_leaves(
-            leaves, base_weight, norm_squared, scale, detach_norm=detach_norm
-        )
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        delta = low_rank.low_rank_delta(x, resolved["lora_A"], resolved["lora_B"])
-        return low_rank.adapted_output(base_output, delta, resolved.get("column_scale"))
-
     @nn.compact
     def __call__(
         self,
@@ -100,7 +107,7 @@ class LoRALinear(nn.Module):
         return self._adapt("lora", x, base_output, base_weight, deterministic)
 
 
-class DoRALinear(LoRALinear):
+class DoRALinear(_LinearAdapter):
     """Weight-decomposed low-rank adaptation: a learned magnitude on the row-normalised adapted weight.
 
         y = (base + δ)·m'/‖W + s·B A‖
@@ -134,7 +141,7 @@ class DoRALinear(LoRALinear):
         return self._adapt("dora", x, base_output, base_weight, deterministic, detach_norm=self.detach_norm)
 
 
-class HyLoRADALinear(LoRALinear):
+class HyLoRADALinear(_LinearAdapter):
     """DoRA and LoRA blended by learned gates, from an orthogonal start (HyLoRADA v1).
 
         y = (base + δ)·((1−β)·m/‖W + s·B A‖ + β),  m = g·m' + (1−g)·‖W‖
@@ -146,6 +153,9 @@ class HyLoRADALinear(LoRALinear):
 
     Parameters: lora_A [r, d_in] orthogonal, lora_B [d_out, r] zeros, magnitude [d_out] = ‖W‖, and the
     scalars magnitude_gate and residual_weight.
+
+    Raises:
+        ConfigError: it is given a structure prior, which only v2 reads.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -167,18 +177,148 @@ class HyLoRADALinear(LoRALinear):
         x: Float[Array, "*tokens d_in"],
         base_output: Float[Array, "*tokens d_out"],
         base_weight: Float[Array, "d_out d_in"],
+        structure_prior: None = None,
         deterministic: bool = True,
     ) -> Float[Array, "*tokens d_out"]:
         """The adapted layer's output, in base_output's dtype."""
+        if structure_prior is not None:
+            raise ConfigError(
+                "HyLoRADALinear (v1) takes no structure prior",
+                getattr(structure_prior, "shape", structure_prior),
+                "Use HyLoRADAv2Linear, which reads it by its scale_from_structure.",
+            )
+        return self._blend("hylorada_v1", x, base_output, base_weight, deterministic)
+
+    def _blend(
+        self,
+        kind: str,
+        x: Array,
+        base_output: Array,
+        base_weight: Array,
+        deterministic: bool,
+        token_scale: TokenScale | None = None,
+        **start: Any,
+    ) -> Array:
         return self._adapt(
-            "hylorada_v1",
+            kind,
             x,
             base_output,
             base_weight,
             deterministic,
+            token_scale=token_scale,
             detach_norm=self.detach_norm,
             gate_init=self.gate_init,
             residual_init=self.residual_init,
+            **start,
+        )
+
+
+class HyLoRADAv2Linear(HyLoRADALinear):
+    """HyLoRADA whose update is turned up or down, token by token, by a structure prior (HyLoRADA v2).
+
+        y = (base + δ·p)·c,  p = 0.5 + σ(structure_prior · scale_from_structure);  p = 1 without a prior
+
+    Attributes:
+        structure_dim: width of the prior.
+
+    Parameters: HyLoRADALinear's, and scale_from_structure [structure_dim] zeros, so that p starts at 1.
+
+    Raises:
+        DataError: the prior is not [*tokens, structure_dim].
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, W, prior = jnp.ones((1, 2, 3)), jnp.ones((4, 3)), jnp.ones((1, 2, 32))
+        >>> y, params = HyLoRADAv2Linear(rank=2).init_with_output(jax.random.key(0), x, x @ W.T, W, prior)
+        >>> bool(jnp.array_equal(y, x @ W.T))
+        True
+
+    Source: method.md §§1, 5.
+    """
+
+    structure_dim: int = 32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*tokens d_in"],
+        base_output: Float[Array, "*tokens d_out"],
+        base_weight: Float[Array, "d_out d_in"],
+        structure_prior: Float[Array, "*tokens structure_dim"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "*tokens d_out"]:
+        """The adapted layer's output, in base_output's dtype."""
+        token_scale = None
+        if structure_prior is not None:
+            prior, expected = jnp.asarray(structure_prior), (*jnp.shape(x)[:-1], self.structure_dim)
+            if prior.shape != expected:
+                raise DataError(
+                    "structure_prior is [*tokens, structure_dim], one row for every token of x",
+                    f"structure_prior {prior.shape}, expected {expected}",
+                    "Give the encoder the positions of the same tokens, and hidden_size=structure_dim.",
+                )
+            token_scale = lambda resolved: low_rank.structure_scale(prior, resolved["scale_from_structure"])
+        return self._blend(
+            "hylorada_v2",
+            x,
+            base_output,
+            base_weight,
+            deterministic,
+            token_scale,
+            structure_dim=self.structure_dim,
+        )
+
+
+class HyLoRADAUnified(HyLoRADALinear):
+    """HyLoRADA whose update is turned up or down by the position of the token (HyLoRADA Unified).
+
+        y = (base + δ·p)·c,  p = 1 + σ(position_scale)·tanh(position_bias[bucket(position)])
+
+    Attributes:
+        position_bias: the one :class:`~hylorada_jax.modules.position.PositionBias` that all layers of a model
+            share; its parameter is counted once, where it is.
+
+    Parameters: HyLoRADALinear's, and the scalar position_scale 0.
+
+    Raises:
+        DataError: the positions are no integers ≥ 0, or not one for every token of x.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, W = jnp.ones((1, 2, 3)), jnp.ones((4, 3))
+        >>> layer = HyLoRADAUnified(rank=2, position_bias=PositionBias())
+        >>> y, params = layer.init_with_output(jax.random.key(0), x, x @ W.T, W)
+        >>> bool(jnp.array_equal(y, x @ W.T))
+        True
+
+    Source: method.md §§1–2.
+    """
+
+    position_bias: PositionBias = dataclasses.field(kw_only=True)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*batch seq d_in"],
+        base_output: Float[Array, "*batch seq d_out"],
+        base_weight: Float[Array, "d_out d_in"],
+        positions: Int[Array, "*batch seq"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "*batch seq d_out"]:
+        """The adapted layer's output, in base_output's dtype; without positions they are 0, 1, 2 …"""
+        tokens = jnp.shape(x)[:-1]
+        if positions is None:
+            positions = jnp.indices((1, *tokens), jnp.int32)[-1, 0]
+        positions = jnp.asarray(positions)
+        check_positions(positions, tokens)
+        factor = self.position_bias(positions)
+        return self._blend(
+            "hylorada",
+            x,
+            base_output,
+            base_weight,
+            deterministic,
+            lambda resolved: low_rank.position_scale(factor, resolved["position_gate"]),
         )
 
 

@@ -1,0 +1,198 @@
+"""Positions and distances as buckets: wide where far, and indexed alike on every device (method.md §2).
+
+The logarithms are taken once, on the host and in float64; a device only looks the buckets up. Whatever lies
+``MAX_DISTANCE`` away or farther shares the outermost bucket.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, UInt
+
+from hylorada_jax.errors import DataError
+
+NUM_BUCKETS = 64
+MAX_DISTANCE = 32768
+
+
+@functools.cache
+def position_buckets() -> UInt[np.ndarray, " position"]:
+    """The bucket of every position p = 0 … M−1, for the position bias.
+
+        p  if p < E,  else  E + ⌊(N−E−1)·ln(max(p−E, 1)) / ln(M−E)⌋        N = 64, E = N/2, M = 32768
+
+    Returns:
+        Buckets in [0, N), never falling.
+
+    Example:
+        >>> position_buckets()[[0, 31, 33, 34, 40, 32767]].tolist()
+        [0, 31, 32, 34, 38, 62]
+
+    Source: method.md §2.
+    """
+    exact = NUM_BUCKETS // 2
+    position = np.arange(MAX_DISTANCE)
+    beyond = np.log(np.maximum(position - exact, 1.0)) / np.log(MAX_DISTANCE - exact)
+    far = exact + np.floor((NUM_BUCKETS - exact - 1) * beyond)
+    return np.where(position < exact, position, np.minimum(far, NUM_BUCKETS - 1)).astype(np.uint8)
+
+
+@functools.cache
+def relative_buckets() -> UInt[np.ndarray, " offset"]:
+    """The bucket of every offset q − k = −(M−1) … M−1 of a query from a key, for the attention bias.
+
+        a  if a < X,  else  min(X + ⌊ln(a/X)/ln(M/X)·(H−X)⌋, H−1);  plus H where q − k < 0
+        a = |q − k|,  H = N/2,  X = H/2
+
+    Returns:
+        Buckets in [0, N); the offset o is at index o + M − 1.
+
+    Example:
+        >>> [int(relative_buckets()[offset + MAX_DISTANCE - 1]) for offset in (0, 15, 16, 30, -1, -30)]
+        [0, 15, 16, 17, 33, 49]
+
+    Source: method.md §2; the scheme is T5's (Raffel et al. 2020, §2.1).
+    """
+    offset = np.arange(1 - MAX_DISTANCE, MAX_DISTANCE)
+    side = NUM_BUCKETS // 2
+    return (_distance_buckets(offset, side, 0.0) + side * (offset < 0)).astype(np.uint8)
+
+
+@functools.cache
+def structure_buckets(num_buckets: int = NUM_BUCKETS) -> UInt[np.ndarray, " offset"]:
+    """The bucket of every offset t = −(M−1) … M−1 from the middle of the sequence, for the structure encoder.
+
+        (N if t ≥ 0 else 0) + (a if a < X else min(X + ⌊ln(a/X + 1e-6)/ln(M/X)·(N−X)⌋, N−1))
+        a = |t|,  X = N/2
+
+    Args:
+        num_buckets: N of either side, ≥ 2.
+
+    Returns:
+        Buckets in [0, 2N); the offset t is at index t + M − 1.
+
+    Example:
+        >>> [int(structure_buckets()[offset + MAX_DISTANCE - 1]) for offset in (0, 31, 1024, -1, -1024)]
+        [64, 95, 112, 1, 48]
+
+    Source: method.md §2.
+    """
+    offset = np.arange(1 - MAX_DISTANCE, MAX_DISTANCE)
+    buckets = _distance_buckets(offset, num_buckets, 1e-6) + num_buckets * (offset >= 0)
+    return buckets.astype(np.min_scalar_type(2 * num_buckets))
+
+
+def _distance_buckets(offset: np.ndarray, count: int, nudge: float) -> np.ndarray:
+    # One bucket per distance up to half of the count, then logarithmically wider ones.
+    distance, exact = np.abs(offset), count // 2
+    ratio = np.log(np.maximum(distance / exact, 1.0) + nudge) / np.log(MAX_DISTANCE / exact)
+    far = exact + np.floor(ratio * (count - exact))
+    return np.where(distance < exact, distance, np.minimum(far, count - 1))
+
+
+def offset_buckets(
+    table: UInt[np.ndarray, " offset"], offset: Int[Array, "*any"] | Float[Array, "*any"]
+) -> UInt[Array, "*any"]:
+    """Look offsets up in a table of the offsets −(M−1) … M−1.
+
+    Args:
+        table: :func:`relative_buckets` or :func:`structure_buckets`.
+        offset: whole numbers; beyond the table they take the outermost bucket.
+
+    Returns:
+        Their buckets, in offset's shape.
+
+    Example:
+        >>> offset_buckets(relative_buckets(), jnp.array([[0, -1], [10**6, -(10**6)]])).tolist()
+        [[0, 33], [31, 63]]
+    """
+    limit = MAX_DISTANCE - 1
+    index = jnp.clip(offset, -limit, limit).astype(jnp.int32) + limit
+    return jnp.take(jnp.asarray(table), index, mode="clip")
+
+
+def check_positions(positions: Array, shape: tuple[int, ...] | None = None) -> None:
+    """Refuse position ids that are not integers ≥ 0, one for every token.
+
+    Args:
+        positions: position ids. Values are read where they are known, outside of a compiled program.
+        shape: (batch, seq) of the tokens, where the caller knows it.
+
+    Raises:
+        DataError: saying which of these.
+
+    Example:
+        >>> check_positions(jnp.array([[0, 1]]), (1, 2))
+    """
+    wrong = None
+    if shape is not None and positions.shape != shape:
+        wrong = f"shape {positions.shape} for tokens {shape}"
+    elif not jnp.issubdtype(positions.dtype, jnp.integer):
+        wrong = f"dtype {positions.dtype}"
+    elif not isinstance(positions, jax.core.Tracer) and positions.size and positions.min() < 0:
+        wrong = f"a position of {positions.min()}"
+    if wrong:
+        raise DataError(
+            "Position ids are integers ≥ 0 of shape [batch, seq]",
+            wrong,
+            "Count the tokens of every document from 0; give padding 0.",
+        )
+
+
+def position_factor(
+    position_bias: Float[Array, " buckets"], positions: Int[Array, "*tokens"]
+) -> Float[Array, "*tokens"]:
+    """How much each position turns the update up or down, for all the adapters of a model.
+
+        t = tanh(position_bias[bucket(position)])
+
+    Args:
+        position_bias: one learned number per bucket, zeros at the start.
+        positions: position ids; clamped to [0, M−1].
+
+    Returns:
+        t in (−1, 1), in position_bias's dtype.
+
+    Example:
+        >>> position_factor(jnp.zeros(64), jnp.arange(3)).tolist()
+        [0.0, 0.0, 0.0]
+
+    Source: method.md §§1–2.
+    """
+    index = jnp.clip(positions, 0, MAX_DISTANCE - 1)
+    buckets = jnp.take(jnp.asarray(position_buckets()), index, mode="clip")
+    return jnp.tanh(jnp.take(position_bias, buckets, mode="clip"))
+
+
+# Recomputed in the backward pass: kept, the buckets would take [query, key] memory in every layer.
+@jax.checkpoint
+def relative_bias(
+    position_bias: Float[Array, "buckets heads"],
+    query_positions: Int[Array, "batch query"],
+    key_positions: Int[Array, "batch key"],
+) -> Float[Array, "batch heads query key"]:
+    """The attention bias of every query, key and head, gathered from the layer's small table.
+
+        bias[h, q, k] = position_bias[bucket(q − k), h]
+
+    Args:
+        position_bias: one learned number per bucket and head, zeros at the start.
+        query_positions: position ids of the queries.
+        key_positions: position ids of the keys.
+
+    Returns:
+        The bias, in position_bias's dtype. Nothing of its size is kept for the backward pass.
+
+    Example:
+        >>> table = jnp.zeros((64, 1)).at[0].set(1.0)
+        >>> relative_bias(table, jnp.array([[0, 1]]), jnp.array([[0, 1]]))[0, 0].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
+    Source: method.md §§2–3; Raffel et al. 2020, §2.1.
+    """
+    offset = query_positions[:, :, None] - key_positions[:, None, :]
+    buckets = offset_buckets(relative_buckets(), offset)
+    return jnp.moveaxis(jnp.take(position_bias, buckets, axis=0, mode="clip"), -1, 1)

@@ -1,0 +1,119 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from hylorada_jax.errors import DataError
+from hylorada_jax.math import position
+
+M = 32768
+OFFSETS = np.arange(-40_000, 40_001)
+
+
+def position_bucket(p):
+    """method.md §2, one number at a time, by Python's math."""
+    p = min(max(p, 0), M - 1)
+    if p < 32:
+        return p
+    return min(max(32 + math.floor(31 * math.log(max(p - 32, 1)) / math.log(M - 32)), 0), 63)
+
+
+def log_bucket(a, exact, count, nudge):
+    if a < exact:
+        return a
+    return min(
+        exact + math.floor(math.log(a / exact + nudge) / math.log(M / exact) * (count - exact)), count - 1
+    )
+
+
+def relative_bucket(offset):
+    return log_bucket(abs(offset), 16, 32, 0.0) + (32 if offset < 0 else 0)
+
+
+def structure_bucket(offset, n=64):
+    return (n if offset >= 0 else 0) + log_bucket(abs(offset), n // 2, n, 1e-6)
+
+
+def test_position_buckets_over_80_000_positions():
+    # The bias is the bucket's number, so that the factor tells the bucket.
+    bias = jnp.arctanh(jnp.arange(64) / 64)
+    factor = jax.jit(position.position_factor)(bias, jnp.asarray(OFFSETS))
+    found = np.asarray(jnp.rint(factor * 64)).astype(int)
+    np.testing.assert_array_equal(found, [position_bucket(p) for p in OFFSETS.tolist()])
+
+
+def test_offset_buckets_over_80_000_offsets():
+    offsets = jnp.asarray(OFFSETS)
+    for table, bucket in (
+        (position.relative_buckets(), relative_bucket),
+        (position.structure_buckets(), structure_bucket),
+        (position.structure_buckets(200), lambda o: structure_bucket(o, 200)),
+    ):
+        found = position.offset_buckets(table, offsets)
+        np.testing.assert_array_equal(found, [bucket(o) for o in OFFSETS.tolist()])
+        # Beyond the table, up to the ends of int32.
+        far = position.offset_buckets(table, jnp.array([-(2**31) + 1, 2**31 - 1]))
+        np.testing.assert_array_equal(far, found[jnp.array([0, -1])])
+
+
+def test_buckets_are_in_order_and_one_side_sees_no_other():
+    for table in (position.position_buckets(), position.relative_buckets()[M - 1 :]):
+        assert (np.diff(table.astype(int)) >= 0).all()
+    assert set(position.relative_buckets()[: M - 1]).isdisjoint(position.relative_buckets()[M - 1 :])
+
+
+def test_relative_bias_and_its_gradient():
+    rng = np.random.default_rng(0)
+    table, query, key = rng.normal(size=(64, 3)), rng.integers(0, 500, (2, 4)), rng.integers(0, 9000, (2, 6))
+    cotangent = rng.normal(size=(2, 3, 4, 6))
+    expected, gradient = np.empty_like(cotangent), np.zeros_like(table)
+    for b, h, q, k in np.ndindex(*cotangent.shape):
+        bucket = relative_bucket(int(query[b, q]) - int(key[b, k]))
+        expected[b, h, q, k] = table[bucket, h]
+        gradient[bucket, h] += cotangent[b, h, q, k]
+    with jax.enable_x64(True):
+        bias, pull = jax.vjp(
+            lambda t: position.relative_bias(t, jnp.asarray(query), jnp.asarray(key)), jnp.asarray(table)
+        )
+        assert bias.dtype == jnp.float64
+        np.testing.assert_array_equal(bias, expected)
+        # Sums of a few numbers in another order.
+        np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], gradient, rtol=0, atol=1e-14)
+
+
+def test_nothing_of_the_bias_size_is_kept_for_the_backward_pass():
+    table, positions = jnp.ones((64, 2)), jnp.arange(96)[None]
+    _, pull = jax.vjp(lambda t: position.relative_bias(t, positions, positions), table)
+    kept = [leaf.size for leaf in jax.tree.leaves(pull)]
+    # The lookup table may be among it: one for the model, whatever the length.
+    assert kept
+    assert 96 * 96 not in kept
+    assert sum(kept) <= table.size + 2 * 96 + 2 * M
+
+
+def test_position_factor_gradient_against_differences():
+    with jax.enable_x64(True):
+        bias = jnp.asarray(np.random.default_rng(1).normal(size=64))
+        positions = jnp.array([[0, 1, 31, 32, 40, 40_000]])
+        factor = jax.jit(lambda b: position.position_factor(b, positions))
+        check_grads(factor, (bias,), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (jnp.array([[0, -2]]), "position of -2"),
+        (jnp.array([[0, 1, 2]]), r"\(1, 3\)"),
+        (jnp.ones((1, 2)), "float"),
+    ],
+)
+def test_positions_are_refused(positions, message):
+    with pytest.raises(DataError, match=message):
+        position.check_positions(positions, (1, 2))
+
+
+def test_traced_positions_pass_the_check():
+    jax.jit(lambda p: position.check_positions(p, (1, 2)))(jnp.array([[0, -2]]))
