@@ -136,6 +136,7 @@ class CausalLM:
     name: str
 
     supports_segments = True
+    supports_groups = True
 
     @classmethod
     def from_config(
@@ -183,6 +184,7 @@ class CausalLM:
         attention_mask: Int[Array, "batch seq"] | None = None,
         position_ids: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        groups: tuple[int, int] | None = None,
         rngs: dict[str, Array] | None = None,
     ) -> CausalLMOutput:
         """Logits of every token.
@@ -193,13 +195,14 @@ class CausalLM:
             attention_mask: 1 for a token, 0 for padding, on either side.
             position_ids: positions; by default counted by ``default_positions``.
             segment_ids: packed documents 1, 2, 3 …, 0 for padding; a token sees its own document only.
+            groups: size and shift of shifted sparse attention's groups; None: full attention.
             rngs: keys for dropout inside adapters.
 
         Returns:
             The output. Logits at padding are finite and mean nothing.
         """
         inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
-        return CausalLMOutput(logits=self.module.apply(variables, *inputs, rngs=rngs))
+        return CausalLMOutput(logits=self.module.apply(variables, *inputs, groups=groups, rngs=rngs))
 
     def hidden(
         self,
@@ -209,11 +212,12 @@ class CausalLM:
         attention_mask: Int[Array, "batch seq"] | None = None,
         position_ids: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
+        groups: tuple[int, int] | None = None,
         rngs: dict[str, Array] | None = None,
     ) -> Float[Array, "batch seq d"]:
         """Hidden states after the final norm; the arguments are those of ``forward``."""
         inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
-        return self.module.apply(variables, *inputs, rngs=rngs, method="hidden")[0]
+        return self.module.apply(variables, *inputs, groups=groups, rngs=rngs, method="hidden")[0]
 
     def head(self, variables: Variables) -> Float[Array, "vocab d"]:
         """The output embedding, tied or not: logits = hidden · headᵀ."""
@@ -234,8 +238,13 @@ class CausalLM:
         c = self.config
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
         dtype = self.params["model"]["embed_tokens"]["embedding"].dtype
+        slots = (batch, length)
         return KVCache(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), bool), jnp.int32(0)
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros(slots, jnp.int32),
+            jnp.zeros(slots, bool),
+            jnp.int32(0),
         )
 
     def decode(

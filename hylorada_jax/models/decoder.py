@@ -9,7 +9,6 @@ float64), and norms, angles, softmax and logits in float32 at least.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -21,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math import rope
-from hylorada_jax.math.attention import causal_mask
+from hylorada_jax.math.attention import Pattern, causal_mask, full_pattern, shifted_patterns
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import DecoderLayer, RMSNorm, Step, Stream
 
@@ -40,12 +39,14 @@ class KVCache(NamedTuple):
     Args:
         keys: [layers, batch, slots, kv_heads, head_dim], already rotated.
         values: the same shape.
+        positions: [batch, slots] position ids.
         valid: [batch, slots] False for padding and for slots not yet written.
         length: scalar int32, the slots written so far; the same for every row.
     """
 
     keys: Float[Array, "layers batch slots kv_heads head_dim"]
     values: Float[Array, "layers batch slots kv_heads head_dim"]
+    positions: Int[Array, "batch slots"]
     valid: Bool[Array, "batch slots"]
     length: Int[Array, ""]
 
@@ -88,6 +89,7 @@ class Decoder(nn.Module):
         key_valid: Bool[Array, "batch query"] | None = None,
         segment_ids: Int[Array, "batch query"] | None = None,
         cache: KVCache | None = None,
+        groups: tuple[int, int] | None = None,
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
@@ -100,23 +102,31 @@ class Decoder(nn.Module):
             dtype=dtype,
         )
         start = jnp.int32(0) if cache is None else cache.length
-        query_slots = start + jnp.arange(length, dtype=jnp.int32)
-        key_slots = query_slots
+        slots = start + jnp.arange(length, dtype=jnp.int32)
+        key_slots, key_positions = slots, position_ids
         if cache is not None:
             new = jnp.ones(input_ids.shape, bool) if key_valid is None else key_valid
             key_valid = lax.dynamic_update_slice(cache.valid, new, (0, start))
+            own = position_ids.astype(cache.positions.dtype)
+            key_positions = lax.dynamic_update_slice(cache.positions, own, (0, start))
             key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
-        mask = partial(causal_mask, query_slots, key_slots, key_valid=key_valid, segment_ids=segment_ids)
+
+        def pattern(window: int | None) -> tuple[Pattern, ...]:
+            sees = {"key_valid": key_valid, "segment_ids": segment_ids, "window": window}
+            if groups is not None:
+                return shifted_patterns(position_ids, *groups, **sees)
+            return full_pattern(causal_mask(slots, key_slots, **sees), position_ids, key_positions)
+
         windows = {c.sliding_window if slides else None for slides in c.sliding_layers}
         # Without a window first: a layer picks by its flag where there are two.
-        masks = jnp.stack([mask(window=w) for w in sorted(windows, key=lambda w: w is not None)])
+        patterns = tuple(pattern(window) for window in sorted(windows, key=lambda w: w is not None))
 
         stream = Stream(x, None if cache is None else (cache.keys, cache.values))
-        step = Step(cos, sin, masks, start)
+        step = Step(cos, sin, patterns, start)
         stream, _ = self.layers(stream, jnp.arange(c.num_hidden_layers, dtype=jnp.int32), step)
         if stream.cache is not None and key_valid is not None:
             keys, values = stream.cache
-            cache = KVCache(keys, values, key_valid, start + length)
+            cache = KVCache(keys, values, key_positions, key_valid, start + length)
         return self.norm(stream.x), cache
 
 
@@ -179,6 +189,7 @@ class DecoderLM(nn.Module):
         key_valid: Bool[Array, "batch query"] | None = None,
         segment_ids: Int[Array, "batch query"] | None = None,
         cache: KVCache | None = None,
+        groups: tuple[int, int] | None = None,
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm.
 
@@ -188,11 +199,12 @@ class DecoderLM(nn.Module):
             key_valid: False for padding.
             segment_ids: the document of every token; not together with a cache.
             cache: the tokens so far; the new ones are appended at the end of every row.
+            groups: size and shift of shifted sparse attention's groups; not together with a cache.
 
         Returns:
             The states and, when one was given, the cache with the new tokens.
         """
-        return self.model(input_ids, position_ids, key_valid, segment_ids, cache)
+        return self.model(input_ids, position_ids, key_valid, segment_ids, cache, groups)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
@@ -206,7 +218,8 @@ class DecoderLM(nn.Module):
         position_ids: Int[Array, "batch query"],
         key_valid: Bool[Array, "batch query"] | None = None,
         segment_ids: Int[Array, "batch query"] | None = None,
+        groups: tuple[int, int] | None = None,
     ) -> Float[Array, "batch query vocab"]:
         """Logits of every token; the arguments are those of ``hidden``."""
-        hidden, _ = self.hidden(input_ids, position_ids, key_valid, segment_ids)
+        hidden, _ = self.hidden(input_ids, position_ids, key_valid, segment_ids, groups=groups)
         return self.logits(hidden)

@@ -1,7 +1,7 @@
 """One layer of our decoder.
 
 Every linear layer is a plain ``nn.Dense`` with HF's name, so that adapters attach from outside, by
-intercepting its call.
+intercepting its call. Attention finds its direct adaptation in the collection ``hylorada``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math import rope
-from hylorada_jax.math.attention import attention
+from hylorada_jax.math.attention import Pattern, attend
+from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import DecoderConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -31,11 +32,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Step(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What all layers share in one forward pass.
+
+    ``patterns`` is what full attention sees, or sliding attention, or both in this order.
+    """
 
     cos: Float[Array, "batch query half"]
     sin: Float[Array, "batch query half"]
-    masks: Bool[Array, "kinds batch_or_1 1 query key"]
+    patterns: tuple[tuple[Pattern, ...], ...]
     start: Int[Array, ""]
 
 
@@ -66,7 +70,7 @@ class RMSNorm(nn.Module):
         return scale * normed.astype(x.dtype)
 
 
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     """Grouped-query self-attention with rotary positions, and with norms over queries and keys for Qwen3."""
 
     config: DecoderConfig
@@ -99,10 +103,11 @@ class Attention(nn.Module):
             value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
             stream = stream._replace(cache=(keys, values))
 
-        mask = step.masks[0]
-        if len(step.masks) > 1:
-            mask = jnp.where(jnp.asarray(c.sliding_layers)[layer], step.masks[1], mask)
-        attended = attention(query, key, value, mask).reshape(*x.shape[:2], -1)
+        patterns = step.patterns[0]
+        if len(step.patterns) > 1:
+            slides = jnp.asarray(c.sliding_layers)[layer]
+            patterns = jax.tree.map(partial(jnp.where, slides), step.patterns[1], patterns)
+        attended = attend(query, key, value, patterns, daa_of(self)).reshape(*x.shape[:2], -1)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
 
 
@@ -131,7 +136,7 @@ class DecoderLayer(nn.Module):
         """Applies layer number ``layer``."""
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(stream.x)
-        attended, stream = Attention(c, name="self_attn")(stream, normed, layer, step)
+        attended, stream = DecoderAttention(c, name="self_attn")(stream, normed, layer, step)
         x = stream.x + attended
         x = x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
         return stream._replace(x=x), None

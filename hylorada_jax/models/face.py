@@ -11,10 +11,13 @@ from hylorada_jax.models.causal_lm import CausalLM
 class BaseModel(Protocol):
     """What adapters, training and evaluation ask of a base model.
 
-    Inputs beside the tokens are attention_mask, position_ids and segment_ids, all [batch, seq] or None.
+    Inputs beside the tokens are attention_mask, position_ids and segment_ids, all [batch, seq] or None, and
+    groups, size and shift of shifted sparse attention's.
     """
 
+    # Whether packed documents, and shifted sparse attention, can be asked for.
     supports_segments: bool
+    supports_groups: bool
 
     @property
     def name(self) -> str:

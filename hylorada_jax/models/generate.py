@@ -98,10 +98,8 @@ def generate(
     """
     check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
     lengths = np.array([len(prompt) for prompt in prompts])
-    padded, budget = _bucket(lengths.max()), _bucket(max_new_tokens)
-    input_ids = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in zip(input_ids, prompts, strict=True):
-        row[padded - len(prompt) :] = prompt
+    input_ids = pad_left(prompts)
+    padded, budget = input_ids.shape[1], _bucket(max_new_tokens)
     greedy = temperature == 0
     tokens, count, _ = _generate(
         decode,
@@ -172,6 +170,23 @@ def _generate(
     first = put(empty, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), choose(logits, zero), zero)
     _, tokens, count, _, cache = lax.while_loop(unfinished, turn, (jnp.int32(1), *first, cache))
     return tokens, count, cache
+
+
+def pad_left(rows: Sequence[Sequence[int]], *, bucket: bool = True) -> Int[np.ndarray, "batch width"]:
+    """Rows of different lengths as one array, filled with zeros in front.
+
+    Args:
+        rows: integers.
+        bucket: round the width up to a multiple of ``BUCKET``.
+
+    Returns:
+        int32 rows.
+    """
+    width = max(len(row) for row in rows)
+    padded = np.zeros((len(rows), _bucket(width) if bucket else width), np.int32)
+    for line, row in zip(padded, rows, strict=True):
+        line[padded.shape[1] - len(row) :] = row
+    return padded
 
 
 def _bucket(length: int) -> int:

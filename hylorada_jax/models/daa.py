@@ -1,0 +1,21 @@
+"""Where attention finds its direct adaptation: beside the weights, in the adapters' collection."""
+
+import flax.linen as nn
+
+from hylorada_jax.math.attention import DAA
+
+
+def daa_of(module: nn.Module) -> DAA | None:
+    """The direct attention adaptation of a bound attention module, None where it has none.
+
+    Args:
+        module: bound; its variables in the collection ``hylorada`` are read.
+    """
+    if not module.has_variable("hylorada", "alpha"):
+        return None
+    return DAA(
+        *(
+            module.get_variable("hylorada", name) if module.has_variable("hylorada", name) else None
+            for name in DAA._fields
+        )
+    )
