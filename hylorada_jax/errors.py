@@ -23,10 +23,6 @@ class ConfigError(HyLoRADAError):
     """A setting is out of range, unknown, or contradicts another."""
 
 
-class NotBuiltError(HyLoRADAError, NotImplementedError):
-    """A component of the method that this version does not provide yet was asked for."""
-
-
 class TargetError(HyLoRADAError):
     """A target pattern matches no layer of the model, or layers it cannot adapt."""
 

@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.io import adapter_files
+from hylorada_jax.math.position import check_positions
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.face import as_base
-from hylorada_jax.models.generate import generate
+from hylorada_jax.models.generate import generate, pad_left
 from hylorada_jax.surgery import build, layout
-from hylorada_jax.surgery.intercept import COLLECTION, adapt_linears
-from hylorada_jax.surgery.linears import Tree, find_linears
-from hylorada_jax.surgery.merge import merge
+from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
+from hylorada_jax.surgery.merge import check_mergeable, merge
+from hylorada_jax.surgery.modules import Path as TreePath
+from hylorada_jax.surgery.modules import Tree, find_modules
+from hylorada_jax.surgery.plan import Site, count_parameters, plan
 from hylorada_jax.surgery.resolve import resolve
+from hylorada_jax.surgery.split import join, split
+
+_STRUCTURE_IDS = "structure_ids"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +36,28 @@ class _AdaptedDecode:
     """A decoding step with adapters; hashed by value, so that models of one shape share a compilation."""
 
     step: DecodeStep
-    scales_bias: bool
+    config: HyLoRADAConfig
 
-    def __call__(self, *arguments: Any, **inputs: Any) -> Any:
-        with adapt_linears(scales_bias=self.scales_bias):
-            return self.step(*arguments, **inputs)
+    def __call__(self, variables: Mapping[str, Any], *arguments: Any, **inputs: Any) -> Any:
+        told = Structure(ids=variables.get(_STRUCTURE_IDS), decoding=True)
+        collections = {name: tree for name, tree in variables.items() if name != _STRUCTURE_IDS}
+        with adapt(variables[COLLECTION], self.config, structure=told):
+            return self.step(collections, *arguments, **inputs)
 
 
 class HyLoRADAModel:
     """A language model whose weights stay frozen, with adapters that train.
 
-        y = (x Wᵀ + s·(x Aᵀ) Bᵀ)·c + bias   in every adapted layer
+        y = (x Wᵀ + s·(x Aᵀ) Bᵀ·p)·c + bias   in every adapted linear layer
+        S' = α·S + β + position_bias[bucket(q − k)]   on the logits of every self-attention (DAA)
+        h + up(gelu(down(h) ⊙ mask))   after every MLP block (sparse adapter)
 
     Attributes:
         base: the base model behind one face, ours or HF's.
         config: what is adapted.
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
-        frozen: what the adapters stand on: {"params": base.params, "norms": ‖W‖² of the adapted layers}.
+        frozen: what the adapters stand on: {"params": the base's parameters, but for those that train
+            themselves, "norms": ‖W‖² of the adapted layers}.
 
     Args:
         base_model: a :class:`CausalLM` from :func:`load_model`, or one of HF's Flax models.
@@ -53,8 +66,8 @@ class HyLoRADAModel:
 
     Raises:
         TargetError: a target matches no layer.
-        NotBuiltError: the config enables a component that this version does not provide.
-        ModelError: the base model is not one that can be adapted, or is known to compute wrongly.
+        ModelError: the base model is not one that can be adapted, is known to compute wrongly, or has
+            nothing that a component could attach to.
 
     Example:
         >>> from hylorada_jax import HyLoRADAConfig, HyLoRADAModel
@@ -71,11 +84,25 @@ class HyLoRADAModel:
     def __init__(self, base_model: Any, config: HyLoRADAConfig, seed: int = 0) -> None:
         self.base = as_base(base_model)
         self.config = config
-        self._linears = find_linears(self.base.init_params)
-        self.sites = build.plan(self._linears, config)
-        norms = build.build_norms(self.sites, self.base.params)
-        self.frozen: dict[str, Any] = {"params": self.base.params, "norms": norms}
-        self.adapters = build.build_adapters(self.sites, norms, config, seed)
+        self._modules = find_modules(self.base.init_params)
+        self.sites = plan(self._modules, config)
+        if config.s2_attn_enabled and not self.base.supports_groups:
+            raise ModelError(
+                "Shifted sparse attention needs a causal model whose attention is ours",
+                self.base.name,
+                "Leave s2_attn_enabled out, or choose a model of the Llama family or GPT-2.",
+            )
+        if config.s2_attn_enabled and any(module.heads < 2 for module in self._modules.attentions):
+            raise ConfigError(
+                "Shifted sparse attention halves the heads of a layer",
+                "1 head",
+                "Leave s2_attn_enabled out, or choose a model of more heads.",
+            )
+        params = self.base.params
+        norms = build.build_norms(self.sites, params)
+        self.adapters = build.build_adapters(self.sites, norms, params, config, seed)
+        self._unfrozen = _leaf_paths(self.sites)
+        self.frozen: dict[str, Any] = {"params": split(params, self._unfrozen)[0], "norms": norms}
         self._enabled = True
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
@@ -85,6 +112,8 @@ class HyLoRADAModel:
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
         segment_ids: Array | None = None,
+        structure_ids: Array | None = None,
+        structure_positions: Array | None = None,
     ) -> Any:
         """The model's output in evaluation mode, as HF's models give it: ``.logits`` [batch, seq, vocab].
 
@@ -92,12 +121,18 @@ class HyLoRADAModel:
             input_ids: int [batch, seq].
             attention_mask: 1 for tokens, 0 for padding, on either side [batch, seq].
             position_ids: int [batch, seq]; counted from the mask or the segments when absent.
-            segment_ids: packed documents 1, 2, …, padding 0 [batch, seq]; our decoder only.
+            segment_ids: packed documents 1, 2, …, padding 0 [batch, seq].
+            structure_ids: what the structure encoder of hylorada_v2 is told of each token, int [batch, seq].
+            structure_positions: where each token stands for that encoder, such as hours [batch, seq];
+                ``position_ids`` when absent.
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
         if not self._enabled:
             return self.base(input_ids, **inputs)
-        return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs)
+        if position_ids is not None:
+            check_positions(jnp.asarray(position_ids), input_ids.shape)
+        told = {"structure_ids": structure_ids, "structure_positions": structure_positions}
+        return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs, **told)
 
     def apply(
         self,
@@ -114,11 +149,12 @@ class HyLoRADAModel:
         Args:
             adapters: a tree like ``model.adapters``.
             input_ids: int [batch, seq].
-            train: apply ``lora_dropout``.
-            rngs: {"dropout": key}, needed when ``train`` and ``lora_dropout`` > 0.
+            train: apply dropout and shifted sparse attention, where the config has them.
+            rngs: {"dropout": key}, needed when ``train`` and a dropout rate is above 0.
             frozen: ``model.frozen``; pass it through your jit's arguments to keep the weights out of the
                 compiled program.
-            inputs: attention_mask, position_ids, segment_ids, as in calling the model.
+            inputs: attention_mask, position_ids, segment_ids, structure_ids, structure_positions, as in
+                calling the model.
 
         Returns:
             The base model's output, with ``.logits``.
@@ -127,7 +163,7 @@ class HyLoRADAModel:
         return self.apply_resolved(resolved, input_ids, train=train, rngs=rngs, frozen=frozen, **inputs)
 
     def resolve(self, adapters: Tree, frozen: Tree | None = None) -> dict[str, Any]:
-        """A, s·B and c of every adapted layer: what depends on weights only, for once per step.
+        """What the adapters amount to that depends on weights only (A, s·B, c, …), for once per step.
 
         Args:
             adapters: a tree like ``model.adapters``.
@@ -144,32 +180,77 @@ class HyLoRADAModel:
         """The states [batch, seq, d] that the output head reads, from the result of :meth:`resolve`."""
         return self._run(self.base.hidden, resolved, input_ids, **arguments)
 
-    def head(self, frozen: Tree | None = None) -> Array:
-        """The output embedding [vocab, d]."""
-        return self.base.head({"params": (self.frozen if frozen is None else frozen)["params"]})
+    def head(self, resolved: Tree | None = None, frozen: Tree | None = None) -> Array:
+        """The output embedding [vocab, d].
+
+        Args:
+            resolved: from :meth:`resolve`; its own embedding, where the embeddings train and are tied.
+            frozen: ``model.frozen``.
+        """
+        return self.base.head({"params": self._params(resolved, frozen)})
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output embedding."""
+        return jax.eval_shape(lambda: self.base.head({"params": self.base.params})).shape[0]
+
+    def _params(self, resolved: Tree | None, frozen: Tree | None) -> Tree:
+        """The base's whole parameter tree, with the leaves that train where there are any."""
+        frozen = self.frozen if frozen is None else frozen
+        if not self._unfrozen:
+            return frozen["params"]
+        trained = self.base.params if resolved is None else resolved
+        return join(frozen["params"], split(trained, self._unfrozen)[1])
 
     def _run(
         self,
         function: Any,
         resolved: Tree,
-        *arguments: Any,
+        input_ids: Array,
         train: bool = False,
         rngs: Mapping[str, Array] | None = None,
         frozen: Tree | None = None,
+        structure_ids: Array | None = None,
+        structure_positions: Array | None = None,
         **inputs: Any,
     ) -> Any:
-        frozen = self.frozen if frozen is None else frozen
-        dropout = self.config.lora_dropout if train else 0.0
-        with adapt_linears(dropout=dropout, scales_bias=self.config.magnitude_scales_bias):
-            return function(
-                {"params": frozen["params"], COLLECTION: resolved}, *arguments, rngs=rngs, **inputs
-            )
+        told = Structure(ids=structure_ids, positions=structure_positions)
+        self._check_structure(told, input_ids.shape)
+        if train and self.config.s2_attn_enabled:
+            inputs["groups"] = self.config.s2_groups(input_ids.shape[1])
+        variables = {"params": self._params(resolved, frozen), COLLECTION: resolved}
+        with adapt(resolved, self.config, train=train, structure=told):
+            return function(variables, input_ids, rngs=rngs, **inputs)
 
-    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+    def _check_structure(self, told: Structure, shape: tuple[int, ...]) -> None:
+        for name, given in (("structure_ids", told.ids), ("structure_positions", told.positions)):
+            if given is None:
+                continue
+            if not self.config.use_hylorada_v2:
+                raise ConfigError(
+                    f"{name} are read by the structure encoder, which only method='hylorada_v2' has",
+                    f"method={self.config.method!r}",
+                    f"Choose method='hylorada_v2', or leave {name} out.",
+                )
+            if given.shape != shape:
+                raise DataError(
+                    f"{name} must have one value per token, [batch, seq]",
+                    f"{given.shape} for tokens {shape}",
+                    "Give them in the shape of input_ids.",
+                )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        structure_ids: Sequence[Sequence[int]] | None = None,
+        **settings: Any,
+    ) -> list[list[int]]:
         """Continues prompts with a KV cache; the adapters are resolved once for the whole generation.
 
         Args:
             prompts: token ids, one list per prompt, of any lengths.
+            structure_ids: a list like each prompt, for hylorada_v2; new tokens take its last value.
             settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng, as in
                 :func:`hylorada_jax.models.generate.generate`.
 
@@ -178,22 +259,36 @@ class HyLoRADAModel:
         """
         if not self._enabled:
             return self.base.generate(prompts, **settings)
-        variables = {"params": self.base.params, COLLECTION: self._resolve(self.adapters, self.frozen)}
-        scales_bias = self.config.magnitude_scales_bias
+        resolved = self._resolve(self.adapters, self.frozen)
+        variables = {"params": self._params(resolved, None), COLLECTION: resolved}
+        ours = isinstance(self.base, CausalLM)
+        if structure_ids is not None:
+            if [len(ids) for ids in structure_ids] != [len(prompt) for prompt in prompts]:
+                raise DataError(
+                    "structure_ids must have one value per token of each prompt",
+                    f"lengths {[len(i) for i in structure_ids]} for {[len(p) for p in prompts]}",
+                    "Give a list like each prompt.",
+                )
+            told = Structure(ids=jnp.asarray(pad_left(structure_ids, bucket=ours)), decoding=True)
+            self._check_structure(told, told.ids.shape)  # type: ignore[union-attr]
+        else:
+            told = Structure(decoding=True)
         if isinstance(self.base, CausalLM):
-            decode = _AdaptedDecode(DecodeStep(self.base.module), scales_bias)
+            decode = _AdaptedDecode(DecodeStep(self.base.module), self.config)
+            if told.ids is not None:
+                variables[_STRUCTURE_IDS] = told.ids
             return generate(decode, self.base.init_cache, variables, prompts, **settings)
-        with adapt_linears(scales_bias=scales_bias):
+        with adapt(resolved, self.config, structure=told):
             return self.base.generate(prompts, variables=variables, **settings)
 
     @property
     def num_trainable(self) -> int:
         """The number of trainable parameters."""
-        return build.count_parameters(self.sites, self.config)
+        return count_parameters(self.sites)
 
     def print_trainable_parameters(self) -> None:
         """Prints the trainable and the total number of parameters."""
-        total = self.num_trainable + sum(leaf.size for leaf in jax.tree.leaves(self.base.params))
+        total = self.num_trainable + sum(leaf.size for leaf in jax.tree.leaves(self.frozen["params"]))
         share = 100 * self.num_trainable / total
         print(f"trainable params: {self.num_trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
@@ -213,13 +308,19 @@ class HyLoRADAModel:
 
         Returns:
             A model of the kind that was given; the frozen base itself is unchanged.
+
+        Raises:
+            ModelError: a component has an effect that no weights can express; it is named.
         """
+        check_mergeable(self.sites, self.adapters)
         resolved = self._resolve(self.adapters, self.frozen)
         params = merge(self.sites, resolved, self.base.params, self.config)
         return self.base.with_params(params)
 
     def _identity(self) -> dict[str, Any]:
-        shapes = [(name, linear.d_out, linear.d_in) for linear in self._linears for name in linear.names]
+        shapes = [
+            (name, linear.d_out, linear.d_in) for linear in self._modules.linears for name in linear.names
+        ]
         return {
             "name": self.base.name,
             "model_type": self.base.config.model_type,
@@ -254,6 +355,11 @@ class HyLoRADAModel:
         model = cls(base_model, config)
         adapter_files.check_base(base, model._identity())
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        adapter_files.check_keys(shapes, layout.tensor_shapes(model.sites, config))
-        model.adapters = layout.unflatten(model.sites, tensors, config)
+        adapter_files.check_keys(shapes, layout.tensor_shapes(model.sites))
+        model.adapters = layout.unflatten(model.sites, tensors)
         return model
+
+
+def _leaf_paths(sites: Sequence[Site]) -> list[TreePath]:
+    """Where the leaves lie that move from the frozen to the trainable tree."""
+    return [(*s.module.path, leaf) for s in sites if s.component == "unfrozen" for leaf in s.leaves]

@@ -1,7 +1,5 @@
-"""The plan of which layers get which adapter, and the trees built from it."""
+"""The trees of a plan: the frozen norms it stands on, and the fresh adapters."""
 
-import dataclasses
-import math
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -13,115 +11,30 @@ import numpy as np
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import NotBuiltError
-from hylorada_jax.math import linear_adapter, low_rank
-from hylorada_jax.surgery.linears import Linear, Tree, subtree, with_leaf
-from hylorada_jax.surgery.targets import layer_ranks, select_targets
-
-# Components of the method that this version does not provide yet, and the setting that asks for each.
-NOT_BUILT = {
-    "use_hylorada_v2": "the structure-conditioned layer",
-    "position_bias_enabled": "the position bias of the Unified layer",
-    "daa_enabled": "direct attention adaptation",
-    "sparse_enabled": "the sparse MLP adapter",
-    "s2_attn_enabled": "shifted sparse attention",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """The adapters of one linear module: which of its layers have one, and of which rank.
-
-    Attributes:
-        linear: the module.
-        layers: the adapted indices along its stacked axis; (0,) for an unstacked module.
-        ranks: the rank of each of these layers.
-    """
-
-    linear: Linear
-    layers: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapted layers' full names."""
-        return tuple(self.linear.names[layer] for layer in self.layers)
-
-
-def check_built(config: HyLoRADAConfig) -> None:
-    """Refuses a component that this version cannot attach, rather than leaving it out in silence.
-
-    Raises:
-        NotBuiltError: the config enables such a component.
-    """
-    for setting, component in NOT_BUILT.items():
-        if getattr(config, setting):
-            raise NotBuiltError(
-                "A configured component must exist in this version",
-                f"{component} (method={config.method!r}, {setting}=True)",
-                "Use method lora, dora or hylorada_v1, with this setting off.",
-            )
-
-
-def plan(linears: Sequence[Linear], config: HyLoRADAConfig) -> list[Site]:
-    """Which layers are adapted, and at which rank.
-
-    Args:
-        linears: the model's linear modules, from :func:`find_linears`.
-        config: its targets, exclusions and ranks are read.
-
-    Returns:
-        One site per module with at least one adapted layer.
-
-    Raises:
-        TargetError: a pattern matches nothing.
-        NotBuiltError: a component is not provided yet.
-    """
-    check_built(config)
-    names = [name for linear in linears for name in linear.names]
-    selected = select_targets(names, config)
-    ranks = layer_ranks(selected, names, config)
-    sites = []
-    for linear in linears:
-        layers = tuple(i for i, name in enumerate(linear.names) if name in ranks)
-        if layers:
-            sites.append(Site(linear, layers, tuple(ranks[linear.names[i]] for i in layers)))
-    return sites
-
-
-def count_parameters(sites: Sequence[Site], config: HyLoRADAConfig) -> int:
-    """The number of trainable parameters, from shapes alone (method.md §8).
-
-    A stacked tree pads its layers to the largest rank; the zeros of that padding are not counted.
-    """
-    return sum(
-        math.prod(shape)
-        for site in sites
-        for rank in site.ranks
-        for shape in linear_adapter.leaf_shapes(
-            str(config.linear), rank, site.linear.d_in, site.linear.d_out
-        ).values()
-    )
+from hylorada_jax.math import linear_adapter, low_rank, sparse, structure
+from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
+from hylorada_jax.surgery.plan import Site
 
 
 def build_norms(sites: Sequence[Site], params: Tree) -> dict[str, Any]:
-    """The frozen n₀² = ‖W‖² of every adapted layer, congruent to the adapter tree.
+    """The frozen n₀² = ‖W‖² of every linear adapter's layer, congruent to the adapter tree.
 
     Args:
-        sites: from :func:`plan`.
-        params: the frozen tree.
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        params: the model's parameter tree.
 
     Returns:
-        Nested dict, path → n₀² [d_out], or [layers, d_out] for a stacked module; at least float32.
+        Nested dict, path → {"norm": n₀² [d_out], or [layers, d_out] for a stacked module}; at least float32.
     """
+    linears = [site for site in sites if site.component == "linear"]
 
     @jax.jit
     def norms(params: Tree) -> list[Array]:
-        return [map_layers(site, lambda layer, s=site: _norm(s, params, layer)) for site in sites]
+        return [map_layers(site, lambda layer, s=site: _norm(s, params, layer)) for site in linears]
 
     tree: dict[str, Any] = {}
-    for site, norm in zip(sites, norms(params), strict=True):
-        tree = with_leaf(tree, site.linear.path, norm)
+    for site, norm in zip(linears, norms(params), strict=True):
+        tree = with_leaves(tree, site.module.path, {"norm": norm})
     return tree
 
 
@@ -142,65 +55,93 @@ def map_layers(site: Site, function: Any, *arguments: Any) -> Any:
     Returns:
         The results, stacked along a leading axis when the module is stacked.
     """
-    if not site.linear.stacked:
+    if not site.module.stacked:
         return function(0, *arguments)
     return jax.lax.map(lambda slices: function(*slices), (jnp.asarray(site.layers), *arguments))
 
 
 def build_adapters(
-    sites: Sequence[Site], norms: Tree, config: HyLoRADAConfig, seed: int = 0
+    sites: Sequence[Site], norms: Tree, params: Tree, config: HyLoRADAConfig, seed: int = 0
 ) -> dict[str, Any]:
     """The trainable tree of fresh adapters, under which the model computes what it did before.
 
-    A layer's initial lora_A depends on the seed and on the layer's name alone, not on which other layers
-    are adapted. In a stacked module every layer has the largest rank's shape; where a layer's own rank is
-    less, the remaining rows of A and columns of B are zero, and so is their gradient.
+    A layer's random leaves depend on the seed and on the layer's name alone, not on which other layers are
+    adapted. In a stacked module every layer has the largest rank's shape; where a layer's own rank is less,
+    the remaining rows of A and columns of B are zero, and so is their gradient.
 
     Args:
-        sites: from :func:`plan`.
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
         norms: from :func:`build_norms`.
-        config: kind, rank and initial gates are read.
-        seed: of lora_A.
+        params: the model's parameter tree; unfrozen leaves are copied from it.
+        config: kinds and initial values are read.
+        seed: of the random leaves.
 
     Returns:
-        Nested dict with the model's paths; leaves named as in method.md §1.
+        Nested dict with the model's paths; leaves named as in method.md, in at least float32.
     """
+    dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
     tree: dict[str, Any] = {}
     for site in sites:
-        norm = subtree(norms, site.linear.path).reshape(len(site.layers), site.linear.d_out)
-        names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
-        leaves = _fresh(site, names, norm, config, seed)
-        tree = with_leaf(tree, site.linear.path, leaves if site.linear.stacked else _first(leaves))
+        if site.component == "unfrozen":
+            node = subtree(params, site.module.path)
+            # A copy, even where the dtype is right: a training step consumes its adapters.
+            leaves = {leaf: jnp.array(node[leaf], dtype=dtype, copy=True) for leaf in site.leaves}
+        else:
+            count = len(site.layers)
+            if site.component == "linear":
+                norm = subtree(norms, site.module.path)["norm"].reshape(count, site.linear.d_out)
+            else:
+                norm = jnp.zeros((count, 0), dtype)
+            names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
+            leaves = _fresh(site, names, norm, config, seed)
+            if not site.module.stacked:
+                leaves = {name: leaf[0] for name, leaf in leaves.items()}
+        tree = with_leaves(tree, site.module.path, leaves)
     return tree
-
-
-def _first(leaves: dict[str, Array]) -> dict[str, Array]:
-    return {name: leaf[0] for name, leaf in leaves.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def _fresh(site: Site, names: Array, norms: Array, config: HyLoRADAConfig, seed: int) -> dict[str, Array]:
-    """The leaves of a site's layers, stacked; one batch of layers for each rank among them."""
+    """The leaves of a site's layers, stacked; one batch of layers for each set of shapes among them."""
 
-    def one(name: Array, norm: Array, rank: int) -> dict[str, Array]:
+    def one(name: Array, norm: Array, layer: int) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.key(seed), name)
-        leaves = linear_adapter.init_leaves(
-            str(config.linear),
-            key,
-            rank,
-            site.linear.d_in,
-            norm,
-            gate_init=config.gate_init,
-            residual_init=config.residual_init,
-        )
-        missing = max(site.ranks) - rank
-        return leaves | {
-            "lora_A": jnp.pad(leaves["lora_A"], ((0, missing), (0, 0))),
-            "lora_B": jnp.pad(leaves["lora_B"], ((0, 0), (0, missing))),
-        }
+        shapes = dict(site.shapes[layer])
+        match site.component:
+            case "linear":
+                return _fresh_linear(key, shapes, max(site.ranks), norm, config)
+            case "sparse":
+                return sparse.init_leaves(key, *shapes["down"], dtype=norm.dtype)
+            case "structure_encoder":
+                leaves = structure.init_leaves(key, config.structure_dim, config.structure_encoder_type)
+                return {leaf: value.astype(norm.dtype) for leaf, value in leaves.items()}
+            case _:  # DAA and the position bias: α starts at one, all else at zero
+                return {leaf: jnp.full(shape, leaf == "alpha", norm.dtype) for leaf, shape in shapes.items()}
 
-    ranks = np.asarray(site.ranks)
-    groups = [np.flatnonzero(ranks == rank) for rank in np.unique(ranks)]
-    batches = [jax.vmap(partial(one, rank=int(ranks[i[0]])))(names[i], norms[i]) for i in groups]
+    groups = [
+        np.flatnonzero([shapes == kind for shapes in site.shapes]) for kind in dict.fromkeys(site.shapes)
+    ]
+    batches = [jax.vmap(partial(one, layer=int(i[0])))(names[i], norms[i]) for i in groups]
     order = np.argsort(np.concatenate(groups))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *batches)
+
+
+def _fresh_linear(
+    key: Array, shapes: dict[str, tuple[int, ...]], rank: int, norm: Array, config: HyLoRADAConfig
+) -> dict[str, Array]:
+    """A linear adapter's leaves, padded to ``rank``."""
+    own, d_in = shapes["lora_A"]
+    leaves = linear_adapter.init_leaves(
+        str(config.linear),
+        key,
+        own,
+        d_in,
+        norm,
+        gate_init=config.gate_init,
+        residual_init=config.residual_init,
+        structure_dim=config.structure_dim,
+    )
+    return leaves | {
+        "lora_A": jnp.pad(leaves["lora_A"], ((0, rank - own), (0, 0))),
+        "lora_B": jnp.pad(leaves["lora_B"], ((0, 0), (0, rank - own))),
+    }

@@ -1,79 +1,211 @@
 """Tokens second: the forward pass of adapted layers, attached without editing the model."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from hylorada_jax.math import low_rank
-from hylorada_jax.surgery.linears import KERNEL_IS_OUT_IN
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
+from hylorada_jax.math import low_rank, position, sparse, structure
+from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, Tree
+from hylorada_jax.surgery.plan import POSITION_BIAS, STRUCTURE_ENCODER
 
 COLLECTION = "hylorada"
 DROPOUT_RNG = "dropout"
+_RESOLVED = (
+    "lora_A",
+    "lora_B",
+    "column_scale",
+    "position_gate",
+    "scale_from_structure",
+    "down",
+    "up",
+    "mask",
+)
 
 
-def adapt_linears(*, dropout: float = 0.0, scales_bias: bool = False) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What the structure encoder is told of the tokens, [batch, seq] each, or None.
+
+    Attributes:
+        ids: what the domain knows, such as a syntax tree's depth.
+        positions: where the tokens stand in the domain; None: the model's own position ids.
+        decoding: the arrays are the prompt's; a token that is generated goes on with the last of them.
+    """
+
+    ids: Array | None = None
+    positions: Array | None = None
+    decoding: bool = False
+
+    def of(self, given: Array | None, shape: tuple[int, ...]) -> Array | None:
+        """The part of ``given`` that belongs to the tokens at hand."""
+        if given is None or not self.decoding or given.shape == shape:
+            return given
+        return jnp.broadcast_to(given[:, -1:], shape)
+
+
+@dataclasses.dataclass
+class _Pass:
+    """One forward pass: what every layer multiplies its update by, computed once.
+
+    Attributes:
+        position: t = tanh(position_bias[bucket]) of every token, for the Unified layer.
+        prior: the structure prior of every token, for v2.
+    """
+
+    position: Array | None = None
+    prior: Array | None = None
+
+
+class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     """A context in which every linear module with variables in the ``hylorada`` collection is adapted.
 
-        y = (x Wᵀ + δ)·c + bias          (the bias inside the bracket with ``scales_bias``)
+        y = (x Wᵀ + δ·p)·c + bias          (the bias inside the bracket with ``magnitude_scales_bias``)
+        y = y + up(gelu(down(y) ⊙ mask))   where the module has a sparse adapter
 
     Flax hands each module its own slice of the collection, also under nn.scan and nn.remat, so that no
-    model needs to be edited. Modules without variables there run as they are.
+    model needs to be edited. Modules without variables there run as they are. p depends on the token: the
+    model's own position ids are read off the call of its outermost module that takes ``position_ids``.
 
     Args:
-        dropout: probability of dropping an input of the low-rank path; needs an rng named "dropout".
-        scales_bias: let c act on the bias too.
-
-    Returns:
-        A context manager, to be entered around ``module.apply``.
+        resolved: from :func:`hylorada_jax.surgery.resolve.resolve`; what serves the whole model is read.
+        config: dropout, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
+        train: apply dropout; needs an rng named "dropout".
+        structure: what the structure encoder is told.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> dense, x = nn.Dense(4, use_bias=False), jnp.ones((1, 3))
         >>> params = dense.init(jax.random.key(0), x)["params"]
         >>> resolved = {"lora_A": jnp.ones((1, 3)), "lora_B": jnp.ones((4, 1))}
-        >>> with adapt_linears():
+        >>> with adapt(resolved, HyLoRADAConfig(method="lora")):
         ...     y = dense.apply({"params": params, "hylorada": resolved}, x)
         >>> bool(jnp.allclose(y - dense.apply({"params": params}, x), 3.0, atol=1e-5))
         True
     """
 
-    def interceptor(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def __init__(
+        self,
+        resolved: Tree,
+        config: HyLoRADAConfig,
+        *,
+        train: bool = False,
+        structure: Structure = Structure(),
+    ) -> None:
+        self._bias, self._encoder = resolved.get(POSITION_BIAS), resolved.get(STRUCTURE_ENCODER)
+        self._config, self._train, self._structure = config, train, structure
+        self._pass: _Pass | None = None
+        self._context = nn.intercept_methods(self._intercept)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def _intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if (
-            context.method_name != "__call__"
-            or type(module).__name__ not in KERNEL_IS_OUT_IN
-            or not module.has_variable(COLLECTION, "lora_A")
-        ):
+        if self._pass is None and (tokens := self._tokens(context, args, kwargs)) is not None:
+            self._pass = tokens
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                self._pass = None
+        if context.method_name != "__call__" or type(module).__name__ not in KERNEL_IS_OUT_IN:
             return next_fun(*args, **kwargs)
         adapter = {
             name: module.get_variable(COLLECTION, name)
-            for name in ("lora_A", "lora_B", "column_scale")
+            for name in _RESOLVED
             if module.has_variable(COLLECTION, name)
         }
-        return _adapted(module, *args, **kwargs, adapter=adapter, dropout=dropout, scales_bias=scales_bias)
+        y = self._adapted(module, *args, adapter) if "lora_A" in adapter else next_fun(*args, **kwargs)
+        return self._with_sparse(module, y, adapter) if "mask" in adapter else y
 
-    return nn.intercept_methods(interceptor)
+    def _tokens(self, context: Any, args: Any, kwargs: Any) -> _Pass | None:
+        """The pass that this call begins, if it does, and if anything depends on its positions."""
+        if self._bias is None and self._encoder is None:
+            return None
+        signature = inspect.signature(context.orig_method)
+        if not {"input_ids", "position_ids"} <= set(signature.parameters):
+            return None
+        given = signature.bind(*args, **kwargs).arguments
+        positions, shape = given.get("position_ids"), given["input_ids"].shape
+        if positions is None:
+            positions = jnp.arange(shape[1])
+        positions = jnp.broadcast_to(positions, shape)
+        found = _Pass()
+        if self._bias is not None:
+            found.position = position.position_factor(self._bias, positions)
+        if self._encoder is not None:
+            told = self._structure
+            stand = told.of(told.positions, shape)
+            found.prior = structure.structure_prior(
+                self._encoder,
+                positions if stand is None else stand,
+                told.of(told.ids, shape),
+                self._config.structure_seq_len,
+            )
+        return found
 
+    def _adapted(self, module: Any, inputs: Array, adapter: dict[str, Array]) -> Array:
+        bias = module.get_variable("params", "bias") if module.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(
+            inputs, module.get_variable("params", "kernel"), bias, dtype=module.dtype
+        )
+        contracted = 1 if KERNEL_IS_OUT_IN[type(module).__name__] else 0
+        base = jax.lax.dot_general(
+            x, kernel, (((x.ndim - 1,), (contracted,)), ((), ())), precision=module.precision
+        )
+        scales_bias = self._config.magnitude_scales_bias
+        if bias is not None and scales_bias:
+            base = base + bias
+        x = self._dropout(module, x, self._config.lora_dropout)
+        delta = low_rank.low_rank_delta(
+            x, adapter["lora_A"], adapter["lora_B"], self._token_scale(module, x, adapter)
+        )
+        y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
+        return y if bias is None or scales_bias else y + bias
 
-def _adapted(
-    module: Any, inputs: Array, *, adapter: dict[str, Array], dropout: float, scales_bias: bool
-) -> Array:
-    bias = module.get_variable("params", "bias") if module.use_bias else None
-    x, kernel, bias = nn.dtypes.promote_dtype(
-        inputs, module.get_variable("params", "kernel"), bias, dtype=module.dtype
-    )
-    contracted = 1 if KERNEL_IS_OUT_IN[type(module).__name__] else 0
-    base = jax.lax.dot_general(
-        x, kernel, (((x.ndim - 1,), (contracted,)), ((), ())), precision=module.precision
-    )
-    if bias is not None and scales_bias:
-        base = base + bias
-    if dropout:
-        keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), 1 - dropout, x.shape)
-        x = jax.numpy.where(keep, x / (1 - dropout), 0)
-    delta = low_rank.low_rank_delta(x, adapter["lora_A"], adapter["lora_B"])
-    y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
-    return y if bias is None or scales_bias else y + bias
+    def _token_scale(self, module: Any, x: Array, adapter: dict[str, Array]) -> Array | None:
+        """p of every token; None where it is 1."""
+        if "position_gate" in adapter:
+            tokens = self._of_pass("position", module)
+            scale = low_rank.position_scale(tokens, adapter["position_gate"])
+        elif "scale_from_structure" in adapter:
+            scale = low_rank.structure_scale(self._of_pass("prior", module), adapter["scale_from_structure"])
+        else:
+            return None
+        if scale.shape != x.shape[:-1]:
+            raise ModelError(
+                "A layer whose update depends on the token must see the model's tokens, [batch, seq, d_in]",
+                f"{'.'.join(module.path)} sees {x.shape}, the tokens are {scale.shape}",
+                "Exclude the layer: exclude_modules=[its name].",
+            )
+        return scale
+
+    def _of_pass(self, name: str, module: Any) -> Array:
+        found = getattr(self._pass, name, None)
+        if found is None:
+            raise ModelError(
+                "A layer whose update depends on the position needs a model that takes position_ids",
+                f"{'.'.join(module.path)} was called outside of one",
+                "Choose method='hylorada_v1', or a model of the Llama family, GPT-2 or BERT.",
+            )
+        return found
+
+    def _dropout(self, module: Any, x: Array, rate: float) -> Array:
+        if not self._train or not rate:
+            return x
+        keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), 1 - rate, x.shape)
+        return jnp.where(keep, x / (1 - rate), 0)
+
+    def _with_sparse(self, module: Any, h: Array, adapter: dict[str, Array]) -> Array:
+        units = sparse.units(h, adapter["down"], adapter["mask"])
+        units = self._dropout(module, units, self._config.sparse_dropout)
+        return sparse.add_units(h, units, adapter["up"])

@@ -6,12 +6,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
 from hylorada_jax.math import low_rank
-from hylorada_jax.surgery.build import Site
-from hylorada_jax.surgery.linears import Tree, subtree, with_leaf
+from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
+from hylorada_jax.surgery.plan import Site
+
+# What a leaf must be, everywhere, for its component to have no effect; those not named here can be merged.
+_NEUTRAL = {
+    ("position_bias", "position_bias"): 0,
+    ("linear", "scale_from_structure"): 0,
+    ("daa", "alpha"): 1,
+    ("daa", "position_bias"): 0,
+    ("sparse", "up"): 0,
+}
+_NAMES = {
+    "position_bias": "the position bias",
+    "linear": "the structure prior",
+    "daa": "direct attention adaptation",
+    "sparse": "the sparse adapter",
+}
+
+
+def check_mergeable(sites: Sequence[Site], adapters: Tree) -> None:
+    """Refuses adapters that no weights can express: a token's own update, attention's, an MLP's.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        adapters: the trainable tree.
+
+    Raises:
+        ModelError: a component is not exactly neutral; the message names it.
+
+    Source: method.md §1, Merging.
+    """
+    for site in sites:
+        node = subtree(adapters, site.module.path)
+        for leaf in site.leaves:
+            neutral = _NEUTRAL.get((site.component, leaf))
+            if neutral is not None and not np.all(np.asarray(node[leaf]) == neutral):
+                raise ModelError(
+                    "Only an update of the weights themselves can be merged into them",
+                    f"{_NAMES[site.component]}: {leaf} of {site.names[0] or 'the model'} is not {neutral}",
+                    "Keep the adapter beside the model, or train without this component.",
+                )
 
 
 def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAConfig) -> dict[str, Any]:
@@ -20,9 +61,9 @@ def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAC
         W' = c ⊙ (W + s·B A)          (and bias' = c ⊙ bias when the magnitude scales the bias)
 
     Args:
-        sites: from :func:`plan`.
-        resolved: from :func:`resolve`.
-        params: the frozen tree; left as it is, its other leaves shared with the result.
+        sites: from :func:`hylorada_jax.surgery.plan.plan`; :func:`check_mergeable` holds.
+        resolved: from :func:`hylorada_jax.surgery.resolve.resolve`.
+        params: the model's whole tree; left as it is, its other leaves shared with the result.
         config: ``magnitude_scales_bias`` is read.
 
     Returns:
@@ -33,11 +74,19 @@ def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAC
     """
     merged: dict[str, Any] = dict(params)
     for site in sites:
-        path = site.linear.path
-        leaves = _merge_site(
-            site, subtree(resolved, path), subtree(params, path), config.magnitude_scales_bias
-        )
-        merged = with_leaf(merged, path, leaves)
+        path = site.module.path
+        if site.component == "linear":
+            adapter = {
+                leaf: value
+                for leaf, value in subtree(resolved, path).items()
+                if leaf in ("lora_A", "lora_B", "column_scale")
+            }
+            leaves = _merge_site(site, adapter, subtree(params, path), config.magnitude_scales_bias)
+        elif site.component == "unfrozen":
+            leaves = {leaf: subtree(resolved, path)[leaf] for leaf in site.leaves}
+        else:
+            continue
+        merged = with_leaves(merged, path, leaves)
     return merged
 
 
@@ -53,7 +102,7 @@ def _merge_site(site: Site, adapter: Tree, leaves: Tree, scales_bias: bool) -> d
         return weight if out_in else weight.T
 
     slices = (leaves["kernel"], dict(adapter))
-    result = dict(leaves) | {"kernel": jax.lax.map(one, slices) if site.linear.stacked else one(slices)}
+    result = dict(leaves) | {"kernel": jax.lax.map(one, slices) if site.module.stacked else one(slices)}
     if scales_bias and "bias" in leaves and "column_scale" in adapter:
         wide = leaves["bias"].astype(jnp.promote_types(leaves["bias"].dtype, jnp.float32))
         result["bias"] = (wide * adapter["column_scale"]).astype(leaves["bias"].dtype)

@@ -1,41 +1,58 @@
-"""Finding the linear layers of a Flax model, without its weights."""
+"""Finding the modules of a Flax model that a component can attach to, without the model's weights."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax import Array
 
+from hylorada_jax.surgery.targets import HEADS
+
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
 
 # How each linear module holds its kernel. HF's FlaxConv1D is known by name: its file imports transformers.
 KERNEL_IS_OUT_IN = {"Dense": False, "FlaxConv1D": True}
+# Attention modules that read their direct adaptation from the collection "hylorada".
+ATTENTIONS = ("DecoderAttention", "FlaxGPT2Attention", "FlaxBertSelfAttention", "FlaxT5Attention")
+CROSS_ATTENTIONS = ("crossattention", "EncDecAttention")
+NORMS = ("LayerNorm", "RMSNorm", "FlaxT5LayerNorm")
+# T5's table of relative positions is an nn.Embed, but embeds no token and no position.
+NOT_EMBEDDINGS = ("relative_attention_bias", *HEADS)
 # nn.scan stacks the parameters of this submodule along a first axis, one slice per layer.
 SCANNED = "layers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
-    """One linear module of a model; under nn.scan it stands for the same layer of every block.
+class Module:
+    """One module of a model; under nn.scan it stands for the same module of every block.
 
     Attributes:
         path: its path in the parameter tree.
-        d_in: input features.
-        d_out: output features.
-        kernel_is_out_in: the kernel is [d_out, d_in]; else [d_in, d_out].
         names: its full HF names, "model.layers.3.self_attn.q_proj": one, or one per stacked layer.
         stacked: the leaves have a leading layer axis.
     """
 
     path: Path
+    names: tuple[str, ...]
+    stacked: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Module):
+    """A linear module.
+
+    Attributes:
+        d_in: input features.
+        d_out: output features.
+        kernel_is_out_in: the kernel is [d_out, d_in]; else [d_in, d_out].
+    """
+
     d_in: int
     d_out: int
     kernel_is_out_in: bool
-    names: tuple[str, ...]
-    stacked: bool
 
     def weight(self, params: Tree, layer: Array | int = 0) -> Array:
         """W [d_out, d_in] of one layer, as a view of the frozen tree.
@@ -50,6 +67,48 @@ class Linear:
         return kernel if self.kernel_is_out_in else kernel.T
 
 
+@dataclasses.dataclass(frozen=True)
+class Attention(Module):
+    """A self-attention module.
+
+    Attributes:
+        heads: its query heads.
+    """
+
+    heads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder(Module):
+    """A module whose own parameters can be trained: an embedding or a norm.
+
+    Attributes:
+        shapes: (leaf name, shape in one layer) of each parameter.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """The modules of a model by what can attach to them, each in the order of the tree's paths."""
+
+    linears: tuple[Linear, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    embeddings: tuple[Holder, ...] = ()
+    norms: tuple[Holder, ...] = ()
+
+    @property
+    def linear_names(self) -> list[str]:
+        """The full names of all linear layers."""
+        return names_of(self.linears)
+
+
+def names_of(modules: Sequence[Module]) -> list[str]:
+    """The full names of some modules, layer by layer."""
+    return [name for module in modules for name in module.names]
+
+
 def subtree(tree: Tree, path: Path) -> Any:
     """The node of a nested mapping at a path."""
     for key in path:
@@ -57,22 +116,25 @@ def subtree(tree: Tree, path: Path) -> Any:
     return tree
 
 
-def with_leaf(tree: Tree, path: Path, value: Any) -> dict[str, Any]:
-    """The tree with ``value`` at ``path``; the given tree is left as it was, its other leaves shared."""
+def with_leaves(tree: Tree, path: Path, leaves: Tree) -> dict[str, Any]:
+    """The tree with ``leaves`` put into the node at ``path``; the given tree is left as it was.
+
+    The leaves that are not replaced are shared with it.
+    """
     if not path:
-        return value
-    return {**tree, path[0]: with_leaf(tree.get(path[0], {}), path[1:], value)}
+        return {**tree, **leaves}
+    return {**tree, path[0]: with_leaves(tree.get(path[0], {}), path[1:], leaves)}
 
 
-def find_linears(init: Callable[[Array], Any]) -> list[Linear]:
-    """Every linear module that a model's initialisation calls and that has a kernel of its own.
+def find_modules(init: Callable[[Array], Any]) -> Modules:
+    """The modules that a model's initialisation calls and that a component can attach to.
 
     Args:
         init: key → parameter tree, which calls every module once. It is traced, not run: no memory is
             taken for the weights. It must not be jitted, or jax may answer from its cache.
 
     Returns:
-        The modules in the order of the tree's paths.
+        Linear modules with a kernel of their own, self-attentions, embeddings but not the output head, norms.
 
     Example:
         >>> class Net(nn.Module):
@@ -80,38 +142,60 @@ def find_linears(init: Callable[[Array], Any]) -> list[Linear]:
         ...     def __call__(self, x):
         ...         return nn.Dense(3, name="fc")(x)
         >>> import jax.numpy as jnp
-        >>> find_linears(lambda key: Net().init(key, jnp.ones((1, 2)))["params"])[0].names
-        ('fc',)
+        >>> find_modules(lambda key: Net().init(key, jnp.ones((1, 2)))["params"]).linear_names
+        ['fc']
     """
-    kinds: dict[Path, bool] = {}
+    called: dict[Path, tuple[str, int]] = {}
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        kind = KERNEL_IS_OUT_IN.get(type(context.module).__name__)
-        if kind is not None and context.method_name == "__call__":
-            kinds[context.module.path] = kind
+        kind = type(context.module).__name__
+        if context.method_name == "__call__":
+            heads = context.module.config.num_attention_heads if kind in ATTENTIONS else 0
+            called[context.module.path] = kind, heads
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
         # A function of its own: jax would answer from its cache for one that was traced before, and the
         # recorder would see nothing.
         shapes = jax.eval_shape(lambda key: init(key), jax.random.key(0))
-    flat = {
-        tuple(str(key.key) for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
-    }
-    # A tied head runs as a Dense on another module's kernel: it has no leaf of its own, and is left out.
-    return [
-        _linear(path, flat[(*path, "kernel")], kinds[path])
-        for path in sorted(kinds)
-        if (*path, "kernel") in flat
-    ]
+    found: dict[str, list[Any]] = {"linears": [], "attentions": [], "embeddings": [], "norms": []}
+    for path in sorted(called):
+        kind, heads = called[path]
+        leaves = _leaves(shapes, path)
+        common = (path, *_names(path, leaves))
+        own = tuple(
+            (leaf[0], shape[1:] if common[-1] else shape) for leaf, shape in leaves.items() if len(leaf) == 1
+        )
+        # A tied head runs as a Dense on another module's kernel: it has no leaf of its own, and is left out.
+        if kind in KERNEL_IS_OUT_IN and "kernel" in dict(own):
+            out_in = KERNEL_IS_OUT_IN[kind]
+            d_in, d_out = dict(own)["kernel"][:: -1 if out_in else 1]
+            found["linears"].append(Linear(*common, d_in, d_out, out_in))
+        elif kind in ATTENTIONS and path[-1] not in CROSS_ATTENTIONS and path[-2] not in CROSS_ATTENTIONS:
+            found["attentions"].append(Attention(*common, heads))
+        elif kind == "Embed" and own and path[-1] not in NOT_EMBEDDINGS:
+            found["embeddings"].append(Holder(*common, own))
+        elif kind in NORMS and own:
+            found["norms"].append(Holder(*common, own))
+    return Modules(**{kind: tuple(modules) for kind, modules in found.items()})
 
 
-def _linear(path: Path, shape: tuple[int, ...], kernel_is_out_in: bool) -> Linear:
-    stacked = len(shape) == 3
-    d_out, d_in = shape[-2:] if kernel_is_out_in else shape[:-3:-1]
-    names: tuple[str, ...] = (".".join(path),)
-    if stacked:
-        split = path.index(SCANNED) + 1
-        names = tuple(".".join((*path[:split], str(layer), *path[split:])) for layer in range(shape[0]))
-    return Linear(path, d_in, d_out, kernel_is_out_in, names, stacked)
+def _leaves(shapes: Any, path: Path) -> dict[Path, tuple[int, ...]]:
+    """The leaves below a path, {path from there: shape}."""
+    try:
+        below = jax.tree_util.tree_flatten_with_path(subtree(shapes, path))[0]
+    except KeyError:
+        return {}
+    return {tuple(str(key.key) for key in leaf): value.shape for leaf, value in below}
+
+
+def _names(path: Path, leaves: Mapping[Path, tuple[int, ...]]) -> tuple[tuple[str, ...], bool]:
+    """The module's full names, and whether its leaves are stacked.
+
+    nn.scan's submodule has no number in its path: HF's Flax models write "layers" too, but number the blocks.
+    """
+    split = path.index(SCANNED) + 1 if SCANNED in path else None
+    if split is None or not leaves or (split < len(path) and path[split].isdigit()):
+        return (".".join(path),), False
+    depth = next(iter(leaves.values()))[0]
+    return tuple(".".join((*path[:split], str(layer), *path[split:])) for layer in range(depth)), True

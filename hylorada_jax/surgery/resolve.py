@@ -3,61 +3,88 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.math import linear_adapter
-from hylorada_jax.surgery.build import Site, map_layers
-from hylorada_jax.surgery.linears import Tree, subtree, with_leaf
+from hylorada_jax.math import linear_adapter, sparse
+from hylorada_jax.surgery.build import map_layers
+from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
+from hylorada_jax.surgery.plan import Site
 
 
 def resolve(
     sites: Sequence[Site], adapters: Tree, params: Tree, norms: Tree, config: HyLoRADAConfig
 ) -> dict[str, Any]:
-    """The resolved tree: A, s·B and c of every adapted module, all that the forward pass reads.
+    """The resolved tree: all of the adapters that depends on weights only, which the forward pass reads.
 
         c = (1−β)·m/‖W + s·B A‖ + β          (absent for LoRA, where c = 1)
 
     A pure function of weights: call it outside the microbatch loop and outside rematerialisation, and pull
     the summed gradient of its result back once. The adapters of a stacked module cover all its layers: a
-    layer that is not adapted gets A = B = 0 and c = 1.
+    layer that is not adapted gets zeros, and c = 1.
 
     Args:
-        sites: from :func:`plan`.
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
         adapters: the trainable tree.
         params: the frozen tree; read, never copied or differentiated.
-        norms: n₀² of every site, from :func:`build_norms`.
-        config: scale and ``detach_norm`` are read.
+        norms: n₀² of every linear adapter, from :func:`hylorada_jax.surgery.build.build_norms`.
+        config: scale, ``detach_norm`` and the sparse adapter's gate are read.
 
     Returns:
-        Nested dict with the model's paths; leaves lora_A, lora_B (times s) and column_scale.
+        Nested dict with the model's paths. Linear adapters: lora_A, lora_B (times s), column_scale, and the
+        factors of what depends on the token; sparse adapters: down, up, mask; unfrozen leaves in the base's
+        dtype; all else as it is.
 
-    Source: method.md §1.
+    Source: method.md §1, §4.
     """
     tree: dict[str, Any] = {}
     for site in sites:
-        leaves, norm = subtree(adapters, site.linear.path), subtree(norms, site.linear.path)
-        scales = jnp.asarray([config.scale(rank) for rank in site.ranks], norm.dtype)
-
-        def one(layer: Array, leaves: Any, norm: Array, scale: Array, site: Site = site) -> dict[str, Array]:
-            weight = site.linear.weight(params, layer)
-            return linear_adapter.resolve_leaves(
-                leaves, weight, norm, scale, detach_norm=bool(config.detach_norm)
-            )
-
-        if site.linear.stacked:
-            resolved = _spread(site, map_layers(site, one, leaves, norm, scales))
-        else:
-            resolved = one(jnp.asarray(0), leaves, norm, scales[0])
-        tree = with_leaf(tree, site.linear.path, resolved)
+        node = subtree(adapters, site.module.path)
+        leaves = {leaf: node[leaf] for leaf in site.leaves}
+        if site.component == "linear":
+            leaves = _linear(site, leaves, params, subtree(norms, site.module.path)["norm"], config)
+        elif site.component == "sparse":
+            leaves = _spread(site, _sparse(site, leaves, config))
+        elif site.component == "unfrozen":
+            base_dtype = jax.tree.leaves(params)[0].dtype
+            leaves = {leaf: value.astype(base_dtype) for leaf, value in leaves.items()}
+        tree = with_leaves(tree, site.module.path, leaves)
     return tree
+
+
+def _linear(
+    site: Site, leaves: dict[str, Array], params: Tree, norm: Array, config: HyLoRADAConfig
+) -> dict[str, Array]:
+    scales = jnp.asarray([config.scale(rank) for rank in site.ranks], norm.dtype)
+
+    def one(layer: Array, leaves: Any, norm: Array, scale: Array) -> dict[str, Array]:
+        weight = site.linear.weight(params, layer)
+        return linear_adapter.resolve_leaves(
+            leaves, weight, norm, scale, detach_norm=bool(config.detach_norm)
+        )
+
+    if site.module.stacked:
+        return _spread(site, map_layers(site, one, leaves, norm, scales))
+    return one(jnp.asarray(0), leaves, norm, scales[0])
+
+
+def _sparse(site: Site, leaves: dict[str, Array], config: HyLoRADAConfig) -> dict[str, Array]:
+    k = sparse.units_on(config.sparse_topk_ratio, config.sparse_adapter_dim)
+
+    def mask(scores: Array) -> Array:
+        return sparse.topk_mask(scores, k, config.sparse_temperature)
+
+    scores = leaves["gate_scores"]
+    masks = jax.vmap(mask)(scores) if site.module.stacked else mask(scores)
+    return {"down": leaves["down"], "up": leaves["up"], "mask": masks}
 
 
 def _spread(site: Site, resolved: dict[str, Array]) -> dict[str, Array]:
     """The leaves of the adapted layers, put at their places among all layers of the stacked module."""
-    count = len(site.linear.names)
-    if len(site.layers) == count:
+    count = len(site.module.names)
+    if not site.module.stacked or len(site.layers) == count:
         return resolved
 
     def spread(name: str, leaf: Array) -> Array:

@@ -8,9 +8,10 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.surgery import build, layout
-from hylorada_jax.surgery.intercept import adapt_linears
-from hylorada_jax.surgery.linears import find_linears
+from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.merge import merge
+from hylorada_jax.surgery.modules import find_modules
+from hylorada_jax.surgery.plan import count_parameters, plan
 from hylorada_jax.surgery.resolve import resolve
 
 DEPTH, WIDTH = 4, 6
@@ -51,16 +52,16 @@ def make(config, seed=0, scale=0.3):
     init = lambda key: net.init(key, x)["params"]
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), shapes)
-    sites = build.plan(find_linears(init), config)
+    sites = plan(find_modules(init), config)
     norms = build.build_norms(sites, params)
-    adapters = build.build_adapters(sites, norms, config)
+    adapters = build.build_adapters(sites, norms, params, config)
     flat = layout.flatten(sites, adapters)
     moved = {name: leaf + scale * rng.normal(size=leaf.shape) for name, leaf in flat.items()}
-    return net, x, params, sites, norms, adapters, layout.unflatten(sites, moved, config), moved
+    return net, x, params, sites, norms, adapters, layout.unflatten(sites, moved), moved
 
 
-def run(net, x, params, resolved, **context):
-    with adapt_linears(**context):
+def run(net, x, params, resolved, config):
+    with adapt(resolved, config):
         return net.apply({"params": params, "hylorada": resolved}, x)
 
 
@@ -126,19 +127,18 @@ def test_adapted_merged_and_counted_as_the_formula_says(config):
     resolved = resolve(sites, adapters, params, norms, config)
 
     # float64 throughout: only the order of summation differs.
-    scaled = {"scales_bias": config.magnitude_scales_bias}
-    y = run(net, x, params, resolved, **scaled)
+    y = run(net, x, params, resolved, config)
     np.testing.assert_allclose(y, reference(x, params, tensors, config, ranks), rtol=1e-11, atol=1e-11)
     merged = merge(sites, resolved, params, config)
     np.testing.assert_allclose(net.apply({"params": merged}, x), y, rtol=1e-11, atol=1e-11)
 
-    start = run(net, x, params, resolve(sites, fresh, params, norms, config), **scaled)
+    start = run(net, x, params, resolve(sites, fresh, params, norms, config), config)
     np.testing.assert_allclose(start, net.apply({"params": params}, x), rtol=1e-12, atol=1e-12)
 
     count = sum(leaf.size for leaf in layout.flatten(sites, adapters).values())
-    assert count == build.count_parameters(sites, config)
+    assert count == count_parameters(sites)
     shapes = {name: leaf.shape for name, leaf in tensors.items()}
-    assert shapes == layout.tensor_shapes(sites, config)
+    assert shapes == layout.tensor_shapes(sites)
 
 
 @pytest.mark.parametrize("config", CONFIGS[:4:3], ids=lambda c: c.method)
@@ -146,7 +146,7 @@ def test_remat_leaves_the_gradients_unchanged_and_padding_gets_none(config):
     net, x, params, sites, norms, _, adapters, _ = make(config)
 
     def loss(adapters, net):
-        return jnp.sum(run(net, x, params, resolve(sites, adapters, params, norms, config)) ** 2)
+        return jnp.sum(run(net, x, params, resolve(sites, adapters, params, norms, config), config) ** 2)
 
     gradient, again = (jax.grad(loss)(adapters, n) for n in (net, Stack(remat=True)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), gradient, again)
@@ -163,7 +163,7 @@ def test_remat_leaves_the_gradients_unchanged_and_padding_gets_none(config):
 def test_tree_to_tensors_to_tree_is_the_identity(config):
     _, _, _, sites, _, fresh, adapters, _ = make(config)
     for tree in (fresh, adapters):
-        again = layout.unflatten(sites, layout.flatten(sites, tree), config)
+        again = layout.unflatten(sites, layout.flatten(sites, tree))
         assert set(_paths(again)) == set(_paths(tree))
         jax.tree.map(np.testing.assert_array_equal, again, tree)
 
@@ -180,22 +180,22 @@ def test_a_layers_start_does_not_depend_on_the_other_targets():
 
 
 def test_dropout_acts_on_the_low_rank_path_alone_and_differs_by_layer_and_key():
-    config = HyLoRADAConfig(method="lora", lora_rank=3, target_modules="out")
+    config = HyLoRADAConfig(method="lora", lora_rank=3, target_modules="out", lora_dropout=0.5)
     net, x, params, sites, norms, _, adapters, _ = make(config)
     resolved = resolve(sites, adapters, params, norms, config)
 
     def dropped(key):
-        with adapt_linears(dropout=0.5):
+        with adapt(resolved, config, train=True):
             return net.apply({"params": params, "hylorada": resolved}, x, rngs={"dropout": key})
 
     samples = jax.vmap(dropped)(jax.random.split(jax.random.key(0), 4000))
-    exact, base = run(net, x, params, resolved), net.apply({"params": params}, x)
+    exact, base = run(net, x, params, resolved, config), net.apply({"params": params}, x)
     # The mean over masks is the output without dropout; five standard errors of the mean are allowed.
     error = 5 * samples.std(0) / np.sqrt(len(samples))
     assert np.all(np.abs(samples.mean(0) - exact) <= error)
     assert np.all(error < 0.2 * np.abs(exact - base).max())
     zero = jax.tree.map(jnp.zeros_like, resolved)
-    with adapt_linears(dropout=0.5):
+    with adapt(zero, config, train=True):
         y = net.apply({"params": params, "hylorada": zero}, x, rngs={"dropout": jax.random.key(0)})
     np.testing.assert_array_equal(y, base)
 
@@ -205,10 +205,10 @@ def test_the_frozen_weights_are_bfloat16_and_the_scales_are_not():
     net, x, params, sites, *_ = make(config)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     norms = build.build_norms(sites, half)
-    adapters = build.build_adapters(sites, norms, config)
+    adapters = build.build_adapters(sites, norms, params, config)
     resolved = resolve(sites, adapters, half, norms, config)
     assert {leaf.dtype for leaf in jax.tree.leaves((norms, adapters, resolved))} == {jnp.dtype("float32")}
-    assert run(net, x.astype(jnp.bfloat16), half, resolved).dtype == jnp.bfloat16
+    assert run(net, x.astype(jnp.bfloat16), half, resolved, config).dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(merge(sites, resolved, half, config))} == {
         jnp.dtype("bfloat16")
     }

@@ -20,6 +20,10 @@ ROLES: dict[str, tuple[str, ...]] = {
     "o": ("o_proj", "out_proj", "attention.output.dense", "o", "attn.c_proj"),
 }
 HEADS = ("lm_head", "cls.predictions.decoder", "score", "classifier")
+# The last linear layer of an MLP block, in the families' own names; BERT's attention has an output.dense too.
+MLP_OUTPUTS = ("mlp.down_proj", "mlp.c_proj", "fc2", "output.dense", "DenseReluDense.wo")
+NOT_MLP_OUTPUTS = ("attention.output.dense", "crossattention.output.dense")
+CROSS_ATTENTIONS = ("EncDecAttention", "crossattention", "crossattention.self")
 
 
 def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
@@ -64,6 +68,66 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
             "Exclude fewer layers.",
         )
     return [name for name in names if name in chosen]
+
+
+def mlp_outputs(names: Sequence[str]) -> list[str]:
+    """The last linear layer of every MLP block: where a sparse adapter acts.
+
+    Args:
+        names: the full names of all linear layers of a model.
+
+    Returns:
+        The selected names, in their order.
+
+    Raises:
+        TargetError: there is none.
+
+    Example:
+        >>> mlp_outputs(["h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"])
+        ['h.0.mlp.c_proj']
+    """
+    found = [
+        name
+        for name in names
+        if any(_ends_with(name, ending) for ending in MLP_OUTPUTS)
+        and not any(_ends_with(name, ending) for ending in NOT_MLP_OUTPUTS)
+    ]
+    if not found:
+        raise TargetError(
+            f"A sparse adapter follows the last linear layer of an MLP block: {', '.join(MLP_OUTPUTS)}",
+            f"linear layers {_endings(names)}",
+            "Leave sparse_enabled out for this model.",
+        )
+    return found
+
+
+def self_attentions(names: Sequence[str]) -> list[str]:
+    """Every self-attention module: the owner of a query projection, cross-attention left out.
+
+    Args:
+        names: the full names of all linear layers of a model.
+
+    Returns:
+        The modules' names, in the order of their query projections.
+
+    Raises:
+        TargetError: there is none.
+
+    Example:
+        >>> self_attentions(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])
+        ['h.0.attn']
+    """
+    owners = [
+        name.rpartition(".")[0] for name in names if any(_ends_with(name, query) for query in ROLES["q"])
+    ]
+    found = [name for name in owners if not any(_ends_with(name, cross) for cross in CROSS_ATTENTIONS)]
+    if not found:
+        raise TargetError(
+            f"A self-attention has a query projection: {', '.join(ROLES['q'])}",
+            f"linear layers {_endings(names)}",
+            "Leave daa_enabled and s2_attn_enabled out for this model.",
+        )
+    return found
 
 
 def layer_index(name: str) -> int | None:
@@ -115,9 +179,13 @@ def _ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
+def _endings(names: Sequence[str]) -> list[str]:
+    # Layers that differ only in their depth are one.
+    return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
+
+
 def _suggestion(pattern: str, names: Sequence[str]) -> str:
-    # Layers that differ only in their depth are one suggestion.
-    endings = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
+    endings = _endings(names)
     short = sorted({ending.rsplit(".", 1)[-1] for ending in endings})
     near = difflib.get_close_matches(pattern, sorted({*short, *endings}), n=5, cutoff=0.5)
     return (

@@ -1,0 +1,419 @@
+"""Every method in every kind of model is alive: what is on acts and learns, what is off is not there."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import FlaxGPT2LMHeadModel, GPT2Config
+
+from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.errors import ConfigError, DataError, ModelError
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.surgery import layout
+from hylorada_jax.surgery.plan import count_parameters
+from hylorada_jax.surgery.split import join, split
+
+VOCAB, LENGTH = 29, 12
+DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+}
+# A sparse adapter is an option of every method; here the full method has it, so that all are on together.
+CONFIGS = {
+    method: HyLoRADAConfig(
+        method=method,
+        lora_rank=2,
+        sparse_adapter_dim=8,
+        sparse_topk_ratio=0.5,
+        s2_group_size=4,
+        sparse_enabled=True if method in ("sparse", "hylorada") else None,
+    )
+    for method in METHODS
+}
+FAMILIES = ("gpt2", "llama", "qwen2")
+CASES = list(itertools.product(CONFIGS, FAMILIES))
+every_case = pytest.mark.parametrize(("method", "family"), CASES)
+# float32 logits of order 1 after two layers; what is compared differs in the order of sums alone.
+ROUNDING = 2e-5
+
+
+@functools.cache
+def base_model(family):
+    if family == "gpt2":
+        # c_attn alone holds q, k and v; biases everywhere.
+        config = GPT2Config(
+            n_layer=2, n_head=2, n_embd=8, vocab_size=VOCAB, n_positions=32, initializer_range=0.3
+        )
+        return FlaxGPT2LMHeadModel(config, seed=0)
+    options = {"llama": {"tie_word_embeddings": False}, "qwen2": {"tie_word_embeddings": True}}
+    shape = DecoderConfig.from_hf({"model_type": family, **DECODER, **options[family]})
+    return CausalLM.from_config(shape, jax.random.key(0))
+
+
+@functools.cache
+def adapted(config, family):
+    return HyLoRADAModel(base_model(family), config)
+
+
+@functools.cache
+def moved(config, family):
+    """Adapters far from their start, all leaves of them."""
+    model, rng = adapted(config, family), np.random.default_rng(1)
+    tensors = {
+        name: (leaf + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
+        for name, leaf in layout.flatten(model.sites, model.adapters).items()
+    }
+    return layout.unflatten(model.sites, tensors)
+
+
+@functools.cache
+def inputs(config):
+    """A batch of tokens, and structure ids where the method reads them."""
+    rng = np.random.default_rng(2)
+    given = {"input_ids": jnp.asarray(rng.integers(VOCAB, size=(2, LENGTH)))}
+    if config.use_hylorada_v2:
+        given["structure_ids"] = jnp.asarray(rng.integers(8, size=(2, LENGTH)))
+    return given
+
+
+@functools.cache
+def in_training(config, family):
+    """(adapters, inputs, key) → logits in training mode, compiled once."""
+    model = adapted(config, family)
+    run = jax.jit(
+        lambda adapters, frozen, given, key: (
+            model.apply(adapters, train=True, rngs={"dropout": key}, frozen=frozen, **given).logits
+        )
+    )
+    return lambda adapters, given, seed=0: np.asarray(
+        run(adapters, model.frozen, given, jax.random.key(seed))
+    )
+
+
+def logits(config, family, adapters, given):
+    """As a user gets them, in evaluation mode."""
+    model = adapted(config, family)
+    model.adapters, before = adapters, model.adapters
+    try:
+        return np.asarray(model(**{name: jnp.asarray(value) for name, value in given.items()}).logits)
+    finally:
+        model.adapters = before
+
+
+@every_case
+def test_a_fresh_adapter_changes_nothing(method, family):
+    config = CONFIGS[method]
+    given = inputs(config)
+    plain = base_model(family)(given["input_ids"]).logits
+    np.testing.assert_allclose(
+        logits(config, family, adapted(config, family).adapters, given), plain, atol=ROUNDING
+    )
+    assert np.abs(logits(config, family, moved(config, family), given) - plain).max() > 0.01
+
+
+def components(model):
+    """{component: its leaves' paths}; what a leaf is for is told by its name and place."""
+    found = {}
+    for site in model.sites:
+        for leaf in site.leaves:
+            kind = site.component
+            if kind == "linear":
+                kind = leaf if leaf in ("scale_from_structure", "position_scale", "magnitude") else "low rank"
+                kind = "gates" if leaf in ("magnitude_gate", "residual_weight") else kind
+            if kind == "daa":
+                kind = f"daa {leaf}"
+            found.setdefault(kind, []).append((*site.module.path, leaf))
+    return found
+
+
+@every_case
+def test_every_component_learns_and_acts(method, family):
+    """Three steps of plain gradient descent: gradients arrive, and no component could be left out again."""
+    config = CONFIGS[method]
+    model, given = adapted(config, family), inputs(config)
+    targets = jnp.roll(given["input_ids"], -1, axis=1)
+
+    @jax.jit
+    def loss_and_gradient(adapters, frozen):
+        def loss(adapters):
+            logits = model.apply(adapters, train=True, frozen=frozen, **given).logits
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1).mean()
+
+        return jax.value_and_grad(loss)(adapters)
+
+    adapters, seen = model.adapters, {}
+    for step in range(1, 5):
+        _, gradient = loss_and_gradient(adapters, model.frozen)
+        for component, paths in components(model).items():
+            if any(np.abs(np.asarray(get(gradient, path))).max() > 0 for path in paths):
+                seen.setdefault(component, step)
+        adapters = jax.tree.map(lambda a, g: a - 0.5 * g / (1e-12 + jnp.abs(g).max()), adapters, gradient)
+    # lora_B, up and scale_from_structure start at 0: what they multiply waits for them.
+    waits = {"structure_encoder": 3, "position_scale": 3}
+    late = {name: seen.get(name) for name in components(model) if seen.get(name, 9) > waits.get(name, 2)}
+    assert not late, seen
+
+    loss, _ = loss_and_gradient(adapters, model.frozen)
+    for component, paths in components(model).items():
+        _, fresh = split(model.adapters, paths)
+        without, _ = loss_and_gradient(join(adapters, fresh), model.frozen)
+        if component == "daa beta":  # constant along every row: the softmax does not see it
+            assert abs(float(without - loss)) < ROUNDING
+        else:
+            assert abs(float(without - loss)) > 1e-4, component
+
+
+def get(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+@every_case
+def test_no_later_token_moves_an_earlier_logit(method, family):
+    config = CONFIGS[method]
+    given, adapters = inputs(config), moved(config, family)
+    changed = {name: value.at[:, 7].set((value[:, 7] + 1) % VOCAB) for name, value in given.items()}
+    runs = [functools.partial(logits, config, family)]
+    if config.s2_attn_enabled:
+        runs.append(in_training(config, family))
+    for run in runs:
+        before, after = run(adapters, given), run(adapters, changed)
+        np.testing.assert_array_equal(after[:, :7], before[:, :7])
+        assert (after[:, 7] != before[:, 7]).any()
+
+
+@every_case
+def test_padding_and_packing_give_the_plain_numbers(method, family):
+    config = CONFIGS[method]
+    run, given = functools.partial(logits, config, family, moved(config, family)), inputs(config)
+    plain = run(given)
+    for left, right in ((3, 0), (0, 3)):
+        pad = lambda value, cut=(left, right): np.pad(value, ((0, 0), cut))
+        rows = {name: pad(value) for name, value in given.items()}
+        got = run(rows | {"attention_mask": pad(np.ones((2, LENGTH), np.int32))})
+        np.testing.assert_allclose(got[:, left : left + LENGTH], plain, atol=ROUNDING)
+    row = {name: np.reshape(value, (1, -1)) for name, value in given.items()}
+    got = run(row | {"segment_ids": np.repeat([[1, 2]], LENGTH, axis=1)})
+    np.testing.assert_allclose(got.reshape(plain.shape), plain, atol=ROUNDING)
+
+
+@every_case
+def test_decoding_with_a_cache_gives_the_plain_numbers(method, family):
+    config = CONFIGS[method]
+    model, given = adapted(config, family), inputs(config)
+    prompts = [np.asarray(given["input_ids"][row, :length]).tolist() for row, length in ((0, 8), (1, 5))]
+    told = {}
+    if "structure_ids" in given:
+        # New tokens go on with the last id of their prompt.
+        ids = np.array(given["structure_ids"])
+        ids[0, 8:], ids[1, 5:] = ids[0, 7], ids[1, 4]
+        told = {"structure_ids": ids}
+    prompt_ids = {name: [ids[0, :8].tolist(), ids[1, :5].tolist()] for name, ids in told.items()}
+    model.adapters, before = moved(config, family), model.adapters
+    try:
+        new = model.generate(prompts, max_new_tokens=4, **prompt_ids)
+    finally:
+        model.adapters = before
+    rows = np.zeros((2, LENGTH), np.int32)
+    for row, prompt, tokens in zip(rows, prompts, new, strict=True):
+        row[: len(prompt) + 4] = prompt + tokens
+    expected = logits(config, family, moved(config, family), {"input_ids": rows} | told).argmax(-1)
+    assert new == [expected[0, 7:11].tolist(), expected[1, 4:8].tolist()]
+
+
+@every_case
+def test_evaluation_drops_nothing(method, family):
+    """With dropout and without, evaluation is one program; training draws."""
+    dropping = dataclasses.replace(CONFIGS[method], lora_dropout=0.4, sparse_dropout=0.4)
+    assert program(dropping, family) == program(CONFIGS[method], family)
+    assert "random_bits" in program(dropping, family, train=True)
+    assert "random_bits" not in program(CONFIGS[method], family, train=True)
+
+
+def program(config, family, train=False):
+    model, given = adapted(config, family), inputs(config)
+
+    def run(adapters, frozen, given, key):
+        rngs = {"dropout": key}
+        return model.apply(adapters, frozen=frozen, train=train, rngs=rngs, **given).logits
+
+    return str(jax.make_jaxpr(run)(model.adapters, model.frozen, given, jax.random.key(0)))
+
+
+@every_case
+def test_counts_are_those_of_the_live_tree(method, family):
+    model = adapted(CONFIGS[method], family)
+    assert count_parameters(model.sites) == sum(leaf.size for leaf in jax.tree.leaves(model.adapters))
+
+
+@every_case
+def test_a_second_call_compiles_nothing(method, family):
+    config = CONFIGS[method]
+    given = inputs(config)
+    logits(config, family, adapted(config, family).adapters, given)
+    before = adapted(config, family)._jitted._cache_size()
+    logits(config, family, moved(config, family), {name: value + 1 for name, value in given.items()})
+    assert adapted(config, family)._jitted._cache_size() == before > 0
+
+
+def flops(config, family, train=False):
+    model, given = adapted(config, family), inputs(config)
+    run = jax.jit(
+        lambda adapters, frozen, given: model.apply(adapters, frozen=frozen, train=train, **given).logits
+    )
+    return run.lower(model.adapters, model.frozen, given).compile().cost_analysis()["flops"]
+
+
+QKVO = ("q", "k", "v", "o")
+LORA = HyLoRADAConfig(method="lora", target_modules=QKVO, lora_rank=2)
+OFF = [
+    ("lorada", {"daa_enabled": False}, LORA),
+    ("longlora", {"s2_attn_enabled": False, "train_embeddings": False, "train_norms": False}, LORA),
+    (
+        "hylorada",
+        {
+            "position_bias_enabled": False,
+            "daa_enabled": False,
+            "daa_position_bias": False,
+            "sparse_enabled": False,
+        },
+        HyLoRADAConfig(method="hylorada_v1", lora_rank=2),
+    ),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("method", "off", "plain"), OFF)
+def test_what_is_off_leaves_no_parameter_and_no_operation(method, off, plain, family):
+    config = dataclasses.replace(CONFIGS[method], **off)
+    shapes = [layout.tensor_shapes(adapted(c, family).sites) for c in (config, plain)]
+    assert shapes[0] == shapes[1]
+    assert flops(config, family, train=True) == flops(plain, family, train=True)
+    # What is on costs something; shifted attention costs less, and only in training.
+    assert flops(CONFIGS[method], family, train=True) != flops(plain, family, train=True)
+    if method == "longlora":
+        assert flops(CONFIGS[method], family) == flops(plain, family)
+
+
+def test_the_bias_of_distances_is_not_kept_for_the_backward_pass():
+    """Memory that grows with the depth: the same with DAA's position bias as without it."""
+
+    def temporary_bytes(depth, **daa):
+        options = {"num_hidden_layers": depth, "tie_word_embeddings": True}
+        shape = DecoderConfig.from_hf({"model_type": "llama", **DECODER, **options})
+        config = dataclasses.replace(CONFIGS["lora"], **daa)
+        model = HyLoRADAModel(CausalLM.from_config(shape, jax.random.key(0)), config)
+        ids = jnp.zeros((1, 64), jnp.int32)
+        loss = lambda adapters, frozen: (model.apply(adapters, ids, frozen=frozen).logits ** 2).sum()
+        compiled = jax.jit(jax.grad(loss)).lower(model.adapters, model.frozen).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = [
+        temporary_bytes(6, **daa) - temporary_bytes(2, **daa)
+        for daa in ({}, {"daa_enabled": True, "daa_position_bias": True})
+    ]
+    one_bias = DECODER["num_attention_heads"] * 64 * 64 * 4
+    assert growth[1] - growth[0] < 0.5 * one_bias  # four layers more; kept, it would be four of them
+
+
+SWITCHES = {
+    "daa_enabled": {"alpha", "beta"},
+    "sparse_enabled": {"down", "up", "gate_scores"},
+    "s2_attn_enabled": set(),
+    "train_embeddings": {"weight"},
+    "train_norms": {"weight"},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_component_can_be_switched_on_alone(switch):
+    alone = dataclasses.replace(CONFIGS["lora"], **{switch: True})
+    names = [layout.tensor_shapes(adapted(c, "qwen2").sites) for c in (alone, CONFIGS["lora"])]
+    added = {name.rsplit(".", 1)[-1] for name in set(names[0]) - set(names[1])}
+    assert added - {"bias"} == SWITCHES[switch]
+    run = [in_training(c, "qwen2")(moved(c, "qwen2"), inputs(c)) for c in (alone, CONFIGS["lora"])]
+    assert np.abs(run[0] - run[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_saved_and_loaded_it_is_the_same(method, family, tmp_path):
+    config = CONFIGS[method]
+    model = HyLoRADAModel(base_model(family), config)
+    model.adapters = moved(config, family)
+    model.save_pretrained(tmp_path)
+    loaded = HyLoRADAModel.from_pretrained(base_model(family), tmp_path)
+    assert loaded.config == config
+    assert jax.tree.structure(loaded.adapters) == jax.tree.structure(model.adapters)
+    jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
+
+
+# What keeps each method from being merged; after setting it to its neutral value, the rest can be.
+LIVE = {
+    "lora": {},
+    "dora": {},
+    "longlora": {},
+    "hylorada_v1": {},
+    "lorada": {"alpha": 1.0},
+    "sparse": {"up": 0.0},
+    "hylorada_v2": {"scale_from_structure": 0.0},
+    "hylorada": {"position_bias": 0.0, "alpha": 1.0, "up": 0.0},
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_merged_it_is_the_same_or_it_is_refused(method, family):
+    config = CONFIGS[method]
+    model, given = HyLoRADAModel(base_model(family), config), inputs(config)
+    model.adapters = moved(config, family)
+    if LIVE[method]:
+        with pytest.raises(ModelError, match="|".join(LIVE[method])):
+            model.merge_and_unload()
+    tensors = layout.flatten(model.sites, model.adapters)
+    for name, tensor in tensors.items():
+        if (leaf := name.rsplit(".", 1)[-1]) in LIVE[method]:
+            tensors[name] = np.full_like(tensor, LIVE[method][leaf])
+    model.adapters = layout.unflatten(model.sites, tensors)
+    expected = np.asarray(model(**given).logits)
+    merged = model.merge_and_unload()
+    np.testing.assert_allclose(merged(given["input_ids"]).logits, expected, atol=ROUNDING)
+    assert np.abs(expected - base_model(family)(given["input_ids"]).logits).max() > 0.01 or method == "sparse"
+
+
+def test_bad_structure_and_positions_are_refused():
+    v2, v1 = adapted(CONFIGS["hylorada_v2"], "qwen2"), adapted(CONFIGS["hylorada_v1"], "qwen2")
+    ids = jnp.ones((2, 4), jnp.int32)
+    with pytest.raises(DataError, match=r"\(2, 5\)"):
+        v2(ids, structure_ids=jnp.ones((2, 5), jnp.int32))
+    with pytest.raises(ConfigError, match="hylorada_v2"):
+        v1(ids, structure_ids=ids)
+    with pytest.raises(DataError, match="lengths"):
+        v2.generate([[1, 2]], structure_ids=[[1]], max_new_tokens=1)
+    with pytest.raises(DataError, match="-1"):
+        v1(ids, position_ids=ids - 2)
+    one_head = DecoderConfig.from_hf({"model_type": "llama", **DECODER, "num_attention_heads": 1})
+    base = CausalLM.from_config(one_head, jax.random.key(0))
+    with pytest.raises(ConfigError, match="halves the heads"):
+        HyLoRADAModel(base, CONFIGS["longlora"])
+
+
+def test_split_and_join_are_inverses():
+    params = base_model("qwen2").params
+    paths = [("model", "embed_tokens", "embedding"), ("model", "layers", "input_layernorm", "scale")]
+    rest, taken = split(params, paths)
+    assert jax.tree.structure(join(rest, taken)) == jax.tree.structure(params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, join(rest, taken), params)))
+    assert len(jax.tree.leaves(taken)) == 2

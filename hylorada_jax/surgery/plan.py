@@ -1,0 +1,159 @@
+"""The plan: which module gets which trainable leaves, from shapes alone."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
+from hylorada_jax.math import linear_adapter, position, sparse, structure
+from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules, names_of
+from hylorada_jax.surgery.targets import layer_ranks, mlp_outputs, select_targets
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# What serves the whole model lies at the top of the tree: a leaf there, and a node.
+POSITION_BIAS = "position_bias"
+STRUCTURE_ENCODER = "structure_encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """The trainable leaves that one component has at one module.
+
+    Attributes:
+        component: linear, sparse, daa, unfrozen, position_bias or structure_encoder.
+        module: where they are.
+        layers: the adapted indices along its stacked axis; (0,) for an unstacked module.
+        shapes: (leaf name, shape) of the leaves, for each of these layers.
+    """
+
+    component: str
+    module: Module
+    layers: tuple[int, ...]
+    shapes: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapted layers' full names."""
+        return tuple(self.module.names[layer] for layer in self.layers)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names of the leaves."""
+        return tuple(dict(self.shapes[0]))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of each layer; of linear adapters only."""
+        return tuple(dict(shapes)["lora_A"][0] for shapes in self.shapes)
+
+    @property
+    def linear(self) -> Linear:
+        """The module of a linear adapter."""
+        assert isinstance(self.module, Linear)
+        return self.module
+
+
+def plan(modules: Modules, config: HyLoRADAConfig) -> tuple[Site, ...]:
+    """Everything that a config trains in a model.
+
+    Args:
+        modules: from :func:`hylorada_jax.surgery.modules.find_modules`.
+        config: what is adapted, and how.
+
+    Returns:
+        The sites, component by component.
+
+    Raises:
+        TargetError: a pattern matches nothing, or there is no MLP whose last layer is known by name.
+        ModelError: the model has no attention, embedding or norm that the component could attach to.
+    """
+    sites = _linear_sites(modules, config) if config.linear else []
+    if config.position_bias_enabled:
+        shapes = {POSITION_BIAS: (position.NUM_BUCKETS,)}
+        sites.append(_everywhere("position_bias", Module((), ("",), False), shapes))
+    if config.use_hylorada_v2:
+        shapes = structure.leaf_shapes(config.structure_dim, config.structure_encoder_type)
+        place = Module((STRUCTURE_ENCODER,), (STRUCTURE_ENCODER,), False)
+        sites.append(_everywhere("structure_encoder", place, shapes))
+    if config.daa_enabled:
+        _require(modules.attentions, "daa_enabled", "self-attention modules that it can reach")
+        sites += [_everywhere("daa", module, _daa_shapes(module, config)) for module in modules.attentions]
+    if config.sparse_enabled:
+        sites += _sparse_sites(modules, config)
+    unfrozen: list[Holder] = []
+    if config.train_embeddings:
+        unfrozen += _require(modules.embeddings, "train_embeddings", "embeddings")
+    if config.train_norms:
+        unfrozen += _require(modules.norms, "train_norms", "norms")
+    return (*sites, *(_everywhere("unfrozen", module, dict(module.shapes)) for module in unfrozen))
+
+
+def count_parameters(sites: Sequence[Site]) -> int:
+    """The number of trainable parameters, from shapes alone (method.md §8).
+
+    A stacked tree pads its layers to the largest rank; the zeros of that padding are not counted.
+    """
+    return sum(math.prod(shape) for site in sites for shapes in site.shapes for _, shape in shapes)
+
+
+def _site(component: str, module: Module, shapes_of: Callable[[str], Shapes | None]) -> list[Site]:
+    """The site of those layers of a module that have shapes; none where no layer has."""
+    shapes = {i: found for i, name in enumerate(module.names) if (found := shapes_of(name)) is not None}
+    if not shapes:
+        return []
+    return [Site(component, module, tuple(shapes), tuple(tuple(found.items()) for found in shapes.values()))]
+
+
+def _everywhere(component: str, module: Module, shapes: Shapes) -> Site:
+    return _site(component, module, lambda name: shapes)[0]
+
+
+def _linear_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:
+    names = modules.linear_names
+    ranks = layer_ranks(select_targets(names, config), names, config)
+
+    def shapes_of(module: Linear, name: str) -> Shapes | None:
+        if name not in ranks:
+            return None
+        return linear_adapter.leaf_shapes(
+            str(config.linear), ranks[name], module.d_in, module.d_out, structure_dim=config.structure_dim
+        )
+
+    return [
+        site
+        for module in modules.linears
+        for site in _site("linear", module, lambda name, module=module: shapes_of(module, name))
+    ]
+
+
+def _sparse_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:
+    outputs = set(mlp_outputs(names_of(modules.linears)))
+    return [
+        site
+        for module in modules.linears
+        for site in _site(
+            "sparse",
+            module,
+            lambda name, hidden=module.d_out: (
+                sparse.leaf_shapes(config.sparse_adapter_dim, hidden) if name in outputs else None
+            ),
+        )
+    ]
+
+
+def _daa_shapes(module: Attention, config: HyLoRADAConfig) -> Shapes:
+    heads = module.heads if config.daa_per_head else 1
+    shapes: dict[str, tuple[int, ...]] = {"alpha": (heads,), "beta": (heads,)}
+    return shapes | ({"position_bias": (position.NUM_BUCKETS, heads)} if config.daa_position_bias else {})
+
+
+def _require(modules: Sequence, setting: str, what: str) -> Sequence:
+    if not modules:
+        raise ModelError(
+            f"{setting} needs {what} in the model",
+            "a model without",
+            f"Leave {setting} out, or choose a model of the Llama family, GPT-2 or BERT.",
+        )
+    return modules
