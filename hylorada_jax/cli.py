@@ -4,7 +4,6 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 reported before a model is loaded.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,16 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from hylorada_jax.cli_adapter import DEFAULTS, Adapter
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
-from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
+from hylorada_jax.training.corpus import PYTHON_STDLIB, Document, load_documents
 
 if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer
+    from hylorada_jax.surgery.plan import Site
 
 PACKAGED_MODEL = "smollm2-135m"
-Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
 Dtype = Literal["float32", "bfloat16"]
+Structure = Literal["code"]
 
 
 def finetune(
@@ -30,13 +31,8 @@ def finetune(
     model: str = PACKAGED_MODEL,
     data: str = PYTHON_STDLIB,
     eval_data: str | None = None,
-    method: Method | None = None,
-    config: Path | None = None,
-    rank: int | None = None,
-    alpha: float | None = None,
-    dropout: float | None = None,
-    targets: tuple[str, ...] | None = None,
-    exclude: tuple[str, ...] = (),
+    adapter: Adapter = DEFAULTS,
+    structure: Structure | None = None,
     steps: int = 40,
     batch_size: int = 4,
     microbatches: int = 1,
@@ -63,13 +59,8 @@ def finetune(
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         data: python-stdlib (the embedded corpus), a file, a glob, *.jsonl, or a Hub dataset.
         eval_data: held-out data; by default about 5 % of the data is held out, by document.
-        method: what is trained: lora, dora, hylorada_v1, …; by default hylorada_v1.
-        config: a HyLoRADAConfig as JSON; the options given beside it win.
-        rank: rank of the update, r [8].
-        alpha: scale of the update, α [2r].
-        dropout: probability of dropping inputs of the low-rank path [0].
-        targets: layer names, regular expressions, or all-linear [the attention projections].
-        exclude: layer names or regular expressions to leave out.
+        adapter: what is trained.
+        structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
         steps: optimizer steps.
         batch_size: rows per step.
         microbatches: parts that a step's rows are computed in, one after the other, to save memory.
@@ -89,9 +80,9 @@ def finetune(
     from hylorada_jax.training.config import TrainingConfig
     from hylorada_jax.training.run_directory import RunDirectory
 
-    adapter = _adapter_config(
-        config, method=method, rank=rank, alpha=alpha, dropout=dropout, targets=targets, exclude=exclude
-    )
+    settings = adapter.build()
+    if structure:
+        _require_encoder(settings, structure)
     training = TrainingConfig(
         output_dir=output,
         steps=steps,
@@ -108,6 +99,7 @@ def finetune(
         overwrite=overwrite,
     )
     RunDirectory(output).refuse_unless(resume=resume, overwrite=overwrite)
+    _plan(model, settings)  # a target that matches nothing is reported before weights are read
     train_texts = load_documents(data, "all" if eval_data else "train")
     eval_texts = load_documents(eval_data) if eval_data else load_documents(data, "eval")
 
@@ -115,27 +107,30 @@ def finetune(
 
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.loading import load_model
-    from hylorada_jax.training.data import tokenize
     from hylorada_jax.training.trainer import HyLoRADATrainer
 
     tokenizer = _tokenizer(model)
-    train, held_out = (tokenize(texts, tokenizer) for texts in (train_texts, eval_texts))
-    adapted = HyLoRADAModel(load_model(model, dtype=jnp.dtype(dtype), remat=remat), adapter, seed)
-    trainer = HyLoRADATrainer(adapted, train, held_out, training)
+    train, train_structure = _tokens(train_texts, tokenizer, structure)
+    held_out, eval_structure = _tokens(eval_texts, tokenizer, structure)
+    adapted = HyLoRADAModel(load_model(model, dtype=jnp.dtype(dtype), remat=remat), settings, seed)
+    trainer = HyLoRADATrainer(
+        adapted, train, held_out, training, train_structure=train_structure, eval_structure=eval_structure
+    )
     print(f"model    {model}, {dtype}")
     print(
         f"data     {data}: {sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"
     )
-    print(f"method   {adapter.method}, rank {adapter.lora_rank}: ", end="")
+    print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
 
     result = trainer.train()
     print(f"held-out perplexity  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
-    if ids := tokenizer.encode(prompt):
+    ids, structure_ids = _prompt(prompt, tokenizer, structure)
+    if ids:
         eos = tokenizer.eos_token_id
         with adapted.disable_adapter():
             before = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos)
-        after = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos)
+        after = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos, **structure_ids)
         print(f"\n--- sample, before ---\n{prompt}{tokenizer.decode(before[0])}")
         print(f"\n--- sample, after ----\n{prompt}{tokenizer.decode(after[0])}\n")
     print(f"adapter  {result.adapter}\nmetrics  {result.metrics}\nplot     {result.loss_plot}")
@@ -150,6 +145,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 4,
     max_tokens: int | None = None,
+    structure: Structure | None = None,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
@@ -163,18 +159,21 @@ def evaluate(
         stride: tokens between windows [half a window]; no token is scored twice.
         batch_size: windows at a time.
         max_tokens: evaluate on about this many tokens; by default on all.
+        structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
         dtype: of the weights and the computation.
         json: print one JSON object.
     """
     texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
+    _check_adapter(adapter, structure)
     tokenizer = _tokenizer(model)
 
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
-    from hylorada_jax.training.data import tokenize
 
+    tokens, structure_ids = _tokens(texts, tokenizer, structure)
     measured = evaluate_perplexity(
         _load(model, adapter, dtype),
-        tokenize(texts, tokenizer),
+        tokens,
+        structure=structure_ids,
         seq_len=seq_len,
         stride=stride,
         batch_size=batch_size,
@@ -208,6 +207,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     chat: bool = False,
+    structure: Structure | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
 ) -> None:
@@ -222,12 +222,14 @@ def generate(
         top_k: sample among the k most likely tokens.
         top_p: sample among the most likely tokens that together have this probability.
         chat: give the prompt to the model's chat template, as a user's message.
+        structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
         seed: of the sampling.
         dtype: of the weights and the computation.
     """
+    _check_adapter(adapter, structure)
     tokenizer = _tokenizer(model)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
-    ids = tokenizer.encode(text)
+    ids, structure_ids = _prompt(text, tokenizer, structure)
     if not ids:
         raise DataError("A prompt must have at least one token", repr(prompt), "Give some text.")
 
@@ -238,6 +240,7 @@ def generate(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        **structure_ids,
     }
     tokens = _load(model, adapter, dtype).generate(
         [ids], eos_token_id=tokenizer.eos_token_id, rng=jax.random.key(seed), **settings
@@ -248,49 +251,40 @@ def generate(
 def params(
     *,
     model: str = PACKAGED_MODEL,
-    method: Method | None = None,
-    config: Path | None = None,
-    rank: int | None = None,
-    targets: tuple[str, ...] | None = None,
-    exclude: tuple[str, ...] = (),
+    adapter: Adapter = DEFAULTS,
     json: bool = False,
 ) -> None:
     """Count the trainable parameters from the model's config alone: no weights are read, no memory is taken.
 
     Args:
         model: smollm2-135m, a directory with a config.json, a .gguf file, or a Hub name.
-        method: what would be trained: lora, dora, hylorada_v1, …; by default hylorada_v1.
-        config: a HyLoRADAConfig as JSON; the options given beside it win.
-        rank: rank of the update, r [8].
-        targets: layer names, regular expressions, or all-linear [the attention projections].
-        exclude: layer names or regular expressions to leave out.
+        adapter: what would be trained.
         json: print one JSON object.
     """
-    adapter = _adapter_config(config, method=method, rank=rank, targets=targets, exclude=exclude)
+    settings = adapter.build()
+    sites, base = _plan(model, settings)
 
-    import math
+    from hylorada_jax.surgery.plan import count_parameters
 
-    import jax
-
-    from hylorada_jax.models.loading import model_init
-    from hylorada_jax.surgery.build import count_parameters, plan
-    from hylorada_jax.surgery.linears import find_linears
-
-    init = model_init(model)
-    sites = plan(find_linears(init), adapter)
-    trainable = count_parameters(sites, adapter)
-    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    components: dict[str, int] = {}
+    for site in sites:
+        components[site.component] = components.get(site.component, 0) + count_parameters([site])
+    trainable = sum(components.values())
+    # Unfrozen leaves are the base's own: they are not beside it.
+    total = base + trainable - components.get("unfrozen", 0)
     result = {
         "model": model,
-        "method": adapter.method,
-        "rank": adapter.lora_rank,
+        "method": settings.method,
+        "rank": settings.lora_rank,
         "trainable": trainable,
+        "components": components,
         "base": base,
-        "adapted_layers": sum(len(site.layers) for site in sites),
+        "adapted_layers": sum(len(site.layers) for site in sites if site.component == "linear"),
     }
-    share = 100 * trainable / (base + trainable)
-    text = f"{adapter.method}, rank {adapter.lora_rank}: "
-    text += f"{trainable:,} trainable beside {base:,} frozen ({share:.3f} %)"
+    text = f"{settings.method}, rank {settings.lora_rank}: {trainable:,} trainable beside "
+    text += f"{total - trainable:,} frozen ({100 * trainable / total:.3f} %)"
+    if len(components) > 1:
+        text += "".join(f"\n  {name:<17} {count:>11,}" for name, count in components.items())
     _print(result, json, text)
 
 
@@ -313,32 +307,64 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _adapter_config(
-    file: Path | None,
-    *,
-    exclude: tuple[str, ...] = (),
-    rank: int | None = None,
-    alpha: float | None = None,
-    **given: Any,
-) -> HyLoRADAConfig:
-    names = {"dropout": "lora_dropout", "targets": "target_modules"}
-    settings: dict[str, Any] = {
-        names.get(name, name): value for name, value in given.items() if value is not None
-    }
-    if exclude:
-        settings["exclude_modules"] = exclude
-    if rank is not None:
-        # α follows r where only r is given, so that the update's scale stays the same.
-        settings |= {"lora_rank": rank, "lora_alpha": 2.0 * rank}
-    if alpha is not None:
-        settings["lora_alpha"] = alpha
-    if file is None:
-        return HyLoRADAConfig(**settings)
-    if "method" in settings:
+def _plan(model: str, config: HyLoRADAConfig) -> "tuple[tuple[Site, ...], int]":
+    """What the config trains in the model, and the model's own parameters, from shapes alone."""
+    import math
+
+    import jax
+
+    from hylorada_jax.models.loading import model_init
+    from hylorada_jax.surgery.modules import find_modules
+    from hylorada_jax.surgery.plan import plan
+
+    init = model_init(model)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return plan(find_modules(init), config), sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def _require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
+    if config is None or not config.use_hylorada_v2:
         raise ConfigError(
-            "A config file names its method", f"--config {file} --method {settings['method']}", "Give one."
+            "Structure is read by the structure encoder, which only method hylorada_v2 has",
+            f"--structure {structure} for " + ("no adapter" if config is None else f"method {config.method}"),
+            "Choose hylorada_v2, or leave --structure out.",
         )
-    return dataclasses.replace(HyLoRADAConfig.load(file), **settings)
+
+
+def _check_adapter(adapter: Path | None, structure: str | None) -> None:
+    """Reports a damaged adapter, and structure that it cannot read, before the model is loaded."""
+    from hylorada_jax.io.adapter_files import read_adapter
+
+    config = None if adapter is None else read_adapter(adapter)[1]
+    if structure:
+        _require_encoder(config, structure)
+
+
+def _tokens(
+    texts: list[Document], tokenizer: "Tokenizer", structure: Structure | None
+) -> tuple[list[Any], list[Any] | None]:
+    """The token ids of each document, and their structure ids where these are asked for."""
+    from hylorada_jax.training.data import tokenize, tokenize_with_structure
+
+    if structure is None:
+        return tokenize(texts, tokenizer), None
+    found = tokenize_with_structure(texts, tokenizer, structure)
+    told = f"structure: {len(found.unparsed)} of {len(texts)} documents do not parse: depth by indentation"
+    print(", ".join([told, *found.unparsed[:3]]), file=sys.stderr)
+    return found.tokens, found.structure_ids
+
+
+def _prompt(
+    text: str, tokenizer: "Tokenizer", structure: Structure | None
+) -> tuple[list[int], dict[str, list[list[int]]]]:
+    """The token ids of a prompt, and what generation is told beside them."""
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    if structure is None:
+        return ids, {}
+
+    from hylorada_jax.structure.code import token_depths
+
+    return ids, {"structure_ids": [token_depths(text, offsets)[0].tolist()]}
 
 
 def _tokenizer(model: str) -> "Tokenizer":
@@ -350,13 +376,11 @@ def _tokenizer(model: str) -> "Tokenizer":
 def _load(model: str, adapter: Path | None, dtype: str) -> Any:
     import jax.numpy as jnp
 
-    from hylorada_jax.io.adapter_files import read_adapter
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.loading import load_model
 
     if adapter is None:
         return load_model(model, dtype=jnp.dtype(dtype))
-    read_adapter(adapter)  # a damaged adapter is reported before the model is loaded
     return HyLoRADAModel.from_pretrained(load_model(model, dtype=jnp.dtype(dtype)), adapter)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import sys
@@ -9,6 +10,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hylorada_jax import cli
+from hylorada_jax.cli_adapter import AdapterOptions
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import _slots
@@ -130,12 +133,86 @@ def test_params_counts_what_the_method_says_from_the_config_alone(
     assert counted["base"] == 494_032_768  # Qwen2.5-0.5B's own count
 
 
+def counts(monkeypatch, capsys, *arguments):
+    status, out, err = run(monkeypatch, capsys, "params", *arguments, "--json")
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_every_component_can_be_switched_on_its_own(tiny, monkeypatch, capsys):
+    def components(*arguments):
+        return counts(monkeypatch, capsys, "--model", tiny, "--rank", 2, *arguments)["components"]
+
+    d, layers, heads, buckets, vocab = 16, 2, 2, 64, 257
+    linear = layers * (2 * 2 * (d + d))  # q and v
+    assert components("--method", "lora") == {"linear": linear}
+    assert components("--method", "lora", "--daa") == {"linear": linear, "daa": layers * 2 * heads}
+    both = components("--method", "lora", "--daa", "--daa-position-bias")
+    assert both["daa"] == layers * (2 + buckets) * heads
+    # down, up and gate_scores of 128 units
+    assert components("--method", "lora", "--sparse")["sparse"] == layers * (2 * 128 * d + 128)
+    assert components("--method", "lora", "--train-embeddings")["unfrozen"] == vocab * d
+    assert components("--method", "lora", "--train-norms")["unfrozen"] == (2 * layers + 1) * d
+    assert components("--method", "lora", "--s2-attn") == {"linear": linear}
+    assert components("--position-bias")["position_bias"] == buckets
+    off = ("--no-s2-attn", "--no-train-embeddings", "--no-train-norms")
+    assert components("--method", "longlora", *off) == {"linear": 2 * linear}  # q, k, v and o
+    assert "position_bias" not in components("--method", "hylorada", "--no-position-bias")
+
+
+def test_unfrozen_leaves_are_not_counted_as_frozen_too(tiny, monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "params", "--model", tiny, "--method", "lora", "--train-embeddings")
+    counted = counts(monkeypatch, capsys, "--model", tiny, "--method", "lora", "--train-embeddings")
+    assert f"beside {counted['base'] - 257 * 16:,} frozen" in out
+
+
+def test_the_scale_of_the_update_stays_where_only_the_rank_is_given(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(HyLoRADAConfig(method="dora", lora_rank=8, lora_alpha=12.0).to_json())
+    assert AdapterOptions(rank=4).build() == HyLoRADAConfig(lora_rank=4, lora_alpha=8.0)
+    on_file = AdapterOptions(config=path, rank=4).build()
+    assert on_file == HyLoRADAConfig(method="dora", lora_rank=4, lora_alpha=6.0)
+    assert AdapterOptions(config=path, rank=4, alpha=1.0).build().lora_alpha == 1
+    assert AdapterOptions(config=path, sparse=True).build() == dataclasses.replace(
+        HyLoRADAConfig.load(path), sparse_enabled=True
+    )
+
+
+def test_structure_of_code_goes_through_training_evaluation_and_generation(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    for number in range(6):
+        (tmp_path / f"{number}.py").write_text(f"def f{number}(x):\n    return [x, {number}]\n" * 12)
+    (tmp_path / "broken.py").write_text("def f(:\n  pass\n" * 12)
+    data, output = tmp_path / "*.py", tmp_path / "run"
+    status, out, err = run(
+        monkeypatch,
+        capsys,
+        *("finetune", "--model", tiny, "--data", data, "--eval-data", data, "--output", output),
+        *("--method", "hylorada_v2", "--structure", "code", "--steps", 4, "--batch-size", 2),
+        *("--seq-len", 32, "--learning-rate", 1e-2, "--prompt", "def f(x):"),
+    )
+    assert status == 0, err
+    assert "structure: 1 of 7 documents do not parse" in err
+    assert "broken.py" in err
+    adapter = ("--model", tiny, "--adapter", output / "adapter")
+    losses = [
+        json.loads(run(monkeypatch, capsys, "evaluate", *adapter, *common, "--json")[1])["loss"]
+        for common in (("--data", data), ("--data", data, "--structure", "code"))
+    ]
+    assert losses[0] != losses[1]
+    status, out, err = run(
+        monkeypatch, capsys, "generate", *adapter, "--prompt", "def f(", "--structure", "code"
+    )
+    assert status == 0, err
+    assert out.startswith("def f(")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (("params", "--model", "no/such/model/here"), "no/such/model/here"),
         (("params", "--targets", "q_prj"), "q_proj"),
-        (("params", "--method", "hylorada_v2"), "structure"),
         (("params", "--rank", "0"), "lora_rank"),
         (("params", "--config", "absent.json"), "absent.json"),
         (("evaluate", "--data", "absent.txt"), "absent.txt"),
@@ -143,6 +220,11 @@ def test_params_counts_what_the_method_says_from_the_config_alone(
         (("generate", "--prompt", ""), "token"),
         (("finetune", "--output", "x", "--data", "absent.txt"), "absent.txt"),
         (("finetune", "--output", "x", "--steps", "0"), "steps"),
+        (("finetune", "--output", "x", "--targets", "q_prj"), "q_proj"),
+        (("finetune", "--output", "x", "--position-bias", "--method", "lora"), "hylorada"),
+        (("finetune", "--output", "x", "--structure", "code"), "hylorada_v2"),
+        (("evaluate", "--structure", "code"), "no adapter"),
+        (("generate", "--prompt", "x", "--structure", "code"), "no adapter"),
     ],
 )
 def test_bad_input_ends_with_its_error_before_any_work(arguments, named, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.face import as_base
-from hylorada_jax.training.data import as_documents
+from hylorada_jax.training.data import as_documents, as_structure
 from hylorada_jax.training.devices import replicate, shard_rows
 from hylorada_jax.training.packing import Rows
 from hylorada_jax.training.step import model_inputs, score
@@ -52,9 +52,12 @@ class PerplexityEvaluator:
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
         batch_size: rows at a time; rounded up to a multiple of the devices.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
+        structure: structure ids of each document, for a model with a structure encoder; None for none.
 
     Raises:
-        DataError: there is nothing to predict, or a token id is outside the vocabulary.
+        DataError: there is nothing to predict, a token id is outside the vocabulary, or structure ids do not
+            fit the tokens.
+        ConfigError: nothing in the model reads structure ids.
 
     Source: method.md, section 9; the Hugging Face guide "Perplexity of fixed-length models".
     """
@@ -68,14 +71,16 @@ class PerplexityEvaluator:
         stride: int | None = None,
         batch_size: int = 8,
         max_tokens: int | None = None,
+        structure: Sequence[Any] | None = None,
     ) -> None:
         self._face = _AdaptedFace(model) if isinstance(model, HyLoRADAModel) else _BareFace(as_base(model))
-        vocab = jax.eval_shape(self._face.head, self._face.frozen).shape[0]
+        checked = as_documents(documents, self._face.vocab_size, "evaluation")
         self._rows = Rows(
-            as_documents(documents, vocab, "evaluation"),
+            checked,
             seq_len,
             stride=stride or max(1, seq_len // 2),
             packing=self._face.base.supports_segments,
+            structure=as_structure(structure, checked, "evaluation", has_encoder=self._face.has_encoder),
         )
         devices = jax.device_count()
         self._batch_size = -(-batch_size // devices) * devices
@@ -85,7 +90,9 @@ class PerplexityEvaluator:
 
     def _sum_and_count(self, resolved: Any, frozen: Any, rows: Mapping[str, Array]) -> tuple[Array, Array]:
         hidden = self._face.hidden(resolved, frozen, model_inputs(self._face.base, rows))
-        return score(hidden, self._face.head(frozen), rows["targets"]).sum(), jnp.sum(rows["targets"] >= 0)
+        return score(hidden, self._face.head(resolved, frozen), rows["targets"]).sum(), jnp.sum(
+            rows["targets"] >= 0
+        )
 
     def __call__(self, adapters: Any = None, frozen: Any = None, *, progress: bool = True) -> Perplexity:
         """Evaluates once.
@@ -119,6 +126,7 @@ def evaluate_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    structure: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity of a model on documents: :class:`PerplexityEvaluator`, once.
@@ -130,16 +138,25 @@ def evaluate_perplexity(
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
         batch_size: rows at a time.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
+        structure: structure ids of each document, for a model with a structure encoder; None for none.
         progress: show a progress bar on stderr.
 
     Returns:
         ``.loss`` in nats, ``.tokens`` and ``.perplexity``.
 
     Raises:
-        DataError: there is nothing to predict, or a token id is outside the vocabulary.
+        DataError: there is nothing to predict, a token id is outside the vocabulary, or structure ids do not
+            fit the tokens.
+        ConfigError: nothing in the model reads structure ids.
     """
     evaluator = PerplexityEvaluator(
-        model, documents, seq_len=seq_len, stride=stride, batch_size=batch_size, max_tokens=max_tokens
+        model,
+        documents,
+        seq_len=seq_len,
+        stride=stride,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        structure=structure,
     )
     return evaluator(progress=progress)
 
@@ -149,7 +166,8 @@ class _AdaptedFace:
 
     def __init__(self, model: HyLoRADAModel) -> None:
         self._model, self.base, self.frozen = model, model.base, model.frozen
-        self.resolve, self.head = model.resolve, model.head
+        self.resolve, self.head, self.vocab_size = model.resolve, model.head, model.vocab_size
+        self.has_encoder = bool(model.config.use_hylorada_v2)
 
     def adapters(self) -> Any:
         return self._model.adapters
@@ -162,8 +180,8 @@ class _BareFace:
     """The same of a base model: nothing to adapt, nothing to resolve."""
 
     def __init__(self, base: Any) -> None:
-        self.base, self.frozen = base, {"params": base.params}
-        self.head = base.head
+        self.base, self.frozen, self.has_encoder = base, {"params": base.params}, False
+        self.vocab_size = jax.eval_shape(base.head, self.frozen).shape[0]
 
     def adapters(self) -> Any:
         return {}
@@ -173,3 +191,6 @@ class _BareFace:
 
     def hidden(self, resolved: Any, frozen: Any, inputs: dict[str, Array]) -> Array:
         return self.base.hidden(frozen, **inputs)
+
+    def head(self, resolved: Any, frozen: Any) -> Array:
+        return self.base.head(frozen)

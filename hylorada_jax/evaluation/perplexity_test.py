@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator, evaluate_perplexity
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
@@ -79,6 +79,30 @@ def test_a_sample_of_the_tokens_takes_rows_from_everywhere(base):
 def test_nothing_to_predict_is_refused(base):
     with pytest.raises(DataError, match="two tokens"):
         evaluate_perplexity(base, [[1], []], seq_len=SEQ_LEN)
+
+
+def test_structure_ids_reach_the_model_beside_their_tokens(base):
+    config = HyLoRADAConfig(method="hylorada_v2", lora_rank=2, structure_dim=8)
+    model = HyLoRADAModel(base, config)
+    rng = np.random.default_rng(1)
+    # Off the start, where B and scale_from_structure are zero and structure says nothing.
+    model.adapters = jax.tree.map(lambda x: x + rng.normal(0, 0.5, x.shape).astype(x.dtype), model.adapters)
+    of_token = rng.integers(0, 60, VOCAB)
+
+    def loss(structure):
+        found = evaluate_perplexity(
+            model, documents(), seq_len=SEQ_LEN, stride=5, batch_size=2, structure=structure, progress=False
+        )
+        return found.loss
+
+    def logits(ids):
+        return model(ids, structure_ids=of_token[ids]).logits
+
+    found = loss([of_token[tokens] for tokens in documents()])
+    assert found == pytest.approx(direct_loss(logits, 5)[0], rel=1e-6)
+    assert abs(found - loss(None)) > 1e-3
+    with pytest.raises(ConfigError, match="encoder"):
+        evaluate_perplexity(base, documents(), seq_len=SEQ_LEN, structure=documents())
 
 
 @pytest.mark.slow

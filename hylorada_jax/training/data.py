@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.tokenizer import Tokenizer
+from hylorada_jax.structure.code import token_depths
 from hylorada_jax.training.corpus import Document
 from hylorada_jax.training.packing import Batch, Rows
 
 _DOCUMENTS_AT_ONCE = 64
 _ENDLESS = 2**50  # rows; more than anybody trains on
+
+
+class StructuredDocuments(NamedTuple):
+    """Tokenized documents with what their domain knows of each token.
+
+    Attributes:
+        tokens: one int32 array per document.
+        structure_ids: of the same lengths.
+        unparsed: names of the documents whose structure could not be read and was taken from indentation.
+    """
+
+    tokens: list[np.ndarray]
+    structure_ids: list[np.ndarray]
+    unparsed: list[str]
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -28,17 +43,55 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> list[np.nda
     Returns:
         One int32 array per document.
     """
+    return [np.array(ids, np.int32) for _, ids, _ in _encode(documents, tokenizer)]
+
+
+def tokenize_with_structure(
+    documents: Sequence[Document], tokenizer: Tokenizer, structure: Literal["code"] = "code"
+) -> StructuredDocuments:
+    """Token ids of each document, as :func:`tokenize` gives them, and their structure ids.
+
+    Args:
+        documents: from :func:`load_documents`.
+        tokenizer: the model's.
+        structure: the documents' domain: "code", Python source, whose ids are nesting depths
+            (:func:`hylorada_jax.structure.code.character_depths`). Tokens that stand for no character, such
+            as the one that ends a text, have the id 0.
+
+    Returns:
+        The tokens, their ids, and the names of the documents that do not parse.
+
+    Raises:
+        ConfigError: the domain is unknown.
+    """
+    if structure != "code":
+        raise ConfigError(
+            "structure must be code", repr(structure), "Make the ids of other domains yourself."
+        )
+    found = StructuredDocuments([], [], [])
+    for document, ids, offsets in _encode(documents, tokenizer):
+        depths, parses = token_depths(document.text, offsets)
+        found.tokens.append(np.array(ids, np.int32))
+        found.structure_ids.append(depths)
+        if not parses:
+            found.unparsed.append(document.name)
+    return found
+
+
+def _encode(
+    documents: Sequence[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[Document, list[int], list[tuple[int, int]]]]:
+    """Each document with its token ids and the characters [start, stop) that they stand for."""
     # Many tokenizer.json files carry the truncation of somebody's training run.
     tokenizer.backend.no_truncation()
     tokenizer.backend.no_padding()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = []
     for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        texts = [document.text for document in documents[first : first + _DOCUMENTS_AT_ONCE]]
-        for encoding in tokenizer.backend.encode_batch(texts):
-            ends_already = encoding.ids[-1:] == end
-            tokens.append(np.array(encoding.ids + ([] if ends_already else end), np.int32))
-    return tokens
+        batch = documents[first : first + _DOCUMENTS_AT_ONCE]
+        encodings = tokenizer.backend.encode_batch([document.text for document in batch])
+        for document, encoding in zip(batch, encodings, strict=True):
+            missing = [] if encoding.ids[-1:] == end else end
+            yield document, encoding.ids + missing, encoding.offsets + [(0, 0)] * len(missing)
 
 
 def digest(documents: Sequence[np.ndarray]) -> str:
@@ -81,6 +134,48 @@ def as_documents(data: Sequence[Any], vocab: int, what: str) -> list[np.ndarray]
         rule = f"The {what} data must have a document of at least two tokens"
         raise DataError(rule, f"{len(documents)} documents, none of two tokens", "Give more text.")
     return documents
+
+
+def as_structure(
+    structure: Sequence[Any] | None, documents: Sequence[np.ndarray], what: str, *, has_encoder: bool
+) -> list[np.ndarray] | None:
+    """Structure ids as int32 arrays, checked; None where there are none.
+
+    Args:
+        structure: one sequence of ids per document, or None.
+        documents: from :func:`as_documents`.
+        what: how an error calls the data.
+        has_encoder: the model has a structure encoder, which reads the ids.
+
+    Returns:
+        One [n] int32 array per document.
+
+    Raises:
+        ConfigError: nothing in the model reads the ids.
+        DataError: a document has no ids, more or fewer than tokens, or one that is no integer ≥ 0.
+    """
+    if structure is None:
+        return None
+    if not has_encoder:
+        raise ConfigError(
+            "Structure ids need a model with a structure encoder",
+            f"structure of the {what} data, for a model without one",
+            "Choose method='hylorada_v2', or give no structure.",
+        )
+    if len(structure) != len(documents):
+        rule = f"Every document of the {what} data must have its structure ids"
+        received = f"{len(structure)} sequences of ids for {len(documents)} documents"
+        raise DataError(rule, received, "Make both from the same documents: tokenize_with_structure(…).")
+    arrays = [np.asarray(ids) for ids in structure]
+    for number, (ids, tokens) in enumerate(zip(arrays, documents, strict=True)):
+        integers = not ids.size or (np.issubdtype(ids.dtype, np.integer) and ids.min() >= 0)
+        if ids.shape != tokens.shape or not integers:
+            rule = f"Structure ids of the {what} data must be integers ≥ 0, one for each token"
+            received = f"document {number}: {ids.dtype} of shape {ids.shape}, for {len(tokens)} tokens"
+            if ids.size and not integers:
+                received += f", from {ids.min()}"
+            raise DataError(rule, received, "Make both from the same text: tokenize_with_structure(…).")
+    return [ids.astype(np.int32) for ids in arrays]
 
 
 def shuffled_batches(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:

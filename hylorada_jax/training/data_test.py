@@ -3,13 +3,22 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.corpus import Document
-from hylorada_jax.training.data import as_documents, digest, shuffled_batches, tokenize
+from hylorada_jax.training.data import (
+    as_documents,
+    as_structure,
+    digest,
+    shuffled_batches,
+    tokenize,
+    tokenize_with_structure,
+)
 from hylorada_jax.training.packing import Rows
 
 
@@ -62,6 +71,61 @@ def test_documents_become_tokens_with_one_end_and_uncut():
     found = tokenize(documents, Tokenizer(backend, {"eos_token": "</s>"}))
     assert [tokens.tolist() for tokens in found] == [[1, 2, 1, 0, 3], [2, 3], [2, 3]]
     assert [tokens.tolist() for tokens in tokenize(documents[2:], Tokenizer(backend))] == [[2]]
+
+
+def byte_tokenizer():
+    """A token for each byte, a template that begins a text, and a token that ends one."""
+    tokens = ["<s>", "</s>", *sorted(ByteLevel.alphabet())]
+    backend = tokenizers.Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.normalizer, backend.pre_tokenizer = NFC(), ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return Tokenizer(backend, {"eos_token": "</s>"})
+
+
+def test_structure_ids_follow_the_tokens_and_what_does_not_parse_is_counted():
+    # é in two characters, which the tokenizer composes: later offsets are those of the text as it was.
+    documents = [
+        Document("a.py", "e\u0301 = [1]\nif x:\n y"),
+        Document("b.py", "if:\n y"),
+        Document("c.py", "x</s>"),
+    ]
+    found = tokenize_with_structure(documents, byte_tokenizer(), "code")
+    for tokens, expected in zip(found.tokens, tokenize(documents, byte_tokenizer()), strict=True):
+        np.testing.assert_array_equal(tokens, expected)
+    # begin, é of two bytes, " = [1]", "\nif x:", "\n ", y, end; "</s>" in a text is the end already
+    by_hand = [[0, 0, 0, *[0, 0, 0, 0, 1, 0], *[0] * 6, *[0, 0], 1, 0], [0, *[0] * 3, 0, 0, 1, 0], [0, 0, 0]]
+    assert [ids.tolist() for ids in found.structure_ids] == by_hand
+    assert all(ids.dtype == np.int32 for ids in found.structure_ids)
+    assert found.unparsed == ["b.py", "c.py"]
+    with pytest.raises(ConfigError, match="code"):
+        tokenize_with_structure(documents, byte_tokenizer(), "music")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("structure", "said"),
+    [
+        ([[1, 2, 3]], "1 sequences of ids for 2 documents"),
+        ([[1, 2, 3], [1, 2, 3]], r"document 1: int64 of shape \(3,\), for 2 tokens"),
+        ([[1, 2, 3], [[1], [2]]], "document 1"),
+        ([[0.5, 1, 2], [1, 2]], "document 0: float64"),
+        ([[1, 2, 3], [0, -1]], "from -1"),
+    ],
+)
+def test_structure_ids_that_do_not_fit_are_named(structure, said):
+    documents = as_documents([[1, 2, 3], [4, 5]], 10, "training")
+    with pytest.raises(DataError, match=said):
+        as_structure(structure, documents, "training", has_encoder=True)
+
+
+def test_structure_ids_are_checked_for_a_model_that_reads_them():
+    documents = as_documents([[1, 2, 3], []], 10, "training")
+    found = as_structure([[0, 1, 2], []], documents, "training", has_encoder=True)
+    assert found is not None
+    assert [ids.tolist() for ids in found] == [[0, 1, 2], []]
+    assert as_structure(None, documents, "training", has_encoder=False) is None
+    with pytest.raises(ConfigError, match="hylorada_v2"):
+        as_structure([[0, 1, 2], []], documents, "training", has_encoder=False)
 
 
 def test_the_digest_depends_on_tokens_order_and_boundaries():

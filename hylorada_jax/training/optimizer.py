@@ -53,6 +53,7 @@ _LABEL_OF_LEAF = {
     "embedding": "unfrozen",
     "scale": "unfrozen_norm",
     "bias": "unfrozen_norm",
+    "weight": "unfrozen_norm",  # T5's
 }
 
 
@@ -69,8 +70,8 @@ def label_tree(adapters: Any) -> Any:
         ConfigError: a leaf belongs to no group; its path is named.
 
     Example:
-        >>> label_tree({"q_proj": {"lora_A": 0.0, "magnitude_gate": 0.0}, "position_bias": {"bias": 0.0}})
-        {'position_bias': {'bias': 'gate'}, 'q_proj': {'lora_A': 'lora_A', 'magnitude_gate': 'gate'}}
+        >>> label_tree({"q_proj": {"lora_A": 0.0, "magnitude_gate": 0.0}, "position_bias": 0.0})
+        {'position_bias': 'gate', 'q_proj': {'lora_A': 'lora_A', 'magnitude_gate': 'gate'}}
 
     Source: method.md, section 7.
     """

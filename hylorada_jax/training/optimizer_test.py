@@ -23,8 +23,8 @@ TREE = {
         "norm": {"scale": 0.0, "bias": 0.0},
     },
     "embed_tokens": {"embedding": 0.0},
-    "position_bias": {"bias": 0.0},
-    "structure_encoder": {"proj": {"kernel": 0.0}},
+    "position_bias": 0.0,
+    "structure_encoder": {"proj_weight": 0.0},
 }
 # path -> (peak rate at lr = 3e-4 with ratio 16, decays): method.md's table, row by row.
 TABLE = {
@@ -35,8 +35,8 @@ TABLE = {
     "layer/q_proj/residual_weight": (3e-4, False),
     "layer/q_proj/position_scale": (3e-4, False),
     "layer/q_proj/scale_from_structure": (3e-4, False),
-    "position_bias/bias": (3e-4, False),
-    "structure_encoder/proj/kernel": (3e-4, False),
+    "position_bias": (3e-4, False),
+    "structure_encoder/proj_weight": (3e-4, False),
     "layer/attention/alpha": (1e-3, False),
     "layer/attention/beta": (1e-3, False),
     "layer/attention/position_bias": (1e-3, False),

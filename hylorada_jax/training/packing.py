@@ -32,13 +32,15 @@ class Rows:
 
     A row has ``input_ids``; ``targets``, the next token or -1 where nothing is predicted or counted;
     ``segment_ids``, 1, 2, 3 … for the windows in the row and 0 for padding; and ``position_ids``, which
-    restart at 0 in every window.
+    restart at 0 in every window. Where ``structure`` is given, it also has ``structure_ids``, those of its
+    ``input_ids``, 0 for padding.
 
     Args:
         documents: token ids, one [n] int array per document; one of fewer than 2 tokens gives no row.
         seq_len: tokens per row.
         stride: tokens between the starts of windows, 1 … seq_len; None takes ``seq_len`` (no overlap).
         packing: several windows may share a row. Otherwise each has its own, padded on the right.
+        structure: structure ids, one [n] int array per document, or None.
 
     Example:
         >>> rows = Rows([np.array([5, 6, 7]), np.array([8, 9])], seq_len=4)
@@ -57,8 +59,9 @@ class Rows:
         *,
         stride: int | None = None,
         packing: bool = True,
+        structure: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self._documents = documents
+        self._documents, self._structure = documents, structure
         self._seq_len = seq_len
         self._windows = [
             window
@@ -72,7 +75,7 @@ class Rows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
-        row = empty_rows(self._seq_len)
+        row = self._padding()
         at = 0
         for segment, number in enumerate(self._rows[index], start=1):
             window = self._windows[number]
@@ -83,6 +86,8 @@ class Rows:
             row["targets"][at : at + window.scored - window.start] = IGNORED
             row["segment_ids"][here] = segment
             row["position_ids"][here] = np.arange(len(tokens) - 1)
+            if self._structure is not None:
+                row["structure_ids"][here] = self._structure[window.document][window.start : window.stop]
             at = here.stop
         return row
 
@@ -100,17 +105,17 @@ class Rows:
         chosen = [i * len(self) // count for i in range(count)]
         for first in range(0, count, batch_size):
             rows = [self[i] for i in chosen[first : first + batch_size]]
-            rows += [empty_rows(self._seq_len)] * (batch_size - len(rows))
+            rows += [self._padding()] * (batch_size - len(rows))
             yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-
-def empty_rows(*shape: int) -> Batch:
-    """Rows of nothing but padding."""
-    batch = {
-        name: np.zeros(shape, np.int32) for name in ("input_ids", "targets", "segment_ids", "position_ids")
-    }
-    batch["targets"][...] = IGNORED
-    return batch
+    def _padding(self) -> Batch:
+        """A row of nothing else."""
+        names = ["input_ids", "targets", "segment_ids", "position_ids"]
+        if self._structure is not None:
+            names.append("structure_ids")
+        row = {name: np.zeros(self._seq_len, np.int32) for name in names}
+        row["targets"][:] = IGNORED
+        return row
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

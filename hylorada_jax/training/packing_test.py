@@ -42,6 +42,25 @@ def test_every_prediction_counts_exactly_once_with_its_own_context(lengths, seq_
     assert sorted(scored) == [int(token) for tokens in documents for token in tokens[1:]]
 
 
+@given(lengths, st.integers(1, 9), st.data(), st.booleans())
+def test_every_packed_token_has_the_structure_id_of_its_source(lengths, seq_len, data, packing):
+    documents = numbered(lengths)
+    # An id that a token's own number tells, whatever its place in a row; never 0, which is padding's.
+    structure = [tokens * 7 % 61 + 1 for tokens in documents]
+    stride = data.draw(st.integers(1, seq_len))
+    rows = Rows(documents, seq_len, stride=stride, packing=packing, structure=structure)
+    plain = Rows(documents, seq_len, stride=stride, packing=packing)
+    for batch, without in zip(rows.batches(2), plain.batches(2), strict=True):
+        ids = batch.pop("structure_ids")
+        expected = np.where(batch["segment_ids"] > 0, batch["input_ids"] * 7 % 61 + 1, 0)
+        np.testing.assert_array_equal(ids, expected)
+        assert ids.dtype == np.int32
+        # Nothing else of a row depends on it, and without structure there is no such name.
+        assert batch.keys() == without.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], without[name])
+
+
 @given(st.lists(st.integers(1, 20), max_size=60))
 def test_best_fit_places_every_piece_and_overfills_no_row(lengths):
     rows = best_fit(lengths, 20)

@@ -71,7 +71,7 @@ def make_train_step(
             hidden = model.hidden_resolved(
                 resolved, **model_inputs(model, rows), frozen=frozen, train=True, rngs=rngs
             )
-            return score(hidden, model.head(frozen), rows["targets"]).sum()
+            return score(hidden, model.head(resolved, frozen), rows["targets"]).sum()
 
         def add_microbatch(total: Any, numbered: tuple[Array, Mapping[str, Array]]) -> tuple[Any, None]:
             number, rows = numbered
@@ -103,7 +103,8 @@ def make_train_step(
 
 def model_inputs(model: Any, rows: Mapping[str, Array]) -> dict[str, Array]:
     """What a model is given of some rows: segments where it knows them, else a padding mask."""
-    inputs = {name: rows[name] for name in ("input_ids", "position_ids", "segment_ids")}
+    names = ("input_ids", "position_ids", "segment_ids", "structure_ids")
+    inputs = {name: rows[name] for name in names if name in rows}
     base = getattr(model, "base", model)
     if not base.supports_segments:
         inputs["attention_mask"] = (inputs.pop("segment_ids") > 0).astype(jnp.int32)

@@ -14,7 +14,7 @@ from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.data import as_documents, digest, shuffled_batches
+from hylorada_jax.training.data import as_documents, as_structure, digest, shuffled_batches
 from hylorada_jax.training.devices import replicate
 from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.optimizer import make_optimizer
@@ -59,11 +59,15 @@ class HyLoRADATrainer:
         train_data: token ids of each document (:func:`load_documents`, then :func:`tokenize`).
         eval_data: the same of the held-out documents, or None.
         config: the settings.
+        train_structure: structure ids of each document (:func:`tokenize_with_structure`), which
+            method='hylorada_v2' reads; None for none.
+        eval_structure: the same of the held-out documents.
 
     Raises:
-        ConfigError: packing is asked for and the model knows no segments, or the devices do not divide the
-            rows.
-        DataError: there is too little data, or a token id is outside the vocabulary.
+        ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
+            rows, or nothing in the model reads structure ids.
+        DataError: there is too little data, a token id is outside the vocabulary, or structure ids do not
+            fit the tokens.
         CheckpointError: the output directory holds a run and neither resume nor overwrite is set.
 
     Example:
@@ -77,27 +81,38 @@ class HyLoRADATrainer:
         train_data: Sequence[Any],
         eval_data: Sequence[Any] | None,
         config: TrainingConfig,
+        *,
+        train_structure: Sequence[Any] | None = None,
+        eval_structure: Sequence[Any] | None = None,
     ) -> None:
         self._model, self._config = model, config
         self._directory = RunDirectory(config.output_dir)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         _check_batches(model, config)
 
-        vocab = jax.eval_shape(model.head, model.frozen).shape[0]
-        documents = as_documents(train_data, vocab, "training")
-        held_out = None if eval_data is None else as_documents(eval_data, vocab, "evaluation")
+        documents = as_documents(train_data, model.vocab_size, "training")
+        held_out = None if eval_data is None else as_documents(eval_data, model.vocab_size, "evaluation")
+        has_encoder = bool(model.config.use_hylorada_v2)
+        structure = as_structure(train_structure, documents, "training", has_encoder=has_encoder)
+        held_out_structure = as_structure(
+            eval_structure, held_out or [], "evaluation", has_encoder=has_encoder
+        )
         if (tokens := sum(map(len, documents))) <= config.seq_len:
             received = f"{tokens} tokens for a seq_len of {config.seq_len}"
             rule = "The training data must fill a row"
             raise DataError(rule, received, "Give more text, or a smaller seq_len.")
-        self._rows = Rows(documents, config.seq_len, packing=config.packing)
-        self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
+        self._rows = Rows(documents, config.seq_len, packing=config.packing, structure=structure)
+        self._evaluator = None
+        if held_out is not None:
+            self._evaluator = _evaluator(model, held_out, held_out_structure, config)
         self._fingerprint = {
             "model": model.base.name,
             "adapter": model.config.to_dict(),
             "training": config.fingerprint(),
             "train_data": digest(documents),
             "eval_data": held_out and digest(held_out),
+            "train_structure": structure and digest(structure),
+            "eval_structure": held_out_structure and digest(held_out_structure),
         }
 
     def train(self) -> TrainingResult:
@@ -156,10 +171,13 @@ class HyLoRADATrainer:
             )
 
 
-def _evaluator(model: HyLoRADAModel, documents: Sequence[Any], config: TrainingConfig) -> PerplexityEvaluator:
+def _evaluator(
+    model: HyLoRADAModel, documents: Sequence[Any], structure: Sequence[Any] | None, config: TrainingConfig
+) -> PerplexityEvaluator:
     return PerplexityEvaluator(
         model,
         documents,
+        structure=structure,
         seq_len=config.seq_len,
         stride=config.eval_stride or config.seq_len,
         batch_size=config.batch_size // config.microbatches,

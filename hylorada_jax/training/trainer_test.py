@@ -30,14 +30,14 @@ from hylorada_jax.training.trainer import HyLoRADATrainer
 STEPS = 6
 
 
-def tiny_model(seed=0):
+def tiny_model(seed=0, method="hylorada_v1"):
     hf = {
         "model_type": "llama", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True,
         "initializer_range": 0.3,
     }  # fmt: skip
     config = HyLoRADAConfig(
-        method="hylorada_v1", lora_rank=2, lora_dropout=0.1, target_modules=("v_proj", "down_proj")
+        method=method, lora_rank=2, lora_dropout=0.1, target_modules=("v_proj", "down_proj")
     )
     base = CausalLM.from_config(DecoderConfig.from_hf(hf), jax.random.key(0))
     return HyLoRADAModel(base, config, seed)
@@ -255,18 +255,55 @@ def test_another_run_is_not_resumed_and_both_sides_are_named(reference):
     assert "train_data" in str(error.value)
 
 
+def test_structure_ids_train_and_are_part_of_what_a_run_is(tmp_path):
+    def run(directory, structure, **changes):
+        model = tiny_model(method="hylorada_v2")
+        trainer = HyLoRADATrainer(
+            model,
+            texts(),
+            texts(1, 4),
+            settings(directory, **changes),
+            train_structure=structure and [tokens % 3 for tokens in texts()],
+            eval_structure=structure and [tokens % structure for tokens in texts(1, 4)],
+        )
+        return trainer.train(), model.adapters["structure_encoder"]["structure_embeddings"]
+
+    with_ids, trained = run(tmp_path / "a", 3)
+    without, untouched = run(tmp_path / "b", None)
+    assert with_ids.losses != without.losses
+    moved = np.any(np.asarray(trained) != np.asarray(untouched), axis=1)
+    assert moved[:3].all()  # the rows of the ids in the data
+    assert not moved[3:].any()
+    with pytest.raises(CheckpointError, match="eval_structure"):
+        run(tmp_path / "a", 2, resume=True)
+
+
 def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
     model = tiny_model()
 
-    def refused(kind, match, train_data=None, eval_data=None, **changes):
+    def refused(kind, match, train_data=None, eval_data=None, model=model, structure=(None, None), **changes):
+        train_structure, eval_structure = structure
         with pytest.raises(kind, match=match):
-            HyLoRADATrainer(model, train_data or texts(), eval_data, settings(tmp_path / "run", **changes))
+            HyLoRADATrainer(
+                model,
+                train_data or texts(),
+                eval_data,
+                settings(tmp_path / "run", **changes),
+                train_structure=train_structure,
+                eval_structure=eval_structure,
+            )
         assert not (tmp_path / "run").exists()
 
     refused(DataError, "fill a row", [np.arange(9)])
     refused(DataError, "vocabulary", [np.arange(40)])
     refused(DataError, "Tokenize", ["some text"])
     refused(DataError, "two tokens", eval_data=[[1]])
+    refused(ConfigError, "structure encoder", structure=(texts(), None))
+    refused(ConfigError, "structure encoder", eval_data=texts(), structure=(None, texts()))
+    reads = tiny_model(method="hylorada_v2")
+    refused(DataError, "for 30 documents", model=reads, structure=(texts()[1:], None))
+    refused(DataError, "document 0", model=reads, structure=([np.append(ids, 0) for ids in texts()], None))
+    refused(DataError, "for 0 documents", model=reads, structure=(None, texts()))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="must be a directory"):
         HyLoRADATrainer(model, texts(), None, settings(tmp_path / "file"))

@@ -1,0 +1,88 @@
+"""The command line's options that say what is trained."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+
+Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
+# --daa or --no-daa; without either, what the method implies.
+Switch = Annotated[bool | None, tyro.conf.DisallowNone]
+
+# Options whose name is not the setting's.
+_SETTINGS = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "exclude": "exclude_modules",
+    "position_bias": "position_bias_enabled",
+    "daa": "daa_enabled",
+    "sparse": "sparse_enabled",
+    "s2_attn": "s2_attn_enabled",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What is trained.
+
+    Args:
+        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2, hylorada [hylorada_v1].
+        config: a HyLoRADAConfig as JSON; the options given beside it win.
+        rank: rank of the update, r [8].
+        alpha: scale of the update, α [2r; with a config file, in the file's ratio to r].
+        dropout: probability of dropping inputs of the low-rank path [0].
+        targets: layer names, regular expressions, or all-linear [the attention projections].
+        exclude: layer names or regular expressions to leave out.
+        position_bias: scale the update by a learned function of the position; of method hylorada.
+        daa: direct attention adaptation: a scale and a shift of every head's logits.
+        daa_position_bias: with it, a learned bias for every distance.
+        sparse: a sparse adapter after every MLP block.
+        s2_attn: shifted sparse attention, in training only.
+        train_embeddings: train the embeddings themselves.
+        train_norms: train the norms themselves.
+    """
+
+    method: Method | None = None
+    config: Path | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    targets: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    position_bias: Switch = None
+    daa: Switch = None
+    daa_position_bias: Switch = None
+    sparse: Switch = None
+    s2_attn: Switch = None
+    train_embeddings: Switch = None
+    train_norms: Switch = None
+
+    def build(self) -> HyLoRADAConfig:
+        """The config of these options, on the file's where one is given.
+
+        Raises:
+            ConfigError: a setting is refused, the file is absent, or both name a method.
+        """
+        given: dict[str, Any] = {
+            _SETTINGS.get(name, name): value for name, value in vars(self).items() if value is not None
+        }
+        file = given.pop("config", None)
+        if file is not None and self.method is not None:
+            received = f"--config {file} --method {self.method}"
+            raise ConfigError("A config file names its method", received, "Give one.")
+        start = HyLoRADAConfig() if file is None else HyLoRADAConfig.load(file)
+        if self.rank is not None and self.alpha is None:
+            # α follows r where only r is given, so that the update's scale stays the same.
+            given["lora_alpha"] = start.lora_alpha / start.lora_rank * self.rank
+        return HyLoRADAConfig(**given) if file is None else dataclasses.replace(start, **given)
+
+
+# Without a prefix: --rank, not --adapter.rank.
+Adapter = Annotated[AdapterOptions, tyro.conf.arg(name="")]
+DEFAULTS = AdapterOptions()

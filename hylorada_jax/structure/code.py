@@ -1,0 +1,219 @@
+"""Structure ids of Python source: how deeply each token is nested. Imports neither jax nor torch."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# Lists of a syntax node that stand one level deeper than the node itself.
+_SUITES = ("body", "orelse", "finalbody", "cases")
+_OPENING, _CLOSING = tuple("([{"), tuple(")]}")
+_BLANK = np.array([ord(character) for character in " \t\n\f"])
+_LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+class _Lexed(NamedTuple):
+    """What the tokens of a source tell, positions as numbers of characters.
+
+    Attributes:
+        lines: where each logical line starts.
+        brackets: (position, +1 or -1) of each change of the number of open brackets.
+        comments: (start, stop, blocks around it) of each comment that has a line of its own.
+    """
+
+    lines: list[int]
+    brackets: list[tuple[int, int]]
+    comments: list[tuple[int, int, int]]
+
+
+def token_depths(source: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, bool]:
+    """The nesting depth of every token of a language model's tokenizer: that of its last character.
+
+    Args:
+        source: Python source.
+        offsets: the characters [start, stop) of each token; a token that has none, as one that only begins
+            or ends a text, is at depth 0.
+
+    Returns:
+        The depths, int32 [tokens], and whether the source parses (:func:`character_depths`).
+
+    Example:
+        >>> token_depths("if a:\\n    b(c)", [(0, 0), (0, 4), (4, 10), (10, 12), (12, 13), (13, 14)])
+        (array([0, 0, 0, 1, 2, 1], dtype=int32), True)
+    """
+    depths, parses = character_depths(source)
+    spans = np.asarray(offsets, np.int64).reshape(-1, 2)
+    filled = spans[:, 1] > spans[:, 0]
+    found = np.zeros(len(spans), np.int32)
+    found[filled] = depths[spans[filled, 1] - 1]
+    return found, parses
+
+
+def character_depths(source: str) -> tuple[np.ndarray, bool]:
+    """The nesting depth of every character of Python source.
+
+        depth = number of suites around it + number of brackets open around it
+
+    A suite is the list of statements that a header such as ``if x:`` governs, on lines of its own or behind
+    the colon, and the cases of a ``match``; ``else``, ``elif``, ``except`` and decorators stand where their
+    header stands. A bracket belongs to what is outside it; those inside f-strings do not count. A comment
+    on a line of its own is where its indentation puts it. Blank characters have the depth of the text
+    before them. So, in a source that parses, the depth of a character follows from the text up to it, and
+    tells a language model nothing about what comes next.
+
+    Source that Python cannot parse, or that is nested too deeply for its parser, gets the depth of the
+    indentation of its lines.
+
+    Args:
+        source: Python source with any line ends, with or without a byte order mark.
+
+    Returns:
+        The depths, int32 [len(source)], and whether the source parses.
+
+    Example:
+        >>> character_depths("f(a[0])")[0].tolist()
+        [0, 0, 1, 1, 2, 1, 0]
+        >>> character_depths("if (")
+        (array([0, 0, 0, 0], dtype=int32), False)
+
+    Source: method.md, section 5; the Python Language Reference, sections 2.1 (indentation) and 8 (suites).
+    """
+    if source.startswith("\ufeff"):  # the parser takes it in a file but not in a string
+        depths, parses = character_depths(source[1:])
+        return np.concatenate([np.zeros(1, np.int32), depths]), parses
+    if "\r" in source:  # ast counts every line end, tokenize only "\n"
+        depths, parses = character_depths(re.sub("\r\n?", "\n", source))
+        widths = np.ones(len(depths), np.int64)
+        pairs = [match.start() for match in re.finditer("\r\n", source)]
+        widths[np.array(pairs, np.int64) - np.arange(len(pairs))] = 2
+        return np.repeat(depths, widths), parses
+    starts = [0, *(match.end() for match in re.finditer("\n", source))]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes like "\d" in somebody's source
+            tree = ast.parse(source)
+        lexed = _lex(source, starts)
+    except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError):
+        return _fill_blanks(source, _by_indentation(source)), False
+    changes = np.zeros(len(source) + 1, np.int32)
+    for start, stop in _suites(tree, source, starts, lexed.lines):
+        changes[start] += 1
+        changes[stop] -= 1
+    for position, change in lexed.brackets:
+        changes[position] += change
+    depths = np.cumsum(changes[:-1], dtype=np.int32)
+    for start, stop, depth in lexed.comments:
+        depths[start:stop] = depth
+    return _fill_blanks(source, depths), True
+
+
+def _lex(source: str, starts: list[int]) -> _Lexed:
+    found = _Lexed([], [], [])
+    indents, at_line_start, fstrings = [0], True, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, text, (row, column) = token.type, token.string, token.start
+        if kind in _LAYOUT:  # at the end of a source these stand on a line that it does not have
+            if kind == tokenize.INDENT:
+                indents.append(_width(text))
+            elif kind == tokenize.DEDENT:
+                indents.pop()
+            elif kind == tokenize.NEWLINE:
+                at_line_start = True
+            continue
+        at = starts[row - 1] + column
+        if kind == tokenize.COMMENT:
+            if at_line_start:
+                width = _width(source[at - column : at])
+                # The indentation of a suite is a token only at its first statement, after such a comment.
+                depth = bisect_right(indents, width) - 1 + (width > indents[-1])
+                found.comments.append((at, at + len(text), depth))
+            continue
+        if at_line_start:
+            found.lines.append(at)
+            at_line_start = False
+        # Until Python 3.12 an f-string is one token: what is inside does not count, so that all agree.
+        if kind == tokenize.OP:
+            if text in _OPENING and not fstrings:
+                found.brackets.append((at + 1, 1))
+            elif text in _CLOSING and not fstrings:
+                found.brackets.append((at, -1))
+        elif tokenize.tok_name[kind].endswith("STRING_START"):
+            fstrings += 1
+        elif tokenize.tok_name[kind].endswith("STRING_END"):
+            fstrings -= 1
+    return found
+
+
+def _suites(tree: ast.Module, source: str, starts: list[int], lines: list[int]) -> Iterator[tuple[int, int]]:
+    """The characters [start, stop) of every suite but the module's; it ends with its last line."""
+
+    def position(line: int, column: int) -> int:
+        """ast counts a column in bytes of UTF-8."""
+        start = starts[line - 1]
+        before = source[start : start + column]  # at least as long as the column: a character has ≥ 1 byte
+        return start + (column if before.isascii() else len(before.encode()[:column].decode()))
+
+    def first(node: ast.AST) -> int:
+        # "@" and "case" have no position of their own, but begin a line.
+        if isinstance(node, ast.match_case):
+            return line_of(node.pattern)
+        if decorators := getattr(node, "decorator_list", None):
+            return line_of(decorators[0])
+        return position(node.lineno, node.col_offset)  # type: ignore[attr-defined]
+
+    def line_of(node: ast.AST) -> int:
+        at = position(node.lineno, node.col_offset)  # type: ignore[attr-defined]
+        return lines[bisect_right(lines, at) - 1]
+
+    def last_line(node: ast.AST) -> int:
+        return node.body[-1].end_lineno if isinstance(node, ast.match_case) else node.end_lineno  # type: ignore
+
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        todo += getattr(node, "handlers", ())
+        for name in _SUITES:
+            suite = getattr(node, name, None)
+            if not suite:
+                continue
+            todo += suite
+            start, line = first(suite[0]), last_line(suite[-1])
+            is_elif = isinstance(suite[0], ast.If) and source.startswith("elif", start)
+            if node is not tree and not is_elif:
+                yield start, starts[line] if line < len(starts) else len(source)
+
+
+def _by_indentation(source: str) -> np.ndarray:
+    """The depth of every character by the indentation of its line; not set on blank lines."""
+    depths, lengths, indents = [], [], [0]
+    for line in re.split("(?<=\n)", source):
+        text = line.lstrip(" \t\f")
+        if text.strip("\n"):
+            width = _width(line[: len(line) - len(text)])
+            while indents[-1] > width:
+                indents.pop()
+            if indents[-1] < width:
+                indents.append(width)
+        depths.append(len(indents) - 1)
+        lengths.append(len(line))
+    return np.repeat(np.array(depths, np.int32), lengths)
+
+
+def _width(indentation: str) -> int:
+    """Its columns as Python counts them: a tab goes to the next multiple of 8, a form feed starts again."""
+    return len(indentation.rpartition("\f")[2].expandtabs(8))
+
+
+def _fill_blanks(source: str, depths: np.ndarray) -> np.ndarray:
+    """The depths, each blank character's taken from the text before it; 0 before any text."""
+    codes = np.frombuffer(source.encode("utf-32-le", "surrogatepass"), "<u4")
+    last = np.maximum.accumulate(np.where(np.isin(codes, _BLANK), -1, np.arange(len(codes))))
+    return np.where(last < 0, 0, depths[last]).astype(np.int32)

@@ -1,0 +1,137 @@
+"""What a calendar knows about time series: positions in hours, and fields as structure ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from hylorada_jax.errors import ConfigError, DataError
+
+_HOUR = 3_600_000_000  # microseconds
+_FIELDS = ("hour", "weekday", "month")
+
+
+def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Where each timestamp stands in the calendar, as ``TemporalStructureEncoder`` takes positions.
+
+        position_i = hours from Monday 00:00 of the week of timestamp 0 to timestamp i
+
+    Counted from a Monday, periods of 24 and 168 hours keep their meaning: equal phases are equal hours of the
+    day and of the week, in every series. Counted from a week near by, the numbers stay small, so that float32
+    still tells seconds apart after years.
+
+    Timestamps with a time zone count elapsed hours on the clock of the first one: after a change to summer
+    time the phases move by an hour. Those without one count as they are.
+
+    Args:
+        timestamps: datetimes, numpy datetime64, or strings in ISO 8601, [n]; none before its predecessor.
+
+    Returns:
+        Hours, float64 [n], ≥ 0.
+
+    Raises:
+        DataError: a value is no time (NaT, None, a number), some have a time zone and others not, or one is
+            before its predecessor.
+
+    Example:
+        >>> calendar_positions(["2024-05-01T06:00", "2024-05-01T07:30"])  # a Wednesday
+        array([54. , 55.5])
+
+    Source: method.md, section 5.
+    """
+    times = _times(timestamps)
+    backwards = times[1:] < times[:-1]
+    if backwards.any():
+        at = int(np.argmax(backwards)) + 1
+        raise DataError(
+            "A time series must not go back in time",
+            f"timestamp {at} is {times[at]}, after {times[at - 1]}",
+            "Sort it; give local times across the end of summer time with their time zone, or in UTC.",
+        )
+    days = times[:1].astype("datetime64[D]")
+    monday = days - _weekday(days)
+    return (times - monday.astype(times.dtype)).astype(np.int64) / _HOUR
+
+
+def calendar_ids(
+    timestamps: Sequence[Any] | np.ndarray, field: Literal["hour", "weekday", "month"]
+) -> np.ndarray:
+    """A field of the calendar as structure ids: what no period in hours says, such as the month.
+
+    Args:
+        timestamps: as in :func:`calendar_positions`, in any order.
+        field: hour (0 … 23), weekday (Monday is 0) or month (January is 0).
+
+    Returns:
+        int32 [n].
+
+    Raises:
+        DataError: a value is no time, or some have a time zone and others not.
+        ConfigError: the calendar has no such field here.
+
+    Example:
+        >>> calendar_ids(["2024-05-01T06:00", "2024-12-31"], "month")
+        array([ 4, 11], dtype=int32)
+    """
+    if field not in _FIELDS:
+        raise ConfigError(f"field must be one of {', '.join(_FIELDS)}", repr(field), "Choose one of them.")
+    times = _times(timestamps)
+    days = times.astype("datetime64[D]")
+    if field == "weekday":
+        ids = _weekday(days)
+    elif field == "hour":
+        ids = (times - days.astype(times.dtype)).astype("timedelta64[h]")
+    else:
+        months = times.astype("datetime64[M]")
+        ids = months - times.astype("datetime64[Y]").astype(months.dtype)
+    return ids.astype(np.int32)
+
+
+def _weekday(days: np.ndarray) -> np.ndarray:
+    """Days since Monday; day 0 of the epoch was a Thursday."""
+    return ((days.astype(np.int64) + 3) % 7).astype("timedelta64[D]")
+
+
+def _times(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Timestamps as datetime64 in microseconds on one clock, that of the first."""
+    values = np.asarray(timestamps)
+    if values.ndim != 1:
+        raise DataError(
+            "Timestamps must be one sequence", f"shape {values.shape}", "Give one series at a time."
+        )
+    if values.dtype.kind != "M":
+        moments = [_moment(value, index) for index, value in enumerate(values.tolist())]
+        zoned = [moment.utcoffset() is not None for moment in moments]
+        if any(zoned) and not all(zoned):
+            rule = "All timestamps of a series must have a time zone, or none"
+            received = f"{moments[zoned.index(True)]} and {moments[zoned.index(False)]}"
+            raise DataError(rule, received, "Give every timestamp its time zone.")
+        if any(zoned):
+            shift = moments[0].utcoffset()
+            moments = [(moment - moment.utcoffset() + shift).replace(tzinfo=None) for moment in moments]  # type: ignore[operator]
+        values = np.array(moments, "datetime64[us]")
+    if np.isnat(values).any():
+        raise _no_time("NaT", int(np.argmax(np.isnat(values))))
+    return values.astype("datetime64[us]")
+
+
+def _moment(value: Any, index: int) -> datetime:
+    if isinstance(value, str):
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError as error:
+            raise _no_time(repr(value), index) from error
+    if not isinstance(value, datetime) or value != value:  # pandas' NaT is a datetime, unequal to itself
+        raise _no_time(repr(value), index)
+    return value
+
+
+def _no_time(received: str, index: int) -> DataError:
+    return DataError(
+        "Every timestamp must be a time: a datetime, a datetime64 or a string in ISO 8601",
+        f"timestamp {index}: {received}",
+        "Fill or drop missing times, and convert numbers: np.array(seconds, 'datetime64[s]').",
+    )
