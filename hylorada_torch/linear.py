@@ -1,10 +1,13 @@
-"""The linear adapters, written to be read: one formula, y = (base + δ)·c, and three choices of c."""
+"""The linear adapters, written to be read: one formula, y = (base + δ·p)·c; what differs is c, and p."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hylorada_jax.errors import ConfigError, DataError
+from hylorada_torch.position import PositionBias, check_positions, default_positions
 
 # Row norms are kept above this, so that a zero row of W gives a finite c and a finite gradient.
 NORM_FLOOR = 1e-12
@@ -81,19 +84,37 @@ class LoRALinear(nn.Module):
         """c [d_out], the factor of each output feature; LoRA has none, so 1."""
         return self.lora_B.new_ones(base_weight.shape[0])
 
-    def forward(self, x: Tensor, base_output: Tensor, base_weight: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, base_output: Tensor, base_weight: Tensor, structure_prior: Tensor | None = None
+    ) -> Tensor:
         """y = (base + δ)·c.
 
         Args:
             x: [batch, seq, d_in], the frozen layer's input.
             base_output: [batch, seq, d_out], what the frozen layer gave.
             base_weight: [d_out, d_in], its weight.
+            structure_prior: only `HyLoRADAv2Linear` reads one.
 
         Returns:
             [batch, seq, d_out] in the dtype of ``x``.
+
+        Raises:
+            ConfigError: a structure prior is given.
         """
+        if structure_prior is not None:
+            raise ConfigError(
+                "Only HyLoRADAv2Linear reads a structure prior",
+                f"a structure_prior for {type(self).__name__}",
+                "Use HyLoRADAv2Linear (method='hylorada_v2'), or leave structure_prior out.",
+            )
+        return self.adapted(x, base_output, base_weight)
+
+    def adapted(
+        self, x: Tensor, base_output: Tensor, base_weight: Tensor, token_scale: Tensor | float = 1.0
+    ) -> Tensor:
+        """y = (base + δ·p)·c, where p is ``token_scale`` [batch, seq, 1]."""
         x_low_rank = self.dropout(x).to(self.lora_A.dtype)
-        delta = self.scaling * F.linear(F.linear(x_low_rank, self.lora_A), self.lora_B)
+        delta = self.scaling * F.linear(F.linear(x_low_rank, self.lora_A), self.lora_B) * token_scale
         return ((base_output + delta) * self.column_scale(base_weight)).to(x.dtype)
 
 
@@ -175,3 +196,107 @@ class HyLoRADALinear(DoRALinear):
     def gates(self) -> tuple[Tensor, Tensor]:
         """(g, β), the sigmoids of two scalars."""
         return torch.sigmoid(self.magnitude_gate), torch.sigmoid(self.residual_weight)
+
+
+class HyLoRADAv2Linear(HyLoRADALinear):
+    """HyLoRADA whose update is turned up or down, token by token, by a structure prior.
+
+    p = 0.5 + σ(structure_prior · scale_from_structure), 1 without a prior
+
+    Trainable: v1's, and ``scale_from_structure`` [structure_dim], zeros: p starts at 1.
+
+    Args:
+        base_weight: [d_out, d_in], the frozen weight.
+        rank: r.
+        alpha: α.
+        structure_dim: width of the prior.
+        **hylorada: what `HyLoRADALinear` takes besides.
+    """
+
+    def __init__(
+        self, base_weight: Tensor, rank: int = 8, alpha: float = 16.0, *, structure_dim: int = 32, **hylorada
+    ) -> None:
+        super().__init__(base_weight, rank, alpha, **hylorada)
+        self.scale_from_structure = nn.Parameter(self.magnitude.new_zeros(structure_dim))
+
+    def forward(
+        self, x: Tensor, base_output: Tensor, base_weight: Tensor, structure_prior: Tensor | None = None
+    ) -> Tensor:
+        """y = (base + δ·p)·c.
+
+        Args:
+            x: [batch, seq, d_in], the frozen layer's input.
+            base_output: [batch, seq, d_out], what the frozen layer gave.
+            base_weight: [d_out, d_in], its weight.
+            structure_prior: [batch, seq, structure_dim], from a `StructureEncoder`.
+
+        Returns:
+            [batch, seq, d_out] in the dtype of ``x``.
+
+        Raises:
+            DataError: the prior has another shape.
+        """
+        if structure_prior is None:
+            return self.adapted(x, base_output, base_weight)
+        expected = (*x.shape[:-1], len(self.scale_from_structure))
+        if structure_prior.shape != expected:
+            raise DataError(
+                "structure_prior is [batch, seq, structure_dim], one row for every token of x",
+                f"structure_prior {tuple(structure_prior.shape)}, expected {expected}",
+                "Give the encoder the positions of the same tokens, and hidden_size=structure_dim.",
+            )
+        p = 0.5 + torch.sigmoid(structure_prior @ self.scale_from_structure)
+        return self.adapted(x, base_output, base_weight, p[..., None])
+
+
+class HyLoRADAUnified(HyLoRADALinear):
+    """HyLoRADA whose update is turned up or down by the position of the token.
+
+    p = 1 + σ(position_scale)·t,  t = tanh(position_bias[bucket(position)])
+
+    Trainable: v1's, and the scalar ``position_scale``, 0; `PositionBias` is shared by all layers, and counted
+    once, where it is.
+
+    Args:
+        base_weight: [d_out, d_in], the frozen weight.
+        rank: r.
+        alpha: α.
+        position_bias: the model's one `PositionBias`.
+        **hylorada: what `HyLoRADALinear` takes besides.
+    """
+
+    def __init__(
+        self,
+        base_weight: Tensor,
+        rank: int = 8,
+        alpha: float = 16.0,
+        *,
+        position_bias: PositionBias,
+        **hylorada,
+    ) -> None:
+        super().__init__(base_weight, rank, alpha, **hylorada)
+        self.position_bias = position_bias
+        self.position_scale = nn.Parameter(self.magnitude.new_tensor(0.0))
+
+    def forward(
+        self, x: Tensor, base_output: Tensor, base_weight: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """y = (base + δ·p)·c.
+
+        Args:
+            x: [batch, seq, d_in], the frozen layer's input.
+            base_output: [batch, seq, d_out], what the frozen layer gave.
+            base_weight: [d_out, d_in], its weight.
+            positions: [batch, seq] position ids; 0, 1, 2 … when None.
+
+        Returns:
+            [batch, seq, d_out] in the dtype of ``x``.
+
+        Raises:
+            DataError: the positions are negative or have another shape.
+        """
+        if positions is None:
+            positions = default_positions(*x.shape[:2])
+        check_positions(positions, *x.shape[:2])
+        p = 1 + torch.sigmoid(self.position_scale) * self.position_bias(positions)
+        return self.adapted(x, base_output, base_weight, p[..., None])

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from hylorada_torch.linear import DoRALinear, HyLoRADALinear, LoRALinear
+from hylorada_jax.errors import ConfigError, DataError
+from hylorada_torch.linear import (
+    DoRALinear,
+    HyLoRADALinear,
+    HyLoRADAUnified,
+    HyLoRADAv2Linear,
+    LoRALinear,
+)
+from hylorada_torch.position import PositionBias, position_buckets
 
 KINDS = (LoRALinear, DoRALinear, HyLoRADALinear)
 # Float64 sums of a few dozen products of order 1, in two orders.
@@ -178,3 +186,58 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(kind):
     y = adapter(x, base, weight)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, adapter(x.float(), base.float(), weight.float()).bfloat16())
+
+
+# v2 and Unified: what they add to v1 is p, the scale of the update per token.
+
+
+def test_the_structure_prior_scales_the_update_token_by_token():
+    adapter, x, base, weight = case(HyLoRADAv2Linear, structure_dim=6)
+    v1, *_ = case(HyLoRADALinear)
+    copy_shared(adapter, v1)
+    prior = torch.randn(2, 4, 6, dtype=torch.float64)
+    p = 0.5 + 1 / (1 + np.exp(-(prior.numpy() @ adapter.scale_from_structure.detach().numpy())))
+    c = v1.column_scale(weight)
+    update = v1(x, base, weight) - base * c
+    assert_close(adapter(x, base, weight, prior), base * c + torch.from_numpy(p)[..., None] * update)
+    assert torch.equal(adapter(x, base, weight), v1(x, base, weight))
+    fresh = HyLoRADAv2Linear(weight, structure_dim=6)
+    assert fresh.scale_from_structure.tolist() == [0.0] * 6
+    with pytest.raises(DataError, match="structure_dim"):
+        adapter(x, base, weight, prior[..., 1:])
+
+
+def test_positions_scale_the_update_token_by_token():
+    shared = PositionBias(torch.float64)
+    adapter, x, base, weight = case(HyLoRADAUnified, position_bias=shared)
+    v1, *_ = case(HyLoRADALinear)
+    copy_shared(adapter, v1)
+    positions = torch.tensor([[0, 1, 40, 9], [3, 2, 2, 2000]])
+    t = torch.tanh(shared.position_bias[torch.from_numpy(position_buckets(positions.numpy()))])
+    p = 1 + torch.sigmoid(adapter.position_scale) * t
+    c = v1.column_scale(weight)
+    update = v1(x, base, weight) - base * c
+    assert_close(adapter(x, base, weight, positions), base * c + p[..., None] * update)
+    counted = torch.arange(4).expand(2, 4)
+    assert torch.equal(adapter(x, base, weight), adapter(x, base, weight, counted))
+    with pytest.raises(DataError, match="Position ids"):
+        adapter(x, base, weight, -positions)
+
+
+def test_parameters_of_one_square_layer():
+    def count(kind, d, **options):
+        return sum(p.numel() for p in kind(torch.empty(d, d), 8, **options).parameters(recurse=False))
+
+    # The table of method.md §8.
+    assert count(HyLoRADALinear, 768) == 13_058
+    assert count(HyLoRADAv2Linear, 768, structure_dim=32) == 13_090
+    assert count(HyLoRADAUnified, 768, position_bias=PositionBias()) == 13_059
+    assert sum(p.numel() for p in PositionBias().parameters()) == 64
+    assert count(HyLoRADALinear, 896) == 15_234
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_v2_takes_a_prior(kind):
+    adapter, x, base, weight = case(kind)
+    with pytest.raises(ConfigError, match="HyLoRADAv2Linear"):
+        adapter(x, base, weight, torch.zeros(2, 4, 32))

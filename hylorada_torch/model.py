@@ -1,5 +1,6 @@
 """A torch language model with adapters."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,21 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError
+from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
+from hylorada_torch.forward_pass import ForwardPass
+from hylorada_torch.position import check_positions, default_positions
 from hylorada_torch.surgery import attach_adapters
 
 
 class HyLoRADAModel(nn.Module):
-    """A frozen base model whose targeted linear layers carry trainable adapters.
+    """A frozen base model with every component of the method that the config names.
 
     Args:
         base_model: a torch model, such as GPT2LMHeadModel or LlamaForCausalLM of transformers; it is frozen
-            and changed in place.
+            and changed in place. Called through its HyLoRADAModel from then on.
         config: what is adapted, and how.
         seed: of the adapters' random initial values.
 
     Raises:
-        NotBuiltError, ModelError, TargetError: as `attach_adapters`.
+        ModelError, TargetError, ConfigError: as `attach_adapters`.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -34,20 +37,92 @@ class HyLoRADAModel(nn.Module):
     def __init__(self, base_model: nn.Module, config: HyLoRADAConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self._adapters = attach_adapters(base_model, config, seed=seed)
+        self._attached = attach_adapters(base_model, config, seed=seed)
+        self.structure_encoder = self._attached.structure_encoder
         self.base_model = base_model
+        self._base_config = getattr(base_model, "config", None)
+        self.train(base_model.training)
 
-    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """The base model's own output, logits among it, for input_ids [batch, seq] and its other inputs."""
-        return self.base_model(input_ids, **inputs)
+    def forward(
+        self,
+        input_ids: Tensor,
+        structure_ids: Tensor | None = None,
+        structure_positions: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The base model's own output, logits among it.
+
+        Args:
+            input_ids: [batch, seq].
+            structure_ids: [batch, seq], what the domain knows of each token; method hylorada_v2 alone.
+            structure_positions: [batch, seq] where each token stands for the structure encoder (hours of the
+                calendar, say); its position id when None.
+            **inputs: the base model's other inputs. ``position_ids`` default to counting from the first real
+                token of ``attention_mask``, on after a cache (BERT: from the left). The base model makes a
+                cache only where ``use_cache=True`` asks for one.
+
+        Raises:
+            ConfigError: structure is given to a model without an encoder.
+            DataError: positions or structure_ids are negative or have another shape.
+        """
+        positions = self._positions(input_ids, inputs)
+        key_positions = self._key_positions(positions, inputs.get("past_key_values"))
+        prior = self._prior(positions, structure_ids, structure_positions)
+        takes = inspect.signature(self.base_model.forward).parameters
+        if "position_ids" in takes:
+            inputs["position_ids"] = positions
+        if "use_cache" in takes:
+            inputs.setdefault("use_cache", False)
+        current = ForwardPass(positions, key_positions, prior)
+        if getattr(self._base_config, "is_encoder_decoder", False):
+            current = ForwardPass(None, None, None)  # each stack counts its own tokens from 0
+        with self._attached.passes.running(current):
+            output = self.base_model(input_ids, **inputs)
+        if (cache := getattr(output, "past_key_values", None)) is not None:
+            cache.position_ids = key_positions  # for the next tokens
+        return output
+
+    def _positions(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        batch, seq = input_ids.shape[:2]
+        if (given := inputs.get("position_ids")) is not None:
+            check_positions(given, batch, seq)
+            return given
+        past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        total = seq if past is None else past.get_seq_length() + seq
+        from_the_left = getattr(self._base_config, "model_type", None) == "bert"
+        if mask is not None and (from_the_left or mask.ndim != 2):
+            mask = None
+        return default_positions(batch, total, mask)[:, -seq:].to(input_ids.device)
+
+    @staticmethod
+    def _key_positions(positions: Tensor, past: Any) -> Tensor:
+        if past is None or past.get_seq_length() == 0:
+            return positions
+        if not hasattr(past, "position_ids"):
+            raise ModelError(
+                "A cache goes on from a forward pass of HyLoRADAModel, which keeps its keys' positions there",
+                "past_key_values of another origin",
+                "Make it by calling the HyLoRADAModel with use_cache=True.",
+            )
+        return torch.cat([past.position_ids, positions], dim=1)
+
+    def _prior(
+        self, positions: Tensor, structure_ids: Tensor | None, structure_positions: Tensor | None
+    ) -> Tensor | None:
+        if self.structure_encoder is not None:
+            where = positions if structure_positions is None else structure_positions
+            return self.structure_encoder(where, structure_ids, seq_len=self.config.structure_seq_len)
+        if structure_ids is not None or structure_positions is not None:
+            raise ConfigError(
+                "Only a model with a structure encoder takes structure_ids and structure_positions",
+                f"method={self.config.method!r}",
+                "Choose method='hylorada_v2', or leave them out.",
+            )
+        return None
 
     def adapters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters, named ``<layer>.<leaf>``: ``model.layers.0.self_attn.q_proj.lora_A``."""
-        return {
-            f"{name}.{leaf}": parameter
-            for name, adapter in self._adapters.items()
-            for leaf, parameter in adapter.named_parameters()
-        }
+        """The trainable parameters, named ``<place>.<leaf>``: ``model.layers.0.self_attn.q_proj.lora_A``."""
+        return self._attached.parameters()
 
     def load_adapters(self, values: Mapping[str, Tensor]) -> None:
         """Set every trainable parameter.

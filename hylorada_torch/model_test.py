@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError
+from hylorada_torch.conftest import CAUSAL_MODELS, INPUT_IDS, base_model, randomize
 from hylorada_torch.model import HyLoRADAModel
 
 
@@ -46,3 +49,119 @@ def test_print_trainable_parameters(capsys):
     small_model().print_trainable_parameters()
     # 2·4 + 6·2 + 6 + 2 and 2·6 + 3·2 + 3 + 2 adapter parameters; 4·6 + 6 + 6·3 frozen ones.
     assert capsys.readouterr().out == "trainable params: 51 || all params: 99 || trainable%: 51.5152\n"
+
+
+# In a whole model: positions, masks, caches, groups. All weights and adapters are random, in float64.
+
+METHODS: dict[str, dict[str, Any]] = {
+    "unified": {"method": "hylorada", "sparse_enabled": True, "s2_attn_enabled": True, "s2_group_size": 4},
+    "v2": {"method": "hylorada_v2", "structure_seq_len": 16},
+}
+WINDOW = 5  # of conftest's Mistral
+
+
+def random_model(name, method="unified"):
+    model = HyLoRADAModel(base_model(name), HyLoRADAConfig(lora_rank=3, **METHODS[method]))
+    randomize(model.adapters().values())
+    return model
+
+
+def same(got, expected):
+    # Rounding of a few float64 matrix products, logits of order 1, in sums of another order.
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+def test_padding_packing_and_a_cache_give_the_numbers_of_the_plain_sequence(name, method):
+    model = random_model(name, method)
+    a, b = INPUT_IDS[:1, :4], INPUT_IDS[1:, :5]
+    with torch.no_grad():
+        plain_a, plain_b = model(a).logits, model(b).logits
+        pad, keep = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 5, dtype=torch.long)
+        left = model(torch.cat([pad, b], 1), attention_mask=torch.cat([pad, keep], 1)).logits
+        right = model(torch.cat([b, pad], 1), attention_mask=torch.cat([keep, pad], 1)).logits
+        restart = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+        packed = model(torch.cat([a, b], 1), position_ids=restart).logits
+        same(left[:, 3:], plain_b)
+        same(right[:, :5], plain_b)
+        same(packed, torch.cat([plain_a, plain_b], 1))
+        # Token by token, after a padded prompt.
+        mask = torch.cat([pad, keep], 1)
+        output = model(torch.cat([pad, b], 1)[:, :6], attention_mask=mask[:, :6], use_cache=True)
+        steps = [output.logits]
+        for end in (7, 8):
+            inputs = {"attention_mask": mask[:, :end], "past_key_values": output.past_key_values}
+            output = model(b[:, end - 4 : end - 3], use_cache=True, **inputs)
+            steps.append(output.logits)
+        same(torch.cat(steps, 1)[:, 3:], plain_b)
+        output = model(a[:, :3], use_cache=True)
+        same(model(a[:, 3:], past_key_values=output.past_key_values).logits, plain_a[:, 3:])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+def test_which_logits_a_token_reaches(name, training):
+    """Two layers: in training groups of 4 and groups shifted by 2, else all that are not earlier."""
+    model = random_model(name).train(training)
+    model.base_model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "AdaptedAttention":
+            module.train(training)
+    seq = INPUT_IDS.shape[1]
+    ahead = torch.ones(seq, seq, dtype=torch.bool).tril()
+    slots = torch.arange(seq)
+    if name == "mistral":
+        ahead &= slots[:, None] - slots < WINDOW
+    seen = ahead
+    if training:
+        plain, shifted = slots // 4, (slots + 2) // 4
+        seen = ahead & ((plain[:, None] == plain) | (shifted[:, None] == shifted))
+    expected = (seen.int() @ seen.int()) > 0
+    with torch.no_grad():
+        before = model(INPUT_IDS).logits
+        for token in range(seq):
+            other = INPUT_IDS.clone()
+            other[:, token] = (other[:, token] + 1) % 31
+            moved = (model(other).logits != before).any(-1)
+            assert torch.equal(moved, expected[:, token].expand(2, -1)), token
+
+
+def test_structure_changes_the_numbers_and_is_computed_from_what_is_given():
+    model = random_model("llama", "v2")
+    ids = INPUT_IDS % 7
+    positions = torch.arange(9).expand(2, 9)
+    with torch.no_grad():
+        plain = model(INPUT_IDS).logits
+        assert not torch.equal(model(INPUT_IDS, structure_ids=ids).logits, plain)
+        assert not torch.equal(model(INPUT_IDS, structure_positions=positions + 0.5).logits, plain)
+        assert torch.equal(model(INPUT_IDS, structure_positions=positions).logits, plain)
+        calls = []
+        model.structure_encoder.register_forward_hook(lambda *call: calls.append(call))
+        model(INPUT_IDS)
+        assert len(calls) == 1
+
+
+def test_what_a_forward_pass_cannot_take_is_refused():
+    model = random_model("llama")
+    for structure in ({"structure_ids": INPUT_IDS}, {"structure_positions": INPUT_IDS}):
+        with pytest.raises(ConfigError, match="hylorada_v2"):
+            model(INPUT_IDS, **structure)
+    with pytest.raises(DataError, match="structure_ids"):
+        random_model("llama", "v2")(INPUT_IDS, structure_ids=INPUT_IDS[:, 1:])
+    with pytest.raises(DataError, match="structure_prior"):
+        random_model("llama", "v2")(INPUT_IDS, structure_positions=INPUT_IDS[:, 1:])
+    for positions in (-INPUT_IDS, INPUT_IDS[:1]):
+        with pytest.raises(DataError, match="Position ids"):
+            model(INPUT_IDS, position_ids=positions)
+    with pytest.raises(ModelError, match="HyLoRADAModel"):
+        model.base_model(INPUT_IDS)
+    cache = base_model("llama")(INPUT_IDS, use_cache=True).past_key_values
+    with pytest.raises(ModelError, match="cache"):
+        model(INPUT_IDS[:, :1], past_key_values=cache)
+
+
+def test_a_model_starts_in_its_base_s_mode():
+    config = HyLoRADAConfig(lora_dropout=0.5)
+    assert not any(module.training for module in HyLoRADAModel(base_model("gpt2"), config).modules())
+    assert all(module.training for module in HyLoRADAModel(base_model("gpt2").train(), config).modules())

@@ -1,7 +1,7 @@
 """LoRA+ and the parameter groups: which leaf learns at which rate, and which leaves decay."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,33 +12,73 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
 
+
+class Group(NamedTuple):
+    """A row of the table in method.md §7: its own peak rate, or None for the run's; and whether it decays."""
+
+    rate: float | None = None
+    decays: bool = False
+
+
+GROUPS = {
+    "lora_A": Group(decays=True),
+    "lora_B": Group(decays=True),  # at the run's rate times lora_plus_ratio
+    "magnitude": Group(),
+    "gate": Group(),
+    "daa": Group(rate=1e-3),
+    "sparse": Group(rate=2e-4, decays=True),
+    "sparse_gate": Group(rate=2e-4),
+    "unfrozen": Group(decays=True),
+    "unfrozen_norm": Group(),
+}
+# What serves the whole model stands at the top, and goes by its place.
+LABEL_OF_PLACE = {"position_bias": "gate", "structure_encoder": "gate"}
 LABEL_OF_LEAF = {
     "lora_A": "lora_A",
     "lora_B": "lora_B",
     "magnitude": "magnitude",
     "magnitude_gate": "gate",
     "residual_weight": "gate",
+    "position_scale": "gate",
+    "scale_from_structure": "gate",
+    "alpha": "daa",
+    "beta": "daa",
+    "position_bias": "daa",
+    "down": "sparse",
+    "up": "sparse",
+    "gate_scores": "sparse_gate",
 }
-DECAYING = ("lora_A", "lora_B")
 
 
-def label(name: str) -> str:
-    """The group of a trainable parameter, by the last part of its name.
+def label(name: str, parameter: nn.Parameter) -> str:
+    """The group of a trainable parameter, by its place and the last part of its name.
+
+    An unfrozen ``weight`` is an embedding's if it is a matrix, and a norm's if it is a vector.
 
     Args:
         name: as `HyLoRADAModel.adapters` has it.
+        parameter: the parameter.
 
     Raises:
         ConfigError: the parameter belongs to no group.
 
     Example:
-        >>> label("model.layers.0.self_attn.q_proj.residual_weight")
+        >>> label("model.layers.0.self_attn.q_proj.residual_weight", nn.Parameter(torch.tensor(0.1)))
         'gate'
+        >>> label("model.layers.0.self_attn.position_bias", nn.Parameter(torch.zeros(64, 4)))
+        'daa'
+        >>> label("model.norm.weight", nn.Parameter(torch.ones(8)))
+        'unfrozen_norm'
     """
-    leaf = name.rsplit(".", 1)[-1]
+    place, leaf = name.split(".")[0], name.split(".")[-1]
+    if place in LABEL_OF_PLACE:
+        return LABEL_OF_PLACE[place]
+    if leaf in ("weight", "bias"):
+        return "unfrozen" if parameter.ndim == 2 else "unfrozen_norm"
     if leaf not in LABEL_OF_LEAF:
         raise ConfigError(
-            f"Every trainable parameter belongs to a group: {', '.join(LABEL_OF_LEAF)}",
+            f"Every trainable parameter belongs to a group: {', '.join(LABEL_OF_LEAF)}, weight, bias, or a "
+            f"place {', '.join(LABEL_OF_PLACE)}",
             name,
             "Add the leaf to the table in hylorada_torch/optimizer.py.",
         )
@@ -50,7 +90,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """One AdamW parameter group per label: its parameters, its peak rate ``lr`` and its ``weight_decay``.
 
-    lora_B learns ``lora_plus_ratio`` times as fast as the rest (LoRA+); lora_A and lora_B alone decay.
+    lora_B learns ``lora_plus_ratio`` times as fast as lora_A (LoRA+); matrices decay, gates and norms do not.
 
     Args:
         adapters: the trainable parameters by name.
@@ -63,14 +103,14 @@ def parameter_groups(
     Reference:
         Hayou et al., "LoRA+", 2024; method.md §7.
     """
-    labels = {name: label(name) for name in adapters}
+    labels = {name: label(name, parameter) for name, parameter in adapters.items()}
     ratio = config.lora_plus_ratio if config.lora_plus_enabled else 1.0
     return [
         {
             "name": group,
             "params": [parameter for name, parameter in adapters.items() if labels[name] == group],
-            "lr": training.learning_rate * (ratio if group == "lora_B" else 1.0),
-            "weight_decay": training.weight_decay if group in DECAYING else 0.0,
+            "lr": (GROUPS[group].rate or training.learning_rate) * (ratio if group == "lora_B" else 1.0),
+            "weight_decay": training.weight_decay if GROUPS[group].decays else 0.0,
         }
         for group in dict.fromkeys(labels.values())
     ]

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -5,8 +7,10 @@ from torch import nn
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
+from hylorada_torch.conftest import base_model
 from hylorada_torch.model import HyLoRADAModel
 from hylorada_torch.optimizer import clip_by_global_norm, make_optimizer, parameter_groups
+from hylorada_torch.structure import StructureEncoder
 
 TRAINING = TrainingConfig(output_dir="run", steps=4, learning_rate=1e-3, weight_decay=0.1, warmup_ratio=0.5)
 
@@ -31,6 +35,51 @@ def test_the_groups_are_the_table_of_method_md():
     }
     without = parameter_groups(adapters, TRAINING, HyLoRADAConfig(lora_plus_enabled=False))
     assert {group["lr"] for group in without} == {1e-3}
+
+
+def test_every_component_has_its_group():
+    config = HyLoRADAConfig(
+        method="hylorada",
+        target_modules=("q_proj",),
+        sparse_enabled=True,
+        train_embeddings=True,
+        train_norms=True,
+    )
+    adapters = HyLoRADAModel(base_model("qwen3"), config).adapters()
+    encoder = StructureEncoder()
+    adapters |= {f"structure_encoder.{name}": value for name, value in encoder.named_parameters()}
+    names = {id(parameter): name for name, parameter in adapters.items()}
+    groups = parameter_groups(adapters, TRAINING, config)
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(adapters)
+
+    def leaves(group):
+        # By what is left of a name without the layer: "0.self_attn.alpha" and "1.self_attn.alpha" are one.
+        return {re.sub(r"^model\.layers\.\d\.", "", names[id(p)]) for p in group["params"]}
+
+    q, attention, mlp = "self_attn.q_proj.", "self_attn.", "mlp.down_proj."
+    encoder_leaves = {name for name in adapters if name.startswith("structure_encoder.")}
+    gates = {
+        "position_bias",
+        *(f"{q}{leaf}" for leaf in ("magnitude_gate", "residual_weight", "position_scale")),
+    }
+    norms = {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.q_norm",
+        "self_attn.k_norm",
+        "model.norm",
+    }
+    assert {group["name"]: (leaves(group), group["lr"], group["weight_decay"]) for group in groups} == {
+        "lora_A": ({f"{q}lora_A"}, 1e-3, 0.1),
+        "lora_B": ({f"{q}lora_B"}, 1e-2, 0.1),
+        "magnitude": ({f"{q}magnitude"}, 1e-3, 0.0),
+        "gate": (gates | encoder_leaves, 1e-3, 0.0),
+        "daa": ({f"{attention}{leaf}" for leaf in ("alpha", "beta", "position_bias")}, 1e-3, 0.0),
+        "sparse": ({f"{mlp}down", f"{mlp}up"}, 2e-4, 0.1),
+        "sparse_gate": ({f"{mlp}gate_scores"}, 2e-4, 0.0),
+        "unfrozen": ({"model.embed_tokens.weight"}, 1e-3, 0.1),
+        "unfrozen_norm": ({f"{name}.weight" for name in norms}, 1e-3, 0.0),
+    }
 
 
 def test_a_parameter_without_a_group_is_an_error():

@@ -1,5 +1,6 @@
-"""Attaching adapters to a torch model: the targeted linear layers are replaced, in place."""
+"""Attaching adapters to a torch model, in place."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -8,15 +9,26 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ModelError, NotBuiltError
-from hylorada_jax.surgery.targets import layer_ranks, select_targets
-from hylorada_torch.linear import DoRALinear, HyLoRADALinear, LoRALinear
+from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.surgery.targets import layer_ranks, mlp_outputs, select_targets, self_attentions
+from hylorada_torch.forward_pass import Passes
+from hylorada_torch.hf_attention import AdaptedAttention, adapt_attention, check_attentions
+from hylorada_torch.linear import (
+    DoRALinear,
+    HyLoRADALinear,
+    HyLoRADAUnified,
+    HyLoRADAv2Linear,
+    LoRALinear,
+)
+from hylorada_torch.position import PositionBias
+from hylorada_torch.sparse import SparseAdapter
+from hylorada_torch.structure import StructureEncoder, TemporalStructureEncoder
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and its adapter.
 
-    y = (x Wᵀ + δ)·c + b, or (x Wᵀ + b + δ)·c when ``magnitude_scales_bias``.
+    y = (x Wᵀ + δ·p)·c + b, or (x Wᵀ + b + δ·p)·c when ``magnitude_scales_bias``.
 
     The bias stays outside the scaling because DoRA decomposes the weight alone; so does PEFT, and only so is
     a trained adapter also a DoRA adapter.
@@ -24,25 +36,44 @@ class AdaptedLinear(nn.Module):
     Args:
         base: an nn.Linear (weight [d_out, d_in]) or a GPT-2 Conv1D (weight [d_in, d_out]), bias or not.
         adapter: its adapter.
+        passes: tells the positions to `HyLoRADAUnified` and the structure prior to `HyLoRADAv2Linear`.
         magnitude_scales_bias: count the bias as part of what the adapter scales.
     """
 
     def __init__(
-        self, base: nn.Linear | Conv1D, adapter: LoRALinear, *, magnitude_scales_bias: bool = False
+        self,
+        base: nn.Linear | Conv1D,
+        adapter: LoRALinear,
+        passes: Passes,
+        *,
+        magnitude_scales_bias: bool = False,
     ) -> None:
         super().__init__()
         self.base = base
         self.adapter = adapter
+        self.passes = passes
         self.magnitude_scales_bias = magnitude_scales_bias
+
+    @property
+    def weight(self) -> Tensor:
+        """W [d_out, d_in], whose dtype T5 asks for."""
+        return base_weight(self.base)
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted output [..., d_out] of x [..., d_in]."""
-        weight, bias = base_weight(self.base), self.base.bias
+        bias = self.base.bias
         if bias is None:
-            return self.adapter(x, F.linear(x, weight), weight)
+            return self._adapt(x, F.linear(x, self.weight))
         if self.magnitude_scales_bias:
-            return self.adapter(x, F.linear(x, weight, bias), weight)
-        return self.adapter(x, F.linear(x, weight), weight) + bias
+            return self._adapt(x, F.linear(x, self.weight, bias))
+        return self._adapt(x, F.linear(x, self.weight)) + bias
+
+    def _adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        if isinstance(self.adapter, HyLoRADAv2Linear):
+            return self.adapter(x, base_output, self.weight, self.passes.current.structure_prior)
+        if isinstance(self.adapter, HyLoRADAUnified):
+            return self.adapter(x, base_output, self.weight, self.passes.current.positions)
+        return self.adapter(x, base_output, self.weight)
 
 
 def base_weight(layer: nn.Linear | Conv1D) -> Tensor:
@@ -50,48 +81,105 @@ def base_weight(layer: nn.Linear | Conv1D) -> Tensor:
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
-def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) -> dict[str, LoRALinear]:
-    """Freeze a model and put adapters on the linear layers that the config targets.
+@dataclasses.dataclass
+class Attached:
+    """What `attach_adapters` has put into a model.
 
     Args:
-        model: any torch module of nn.Linear and GPT-2 Conv1D layers; changed in place.
-        config: which layers, which adapter, which rank.
+        passes: where its layers look for the forward pass.
+        structure_encoder: the one encoder of a v2 model.
+        owners: (place, module): the module's own parameters train, and are named by the place.
+    """
+
+    passes: Passes
+    structure_encoder: StructureEncoder | None = None
+    owners: list[tuple[str, nn.Module]] = dataclasses.field(default_factory=list)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that trains, ``<place>.<leaf>``, in the order it was attached; what is shared is there once."""
+        named: dict[nn.Parameter, str] = {}
+        for place, module in self.owners:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                named.setdefault(parameter, f"{place}.{leaf}" if place else leaf)
+        return {name: parameter for parameter, name in named.items()}
+
+
+def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) -> Attached:
+    """Freeze a model and attach every component that the config names.
+
+    Args:
+        model: any torch module of nn.Linear and GPT-2 Conv1D layers, for linear adapters; of transformers,
+            for the rest. Changed in place.
+        config: what is attached, where, at which rank.
         seed: of the random initial values.
 
     Returns:
-        The adapters by the full name of the layer they adapt, in the model's order.
+        The trainable parameters and what a forward pass must provide.
 
     Raises:
-        NotBuiltError: the config asks for a component that the reference does not have yet.
-        ModelError: the model has adapters already.
-        TargetError: a pattern matches no linear layer.
+        ModelError: the model has adapters already, or its attention or dtype cannot be adapted.
+        TargetError: a pattern matches no linear layer, or there is no MLP or attention to adapt.
+        ConfigError: a component does not go with this kind of model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> list(attach_adapters(model, HyLoRADAConfig(method="dora", target_modules=("0",))))
-        ['0']
+        >>> list(attach_adapters(model, HyLoRADAConfig(method="dora", target_modules=("0",))).parameters())
+        ['0.lora_A', '0.lora_B', '0.magnitude']
     """
-    _check_built(config)
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+    if any(isinstance(part, (AdaptedLinear, AdaptedAttention, SparseAdapter)) for part in model.modules()):
         raise ModelError(
             "A model is adapted once", "a model with adapters attached", "Load the base model afresh."
         )
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    selected = select_targets(names, config)
-    generator = torch.Generator().manual_seed(seed)
-    model.requires_grad_(False)
-    adapters = {}
-    for name, rank in layer_ranks(selected, names, config).items():
-        base = model.get_submodule(name)
-        adapters[name] = _build_adapter(base_weight(base), rank, config, generator)
-        model.set_submodule(
-            name, AdaptedLinear(base, adapters[name], magnitude_scales_bias=config.magnitude_scales_bias)
+    if config.use_hylorada_v2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            "A structure prior belongs to one sequence of tokens",
+            "method='hylorada_v2' for an encoder-decoder model",
+            "Choose another method.",
         )
-    return adapters
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    ranks = layer_ranks(select_targets(names, config), names, config)
+    attentions = self_attentions(names) if config.daa_enabled or config.s2_attn_enabled else []
+    mlps = mlp_outputs(names) if config.sparse_enabled else []
+    unfrozen = _unfrozen(model, config)
+
+    check_attentions(model, attentions, config)
+
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    passes, position_bias = Passes(), PositionBias(dtype)
+    attached = Attached(passes)
+    if config.position_bias_enabled:
+        attached.owners.append(("", position_bias))
+    for name, rank in ranks.items():
+        base = model.get_submodule(name)
+        adapter = _build_linear(base_weight(base), rank, config, generator, position_bias)
+        scales_bias = config.magnitude_scales_bias
+        model.set_submodule(name, AdaptedLinear(base, adapter, passes, magnitude_scales_bias=scales_bias))
+        attached.owners.append((name, adapter))
+    for name in attentions:
+        if daa := adapt_attention(model, name, config, passes).daa:
+            attached.owners.append((name, daa))
+    for name in mlps:
+        attached.owners.append((name, _follow_by_sparse(model.get_submodule(name), config, generator, dtype)))
+    if config.use_hylorada_v2:
+        kind = TemporalStructureEncoder if config.structure_encoder_type == "temporal" else StructureEncoder
+        attached.structure_encoder = kind(config.structure_dim, generator=generator, dtype=dtype)
+        attached.owners.append(("structure_encoder", attached.structure_encoder))
+    for name, module in unfrozen:
+        module.requires_grad_(True)
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # else torch would give that row, and no other, no gradient
+        attached.owners.append((name, module))
+    return attached
 
 
-def _build_adapter(
-    weight: Tensor, rank: int, config: HyLoRADAConfig, generator: torch.Generator
+def _build_linear(
+    weight: Tensor,
+    rank: int,
+    config: HyLoRADAConfig,
+    generator: torch.Generator,
+    position_bias: PositionBias,
 ) -> LoRALinear:
     lora: dict[str, Any] = {
         "rank": rank,
@@ -102,26 +190,48 @@ def _build_adapter(
     }
     if config.linear == "lora":
         return LoRALinear(weight, **lora)
+    dora = lora | {"detach_norm": bool(config.detach_norm)}
     if config.linear == "dora":
-        return DoRALinear(weight, detach_norm=bool(config.detach_norm), **lora)
-    return HyLoRADALinear(
-        weight,
-        gate_init=config.gate_init,
-        residual_init=config.residual_init,
-        detach_norm=bool(config.detach_norm),
-        **lora,
+        return DoRALinear(weight, **dora)
+    hylorada = dora | {"gate_init": config.gate_init, "residual_init": config.residual_init}
+    if config.linear == "hylorada_v1":
+        return HyLoRADALinear(weight, **hylorada)
+    if config.linear == "hylorada_v2":
+        return HyLoRADAv2Linear(weight, structure_dim=config.structure_dim, **hylorada)
+    return HyLoRADAUnified(weight, position_bias=position_bias, **hylorada)
+
+
+def _follow_by_sparse(
+    layer: nn.Module, config: HyLoRADAConfig, generator: torch.Generator, dtype: torch.dtype
+) -> SparseAdapter:
+    """Let a sparse adapter act on the whole output of a layer, its bias and its own adapter included."""
+    base = layer.base if isinstance(layer, AdaptedLinear) else layer
+    layer.sparse = SparseAdapter(
+        len(base_weight(base)),
+        config.sparse_adapter_dim,
+        config.sparse_topk_ratio,
+        config.sparse_temperature,
+        config.sparse_dropout,
+        generator=generator,
+        dtype=dtype,
     )
+    layer.register_forward_hook(lambda layer, _, output: layer.sparse(output))
+    return layer.sparse
 
 
-def _check_built(config: HyLoRADAConfig) -> None:
-    asked = [
-        name
-        for name in ("position_bias_enabled", "daa_enabled", "sparse_enabled", "s2_attn_enabled")
-        if getattr(config, name)
+def _unfrozen(model: nn.Module, config: HyLoRADAConfig) -> list[tuple[str, nn.Module]]:
+    """The embeddings and norms that train themselves (LongLoRA)."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if (config.train_embeddings and isinstance(module, nn.Embedding))
+        or (config.train_norms and type(module).__name__.endswith(("LayerNorm", "RMSNorm")))
     ]
-    if asked or config.linear not in ("lora", "dora", "hylorada_v1"):
-        raise NotBuiltError(
-            "The reference has the methods lora, dora and hylorada_v1",
-            f"method={config.method!r} {' '.join(asked)}".rstrip(),
-            "Choose one of these methods and leave the other components off.",
+    narrow = {p.dtype for _, module in found for p in module.parameters()} - {torch.float32, torch.float64}
+    if narrow:
+        raise ModelError(
+            "Embeddings and norms train in place, in float32 at least",
+            f"{', '.join(map(str, narrow))}",
+            "Load the model in float32.",
         )
+    return found

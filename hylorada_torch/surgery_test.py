@@ -1,72 +1,175 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ModelError, NotBuiltError, TargetError
+from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.errors import ConfigError, ModelError, TargetError
+from hylorada_torch.conftest import CAUSAL_MODELS, INPUT_IDS, MODELS, base_model, randomize
 from hylorada_torch.model import HyLoRADAModel
 from hylorada_torch.surgery import AdaptedLinear, attach_adapters
 
-LLAMA_SIZES = {
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "vocab_size": 31,
+# Every method, and every component alone on LoRA.
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "daa": {"daa_enabled": True},
+    "daa, shared by the heads": {"daa_enabled": True, "daa_position_bias": True, "daa_per_head": False},
+    "sparse adapter": {"sparse_enabled": True},
+    "s2": {"s2_attn_enabled": True},
+    "embeddings": {"train_embeddings": True},
+    "norms": {"train_norms": True},
 }
-MODELS = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=31, n_positions=16)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(attention_bias=True, **LLAMA_SIZES)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA_SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA_SIZES)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA_SIZES)),
+CONFIGS = {
+    **{method: HyLoRADAConfig(method=method, lora_rank=3) for method in METHODS},
+    **{name: HyLoRADAConfig(method="lora", lora_rank=3, **settings) for name, settings in COMPONENTS.items()},
+    "temporal": HyLoRADAConfig(method="hylorada_v2", structure_encoder_type="temporal"),
+    "everything": HyLoRADAConfig(
+        method="hylorada",
+        target_modules=("all-linear",),
+        sparse_enabled=True,
+        s2_attn_enabled=True,
+        train_embeddings=True,
+        train_norms=True,
+    ),
 }
-INPUT_IDS = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-def base_model(name):
-    """A small random model in float64 whose biases are not zero."""
-    torch.manual_seed(0)
-    model = MODELS[name]().double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+def logits(model, name):
+    """Of a base or an adapted model."""
+    inputs = {"decoder_input_ids": INPUT_IDS.flip(1)} if name == "t5" else {}
+    return model(INPUT_IDS, **inputs).logits
 
 
-def randomize(parameters):
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+def refused(name, config):
+    """What does not apply to the models that are not causal."""
+    if name in CAUSAL_MODELS:
+        return False
+    return config.s2_attn_enabled or (name == "t5" and config.use_hylorada_v2)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "hylorada_v1"])
-@pytest.mark.parametrize("name", MODELS)
-def test_an_attached_model_computes_what_it_did_before(name, method):
+MAIN = ("gpt2", "llama", "qwen2")
+IDENTITY = [
+    *((name, case) for name in MAIN for case in CONFIGS),
+    *((name, case) for name in sorted({*MODELS} - {*MAIN}) for case in ("everything", "hylorada_v2")),
+    *((name, case) for name in ("bert", "t5") for case in ("hylorada", "sparse", "embeddings", "norms")),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), IDENTITY)
+def test_an_attached_model_computes_what_it_did_before(name, case):
     base = base_model(name)
-    before = base(INPUT_IDS).logits
-    model = HyLoRADAModel(base, HyLoRADAConfig(method=method, target_modules=("all-linear",)))
+    before = logits(base, name)
+    if refused(name, CONFIGS[case]):
+        with pytest.raises(ConfigError):
+            HyLoRADAModel(base, CONFIGS[case])
+        assert all(parameter.requires_grad for parameter in base.parameters())
+        return
+    model = HyLoRADAModel(base, CONFIGS[case])
     assert model.adapters()
-    # Rounding of a few float64 matrix products.
-    torch.testing.assert_close(model(INPUT_IDS).logits, before, rtol=1e-12, atol=1e-12)
+    # Rounding of a few float64 matrix products; T5's own softmax is in float32 whatever its dtype.
+    tolerance = 1e-5 if name == "t5" and CONFIGS[case].daa_enabled else 1e-12
+    torch.testing.assert_close(logits(model, name), before, rtol=tolerance, atol=tolerance)
+
+
+ALIVE = [
+    *((name, case) for name in MAIN for case in CONFIGS),
+    *((name, case) for name in ("bert", "t5") for case in ("hylorada", "sparse")),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), ALIVE)
+def test_every_component_comes_alive(name, case):
+    config = CONFIGS[case]
+    model = HyLoRADAModel(base_model(name), config).train()
+    adapters = model.adapters()
+    inputs = {"structure_ids": INPUT_IDS % 5} if config.use_hylorada_v2 else {}
+    inputs |= {"decoder_input_ids": INPUT_IDS.flip(1)} if name == "t5" else {}
+    optimizer = torch.optim.SGD(adapters.values(), lr=0.1)
+    first: dict[str, int] = {}  # the step, counted from 1, at which a leaf has a gradient for the first time
+    losses = []
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        loss = model(INPUT_IDS, **inputs).logits.log_softmax(-1)[..., 0].square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        for leaf, parameter in adapters.items():
+            assert parameter.grad is not None
+            if parameter.grad.abs().max() > 1e-14:
+                first.setdefault(leaf, step)
+    assert losses[0] != losses[1] != losses[2]
+    for leaf in adapters:
+        if leaf.endswith(".beta"):
+            assert leaf not in first  # a constant along the softmax
+        elif leaf.startswith("structure_encoder") or leaf.endswith("position_scale"):
+            assert first[leaf] == 3
+        else:
+            assert first[leaf] <= 2, leaf
+
+
+def test_only_what_is_enabled_has_parameters():
+    def kinds(config):
+        names = HyLoRADAModel(base_model("qwen2"), config).adapters()
+        return {name for name in names if "lora_" not in name and (".0." in name or name.count(".") < 3)}
+
+    layer = "model.layers.0."
+    norms = {f"{layer}input_layernorm.weight", f"{layer}post_attention_layernorm.weight", "model.norm.weight"}
+    daa = {f"{layer}self_attn.{leaf}" for leaf in ("alpha", "beta")}
+    assert kinds(CONFIGS["lora"]) == set()
+    assert kinds(CONFIGS["lorada"]) == daa
+    assert kinds(CONFIGS["s2"]) == set()
+    assert kinds(CONFIGS["longlora"]) == norms | {"model.embed_tokens.weight"}
+    assert kinds(CONFIGS["sparse"]) == {
+        f"{layer}mlp.down_proj.{leaf}" for leaf in ("down", "up", "gate_scores")
+    }
+    unified = kinds(CONFIGS["hylorada"])
+    assert {
+        "position_bias",
+        f"{layer}self_attn.position_bias",
+        f"{layer}self_attn.q_proj.position_scale",
+    } < unified
+    assert {"structure_encoder.gate", f"{layer}self_attn.v_proj.scale_from_structure"} < kinds(
+        CONFIGS["hylorada_v2"]
+    )
+
+
+QWEN = Qwen2Config(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        # The table of method.md §8.
+        ({"method": "lora"}, 540_672),
+        ({"method": "lorada"}, 1_082_016),
+        ({"method": "dora"}, 1_130_496),
+        ({"method": "hylorada_v1"}, 1_130_688),
+        # 96 layers with 32 more; 129·32 + 64·32 + 16 + 32 + 32 + 32·32 + 32 + 1 of the encoder.
+        ({"method": "hylorada_v2"}, 1_130_688 + 96 * 32 + 7313),
+        # 96 scalars, 64 shared, and 14·(2 + 64) in each of 24 layers.
+        ({"method": "hylorada"}, 1_130_688 + 96 + 64 + 24 * 14 * 66),
+        # 24 layers of 128·(2·896 + 1).
+        ({"method": "sparse"}, 24 * 128 * 1793),
+        # LoRA on q, k, v and o, the tied embedding once, and 49 norms.
+        ({"method": "longlora"}, 1_082_016 - 24 * 28 + 151_936 * 896 + 49 * 896),
+    ],
+)
+def test_counts(settings, count):
+    with torch.device("meta"):
+        base = Qwen2ForCausalLM(QWEN)
+    model = HyLoRADAModel(base, HyLoRADAConfig(**settings))
+    assert sum(parameter.numel() for parameter in model.adapters().values()) == count
 
 
 @pytest.mark.parametrize("scales_bias", [False, True])
@@ -154,7 +257,7 @@ def test_layer_ranks_and_alpha_follow_the_config():
     config = HyLoRADAConfig(
         method="lora", lora_rank=8, lora_alpha=24.0, rank_strategy="decreasing", use_rslora=True
     )
-    adapters = attach_adapters(base_model("gpt2"), config)
+    adapters: dict[str, Any] = dict(attach_adapters(base_model("gpt2"), config).owners)
     ranks = {name: adapter.lora_A.shape[0] for name, adapter in adapters.items()}
     assert ranks == {"transformer.h.0.attn.c_attn": 8, "transformer.h.1.attn.c_attn": 4}
     for adapter in adapters.values():
@@ -162,20 +265,56 @@ def test_layer_ranks_and_alpha_follow_the_config():
 
 
 def test_the_seed_alone_decides_the_initial_values():
+    config = HyLoRADAConfig(method="hylorada_v2", sparse_enabled=True)
     first, again, other = (
-        attach_adapters(base_model("gpt2"), HyLoRADAConfig(), seed=seed)["transformer.h.0.attn.c_attn"].lora_A
-        for seed in (0, 0, 1)
+        attach_adapters(base_model("gpt2"), config, seed=seed).parameters() for seed in (0, 0, 1)
     )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for leaf in ("transformer.h.0.attn.c_attn.lora_A", "transformer.h.0.mlp.c_proj.down"):
+        assert not torch.equal(first[leaf], other[leaf])
+
+
+def test_sparse_acts_on_the_whole_output_of_the_adapted_layer():
+    base = base_model("gpt2")
+    config = HyLoRADAConfig(target_modules=("mlp.c_proj",), sparse_enabled=True)
+    randomize(HyLoRADAModel(base, config).adapters().values())
+    layer: Any = base.transformer.h[0].mlp.c_proj  # an AdaptedLinear
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    assert torch.equal(layer(x), layer.sparse(layer.forward(x)))
+    assert not torch.equal(layer(x), layer.forward(x))
+
+
+def test_the_padding_row_of_an_embedding_trains_like_every_other():
+    model = HyLoRADAModel(base_model("bert"), CONFIGS["embeddings"])
+    embedding = model.base_model.get_submodule("bert.embeddings.word_embeddings")
+    weight = model.adapters()["bert.embeddings.word_embeddings.weight"]
+    gradient = torch.autograd.grad(embedding(torch.tensor([0])).sum(), weight)[0]
+    assert gradient[0].tolist() == [1.0] * 8  # transformers' BERT pads with token 0
+
+
+def test_another_model_of_the_same_config_keeps_its_attention():
+    base = base_model("llama")
+    other = type(base)(base.config).double().eval()
+    before = other(INPUT_IDS).logits
+    HyLoRADAModel(base, CONFIGS["lorada"])
+    assert torch.equal(other(INPUT_IDS).logits, before)
 
 
 def test_what_cannot_be_done_is_refused():
-    with pytest.raises(NotBuiltError, match="daa_enabled"):
-        attach_adapters(base_model("gpt2"), HyLoRADAConfig(method="lorada"))
     with pytest.raises(TargetError, match="attn"):
         attach_adapters(base_model("gpt2"), HyLoRADAConfig(target_modules=("c_atn",)))
-    model = base_model("gpt2")
-    attach_adapters(model, HyLoRADAConfig())
-    with pytest.raises(ModelError, match="once"):
-        attach_adapters(model, HyLoRADAConfig())
+    for settings, part in (({"daa_enabled": True}, "self-attention"), ({"sparse_enabled": True}, "MLP")):
+        config = HyLoRADAConfig.from_dict({"target_modules": ["0"], **settings})
+        with pytest.raises(TargetError, match=part):
+            attach_adapters(nn.Sequential(nn.Linear(2, 2)), config)
+    with pytest.raises(ModelError, match=r"float32[\s\S]*bfloat16"):
+        attach_adapters(base_model("gpt2").bfloat16(), CONFIGS["norms"])
+    base = base_model("gpt2")
+    base.transformer.h[1].attn.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(ModelError, match="scale_attn_by_inverse_layer_idx"):
+        attach_adapters(base, CONFIGS["daa"])
+    for case in ("lora", "sparse", "longlora"):
+        model = base_model("gpt2")
+        attach_adapters(model, CONFIGS[case])
+        with pytest.raises(ModelError, match="once"):
+            attach_adapters(model, CONFIGS["lora"])
