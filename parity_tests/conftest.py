@@ -30,7 +30,17 @@ DECODER_SIZES = {
 FAMILIES = {
     # Conv1D and a fused c_attn in torch, FlaxConv1D in HF's Flax model; biases everywhere.
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=VOCAB, n_positions=16)
+        GPT2Config(
+            n_layer=2,
+            n_head=2,
+            n_embd=8,
+            vocab_size=VOCAB,
+            n_positions=16,
+            # A frozen model runs deterministically in JAX, also in training.
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
     ),
     # The others load into our own decoder. Llama: biases on all four projections, an untied head.
     "llama": lambda: LlamaForCausalLM(
