@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
@@ -316,25 +317,25 @@ def attend(
     outputs = []
     middle = heads - heads // 2
     for pattern, first, last in zip(patterns, (0, middle), (middle, heads), strict=True):
-        # Where the cut is between two key-value heads each half takes its own; a shared one is repeated.
+        # Where the cut is between two key-value heads each half takes its own; else every query head's.
         per_kv = heads // kv_heads
-        read = range(first // per_kv, -(-last // per_kv))
-        if first % per_kv or last % per_kv:
-            read = [head // per_kv for head in range(first, last)]  # type: ignore[assignment]
-        half = None if daa is None else DAA(*(_heads(leaf, first, last) for leaf in daa))
-        own = jnp.asarray(list(read))
+        shared = first % per_kv == last % per_kv == 0
+        read = range(first // per_kv, last // per_kv) if shared else [h // per_kv for h in range(first, last)]
+        half = jax.tree.map(lambda leaf, own=slice(first, last): _heads(leaf, own), daa)
+        own = np.asarray(read)
         outputs.append(_over(pattern, query[:, :, first:last], key[:, :, own], value[:, :, own], half))
     return jnp.concatenate(outputs, axis=2)
 
 
-def _heads(leaf: Array | None, first: int, last: int) -> Array | None:
-    return leaf if leaf is None or leaf.shape[-1] == 1 else leaf[..., first:last]
+def _heads(leaf: Array, own: slice) -> Array:
+    """What a leaf of DAA has for some of the heads."""
+    return leaf if leaf.shape[-1] == 1 else leaf[..., own]
 
 
 def _over(pattern: Pattern, query: Array, key: Array, value: Array, daa: DAA | None) -> Array:
     def run(query: Array, key: Array, value: Array) -> Array:
-        positions = {"query_positions": pattern.query_positions, "key_positions": pattern.key_positions}
-        return attention(query, key, value, pattern.mask, daa=daa, **positions)
+        at, keys_at = pattern.query_positions, pattern.key_positions
+        return attention(query, key, value, pattern.mask, daa=daa, query_positions=at, key_positions=keys_at)
 
     if pattern.front is None:
         return run(query, key, value)

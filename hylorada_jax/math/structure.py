@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -140,7 +141,8 @@ def structure_prior(
     # Floored before the subtraction, which could round a float up to the next whole number.
     buckets = offset_buckets(structure_buckets(table.shape[0] // 2), jnp.floor(positions) - seq_len // 2)
     half = leaves["freq_scale"].shape[0]
-    falling = 10000.0 ** (-jnp.arange(half, dtype=dtype) / half)
+    # On the host in float64: at large positions a rounded frequency turns the wave by whole radians.
+    falling = jnp.asarray(10000.0 ** (-np.arange(half) / half), dtype)
     place = positions.astype(dtype)[..., None]
     e = jnp.take(table, buckets, axis=0, mode="clip")
     e = e + _waves(place * (jnp.abs(leaves["freq_scale"]) * falling))

@@ -13,9 +13,5 @@ def daa_of(module: nn.Module) -> DAA | None:
     """
     if not module.has_variable("hylorada", "alpha"):
         return None
-    return DAA(
-        *(
-            module.get_variable("hylorada", name) if module.has_variable("hylorada", name) else None
-            for name in DAA._fields
-        )
-    )
+    bias = module.get_variable("hylorada", "position_bias", None)
+    return DAA(module.get_variable("hylorada", "alpha"), module.get_variable("hylorada", "beta"), bias)

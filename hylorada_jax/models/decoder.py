@@ -9,7 +9,7 @@ float64), and norms, angles, softmax and logits in float32 at least.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
             key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
 
         def pattern(window: int | None) -> tuple[Pattern, ...]:
-            sees = {"key_valid": key_valid, "segment_ids": segment_ids, "window": window}
+            sees: dict[str, Any] = {"key_valid": key_valid, "segment_ids": segment_ids, "window": window}
             if groups is not None:
                 return shifted_patterns(position_ids, *groups, **sees)
             return full_pattern(causal_mask(slots, key_slots, **sees), position_ids, key_positions)

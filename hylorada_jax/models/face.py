@@ -15,9 +15,13 @@ class BaseModel(Protocol):
     groups, size and shift of shifted sparse attention's.
     """
 
-    # Whether packed documents, and shifted sparse attention, can be asked for.
-    supports_segments: bool
-    supports_groups: bool
+    @property
+    def supports_segments(self) -> bool:
+        """Packed documents can be kept apart."""
+
+    @property
+    def supports_groups(self) -> bool:
+        """Shifted sparse attention can be asked for."""
 
     @property
     def name(self) -> str:

@@ -111,7 +111,8 @@ def _fresh(site: Site, names: Array, norms: Array, config: HyLoRADAConfig, seed:
             case "linear":
                 return _fresh_linear(key, shapes, max(site.ranks), norm, config)
             case "sparse":
-                return sparse.init_leaves(key, *shapes["down"], dtype=norm.dtype)
+                units, hidden = shapes["down"]
+                return sparse.init_leaves(key, units, hidden, dtype=norm.dtype)
             case "structure_encoder":
                 leaves = structure.init_leaves(key, config.structure_dim, config.structure_encoder_type)
                 return {leaf: value.astype(norm.dtype) for leaf, value in leaves.items()}

@@ -124,7 +124,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             for name in _RESOLVED
             if module.has_variable(COLLECTION, name)
         }
-        y = self._adapted(module, *args, adapter) if "lora_A" in adapter else next_fun(*args, **kwargs)
+        y = self._adapted(module, args[0], adapter) if "lora_A" in adapter else next_fun(*args, **kwargs)
         return self._with_sparse(module, y, adapter) if "mask" in adapter else y
 
     def _tokens(self, context: Any, args: Any, kwargs: Any) -> _Pass | None:

@@ -1,7 +1,7 @@
 """Finding the modules of a Flax model that a component can attach to, without the model's weights."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -101,12 +101,7 @@ class Modules:
     @property
     def linear_names(self) -> list[str]:
         """The full names of all linear layers."""
-        return names_of(self.linears)
-
-
-def names_of(modules: Sequence[Module]) -> list[str]:
-    """The full names of some modules, layer by layer."""
-    return [name for module in modules for name in module.names]
+        return [name for module in self.linears for name in module.names]
 
 
 def subtree(tree: Tree, path: Path) -> Any:

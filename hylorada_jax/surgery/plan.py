@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math import linear_adapter, position, sparse, structure
-from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules, names_of
+from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules
 from hylorada_jax.surgery.targets import layer_ranks, mlp_outputs, select_targets
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -71,8 +71,8 @@ def plan(modules: Modules, config: HyLoRADAConfig) -> tuple[Site, ...]:
     """
     sites = _linear_sites(modules, config) if config.linear else []
     if config.position_bias_enabled:
-        shapes = {POSITION_BIAS: (position.NUM_BUCKETS,)}
-        sites.append(_everywhere("position_bias", Module((), ("",), False), shapes))
+        place = Module((), ("",), False)
+        sites.append(_everywhere("position_bias", place, {POSITION_BIAS: (position.NUM_BUCKETS,)}))
     if config.use_hylorada_v2:
         shapes = structure.leaf_shapes(config.structure_dim, config.structure_encoder_type)
         place = Module((STRUCTURE_ENCODER,), (STRUCTURE_ENCODER,), False)
@@ -98,49 +98,45 @@ def count_parameters(sites: Sequence[Site]) -> int:
     return sum(math.prod(shape) for site in sites for shapes in site.shapes for _, shape in shapes)
 
 
-def _site(component: str, module: Module, shapes_of: Callable[[str], Shapes | None]) -> list[Site]:
-    """The site of those layers of a module that have shapes; none where no layer has."""
-    shapes = {i: found for i, name in enumerate(module.names) if (found := shapes_of(name)) is not None}
-    if not shapes:
-        return []
-    return [Site(component, module, tuple(shapes), tuple(tuple(found.items()) for found in shapes.values()))]
+def _sites(
+    component: str,
+    modules: Sequence[Linear],
+    adapted: Collection[str],
+    shapes_of: Callable[[Linear, str], Shapes],
+) -> list[Site]:
+    """The sites of those modules that have an adapted layer, by the layers' names."""
+    sites = []
+    for module in modules:
+        layers = tuple(i for i, name in enumerate(module.names) if name in adapted)
+        shapes = tuple(tuple(shapes_of(module, module.names[i]).items()) for i in layers)
+        if layers:
+            sites.append(Site(component, module, layers, shapes))
+    return sites
 
 
 def _everywhere(component: str, module: Module, shapes: Shapes) -> Site:
-    return _site(component, module, lambda name: shapes)[0]
+    """The site of all layers of a module, which have the same leaves."""
+    count = len(module.names)
+    return Site(component, module, tuple(range(count)), (tuple(shapes.items()),) * count)
 
 
 def _linear_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:
     names = modules.linear_names
     ranks = layer_ranks(select_targets(names, config), names, config)
 
-    def shapes_of(module: Linear, name: str) -> Shapes | None:
-        if name not in ranks:
-            return None
+    def shapes(module: Linear, name: str) -> Shapes:
         return linear_adapter.leaf_shapes(
             str(config.linear), ranks[name], module.d_in, module.d_out, structure_dim=config.structure_dim
         )
 
-    return [
-        site
-        for module in modules.linears
-        for site in _site("linear", module, lambda name, module=module: shapes_of(module, name))
-    ]
+    return _sites("linear", modules.linears, ranks, shapes)
 
 
 def _sparse_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:
-    outputs = set(mlp_outputs(names_of(modules.linears)))
-    return [
-        site
-        for module in modules.linears
-        for site in _site(
-            "sparse",
-            module,
-            lambda name, hidden=module.d_out: (
-                sparse.leaf_shapes(config.sparse_adapter_dim, hidden) if name in outputs else None
-            ),
-        )
-    ]
+    def shapes(module: Linear, name: str) -> Shapes:
+        return sparse.leaf_shapes(config.sparse_adapter_dim, module.d_out)
+
+    return _sites("sparse", modules.linears, mlp_outputs(modules.linear_names), shapes)
 
 
 def _daa_shapes(module: Attention, config: HyLoRADAConfig) -> Shapes:

@@ -2,7 +2,7 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import TargetError
-from hylorada_jax.surgery.targets import layer_ranks, select_targets
+from hylorada_jax.surgery.targets import layer_ranks, mlp_outputs, select_targets, self_attentions
 
 LLAMA = [
     f"model.layers.{i}.{part}"
@@ -67,3 +67,36 @@ def test_ranks_follow_the_depth_of_the_whole_model():
     config = HyLoRADAConfig(lora_rank=8, rank_strategy="decreasing", target_modules=r".*\.[12]\..*q_proj")
     ranks = layer_ranks(select_targets(LLAMA, config), LLAMA, config)
     assert ranks == {"model.layers.1.self_attn.q_proj": 6, "model.layers.2.self_attn.q_proj": 4}
+
+
+@pytest.mark.parametrize(
+    ("block", "attention", "mlp"),
+    [
+        (["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], "attn", "mlp.c_proj"),
+        (
+            ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"],
+            "self_attn",
+            "mlp.down_proj",
+        ),
+        (
+            ["attention.self.query", "attention.output.dense", "crossattention.self.query", "output.dense"],
+            "attention.self",
+            "output.dense",
+        ),
+        (
+            ["layer.0.SelfAttention.q", "layer.1.EncDecAttention.q", "layer.2.DenseReluDense.wo"],
+            "layer.0.SelfAttention",
+            "layer.2.DenseReluDense.wo",
+        ),
+    ],
+)
+def test_self_attentions_and_mlp_outputs_of_every_family(block, attention, mlp):
+    names = [f"h.{depth}.{layer}" for depth in range(2) for layer in block]
+    assert self_attentions(names) == [f"h.{depth}.{attention}" for depth in range(2)]
+    assert mlp_outputs(names) == [f"h.{depth}.{mlp}" for depth in range(2)]
+
+
+@pytest.mark.parametrize("find", [self_attentions, mlp_outputs])
+def test_a_model_without_the_wanted_blocks_is_refused(find):
+    with pytest.raises(TargetError, match=r"fc\.\*"):
+        find(["fc.0", "fc.1", "attention.output.dense"])

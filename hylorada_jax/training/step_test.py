@@ -55,9 +55,22 @@ def plain_loss(model, adapters, batch, frozen):
     return jnp.where(targets >= 0, nll, 0).sum() / (targets >= 0).sum()
 
 
-@pytest.mark.parametrize(("microbatches", "tied"), [(1, True), (4, False)])
-def test_step_is_the_optimizer_on_the_mean_loss_whatever_the_microbatches(microbatches, tied):
-    model = tiny_model(tie_word_embeddings=tied)
+# What is not LoRA's: norms, a tied embedding that the loss reads too, gates, a bias for all layers.
+ALL_ON = HyLoRADAConfig(
+    method="hylorada",
+    lora_rank=2,
+    sparse_enabled=True,
+    sparse_adapter_dim=6,
+    train_embeddings=True,
+    train_norms=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "microbatches", "tied"), [(CONFIG, 1, True), (CONFIG, 4, False), (ALL_ON, 2, True)]
+)
+def test_step_is_the_optimizer_on_the_mean_loss_whatever_the_microbatches(config, microbatches, tied):
+    model = tiny_model(config, tie_word_embeddings=tied)
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
         adapters, frozen = wide(trained(model.adapters)), wide(model.frozen)
@@ -65,7 +78,7 @@ def test_step_is_the_optimizer_on_the_mean_loss_whatever_the_microbatches(microb
         training = TrainingConfig(
             output_dir="run", steps=10, batch_size=4, microbatches=microbatches, warmup_ratio=0.0
         )
-        optimizer = make_optimizer(adapters, training, CONFIG)
+        optimizer = make_optimizer(adapters, training, config)
         expected_loss, gradient = jax.value_and_grad(lambda a: plain_loss(model, a, batch, frozen))(adapters)
         updates, _ = optimizer.update(gradient, optimizer.init(adapters), adapters)
         expected = optax.apply_updates(adapters, updates)
@@ -82,7 +95,9 @@ def test_step_is_the_optimizer_on_the_mean_loss_whatever_the_microbatches(microb
             lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), state.adapters, expected
         )
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.adapters, adapters)
-        assert min(jax.tree.leaves(moved)) > 1e-5
+        # DAA's β has no gradient: the softmax does not see it.
+        by_path = jax.tree_util.tree_leaves_with_path(moved)
+        assert min(value for path, value in by_path if path[-1].key != "beta") > 1e-5
 
 
 def test_a_bfloat16_base_trains_float32_adapters():
