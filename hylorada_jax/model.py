@@ -15,10 +15,10 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.io import adapter_files
-from hylorada_jax.math.position import check_positions
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.face import as_base
 from hylorada_jax.models.generate import generate, pad_left
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
@@ -129,8 +129,8 @@ class HyLoRADAModel:
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
         if not self._enabled:
             return self.base(input_ids, **inputs)
-        if position_ids is not None:
-            check_positions(jnp.asarray(position_ids), input_ids.shape)
+        # Here, because under the jit below nobody sees the values.
+        check_range(input_ids.shape, position_ids, self.base.position_limit)
         told = {"structure_ids": structure_ids, "structure_positions": structure_positions}
         return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs, **told)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 _LEAVES = {"embed_tokens": "embedding", "lm_head": "embedding", "norm": "scale", "layernorm": "scale"}
 
@@ -21,7 +21,8 @@ def random_torch_model(
     """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**hf)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -13,11 +13,17 @@ def blocks(name):
 
 
 def test_an_adapter_in_a_network_of_ones_own_learns_the_change():
-    (code,) = blocks("docs/own_network.md")
     scope: dict = {}
-    exec(code, scope)
+    for code in blocks("docs/own_network.md"):
+        exec(code, scope)
     # The change to learn has the adapter's own form, so that nearly nothing need remain.
     assert scope["losses"][-1] < 0.01 * scope["losses"][0]
+    trained = scope["variables"]["params"]
+    assert {name: set(leaves) for name, leaves in trained.items() if name in ("daa", "position_bias")} == {
+        "daa": {"alpha", "beta", "position_bias"},
+        "position_bias": {"position_bias"},
+    }
+    assert all("position_scale" in trained[name] for name in "qkv")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import copy
 import pydoc_data.topics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ FLAX: dict[str, dict[str, Any]] = {
     "BertForCausalLM": SMALL | {"model_type": "bert", "num_hidden_layers": 2, "num_attention_heads": 4,
                                 "intermediate_size": 48, "is_decoder": True},
 }  # fmt: skip
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+      "relative_attention_num_buckets": 16, "relative_attention_max_distance": 16}  # fmt: skip
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5": T5 | {"model_type": "t5", "num_decoder_layers": 3},
+    "t5 v1.1": T5 | {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": T5 | {"model_type": "mt5"},
+}
 IDS = jnp.array(np.random.default_rng(0).integers(3, 64, (2, 20)))
 
 # float32, 2 or 3 layers, logits of order 1: the two frameworks' rounding.
@@ -110,6 +118,44 @@ def test_safetensors_of_hf_flax_families(architecture, tmp_path):
     np.testing.assert_allclose(model(IDS).logits, torch_logits(oracle), atol=TINY_ATOL, rtol=TINY_ATOL)
     half = load_model(tmp_path, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "BertForCausalLM"])
+def test_our_attention_in_hf_flax_models_in_float64(architecture, tmp_path):
+    oracle = random_torch_model(FLAX[architecture], attention="sdpa", gain=1.5)
+    oracle.save_pretrained(tmp_path)
+    oracle.config.architectures = [architecture]
+    oracle.config.save_pretrained(tmp_path)
+    make_float64(oracle)
+    lengths = (12, 20)
+    with jax.enable_x64(True):
+        face = as_base(load_model(tmp_path, dtype=jnp.float64))
+        mask = jnp.arange(20)[None] < jnp.array(lengths)[:, None]
+        logits = face(IDS, attention_mask=mask.astype(int)).logits
+    for row, ids, length in zip(logits, np.array(IDS), lengths, strict=True):
+        with torch.no_grad():
+            expected = oracle(torch.from_numpy(ids[None, :length])).logits[0].numpy()
+        # float64 rounding through two layers, logits of order 1 to 10.
+        np.testing.assert_allclose(row[:length], expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.filterwarnings("error:.*has no place for")
+def test_safetensors_of_t5(name, tmp_path):
+    oracle = random_torch_model(ENCODER_DECODERS[name])
+    oracle.save_pretrained(tmp_path, max_shard_size="20KB")
+    answer, mask = IDS[:, 3:12], jnp.ones_like(IDS).at[0, 15:].set(0).at[1, :4].set(0)
+    with torch.no_grad():
+        given = (torch.from_numpy(np.array(array)) for array in (IDS, mask, answer))
+        expected = oracle(
+            **dict(zip(("input_ids", "attention_mask", "decoder_input_ids"), given, strict=True))
+        )
+    model = load_model(tmp_path)
+    inputs = {"attention_mask": mask, "decoder_input_ids": answer}
+    for call in (model, partial(as_base(model).forward, {"params": model.params})):
+        np.testing.assert_allclose(
+            call(IDS, **inputs).logits, expected.logits, atol=TINY_ATOL, rtol=TINY_ATOL
+        )
 
 
 def test_gpt2_saved_without_its_head_as_on_the_hub(tmp_path):
@@ -208,6 +254,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2 scale_attn_weights": ({"scale_attn_weights": False}, "scale_attn_weights"),
     "gpt2 inverse layer": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
 }
+
+
+def test_longt5_is_refused_and_cannot_be_made():
+    config = transformers.LongT5Config(**T5)
+    with pytest.raises(ModelError, match=r"jnp\.clip"):
+        check_hf_flax(config)
+    with pytest.raises(TypeError, match="a_max"):
+        transformers.FlaxLongT5ForConditionalGeneration(config)
 
 
 def hf_flax_error(config, tmp_path) -> float:

@@ -17,6 +17,7 @@ from hylorada_jax.math.attention import default_positions
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.generate import generate
+from hylorada_jax.models.positions import check_range
 
 Variables = Mapping[str, Any]
 
@@ -137,6 +138,7 @@ class CausalLM:
 
     supports_segments = True
     supports_groups = True
+    position_limit = None
 
     @classmethod
     def from_config(
@@ -171,6 +173,7 @@ class CausalLM:
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> CausalLMOutput:
         """Logits of every token, compiled; the arguments are those of ``forward``."""
+        check_range(jnp.shape(input_ids), position_ids)
         logits = _jitted_logits(
             self.module, {"params": self.params}, input_ids, attention_mask, position_ids, segment_ids
         )

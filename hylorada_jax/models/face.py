@@ -24,6 +24,10 @@ class BaseModel(Protocol):
         """Shifted sparse attention can be asked for."""
 
     @property
+    def position_limit(self) -> int | None:
+        """Rows of the table of positions; None where they are computed."""
+
+    @property
     def name(self) -> str:
         """What the user loaded it by."""
 

@@ -1,26 +1,27 @@
-"""Hugging Face's Flax models behind the face of a base model. The only file that imports transformers."""
+"""Hugging Face's Flax models behind the face of a base model."""
+
+from __future__ import annotations
 
 import copy
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
-import transformers
-from flax.traverse_util import flatten_dict
-from jax import Array
-from jaxtyping import Float, Int
-from transformers import FlaxPreTrainedModel, PretrainedConfig
-from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
+from jaxtyping import Array, Float, Int
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.generate import check_settings
+from hylorada_jax.math.attention import default_positions
+from hylorada_jax.models.generate import check_settings, pad_left
+from hylorada_jax.models.hf_attention import SharedAttention
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
-from hylorada_jax.models.source import Source
-from hylorada_jax.models.weights import Slot, TreePath, Weights, check_match, load_tree, shorten
+from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.weights import TreePath
+
+if TYPE_CHECKING:
+    from transformers import FlaxPreTrainedModel, PretrainedConfig
 
 # Where a tied output embedding lies, for the families whose logits are exactly hidden · headᵀ.
 _EMBEDDINGS: dict[str, TreePath] = {
@@ -34,8 +35,11 @@ _EMBEDDINGS: dict[str, TreePath] = {
     "gemma": ("model", "embed_tokens"),
 }
 
-# Constants that old PyTorch checkpoints carry as tensors: causal masks, position numbers, rotary frequencies.
-_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
+# The families whose self-attention is ours and knows positions; of these, the causal ones take groups.
+_OURS = ("gpt2", "bert")
+_GROUPED = ("gpt2",)
+# Their learned tables of positions have max_position_embeddings rows.
+_TABLES = ("gpt2", "bert", "gpt_neo", "opt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +47,8 @@ class HFFlaxModel:
     """A Hugging Face Flax model with the face of a base model; its weights are shared, never copied.
 
     The frozen base runs deterministically, also in training: `rngs` reach the adapters, not its own dropout.
-    Defaults are Hugging Face's own; most families count positions from the first column, padded or not, so
-    left-padded batches need `position_ids`.
+    GPT-2 and BERT count positions from the first real token, so that padding on either side changes nothing.
+    The defaults of other families are Hugging Face's own: most need `position_ids` for left-padded batches.
 
     Args:
         model: the model; use `wrap`, which refuses those that are known to compute wrongly.
@@ -52,10 +56,23 @@ class HFFlaxModel:
 
     model: FlaxPreTrainedModel
 
-    supports_segments = False
+    @property
+    def supports_segments(self) -> bool:
+        """Whether it can keep packed documents apart."""
+        return self.config.model_type in _OURS
+
+    @property
+    def supports_groups(self) -> bool:
+        """Whether it can attend in the groups of shifted sparse attention."""
+        return self.config.model_type in _GROUPED
+
+    @property
+    def position_limit(self) -> int | None:
+        """Rows of its learned table of positions; None where it has no such table."""
+        return self.config.max_position_embeddings if self.config.model_type in _TABLES else None
 
     @classmethod
-    def wrap(cls, model: FlaxPreTrainedModel) -> "HFFlaxModel":
+    def wrap(cls, model: FlaxPreTrainedModel) -> HFFlaxModel:
         """The face of a model.
 
         Args:
@@ -141,6 +158,9 @@ class HFFlaxModel:
         variables: Mapping[str, Any],
         input_ids: Int[Array, "batch seq"],
         *,
+        position_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        groups: tuple[int, int] | None = None,
         rngs: Mapping[str, Array] | None = None,
         **inputs: Any,
     ) -> Any:
@@ -149,31 +169,66 @@ class HFFlaxModel:
         Args:
             variables: {"params": …}, and perhaps further collections, such as the adapters'.
             input_ids: tokens.
+            position_ids: positions; by default counted by ``default_positions`` for GPT-2 and BERT, and by
+                Hugging Face for others.
+            segment_ids: packed documents 1, 2, 3 …, 0 for padding; a token sees its own document only.
+            groups: size and shift of shifted sparse attention's groups; None: full attention.
             rngs: keys for dropout inside adapters.
-            inputs: what the model's own call takes: attention_mask, position_ids, decoder_input_ids …; those
-                that are None are left to its defaults.
+            inputs: what the model's own call takes: attention_mask, decoder_input_ids …; those that are None
+                are left to its defaults.
 
         Returns:
             The output of the model's class, with `.logits` where it has a head.
 
         Raises:
-            ModelError: packed documents, which these models cannot keep apart.
+            ModelError: packed documents or groups, which most of these models cannot keep apart.
+            DataError: a position that the model's table does not have.
         """
-        if inputs.pop("segment_ids", None) is not None:
+        input_ids = jnp.asarray(input_ids)
+        self._check_support(segment_ids, groups)
+        check_range(input_ids.shape, position_ids, self.position_limit)
+        if segment_ids is not None:
+            segment_ids = jnp.asarray(segment_ids)
+        if position_ids is None:
+            position_ids = self._counted(input_ids.shape, inputs.get("attention_mask"), segment_ids)
+        given = {"position_ids": position_ids, **inputs}
+        model = self._bound(variables, rngs or {}, segment_ids, groups)
+        return model(
+            input_ids, return_dict=True, **{name: value for name, value in given.items() if value is not None}
+        )
+
+    def _check_support(self, segment_ids: Any, groups: Any) -> None:
+        if segment_ids is not None and not self.supports_segments:
             raise ModelError(
                 "Packed documents need a model that keeps them apart.",
                 f"segment_ids for {type(self.model).__name__}",
-                "Use one document per row (padding instead of packing), or a model of the Llama family.",
+                "Use one document per row (padding instead of packing), or a Llama, GPT-2 or BERT model.",
             )
-        model = self._bound(variables, rngs or {})
-        given = {key: value for key, value in inputs.items() if value is not None}
-        return model(input_ids, return_dict=True, **given)
+        if groups is not None and not self.supports_groups:
+            raise ModelError(
+                "Shifted sparse attention needs a causal model whose attention is ours.",
+                f"groups={groups} for {type(self.model).__name__}",
+                "Leave groups out, or choose a model of the Llama family or GPT-2.",
+            )
 
-    def _bound(self, variables: Mapping[str, Any], rngs: Mapping[str, Array]) -> FlaxPreTrainedModel:
+    def _counted(self, shape: tuple[int, ...], mask: Any, segment_ids: Array | None) -> Array | None:
+        # BERT's multiple choice has three axes, and keeps Hugging Face's positions.
+        if self.config.model_type not in _OURS or len(shape) != 2 or (mask is None and segment_ids is None):
+            return None
+        mask = None if mask is None else jnp.asarray(mask, jnp.int32)
+        return default_positions(shape, attention_mask=mask, segment_ids=segment_ids)
+
+    def _bound(
+        self,
+        variables: Mapping[str, Any],
+        rngs: Mapping[str, Array],
+        segment_ids: Array | None = None,
+        groups: tuple[int, int] | None = None,
+    ) -> FlaxPreTrainedModel:
         # HF's call prepares the inputs of each family, but hands the module nothing besides "params": so it
         # gets a stand-in for the module, in a copy of the model, which adds the rest.
         model = copy.copy(self.model)
-        model._module = _Bound(self.model.module, variables, rngs)
+        model._module = _Bound(self.model.module, variables, rngs, segment_ids, groups)
         return model
 
     def generate(
@@ -191,7 +246,7 @@ class HFFlaxModel:
         """Continues prompts by Hugging Face's own generation; the settings are those of our decoder's.
 
         Args:
-            prompts: token ids, one list per prompt, of any lengths; padded on the left.
+            prompts: token ids, one list per prompt, of any lengths; what the encoder reads, if there is one.
             variables: as in `forward`; the model's own parameters when absent.
             max_new_tokens: tokens to add at most.
             temperature: 0 takes the most likely token.
@@ -204,9 +259,16 @@ class HFFlaxModel:
             The new tokens of every prompt, with the end token if one came.
         """
         check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
-        width = max(map(len, prompts))
-        ids = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
-        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int32)
+        ids = pad_left(prompts, bucket=False)
+        mask = pad_left([[1] * len(prompt) for prompt in prompts], bucket=False)
+        width = ids.shape[1]
+        if self.config.is_encoder_decoder:
+            # An encoder may count positions from the first column; the answer begins with one start token.
+            ids, mask = (
+                np.stack([np.roll(r, sum(m)) for r, m in zip(x, mask, strict=True)]) for x in (ids, mask)
+            )
+            width = 1
+        check_range((len(prompts), width + max_new_tokens), limit=self.position_limit)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
         model = self._bound(variables or {"params": self.params}, {})
         sequences = model.generate(
@@ -214,7 +276,8 @@ class HFFlaxModel:
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
-            eos_token_id=eos_token_id,
+            # For None Hugging Face takes the config's; this is beyond the last token, so none is it.
+            eos_token_id=self.config.vocab_size if eos_token_id is None else eos_token_id,
             pad_token_id=0 if eos_token_id is None else eos_token_id,
             prng_key=rng,
             **{name: value for name, value in sampling.items() if value is not None},
@@ -253,100 +316,21 @@ class HFFlaxModel:
         return path
 
 
+@dataclass(frozen=True)
 class _Bound:
-    """A module whose `apply` adds collections and rngs to what Hugging Face's call gives it."""
+    """A module whose `apply` adds to what Hugging Face's call gives it, and whose attention is ours."""
 
-    def __init__(self, module: nn.Module, variables: Mapping[str, Any], rngs: Mapping[str, Array]) -> None:
-        self.module, self.variables, self.rngs = module, variables, rngs
+    module: nn.Module
+    variables: Mapping[str, Any]
+    rngs: Mapping[str, Array]
+    segment_ids: Array | None
+    groups: tuple[int, int] | None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
     def apply(self, inputs: Mapping[str, Any], *args: Any, rngs: Mapping[str, Array], **kwargs: Any) -> Any:
-        return self.module.apply({**inputs, **self.variables}, *args, rngs={**rngs, **self.rngs}, **kwargs)
-
-
-def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
-    """A Flax model of transformers without weights, from the config alone.
-
-    Args:
-        source: a model directory.
-        dtype: of the computation.
-
-    Returns:
-        The model, of the Flax class that its config's `architectures` names.
-
-    Raises:
-        ModelError: transformers has no such Flax class, or it computes wrongly for this config.
-    """
-    if source.config.get("model_type") not in transformers.CONFIG_MAPPING:
-        raise _no_flax_class(source)
-    config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    config._name_or_path = source.name
-    architecture = (config.architectures or [""])[0]
-    flax_class = getattr(transformers, f"Flax{architecture}", None)
-    if not architecture or flax_class is None:
-        raise _no_flax_class(source)
-    check_hf_flax(config)
-    return flax_class(config, dtype=dtype, _do_init=False)
-
-
-def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTrainedModel:
-    """Load a Flax model of transformers from PyTorch's safetensors, one tensor at a time and without torch.
-
-    Args:
-        source: a model directory.
-        weights: its tensors.
-        dtype: of the weights and of the computation.
-
-    Returns:
-        The model, of the Flax class that its config's `architectures` names.
-
-    Raises:
-        ModelError: transformers has no such Flax class or it computes wrongly, or the weights do not fit.
-
-    Warns:
-        UserWarning: tensors that the class has no place for, such as a pooler or a second head.
-    """
-    model = empty_model(source, dtype)
-    config = model.config
-    leaves = {path: leaf.shape for path, leaf in flatten_dict(model.params_shape_tree).items()}
-    slots = _slots(leaves, weights, model.base_model_prefix)
-    check_match(leaves, slots, weights, lambda name: True, source.path)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    leftover = [n for n in weights.shapes if n not in slots and n not in tied and not _BUFFERS.search(n)]
-    if leftover:
-        warnings.warn(
-            f"{source.path}: {type(model).__name__} has no place for {shorten(leftover)}", stacklevel=3
-        )
-    model._is_initialized = True  # from here on the model accepts and gives out weights
-    model.params = load_tree(leaves, slots, weights, dtype)
-    return model
-
-
-def _no_flax_class(source: Source) -> ModelError:
-    return ModelError(
-        "A base model must be of the Llama family, or one that transformers has in Flax.",
-        f"{source.path}: model_type {source.config.get('model_type')!r}, "
-        f"architectures {source.config.get('architectures')}",
-        "Choose a Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-Neo, OPT, BERT or BART model.",
-    )
-
-
-def _slots(leaves: Mapping[TreePath, tuple[int, ...]], weights: Weights, prefix: str) -> dict[str, Slot]:
-    """PyTorch's names to their leaves, as transformers renames them; a leaf without one keeps its path."""
-    has_prefix = any(path[0] == prefix for path in leaves)
-    slots = {}
-    for name, shape in weights.shapes.items():
-        parts = tuple(name.split("."))
-        if not has_prefix and parts[0] == prefix:
-            parts = parts[1:]
-        stand_in = np.broadcast_to(np.float32(0), shape)  # only its shape is looked at; it takes no memory
-        path, _ = rename_key_and_reshape_tensor(parts, stand_in, leaves, prefix)
-        if path not in leaves:
-            path = (prefix, *path)
-        if path in leaves:
-            # A kernel comes from a PyTorch weight by transposition; what keeps its name stays as it is.
-            slots[name] = Slot(path, None, transpose=path[-1] == "kernel")
-    filled = {slot.path for slot in slots.values()}
-    return slots | {".".join(path): Slot(path) for path in leaves if path not in filled}
+        with SharedAttention(self.segment_ids, self.groups):
+            return self.module.apply(
+                {**inputs, **self.variables}, *args, rngs={**rngs, **self.rngs}, **kwargs
+            )

@@ -60,7 +60,7 @@ def _faults(config: Any) -> list[str]:
         faults[f"it uses the activation {used} instead of hidden_act={config.hidden_act}"] = (
             used != config.hidden_act
         )
-    if config.model_type in ("t5", "mt5", "longt5"):
+    if config.model_type == "longt5":
         faults["it calls jnp.clip(a_max=…), which jax no longer has"] = True
     if config.model_type == "gpt2":
         faults["it ignores scale_attn_weights=False"] = not config.scale_attn_weights

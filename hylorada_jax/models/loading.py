@@ -95,14 +95,14 @@ def model_init(name: str | Path) -> Callable[[Array], Any]:
 def _hf_flax(source: Source) -> ModuleType:
     """The file that imports transformers, where that is there to be imported."""
     try:
-        from hylorada_jax.models import hf_flax
+        from hylorada_jax.models import hf_flax_loading
     except ImportError as error:
         raise ModelError(
             "Models outside the Llama family need transformers, in a version that has Flax models.",
             f"model_type {source.config.get('model_type')!r}; {error}",
             "pip install 'transformers>=4.57,<5'",
         ) from error
-    return hf_flax
+    return hf_flax_loading
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:

@@ -1,0 +1,111 @@
+"""Loading Hugging Face's Flax models from PyTorch's files. The only file that imports transformers."""
+
+import re
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import transformers
+from flax.traverse_util import flatten_dict
+from transformers import FlaxPreTrainedModel
+from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.hf_flax_faults import check_hf_flax
+from hylorada_jax.models.hf_t5 import REPAIRED, RepairedT5, repair_t5
+from hylorada_jax.models.source import Source
+from hylorada_jax.models.weights import Slot, TreePath, Weights, check_match, load_tree, shorten
+
+# Constants that old PyTorch checkpoints carry as tensors: causal masks, position numbers, rotary frequencies.
+_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
+
+
+def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
+    """A Flax model of transformers without weights, from the config alone.
+
+    Args:
+        source: a model directory.
+        dtype: of the computation.
+
+    Returns:
+        The model, of the Flax class that its config's `architectures` names.
+
+    Raises:
+        ModelError: transformers has no such Flax class, or it computes wrongly for this config.
+    """
+    if source.config.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise _no_flax_class(source)
+    config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    config._name_or_path = source.name
+    architecture = (config.architectures or [""])[0]
+    flax_class = getattr(transformers, f"Flax{architecture}", None)
+    if not architecture or flax_class is None:
+        raise _no_flax_class(source)
+    check_hf_flax(config)
+    if config.model_type not in REPAIRED:
+        return flax_class(config, dtype=dtype, _do_init=False)
+    with repair_t5():  # the constructor traces the model
+        model = flax_class(config, dtype=dtype, _do_init=False)
+    model._module = RepairedT5(model.module)
+    return model
+
+
+def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTrainedModel:
+    """Load a Flax model of transformers from PyTorch's safetensors, one tensor at a time and without torch.
+
+    Args:
+        source: a model directory.
+        weights: its tensors.
+        dtype: of the weights and of the computation.
+
+    Returns:
+        The model, of the Flax class that its config's `architectures` names.
+
+    Raises:
+        ModelError: transformers has no such Flax class or it computes wrongly, or the weights do not fit.
+
+    Warns:
+        UserWarning: tensors that the class has no place for, such as a pooler or a second head.
+    """
+    model = empty_model(source, dtype)
+    config = model.config
+    leaves = {path: leaf.shape for path, leaf in flatten_dict(model.params_shape_tree).items()}
+    slots = _slots(leaves, weights, model.base_model_prefix)
+    check_match(leaves, slots, weights, lambda name: True, source.path)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    leftover = [n for n in weights.shapes if n not in slots and n not in tied and not _BUFFERS.search(n)]
+    if leftover:
+        warnings.warn(
+            f"{source.path}: {type(model).__name__} has no place for {shorten(leftover)}", stacklevel=3
+        )
+    model._is_initialized = True  # from here on the model accepts and gives out weights
+    model.params = load_tree(leaves, slots, weights, dtype)
+    return model
+
+
+def _no_flax_class(source: Source) -> ModelError:
+    return ModelError(
+        "A base model must be of the Llama family, or one that transformers has in Flax.",
+        f"{source.path}: model_type {source.config.get('model_type')!r}, "
+        f"architectures {source.config.get('architectures')}",
+        "Choose a Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-Neo, OPT, BERT, BART or T5 model.",
+    )
+
+
+def _slots(leaves: Mapping[TreePath, tuple[int, ...]], weights: Weights, prefix: str) -> dict[str, Slot]:
+    """PyTorch's names to their leaves, as transformers renames them; a leaf without one keeps its path."""
+    has_prefix = any(path[0] == prefix for path in leaves)
+    slots = {}
+    for name, shape in weights.shapes.items():
+        parts = tuple(name.split("."))
+        if not has_prefix and parts[0] == prefix:
+            parts = parts[1:]
+        stand_in = np.broadcast_to(np.float32(0), shape)  # only its shape is looked at; it takes no memory
+        path, _ = rename_key_and_reshape_tensor(parts, stand_in, leaves, prefix)
+        if path not in leaves:
+            path = (prefix, *path)
+        if path in leaves:
+            # A kernel comes from a PyTorch weight by transposition; what keeps its name stays as it is.
+            slots[name] = Slot(path, None, transpose=path[-1] == "kernel")
+    filled = {slot.path for slot in slots.values()}
+    return slots | {".".join(path): Slot(path) for path in leaves if path not in filled}
