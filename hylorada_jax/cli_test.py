@@ -119,7 +119,8 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    ("method", "count"), [("lora", 540_672), ("dora", 1_130_496), ("hylorada_v1", 1_130_688)]
+    ("method", "count"),
+    [("lora", 540_672), ("dora", 1_130_496), ("lorada", 1_082_016), ("hylorada_v1", 1_130_688)],
 )
 def test_params_counts_what_the_method_says_from_the_config_alone(
     method, count, tmp_path, monkeypatch, capsys

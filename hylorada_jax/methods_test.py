@@ -14,6 +14,7 @@ from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.plan import count_parameters
@@ -309,6 +310,48 @@ def test_what_is_off_leaves_no_parameter_and_no_operation(method, off, plain, fa
     assert flops(CONFIGS[method], family, train=True) != flops(plain, family, train=True)
     if method == "longlora":
         assert flops(CONFIGS[method], family) == flops(plain, family)
+
+
+@pytest.mark.parametrize("method", ["longlora", "hylorada_v2", "hylorada"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(method, remat):
+    config, base = CONFIGS[method], base_model("qwen2")
+    given, adapters = inputs(config), moved(config, "qwen2")
+
+    def gradient(base):
+        model = HyLoRADAModel(base, config)
+        loss = lambda adapters, frozen: (
+            model.apply(adapters, frozen=frozen, train=True, **given).logits ** 2
+        ).mean()
+        return jax.jit(jax.grad(loss))(adapters, model.frozen)
+
+    again = dataclasses.replace(base, module=DecoderLM(base.config, remat))
+    jax.tree.map(
+        lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-4, atol=ROUNDING),
+        gradient(again),
+        gradient(base),
+    )
+
+
+def test_the_receptive_field_of_shifted_attention():
+    """One layer: a token moves the later ones of its plain and of its shifted group, and no other."""
+    shape = DecoderConfig.from_hf({"model_type": "llama", **DECODER, "num_hidden_layers": 1})
+    base = CausalLM.from_config(shape, jax.random.key(0))
+    model = HyLoRADAModel(base, dataclasses.replace(CONFIGS["longlora"], s2_shift_ratio=0.25))
+    ids = np.random.default_rng(3).integers(VOCAB, size=14)
+    segments = np.array([1] * 9 + [2] * 5)
+    # Row t has token t changed; row 14 none. Groups of 4; the shifted ones begin one token later.
+    rows = np.stack([np.where(np.arange(14) == t, (ids + 1) % VOCAB, ids) for t in range(15)])
+    logits = model.apply(
+        model.adapters, jnp.asarray(rows), segment_ids=jnp.asarray([segments] * 15), train=True
+    ).logits
+    moves = np.abs(logits[:-1] - logits[-1]).max(-1) > 0
+    slot = np.arange(14)
+    together = np.zeros((14, 14), bool)
+    for group in (slot // 4, (slot + 3) // 4):
+        together |= group[:, None] == group[None, :]
+    later = slot[:, None] <= slot[None, :]
+    np.testing.assert_array_equal(moves, together & later & (segments[:, None] == segments[None, :]))
 
 
 def test_the_bias_of_distances_is_not_kept_for_the_backward_pass():

@@ -4,14 +4,20 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from hylorada_jax.models.loading import load_model
@@ -42,12 +48,42 @@ FAMILIES = {
             attn_pdrop=0.0,
         )
     ),
+    # Attends both ways, and has norms behind its residuals.
+    "bert": lambda: BertForMaskedLM(
+        BertConfig(
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=VOCAB,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    ),
+    # An encoder and a decoder; T5's own relative bias, no scale on its logits, norms in float32.
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(
+            d_model=8,
+            d_kv=4,
+            d_ff=12,
+            num_layers=2,
+            num_heads=2,
+            vocab_size=VOCAB,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=20,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    ),
     # The others load into our own decoder. Llama: biases on all four projections, an untied head.
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(attention_bias=True, tie_word_embeddings=False, rope_theta=500.0, **DECODER_SIZES)
     ),
     # Biases on q, k and v alone, a tied head.
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **DECODER_SIZES)),
+    # A window of 5 keys; groups of shifted attention lie across its edge.
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=5, **DECODER_SIZES)),
     # No bias, norms of queries and keys, heads wider than hidden / heads.
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=6, **DECODER_SIZES)),
 }

@@ -36,6 +36,9 @@ CONFIGS = {
     "hylorada_v2, temporal": HyLoRADAConfig(
         method="hylorada_v2", lora_rank=3, structure_dim=5, structure_encoder_type="temporal"
     ),
+    "hylorada, both ways": HyLoRADAConfig(
+        method="hylorada", lora_rank=3, sparse_enabled=True, sparse_adapter_dim=7, train_norms=True
+    ),
     "hylorada, all on": HyLoRADAConfig(
         method="hylorada",
         lora_rank=3,
@@ -68,6 +71,10 @@ CASES = [
     ("qwen2", "lorada, one scale a layer"),
     ("qwen2", "hylorada_v2, temporal"),
     ("qwen3", "hylorada, all on"),
+    ("mistral", "hylorada, all on"),
+    ("bert", "lorada"),
+    ("bert", "hylorada, both ways"),
+    ("bert", "hylorada_v2"),
 ]
 
 
@@ -96,6 +103,26 @@ def test_float32(base_models, family, name):
     )
     errors.append(relative_error(*vectors))
     assert max(errors) <= MODEL["float32"], errors
+
+
+def test_t5_in_float32(base_models):
+    """An encoder-decoder: linear adapters, DAA with its position bias in both stacks, sparse adapters."""
+    config = HyLoRADAConfig(
+        method="lorada", lora_rank=3, daa_position_bias=True, sparse_enabled=True, sparse_adapter_dim=7
+    )
+    reference, model, adapters = adapted_models(base_models, "t5", "float32", config)
+    rng = np.random.default_rng(2)
+    given = {
+        "input_ids": rng.integers(1, VOCAB, size=(2, 9)),
+        "attention_mask": np.array([[1] * 9, [1] * 6 + [0] * 3]),
+        "decoder_input_ids": rng.integers(1, VOCAB, size=(2, 5)),
+    }
+    expected = reference(**{name: torch.tensor(value) for name, value in given.items()}).logits
+    got = jax.jit(model.apply)(adapters, **{name: jnp.asarray(value) for name, value in given.items()}).logits
+    assert relative_error(got, expected.detach()) <= MODEL["float32"]
+    cross = [name for name in layout.tensor_shapes(model.sites) if "EncDecAttention" in name]
+    assert cross
+    assert not any(name.endswith("alpha") for name in cross)  # DAA adapts self-attention
 
 
 def adapted_models(base_models, family, dtype, config):
