@@ -38,7 +38,7 @@ def test_json_round_trip_gives_an_equal_config(method, rank, alpha, dropout, tar
         lora_rank=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=None if method == "sparse" else targets,
         rank_strategy=strategy,
     )
     assert HyLoRADAConfig.from_json(config.to_json()) == config

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.math.position import relative_bias
+from hylorada_jax.math.relative_bias import relative_bias
 
 
 class DAA(NamedTuple):
@@ -192,12 +192,15 @@ def attention(
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
     logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=dtype)
     logits = logits * (head_dim**-0.5 if scale is None else scale)
-    for addition in additions:
-        every_head = jnp.broadcast_to(addition, (*addition.shape[:-3], heads, *addition.shape[-2:]))
-        logits = logits + every_head.reshape(*addition.shape[:-3], *logits.shape[1:3], *addition.shape[-2:])
+    shape = logits.shape
+    if additions:
+        # With all heads on one axis: split in two, a TPU would not fuse the bias into the softmax.
+        logits = sum(additions, logits.reshape(batch, heads, *shape[3:]))
+    else:
+        mask = mask[:, :, None]
     # A finite number, so that a row with no visible key is uniform and not 0/0.
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(dtype).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype).reshape(shape)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
 
 

@@ -165,34 +165,3 @@ def position_factor(
     index = jnp.clip(positions, 0, MAX_DISTANCE - 1)
     buckets = jnp.take(jnp.asarray(position_buckets()), index, mode="clip")
     return jnp.tanh(jnp.take(position_bias, buckets, mode="clip"))
-
-
-# Recomputed in the backward pass: kept, the buckets would take [query, key] memory in every layer.
-@jax.checkpoint
-def relative_bias(
-    position_bias: Float[Array, "buckets heads"],
-    query_positions: Int[Array, "batch query"],
-    key_positions: Int[Array, "batch key"],
-) -> Float[Array, "batch heads query key"]:
-    """The attention bias of every query, key and head, gathered from the layer's small table.
-
-        bias[h, q, k] = position_bias[bucket(q − k), h]
-
-    Args:
-        position_bias: one learned number per bucket and head, zeros at the start.
-        query_positions: position ids of the queries.
-        key_positions: position ids of the keys.
-
-    Returns:
-        The bias, in position_bias's dtype. Nothing of its size is kept for the backward pass.
-
-    Example:
-        >>> table = jnp.zeros((64, 1)).at[0].set(1.0)
-        >>> relative_bias(table, jnp.array([[0, 1]]), jnp.array([[0, 1]]))[0, 0].tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-
-    Source: method.md §§2–3; Raffel et al. 2020, §2.1.
-    """
-    offset = query_positions[:, :, None] - key_positions[:, None, :]
-    buckets = offset_buckets(relative_buckets(), offset)
-    return jnp.moveaxis(jnp.take(position_bias, buckets, axis=0, mode="clip"), -1, 1)

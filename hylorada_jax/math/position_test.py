@@ -65,35 +65,6 @@ def test_buckets_are_in_order_and_one_side_sees_no_other():
     assert set(position.relative_buckets()[: M - 1]).isdisjoint(position.relative_buckets()[M - 1 :])
 
 
-def test_relative_bias_and_its_gradient():
-    rng = np.random.default_rng(0)
-    table, query, key = rng.normal(size=(64, 3)), rng.integers(0, 500, (2, 4)), rng.integers(0, 9000, (2, 6))
-    cotangent = rng.normal(size=(2, 3, 4, 6))
-    expected, gradient = np.empty_like(cotangent), np.zeros_like(table)
-    for b, h, q, k in np.ndindex(*cotangent.shape):
-        bucket = relative_bucket(int(query[b, q]) - int(key[b, k]))
-        expected[b, h, q, k] = table[bucket, h]
-        gradient[bucket, h] += cotangent[b, h, q, k]
-    with jax.enable_x64(True):
-        bias, pull = jax.vjp(
-            lambda t: position.relative_bias(t, jnp.asarray(query), jnp.asarray(key)), jnp.asarray(table)
-        )
-        assert bias.dtype == jnp.float64
-        np.testing.assert_array_equal(bias, expected)
-        # Sums of a few numbers in another order.
-        np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], gradient, rtol=0, atol=1e-14)
-
-
-def test_nothing_of_the_bias_size_is_kept_for_the_backward_pass():
-    table, positions = jnp.ones((64, 2)), jnp.arange(96)[None]
-    _, pull = jax.vjp(lambda t: position.relative_bias(t, positions, positions), table)
-    kept = [leaf.size for leaf in jax.tree.leaves(pull)]
-    # The lookup table may be among it: one for the model, whatever the length.
-    assert kept
-    assert 96 * 96 not in kept
-    assert sum(kept) <= table.size + 2 * 96 + 2 * M
-
-
 def test_position_factor_gradient_against_differences():
     with jax.enable_x64(True):
         bias = jnp.asarray(np.random.default_rng(1).normal(size=64))
