@@ -1,8 +1,7 @@
 """The learned attention bias of every distance between two tokens (method.md §§2–3).
 
-A gather suits CPUs and GPUs. On a TPU it is a disaster: compiled for a v5e, one layer of it (batch 4, 1,024
-tokens, 9 heads, forward and backward) moves 35 GB, where the same choices as a chain of selects, which
-fuse into attention's own loops, move 4.
+A gather suits CPUs and GPUs. A TPU does not fuse it into attention's own loops, as it does a chain of selects:
+compiled for a v5e, a training step with the gather moves several times the memory.
 """
 
 import functools
@@ -99,8 +98,5 @@ _relative_bias.defvjp(_forward, _backward)
 
 
 def _by_platform(run: Callable[..., Array], *operands: Array) -> Array:
-    # The barrier ties the positions to the layer's own table. All layers have the same positions, and in a
-    # scan over layers XLA would compute every comparison with them beforehand, and keep it for each bucket.
-    operands = jax.lax.optimization_barrier(operands)
     tpu, default = (functools.partial(run, formula) for formula in (selected, gathered))
     return jax.lax.platform_dependent(*operands, tpu=tpu, default=default)
