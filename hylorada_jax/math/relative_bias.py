@@ -1,7 +1,7 @@
 """The learned attention bias of every distance between two tokens (method.md §§2–3).
 
-A gather suits CPUs and GPUs. A TPU does not fuse it into attention's own loops, as it does a chain of selects:
-compiled for a v5e, a training step with the gather moves several times the memory.
+A gather suits CPUs and GPUs. A TPU does not fuse it into attention's own loops, as it does a chain of
+selects: compiled for a v5e, a training step with the gather moves several times the memory.
 """
 
 import functools
