@@ -6,6 +6,7 @@ reported before a model is loaded.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,14 +100,16 @@ def finetune(
         overwrite=overwrite,
     )
     RunDirectory(output).refuse_unless(resume=resume, overwrite=overwrite)
-    _plan(model, settings)  # a target that matches nothing is reported before weights are read
+
+    from hylorada_jax.models.loading import load_model, model_init
+
+    _plan(model_init(model), settings)  # a target that matches nothing is reported before weights are read
     train_texts = load_documents(data, "all" if eval_data else "train")
     eval_texts = load_documents(eval_data) if eval_data else load_documents(data, "eval")
 
     import jax.numpy as jnp
 
     from hylorada_jax.model import HyLoRADAModel
-    from hylorada_jax.models.loading import load_model
     from hylorada_jax.training.trainer import HyLoRADATrainer
 
     tokenizer = _tokenizer(model)
@@ -262,10 +265,17 @@ def params(
         json: print one JSON object.
     """
     settings = adapter.build()
-    sites, base = _plan(model, settings)
 
+    import math
+
+    import jax
+
+    from hylorada_jax.models.loading import model_init
     from hylorada_jax.surgery.plan import count_parameters
 
+    init = model_init(model)
+    sites = _plan(init, settings)
+    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
     components: dict[str, int] = {}
     for site in sites:
         components[site.component] = components.get(site.component, 0) + count_parameters([site])
@@ -307,19 +317,12 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _plan(model: str, config: HyLoRADAConfig) -> "tuple[tuple[Site, ...], int]":
-    """What the config trains in the model, and the model's own parameters, from shapes alone."""
-    import math
-
-    import jax
-
-    from hylorada_jax.models.loading import model_init
+def _plan(init: Callable[[Any], Any], config: HyLoRADAConfig) -> "tuple[Site, ...]":
+    """What the config trains in the model of an initialisation, from shapes alone."""
     from hylorada_jax.surgery.modules import find_modules
     from hylorada_jax.surgery.plan import plan
 
-    init = model_init(model)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return plan(find_modules(init), config), sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return plan(find_modules(init), config)
 
 
 def _require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:

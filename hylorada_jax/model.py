@@ -16,7 +16,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.io import adapter_files
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
-from hylorada_jax.models.face import as_base
+from hylorada_jax.models.face import as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.surgery import build, layout
@@ -192,7 +192,7 @@ class HyLoRADAModel:
     @property
     def vocab_size(self) -> int:
         """Rows of the output embedding."""
-        return jax.eval_shape(lambda: self.base.head({"params": self.base.params})).shape[0]
+        return vocab_size(self.base)
 
     def _params(self, resolved: Tree | None, frozen: Tree | None) -> Tree:
         """The base's whole parameter tree, with the leaves that train where there are any."""

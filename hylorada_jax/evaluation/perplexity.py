@@ -12,7 +12,7 @@ from jax import Array
 from tqdm import tqdm
 
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import as_base
+from hylorada_jax.models.face import as_base, vocab_size
 from hylorada_jax.training.data import as_documents, as_structure
 from hylorada_jax.training.devices import replicate, shard_rows
 from hylorada_jax.training.packing import Rows
@@ -181,7 +181,7 @@ class _BareFace:
 
     def __init__(self, base: Any) -> None:
         self.base, self.frozen, self.has_encoder = base, {"params": base.params}, False
-        self.vocab_size = jax.eval_shape(base.head, self.frozen).shape[0]
+        self.vocab_size = vocab_size(base)
 
     def adapters(self) -> Any:
         return {}

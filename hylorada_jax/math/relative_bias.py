@@ -80,7 +80,7 @@ def _starts() -> list[int]:
 # by platform jax would keep what any of the two needs.
 @jax.custom_vjp
 def _relative_bias(table: Array, *positions: Array) -> Array:
-    return _by_platform(lambda formula, *operands: formula(*operands), table, *positions)
+    return jax.lax.platform_dependent(table, *positions, tpu=selected, default=gathered)
 
 
 def _forward(table: Array, *positions: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -91,12 +91,8 @@ def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, None, None
     def pull(formula: Bias, g: Array, table: Array, *positions: Array) -> Array:
         return jax.vjp(lambda table: formula(table, *positions), table)[1](g)[0]
 
-    return _by_platform(pull, g, *residuals), None, None
+    tpu, default = (functools.partial(pull, formula) for formula in (selected, gathered))
+    return jax.lax.platform_dependent(g, *residuals, tpu=tpu, default=default), None, None
 
 
 _relative_bias.defvjp(_forward, _backward)
-
-
-def _by_platform(run: Callable[..., Array], *operands: Array) -> Array:
-    tpu, default = (functools.partial(run, formula) for formula in (selected, gathered))
-    return jax.lax.platform_dependent(*operands, tpu=tpu, default=default)

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import jax
 from jax import Array
 
 from hylorada_jax.errors import ModelError
@@ -60,6 +61,11 @@ class BaseModel(Protocol):
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """(prompts, …) → the new tokens of every prompt."""
+
+
+def vocab_size(base: BaseModel) -> int:
+    """Rows of a base model's output embedding, from its shape alone."""
+    return jax.eval_shape(base.head, {"params": base.params}).shape[0]
 
 
 def as_base(model: Any) -> BaseModel:

@@ -12,6 +12,15 @@ from hylorada_jax.models.hf_flax import HFFlaxModel  # noqa: E402
 TINY = {"vocab_size": 50, "max_position_embeddings": 32}
 GPT2 = TINY | {"n_embd": 16, "n_layer": 2, "n_head": 2}
 LLAMA = TINY | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+BART = TINY | {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
 FAMILIES = {
     "GPT2LMHeadModel": transformers.GPT2Config(**GPT2),
     "GPT2LMHeadModel untied": transformers.GPT2Config(**GPT2, tie_word_embeddings=False),
@@ -134,16 +143,7 @@ def test_families_without_a_plain_head_still_run():
     with pytest.raises(ModelError, match=r"received: FlaxBertForMaskedLM"):
         face.hidden({"params": face.params}, IDS)
 
-    bart = transformers.BartConfig(
-        **TINY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-    )
+    bart = transformers.BartConfig(**BART)
     model = transformers.FlaxBartForConditionalGeneration(bart)
     face = HFFlaxModel.wrap(model)
     logits = face.forward({"params": face.params}, IDS, decoder_input_ids=IDS[:, :3]).logits
@@ -200,14 +200,7 @@ def test_position_ids_that_the_model_does_not_have_are_refused():
 
 def test_generation_of_an_encoder_decoder_gives_the_answer_without_the_start_token():
     config = transformers.BartConfig(
-        **TINY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
+        **BART,
         init_std=0.3,
         forced_eos_token_id=None,
     )

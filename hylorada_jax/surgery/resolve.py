@@ -39,6 +39,7 @@ def resolve(
 
     Source: method.md §1, §4.
     """
+    base_dtype = jax.tree.leaves(params)[0].dtype
     tree: dict[str, Any] = {}
     for site in sites:
         node = subtree(adapters, site.module.path)
@@ -48,7 +49,6 @@ def resolve(
         elif site.component == "sparse":
             leaves = _spread(site, _sparse(site, leaves, config))
         elif site.component == "unfrozen":
-            base_dtype = jax.tree.leaves(params)[0].dtype
             leaves = {leaf: value.astype(base_dtype) for leaf, value in leaves.items()}
         tree = with_leaves(tree, site.module.path, leaves)
     return tree

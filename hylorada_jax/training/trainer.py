@@ -90,8 +90,9 @@ class HyLoRADATrainer:
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         _check_batches(model, config)
 
-        documents = as_documents(train_data, model.vocab_size, "training")
-        held_out = None if eval_data is None else as_documents(eval_data, model.vocab_size, "evaluation")
+        vocab = model.vocab_size
+        documents = as_documents(train_data, vocab, "training")
+        held_out = None if eval_data is None else as_documents(eval_data, vocab, "evaluation")
         has_encoder = bool(model.config.use_hylorada_v2)
         structure = as_structure(train_structure, documents, "training", has_encoder=has_encoder)
         held_out_structure = as_structure(
