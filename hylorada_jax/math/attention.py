@@ -189,7 +189,7 @@ def attention(
                     "Pass the model's position ids.",
                 )
             additions.append(relative_bias(daa.position_bias.astype(dtype), query_positions, key_positions))
-    grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
     logits = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=dtype)
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     shape = logits.shape
@@ -344,7 +344,8 @@ def _over(pattern: Pattern, query: Array, key: Array, value: Array, daa: DAA | N
         return run(query, key, value)
     size, (batch, length) = pattern.mask.shape[-1], query.shape[:2]
     attended = run(*(_to_groups(x, size, pattern.front) for x in (query, key, value)))
-    rows = attended.reshape(batch, -1, *attended.shape[2:])
+    groups = -(-(pattern.front + length) // size)
+    rows = attended.reshape(batch, groups * size, *attended.shape[2:])
     return jax.lax.slice_in_dim(rows, pattern.front, pattern.front + length, axis=1)
 
 
