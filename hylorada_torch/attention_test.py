@@ -105,32 +105,6 @@ def test_groups_are_those_counted_out(heads, seq, group_size, shift):
         np.testing.assert_array_equal(together[head], expected)
 
 
-@pytest.mark.parametrize("seq", [8, 11, 3])
-def test_s2_is_ordinary_causal_attention_of_every_group(seq):
-    heads, kv_heads, positions = 3, 1, torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])[:, :seq]
-    query, key, value = (
-        random(1, seq, heads, 4),
-        random(1, seq, kv_heads, 4, seed=1),
-        random(1, seq, kv_heads, 4),
-    )
-    daa = random_adapter(PositionalDAA, heads)
-    plain = ShiftedSparseAttention(4, 0.25)(query, key, value)
-    visible = same_group(heads, seq, 4, 1).tril()
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    adapted = attend(q, k, v, visible, daa=daa, positions=(positions, positions)).transpose(1, 2)
-    for head in range(heads):
-        for group in groups_of(head, heads, seq, 4, 1):
-            q, k, v = query[:, group, head], key[:, group, 0], value[:, group, 0]
-            near = positions[:, group]
-            buckets = torch.from_numpy(relative_buckets((near[:, :, None] - near[:, None, :]).numpy()))
-            causal = torch.ones(len(group), len(group), dtype=torch.bool).tril()
-            scores = q @ k.mT / 2
-            bias = daa.beta[head] + daa.position_bias[buckets, head]
-            for got, logits in ((plain, scores), (adapted, daa.alpha[head] * scores + bias)):
-                weights = logits.masked_fill(~causal, -torch.inf).softmax(-1)
-                assert_close(got[:, group, head], weights @ v)
-
-
 def test_the_receptive_field_of_s2():
     seq, heads = 10, 2
     segments = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0]])

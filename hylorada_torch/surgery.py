@@ -224,7 +224,12 @@ def _unfrozen(model: nn.Module, config: HyLoRADAConfig) -> list[tuple[str, nn.Mo
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if (config.train_embeddings and isinstance(module, nn.Embedding))
+        # T5's table of relative positions is an nn.Embedding, but embeds no token and no position.
+        if (
+            config.train_embeddings
+            and isinstance(module, nn.Embedding)
+            and not name.endswith("relative_attention_bias")
+        )
         or (config.train_norms and type(module).__name__.endswith(("LayerNorm", "RMSNorm")))
     ]
     narrow = {p.dtype for _, module in found for p in module.parameters()} - {torch.float32, torch.float64}

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -194,54 +193,6 @@ def test_the_adapted_model_is_the_merged_model(name, scales_bias):
                 target.bias.mul_(scale)
     # Rounding of a few float64 matrix products, logits of order 1.
     torch.testing.assert_close(model(INPUT_IDS).logits, merged(INPUT_IDS).logits, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-@pytest.mark.parametrize(
-    ("method", "use_rslora"), [("lora", False), ("lora", True), ("dora", False), ("dora", True)]
-)
-def test_lora_and_dora_are_peft_s(name, method, use_rslora):
-    targets = ("c_attn", "c_proj") if name == "gpt2" else ("q_proj", "v_proj", "o_proj", "down_proj")
-    base = base_model(name)
-    theirs = get_peft_model(
-        copy.deepcopy(base),
-        LoraConfig(
-            r=3,
-            lora_alpha=5,
-            target_modules=list(targets),
-            use_dora=method == "dora",
-            use_rslora=use_rslora,
-            fan_in_fan_out=name == "gpt2",
-        ),
-    )
-    ours = HyLoRADAModel(
-        base,
-        HyLoRADAConfig(
-            method=method, lora_rank=3, lora_alpha=5.0, target_modules=targets, use_rslora=use_rslora
-        ),
-    )
-    adapters = ours.adapters()
-    randomize(adapters.values())
-    their_parameters = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
-
-    def their_name(ours):
-        layer, leaf = ours.rsplit(".", 1)
-        leaf = "lora_magnitude_vector" if leaf == "magnitude" else leaf
-        return f"base_model.model.{layer}.{leaf}.default.weight"
-
-    assert {their_name(name) for name in adapters} == set(their_parameters)
-    with torch.no_grad():
-        for name, parameter in adapters.items():
-            their_parameters[their_name(name)].copy_(parameter)
-    logits, their_logits = ours(INPUT_IDS).logits, theirs(INPUT_IDS).logits
-    # Both in float64; PEFT orders the sums differently.
-    torch.testing.assert_close(logits, their_logits, rtol=1e-11, atol=1e-11)
-    logits.square().mean().backward()
-    their_logits.square().mean().backward()
-    for name, parameter in adapters.items():
-        torch.testing.assert_close(
-            parameter.grad, their_parameters[their_name(name)].grad, rtol=1e-10, atol=1e-10
-        )
 
 
 def test_only_the_adapters_train():

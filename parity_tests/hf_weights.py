@@ -15,19 +15,23 @@ _LEAVES = {"embed_tokens": "embedding", "lm_head": "embedding", "norm": "scale",
 def random_torch_model(
     hf: dict[str, Any], *, attention: str = "eager", gain: float = 0.7, seed: int = 0
 ) -> Any:
-    """A torch model in which no weight is zero, no norm is one, and every layer matters.
-
-    At gain 0.7 rounding errors do not grow from layer to layer; at 1.5 they do, and texts do not repeat.
-    """
+    """A torch model with the weights of `randomise`."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**hf)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = kind.from_config(config, attn_implementation=attention).eval()
+    return randomise(kind.from_config(config, attn_implementation=attention).eval(), gain)
+
+
+def randomise(model: Any, gain: float = 0.7) -> Any:
+    """The model with weights of which none is zero, no norm is one, and every layer matters.
+
+    At gain 0.7 rounding errors do not grow from layer to layer; at 1.5 they do, and texts do not repeat.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
-            elif "norm" in name:
+            elif "norm" in name or ".ln_" in name:
                 parameter.normal_(1.0, 0.3)
             elif "embed" in name:
                 parameter.normal_(0.0, 0.3)

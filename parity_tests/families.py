@@ -1,0 +1,134 @@
+"""Every family of models, registered once: a random torch model, and the same in JAX by way of its files."""
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax.numpy as jnp
+import torch
+import transformers
+
+from hylorada_jax.models.loading import load_model
+from parity_tests.hf_weights import randomise
+from parity_tests.measure import precision
+
+VOCAB = 128  # texts are ASCII codes
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 24, "rms_norm_eps": 1e-3,
+    "rope_theta": 500.0,
+}  # fmt: skip
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "beta_fast": 3.0}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8}  # fmt: skip
+
+# Random torch models, the options of each away from their defaults. The base runs deterministically in JAX,
+# also in training: no dropout.
+FAMILIES: dict[str, Callable[[], Any]] = {
+    # Conv1D and a fused c_attn in torch, FlaxConv1D in HF's Flax model; biases everywhere.
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=2, n_head=2, n_embd=8, n_inner=12, vocab_size=VOCAB, n_positions=24,
+            activation_function="gelu", layer_norm_epsilon=1e-3,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    ),
+    # The next four load into our own decoder. Llama: biases everywhere, an untied head.
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **_SIZES, head_dim=6, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
+            rope_scaling=_LLAMA3, hidden_act="gelu_pytorch_tanh",
+        )
+    ),
+    # Biases on q, k and v alone, a tied head, a window in one layer of two.
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            **_SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=4,
+            max_window_layers=1, rope_scaling=_YARN,
+        )
+    ),
+    # Norms of queries and keys, heads wider than hidden / heads.
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            **_SIZES, head_dim=6, attention_bias=True, tie_word_embeddings=True, use_sliding_window=True,
+            sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+            rope_scaling={"rope_type": "linear", "factor": 3.0}, hidden_act="gelu",
+        )
+    ),
+    # A window of 5 keys; groups of shifted attention lie across its edge.
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**_SIZES, head_dim=6, sliding_window=5, rope_scaling=_YARN)
+    ),
+    # Attends both ways, and has norms behind its residuals.
+    "bert": lambda: transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=VOCAB, max_position_embeddings=24, hidden_act="gelu_new", layer_norm_eps=1e-3,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    ),
+    # An encoder and a decoder; T5's own relative bias, no scale on its logits.
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            d_model=8, d_kv=6, d_ff=12, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=VOCAB,
+            relative_attention_num_buckets=8, relative_attention_max_distance=20, layer_norm_epsilon=1e-3,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def measuring(dtype: str) -> Iterator[None]:
+    """Within it, JAX has the precision of `measure`; in float64, also in the norms of HF's T5."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(precision(dtype))
+        if dtype == "float64":
+            stack.enter_context(nn.intercept_methods(_t5_norm))
+        yield
+
+
+def _t5_norm(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    theirs, norm = next_fun(*args, **kwargs), context.module  # called, for other interceptors to see
+    if type(norm).__name__ != "FlaxT5LayerNorm" or context.method_name != "__call__":
+        return theirs
+    return norm.weight * args[0] / jnp.sqrt(jnp.mean(args[0] ** 2, axis=-1, keepdims=True) + norm.eps)
+
+
+@contextlib.contextmanager
+def all_in_float64() -> Iterator[None]:
+    """Within it, what transformers computes in float32 in a torch model of any dtype, it computes in float64.
+
+    Those are norms, rotary tables and softmaxes.
+    """
+    with (
+        mock.patch.multiple(torch, float=torch.float64, float32=torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+@functools.cache
+def _saved(family: str, dtype: str) -> tempfile.TemporaryDirectory[str]:
+    """The family's random model with weights of a dtype, as transformers saves it."""
+    torch.manual_seed(0)
+    model = randomise(FAMILIES[family]()).to(getattr(torch, dtype))
+    directory = tempfile.TemporaryDirectory()
+    model.save_pretrained(directory.name)
+    return directory
+
+
+@functools.cache
+def jax_base(family: str, dtype: str) -> Any:
+    """The family's random model in JAX; to be called within `measuring(dtype)`."""
+    return load_model(_saved(family, dtype).name, dtype=jnp.dtype(dtype))
+
+
+def torch_base(family: str, dtype: str) -> Any:
+    """A fresh torch model of the same numbers, in float64; to be called within `all_in_float64`."""
+    return FAMILIES[family]().from_pretrained(_saved(family, dtype).name, dtype=torch.float64).eval()
