@@ -87,62 +87,85 @@ def build_adapters(
             # A copy, even where the dtype is right: a training step consumes its adapters.
             leaves = {leaf: jnp.array(node[leaf], dtype=dtype, copy=True) for leaf in site.leaves}
         else:
-            count = len(site.layers)
-            if site.component == "linear":
-                norm = subtree(norms, site.module.path)["norm"].reshape(count, site.linear.d_out)
-            else:
-                norm = jnp.zeros((count, 0), dtype)
             names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
-            leaves = _fresh(site, names, norm, config, seed)
+            keys = _keys(jax.random.key(seed), names)
+            if site.component == "linear":
+                norm = subtree(norms, site.module.path)["norm"].reshape(len(keys), site.linear.d_out)
+                leaves = _fresh_linears(site, keys, norm, config)
+            else:
+                leaves = jax.tree.map(
+                    lambda *layers: jnp.stack(layers).astype(dtype),
+                    *(
+                        _fresh(site, key, dict(shapes), config)
+                        for key, shapes in zip(keys, site.shapes, strict=True)
+                    ),
+                )
             if not site.module.stacked:
                 leaves = {name: leaf[0] for name, leaf in leaves.items()}
         tree = with_leaves(tree, site.module.path, leaves)
     return tree
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _fresh(site: Site, names: Array, norms: Array, config: HyLoRADAConfig, seed: int) -> dict[str, Array]:
-    """The leaves of a site's layers, stacked; one batch of layers for each set of shapes among them."""
+@jax.jit
+def _keys(key: Array, names: Array) -> Array:
+    return jax.vmap(partial(jax.random.fold_in, key))(names)
 
-    def one(name: Array, norm: Array, layer: int) -> dict[str, Array]:
-        key = jax.random.fold_in(jax.random.key(seed), name)
-        shapes = dict(site.shapes[layer])
-        match site.component:
-            case "linear":
-                return _fresh_linear(key, shapes, max(site.ranks), norm, config)
-            case "sparse":
-                units, hidden = shapes["down"]
-                return sparse.init_leaves(key, units, hidden, dtype=norm.dtype)
-            case "structure_encoder":
-                leaves = structure.init_leaves(key, config.structure_dim, config.structure_encoder_type)
-                return {leaf: value.astype(norm.dtype) for leaf, value in leaves.items()}
-            case _:  # DAA and the position bias: α starts at one, all else at zero
-                return {leaf: jnp.full(shape, leaf == "alpha", norm.dtype) for leaf, shape in shapes.items()}
 
-    groups = [
-        np.flatnonzero([shapes == kind for shapes in site.shapes]) for kind in dict.fromkeys(site.shapes)
+def _fresh_linears(site: Site, keys: Array, norms: Array, config: HyLoRADAConfig) -> dict[str, Array]:
+    """The leaves of a site's linear adapters, stacked and padded to the largest rank; ranks in turn."""
+    start = {
+        "gate_init": config.gate_init,
+        "residual_init": config.residual_init,
+        "structure_dim": config.structure_dim,
+    }
+    ranks = np.asarray(site.ranks)
+    groups = [np.flatnonzero(ranks == rank) for rank in dict.fromkeys(site.ranks)]
+    batches = [
+        _fresh_batch(
+            str(config.linear),
+            site.ranks[i[0]],
+            max(site.ranks),
+            site.linear.d_in,
+            tuple(start.items()),
+            keys[i],
+            norms[i],
+        )
+        for i in groups
     ]
-    batches = [jax.vmap(partial(one, layer=int(i[0])))(names[i], norms[i]) for i in groups]
     order = np.argsort(np.concatenate(groups))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *batches)
 
 
-def _fresh_linear(
-    key: Array, shapes: dict[str, tuple[int, ...]], rank: int, norm: Array, config: HyLoRADAConfig
+# Compiled for what a layer looks like and not for which it is: a model has many layers and few shapes.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _fresh_batch(
+    kind: str,
+    rank: int,
+    padded: int,
+    d_in: int,
+    start: tuple[tuple[str, Any], ...],
+    keys: Array,
+    norms: Array,
 ) -> dict[str, Array]:
-    """A linear adapter's leaves, padded to ``rank``."""
-    own, d_in = shapes["lora_A"]
-    leaves = linear_adapter.init_leaves(
-        str(config.linear),
-        key,
-        own,
-        d_in,
-        norm,
-        gate_init=config.gate_init,
-        residual_init=config.residual_init,
-        structure_dim=config.structure_dim,
-    )
-    return leaves | {
-        "lora_A": jnp.pad(leaves["lora_A"], ((0, rank - own), (0, 0))),
-        "lora_B": jnp.pad(leaves["lora_B"], ((0, 0), (0, rank - own))),
-    }
+    def one(key: Array, norm: Array) -> dict[str, Array]:
+        leaves = linear_adapter.init_leaves(kind, key, rank, d_in, norm, **dict(start))
+        return leaves | {
+            "lora_A": jnp.pad(leaves["lora_A"], ((0, padded - rank), (0, 0))),
+            "lora_B": jnp.pad(leaves["lora_B"], ((0, 0), (0, padded - rank))),
+        }
+
+    return jax.vmap(one)(keys, norms)
+
+
+def _fresh(
+    site: Site, key: Array, shapes: dict[str, tuple[int, ...]], config: HyLoRADAConfig
+) -> dict[str, Array]:
+    """The leaves of one layer of another component."""
+    match site.component:
+        case "sparse":
+            units, hidden = shapes["down"]
+            return sparse.init_leaves(key, units, hidden)
+        case "structure_encoder":
+            return structure.init_leaves(key, config.structure_dim, config.structure_encoder_type)
+        case _:  # DAA and the position bias: α starts at one, all else at zero
+            return {leaf: jnp.full(shape, leaf == "alpha", jnp.float32) for leaf, shape in shapes.items()}
