@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from hylorada_jax.cli_adapter import DEFAULTS, Adapter
+from hylorada_jax.cli_parity import parity
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
 from hylorada_jax.training.corpus import PYTHON_STDLIB, Document, load_documents
@@ -302,7 +303,13 @@ def main() -> None:
     """Runs the command; bad input ends with its error alone and exit status 2, an interrupt with 130."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"finetune": finetune, "evaluate": evaluate, "generate": generate, "params": params},
+            {
+                "finetune": finetune,
+                "evaluate": evaluate,
+                "generate": generate,
+                "params": params,
+                "parity": parity,
+            },
             prog="hylorada",
             description="HyLoRADA: parameter-efficient fine-tuning of language models in JAX.",
         )

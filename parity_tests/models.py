@@ -6,7 +6,8 @@ measured, adapters to at least float32.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,12 +25,13 @@ from hylorada_jax.models.face import as_base
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import find_modules
 from parity_tests.families import VOCAB, all_in_float64, jax_base, measuring, torch_base
-from parity_tests.tolerances import MODEL, relative_error
+from parity_tests.tolerances import BFLOAT16_MODEL, MODEL, relative_error
 
-# A whole adapted model with its base in bfloat16, as a multiple of what the base model alone loses. The
-# adapters' own roundings about double the error of the logits; some gradients, such as that of DAA's α, are
-# sums over queries and keys of terms that cancel in every row.
-BFLOAT16_MODEL = {"forward": 4.0, "gradient": 8.0}
+# Draws of the adapters, whose median error counts. In bfloat16 a single one scatters: of 24, half were within
+# 1.1 (logits) and 2 (gradients) times what the base model alone loses, the worst 3 and 5.
+DRAWS = {"float64": 1, "float32": 1, "bfloat16": 5}
+# Standard deviation of what is added to fresh adapters, many of which multiply one that is zero.
+SPREAD = 0.2
 
 # s·B A of the size of W: an update that is far larger would drown in bfloat16 what the base model computes.
 _LORA: dict[str, Any] = {"lora_rank": 3, "lora_alpha": 4.0}
@@ -70,12 +72,16 @@ CONFIGS = {
     "hylorada": HyLoRADAConfig(method="hylorada", **_ALL, **_SPARSE, **_GROUPS, **_UNFROZEN),
 }
 
-# Every family with all that it can have; the other methods, and options of theirs, where families differ in
-# what these meet: biases, names, stacked layers, tied heads.
-MATRIX = [
+# Every family with all that it can have: measured in three precisions.
+FULLEST = [
     *((family, "hylorada") for family in ("gpt2", "llama", "qwen2", "qwen3", "mistral")),
     ("bert", "hylorada, both ways"),
     ("t5", "lorada, all but positions"),
+]
+# The other methods, and options of theirs, where families differ in what these meet (biases, names, stacked
+# layers, tied heads): formulas, which float64 shows.
+MATRIX = [
+    *FULLEST,
     ("gpt2", "lora, rslora, its own targets"),
     ("qwen3", "lora"),
     ("gpt2", "dora"),
@@ -115,21 +121,29 @@ def draw_inputs(family: str, config: HyLoRADAConfig | None = None) -> dict[str, 
     return given
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Pair:
-    """An adapted model on both sides, with the same adapters.
+    """An adapted model on both sides.
 
     Attributes:
         reference: the oracle, in float64.
         model: in JAX, its base in the dtype that is measured.
-        adapters: those of JAX, float32 at least.
         inputs: of both sides, with "labels".
+        adapters: those of JAX, float32 at least; set by `load`, which gives the oracle the same.
     """
 
     reference: hylorada_torch.HyLoRADAModel
     model: HyLoRADAModel
-    adapters: dict[str, Any]
     inputs: dict[str, np.ndarray]
+    adapters: Any = dataclasses.field(init=False)
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Sets the adapters of both sides, to what of these numbers JAX can hold."""
+        leaf = jax.tree.leaves(self.model.adapters)[0].dtype
+        held = {name: tensor.astype(leaf) for name, tensor in tensors.items()}
+        assert layout.tensor_shapes(self.model.sites) == {name: value.shape for name, value in held.items()}
+        self.reference.load_adapters({name: torch.tensor(value) for name, value in held.items()})
+        self.adapters = layout.unflatten(self.model.sites, held)
 
     @property
     def train(self) -> bool:
@@ -166,26 +180,31 @@ class Pair:
         return torch_results(self.reference, self.inputs, self.reference.adapters())
 
 
-def build(family: str, config: HyLoRADAConfig, dtype: str, spread: float = 0.2) -> Pair:
-    """Both sides of a model; to be called within `measuring(dtype)`.
+def build(family: str, config: HyLoRADAConfig, dtype: str, spread: float = SPREAD) -> Pair:
+    """Both sides of a model with random adapters; to be called within `measuring(dtype)`.
 
     Args:
         family: a key of `FAMILIES`.
         config: what is adapted.
         dtype: of the base in JAX.
-        spread: standard deviation of what is added to fresh adapters.
+        spread: standard deviation of what is added to the reference's fresh adapters.
     """
     with all_in_float64():
         reference = hylorada_torch.HyLoRADAModel(torch_base(family, dtype), config)
-    model = HyLoRADAModel(jax_base(family, dtype), config)
-    rng, leaf = np.random.default_rng(1), np.float64 if dtype == "float64" else np.float32
-    tensors = {
-        name: (value.detach().numpy() + spread * rng.normal(size=value.shape)).astype(leaf)
-        for name, value in reference.adapters().items()
+    pair = Pair(reference, HyLoRADAModel(jax_base(family, dtype), config), draw_inputs(family, config))
+    pair.load(random_adapters(reference, spread))
+    return pair
+
+
+def random_adapters(
+    reference: hylorada_torch.HyLoRADAModel, spread: float, seed: int = 1
+) -> dict[str, np.ndarray]:
+    """The reference's adapters with normal numbers of a standard deviation added, by name."""
+    rng, adapters = np.random.default_rng(seed), reference.adapters()
+    return {
+        name: value.detach().numpy() + spread * rng.normal(size=value.shape)
+        for name, value in adapters.items()
     }
-    assert layout.tensor_shapes(model.sites) == {name: value.shape for name, value in tensors.items()}
-    reference.load_adapters({name: torch.tensor(value) for name, value in tensors.items()})
-    return Pair(reference, model, layout.unflatten(model.sites, tensors), draw_inputs(family, config))
 
 
 def jax_loss(logits: jax.Array, labels: Any) -> jax.Array:
@@ -200,12 +219,17 @@ def torch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1)
 
 
+def torch_inputs(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The same numbers, counts as torch has them."""
+    told = {name: torch.tensor(value) for name, value in inputs.items()}
+    return {name: value if value.is_floating_point() else value.long() for name, value in told.items()}
+
+
 def torch_results(
     model: torch.nn.Module, inputs: Mapping[str, np.ndarray], leaves: Mapping[str, torch.Tensor]
 ) -> dict[str, np.ndarray]:
     """ "logits" where they are scored, "loss", and its gradient with respect to each leaf, in float64."""
-    told = {name: torch.tensor(value) for name, value in inputs.items()}
-    told = {name: value if value.is_floating_point() else value.long() for name, value in told.items()}
+    told = torch_inputs(inputs)
     labels = told.pop("labels")
     with all_in_float64():
         logits = model(**told).logits
@@ -270,7 +294,7 @@ def base_errors(family: str, dtype: str) -> dict[str, float]:
 
 
 def measure_model(family: str, config_name: str, dtype: str) -> dict[str, tuple[float, float]]:
-    """The worst relative errors of an adapted model, each with its budget.
+    """The relative errors of an adapted model, each with its budget.
 
     Args:
         family: a key of `FAMILIES`.
@@ -282,9 +306,20 @@ def measure_model(family: str, config_name: str, dtype: str) -> dict[str, tuple[
         the loss with respect to all adapters.
     """
     with measuring(dtype):
-        pair = build(family, CONFIGS[config_name], dtype)
-        found = errors(pair.got(), pair.expected())
-    return {direction: (error, budgets(family, dtype)[direction]) for direction, error in found.items()}
+        pair = build(family, CONFIGS[config_name], dtype, spread=0.0)
+        draws = [random_adapters(pair.reference, SPREAD, seed) for seed in range(1, 1 + DRAWS[dtype])]
+        found = []
+        for adapters in draws:
+            pair.load(adapters)
+            found.append(errors(pair.got(), pair.expected()))
+    allowed = budgets(family, dtype)
+    return {direction: (_median(e[direction] for e in found), allowed[direction]) for direction in allowed}
+
+
+def _median(values: Iterable[float]) -> float:
+    """The middle one; infinite where any is."""
+    values = sorted(values)
+    return values[-1] if math.isinf(values[-1]) else values[len(values) // 2]
 
 
 def budgets(family: str, dtype: str) -> dict[str, float]:

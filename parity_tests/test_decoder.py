@@ -22,11 +22,7 @@ from hylorada_jax.models.decoder_config import HIDDEN_ACTS, DecoderConfig
 from hylorada_jax.models.decoder_layer import ACTIVATIONS
 from hylorada_jax.models.generate import filter_logits
 from parity_tests.hf_weights import make_float64, params_of, random_torch_model
-
-# float32 sums of a few hundred terms, four layers deep, in two orders; 1e-5 is the project's promise.
-FLOAT32 = 1e-5
-# The same in float64, with room for 2^-53 · 10^4.
-FLOAT64 = 1e-12
+from parity_tests.tolerances import DECODER
 
 SHAPE = {
     "vocab_size": 97,
@@ -158,7 +154,7 @@ def test_logits_equal_transformers(name, side):
     theirs = torch_logits(model, ids, mask, positions)
     mine = logits_of(ours(hf, model), ids, mask)
     assert np.isfinite(mine).all()
-    np.testing.assert_allclose(mine[mask > 0], theirs[mask > 0], rtol=0, atol=FLOAT32)
+    np.testing.assert_allclose(mine[mask > 0], theirs[mask > 0], rtol=0, atol=DECODER["float32"])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -174,7 +170,7 @@ def test_logits_equal_transformers_in_float64(name):
         mine = mine.with_params(params_of(model))
         logits = logits_of(mine, ids)
     assert logits.dtype == np.float64
-    np.testing.assert_allclose(logits, torch_logits(model, ids), rtol=0, atol=FLOAT64)
+    np.testing.assert_allclose(logits, torch_logits(model, ids), rtol=0, atol=DECODER["float64"])
 
 
 OFF = [
@@ -205,7 +201,7 @@ def test_every_option_is_seen_by_these_tests(name, change):
     changed = CausalLM(DecoderLM(config), base.params, config, "changed")  # leaves without a use are left
     inputs = padded(texts(), "right")
     difference = np.abs(logits_of(base, *inputs) - logits_of(changed, *inputs))[inputs[1] > 0]
-    assert difference.max() > 10 * FLOAT32
+    assert difference.max() > 10 * DECODER["float32"]
 
 
 @pytest.mark.parametrize("name", STABLE)
@@ -217,7 +213,9 @@ def test_packed_documents_equal_the_separate_ones(name):
     assert np.isfinite(packed).all()
     alone = logits_of(model, *padded(rows, "right"))
     for i, row in enumerate(rows):
-        np.testing.assert_allclose(packed[segments[0] == i + 1], alone[i, : len(row)], rtol=0, atol=FLOAT32)
+        np.testing.assert_allclose(
+            packed[segments[0] == i + 1], alone[i, : len(row)], rtol=0, atol=DECODER["float32"]
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -269,7 +267,7 @@ def test_cached_logits_equal_full_logits(name):
             key_valid=jnp.asarray(mask[:, start:end] > 0),
             cache=cache,
         )
-        np.testing.assert_allclose(np.asarray(logits), full[:, end - 1], rtol=0, atol=FLOAT32)
+        np.testing.assert_allclose(np.asarray(logits), full[:, end - 1], rtol=0, atol=DECODER["float32"])
         start = end
 
 

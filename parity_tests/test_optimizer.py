@@ -19,11 +19,8 @@ from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import GROUPS, label_tree, make_optimizer
 from parity_tests.measure import precision
+from parity_tests.tolerances import STEP
 
-# A step, as a part of the longest, the group's peak rate. float64: steps are told from parameters of order 1,
-# which round by 1e-16, at rates of 2e-4. float32: optax computes 1 − 0.999^t in it, which loses 6e-8 of 1e-3
-# at the first step, and half of it in the root.
-STEP = {"float64": 1e-10, "float32": 3e-5}
 STEPS, LR, RATIO, DECAY, MAX_NORM = 20, 3e-4, 16.0, 0.1, 1.0
 
 # The table of method.md §7, row by row: peak rate, weight decay, and a leaf of every name.

@@ -1,0 +1,53 @@
+"""The command that measures JAX against the PyTorch reference."""
+
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+
+from hylorada_jax.errors import ConfigError, DataError
+
+
+def parity(
+    *,
+    output: Path = Path("parity.json"),
+    only: tuple[str, ...] = ("*",),
+    whole_models: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Measure how far JAX on this machine's default device is from the PyTorch reference in float64.
+
+    Prints a table (layer or model × forward/gradient × dtype: worst error, budget, verdict) and writes it as
+    JSON with the versions and the device. Exit status 1 if an error exceeds its budget.
+
+    Args:
+        output: the JSON file.
+        only: names of layers and models, with * for anything: "hylorada*", "qwen2, *".
+        whole_models: small random models with every method too, besides the layers.
+        overwrite: replace an output file that exists.
+    """
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            "Parity is measured against the PyTorch reference and transformers' models",
+            f"no package {' and no '.join(missing)}",
+            'pip install "hylorada[torch]".',
+        )
+    if output.exists() and not overwrite:
+        raise DataError("A report is not overwritten", str(output), "Give --overwrite or another --output.")
+    if not output.parent.is_dir():
+        raise DataError("A report is written into a directory that exists", str(output.parent), "Make it.")
+
+    from tqdm import tqdm
+
+    from parity_tests import report
+
+    subjects = report.subjects(only, whole_models=whole_models)
+    if not subjects:
+        known = ", ".join(dict.fromkeys(subject.name for subject in report.subjects()))
+        raise ConfigError("A pattern of --only matches a name", " ".join(only), f"Choose among: {known}.")
+    rows = [row for subject in tqdm(subjects, "parity") for row in report.measure(subject)]
+    print(report.table(rows))
+    report.write(rows, output, shlex.join(["hylorada", *sys.argv[1:]]))
+    print(f"report  {output}")
+    if not all(row.passed for row in rows):
+        sys.exit(1)
