@@ -1,0 +1,452 @@
+"""Deliberate faults, one at a time on one side, each of which some parity test must catch.
+
+A fault replaces a text that its module has exactly once, so that the table cannot rot in silence. Settings
+that both sides read (hylorada_jax/config.py) are faulted only where the two use them differently: a fault on
+both sides at once is for the tests of the settings themselves.
+"""
+
+import dataclasses
+from pathlib import Path
+
+# What might catch a fault, as arguments of pytest: the tests of its place, in float64.
+_FLOAT64 = "not float32 and not bfloat16"
+
+
+def _tests(file: str, names: str = "") -> tuple[str, ...]:
+    return f"parity_tests/test_{file}.py", "-k", f"({names}) and {_FLOAT64}" if names else _FLOAT64
+
+
+def _model(row: str) -> tuple[str, ...]:
+    return (f"parity_tests/test_models.py::test_float64[{row}]",)
+
+
+TESTS = {
+    "v1": _tests("layers", "hylorada_v1"),
+    "v2": _tests("layers", "hylorada_v2"),
+    "unified": _tests("layers", "hylorada-"),
+    "position": _tests("layers", "position or buckets"),
+    "daa": _tests("layers", "direct_attention or positional_attention"),
+    "groups": _tests("layers", "shifted_sparse_attention"),
+    "sparse": _tests("layers", "topk_gate or sparse_adapter"),
+    "structure": _tests("layers", "encoder or buckets"),
+    "laws": _tests("laws", "hides or nudge or below"),
+    "dropout": _tests("laws", "dropout"),
+    "training alone": _tests("laws", "alone"),
+    "all on": _model("qwen2-hylorada"),
+    "bias": _model("qwen2-hylorada_v1"),
+    "ranks": _model("qwen2-hylorada_v1, ranks by depth"),
+    "one layer": _model("llama-hylorada_v1, one layer, bias scaled"),
+    "temporal": _model("qwen2-hylorada_v2, temporal"),
+    "optimizer": _tests("optimizer"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A text of a module, what is put in its place, and the tests which might catch that."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def edited(self) -> str:
+        """The module's source with the fault.
+
+        Raises:
+            ValueError: the text does not occur exactly once.
+        """
+        path = Path(__file__).parents[1].joinpath(*self.module.split(".")).with_suffix(".py")
+        source = path.read_text(encoding="utf-8")
+        if (count := source.count(self.old)) != 1:
+            raise ValueError(
+                f"fault {self.name!r}: {path.name} must have this once, not {count}×: {self.old!r}"
+            )
+        return source.replace(self.old, self.new)
+
+
+def _faults(tests: str, module: str, *edits: tuple[str, str, str]) -> list[Fault]:
+    return [Fault(name, module, old, new, TESTS[tests]) for name, old, new in edits]
+
+
+_OF_JAX = [
+    # Linear adapters
+    *_faults(
+        "v1",
+        "hylorada_jax.math.linear_adapter",
+        ("update without s", 'leaves["lora_B"] * scale', 'leaves["lora_B"]'),
+        ("detach_norm ignored", "if detach_norm:", "if False:"),
+        ("norm always detached", "if detach_norm:", "if True:"),
+        (
+            "magnitude starts at n₀²",
+            '"magnitude": low_rank.safe_sqrt(norm_squared)',
+            '"magnitude": norm_squared',
+        ),
+        (
+            "residual starts at its sigmoid",
+            "asarray(residual_init,",
+            "asarray(jax.nn.sigmoid(residual_init),",
+        ),
+    ),
+    *_faults(
+        "unified",
+        "hylorada_jax.math.linear_adapter",
+        (
+            "position_scale without its sigmoid",
+            'jax.nn.sigmoid(leaves["position_scale"])',
+            'leaves["position_scale"]',
+        ),
+    ),
+    *_faults(
+        "v1",
+        "hylorada_jax.math.low_rank",
+        ("norm over columns", "jnp.sum(wide * wide, axis=-1)", "jnp.sum(wide * wide, axis=0)"),
+        ("cross term of n² once", "(2 * cross + square)", "(cross + square)"),
+        ("square term of n² missing", "(2 * cross + square)", "(2 * cross)"),
+        ("zero row unguarded", "jnp.sqrt(jnp.maximum(squared, NORM_FLOOR**2))", "jnp.sqrt(squared)"),
+        ("sign of β", "jax.nn.sigmoid(residual_weight)", "jax.nn.sigmoid(-residual_weight)"),
+        ("β without its sigmoid", "jax.nn.sigmoid(residual_weight)", "residual_weight"),
+        (
+            "g and 1−g swapped",
+            "gate * magnitude + (1 - gate) * initial",
+            "(1 - gate) * magnitude + gate * initial",
+        ),
+        (
+            "c scales the update alone",
+            "y = y * column_scale.astype(y.dtype)",
+            "y += delta * (column_scale - 1)",
+        ),
+    ),
+    *_faults(
+        "v2",
+        "hylorada_jax.math.low_rank",
+        ("p of v2 without its half", "0.5 + jax.nn.sigmoid(score)", "jax.nn.sigmoid(score)"),
+    ),
+    *_faults(
+        "unified",
+        "hylorada_jax.math.low_rank",
+        ("p of Unified without its one", "1 + position_gate * factor", "position_gate * factor"),
+    ),
+    *_faults(
+        "v1",
+        "hylorada_jax.modules.linear",
+        ("rsLoRA divides by r", "(math.sqrt(self.rank) if self.use_rslora else self.rank)", "self.rank"),
+    ),
+    # Buckets
+    *_faults(
+        "position",
+        "hylorada_jax.math.position",
+        (
+            "position bucket one too wide",
+            "(NUM_BUCKETS - exact - 1) * beyond",
+            "(NUM_BUCKETS - exact) * beyond",
+        ),
+        ("distance 0 counts as ahead", "side * (offset < 0)", "side * (offset <= 0)"),
+        ("middle counts as before it", "num_buckets * (offset >= 0)", "num_buckets * (offset > 0)"),
+        (
+            "tanh missing",
+            'jnp.tanh(jnp.take(position_bias, buckets, mode="clip"))',
+            'jnp.take(position_bias, buckets, mode="clip")',
+        ),
+    ),
+    *_faults(
+        "laws",
+        "hylorada_jax.math.position",
+        ("nudge of the structure bucket missing", "num_buckets, 1e-6)", "num_buckets, 0.0)"),
+    ),
+    # Direct attention adaptation
+    *_faults(
+        "daa",
+        "hylorada_jax.math.relative_bias",
+        (
+            "k − q in place of q − k",
+            "offset = query_positions[:, :, None] - key_positions[:, None, :]\n",
+            "offset = key_positions[:, None, :] - query_positions[:, :, None]\n",
+        ),
+        ("derivative of the bias doubled", "table)[1](g)[0]", "table)[1](2 * g)[0]"),
+    ),
+    *_faults(
+        "daa",
+        "hylorada_jax.modules.attention",
+        ("α scales β too", "scores + beta[:, None, None]", "(scores + beta[:, None, None])"),
+    ),
+    *_faults(
+        "laws",
+        "hylorada_jax.math.attention",
+        (
+            "mask before DAA",
+            "jnp.where(mask, logits, jnp.finfo(dtype).min)",
+            "jnp.where(mask, logits, jnp.finfo(dtype).min * (daa.alpha[:, None, None] if daa else 1))",
+        ),
+        (
+            "α scales the bias too",
+            "additions.append(relative_bias(",
+            "additions.append(daa.alpha[:, None, None] * relative_bias(",
+        ),
+        (
+            "bias scaled by 1/√d",
+            "additions.append(relative_bias(",
+            "additions.append(head_dim**-0.5 * relative_bias(",
+        ),
+        ("α added", "query = (query * daa.alpha", "query = (query + daa.alpha"),
+        ("causality by <", "distance >= 0 if window", "distance > 0 if window"),
+        (
+            "query heads interleaved",
+            "query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)",
+            "query.reshape(batch, length, heads // key.shape[2], -1, head_dim).swapaxes(2, 3)",
+        ),
+    ),
+    # Shifted sparse attention
+    *_faults(
+        "groups",
+        "hylorada_jax.math.attention",
+        ("groups shifted the other way", "pattern(group_size - shift)", "pattern(shift)"),
+        ("groups wrap around", "[(0, 0)] * (x.ndim - 2))", '[(0, 0)] * (x.ndim - 2), mode="wrap")'),
+        ("first half of the heads shifted", "middle = heads - heads // 2", "middle = heads // 2"),
+        (
+            "padding visible",
+            "mask & key_valid[:, None, None, :]",
+            "mask & (key_valid | True)[:, None, None, :]",
+        ),
+        (
+            "earlier documents visible",
+            "segment_ids[:, None, :, None] == segment_ids",
+            "segment_ids[:, None, :, None] >= segment_ids",
+        ),
+    ),
+    *_faults(
+        "all on",
+        "hylorada_jax.math.attention",
+        ("DAA of the first heads for all", "leaf[..., own]", "leaf[..., : own.stop - own.start]"),
+    ),
+    # Sparse adapter
+    *_faults(
+        "sparse",
+        "hylorada_jax.math.sparse",
+        ("k rounded up", "math.floor(topk_ratio * adapter_dim)", "math.ceil(topk_ratio * adapter_dim)"),
+        ("straight-through without its factor", "scores.size * jax.nn.softmax", "jax.nn.softmax"),
+        ("temperature multiplies", "scores / temperature", "scores * temperature"),
+        ("gelu by tanh", "approximate=False", "approximate=True"),
+        (
+            "mask behind gelu",
+            "jax.nn.gelu(projected * mask.astype(accumulator), approximate=False)",
+            "jax.nn.gelu(projected, approximate=False) * mask.astype(accumulator)",
+        ),
+    ),
+    # Structure encoder
+    *_faults(
+        "structure",
+        "hylorada_jax.math.structure",
+        ("cos before sin", "[jnp.sin(angles), jnp.cos(angles)]", "[jnp.cos(angles), jnp.sin(angles)]"),
+        ("middle rounded up", "- seq_len // 2", "- (seq_len + 1) // 2"),
+        ("|freq_scale| without its modulus", 'jnp.abs(leaves["freq_scale"])', 'leaves["freq_scale"]'),
+        ("frequencies by D", "np.arange(half) / half", "np.arange(half) / (2 * half)"),
+        ("structure ids wrap", 'structure_ids, axis=0, mode="clip"', 'structure_ids, axis=0, mode="wrap"'),
+        ("ε of the norm", "NORM_EPSILON = 1e-5", "NORM_EPSILON = 1e-6"),
+        ("gate without its sigmoid", 'jax.nn.sigmoid(leaves["gate"])', 'leaves["gate"]'),
+    ),
+    *_faults(
+        "laws",
+        "hylorada_jax.math.structure",
+        ("|period| without its modulus", 'jnp.abs(leaves["periods"])', 'leaves["periods"]'),
+    ),
+    # Whole models
+    *_faults(
+        "bias",
+        "hylorada_jax.surgery.intercept",
+        (
+            "c scales the layer's bias",
+            "scales_bias = self._config.magnitude_scales_bias",
+            "scales_bias = True",
+        ),
+    ),
+    *_faults(
+        "temporal",
+        "hylorada_jax.surgery.intercept",
+        ("the prior of token positions", "positions if stand is None else stand", "positions"),
+    ),
+    *_faults(
+        "all on",
+        "hylorada_jax.surgery.intercept",
+        (
+            "sparse adapter on the frozen output",
+            "self._with_sparse(module, y, adapter)",
+            "self._with_sparse(module, next_fun(*args, **kwargs), adapter)",
+        ),
+    ),
+    *_faults(
+        "dropout",
+        "hylorada_jax.surgery.intercept",
+        ("dropout without its factor", "jnp.where(keep, x / (1 - rate), 0)", "jnp.where(keep, x, 0)"),
+        (
+            "dropout in the base's input",
+            "            inputs, module.get_variable",
+            "            self._dropout(module, inputs, self._config.lora_dropout), module.get_variable",
+        ),
+    ),
+    *_faults(
+        "bias",
+        "hylorada_jax.surgery.resolve",
+        ("detach_norm always on", "detach_norm=bool(config.detach_norm)", "detach_norm=True"),
+    ),
+    *_faults(
+        "ranks",
+        "hylorada_jax.surgery.resolve",
+        ("s of the largest rank", "config.scale(rank) for rank", "config.scale(config.lora_rank) for rank"),
+    ),
+    *_faults(
+        "one layer",
+        "hylorada_jax.surgery.resolve",
+        ("layers not adapted scaled by 0", 'jnp.ones if name == "column_scale" else jnp.zeros', "jnp.zeros"),
+    ),
+    *_faults(
+        "all on",
+        "hylorada_jax.surgery.resolve",
+        (
+            "unfrozen leaves get no gradient",
+            "value.astype(base_dtype)",
+            "jax.lax.stop_gradient(value.astype(base_dtype))",
+        ),
+    ),
+    *_faults(
+        "one layer",
+        "hylorada_jax.surgery.merge",
+        ("bias not merged", 'wide * adapter["column_scale"]', "wide"),
+    ),
+    *_faults(
+        "training alone",
+        "hylorada_jax.model",
+        (
+            "groups in evaluation too",
+            "if train and self.config.s2_attn_enabled",
+            "if self.config.s2_attn_enabled",
+        ),
+    ),
+    # LoRA+ and the parameter groups
+    *_faults(
+        "optimizer",
+        "hylorada_jax.training.optimizer",
+        ("LoRA+ on A", 'rates["lora_B"] *=', 'rates["lora_A"] *='),
+        ("magnitudes decay", '"magnitude": Group(),', '"magnitude": Group(decays=True),'),
+        ("DAA decays", '"daa": Group(rate=1e-3)', '"daa": Group(rate=1e-3, decays=True)'),
+        ("warm-up one step early", "rising = step /", "rising = (step + 1) /"),
+        ("decay one step early", "(total - step) /", "(total - step - 1) /"),
+        ("no clipping", "optax.clip_by_global_norm(training.max_grad_norm)", "optax.identity()"),
+        ("ε of AdamW", "weight_decay=decay)", "weight_decay=decay, eps=1e-7)"),
+    ),
+]
+
+_OF_TORCH = [
+    *_faults(
+        "v1",
+        "hylorada_torch.linear",
+        ("torch: rsLoRA divides by r", "alpha / (math.sqrt(rank) if use_rslora else rank)", "alpha / rank"),
+        ("torch: norm without s", "self.scaling * self.lora_B @ self.lora_A", "self.lora_B @ self.lora_A"),
+        ("torch: norm over columns", "weight, dim=1, dtype", "weight, dim=0, dtype"),
+        ("torch: β and 1−β swapped", "(1 - beta) * m / n + beta", "beta * m / n + (1 - beta)"),
+        ("torch: detach_norm ignored", "n.detach() if self.detach_norm else n", "n"),
+        (
+            "torch: magnitude starts at 1",
+            "row_norm(base_weight.detach())",
+            "torch.ones_like(base_weight[:, 0])",
+        ),
+    ),
+    *_faults(
+        "v2",
+        "hylorada_torch.linear",
+        ("torch: p of v2 starts at 1.5", "p = 0.5 + torch", "p = 1 + torch"),
+    ),
+    *_faults(
+        "position",
+        "hylorada_torch.position",
+        ("torch: position bucket one early", "np.maximum(p - exact, 1)", "np.maximum(p - exact + 1, 1)"),
+        ("torch: later keys in the first half", "half * (distance < 0)", "half * (distance > 0)"),
+        ("torch: tanh missing", "torch.tanh(self.position_bias[buckets])", "self.position_bias[buckets]"),
+    ),
+    *_faults(
+        "groups",
+        "hylorada_torch.attention",
+        ("torch: groups shifted the other way", "(slots - shift) //", "(slots + shift) //"),
+        ("torch: groups not causal", "self.group_size, self.shift).tril()", "self.group_size, self.shift)"),
+        (
+            "torch: first heads shifted",
+            "[plain] * (heads - heads // 2) + [shifted] * (heads // 2)",
+            "[shifted] * (heads - heads // 2) + [plain] * (heads // 2)",
+        ),
+    ),
+    *_faults(
+        "daa",
+        "hylorada_torch.attention",
+        ("torch: β scales", "* scores + self.beta", "* scores * self.beta"),
+    ),
+    *_faults(
+        "laws",
+        "hylorada_torch.attention",
+        (
+            "torch: mask before DAA",
+            "    if isinstance(daa, PositionalDAA):\n",
+            "    if visible is not None:\n"
+            "        scores = scores.masked_fill(~visible, torch.finfo(wide).min)\n"
+            "        visible = None\n"
+            "    if isinstance(daa, PositionalDAA):\n",
+        ),
+    ),
+    *_faults(
+        "sparse",
+        "hylorada_torch.sparse",
+        ("torch: straight-through without its factor", "soft = n * torch", "soft = torch"),
+        ("torch: gelu by tanh", "self.down) * mask)", 'self.down) * mask, approximate="tanh")'),
+    ),
+    *_faults(
+        "structure",
+        "hylorada_torch.structure",
+        ("torch: cos before sin", "[theta.sin(), theta.cos()]", "[theta.cos(), theta.sin()]"),
+        ("torch: ε of the norm", "eps=1e-5", "eps=1e-6"),
+        ("torch: φ without 2π", "2 * math.pi * positions", "positions"),
+    ),
+    *_faults(
+        "bias",
+        "hylorada_torch.surgery",
+        (
+            "torch: c scales the layer's bias",
+            "self._adapt(x, F.linear(x, self.weight)) + bias",
+            "self._adapt(x, F.linear(x, self.weight, bias))",
+        ),
+    ),
+    *_faults(
+        "ranks",
+        "hylorada_torch.surgery",
+        (
+            "torch: α does not follow the rank",
+            "config.lora_alpha * rank / config.lora_rank",
+            "config.lora_alpha",
+        ),
+    ),
+    *_faults(
+        "training alone",
+        "hylorada_torch.hf_attention",
+        (
+            "torch: groups in evaluation too",
+            "if self.training and self.groups is not None",
+            "if self.groups is not None",
+        ),
+    ),
+    *_faults(
+        "optimizer",
+        "hylorada_torch.optimizer",
+        ("torch: LoRA+ on A", 'ratio if group == "lora_B"', 'ratio if group == "lora_A"'),
+        (
+            "torch: everything decays",
+            "training.weight_decay if GROUPS[group].decays else 0.0",
+            "training.weight_decay",
+        ),
+        (
+            "torch: each gradient clipped by itself",
+            "gradient.mul_(max_norm / norm)",
+            "gradient.mul_(max_norm / gradient.norm())",
+        ),
+    ),
+]
+
+FAULTS = {fault.name: fault for fault in (*_OF_JAX, *_OF_TORCH)}
