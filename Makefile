@@ -3,16 +3,22 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: finetune test test-quick lint clean
+.PHONY: finetune test test-quick mutate lint clean
 
 finetune: $(VENV)/.installed
 	$(VENV)/bin/hylorada finetune --output runs/finetune $(ARGS)
 
+# A file's tests share models and compiled programs, so they run in one process.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -n auto $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-quick: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -n auto -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+mutate: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m parity_tests.mutate $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

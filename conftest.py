@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent
 # Set in the environment, so that the processes which tests start share it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# The models are small, and JAX computes on all cores beside: several threads of torch wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Several test processes share one GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -31,6 +33,23 @@ hypothesis.settings.register_profile(
     database=DirectoryBasedExampleDatabase(ROOT / "parity_tests" / "found"),
 )
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _compilation(request):
+    """Parity tests measure what users run, at full precision on every platform; the others compile fast.
+
+    Most programs of a unit test run once, on a CPU: what LLVM's optimiser takes it never gives back.
+    """
+    import jax
+
+    if "parity_tests" in request.path.parts:
+        with jax.default_matmul_precision("highest"):
+            yield
+        return
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_addoption(parser):

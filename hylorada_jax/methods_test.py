@@ -43,7 +43,12 @@ CONFIGS = {
     for method in METHODS
 }
 FAMILIES = ("gpt2", "llama", "qwen2")
-CASES = list(itertools.product(CONFIGS, FAMILIES))
+# Quick: the fullest of the methods without a structure encoder, and the plainest.
+QUICK = {("hylorada", "llama"), ("lora", "qwen2")}
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(CONFIGS, FAMILIES)
+]
 every_case = pytest.mark.parametrize(("method", "family"), CASES)
 # float32 logits of order 1 after two layers; what is compared differs in the order of sums alone.
 ROUNDING = 2e-5
@@ -299,6 +304,7 @@ OFF = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("method", "off", "plain"), OFF)
 def test_what_is_off_leaves_no_parameter_and_no_operation(method, off, plain, family):
@@ -312,6 +318,7 @@ def test_what_is_off_leaves_no_parameter_and_no_operation(method, off, plain, fa
         assert flops(CONFIGS[method], family) == flops(plain, family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["longlora", "hylorada_v2", "hylorada"])
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(method, remat):
@@ -354,6 +361,7 @@ def test_the_receptive_field_of_shifted_attention():
     np.testing.assert_array_equal(moves, together & later & (segments[:, None] == segments[None, :]))
 
 
+@pytest.mark.slow
 def test_the_bias_of_distances_is_not_kept_for_the_backward_pass():
     """Memory that grows with the depth: the same with DAA's position bias as without it."""
 
@@ -394,6 +402,7 @@ def test_each_component_can_be_switched_on_alone(switch):
     assert np.abs(run[0] - run[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_saved_and_loaded_it_is_the_same(method, family, tmp_path):
@@ -420,6 +429,7 @@ LIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_merged_it_is_the_same_or_it_is_refused(method, family):

@@ -16,6 +16,10 @@ from hylorada_jax.models.loading import load_model
 from parity_tests.hf_weights import randomise
 from parity_tests.measure import precision
 
+# The models are small, and JAX computes on all cores beside: several threads of torch wait for one another
+# (SmolLM2 on two busy cores: 40 seconds a step; with one thread, 2).
+torch.set_num_threads(1)
+
 VOCAB = 128  # texts are ASCII codes
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,

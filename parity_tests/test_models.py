@@ -1,0 +1,93 @@
+"""Whole adapted models in JAX against the reference: every row of the registered matrix."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hylorada_jax.config import METHODS
+from hylorada_jax.errors import ModelError
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.face import as_base
+from hylorada_jax.models.loading import DECODER_FAMILIES
+from hylorada_jax.surgery.modules import ATTENTIONS
+from parity_tests.families import FAMILIES, jax_base, measuring
+from parity_tests.models import CONFIGS, FULLEST, MATRIX, budgets, build, errors, measure_model, torch_results
+from parity_tests.tolerances import FUSION, MODEL, relative_error
+
+
+def test_every_method_and_every_family_is_registered():
+    assert {CONFIGS[name].method for _, name in MATRIX} == set(METHODS)
+    assert {name for _, name in MATRIX} == set(CONFIGS)
+    assert {family for family, _ in MATRIX} == set(FAMILIES)
+    # What hylorada_jax adapts whole, attention included: the families of our decoder, and of HF's these.
+    theirs = [kind.removeprefix("Flax").lower() for kind in ATTENTIONS if kind.startswith("Flax")]
+    found = {family for family in FAMILIES for kind in theirs if kind.startswith(family)}
+    assert len(found) == len(theirs) == len(ATTENTIONS) - 1
+    assert set(FAMILIES) == {*DECODER_FAMILIES, *found}
+
+
+# Quick where the program is small.
+ROWS = [
+    pytest.param(*row, marks=() if row[0] in ("gpt2", "llama") and row not in FULLEST else pytest.mark.slow)
+    for row in MATRIX
+]
+
+
+@pytest.mark.parametrize(("family", "name"), ROWS)
+def test_float64(family, name, tmp_path):
+    with measuring("float64"):
+        pair = build(family, CONFIGS[name], "float64")
+        model, expected = pair.model, pair.expected()
+        within_budgets(family, "float64", errors(pair.got(), expected))
+
+        # Saved and loaded it is the same, and runs in the program that is compiled already.
+        model.adapters = pair.adapters
+        model.save_pretrained(tmp_path)
+        loaded = HyLoRADAModel.from_pretrained(jax_base(family, "float64"), tmp_path)
+        got = pair.got(loaded)
+        within_budgets(family, "float64", errors(got, expected))
+        assert pair.program._cache_size() == 1
+
+        # Operation by operation, without a jit of the whole, too.
+        inputs: dict[str, Any] = {key: jnp.asarray(x) for key, x in pair.inputs.items() if key != "labels"}
+        eager = loaded.apply(loaded.adapters, train=pair.train, **inputs).logits
+        assert relative_error(eager[pair.inputs["labels"] >= 0], got["logits"]) <= FUSION
+
+        # Folded into the weights, or refused.
+        if not mergeable(CONFIGS[name]):
+            with pytest.raises(ModelError, match="can be merged"):
+                loaded.merge_and_unload()
+            return
+        merged = as_base(loaded.merge_and_unload())
+        logits = base_logits(family)(merged.params, inputs)[pair.inputs["labels"] >= 0]
+    evaluated = torch_results(pair.reference.eval(), pair.inputs, pair.reference.adapters())["logits"]
+    assert relative_error(logits, evaluated) <= MODEL["float64"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "name"), FULLEST)
+def test_lower_precision(family, name, dtype):
+    measured = measure_model(family, name, dtype)
+    assert all(error <= budget for error, budget in measured.values()), measured
+
+
+def within_budgets(family, dtype, found):
+    allowed = budgets(family, dtype)
+    assert all(found[direction] <= allowed[direction] for direction in allowed), (found, allowed)
+
+
+def mergeable(config):
+    """Whether all of the update is one of weights: none of a single token, in attention, or after an MLP."""
+    per_token = config.position_bias_enabled or config.use_hylorada_v2
+    return not (per_token or config.daa_enabled or config.sparse_enabled)
+
+
+@functools.cache
+def base_logits(family):
+    """The family's base model in float64 as a jitted function of its parameters."""
+    base = as_base(jax_base(family, "float64"))
+    return jax.jit(lambda params, inputs: base.forward({"params": params}, **inputs).logits)
