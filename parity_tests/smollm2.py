@@ -43,10 +43,10 @@ ROWS, LENGTH, BATCHES = 2, 32, 5
 # Of the adapters whose gradients are compared: none is fresh, and the model is one of language still.
 SPREAD = 0.01
 ORACLE = "torch float64"
-# In float64, the bounds of the small models (1e-13 and, after the run, 1e-12 were seen). In float32 there is
-# the rounding of thirty layers (2.5e-6; 7e-5 in the gradients of a few norms and scales), and AdamW turns
-# the rounding of a gradient that all but vanishes into steps: a loss may move in its fifth digit (1.2e-5),
-# and an adapter by one step of the fastest group (5e-4).
+# In float64, the bounds of the small models (1e-13 was seen, and after the run 1e-12). In float32 there is
+# the rounding of thirty layers (2.5e-6; 7e-5 in the gradients of gates, sums of terms that cancel), and AdamW
+# turns the rounding of a gradient that all but vanishes into steps: a loss may move in its fifth digit
+# (1.2e-5), and an adapter by one step of the fastest group (5e-4).
 BOUNDS = {
     "float64": {"forward": 1e-10, "gradient": 1e-10, "losses": 1e-8, "adapters": 1e-8},
     "float32": {"forward": 1e-5, "gradient": 3e-4, "losses": 1e-4, "adapters": 2e-3},

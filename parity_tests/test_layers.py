@@ -1,6 +1,7 @@
 """Every registered layer against the reference, in three precisions; and the laws that bind the layers."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -36,7 +37,7 @@ DRAWS = st.builds(
     weight_exponent=st.integers(-4, 4),
 )
 # Quick: what shows a wrong formula.
-SLOW = {"float64": (), "float32": pytest.mark.slow, "bfloat16": pytest.mark.slow}
+SLOW: dict[str, Any] = {"float64": (), "float32": pytest.mark.slow, "bfloat16": pytest.mark.slow}
 EDGES = [
     pytest.param(name, draw, dtype, id=f"{name}-{edge}-{dtype}", marks=SLOW[dtype])
     for name, layer in LAYERS.items()
