@@ -35,21 +35,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
-@pytest.fixture(autouse=True)
-def _compilation(request):
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compute too
+def pytest_runtest_setup(item):
     """Parity tests measure what users run, at full precision on every platform; the others compile fast.
 
     Most programs of a unit test run once, on a CPU: what LLVM's optimiser takes it never gives back.
     """
     import jax
 
-    if "parity_tests" in request.path.parts:
-        with jax.default_matmul_precision("highest"):
-            yield
-        return
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    parity = "parity_tests" in item.path.parts
+    quick = not parity and jax.default_backend() == "cpu"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick)  # of the processes that a test starts
+    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_default_matmul_precision", "highest" if parity else None)
 
 
 def pytest_addoption(parser):
