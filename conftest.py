@@ -37,14 +37,14 @@ hypothesis.settings.load_profile("suite")
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compute too
 def pytest_runtest_setup(item):
-    """Parity tests measure what users run, at full precision on every platform; the others compile fast.
+    """Parity tests compute at full precision on every platform; what measures rounding compiles as users do.
 
-    Most programs of a unit test run once, on a CPU: what LLVM's optimiser takes it never gives back.
+    Most programs of a test run once, on a CPU: what LLVM's optimiser takes it never gives back.
     """
     import jax
 
     parity = "parity_tests" in item.path.parts
-    quick = not parity and jax.default_backend() == "cpu"
+    quick = jax.default_backend() == "cpu" and not item.get_closest_marker("optimized")
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick)  # of the processes that a test starts
     jax.config.update("jax_disable_most_optimizations", quick)
     jax.config.update("jax_default_matmul_precision", "highest" if parity else None)

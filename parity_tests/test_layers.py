@@ -20,6 +20,8 @@ from parity_tests.layers import LAYERS, LINEAR_EDGES, Case, Draw
 from parity_tests.measure import DTYPES, errors, jax_side, measure_layer, measured_in, precision
 from parity_tests.tolerances import FUSION, IDENTITY, LAYER, relative_error
 
+pytestmark = pytest.mark.optimized
+
 DRAWS = st.builds(
     Draw,
     seed=st.integers(0, 2**32 - 1),

@@ -51,10 +51,11 @@ def test_float64(family, name, tmp_path):
         within_budgets(family, "float64", errors(got, expected))
         assert pair.program._cache_size() == 1
 
-        # Operation by operation, without a jit of the whole, too.
+        # Operation by operation, without a jit of the whole, too: what others leave out of this they share.
         inputs: dict[str, Any] = {key: jnp.asarray(x) for key, x in pair.inputs.items() if key != "labels"}
-        eager = loaded.apply(loaded.adapters, train=pair.train, **inputs).logits
-        assert relative_error(eager[pair.inputs["labels"] >= 0], got["logits"]) <= FUSION
+        if (family, name) in FULLEST:
+            eager = loaded.apply(loaded.adapters, train=pair.train, **inputs).logits
+            assert relative_error(eager[pair.inputs["labels"] >= 0], got["logits"]) <= FUSION
 
         # Folded into the weights, or refused.
         if not mergeable(CONFIGS[name]):
@@ -67,9 +68,15 @@ def test_float64(family, name, tmp_path):
     assert relative_error(logits, evaluated) <= MODEL["float64"]
 
 
+# Where the code differs: Qwen2, Qwen3 and Mistral run in the decoder that Llama runs in. `hylorada parity`
+# measures them all.
+LOWER = [row for row in FULLEST if row[0] in ("gpt2", "llama", "bert", "t5")]
+
+
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("family", "name"), FULLEST)
+@pytest.mark.parametrize(("family", "name"), LOWER)
 def test_lower_precision(family, name, dtype):
     measured = measure_model(family, name, dtype)
     assert all(error <= budget for error, budget in measured.values()), measured

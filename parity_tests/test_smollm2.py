@@ -6,6 +6,7 @@ from parity_tests.smollm2 import BOUNDS, ORACLE, measure, plot
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_smollm2(tmp_path):
     measured = measure()
     over = {

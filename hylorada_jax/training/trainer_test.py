@@ -337,7 +337,7 @@ def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_c
 
     rng = np.random.default_rng(int(os.environ.get("KILL_SEED", "0")))
     directory, killed_at = tmp_path / "killed", []
-    for _ in range(8):
+    for _ in range(5):
         process = child(directory, compilation_cache, steps=steps)
         # From the first line of its log on, anything may be under way: a step, a save, a rename, the end.
         already = len(read_metrics(directory / "metrics.jsonl"))
