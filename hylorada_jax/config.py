@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,9 @@ class HyLoRADAConfig:
         lora_dropout: probability in [0, 1) of dropping an input of the low-rank path in training.
         use_rslora: scale by α/√r instead (Kalajdzievski 2023).
         rank_strategy: uniform; importance (smaller ranks in the middle); decreasing (smaller with depth).
+        rank_pattern: {layer name or regular expression: its rank}; the first that matches a layer wins over
+            ``rank_strategy``. α keeps its ratio to r.
+        alpha_pattern: {layer name or regular expression: its α}, in place of that.
         target_modules: layer names, regular expressions over full names, or "all-linear"; None takes the
             attention projections the method names. The roles q, k, v and o stand for the model's own
             names of these projections.
@@ -142,6 +145,8 @@ class HyLoRADAConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     rank_strategy: str = "uniform"
+    rank_pattern: Mapping[str, int] | Iterable[tuple[str, int]] = ()
+    alpha_pattern: Mapping[str, float] | Iterable[tuple[str, float]] = ()
     target_modules: str | Iterable[str] | None = None
     exclude_modules: str | Iterable[str] = ()
     gate_init: float = 0.0
@@ -171,6 +176,9 @@ class HyLoRADAConfig:
     def __post_init__(self) -> None:
         self._set("target_modules", _names("target_modules", self.target_modules))
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules) or ())
+        # As pairs, so that a config can be hashed.
+        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _is_int))
+        self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _is_positive))
         for name in _NUMBERS:
             self._set(name, _number(name, getattr(self, name)))
         self._resolve_method()
@@ -320,16 +328,17 @@ class HyLoRADAConfig:
             )
         return size, int(size * ratio)
 
-    def scale(self, rank: int) -> float:
-        """s of a layer of this rank: α keeps its ratio to r, so s = α_r/r or, with rsLoRA, α_r/√r.
+    def scale(self, rank: int, alpha: float | None = None) -> float:
+        """s of a layer: α/r or, with rsLoRA, α/√r.
 
         Args:
-            rank: the layer's own rank, which a rank strategy may have lowered.
+            rank: the layer's own rank, r.
+            alpha: the layer's own α; by default in ``lora_alpha``'s ratio to ``lora_rank``.
 
         Returns:
             s, as a Python float.
         """
-        alpha = self.lora_alpha * rank / self.lora_rank
+        alpha = self.lora_alpha * rank / self.lora_rank if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def layer_rank(self, layer: int, num_layers: int) -> int:
@@ -359,10 +368,13 @@ class HyLoRADAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON types."""
-        return {
-            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
-            for field in dataclasses.fields(self)
-        }
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in settings.items():
+            if name in ("rank_pattern", "alpha_pattern"):
+                settings[name] = dict(value)
+            elif isinstance(value, tuple):
+                settings[name] = list(value)
+        return settings
 
     def to_json(self) -> str:
         """The settings as a JSON text that :meth:`from_json` reads back to an equal config."""
@@ -444,8 +456,23 @@ def _names(name: str, value: object) -> tuple[str, ...] | None:
     return names
 
 
+def _pattern(name: str, value: object, is_valid: Callable[[Any], bool]) -> tuple[tuple[str, Any], ...]:
+    try:
+        pairs = tuple(dict(value).items())  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        pairs = (("", 0),)
+    if not all(isinstance(key, str) and key and is_valid(number) and number > 0 for key, number in pairs):
+        kind = "ranks ≥ 1" if name == "rank_pattern" else "numbers > 0"
+        raise ConfigError(f"{name} must map layer names to {kind}", repr(value), 'For example {"v_proj": 4}.')
+    return pairs
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _number(name: str, value: object) -> float:

@@ -10,7 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.surgery.targets import layer_ranks, mlp_outputs, select_targets, self_attentions
+from hylorada_jax.surgery.targets import (
+    layer_alphas,
+    layer_ranks,
+    mlp_outputs,
+    select_targets,
+    self_attentions,
+)
 from hylorada_torch.forward_pass import Passes
 from hylorada_torch.hf_attention import AdaptedAttention, adapt_attention, check_attentions
 from hylorada_torch.linear import (
@@ -138,6 +144,7 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
         )
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     ranks = layer_ranks(select_targets(names, config), names, config)
+    alphas = layer_alphas(ranks, names, config)
     attentions = self_attentions(names) if config.daa_enabled or config.s2_attn_enabled else []
     mlps = mlp_outputs(names) if config.sparse_enabled else []
     unfrozen = _unfrozen(model, config)
@@ -153,7 +160,7 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
         attached.owners.append(("", position_bias))
     for name, rank in ranks.items():
         base = model.get_submodule(name)
-        adapter = _build_linear(base_weight(base), rank, config, generator, position_bias)
+        adapter = _build_linear(base_weight(base), rank, alphas[name], config, generator, position_bias)
         scales_bias = config.magnitude_scales_bias
         model.set_submodule(name, AdaptedLinear(base, adapter, passes, magnitude_scales_bias=scales_bias))
         attached.owners.append((name, adapter))
@@ -177,13 +184,14 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
 def _build_linear(
     weight: Tensor,
     rank: int,
+    alpha: float,
     config: HyLoRADAConfig,
     generator: torch.Generator,
     position_bias: PositionBias,
 ) -> LoRALinear:
     lora: dict[str, Any] = {
         "rank": rank,
-        "alpha": config.lora_alpha * rank / config.lora_rank,  # α keeps its ratio to r
+        "alpha": alpha,
         "dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "generator": generator,

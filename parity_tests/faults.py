@@ -292,8 +292,8 @@ _OF_JAX = [
     ),
     *_faults(
         "ranks",
-        "hylorada_jax.surgery.resolve",
-        ("s of the largest rank", "config.scale(rank) for rank", "config.scale(config.lora_rank) for rank"),
+        "hylorada_jax.surgery.plan",
+        ("s of the largest rank", "config.scale(ranks[name]", "config.scale(config.lora_rank"),
     ),
     *_faults(
         "one layer",

@@ -8,7 +8,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math import linear_adapter, position, sparse, structure
 from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules
-from hylorada_jax.surgery.targets import layer_ranks, mlp_outputs, select_targets
+from hylorada_jax.surgery.targets import layer_alphas, layer_ranks, mlp_outputs, select_targets
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,12 +26,14 @@ class Site:
         module: where they are.
         layers: the adapted indices along its stacked axis; (0,) for an unstacked module.
         shapes: (leaf name, shape) of the leaves, for each of these layers.
+        scales: s of each of these layers; of linear adapters only.
     """
 
     component: str
     module: Module
     layers: tuple[int, ...]
     shapes: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
+    scales: tuple[float, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -129,7 +131,10 @@ def _linear_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:
             str(config.linear), ranks[name], module.d_in, module.d_out, structure_dim=config.structure_dim
         )
 
-    return _sites("linear", modules.linears, ranks, shapes)
+    alphas = layer_alphas(ranks, names, config)
+    scales = {name: config.scale(ranks[name], alphas[name]) for name in ranks}
+    sites = _sites("linear", modules.linears, ranks, shapes)
+    return [dataclasses.replace(s, scales=tuple(scales[name] for name in s.names)) for s in sites]
 
 
 def _sparse_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:

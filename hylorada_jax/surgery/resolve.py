@@ -57,7 +57,7 @@ def resolve(
 def _linear(
     site: Site, leaves: dict[str, Array], params: Tree, norm: Array, config: HyLoRADAConfig
 ) -> dict[str, Array]:
-    scales = jnp.asarray([config.scale(rank) for rank in site.ranks], norm.dtype)
+    scales = jnp.asarray(site.scales, norm.dtype)
 
     def one(layer: Array, leaves: Any, norm: Array, scale: Array) -> dict[str, Array]:
         weight = site.linear.weight(params, layer)

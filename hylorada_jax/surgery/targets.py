@@ -5,7 +5,8 @@ Imports neither jax nor torch: both packages select their targets here.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import TargetError
@@ -55,7 +56,7 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
         chosen |= _matching(pattern, names)
     for pattern in config.exclude_modules:
         chosen -= _matching(pattern, names)
-    if heads := sorted(name for name in chosen if any(_ends_with(name, head) for head in HEADS)):
+    if heads := sorted(filter(is_head, chosen)):
         raise TargetError(
             "The output head is not adapted: the loss reads its weight directly, in chunks of the vocabulary",
             ", ".join(heads),
@@ -68,6 +69,28 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
             "Exclude fewer layers.",
         )
     return [name for name in names if name in chosen]
+
+
+def shortest_targets(selected: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The shortest endings of names that match these layers and no other.
+
+    Args:
+        selected: the names of the layers to match.
+        names: the names of all linear layers.
+
+    Returns:
+        Endings of as many components as it takes; the full names, where none will do.
+
+    Example:
+        >>> names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj"]
+        >>> shortest_targets(names[::2], names), shortest_targets(names[:1], names)
+        (('attn.c_proj',), ('h.0.attn.c_proj',))
+    """
+    for length in range(1, 4):
+        endings = tuple(dict.fromkeys(".".join(name.split(".")[-length:]) for name in selected))
+        if {name for name in names if any(_ends_with(name, end) for end in endings)} == set(selected):
+            return endings
+    return tuple(selected)
 
 
 def mlp_outputs(names: Sequence[str]) -> list[str]:
@@ -130,33 +153,72 @@ def self_attentions(names: Sequence[str]) -> list[str]:
     return found
 
 
+def is_head(name: str) -> bool:
+    """Whether a linear layer is an output head, by its name."""
+    return any(_ends_with(name, head) for head in HEADS)
+
+
 def layer_index(name: str) -> int | None:
     """The depth of a layer: the first number in its dotted name, None where there is none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, int]:
-    """The rank of every selected layer under the config's ``rank_strategy`` (method.md §7).
+    """The rank of every selected layer, by ``rank_pattern`` or else by ``rank_strategy`` (method.md §7).
 
     Args:
         selected: the names of the adapted layers.
         names: the names of all linear layers, which tell the model's depth.
-        config: its ``lora_rank`` and ``rank_strategy`` are read.
+        config: its ``lora_rank``, ``rank_strategy`` and ``rank_pattern`` are read.
 
     Returns:
         {name: rank}; a layer outside the numbered blocks has the full rank.
+
+    Raises:
+        TargetError: a pattern matches no layer.
     """
     depths = [index for name in names if (index := layer_index(name)) is not None]
     depth = max(depths, default=0) + 1
+    own = _by_pattern(config.rank_pattern, names)
     return {
-        name: config.lora_rank if (index := layer_index(name)) is None else config.layer_rank(index, depth)
+        name: own[name]
+        if name in own
+        else config.lora_rank
+        if (index := layer_index(name)) is None
+        else config.layer_rank(index, depth)
         for name in selected
     }
 
 
+def layer_alphas(ranks: Mapping[str, int], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, float]:
+    """α of every adapted layer: ``alpha_pattern``'s, or in ``lora_alpha``'s ratio to the rank.
+
+    Args:
+        ranks: from :func:`layer_ranks`.
+        names: the names of all linear layers.
+        config: its ``lora_alpha``, ``lora_rank`` and ``alpha_pattern`` are read.
+
+    Returns:
+        {name: α}.
+
+    Raises:
+        TargetError: a pattern matches no layer.
+    """
+    own = _by_pattern(config.alpha_pattern, names)
+    ratio = config.lora_alpha / config.lora_rank
+    return {name: own.get(name, ratio * rank) for name, rank in ranks.items()}
+
+
+def _by_pattern(pattern: Any, names: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pattern:
+        found = dict.fromkeys(_matching(key, names), value) | found  # the first one wins
+    return found
+
+
 def _matching(pattern: str, names: Sequence[str]) -> set[str]:
     if pattern == ALL_LINEAR:
-        return {name for name in names if not any(_ends_with(name, head) for head in HEADS)}
+        return {name for name in names if not is_head(name)}
     found = {
         name for name in names if any(_ends_with(name, alias) for alias in ROLES.get(pattern, (pattern,)))
     }
