@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.io import adapter_files
+from hylorada_jax.io.base_identity import base_identity
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.face import as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
@@ -103,6 +102,8 @@ class HyLoRADAModel:
         self.adapters = build.build_adapters(self.sites, norms, params, config, seed)
         self._unfrozen = _leaf_paths(self.sites)
         self.frozen: dict[str, Any] = {"params": split(params, self._unfrozen)[0], "norms": norms}
+        # Which file the adapters came from, as a checksum of its tensors; None: they are fresh, of the seed.
+        self.start: str | None = None
         self._enabled = True
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
@@ -317,15 +318,14 @@ class HyLoRADAModel:
         params = merge(self.sites, resolved, self.base.params, self.config)
         return self.base.with_params(params)
 
+    @property
+    def linear_names(self) -> list[str]:
+        """The full names of all linear layers that can be adapted."""
+        return self._modules.linear_names
+
     def _identity(self) -> dict[str, Any]:
-        shapes = [
-            (name, linear.d_out, linear.d_in) for linear in self._modules.linears for name in linear.names
-        ]
-        return {
-            "name": self.base.name,
-            "model_type": self.base.config.model_type,
-            "layers_sha256": hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest(),
-        }
+        linears = ((name, m.d_out, m.d_in) for m in self._modules.linears for name in m.names)
+        return base_identity(self.base.name, self.base.config, linears)
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Writes the adapter: adapter_config.json and adapter_model.safetensors.
@@ -357,6 +357,7 @@ class HyLoRADAModel:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         adapter_files.check_keys(shapes, layout.tensor_shapes(model.sites))
         model.adapters = layout.unflatten(model.sites, tensors)
+        model.start = adapter_files.digest(tensors)
         return model
 
 

@@ -2,16 +2,20 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
+from hylorada_jax.io.adapter_files import check_base, read_adapter, write_adapter
+from hylorada_jax.io.base_identity import base_identity
 from hylorada_torch.forward_pass import ForwardPass
 from hylorada_torch.position import check_positions, default_positions
-from hylorada_torch.surgery import attach_adapters
+from hylorada_torch.surgery import attach_adapters, base_weight
 
 
 class HyLoRADAModel(nn.Module):
@@ -37,6 +41,7 @@ class HyLoRADAModel(nn.Module):
     def __init__(self, base_model: nn.Module, config: HyLoRADAConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self._identity = _identity(base_model)
         self._attached = attach_adapters(base_model, config, seed=seed)
         self.structure_encoder = self._attached.structure_encoder
         self.base_model = base_model
@@ -151,9 +156,49 @@ class HyLoRADAModel(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(values[name])
 
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the adapter, as `hylorada_jax` does: adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            directory: made if it does not exist.
+            overwrite: replace an adapter that is already there.
+
+        Raises:
+            CheckpointError: an adapter is already there, is not finite, or cannot be written.
+        """
+        tensors = {name: value.detach().cpu().numpy() for name, value in self.adapters().items()}
+        write_adapter(directory, tensors, self.config, self._identity, overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(cls, base_model: nn.Module, directory: str | Path) -> "HyLoRADAModel":
+        """The model with an adapter that either package has saved.
+
+        Args:
+            base_model: the model it was trained on; changed in place, as by the constructor.
+            directory: holds the adapter's two files.
+
+        Raises:
+            CheckpointError: the adapter is damaged, or is another model's.
+        """
+        tensors, config, base = read_adapter(directory)
+        check_base(base, _identity(base_model))
+        model = cls(base_model, config)
+        model.load_adapters({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+        return model
+
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, of how many."""
         trainable = sum(parameter.numel() for parameter in self.adapters().values())
         total = sum(parameter.numel() for parameter in self.parameters())
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+
+def _identity(base_model: nn.Module) -> dict[str, Any]:
+    linears = [
+        (name, *base_weight(module).shape)
+        for name, module in base_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    config = getattr(base_model, "config", None)
+    return base_identity(getattr(config, "_name_or_path", None) or None, config, linears)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -89,11 +90,9 @@ MATRIX = [
     ("llama", "lorada"),
     ("qwen2", "lorada, one scale a layer"),
     ("gpt2", "longlora"),
-    ("qwen2", "longlora"),
     ("llama", "sparse"),
     ("qwen2", "hylorada_v1"),
     ("qwen2", "hylorada_v1, ranks by depth"),
-    ("gpt2", "hylorada_v1, one layer, bias scaled"),
     ("llama", "hylorada_v1, one layer, bias scaled"),
     ("gpt2", "hylorada_v2"),
     ("bert", "hylorada_v2"),
@@ -194,6 +193,26 @@ def build(family: str, config: HyLoRADAConfig, dtype: str, spread: float = SPREA
     pair = Pair(reference, HyLoRADAModel(jax_base(family, dtype), config), draw_inputs(family, config))
     pair.load(random_adapters(reference, spread))
     return pair
+
+
+def there_and_back(
+    model: HyLoRADAModel, family: str, directory: Path
+) -> tuple[hylorada_torch.HyLoRADAModel, HyLoRADAModel]:
+    """An adapted float64 model from JAX to its file, to torch, to a file again, and to JAX.
+
+    Args:
+        model: whose adapters go there.
+        family: of its base.
+        directory: for the files, in "jax" and "torch".
+
+    Returns:
+        The model in torch, and the one that is back.
+    """
+    model.save_pretrained(directory / "jax")
+    with all_in_float64():
+        there = hylorada_torch.HyLoRADAModel.from_pretrained(torch_base(family, "float64"), directory / "jax")
+    there.save_pretrained(directory / "torch")
+    return there, HyLoRADAModel.from_pretrained(jax_base(family, "float64"), directory / "torch")
 
 
 def random_adapters(

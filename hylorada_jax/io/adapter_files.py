@@ -23,6 +23,7 @@ from hylorada_jax.io.files import write_whole
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
+_FLOATS = (np.float32, np.float64)
 
 
 def write_adapter(
@@ -46,17 +47,13 @@ def write_adapter(
         CheckpointError: an adapter is already there, a tensor is not finite, or the disk is full.
     """
     directory = Path(directory)
-    if not overwrite and any((directory / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
-        raise CheckpointError(
-            "An adapter is not overwritten unasked",
-            directory,
-            "Choose another directory, or pass overwrite=True.",
-        )
+    if not overwrite:
+        refuse_existing(directory)
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise CheckpointError(
-            "Every saved tensor must be finite", _short(broken), "Go back to an earlier checkpoint."
+            "Every saved tensor must be finite", short(broken), "Go back to an earlier checkpoint."
         )
-    weights = dump_safetensors({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
+    weights = _serialised(tensors)
     body = {
         "format": "hylorada",
         "format_version": FORMAT_VERSION,
@@ -64,17 +61,26 @@ def write_adapter(
         "config": config.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    text = json.dumps({**body, "sha256": _digest(body)}, indent=2, ensure_ascii=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / WEIGHTS_NAME, weights)
-        write_whole(directory / CONFIG_NAME, text.encode())
+        write_whole(directory / CONFIG_NAME, _render(body))
     except OSError as error:
         raise CheckpointError(
             "The adapter's directory must be writable",
             f"{directory}: {error}",
             "Free some space, or choose another directory.",
         ) from error
+
+
+def refuse_existing(directory: Path) -> None:
+    """Raises a CheckpointError where an adapter is already."""
+    if any((directory / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+        raise CheckpointError(
+            "An adapter is not overwritten unasked",
+            directory,
+            "Choose another directory; save_pretrained can be told to with overwrite=True.",
+        )
 
 
 def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADAConfig, dict[str, Any]]:
@@ -100,13 +106,40 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADA
         )
     try:
         tensors = load_safetensors(raw)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             "An adapter must be a safetensors file", f"{directory}: {error}", "Save it again."
         ) from error
+    if alien := [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]:
+        raise CheckpointError(
+            "An adapter holds float32 or float64 tensors", short(alien), "Save it with save_pretrained."
+        )
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise CheckpointError("Every tensor must be finite", _short(broken), "Use an older checkpoint.")
+        raise CheckpointError("Every tensor must be finite", short(broken), "Use an older checkpoint.")
     return tensors, HyLoRADAConfig.from_dict(body["config"]), body["base_model"]
+
+
+def base_name(directory: str | Path, given: str | None = None) -> str:
+    """The name of the base model that an adapter belongs to.
+
+    Args:
+        directory: of the adapter, which is read and checked.
+        given: the user's own name of it, which wins.
+
+    Raises:
+        CheckpointError: the adapter is damaged, or names no model and none is given.
+    """
+    name = given or read_adapter(directory)[2].get("name")
+    if not name:
+        raise CheckpointError(
+            "An adapter or the user must name the base model", f"{directory} names none", "Give --model."
+        )
+    return name
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """A checksum of an adapter's tensors."""
+    return hashlib.sha256(_serialised(tensors)).hexdigest()
 
 
 def check_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -122,7 +155,7 @@ def check_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
     if missing or extra or shapes:
         raise CheckpointError(
             "The adapter's tensors must be those that the model and the config call for",
-            f"missing {_short(missing)}; unexpected {_short(extra)}; of another shape {_short(shapes)}",
+            f"missing {short(missing)}; unexpected {short(extra)}; of another shape {short(shapes)}",
             "Load it on the base model it was trained on.",
         )
 
@@ -144,19 +177,28 @@ def check_base(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         )
 
 
+def _serialised(tensors: Mapping[str, np.ndarray]) -> bytes:
+    return dump_safetensors({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
+
+
 def _read_config(path: Path) -> dict[str, Any]:
+    text = _read(path)
     try:
-        body = json.loads(_read(path))
-        digest = body.pop("sha256")
-        intact = digest == _digest(body)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        body = json.loads(text)
+        version = body["format_version"]
+        # Byte by byte, so that nothing at all is altered unnoticed.
+        intact = _render({key: value for key, value in body.items() if key != "sha256"}) == text
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        theirs = isinstance(error, KeyError) and "peft_type" in body
         raise CheckpointError(
-            f"{CONFIG_NAME} must be what save_pretrained wrote", f"{path}: {error!r}", "Copy it again."
+            f"{CONFIG_NAME} must be what save_pretrained wrote",
+            f"{path}, which PEFT wrote" if theirs else f"{path}: {error!r}",
+            "Read it with `hylorada import-peft`, or import_peft." if theirs else "Copy it again.",
         ) from error
-    if body.get("format_version") != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
             f"The adapter must be of format version {FORMAT_VERSION}",
-            f"{path}: {body.get('format_version')!r}",
+            f"{path}: {version!r}",
             "Load it with the version of hylorada that wrote it.",
         )
     if not intact:
@@ -166,6 +208,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             "It was cut or altered: copy it again.",
         )
     return body
+
+
+def _render(body: Mapping[str, Any]) -> bytes:
+    """The config file of a body: its checksum added."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=2, ensure_ascii=False).encode()
 
 
 def _read(path: Path) -> bytes:
@@ -179,9 +227,6 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _short(names: Sequence[str]) -> str:
+def short(names: Sequence[str]) -> str:
+    """The first names of a long list, and how many more there are."""
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "none"

@@ -109,6 +109,7 @@ class HyLoRADATrainer:
         self._fingerprint = {
             "model": model.base.name,
             "adapter": model.config.to_dict(),
+            "start": model.start,
             "training": config.fingerprint(),
             "train_data": digest(documents),
             "eval_data": held_out and digest(held_out),

@@ -1,0 +1,83 @@
+"""Adapter files: what either package writes, both read; and a base model has one identity on both sides."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import hylorada_torch
+from hylorada_jax.config import METHODS
+from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from hylorada_jax.model import HyLoRADAModel
+from parity_tests.families import FAMILIES, all_in_float64, jax_base, measuring, torch_base
+from parity_tests.models import CONFIGS, build, errors, there_and_back
+from parity_tests.tolerances import MODEL
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_name_a_base_alike(family):
+    with measuring("float64"), all_in_float64():
+        config = CONFIGS["lora"]
+        ours = HyLoRADAModel(jax_base(family, "float64"), config)._identity()
+        theirs = hylorada_torch.HyLoRADAModel(torch_base(family, "float64"), config)._identity
+    assert {**ours, "name": None} == {**theirs, "name": None}
+    assert None not in ours.values()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m == "dora" else pytest.mark.slow) for m in METHODS]
+)
+def test_jax_to_torch_to_jax_keeps_every_bit(method, family, tmp_path):
+    """What the loaded adapters compute, tests of whole models tell."""
+    with measuring("float64"):
+        pair = build(family, CONFIGS[method], "float64")
+        pair.model.adapters = pair.adapters
+        loaded = there_and_back(pair.model, family, tmp_path)[1]
+        assert loaded.config == CONFIGS[method]
+        assert str(jax.tree.structure(loaded.adapters)) == str(jax.tree.structure(pair.adapters))
+        jax.tree.map(np.testing.assert_array_equal, loaded.adapters, pair.adapters)
+    files = [(tmp_path / side / WEIGHTS_NAME).read_bytes() for side in ("jax", "torch")]
+    assert files[0] == files[1]
+
+
+def test_torch_refuses_what_is_another_models(tmp_path):
+    with all_in_float64():
+        model = hylorada_torch.HyLoRADAModel(torch_base("llama", "float64"), CONFIGS["dora"])
+        model.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="layers_sha256"):
+            hylorada_torch.HyLoRADAModel.from_pretrained(torch_base("qwen2", "float64"), tmp_path)
+        changed = torch_base("llama", "float64")
+        changed.config.rope_theta = 1e6
+        with pytest.raises(CheckpointError, match="config_sha256"):
+            hylorada_torch.HyLoRADAModel.from_pretrained(changed, tmp_path)
+    with pytest.raises(CheckpointError, match="overwritten"):
+        model.save_pretrained(tmp_path)
+    whole = (tmp_path / CONFIG_NAME).read_bytes()
+    (tmp_path / CONFIG_NAME).write_bytes(whole[:-20])
+    with pytest.raises(CheckpointError):
+        hylorada_torch.HyLoRADAModel.from_pretrained(changed, tmp_path)
+
+
+def test_ranks_and_scales_of_single_layers_are_filed(tmp_path):
+    """rank_pattern and alpha_pattern, as an adapter of PEFT's can have them."""
+    config = dataclasses.replace(
+        CONFIGS["dora"], rank_pattern={"q_proj": 5, r".*\.1\..*": 2}, alpha_pattern={"v_proj": 7.0}
+    )
+    with measuring("float64"):
+        pair = build("qwen2", config, "float64")
+        assert max(errors(pair.got(), pair.expected()).values()) <= MODEL["float64"]
+        pair.model.adapters = pair.adapters
+        pair.model.save_pretrained(tmp_path)
+        tensors, saved, _ = read_adapter(tmp_path)
+    assert saved == config
+    ranks = {
+        key.removeprefix("model.layers."): len(value) for key, value in tensors.items() if key.endswith("A")
+    }
+    assert ranks["0.self_attn.q_proj.lora_A"] == ranks["1.self_attn.q_proj.lora_A"] == 5
+    assert (ranks["0.self_attn.v_proj.lora_A"], ranks["1.self_attn.v_proj.lora_A"]) == (3, 2)
+    scales = {n: s for site in pair.model.sites for n, s in zip(site.names, site.scales, strict=True)}
+    assert scales["model.layers.0.self_attn.v_proj"] == 7 / 3
+    assert scales["model.layers.1.self_attn.k_proj"] == 4 / 3
