@@ -54,7 +54,7 @@ def load_model(
     """
     dtype = _float_dtype(dtype)
     source = find_source(name)
-    weights = _open_weights(source)
+    weights = open_weights(source)
     if source.config.get("model_type") in DECODER_FAMILIES:
         return _load_decoder(source, weights, dtype, remat)
     if remat != "none":
@@ -120,7 +120,8 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype:
     return dtype
 
 
-def _open_weights(source: Source) -> Weights:
+def open_weights(source: Source) -> Weights:
+    """The tensors of a base model on disk, under Hugging Face's names; none is read yet."""
     return GGUFWeights(source.gguf) if source.gguf else SafetensorsWeights(source.weights)
 
 

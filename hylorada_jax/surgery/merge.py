@@ -1,6 +1,6 @@
 """Folding trained adapters into the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,23 +12,50 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math import low_rank
+from hylorada_jax.surgery.layout import flatten, tensor_name
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
 
 # What a leaf must be, everywhere, for its component to have no effect; those not named here can be merged.
-_NEUTRAL = {
+NEUTRAL = {
     ("position_bias", "position_bias"): 0,
     ("linear", "scale_from_structure"): 0,
     ("daa", "alpha"): 1,
     ("daa", "position_bias"): 0,
     ("sparse", "up"): 0,
 }
-_NAMES = {
+COMPONENTS = {
     "position_bias": "the position bias",
-    "linear": "the structure prior",
+    "structure": "the structure prior",
     "daa": "direct attention adaptation",
     "sparse": "the sparse adapter",
 }
+
+
+def live_components(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The components that have an effect which no weights can express.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        tensors: as an adapter file holds them, from :func:`hylorada_jax.surgery.layout.flatten`.
+
+    Returns:
+        {"position_bias", "structure", "daa" or "sparse": the first leaf that is not exactly neutral}.
+
+    Source: method.md §1, Merging.
+    """
+    live: dict[str, str] = {}
+    for site in sites:
+        component = "structure" if site.component == "linear" else site.component
+        for leaf in site.leaves:
+            neutral = NEUTRAL.get((site.component, leaf))
+            if neutral is None or component in live:
+                continue
+            for name in site.names:
+                if not np.all(tensors[tensor_name(name, leaf)] == neutral):
+                    live[component] = f"{leaf} of {name or 'the model'} is not {neutral}"
+                    break
+    return live
 
 
 def check_mergeable(sites: Sequence[Site], adapters: Tree) -> None:
@@ -43,16 +70,17 @@ def check_mergeable(sites: Sequence[Site], adapters: Tree) -> None:
 
     Source: method.md §1, Merging.
     """
-    for site in sites:
-        node = subtree(adapters, site.module.path)
-        for leaf in site.leaves:
-            neutral = _NEUTRAL.get((site.component, leaf))
-            if neutral is not None and not np.all(np.asarray(node[leaf]) == neutral):
-                raise ModelError(
-                    "Only an update of the weights themselves can be merged into them",
-                    f"{_NAMES[site.component]}: {leaf} of {site.names[0] or 'the model'} is not {neutral}",
-                    "Keep the adapter beside the model, or train without this component.",
-                )
+    refuse_live(live_components(sites, flatten(sites, adapters)))
+
+
+def refuse_live(live: Mapping[str, str]) -> None:
+    """Raises the error that names every component of :func:`live_components`, if there is one."""
+    if live:
+        raise ModelError(
+            "Only an update of the weights themselves can be merged into them",
+            "; ".join(f"{COMPONENTS[component]}: {found}" for component, found in live.items()),
+            "Keep the adapter beside the model, or train without this component.",
+        )
 
 
 def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAConfig) -> dict[str, Any]:

@@ -1,0 +1,29 @@
+"""The command that folds an adapter into its base model's weights."""
+
+from pathlib import Path
+from typing import Literal
+
+
+def merge(
+    *,
+    output: Path,
+    adapter: Path,
+    model: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> None:
+    """Merge an adapter into its base model: an ordinary checkpoint, as transformers loads it.
+
+    Works tensor by tensor: the model itself is never held in memory. An adapter whose effect no weights can
+    express (a position bias, a structure prior, DAA, a sparse adapter) is refused by name.
+
+    Args:
+        output: directory of the checkpoint, new or empty.
+        adapter: directory of a trained adapter.
+        model: smollm2-135m, a directory, a .gguf file, or a Hub name [what the adapter was trained on].
+        dtype: of the written weights [each tensor's own; float32 from a .gguf file].
+    """
+    from hylorada_jax.io.adapter_files import base_name
+    from hylorada_jax.io.merged import write_merged
+
+    write_merged(base_name(adapter, model), adapter, output, dtype, progress=True)
+    print(f"merged  {output}")

@@ -1,0 +1,158 @@
+"""An adapter merged into a checkpoint, tensor by tensor: the model itself is never built."""
+
+import json
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors import safe_open
+from tqdm import tqdm
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.io.adapter_files import check_base, check_keys, read_adapter
+from hylorada_jax.io.base_identity import base_identity
+from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
+from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.loading import DECODER_FAMILIES, model_init, open_weights
+from hylorada_jax.models.source import Source, find_source
+from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.models.tokenizer_files import write_tokenizer
+from hylorada_jax.models.weights import Weights
+from hylorada_jax.surgery.layout import tensor_shapes
+from hylorada_jax.surgery.merge import live_components, refuse_live
+from hylorada_jax.surgery.modules import find_modules
+from hylorada_jax.surgery.plan import plan
+
+# What a model directory holds beside its weights and config.json.
+_COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+    "merges.txt",
+)  # fmt: skip
+# Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.
+_CONSTANT = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
+
+
+def write_merged(
+    model: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    dtype: DTypeLike | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Writes the checkpoint of an ordinary model that computes what the adapted one does.
+
+        W' = c ⊙ (W + s·B A)          (and bias' = c ⊙ bias when the magnitude scales the bias)
+
+    Memory holds the adapter and a part of one tensor at a time (of a GGUF file, one tensor). Adapted weights
+    are computed in float64 and rounded once; all other tensors are copied.
+
+    Args:
+        model: what the adapter was trained on, as for :func:`hylorada_jax.load_model`.
+        adapter: the directory that ``save_pretrained`` wrote.
+        output: a new or an empty directory; what transformers loads stands there at the end, or nothing.
+        dtype: of the written tensors; by default each keeps its own, and those of a GGUF file are float32.
+        max_shard_bytes: of one weights file.
+        progress: show it on stderr.
+
+    Raises:
+        CheckpointError: the adapter is damaged or of another model, the output is taken, or the disk is full.
+        ModelError: a component has an effect that no weights can express; the model is not found or lacks a
+            tensor that is adapted; a weight is not finite in ``dtype``.
+
+    Example:
+        write_merged("smollm2-135m", "runs/finetune/adapter", "merged", "bfloat16")
+
+    Source: method.md §1, Merging.
+    """
+    output = Path(output)
+    refuse_taken(output)
+    target = None if dtype is None else _float_dtype(dtype)
+    leaves, config, base = read_adapter(adapter)
+    modules = find_modules(model_init(model))
+    settings = _settings(find_source(model, config_only=True))
+    linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
+    check_base(base, base_identity(str(model), settings, linears))
+    sites = plan(modules, config)
+    check_keys({name: leaf.shape for name, leaf in leaves.items()}, tensor_shapes(sites))
+    refuse_live(live_components(sites, leaves))
+
+    source = find_source(model)
+    tokenizer = load_tokenizer(model) if source.gguf else None
+    weights = open_weights(source)
+    changed = changed_tensors(sites, leaves, weights, config)
+    # A tied head that is written out is a copy of the embedding, which may have been trained.
+    tied = {"lm_head.weight"} if settings.tie_word_embeddings else set()
+    names = [n for n in weights.shapes if n in changed or not (n in tied or _is_constant(n, weights))]
+    with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress) as bar:
+        tensors = []
+        for name in names:
+            kept = _dtype_of(source, weights, name) if target is None else target
+            pieces = changed.get(name) or partial(unchanged, weights, name)
+            rounded = partial(cast, pieces, kept, name, bar.update)
+            tensors.append(Tensor(name, weights.shapes[name], kept, rounded))
+        with new_directory(output) as place:
+            write_shards(place, tensors, max_shard_bytes=max_shard_bytes)
+            text = json.dumps(_config(source, target), indent=2, ensure_ascii=False) + "\n"
+            (place / "config.json").write_text(text, "utf-8")
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, place)
+            else:
+                _copy(source.path, place)
+
+
+def _float_dtype(dtype: DTypeLike) -> np.dtype:
+    found = jnp.dtype(dtype)
+    if found not in DTYPES.values():
+        raise ModelError(
+            "Weights are floating-point numbers.", f"dtype {found.name}", "Use float32 or bfloat16."
+        )
+    return found
+
+
+def _settings(source: Source) -> Any:
+    """The model's config as the loaded model has it, by which the adapter knows it again."""
+    if source.config.get("model_type") in DECODER_FAMILIES:
+        return DecoderConfig.from_hf(source.config)
+    from hylorada_jax.models.hf_flax_loading import empty_model  # imports transformers
+
+    return empty_model(source, np.dtype(np.float32)).config
+
+
+def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:
+    """The content of config.json; the dtype under the name that every version of transformers reads."""
+    if dtype is None and source.gguf is None:
+        return source.config
+    dtype = dtype or np.dtype(np.float32)
+    rest = {key: value for key, value in source.config.items() if key not in ("dtype", "torch_dtype")}
+    return rest | {"torch_dtype": dtype.name}
+
+
+def _copy(source: Path, place: Path) -> None:
+    for file in _COPIED:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, place / file)
+
+
+def _is_constant(name: str, weights: Weights) -> bool:
+    # A vector called bias is one; masks have four axes or none.
+    vector = len(weights.shapes[name]) == 1 and name.endswith(".bias")
+    return bool(_CONSTANT.search(name)) and not vector
+
+
+def _dtype_of(source: Source, weights: Weights, name: str) -> np.dtype:
+    if source.gguf:
+        return np.dtype(np.float32)
+    with safe_open(weights.file_of(name), framework="numpy") as file:
+        code = file.get_slice(name).get_dtype()
+    if code not in DTYPES:
+        weights.read(name)  # refuses it
+    return DTYPES[code]

@@ -1,0 +1,213 @@
+"""The new values of each tensor that an adapter changes, piece by piece and rounded once."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from safetensors import safe_open
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
+from hylorada_jax.io.adapter_files import short
+from hylorada_jax.io.shards import DTYPES
+from hylorada_jax.math import linear_adapter, low_rank
+from hylorada_jax.models.weights import SafetensorsWeights, Weights
+from hylorada_jax.surgery.layout import tensor_name
+from hylorada_jax.surgery.plan import Site
+
+# The leaves of a linear adapter that have a row for each of W's.
+_BY_ROW = ("lora_B", "magnitude")
+# Numbers computed at a time: their float64 copies stay at a few megabytes.
+_PIECE = 1 << 19
+
+# A tensor's values, piece by piece in C order.
+Pieces = Iterator[np.ndarray]
+# Slices of a tensor's axes → its values there.
+Reader = Callable[[Any], np.ndarray]
+
+
+def changed_tensors(
+    sites: Sequence[Site], leaves: Mapping[str, np.ndarray], weights: Weights, config: HyLoRADAConfig
+) -> dict[str, Callable[[], Pieces]]:
+    """The tensors that a merged checkpoint has anew.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        leaves: the adapter's tensors, as a file holds them.
+        weights: the base model's.
+        config: ``magnitude_scales_bias`` is read.
+
+    Returns:
+        {name in the base model's files: a function that computes the new values, adapted ones in float64}.
+
+    Raises:
+        ModelError: a tensor is not in the source, or has another shape there.
+    """
+    changed: dict[str, Callable[[], Pieces]] = {}
+    missing = []
+
+    def put(name: str, shape: tuple[int, ...], new: Callable[..., Pieces], *arguments: Any) -> None:
+        found = _find(name, weights)
+        if found is None or weights.shapes[found] != shape:
+            missing.append(f"{name} {shape}")
+        else:
+            changed[found] = partial(new, *arguments)
+
+    for site in sites:
+        if site.component == "unfrozen":
+            for name, shapes in zip(site.names, site.shapes, strict=True):
+                for leaf, shape in shapes:
+                    full = tensor_name(name, leaf)
+                    put(full, shape, _in_pieces, leaves[full])
+        if site.component != "linear":
+            continue
+        linear = site.linear
+        # A kernel comes from torch's weight by transposition: what is [d_out, d_in] here is not so there.
+        turned = linear.kernel_is_out_in
+        shape = (linear.d_in, linear.d_out) if turned else (linear.d_out, linear.d_in)
+        for name, scale in zip(site.names, site.scales, strict=True):
+            own = {leaf: leaves[tensor_name(name, leaf)] for leaf in site.leaves}
+            weight = _find(f"{name}.weight", weights) or ""
+            arguments = (weights, weight, turned, own, scale)
+            put(f"{name}.weight", shape, _merged_weight, *arguments)
+            bias = _find(f"{name}.bias", weights)
+            if config.magnitude_scales_bias and "magnitude" in own and bias:
+                put(f"{name}.bias", (linear.d_out,), _merged_bias, bias, *arguments)
+    if missing:
+        raise ModelError(
+            "Every adapted tensor must be in the checkpoint, in the model's own shape",
+            f"missing or of another shape: {short(missing)}",
+            "Check that the download is complete and of this architecture.",
+        )
+    return changed
+
+
+def _find(name: str, weights: Weights) -> str | None:
+    """A tensor's name in the files, which may leave out the base model's prefix, as GPT-2's do on the Hub."""
+    return next((n for n in (name, name.partition(".")[2]) if n in weights.shapes), None)
+
+
+def _merged_weight(
+    weights: Weights, name: str, turned: bool, leaves: Mapping[str, np.ndarray], scale: float
+) -> Pieces:
+    read = _reader(weights, name)
+    lora_A, scaled_B, column_scale = _resolved(read, weights.shapes[name], turned, leaves, scale)
+    for part in _parts(weights.shapes[name]):
+        # Rows of the file are outputs, or where it is turned, inputs: W' = c ⊙ (W + s·B A) holds for either.
+        outputs, inputs = (slice(None), part) if turned else (part, slice(None))
+        stored = read(part).astype(np.float64)
+        c = None if column_scale is None else column_scale[outputs]
+        with jax.enable_x64(True):
+            merged = np.asarray(
+                _merge(stored.T if turned else stored, lora_A[:, inputs], scaled_B[outputs], c)
+            )
+        yield merged.T if turned else merged
+
+
+def _merged_bias(
+    bias: str, weights: Weights, name: str, turned: bool, leaves: Mapping[str, np.ndarray], scale: float
+) -> Pieces:
+    column_scale = _resolved(_reader(weights, name), weights.shapes[name], turned, leaves, scale)[2]
+    assert column_scale is not None  # `changed_tensors` asks for layers that have a magnitude
+    yield weights.read(bias).astype(np.float64) * column_scale
+
+
+def _resolved(
+    read: Reader, shape: tuple[int, ...], turned: bool, leaves: Mapping[str, np.ndarray], scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """A, s·B and c of one layer in float64, some rows of W [d_out, d_in] at a time."""
+    leaves = {leaf: value.astype(np.float64) for leaf, value in leaves.items()}
+    scaled_B, column_scale = [], []
+    for part in _parts(shape[::-1] if turned else shape):
+        own = {leaf: value[part] if leaf in _BY_ROW else value for leaf, value in leaves.items()}
+        weight = read((slice(None), part)).T if turned else read(part)
+        with jax.enable_x64(True):
+            resolved = _resolve(own, weight.astype(np.float64), np.float64(scale))
+            scaled_B.append(np.asarray(resolved["lora_B"]))
+            if "column_scale" in resolved:
+                column_scale.append(np.asarray(resolved["column_scale"]))
+    return (
+        leaves["lora_A"],
+        np.concatenate(scaled_B),
+        np.concatenate(column_scale) if column_scale else None,
+    )
+
+
+@jax.jit
+def _resolve(leaves: dict[str, Array], weight: Array, scale: Array) -> dict[str, Array]:
+    squared = low_rank.row_norm_squared(weight)
+    return linear_adapter.resolve_leaves(leaves, weight, squared, scale, detach_norm=False)
+
+
+_merge = jax.jit(low_rank.merged_weight)
+
+
+def unchanged(weights: Weights, name: str) -> Pieces:
+    """A tensor as the base model has it."""
+    shape = weights.shapes[name]
+    read = _reader(weights, name) if shape else lambda _: weights.read(name)
+    return (read(part) for part in _parts(shape))
+
+
+def _in_pieces(tensor: np.ndarray) -> Pieces:
+    return (tensor[part] for part in _parts(tensor.shape))
+
+
+def _reader(weights: Weights, name: str) -> Reader:
+    """Reads parts of a tensor: of a safetensors file those alone, of another the whole once."""
+    if not isinstance(weights, SafetensorsWeights):
+        whole = weights.read(name)
+        return lambda part: whole[part]
+
+    def read(part: Any) -> np.ndarray:
+        # Opened anew for each part: closing gives the mapped pages back, so that they never add up.
+        with safe_open(weights.file_of(name), framework="numpy") as file:
+            return file.get_slice(name)[part]
+
+    return read
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Runs along the first axis of about _PIECE numbers each; of a single number, one that reads it."""
+    length, width = (shape or (1,))[0], max(1, math.prod(shape[1:]))
+    step = max(1, _PIECE // width)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def cast(pieces: Callable[[], Pieces], dtype: np.dtype, name: str, done: Callable[[], Any]) -> Pieces:
+    """The pieces in a dtype, each number rounded once.
+
+    Args:
+        pieces: gives the values.
+        dtype: of the result.
+        name: of the tensor, for the message.
+        done: called after the last piece.
+
+    Raises:
+        ModelError: a value is not finite in the dtype.
+    """
+    for piece in pieces():
+        with np.errstate(over="ignore"):  # reported below, with the tensor's name
+            rounded = _round_once(piece, dtype)
+        if not np.isfinite(rounded).all():
+            raise ModelError(
+                f"Weights must be finite in {dtype.name}.",
+                f"{name} has NaN or infinite values",
+                "Write them in a wider dtype; if they are infinite already, the checkpoint is damaged.",
+            )
+        yield rounded
+    done()
+
+
+def _round_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The nearest numbers of a dtype; numpy's way from float64 to bfloat16 rounds to float32 in between."""
+    if values.dtype != np.float64 or dtype != DTYPES["BF16"]:
+        return values.astype(dtype, copy=False)
+    near = values.astype(np.float32)
+    # To odd: toward zero, and the last bit set where anything was lost, so that a tie is only what is one.
+    bits = near.view(np.uint32) - (np.abs(near) > np.abs(values))
+    return (bits | (near != values)).astype(np.uint32).view(np.float32).astype(dtype)

@@ -1,0 +1,169 @@
+"""A new checkpoint directory, whole or not at all, and safetensors files written tensor by tensor.
+
+The safetensors library writes only what is in memory all at once.
+
+Reference: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from hylorada_jax.errors import CheckpointError
+
+MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
+# The format's names of what a weight can be.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor to write.
+
+    Attributes:
+        name: in the file.
+        shape: of the whole.
+        dtype: float64, float32, float16 or bfloat16.
+        pieces: gives the values in that dtype, in C order, cut wherever it likes; asked once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def refuse_taken(directory: Path) -> None:
+    """Raises a CheckpointError if something is there that :func:`new_directory` would have to overwrite."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise CheckpointError(
+            "The output must be a new or an empty directory", directory, "Choose another directory."
+        )
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory that appears whole when the block ends, and not at all when it fails or is interrupted.
+
+    Args:
+        directory: new or empty.
+
+    Yields:
+        Where to write: a directory beside it, renamed at the end.
+
+    Raises:
+        CheckpointError: something is there already, or it cannot be written, as on a full disk.
+    """
+    directory = directory.resolve()
+    refuse_taken(directory)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if directory.is_dir():
+            directory.rmdir()
+        temporary.rename(directory)
+    except OSError as error:
+        raise CheckpointError(
+            "The output directory must be writable, and the disk must have room for the model",
+            f"{directory}: {error}",
+            "Free some space, or choose another directory.",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_shards(
+    directory: Path, tensors: Sequence[Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes tensors as transformers names its files: one, or several and their index.
+
+    Args:
+        directory: exists.
+        tensors: in the order that fills the shards.
+        max_shard_bytes: of a file; a tensor that is larger has a file of its own.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.numpy import load_file
+        >>> ones = Tensor("x", (2, 3), np.dtype(np.float32), lambda: [np.ones(6, np.float32)])
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     write_shards(Path(place), [ones])
+        ...     load_file(Path(place) / "model.safetensors")["x"].shape
+        (2, 3)
+    """
+    shards = _split(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(directory / "model.safetensors", shards[0])
+        return
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        _write_file(directory / file, shard)
+    places = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors)}, "weight_map": places}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / "model.safetensors.index.json").write_text(text, "utf-8")
+
+
+def _split(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
+    """The tensors of each shard, as huggingface_hub splits them."""
+    shards: list[list[Tensor]] = []
+    current: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.size > limit:
+            shards.append([tensor])
+            continue
+        if sum(other.size for other in current) + tensor.size > limit:
+            shards.append(current)
+            current = []
+        current.append(tensor)
+    return [*shards, current] if current or not shards else shards
+
+
+def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
+    # The widest first, as the library does it, so that every tensor is aligned to its own numbers.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.size
+        code = _CODES[tensor.dtype]
+        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            _write_tensor(file, tensor)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    start = file.tell()
+    for piece in tensor.pieces():
+        assert piece.dtype == tensor.dtype, (tensor.name, piece.dtype)
+        # Through bytes, for bfloat16 has no buffer protocol.
+        file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+    assert file.tell() - start == tensor.size, tensor.name

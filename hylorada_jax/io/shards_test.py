@@ -1,0 +1,118 @@
+import errno
+import functools
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.shards import Tensor, new_directory, write_shards
+
+SHAPES = {"a": (3, 5), "one": (), "none": (0, 4), "größe": (7,), "big": (40, 10), "b": (2, 2, 2), "c": (9,)}
+DTYPES = ("float32", "bfloat16", "float64", "float16", "bfloat16", "float32", "float16")
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    return {
+        name: np.asarray(rng.normal(size=shape)).astype(jnp.dtype(dtype))
+        for (name, shape), dtype in zip(SHAPES.items(), DTYPES, strict=True)
+    }
+
+
+def pieces(value):
+    """Two rows at a time, not contiguous."""
+    if not value.ndim:
+        return [value]
+    return [np.asfortranarray(value[start : start + 2]) for start in range(0, len(value), 2)]
+
+
+def written(values):
+    """The tensors to write."""
+    return [
+        Tensor(name, value.shape, value.dtype, functools.partial(pieces, value))
+        for name, value in values.items()
+    ]
+
+
+def test_the_library_reads_what_was_written_bit_for_bit(tmp_path):
+    write_shards(tmp_path, written(tensors()))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == SHAPES.keys()
+    for name, value in tensors().items():
+        np.testing.assert_array_equal(found[name], value, strict=True)
+
+
+def test_every_tensor_is_aligned_to_its_own_numbers(tmp_path):
+    write_shards(tmp_path, written(tensors()))
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    for value in tensors().values():
+        places = range(0, len(raw), value.itemsize)
+        assert any(raw[at : at + value.nbytes] == value.tobytes() for at in places)
+
+
+@pytest.mark.parametrize("limit", [1, 30, 100, 200, 2000])
+def test_shards_are_those_of_the_hub_library(tmp_path, limit):
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    values = tensors()
+    expected = split_state_dict_into_shards_factory(
+        values,
+        get_storage_size=lambda value: value.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    write_shards(tmp_path, written(values), max_shard_bytes=limit)
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == expected.is_sharded
+    for file, names in expected.filename_to_tensors.items():
+        found = load_file(tmp_path / file)
+        assert found.keys() == set(names)
+        for name in names:
+            np.testing.assert_array_equal(found[name], values[name], strict=True)
+    if index.exists():
+        body = json.loads(index.read_text())
+        assert body == {"metadata": expected.metadata, "weight_map": expected.tensor_to_filename}
+    assert len(list(tmp_path.iterdir())) == len(expected.filename_to_tensors) + index.exists()
+
+
+def write_and_fail(directory, error):
+    with new_directory(directory) as place:
+        (place / "file").write_text("x")
+        raise error
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    output = tmp_path / "new"
+    output.mkdir()  # an empty one may be there
+    with new_directory(output) as place:
+        (place / "file").write_text("x")
+        assert not list(output.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "file"]
+    with pytest.raises(CheckpointError, match=r"empty[\s\S]*new"), new_directory(output):
+        pass
+    for error in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error):
+            write_and_fail(tmp_path / "other", error)
+    assert (output / "file").read_text() == "x"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(CheckpointError, match=r"No space left[\s\S]*Free some space"),
+        new_directory(tmp_path / "new") as place,
+    ):
+        write_shards(place, written(tensors()))
+    assert not list(tmp_path.iterdir())

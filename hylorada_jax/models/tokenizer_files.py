@@ -1,0 +1,33 @@
+"""A tokenizer as the files that transformers loads."""
+
+import json
+from pathlib import Path
+
+from hylorada_jax.models.tokenizer import Tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, for a model that came without them, as a GGUF file.
+
+    Args:
+        tokenizer: from :func:`hylorada_jax.load_tokenizer`.
+        directory: exists.
+
+    Example:
+        >>> import tempfile
+        >>> from hylorada_jax.models.tokenizer import load_tokenizer
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     write_tokenizer(load_tokenizer("smollm2-135m"), Path(place))
+        ...     sorted(path.name for path in Path(place).iterdir())
+        ['tokenizer.json', 'tokenizer_config.json']
+    """
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # what tokenizer.json says, and nothing added to it
+        "clean_up_tokenization_spaces": False,
+        **tokenizer.special_tokens,
+    }
+    if tokenizer.chat_template is not None:
+        settings["chat_template"] = tokenizer.chat_template
+    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, "utf-8")
