@@ -147,3 +147,63 @@ def resolve_leaves(
     if "position_scale" in leaves:
         resolved["position_gate"] = jax.nn.sigmoid(leaves["position_scale"])
     return resolved
+
+
+def to_dora(
+    leaves: Mapping[str, Array],
+    weight: Float[Array, "d_out d_in"],
+    norm_squared: Float[Array, " d_out"],
+    scale: float | Float[Array, ""],
+) -> dict[str, Array]:
+    """The DoRA adapter that computes what a HyLoRADA adapter does where p = 1.
+
+    Args:
+        leaves: of dora, or of one of the HyLoRADA kinds.
+        weight: W.
+        norm_squared: n₀² = ‖W‖² of every row.
+        scale: s.
+
+    Returns:
+        {"lora_A", "lora_B", "magnitude"}, the first two as they were.
+
+    Source: method.md §1, Collapse.
+    """
+    dora = {name: leaves[name] for name in LEAVES["dora"]}
+    if "magnitude_gate" not in leaves:
+        return dora
+    norm = low_rank.adapted_norm(weight, norm_squared, leaves["lora_A"], leaves["lora_B"] * scale)
+    initial = low_rank.safe_sqrt(norm_squared.astype(norm.dtype))
+    magnitude = low_rank.gated_magnitude(leaves["magnitude"], initial, leaves["magnitude_gate"])
+    dora["magnitude"] = low_rank.collapsed_magnitude(magnitude, norm, leaves["residual_weight"])
+    return dora
+
+
+def from_dora(
+    dora: Mapping[str, Array],
+    weight: Float[Array, "d_out d_in"],
+    norm_squared: Float[Array, " d_out"],
+    scale: float | Float[Array, ""],
+    *,
+    gate_init: float,
+    residual_init: float,
+) -> dict[str, Array]:
+    """The HyLoRADA v1 adapter that computes what a DoRA adapter does; the inverse of :func:`to_dora`.
+
+    Args:
+        dora: {"lora_A", "lora_B", "magnitude"}.
+        weight: W.
+        norm_squared: n₀² = ‖W‖² of every row.
+        scale: s.
+        gate_init: its magnitude_gate.
+        residual_init: its residual_weight.
+
+    Returns:
+        The leaves of hylorada_v1, A and B as they were.
+
+    Source: method.md §1, Collapse.
+    """
+    norm = low_rank.adapted_norm(weight, norm_squared, dora["lora_A"], dora["lora_B"] * scale)
+    gate, residual = (jnp.asarray(value, norm.dtype) for value in (gate_init, residual_init))
+    initial = low_rank.safe_sqrt(norm_squared.astype(norm.dtype))
+    magnitude = low_rank.expanded_magnitude(dora["magnitude"], norm, initial, gate, residual)
+    return {**dora, "magnitude": magnitude, "magnitude_gate": gate, "residual_weight": residual}

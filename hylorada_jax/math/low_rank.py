@@ -299,6 +299,66 @@ def residual_blend(
     return (1 - residual) * (magnitude / norm) + residual
 
 
+def collapsed_magnitude(
+    magnitude: Float[Array, " d_out"], norm: Float[Array, " d_out"], residual_weight: Float[Array, ""]
+) -> Float[Array, " d_out"]:
+    """The magnitude of the DoRA adapter that a trained HyLoRADA v1 adapter is, with the same A, B and s.
+
+        c ⊙ n = (1−β)·m + β·n,  β = σ(residual_weight)
+
+    Args:
+        magnitude: m, the gated one.
+        norm: n = ‖W + s·B A‖.
+        residual_weight: the blend before its sigmoid.
+
+    Returns:
+        DoRA's magnitude.
+
+    Example:
+        >>> collapsed_magnitude(jnp.array([2.0]), jnp.array([1.0]), jnp.array(0.0)).tolist()
+        [1.5]
+
+    Source: method.md §1, Collapse.
+    """
+    residual = jax.nn.sigmoid(residual_weight)
+    return (1 - residual) * magnitude + residual * norm
+
+
+def expanded_magnitude(
+    collapsed: Float[Array, " d_out"],
+    norm: Float[Array, " d_out"],
+    initial: Float[Array, " d_out"],
+    magnitude_gate: Float[Array, ""],
+    residual_weight: Float[Array, ""],
+) -> Float[Array, " d_out"]:
+    """The learned magnitude m' with which a HyLoRADA v1 layer computes what a DoRA layer does.
+
+        m' = ((m_DoRA − β·n)/(1−β) − (1−g)·m₀) / g
+
+    The inverse of :func:`gated_magnitude` and :func:`collapsed_magnitude`, at any gates: they need not be
+    saturated, where they would no longer learn.
+
+    Args:
+        collapsed: m_DoRA.
+        norm: n = ‖W + s·B A‖.
+        initial: m₀ = ‖W‖.
+        magnitude_gate: the gate before its sigmoid.
+        residual_weight: the blend before its sigmoid.
+
+    Returns:
+        m'.
+
+    Example:
+        >>> one = jnp.ones(1)
+        >>> expanded_magnitude(1.5 * one, one, one, jnp.array(0.0), jnp.array(0.0)).tolist()
+        [3.0]
+
+    Source: method.md §1, Collapse.
+    """
+    gate, residual = jax.nn.sigmoid(magnitude_gate), jax.nn.sigmoid(residual_weight)
+    return ((collapsed - residual * norm) / (1 - residual) - (1 - gate) * initial) / gate
+
+
 def merged_weight(
     weight: Float[Array, "d_out d_in"],
     lora_A: Float[Array, "r d_in"],

@@ -1,0 +1,79 @@
+"""The command line's exchange with PEFT."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from hylorada_jax.errors import DataError
+
+Component = Literal["position_bias", "structure", "daa", "sparse"]
+
+
+def export_peft(
+    *,
+    adapter: Path,
+    output: Path,
+    model: str | None = None,
+    drop: tuple[Component, ...] = (),
+    sample: str | None = None,
+) -> None:
+    """Write an adapter as PEFT's LoRA or DoRA: it works in PyTorch without this library.
+
+    LoRA stays LoRA; DoRA and HyLoRADA become DoRA. What acts on single tokens or in attention is refused by
+    name, for PEFT has no word for it.
+
+    Args:
+        adapter: directory of a trained adapter.
+        output: directory for PEFT's adapter_config.json and adapter_model.safetensors.
+        model: the base model [the one that the adapter names].
+        drop: leave a component out although it has an effect.
+        sample: a text; a refusal then says what dropping would change of its logits.
+    """
+    from hylorada_jax import load_model
+    from hylorada_jax.io.adapter_files import base_name, refuse_existing
+    from hylorada_jax.io.peft_export import effect
+    from hylorada_jax.io.peft_export import export_peft as export
+    from hylorada_jax.model import HyLoRADAModel
+    from hylorada_jax.models.tokenizer import load_tokenizer
+
+    name = base_name(adapter, model)
+    refuse_existing(output)
+    tokens = None
+    if sample is not None:
+        if not (ids := load_tokenizer(name).encode(sample)):
+            raise DataError("A sample must have at least one token", repr(sample), "Give some text.")
+        tokens = [ids]
+    adapted = HyLoRADAModel.from_pretrained(load_model(name), adapter)
+    export(adapted, output, drop=drop, sample=tokens)
+    for component in drop if tokens else ():
+        print(
+            f"dropped {component}: the logits change by {effect(adapted, component, tokens):.2%}",
+            file=sys.stderr,
+        )
+    print(output)
+
+
+def import_peft(
+    *,
+    adapter: Path,
+    output: Path,
+    model: str,
+    method: Literal["lora", "dora", "hylorada_v1"] | None = None,
+) -> None:
+    """Read a LoRA, rsLoRA or DoRA adapter of PEFT, and write it as this library's, to go on training from.
+
+    Args:
+        adapter: directory that PEFT's save_pretrained wrote.
+        output: directory for the adapter; `hylorada finetune --start-from` trains it on.
+        model: the base model it was trained on.
+        method: hylorada_v1 lets a DoRA adapter go on as one, from the same function [what the file holds].
+    """
+    from hylorada_jax import load_model
+    from hylorada_jax.io.adapter_files import refuse_existing
+    from hylorada_jax.io.peft_files import read_peft
+    from hylorada_jax.io.peft_import import import_peft as read
+
+    refuse_existing(output)
+    read_peft(adapter)  # damage is reported before the model is loaded
+    read(load_model(model), adapter, method=method).save_pretrained(output)
+    print(output)

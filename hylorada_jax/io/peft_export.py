@@ -1,0 +1,155 @@
+"""A trained adapter as PEFT's LoRA or DoRA."""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.io.adapter_files import short
+from hylorada_jax.io.peft_files import TOKEN_EMBEDDINGS, tied_head, write_peft
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.surgery import layout
+from hylorada_jax.surgery.collapse import collapse, without
+from hylorada_jax.surgery.merge import live_components
+from hylorada_jax.surgery.modules import subtree
+from hylorada_jax.surgery.plan import Site
+from hylorada_jax.surgery.targets import shortest_targets
+
+# PEFT's wrapper of a model; a language model's, where it is not here.
+_TASKS = {"bert": None, "t5": "SEQ_2_SEQ_LM"}
+
+
+def export_peft(
+    model: HyLoRADAModel,
+    directory: str | Path,
+    *,
+    drop: Collection[str] = (),
+    sample: Any = None,
+) -> None:
+    """Writes an adapter as PEFT's LoRA or DoRA, which computes the same without this library.
+
+    LoRA goes as LoRA. DoRA and HyLoRADA go as DoRA, of the magnitude (1−β)·m + β·n. Embeddings and norms that
+    were trained go as modules_to_save.
+
+    Args:
+        model: carries the adapter.
+        directory: for adapter_config.json and adapter_model.safetensors; made if it does not exist.
+        drop: components to leave out although they have an effect: position_bias, structure, daa, sparse.
+        sample: token ids [batch, seq]; an error then says what the logits would lose.
+
+    Raises:
+        ModelError: what the adapter does is no LoRA and no DoRA; the component is named.
+        ConfigError: ``drop`` names no component.
+        CheckpointError: an adapter is already there.
+
+    Source: method.md §1, Collapse; Liu et al. 2024 (DoRA).
+    """
+    tensors = without(model.sites, layout.flatten(model.sites, model.adapters), drop)
+    _refuse_inexpressible(model, live_components(model.sites, tensors), sample)
+    linear = [site for site in model.sites if site.component == "linear"]
+    made = collapse(model.sites, tensors, model.base.params, model.frozen["norms"])
+    unfrozen = layout.tensor_shapes([site for site in model.sites if site.component == "unfrozen"])
+    whole = {name: tensors[name] for name in unfrozen}
+    if model.config.train_embeddings and model.base.config.tie_word_embeddings:
+        # PEFT gives a trained embedding a copy of its own, and so leaves the head as it was: said twice.
+        embedding = next(name for name in whole if name.split(".")[-2] in TOKEN_EMBEDDINGS)
+        whole[tied_head(model.base.config.model_type)] = whole[embedding]
+    settings = _settings(model, linear, list(whole))
+    write_peft(directory, made | whole, settings)
+
+
+def effect(model: HyLoRADAModel, component: str, input_ids: Any) -> float:
+    """How much the logits change when a component is dropped: ‖logits without − logits‖ / ‖logits‖.
+
+    Args:
+        model: carries the adapter.
+        component: position_bias, structure, daa or sparse.
+        input_ids: int [batch, seq].
+    """
+    tensors = layout.flatten(model.sites, model.adapters)
+    dropped = layout.unflatten(model.sites, without(model.sites, tensors, [component]))
+    whole, rest = (
+        np.asarray(model.apply(adapters, jnp.asarray(input_ids)).logits, np.float64)
+        for adapters in (model.adapters, dropped)
+    )
+    return float(np.linalg.norm(rest - whole) / np.linalg.norm(whole))
+
+
+def _refuse_inexpressible(model: HyLoRADAModel, live: Mapping[str, str], sample: Any) -> None:
+    if not any(site.component == "linear" for site in model.sites):
+        raise ModelError(
+            "PEFT's files carry adapters of linear layers",
+            f"method={model.config.method!r}, which adapts none",
+            "Keep the adapter beside the model.",
+        )
+    biased = [
+        name
+        for site in model.sites
+        if site.component == "linear" and model.config.magnitude_scales_bias and model.config.linear != "lora"
+        if "bias" in subtree(model.base.params, site.module.path)
+        for name in site.names
+    ]
+    if biased:
+        raise ModelError(
+            "DoRA in PEFT scales no bias",
+            f"magnitude_scales_bias=True, and biases in {short(biased)}",
+            "Merge the adapter instead: `hylorada merge`.",
+        )
+    if not live:
+        return
+    told = []
+    for component, found in live.items():
+        share = (
+            ""
+            if sample is None
+            else f"; dropping it changes the logits by {effect(model, component, sample):.2%}"
+        )
+        told.append(f"{component}: {found}{share}")
+    raise ModelError(
+        "PEFT's LoRA and DoRA are updates of weights, the same for every token",
+        "\n            ".join(told),
+        f"Drop it deliberately: {' '.join(f'--drop {name}' for name in live)}; or train without.",
+    )
+
+
+def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dict[str, Any]:
+    """What PEFT's LoraConfig is made from."""
+    config, kinds = model.config, {site.linear.kernel_is_out_in for site in linear}
+    ranks = {name: rank for site in linear for name, rank in zip(site.names, site.ranks, strict=True)}
+    scales = {name: s for site in linear for name, s in zip(site.names, site.scales, strict=True)}
+    alphas = {
+        name: scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
+        for name, scale in scales.items()
+    }
+    model_type = model.base.config.model_type
+    return {
+        "peft_type": "LORA",
+        "task_type": _TASKS.get(model_type, "CAUSAL_LM"),
+        "base_model_name_or_path": model.base.name,
+        "inference_mode": True,
+        "r": config.lora_rank,
+        "lora_alpha": _plain(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": list(shortest_targets(list(ranks), model.linear_names)),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.lora_rank},
+        "alpha_pattern": {
+            name: _plain(alpha)
+            for name, alpha in alphas.items()
+            if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12)
+        },
+        "use_rslora": config.use_rslora,
+        "use_dora": config.linear != "lora",
+        # torch's Conv1D has its weight [d_in, d_out]; Flax's, whose kernel is [d_out, d_in], is its port.
+        "fan_in_fan_out": kinds == {True},
+        "bias": "none",
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+    }
+
+
+def _plain(number: float) -> float | int:
+    """Whole numbers as PEFT writes them."""
+    return int(number) if float(number).is_integer() else number

@@ -1,0 +1,168 @@
+"""PEFT's two files, adapter_config.json and adapter_model.safetensors: their names, read and written."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as dump_safetensors
+
+from hylorada_jax.errors import CheckpointError, ConfigError
+from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, refuse_existing, short
+from hylorada_jax.io.files import write_whole
+
+_PREFIX = "base_model.model."
+# Our leaves and PEFT's names of them. The magnitude was a parameter once, and has kept its name in files.
+_LEAVES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+}
+# The embedding that an output head can be tied to, by the families' names of it.
+TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
+# What we read; what says nothing of the function; and what says something only where another key asks for it.
+_READ = (
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "fan_in_fan_out",
+    "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+_IDLE = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+)  # fmt: skip
+# Starts that leave the base model's weights as they are.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of a tensor of ours.
+
+    Example:
+        >>> peft_name("h.0.c_attn.magnitude"), peft_name("h.0.ln_1.weight")
+        ('base_model.model.h.0.c_attn.lora_magnitude_vector', 'base_model.model.h.0.ln_1.weight')
+    """
+    layer, leaf = name.rsplit(".", 1)
+    return f"{_PREFIX}{layer}.{_LEAVES.get(leaf, leaf)}"
+
+
+def tied_head(model_type: str) -> str:
+    """The weight that a family of models can tie to its embedding."""
+    return "cls.predictions.decoder.weight" if model_type == "bert" else "lm_head.weight"
+
+
+def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
+    """Writes an adapter as PEFT does.
+
+    Args:
+        directory: made if it does not exist.
+        tensors: {layer name + "." + leaf name: array}.
+        settings: of PEFT's LoraConfig.
+
+    Raises:
+        CheckpointError: an adapter is already there, or the directory cannot be written.
+    """
+    directory = Path(directory)
+    refuse_existing(directory)
+    named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / WEIGHTS_NAME, dump_safetensors(named, {"format": "pt"}))
+        write_whole(directory / CONFIG_NAME, json.dumps(settings, indent=2, ensure_ascii=False).encode())
+    except OSError as error:
+        raise CheckpointError(
+            "The adapter's directory must be writable", f"{directory}: {error}", "Choose another directory."
+        ) from error
+
+
+def read_peft(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads an adapter that PEFT has saved.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        The tensors under our names, float32 at least, and the settings of its LoraConfig.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds what is no tensor of LoRA or DoRA.
+        ConfigError: a setting asks for what this library does not have; it is named.
+    """
+    directory = Path(directory)
+    settings = _read_settings(directory)
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        raise CheckpointError(
+            f"An adapter of PEFT holds its tensors in {WEIGHTS_NAME}",
+            f"{directory}: {'adapter_model.bin, a pickle, which runs code when read' if pickled else 'none'}",
+            "Save it with PEFT's save_pretrained(directory, safe_serialization=True).",
+        )
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for theirs in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensors[_our_name(theirs, path)] = _at_least_float32(file.get_tensor(theirs), theirs)
+    except (SafetensorError, OSError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS_NAME} must be a complete safetensors file", f"{path}: {error}", "Copy it again."
+        ) from error
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise CheckpointError("Every tensor must be finite", short(broken), "Use an older checkpoint.")
+    return tensors, settings
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    try:
+        settings = json.loads(path.read_bytes())
+        kind = settings.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"An adapter of PEFT has an {CONFIG_NAME}", f"{path}: {error}", "Check the path."
+        ) from error
+    if settings.get("format") == "hylorada":
+        raise CheckpointError(
+            "An adapter of PEFT is to be read", f"{path}, one of this library's", "Use it as it is."
+        )
+    if kind != "LORA":
+        raise ConfigError("PEFT's LoRA and DoRA can be read", f"peft_type {kind!r}", "Train a LoRA adapter.")
+    start = settings.pop("init_lora_weights", True)
+    unknown = {key: value for key, value in settings.items() if key not in (*_READ, *_IDLE) and value}
+    if settings.get("bias", "none") == "none":
+        unknown.pop("bias", None)
+    if start not in _PLAIN_STARTS:
+        unknown["init_lora_weights"] = start
+    if unknown:
+        raise ConfigError(
+            "Every setting of PEFT's that changes the function must be one this library has",
+            ", ".join(f"{key}={value!r}" for key, value in unknown.items()),
+            "Merge the adapter with PEFT's merge_and_unload, or train one without.",
+        )
+    return settings
+
+
+def _our_name(theirs: str, path: Path) -> str:
+    name = theirs.removeprefix(_PREFIX)
+    for ours, ending in _LEAVES.items():
+        for known in (ending, f"{ending}.weight"):
+            if name.endswith("." + known):
+                return name.removesuffix(known) + ours
+    if name == theirs or not name.endswith((".weight", ".bias")) or ".lora_" in name:
+        raise CheckpointError(
+            "Every tensor must be LoRA's or DoRA's of a linear layer, or a module's that was saved whole",
+            f"{theirs} in {path}",
+            "Train an adapter of linear layers; adapters of embeddings and biases of LoRA's are not read.",
+        )
+    return name
+
+
+def _at_least_float32(tensor: np.ndarray, name: str) -> np.ndarray:
+    if tensor.dtype in (np.float32, np.float64):
+        return tensor
+    if tensor.dtype.name not in ("float16", "bfloat16"):
+        raise CheckpointError(
+            "An adapter holds floating-point tensors", f"{name} {tensor.dtype}", "Save it with PEFT."
+        )
+    return tensor.astype(np.float32)

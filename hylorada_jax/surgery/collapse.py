@@ -1,0 +1,119 @@
+"""Trained adapters as LoRA and DoRA, which any library knows, and back."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.math import linear_adapter
+from hylorada_jax.surgery.layout import tensor_name
+from hylorada_jax.surgery.merge import COMPONENTS, NEUTRAL
+from hylorada_jax.surgery.modules import Tree, subtree
+from hylorada_jax.surgery.plan import Site
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def without(sites: Sequence[Site], tensors: Tensors, components: Collection[str]) -> dict[str, np.ndarray]:
+    """The adapter in which some components have no effect.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        tensors: as an adapter file holds them.
+        components: of "position_bias", "structure", "daa" and "sparse".
+
+    Returns:
+        The same tensors, the leaves that these components act by set to what is neutral.
+
+    Raises:
+        ConfigError: there is no such component.
+    """
+    if unknown := sorted(set(components) - set(COMPONENTS)):
+        raise ConfigError(
+            f"A component that can be dropped is one of {', '.join(COMPONENTS)}",
+            ", ".join(unknown),
+            "Correct its name.",
+        )
+    result = dict(tensors)
+    for site in sites:
+        component = "structure" if site.component == "linear" else site.component
+        for leaf in site.leaves:
+            value = NEUTRAL.get((site.component, leaf))
+            if value is not None and component in components:
+                for name in site.names:
+                    key = tensor_name(name, leaf)
+                    result[key] = np.full_like(tensors[key], value)
+    return result
+
+
+def collapse(sites: Sequence[Site], tensors: Tensors, params: Tree, norms: Tree) -> dict[str, np.ndarray]:
+    """The LoRA or DoRA tensors of every adapted linear layer, which compute the same where p = 1.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        tensors: as an adapter file holds them.
+        params: the frozen tree.
+        norms: from :func:`hylorada_jax.surgery.build.build_norms`.
+
+    Returns:
+        {layer name + "." + leaf}: lora_A, lora_B and, unless the method is LoRA, magnitude.
+
+    Source: method.md §1, Collapse.
+    """
+
+    def one(leaves: dict[str, Any], *facts: Any) -> dict[str, Any]:
+        return linear_adapter.to_dora(leaves, *facts) if "magnitude" in leaves else leaves
+
+    return _by_layer(one, sites, tensors, params, norms, linear_adapter.LEAVES["hylorada_v1"])
+
+
+def expand(
+    sites: Sequence[Site], tensors: Tensors, params: Tree, norms: Tree, config: HyLoRADAConfig
+) -> dict[str, np.ndarray]:
+    """The HyLoRADA v1 tensors that compute what DoRA's do; the inverse of :func:`collapse`.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`, for hylorada_v1.
+        tensors: lora_A, lora_B and magnitude of every site's layers.
+        params: the frozen tree.
+        norms: from :func:`hylorada_jax.surgery.build.build_norms`.
+        config: its gate_init and residual_init are the gates'.
+
+    Source: method.md §1, Collapse.
+    """
+
+    def one(leaves: dict[str, Any], *facts: Any) -> dict[str, Any]:
+        return linear_adapter.from_dora(
+            leaves, *facts, gate_init=config.gate_init, residual_init=config.residual_init
+        )
+
+    return _by_layer(one, sites, tensors, params, norms, linear_adapter.LEAVES["dora"])
+
+
+def _by_layer(
+    function: Callable[..., dict[str, Any]],
+    sites: Sequence[Site],
+    tensors: Tensors,
+    params: Tree,
+    norms: Tree,
+    read: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """(leaves, W, n₀², s) → leaves, for each layer of the linear adapters."""
+    run = jax.jit(function)
+    result: dict[str, np.ndarray] = {}
+    for site in (site for site in sites if site.component == "linear"):
+        norm = subtree(norms, site.module.path)["norm"].reshape(len(site.names), -1)
+        for index, name in enumerate(site.names):
+            leaves = {
+                leaf: jnp.asarray(tensors[f"{name}.{leaf}"]) for leaf in read if f"{name}.{leaf}" in tensors
+            }
+            weight = site.linear.weight(params, site.layers[index])
+            made = run(leaves, weight, norm[index], site.scales[index])
+            result |= {f"{name}.{leaf}": np.asarray(value) for leaf, value in made.items()}
+            # What is only carried along keeps its bits.
+            result |= {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] for leaf in ("lora_A", "lora_B")}
+    return result
