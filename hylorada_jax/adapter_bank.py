@@ -1,0 +1,278 @@
+"""Several adapters on one frozen base: by name, one at a time or one per row of a batch."""
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.io import adapter_files
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.positions import check_range
+from hylorada_jax.surgery import layout
+from hylorada_jax.surgery.modules import Tree, subtree
+from hylorada_jax.surgery.plan import STRUCTURE_ENCODER
+
+
+class AdapterBank:
+    """Several adapters of one config on one frozen base model, by name.
+
+        y_i = (x_i Wᵀ + s·(x_i Aₖᵀ) Bₖᵀ·p)·cₖ + bias          row i of a batch with its adapter k = k(i)
+
+    The frozen products are taken once over the whole batch. ``model.adapters`` is the active adapter: assign
+    to it, or train it, and the bank has the new one. A model has one bank. For adapters of another config
+    make another :class:`HyLoRADAModel` on the same base: the frozen weights are shared, not copied.
+
+    Attributes:
+        model: the model; its adapters are the bank's first, named "default".
+
+    Args:
+        model: the base with a config, which all the adapters have.
+
+    Example:
+        >>> from hylorada_jax import HyLoRADAConfig
+        >>> from hylorada_jax.models.causal_lm import CausalLM
+        >>> from hylorada_jax.models.decoder_config import DecoderConfig
+        >>> shape = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2,
+        ...          "num_attention_heads": 2, "intermediate_size": 32}
+        >>> base = CausalLM.from_config(DecoderConfig.from_hf(shape), jax.random.key(0))
+        >>> config = HyLoRADAConfig(method="lora", lora_rank=2)
+        >>> bank = AdapterBank(HyLoRADAModel(base, config))
+        >>> bank.add("other", HyLoRADAModel(base, config, seed=1).adapters)
+        >>> bank(jnp.ones((3, 4), int), ["other", "default", None]).logits.shape
+        (3, 4, 32)
+        >>> bank.switch("other")
+        >>> bank.names, bank.active
+        (('default', 'other'), 'other')
+    """
+
+    def __init__(self, model: HyLoRADAModel) -> None:
+        self.model = model
+        self._trees: dict[str, dict[str, Any]] = {"default": model.adapters}
+        self._active = "default"
+        self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.adapters)
+        self._stacked: tuple[list[dict[str, Any]], Tree] = [], {}
+        self._rows = jax.jit(functools.partial(apply_rows, model))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order in which they came."""
+        return tuple(self._trees)
+
+    @property
+    def active(self) -> str:
+        """The name of the adapter that ``model`` has."""
+        return self._active
+
+    def add(self, name: str, adapters: Tree) -> None:
+        """Takes an adapter in under a new name; the active one stays.
+
+        Args:
+            name: how it is called from now on.
+            adapters: a tree like ``model.adapters``; its arrays are kept, not copied.
+
+        Raises:
+            ConfigError: the name is taken.
+            CheckpointError: the tree has other leaves or shapes; both sides are listed.
+        """
+        self._check_new(name)
+        self._trees[name] = self._fitted(adapters)
+
+    def load(self, name: str, directory: str | Path) -> None:
+        """Takes an adapter in from its files.
+
+        Args:
+            name: a new name.
+            directory: what ``save_pretrained`` wrote, of the same base and config.
+
+        Raises:
+            ConfigError: the name is taken.
+            CheckpointError: the adapter is damaged, was trained on another base, or has another config.
+        """
+        self._check_new(name)
+        tensors, config, base = adapter_files.read_adapter(directory)
+        adapter_files.check_base(base, self.model._identity())
+        theirs, ours = config.to_dict(), self.model.config.to_dict()
+        if differing := [
+            f"{key}: adapter {theirs[key]!r}, model {ours[key]!r}" for key in ours if theirs[key] != ours[key]
+        ]:
+            raise CheckpointError(
+                "The adapters of a bank have the config of its model",
+                "; ".join(differing),
+                "Give it a model of its own, which shares the frozen weights: "
+                "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
+            )
+        sites = self.model.sites
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        adapter_files.check_keys(shapes, layout.tensor_shapes(sites))
+        self._trees[name] = self._fitted(layout.unflatten(sites, tensors))
+
+    def remove(self, name: str) -> None:
+        """Drops an adapter; a ConfigError for one that is not there, or is active."""
+        self._check_known(name)
+        if name == self._active:
+            raise ConfigError("The active adapter is not removed", repr(name), "Switch to another one first.")
+        del self._trees[name]
+
+    def switch(self, name: str) -> None:
+        """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there."""
+        self._check_known(name)
+        self._keep_active()
+        self.model.adapters, self._active = self._trees[name], name
+
+    def __call__(
+        self, input_ids: Array, adapters: Sequence[str | None] | None = None, **inputs: Array | None
+    ) -> Any:
+        """The output in evaluation mode of a batch whose rows have an adapter each.
+
+        Other names in another order run the same program; another number of adapters compiles a new one.
+
+        Args:
+            input_ids: int [batch, seq].
+            adapters: the adapter's name for each row; None for a row that has none, which gives the base
+                model's numbers to rounding (``model.disable_adapter()`` gives its bits, for all rows).
+                Absent: the active adapter for all rows, as in calling the model.
+            inputs: attention_mask, position_ids, segment_ids, structure_ids, structure_positions
+                [batch, seq], as in calling the model.
+
+        Raises:
+            ConfigError: a name is not in the bank.
+            DataError: there is not one name, or one row of an input, for each row of ``input_ids``.
+        """
+        index = None if adapters is None else self.index(adapters)
+        if index is None or not self.model._enabled:
+            return self.model(input_ids, **inputs)
+        # Here, because under the jit below nobody sees the values.
+        check_range(jnp.shape(input_ids), inputs.get("position_ids"), self.model.base.position_limit)
+        return self._rows(self.stack(), index, input_ids, frozen=self.model.frozen, **inputs)
+
+    def index(self, adapters: Sequence[str | None]) -> Array:
+        """The place of each row's adapter in :meth:`stack`, int [batch]; errors as in calling the bank."""
+        if isinstance(adapters, str):
+            raise DataError(
+                "The adapters of a batch are a name for each row",
+                repr(adapters),
+                "Give a list of names, or switch to the adapter.",
+            )
+        for name in adapters:
+            if name is not None:
+                self._check_known(name)
+        places = {name: place for place, name in enumerate((None, *self._trees))}
+        return jnp.asarray(np.array([places[name] for name in adapters], np.int32))
+
+    def stack(self) -> Tree:
+        """The resolved adapters for :func:`apply_rows`: first none, then all in the order of ``names``."""
+        self._keep_active()
+        trees = list(self._trees.values())
+        # Kept until an adapter comes, goes or is trained.
+        if [*map(id, trees)] != [*map(id, self._stacked[0])]:
+            resolved = [self.model._resolve(tree, self.model.frozen) for tree in trees]
+            rows = no_adapter(self.model, resolved[0]), *resolved
+            self._stacked = trees, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return self._stacked[1]
+
+    def _keep_active(self) -> None:
+        """What the user assigned to ``model.adapters`` is the active adapter."""
+        if self.model.adapters is not self._trees[self._active]:
+            self.model.adapters = self._trees[self._active] = self._fitted(self.model.adapters)
+
+    def _fitted(self, adapters: Tree) -> dict[str, Any]:
+        """The adapters in the structure and dtypes that the compiled programs know."""
+        given, wanted = _by_name(adapters), _by_name(self._like)
+        shapes = ({name: np.shape(leaf) for name, leaf in leaves.items()} for leaves in (given, wanted))
+        adapter_files.check_keys(*shapes)
+        leaves = [jnp.asarray(given[name], leaf.dtype) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(self._like), leaves)
+
+    def _check_new(self, name: str) -> None:
+        if name in self._trees:
+            raise ConfigError(
+                "An adapter is not replaced unasked", repr(name), "Choose another name, or remove it first."
+            )
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._trees:
+            near = difflib.get_close_matches(str(name), self.names)
+            raise ConfigError(
+                f"An adapter must be in the bank, which has {', '.join(self.names)}",
+                repr(name),
+                f"Did you mean {' or '.join(near)}?" if near else "Add or load it first.",
+            )
+
+
+def apply_rows(
+    model: HyLoRADAModel,
+    stack: Tree,
+    index: Array,
+    input_ids: Array,
+    *,
+    frozen: Tree | None = None,
+    **inputs: Array | None,
+) -> Any:
+    """The output of a batch whose rows have an adapter each, as a pure function to jit and differentiate.
+
+    In evaluation mode. Each row is computed as a batch of its own, but for the frozen weights, whose products
+    are taken over all rows at once. What trains in place of the base's own (embeddings, norms) is gathered
+    for each row like an adapter.
+
+    Args:
+        model: whose config the adapters have.
+        stack: resolved adapters with an axis [n] in front, from :meth:`AdapterBank.stack`.
+        index: the place in it of each row's adapter, int [batch]; beyond its end the row is NaN.
+        input_ids: int [batch, seq].
+        frozen: ``model.frozen``; pass it through your jit's arguments to keep the weights out of the
+            compiled program.
+        inputs: attention_mask, position_ids, segment_ids, structure_ids, structure_positions [batch, seq].
+
+    Returns:
+        The base model's output, with ``.logits`` [batch, seq, vocab].
+
+    Raises:
+        DataError: ``index`` or an input has not one entry for each row.
+    """
+    given = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+    counts = {name: jnp.shape(value)[:1] for name, value in {"adapters": index, **given}.items()}
+    if any(count != jnp.shape(input_ids)[:1] for count in counts.values()):
+        raise DataError(
+            "A batch has an adapter, and a row of each input, for each row of input_ids",
+            f"{counts} for input_ids {jnp.shape(input_ids)}",
+            "Give one for each row.",
+        )
+
+    def one(resolved: Tree, row: Array, given: Mapping[str, Array]) -> Any:
+        alone = {name: value[None] for name, value in given.items()}
+        output = model.apply_resolved(resolved, row[None], frozen=frozen, **alone)
+        return jax.tree.map(lambda leaf: leaf[0], output)
+
+    gathered = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0, mode="fill"), stack)
+    return jax.vmap(one)(gathered, jnp.asarray(input_ids), given)
+
+
+def no_adapter(model: HyLoRADAModel, resolved: Tree) -> Any:
+    """The resolved tree under which a model computes what its base does: c and α are 1, and all else 0.
+
+    Args:
+        model: its base has the values of the leaves that train themselves.
+        resolved: of any adapter; its structure, shapes and dtypes are read.
+    """
+
+    def neutral(path: Any, leaf: Array) -> Array:
+        keys = tuple(entry.key for entry in path)
+        if keys in model._unfrozen:
+            return subtree(model.base.params, keys).astype(leaf.dtype)
+        # The structure encoder's prior meets B = 0, but must be finite: it is divided by the periods.
+        is_one = keys[-1] in ("column_scale", "alpha") or keys[0] == STRUCTURE_ENCODER
+        return jnp.full(leaf.shape, is_one, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(neutral, resolved)
+
+
+def _by_name(tree: Tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
