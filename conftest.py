@@ -50,6 +50,14 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_default_matmul_precision", "highest" if parity else None)
 
 
+def pytest_runtest_teardown(item, nextitem):
+    """What a file has compiled, no other runs: kept, it came to 8 GB a process."""
+    import jax
+
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "gpu", "tpu"), help="the platform that JAX must compute on")
 

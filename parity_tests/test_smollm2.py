@@ -1,5 +1,6 @@
 """The real SmolLM2-135M: logits, loss, gradients and a fine-tuning run, JAX against the reference."""
 
+import jax
 import pytest
 
 from parity_tests.smollm2 import BOUNDS, ORACLE, measure, plot
@@ -8,7 +9,9 @@ from parity_tests.smollm2 import BOUNDS, ORACLE, measure, plot
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_smollm2(tmp_path):
-    measured = measure()
+    # Where there is float64, it tells the most; `python -m parity_tests.smollm2` measures float32 beside it.
+    dtype = "float32" if jax.default_backend() == "tpu" else "float64"
+    measured = measure((dtype,))
     over = {
         (dtype, name): error
         for dtype, found in measured["errors"].items()
@@ -16,7 +19,7 @@ def test_smollm2(tmp_path):
         if not error <= BOUNDS[dtype][name]
     }
     assert not over, measured["errors"]
-    assert set(measured["errors"]) == set(BOUNDS)
+    assert set(measured["errors"]) == {dtype}
     oracle = measured["losses"][ORACLE]
     assert sum(oracle[-5:]) < sum(oracle[:5])  # five batches, gone through again and again
     plot(measured["losses"], tmp_path / "losses.png")
