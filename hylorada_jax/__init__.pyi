@@ -1,6 +1,10 @@
+from .adapter_bank import AdapterBank as AdapterBank
 from .config import HyLoRADAConfig as HyLoRADAConfig
 from .errors import HyLoRADAError as HyLoRADAError
 from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+from .io.merged import write_merged as write_merged
+from .io.peft_export import export_peft as export_peft
+from .io.peft_import import import_peft as import_peft
 from .model import HyLoRADAModel as HyLoRADAModel
 from .models.causal_lm import CausalLM as CausalLM
 from .models.loading import load_model as load_model

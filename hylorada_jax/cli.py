@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from hylorada_jax.cli_adapter import DEFAULTS, Adapter
+from hylorada_jax.cli_adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli_merge import merge
 from hylorada_jax.cli_parity import parity
+from hylorada_jax.cli_peft import export_peft, import_peft
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
 from hylorada_jax.training.corpus import PYTHON_STDLIB, Document, load_documents
@@ -34,6 +36,7 @@ def finetune(
     data: str = PYTHON_STDLIB,
     eval_data: str | None = None,
     adapter: Adapter = DEFAULTS,
+    start_from: Path | None = None,
     structure: Structure | None = None,
     steps: int = 40,
     batch_size: int = 4,
@@ -62,6 +65,7 @@ def finetune(
         data: python-stdlib (the embedded corpus), a file, a glob, *.jsonl, or a Hub dataset.
         eval_data: held-out data; by default about 5 % of the data is held out, by document.
         adapter: what is trained.
+        start_from: directory of an adapter to go on training; its settings are those of the new one.
         structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
         steps: optimizer steps.
         batch_size: rows per step.
@@ -82,7 +86,7 @@ def finetune(
     from hylorada_jax.training.config import TrainingConfig
     from hylorada_jax.training.run_directory import RunDirectory
 
-    settings = adapter.build()
+    settings = adapter.build() if start_from is None else _settings_of(start_from, adapter)
     if structure:
         _require_encoder(settings, structure)
     training = TrainingConfig(
@@ -116,7 +120,11 @@ def finetune(
     tokenizer = _tokenizer(model)
     train, train_structure = _tokens(train_texts, tokenizer, structure)
     held_out, eval_structure = _tokens(eval_texts, tokenizer, structure)
-    adapted = HyLoRADAModel(load_model(model, dtype=jnp.dtype(dtype), remat=remat), settings, seed)
+    base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
+    if start_from is None:
+        adapted = HyLoRADAModel(base, settings, seed)
+    else:
+        adapted = HyLoRADAModel.from_pretrained(base, start_from)
     trainer = HyLoRADATrainer(
         adapted, train, held_out, training, train_structure=train_structure, eval_structure=eval_structure
     )
@@ -308,6 +316,9 @@ def main() -> None:
                 "evaluate": evaluate,
                 "generate": generate,
                 "params": params,
+                "merge": merge,
+                "export-peft": export_peft,
+                "import-peft": import_peft,
                 "parity": parity,
             },
             prog="hylorada",
@@ -339,6 +350,19 @@ def _require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
             f"--structure {structure} for " + ("no adapter" if config is None else f"method {config.method}"),
             "Choose hylorada_v2, or leave --structure out.",
         )
+
+
+def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
+    """The settings of a saved adapter, beside which no other are given."""
+    from hylorada_jax.io.adapter_files import read_adapter
+
+    if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
+        raise ConfigError(
+            "An adapter that is trained on keeps its settings",
+            f"--start-from {adapter} {' '.join(named)}",
+            "Give one.",
+        )
+    return read_adapter(adapter)[1]
 
 
 def _check_adapter(adapter: Path | None, structure: str | None) -> None:

@@ -117,6 +117,31 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
     assert "--resume" in err
     assert (output / "metrics.jsonl").read_bytes() == before
 
+    # Merged, and by way of PEFT's files, it is the same model; from there it is trained on.
+    merged, theirs, ours, again = (tmp_path / name for name in ("merged", "peft", "ours", "again"))
+    taken = ("--adapter", output / "adapter", "--output")
+    assert run(monkeypatch, capsys, "merge", *taken, merged)[0] == 0
+    assert run(monkeypatch, capsys, "export-peft", *taken, theirs)[0] == 0
+    back = ("import-peft", "--model", tiny, "--adapter", theirs, "--method", "hylorada_v1", "--output", ours)
+    assert run(monkeypatch, capsys, *back)[0] == 0
+    for where in (
+        ("--model", merged, *common[2:]),
+        (*common, "--adapter", ours),
+    ):
+        same = json.loads(run(monkeypatch, capsys, "evaluate", *where, "--json")[1])
+        assert same["perplexity"] == pytest.approx(adapted["perplexity"], rel=1e-5)
+    on = (*train[:5], *train[5:7], "--output", again, *train[9:], "--start-from", ours, "--prompt", "")
+    assert run(monkeypatch, capsys, *on)[0] == 0
+    first = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    second = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert second[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-5)
+
+    # What is there is not touched, and an adapter keeps its settings.
+    for command in (("merge", *taken, merged), ("export-peft", *taken, theirs), back):
+        assert run(monkeypatch, capsys, *command)[0] == 2
+    status, _, err = run(monkeypatch, capsys, *on, "--overwrite", "--rank", 4)
+    assert (status, "--rank" in err) == (2, True)
+
 
 @pytest.mark.parametrize(
     ("method", "count"),
