@@ -35,6 +35,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+# More than twenty seconds each: whole models, most of it compilation. `make test-quick` leaves them out.
+SLOW_FILES = (
+    "adapter_bank_test", "cli_test", "decoder_test", "hf_attention_test", "hf_flax_test", "hf_t5_test",
+    "merged_test", "model_test", "step_test", "surgery_test", "test_decoder", "test_evaluation", "test_files",
+    "test_loading", "test_longlora", "test_models", "test_peft", "test_peft_files", "test_precision",
+    "test_trajectories", "trainer_test",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of slow files."""
+    for item in items:
+        if item.path.stem in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compute too
 def pytest_runtest_setup(item):
     """Parity tests compute at full precision on every platform; what measures rounding compiles as users do.

@@ -145,11 +145,12 @@ class AdapterBank:
             ConfigError: a name is not in the bank.
             DataError: there is not one name, or one row of an input, for each row of ``input_ids``.
         """
+        input_ids = jnp.asarray(input_ids)
         index = None if adapters is None else self.index(adapters)
         if index is None or not self.model._enabled:
             return self.model(input_ids, **inputs)
         # Here, because under the jit below nobody sees the values.
-        check_range(jnp.shape(input_ids), inputs.get("position_ids"), self.model.base.position_limit)
+        check_range(input_ids.shape, inputs.get("position_ids"), self.model.base.position_limit)
         return self._rows(self.stack(), index, input_ids, frozen=self.model.frozen, **inputs)
 
     def index(self, adapters: Sequence[str | None]) -> Array:

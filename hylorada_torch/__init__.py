@@ -2,6 +2,7 @@
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_torch.attention import DirectAttentionAdapter, PositionalDAA, ShiftedSparseAttention
+from hylorada_torch.evaluation import evaluate_lost_in_the_middle, evaluate_perplexity
 from hylorada_torch.linear import (
     DoRALinear,
     HyLoRADALinear,
@@ -35,6 +36,8 @@ __all__ = [
     "TopKGate",
     "attach_adapters",
     "clip_by_global_norm",
+    "evaluate_lost_in_the_middle",
+    "evaluate_perplexity",
     "make_optimizer",
     "parameter_groups",
 ]

@@ -75,7 +75,7 @@ _OF_JAX = [
     *_faults(
         "v1",
         "hylorada_jax.math.linear_adapter",
-        ("update without s", 'leaves["lora_B"] * scale', 'leaves["lora_B"]'),
+        ("update without s", 'scaled_B = leaves["lora_B"] * scale', 'scaled_B = leaves["lora_B"]'),
         ("detach_norm ignored", "if detach_norm:", "if False:"),
         ("norm always detached", "if detach_norm:", "if True:"),
         (
@@ -105,8 +105,16 @@ _OF_JAX = [
         ("cross term of n² once", "(2 * cross + square)", "(cross + square)"),
         ("square term of n² missing", "(2 * cross + square)", "(2 * cross)"),
         ("zero row unguarded", "jnp.sqrt(jnp.maximum(squared, NORM_FLOOR**2))", "jnp.sqrt(squared)"),
-        ("sign of β", "jax.nn.sigmoid(residual_weight)", "jax.nn.sigmoid(-residual_weight)"),
-        ("β without its sigmoid", "jax.nn.sigmoid(residual_weight)", "residual_weight"),
+        (
+            "sign of β",
+            "(1 - residual) * (magnitude / norm) + residual",
+            "residual * (magnitude / norm) + 1 - residual",
+        ),
+        (
+            "β without its sigmoid",
+            "residual = jax.nn.sigmoid(residual_weight)\n    return (1 - residual) * (magnitude / norm)",
+            "residual = residual_weight\n    return (1 - residual) * (magnitude / norm)",
+        ),
         (
             "g and 1−g swapped",
             "gate * magnitude + (1 - gate) * initial",
@@ -419,8 +427,8 @@ _OF_TORCH = [
         "hylorada_torch.surgery",
         (
             "torch: α does not follow the rank",
-            "config.lora_alpha * rank / config.lora_rank",
-            "config.lora_alpha",
+            '"alpha": alpha,',
+            '"alpha": config.lora_alpha,',
         ),
     ),
     *_faults(

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from tqdm import tqdm
 
-from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import as_base, vocab_size
+from hylorada_jax.evaluation.faces import face_of
 from hylorada_jax.training.data import as_documents, as_structure
 from hylorada_jax.training.devices import replicate, shard_rows
 from hylorada_jax.training.packing import Rows
@@ -73,7 +72,7 @@ class PerplexityEvaluator:
         max_tokens: int | None = None,
         structure: Sequence[Any] | None = None,
     ) -> None:
-        self._face = _AdaptedFace(model) if isinstance(model, HyLoRADAModel) else _BareFace(as_base(model))
+        self._face = face_of(model)
         checked = as_documents(documents, self._face.vocab_size, "evaluation")
         self._rows = Rows(
             checked,
@@ -159,38 +158,3 @@ def evaluate_perplexity(
         structure=structure,
     )
     return evaluator(progress=progress)
-
-
-class _AdaptedFace:
-    """What an evaluation asks of an adapted model."""
-
-    def __init__(self, model: HyLoRADAModel) -> None:
-        self._model, self.base, self.frozen = model, model.base, model.frozen
-        self.resolve, self.head, self.vocab_size = model.resolve, model.head, model.vocab_size
-        self.has_encoder = bool(model.config.use_hylorada_v2)
-
-    def adapters(self) -> Any:
-        return self._model.adapters
-
-    def hidden(self, resolved: Any, frozen: Any, inputs: dict[str, Array]) -> Array:
-        return self._model.hidden_resolved(resolved, **inputs, frozen=frozen)
-
-
-class _BareFace:
-    """The same of a base model: nothing to adapt, nothing to resolve."""
-
-    def __init__(self, base: Any) -> None:
-        self.base, self.frozen, self.has_encoder = base, {"params": base.params}, False
-        self.vocab_size = vocab_size(base)
-
-    def adapters(self) -> Any:
-        return {}
-
-    def resolve(self, adapters: Any, frozen: Any) -> Any:
-        return adapters
-
-    def hidden(self, resolved: Any, frozen: Any, inputs: dict[str, Array]) -> Array:
-        return self.base.hidden(frozen, **inputs)
-
-    def head(self, resolved: Any, frozen: Any) -> Array:
-        return self.base.head(frozen)

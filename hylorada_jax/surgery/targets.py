@@ -84,7 +84,7 @@ def shortest_targets(selected: Sequence[str], names: Sequence[str]) -> tuple[str
     Example:
         >>> names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj"]
         >>> shortest_targets(names[::2], names), shortest_targets(names[:1], names)
-        (('attn.c_proj',), ('h.0.attn.c_proj',))
+        (('attn.c_proj',), ('0.attn.c_proj',))
     """
     for length in range(1, 4):
         endings = tuple(dict.fromkeys(".".join(name.split(".")[-length:]) for name in selected))

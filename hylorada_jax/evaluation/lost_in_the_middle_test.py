@@ -1,0 +1,49 @@
+"""Oracle: the model's plain logits, each sequence on its own, in float64."""
+
+import numpy as np
+import pytest
+
+from hylorada_jax.errors import DataError
+from hylorada_jax.evaluation.lost_in_the_middle import LostInTheMiddle, evaluate_lost_in_the_middle
+from hylorada_jax.evaluation.perplexity_test import VOCAB, base  # noqa: F401 - a fixture
+
+SEQ_LEN = 12
+
+
+def documents():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB, n) for n in (40, 7, 13, 12)]
+
+
+def test_losses_are_those_of_each_place_in_the_whole_windows(base):  # noqa: F811
+    found = evaluate_lost_in_the_middle(base, documents(), seq_len=SEQ_LEN, batch_size=3, progress=False)
+    long, _, exact, _ = documents()
+    windows = np.array([long[0:13], long[12:25], long[24:37], exact])
+    logits = np.asarray(base(windows[:, :-1]).logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, windows[:, 1:, None], -1)[..., 0]
+    assert found.sequences == 4
+    np.testing.assert_allclose(found.losses, nll.mean(0), rtol=1e-6)
+
+
+def test_the_measures_are_the_definitions():
+    losses = np.log(np.arange(1.0, 31.0))
+    found = LostInTheMiddle(losses, 1)
+    buckets = [np.exp(losses[3 * b : 3 * b + 3].mean()) for b in range(10)]
+    np.testing.assert_allclose(found.buckets, buckets)
+    assert found.perplexity == pytest.approx(np.mean(buckets))
+    assert found.middle == pytest.approx(np.exp(losses[10:20].mean()))
+    assert found.ends == pytest.approx(np.exp(np.concatenate([losses[:10], losses[20:]]).mean()))
+
+
+def test_a_part_is_spread_over_all_sequences(base):  # noqa: F811
+    long = documents()[0]
+    part = evaluate_lost_in_the_middle(base, [long], seq_len=SEQ_LEN, max_tokens=SEQ_LEN, progress=False)
+    first = evaluate_lost_in_the_middle(base, [long[:13]], seq_len=SEQ_LEN, progress=False)
+    np.testing.assert_allclose(part.losses, first.losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seq_len", [40, 9])
+def test_what_cannot_be_cut_is_refused(base, seq_len):  # noqa: F811
+    with pytest.raises(DataError, match=f"seq_len {seq_len}"):
+        evaluate_lost_in_the_middle(base, documents(), seq_len=seq_len)

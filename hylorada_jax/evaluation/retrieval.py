@@ -1,0 +1,154 @@
+"""A retrieval probe: is a fact found again, wherever in a long context it stands?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from hylorada_jax.errors import DataError
+from hylorada_jax.evaluation.faces import face_of
+from hylorada_jax.models.tokenizer import Tokenizer
+from hylorada_jax.training.devices import replicate, shard_rows
+from hylorada_jax.training.packing import Batch
+from hylorada_jax.training.step import model_inputs
+
+DEPTHS = 10
+# What the fact is hidden among: sentences without a number or a name.
+_FILLER = (
+    " Rain had fallen on the roofs since the early morning.",
+    " A cart went slowly down the road to the harbour.",
+    " Nobody in the house had heard the door.",
+    " The bread was still warm when they sat down.",
+    " Two boats lay on the sand, and the tide was out.",
+    " Somebody had left a lamp burning in the hall.",
+    " The letters were read aloud and put away again.",
+    " Behind the garden the hills were already green.",
+    " They spoke of the weather and of the price of wool.",
+    " The old clock in the square had stopped again.",
+)
+_NAMES = ("Anna", "Peter", "Maria", "David", "Laura", "Thomas", "Julia", "Robert", "Helen", "Martin")
+_FACT = " The number of {name}'s locker is {number}."
+_QUESTION = " The number of {name}'s locker is"
+
+
+class Retrieval(NamedTuple):
+    """The result of a probe.
+
+    Attributes:
+        accuracy: the part of the facts found at each depth of the context, from its beginning to its end.
+        samples: facts at each depth.
+    """
+
+    accuracy: tuple[float, ...]
+    samples: int
+
+    @property
+    def mean(self) -> float:
+        """Over all depths."""
+        return float(np.mean(self.accuracy))
+
+
+def evaluate_retrieval(
+    model: Any,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int = 512,
+    samples: int = 8,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Retrieval:
+    """How often a number is found again that stood at one of ten depths of a long context.
+
+    A sentence that gives somebody's number stands among sentences without one, and the text ends by asking
+    for it. It is found where every token of the number is the most likely one.
+
+    Args:
+        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
+        tokenizer: the model's.
+        seq_len: tokens of context.
+        samples: facts at each depth; the same at all of them, and for every model.
+        batch_size: contexts at a time; rounded up to a multiple of the devices.
+        seed: of names, numbers and the order of sentences.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The accuracy at every depth.
+
+    Raises:
+        DataError: the context is too short for a fact and a question among some sentences.
+
+    Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
+    """
+    face = face_of(model)
+    rows = [
+        _row(tokenizer, seq_len, depth, np.random.default_rng((seed, sample)))
+        for depth in range(DEPTHS)
+        for sample in range(samples)
+    ]
+    width = max(len(row["answer"]) for row in rows)
+    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+
+    @jax.jit
+    def found(resolved: Any, frozen: Any, batch: Mapping[str, Array]) -> Array:
+        hidden = face.hidden(resolved, frozen, model_inputs(face.base, batch))
+        asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+        logits = jnp.einsum("bad,vd->bav", asked, face.head(resolved, frozen))
+        return jnp.all((logits.argmax(-1) == batch["answer"]) | (batch["answer"] < 0), axis=1)
+
+    frozen = replicate(face.frozen)
+    resolved = jax.jit(face.resolve)(replicate(face.adapters()), frozen)
+    hits: list[bool] = []
+    for first in tqdm(range(0, len(rows), batch_size), desc="retrieval", disable=not progress, leave=False):
+        chosen = rows[first : first + batch_size]
+        filled = chosen + chosen[:1] * (batch_size - len(chosen))
+        batch = _stack(filled, seq_len, width)
+        hits += np.asarray(found(resolved, frozen, shard_rows(batch)))[: len(chosen)].tolist()
+    return Retrieval(tuple(np.reshape(hits, (DEPTHS, samples)).mean(1).tolist()), samples)
+
+
+def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generator) -> dict[str, list[int]]:
+    """The tokens of a context with a fact at a depth, and those of its answer."""
+    told = {"name": _NAMES[rng.integers(len(_NAMES))], "number": int(rng.integers(10_000, 100_000))}
+    fact = tokenizer.encode(_FACT.format(**told))
+    question = tokenizer.encode(_QUESTION.format(**told))
+    answer = tokenizer.encode(f" {told['number']}")
+    room = seq_len - len(fact) - len(question) - len(answer)
+    sentences: list[list[int]] = []
+    while room > 0:
+        sentence = tokenizer.encode(_FILLER[rng.integers(len(_FILLER))])
+        room -= len(sentence)
+        if room >= 0:
+            sentences.append(sentence)
+    if len(sentences) < DEPTHS - 1:
+        raise DataError(
+            f"A context must have room for {DEPTHS - 1} sentences beside the fact and the question",
+            f"seq_len {seq_len}: {len(sentences)} sentences",
+            "Take a larger seq_len.",
+        )
+    before = round(depth * len(sentences) / (DEPTHS - 1))
+    parts = [*sentences[:before], fact, *sentences[before:], question, answer]
+    return {"tokens": list(itertools.chain(*parts)), "answer": answer}
+
+
+def _stack(rows: list[dict[str, list[int]]], seq_len: int, width: int) -> Batch:
+    names = ("input_ids", "segment_ids", "position_ids")
+    batch = {name: np.zeros((len(rows), seq_len), np.int32) for name in names}
+    batch["places"] = np.zeros((len(rows), width), np.int32)
+    batch["answer"] = np.full((len(rows), width), -1, np.int32)
+    for i, row in enumerate(rows):
+        length, asked = len(row["tokens"]), len(row["answer"])
+        batch["input_ids"][i, :length] = row["tokens"]
+        batch["segment_ids"][i, :length] = 1
+        batch["position_ids"][i, :length] = np.arange(length)
+        # Each token of the answer is predicted at the place before it.
+        batch["places"][i, :asked] = np.arange(length - asked, length) - 1
+        batch["answer"][i, :asked] = row["answer"]
+    return batch

@@ -1,0 +1,86 @@
+"""Oracle: a model that is known to find, or not to find, what it is asked for."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hylorada_jax.errors import DataError
+from hylorada_jax.evaluation import retrieval
+from hylorada_jax.evaluation.retrieval import DEPTHS, evaluate_retrieval
+from hylorada_jax.models.tokenizer import load_tokenizer
+
+SEQ_LEN = 256
+
+
+class Knowing:
+    """A model whose most likely next token is the true one, but where a fact stands in the forgotten part."""
+
+    has_encoder = False
+    base = types.SimpleNamespace(supports_segments=True)
+
+    def __init__(self, vocab, forgets=lambda place: jnp.zeros_like(place, bool)):
+        self.vocab, self.forgets, self.frozen = vocab, forgets, {}
+
+    def adapters(self):
+        return {}
+
+    def resolve(self, adapters, frozen):
+        return adapters
+
+    def code(self, ids):
+        """The sixteen bits of an id as signs: of all codes its own has the largest product with it."""
+        return 2.0 * ((ids[..., None] >> jnp.arange(16)) & 1) - 1
+
+    def head(self, resolved, frozen):
+        return self.code(jnp.arange(self.vocab))
+
+    def hidden(self, resolved, frozen, inputs):
+        ids = inputs["input_ids"]
+        length = inputs["segment_ids"].sum(1)
+        answer = ids[jnp.arange(len(ids)), length - 2]
+        place = jnp.argmax(ids == answer[:, None], axis=1)  # of the answer's last digits in the fact
+        right = self.code(jnp.roll(ids, -1, axis=1))
+        return jnp.where(self.forgets(place / SEQ_LEN)[:, None, None], -right, right)
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer("smollm2-135m")
+
+
+def probe(monkeypatch, tokenizer, model, **settings):
+    monkeypatch.setattr(retrieval, "face_of", lambda model: model)
+    return evaluate_retrieval(model, tokenizer, seq_len=SEQ_LEN, samples=2, progress=False, **settings)
+
+
+def test_who_knows_finds_all_and_who_forgets_the_middle_finds_the_ends(monkeypatch, tokenizer):
+    vocab = tokenizer.vocab_size
+    assert probe(monkeypatch, tokenizer, Knowing(vocab)).accuracy == (1.0,) * DEPTHS
+    forgetful = Knowing(vocab, lambda place: (place > 0.3) & (place < 0.7))
+    found = probe(monkeypatch, tokenizer, forgetful, batch_size=7)
+    assert (found.accuracy[0], found.accuracy[5], found.accuracy[-1]) == (1.0, 0.0, 1.0)
+    assert found.mean == np.mean(found.accuracy)
+
+
+def test_the_fact_stands_at_its_depth_and_the_question_at_the_end(tokenizer):
+    texts = [
+        tokenizer.decode(retrieval._row(tokenizer, SEQ_LEN, depth, np.random.default_rng(0))["tokens"])
+        for depth in range(DEPTHS)
+    ]
+    fact = texts[0].partition(".")[0].strip()
+    assert fact.startswith("The number of ")
+    for text in texts:
+        assert text.endswith(fact.removeprefix("The number of"))
+        assert text.count(fact) == 2
+    places = [text.index(fact) / len(text) for text in texts]
+    assert places == sorted(places)
+    assert places[0] < 0.02
+    assert places[-1] > 0.8
+
+
+def test_a_context_without_room_is_refused(monkeypatch, tokenizer):
+    monkeypatch.setattr(retrieval, "face_of", lambda model: model)
+    with pytest.raises(DataError, match="seq_len 64"):
+        evaluate_retrieval(Knowing(9), tokenizer, seq_len=64)

@@ -1,0 +1,64 @@
+"""The measures, written to be read: one window at a time."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def evaluate_perplexity(
+    model: Any, documents: Sequence[Any], *, seq_len: int = 1024, stride: int | None = None
+) -> float:
+    """Perplexity by a sliding window: exp of the mean negative log-likelihood, no token scored twice.
+
+    Args:
+        model: called with input_ids [1, seq], gives ``.logits``.
+        documents: token ids of each document.
+        seq_len: tokens per window.
+        stride: tokens between windows; half of ``seq_len`` when None.
+
+    Source: method.md, section 9.
+    """
+    losses = []
+    for tokens in documents:
+        start = scored = 0
+        while scored < len(tokens) - 1:
+            stop = min(start + seq_len, len(tokens) - 1)
+            losses.append(token_losses(model, tokens[start : stop + 1])[scored - start :])
+            start, scored = start + (stride or max(1, seq_len // 2)), stop
+    return math.exp(torch.cat(losses).mean())
+
+
+def evaluate_lost_in_the_middle(
+    model: Any, documents: Sequence[Any], *, seq_len: int = 1024
+) -> tuple[float, list[float]]:
+    """LiM PPL, the mean of the perplexities of the ten tenths of all whole windows; and these ten.
+
+    Args:
+        model: called with input_ids [1, seq], gives ``.logits``.
+        documents: token ids of each document.
+        seq_len: predictions per window.
+
+    Source: method.md, section 9.
+    """
+    windows = [
+        token_losses(model, tokens[start : start + seq_len + 1])
+        for tokens in documents
+        for start in range(0, len(tokens) - seq_len, seq_len)
+    ]
+    tenths = torch.stack(windows).mean(0).tensor_split(10)
+    buckets = [math.exp(tenth.mean()) for tenth in tenths]
+    return sum(buckets) / 10, buckets
+
+
+@torch.no_grad()
+def token_losses(model: Any, tokens: Any) -> Tensor:
+    """The negative log-likelihood of every token but the first, in nats."""
+    ids = torch.as_tensor(tokens, dtype=torch.long)
+    logits = model(ids[None, :-1]).logits[0]
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[1:], reduction="none"
+    )

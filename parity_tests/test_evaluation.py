@@ -1,0 +1,46 @@
+"""The measures in JAX against the reference's, and against the loss that transformers computes itself."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hylorada_torch
+from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
+from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_torch.evaluation import evaluate_lost_in_the_middle as torch_lost_in_the_middle
+from hylorada_torch.evaluation import evaluate_perplexity as torch_perplexity
+from parity_tests.families import VOCAB, all_in_float64, measuring, torch_base
+from parity_tests.models import CONFIGS, build
+
+DOCUMENTS = [np.random.default_rng(n).integers(VOCAB, size=n) for n in (45, 12, 30)]
+SEQ_LEN = 20
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "hylorada_v1"), ("qwen2", "hylorada")])
+def test_both_packages_measure_the_same(family, name):
+    with measuring("float64"):
+        pair = build(family, CONFIGS[name], "float64")
+        pair.model.adapters = pair.adapters
+        reference = pair.reference.eval()
+        with all_in_float64():
+            expected = torch_perplexity(reference, DOCUMENTS, seq_len=SEQ_LEN, stride=7)
+            lost, buckets = torch_lost_in_the_middle(reference, DOCUMENTS, seq_len=SEQ_LEN)
+        options: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 2, "progress": False}
+        assert evaluate_perplexity(pair.model, DOCUMENTS, stride=7, **options).perplexity == pytest.approx(
+            expected, rel=1e-10
+        )
+        found = evaluate_lost_in_the_middle(pair.model, DOCUMENTS, **options)
+    np.testing.assert_allclose(found.buckets, buckets, rtol=1e-10)
+    assert found.perplexity == pytest.approx(lost, rel=1e-10)
+
+
+def test_the_perplexity_of_a_window_is_transformers_own_loss():
+    with all_in_float64(), torch.no_grad():
+        model = torch_base("llama", "float64")
+        ids = torch.tensor(DOCUMENTS[2])[None]
+        loss = model(input_ids=ids, labels=ids).loss
+        measured = torch_perplexity(model, DOCUMENTS[2:], seq_len=len(DOCUMENTS[2]))
+    assert measured == pytest.approx(float(loss.exp()), rel=1e-12)
+    assert hylorada_torch.evaluate_perplexity is torch_perplexity
