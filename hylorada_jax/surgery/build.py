@@ -132,6 +132,8 @@ def _fresh_linears(site: Site, keys: Array, norms: Array, config: HyLoRADAConfig
         )
         for i in groups
     ]
+    if len(batches) == 1:
+        return batches[0]
     order = np.argsort(np.concatenate(groups))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *batches)
 

@@ -34,8 +34,12 @@ class TrainState(NamedTuple):
 
 def init_state(adapters: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the adapters are copied, for the step consumes its argument."""
-    adapters = jax.tree.map(jnp.copy, adapters)
-    return TrainState(jnp.int32(0), adapters, optimizer.init(adapters))
+
+    @jax.jit  # one program, not one for every shape of a leaf
+    def init(adapters: Any) -> TrainState:
+        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, adapters), optimizer.init(adapters))
+
+    return init(adapters)
 
 
 def make_train_step(
