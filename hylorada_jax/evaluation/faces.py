@@ -47,11 +47,11 @@ class BareFace:
         self.vocab_size = vocab_size(base)
 
     def adapters(self) -> Any:
-        """None."""
+        """An empty tree."""
         return {}
 
     def resolve(self, adapters: Any, frozen: Any) -> Any:
-        """None."""
+        """The same empty tree."""
         return adapters
 
     def hidden(self, resolved: Any, frozen: Any, inputs: dict[str, Array]) -> Array:

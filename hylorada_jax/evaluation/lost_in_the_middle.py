@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax import Array
-from tqdm import tqdm
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.evaluation.faces import face_of
-from hylorada_jax.math.loss import IGNORED
+from hylorada_jax.evaluation.perplexity import perplexity
+from hylorada_jax.evaluation.sweep import Sweep, nll
 from hylorada_jax.training.data import as_documents, as_structure
-from hylorada_jax.training.devices import replicate, shard_rows
-from hylorada_jax.training.packing import Batch
-from hylorada_jax.training.step import model_inputs, score
+from hylorada_jax.training.packing import Rows
 
 BUCKETS = 10
 
@@ -36,7 +30,7 @@ class LostInTheMiddle(NamedTuple):
     @property
     def buckets(self) -> list[float]:
         """Perplexity of each tenth of the sequence: exp of the mean loss of its tokens."""
-        return [_perplexity(part) for part in np.array_split(self.losses, BUCKETS)]
+        return [_perplexity_of(part) for part in np.array_split(self.losses, BUCKETS)]
 
     @property
     def perplexity(self) -> float:
@@ -46,13 +40,13 @@ class LostInTheMiddle(NamedTuple):
     @property
     def middle(self) -> float:
         """Perplexity of the middle third."""
-        return _perplexity(np.array_split(self.losses, 3)[1])
+        return _perplexity_of(np.array_split(self.losses, 3)[1])
 
     @property
     def ends(self) -> float:
         """Perplexity of the first and the last third together."""
         first, _, last = np.array_split(self.losses, 3)
-        return _perplexity(np.concatenate([first, last]))
+        return _perplexity_of(np.concatenate([first, last]))
 
 
 def evaluate_lost_in_the_middle(
@@ -77,7 +71,7 @@ def evaluate_lost_in_the_middle(
         model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
         documents: token ids of each document.
         seq_len: predictions per sequence, at least ten.
-        batch_size: sequences at a time; rounded up to a multiple of the devices.
+        batch_size: sequences at a time.
         max_tokens: evaluate on sequences of about this many tokens, spread evenly; None takes all.
         structure: structure ids of each document, for a model with a structure encoder; None for none.
         progress: show a progress bar on stderr.
@@ -92,62 +86,24 @@ def evaluate_lost_in_the_middle(
 
     Source: method.md, section 9; Liu et al. 2024, "Lost in the Middle".
     """
-    face = face_of(model)
-    checked = as_documents(documents, face.vocab_size, "evaluation")
-    told = as_structure(structure, checked, "evaluation", has_encoder=face.has_encoder)
-    rows = _rows(checked, told, seq_len)
-    if max_tokens is not None:
-        count = min(len(rows), max(1, max_tokens // seq_len))
-        rows = [rows[i * len(rows) // count] for i in range(count)]
-    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
-
-    @jax.jit
-    def nll_by_place(resolved: Any, frozen: Any, batch: Mapping[str, Array]) -> Array:
-        hidden = face.hidden(resolved, frozen, model_inputs(face.base, batch))
-        return score(hidden, face.head(resolved, frozen), batch["targets"]).sum(0)
-
-    frozen = replicate(face.frozen)
-    resolved = jax.jit(face.resolve)(replicate(face.adapters()), frozen)
-    total = np.zeros(seq_len)
-    for first in tqdm(range(0, len(rows), batch_size), desc="by place", disable=not progress, leave=False):
-        batch = _stack(rows[first : first + batch_size], batch_size)
-        total += np.asarray(nll_by_place(resolved, frozen, shard_rows(batch)), np.float64)
-    return LostInTheMiddle(total / len(rows), len(rows))
-
-
-def _rows(
-    documents: Sequence[np.ndarray], structure: Sequence[np.ndarray] | None, seq_len: int
-) -> list[Batch]:
-    """The whole windows of every document."""
-    rows = []
-    for number, tokens in enumerate(documents):
-        for start in range(0, len(tokens) - seq_len, seq_len):
-            row = {"input_ids": tokens[start : start + seq_len], "targets": tokens[start + 1 :][:seq_len]}
-            if structure is not None:
-                row["structure_ids"] = structure[number][start : start + seq_len]
-            rows.append(row)
+    sweep = Sweep(model, nll)
+    checked = as_documents(documents, sweep.face.vocab_size, "evaluation")
+    told = as_structure(structure, checked, "evaluation", has_encoder=sweep.face.has_encoder)
+    windows = Rows(checked, seq_len, packing=False, structure=told)
+    rows = [row for row in windows if row["segment_ids"].all()]
     if not rows or seq_len < BUCKETS:
         raise DataError(
             f"A document must fill a sequence, of at least {BUCKETS} tokens",
-            f"seq_len {seq_len}, which needs a token more; the longest has {max(map(len, documents))}",
+            f"seq_len {seq_len}, which needs a token more; the longest has {max(map(len, checked))}",
             "Give longer documents, or another seq_len.",
         )
-    return rows
+    total, sequences = np.zeros(seq_len), 0
+    bar = "by place" if progress else None
+    for batch, losses in sweep(rows, batch_size, max_tokens=max_tokens, progress=bar):
+        total += losses.sum(0, dtype=np.float64)
+        sequences += int(batch["segment_ids"].any(1).sum())
+    return LostInTheMiddle(total / sequences, sequences)
 
 
-def _stack(rows: Sequence[Batch], size: int) -> Batch:
-    """A batch of rows, filled up with some that are not scored."""
-    batch = {name: np.stack([row[name] for row in rows]).astype(np.int32) for name in rows[0]}
-    missing = size - len(rows)
-    batch = {name: np.pad(values, ((0, missing), (0, 0))) for name, values in batch.items()}
-    batch["targets"][len(rows) :] = IGNORED
-    batch["segment_ids"] = np.ones_like(batch["input_ids"])
-    batch["position_ids"] = np.broadcast_to(
-        np.arange(batch["input_ids"].shape[1], dtype=np.int32), batch["input_ids"].shape
-    )
-    return batch
-
-
-def _perplexity(losses: np.ndarray) -> float:
-    mean = float(losses.mean())
-    return math.exp(mean) if mean < 700 else math.inf
+def _perplexity_of(losses: np.ndarray) -> float:
+    return perplexity(float(losses.mean()))

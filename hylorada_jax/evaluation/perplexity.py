@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-from tqdm import tqdm
+import numpy as np
 
-from hylorada_jax.evaluation.faces import face_of
+from hylorada_jax.evaluation.sweep import Sweep, nll
 from hylorada_jax.training.data import as_documents, as_structure
-from hylorada_jax.training.devices import replicate, shard_rows
 from hylorada_jax.training.packing import Rows
-from hylorada_jax.training.step import model_inputs, score
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 class Perplexity(NamedTuple):
@@ -32,7 +32,7 @@ class Perplexity(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
 
 class PerplexityEvaluator:
@@ -72,26 +72,17 @@ class PerplexityEvaluator:
         max_tokens: int | None = None,
         structure: Sequence[Any] | None = None,
     ) -> None:
-        self._face = face_of(model)
-        checked = as_documents(documents, self._face.vocab_size, "evaluation")
+        self._sweep = Sweep(model, nll)
+        face = self._sweep.face
+        checked = as_documents(documents, face.vocab_size, "evaluation")
         self._rows = Rows(
             checked,
             seq_len,
             stride=stride or max(1, seq_len // 2),
-            packing=self._face.base.supports_segments,
-            structure=as_structure(structure, checked, "evaluation", has_encoder=self._face.has_encoder),
+            packing=face.base.supports_segments,
+            structure=as_structure(structure, checked, "evaluation", has_encoder=face.has_encoder),
         )
-        devices = jax.device_count()
-        self._batch_size = -(-batch_size // devices) * devices
-        self._max_tokens = max_tokens
-        self._resolve = jax.jit(self._face.resolve)
-        self._score = jax.jit(self._sum_and_count)
-
-    def _sum_and_count(self, resolved: Any, frozen: Any, rows: Mapping[str, Array]) -> tuple[Array, Array]:
-        hidden = self._face.hidden(resolved, frozen, model_inputs(self._face.base, rows))
-        return score(hidden, self._face.head(resolved, frozen), rows["targets"]).sum(), jnp.sum(
-            rows["targets"] >= 0
-        )
+        self._batch_size, self._max_tokens = batch_size, max_tokens
 
     def __call__(self, adapters: Any = None, frozen: Any = None, *, progress: bool = True) -> Perplexity:
         """Evaluates once.
@@ -104,17 +95,18 @@ class PerplexityEvaluator:
         Returns:
             Loss and number of tokens.
         """
-        frozen = replicate(self._face.frozen) if frozen is None else frozen
-        adapters = replicate(self._face.adapters()) if adapters is None else adapters
-        resolved = self._resolve(adapters, frozen)
-        batches = list(self._rows.batches(self._batch_size, tokens=self._max_tokens))
         total, tokens = 0.0, 0
-        with tqdm(batches, desc="evaluating", unit="batch", disable=not progress, leave=False) as bar:
-            for batch in bar:
-                nll, count = self._score(resolved, frozen, shard_rows(batch))
-                total, tokens = total + float(nll), tokens + int(count)
-                bar.set_postfix(perplexity=f"{Perplexity(total / max(tokens, 1), tokens).perplexity:.3f}")
-        return Perplexity(total / tokens, tokens)
+        for batch, losses in self._sweep(
+            self._rows,
+            self._batch_size,
+            max_tokens=self._max_tokens,
+            adapters=adapters,
+            frozen=frozen,
+            progress="evaluating" if progress else None,
+        ):
+            total += losses.sum(dtype=np.float64)
+            tokens += int((batch["targets"] >= 0).sum())
+        return Perplexity(float(total) / tokens, tokens)
 
 
 def evaluate_perplexity(

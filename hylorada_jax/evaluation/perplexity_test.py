@@ -61,7 +61,7 @@ def test_adapters_change_what_is_evaluated_and_nothing_compiles_twice(base):
     evaluator = PerplexityEvaluator(model, documents(), seq_len=SEQ_LEN, stride=5, batch_size=2)
     other = jax.tree.map(lambda x: x + 1.0, model.adapters)
     before, after = evaluator(progress=False), evaluator(other, progress=False)
-    assert evaluator._score._cache_size() == 1  # type: ignore[attr-defined]
+    assert evaluator._sweep._run._cache_size() == 1  # type: ignore[attr-defined]
     assert before.loss == pytest.approx(direct_loss(lambda ids: base(ids).logits, 5)[0], rel=1e-6)
     model.adapters = other
     expected, _ = direct_loss(lambda ids: model(ids).logits, 5)

@@ -6,18 +6,14 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.evaluation.faces import face_of
+from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.models.tokenizer import Tokenizer
-from hylorada_jax.training.devices import replicate, shard_rows
 from hylorada_jax.training.packing import Batch
-from hylorada_jax.training.step import model_inputs
 
 DEPTHS = 10
 # What the fact is hidden among: sentences without a number or a name.
@@ -75,7 +71,7 @@ def evaluate_retrieval(
         tokenizer: the model's.
         seq_len: tokens of context.
         samples: facts at each depth; the same at all of them, and for every model.
-        batch_size: contexts at a time; rounded up to a multiple of the devices.
+        batch_size: contexts at a time.
         seed: of names, numbers and the order of sentences.
         progress: show a progress bar on stderr.
 
@@ -87,31 +83,22 @@ def evaluate_retrieval(
 
     Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
     """
-    face = face_of(model)
-    rows = [
+    texts = [
         _row(tokenizer, seq_len, depth, np.random.default_rng((seed, sample)))
         for depth in range(DEPTHS)
         for sample in range(samples)
     ]
-    width = max(len(row["answer"]) for row in rows)
-    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    width = max(len(text["answer"]) for text in texts)
+    rows = [_padded(text, seq_len, width) for text in texts]
+    bar = "retrieval" if progress else None
+    found = np.concatenate([hits for _, hits in Sweep(model, _found)(rows, batch_size, progress=bar)])
+    return Retrieval(tuple(found[: len(rows)].reshape(DEPTHS, samples).mean(1).tolist()), samples)
 
-    @jax.jit
-    def found(resolved: Any, frozen: Any, batch: Mapping[str, Array]) -> Array:
-        hidden = face.hidden(resolved, frozen, model_inputs(face.base, batch))
-        asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
-        logits = jnp.einsum("bad,vd->bav", asked, face.head(resolved, frozen))
-        return jnp.all((logits.argmax(-1) == batch["answer"]) | (batch["answer"] < 0), axis=1)
 
-    frozen = replicate(face.frozen)
-    resolved = jax.jit(face.resolve)(replicate(face.adapters()), frozen)
-    hits: list[bool] = []
-    for first in tqdm(range(0, len(rows), batch_size), desc="retrieval", disable=not progress, leave=False):
-        chosen = rows[first : first + batch_size]
-        filled = chosen + chosen[:1] * (batch_size - len(chosen))
-        batch = _stack(filled, seq_len, width)
-        hits += np.asarray(found(resolved, frozen, shard_rows(batch)))[: len(chosen)].tolist()
-    return Retrieval(tuple(np.reshape(hits, (DEPTHS, samples)).mean(1).tolist()), samples)
+def _found(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
+    asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+    logits = jnp.einsum("bad,vd->bav", asked, head)
+    return jnp.all((logits.argmax(-1) == batch["answer"]) | (batch["answer"] < 0), axis=1)
 
 
 def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generator) -> dict[str, list[int]]:
@@ -138,17 +125,17 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
     return {"tokens": list(itertools.chain(*parts)), "answer": answer}
 
 
-def _stack(rows: list[dict[str, list[int]]], seq_len: int, width: int) -> Batch:
-    names = ("input_ids", "segment_ids", "position_ids")
-    batch = {name: np.zeros((len(rows), seq_len), np.int32) for name in names}
-    batch["places"] = np.zeros((len(rows), width), np.int32)
-    batch["answer"] = np.full((len(rows), width), -1, np.int32)
-    for i, row in enumerate(rows):
-        length, asked = len(row["tokens"]), len(row["answer"])
-        batch["input_ids"][i, :length] = row["tokens"]
-        batch["segment_ids"][i, :length] = 1
-        batch["position_ids"][i, :length] = np.arange(length)
-        # Each token of the answer is predicted at the place before it.
-        batch["places"][i, :asked] = np.arange(length - asked, length) - 1
-        batch["answer"][i, :asked] = row["answer"]
-    return batch
+def _padded(text: dict[str, list[int]], seq_len: int, width: int) -> Batch:
+    """A row of a context; each token of the answer is predicted at the place before it."""
+    length, asked = len(text["tokens"]), len(text["answer"])
+    parts: list[tuple[str, Any, int, int]] = [
+        ("input_ids", text["tokens"], seq_len, 0),
+        ("segment_ids", np.ones(length), seq_len, 0),
+        ("position_ids", np.arange(length), seq_len, 0),
+        ("places", np.arange(length - asked, length) - 1, width, 0),
+        ("answer", text["answer"], width, -1),
+    ]
+    return {
+        name: np.pad(np.asarray(values, np.int32), (0, size - len(values)), constant_values=fill)
+        for name, values, size, fill in parts
+    }

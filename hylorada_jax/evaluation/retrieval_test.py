@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.evaluation import retrieval
+from hylorada_jax.evaluation import retrieval, sweep
 from hylorada_jax.evaluation.retrieval import DEPTHS, evaluate_retrieval
 from hylorada_jax.models.tokenizer import load_tokenizer
 
@@ -51,7 +51,7 @@ def tokenizer():
 
 
 def probe(monkeypatch, tokenizer, model, **settings):
-    monkeypatch.setattr(retrieval, "face_of", lambda model: model)
+    monkeypatch.setattr(sweep, "face_of", lambda model: model)
     return evaluate_retrieval(model, tokenizer, seq_len=SEQ_LEN, samples=2, progress=False, **settings)
 
 
@@ -81,6 +81,6 @@ def test_the_fact_stands_at_its_depth_and_the_question_at_the_end(tokenizer):
 
 
 def test_a_context_without_room_is_refused(monkeypatch, tokenizer):
-    monkeypatch.setattr(retrieval, "face_of", lambda model: model)
+    monkeypatch.setattr(sweep, "face_of", lambda model: model)
     with pytest.raises(DataError, match="seq_len 64"):
         evaluate_retrieval(Knowing(9), tokenizer, seq_len=64)

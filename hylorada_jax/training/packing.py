@@ -74,6 +74,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, index: int) -> Batch:
         row = self._padding()
         at = 0
@@ -91,23 +94,6 @@ class Rows:
             at = here.stop
         return row
 
-    def batches(self, batch_size: int, *, tokens: int | None = None) -> Iterator[Batch]:
-        """The rows once, in order; the last batch is filled up with rows of padding.
-
-        Args:
-            batch_size: rows per batch.
-            tokens: take only as many rows as hold this many tokens, spread evenly over all of them.
-
-        Returns:
-            The batches, [batch_size, seq_len] under every name.
-        """
-        count = len(self) if tokens is None else min(len(self), -(-tokens // self._seq_len))
-        chosen = [i * len(self) // count for i in range(count)]
-        for first in range(0, count, batch_size):
-            rows = [self[i] for i in chosen[first : first + batch_size]]
-            rows += [self._padding()] * (batch_size - len(rows))
-            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
     def _padding(self) -> Batch:
         """A row of nothing else."""
         names = ["input_ids", "targets", "segment_ids", "position_ids"]
@@ -116,6 +102,33 @@ class Rows:
         row = {name: np.zeros(self._seq_len, np.int32) for name in names}
         row["targets"][:] = IGNORED
         return row
+
+
+def batches(rows: Sequence[Batch] | Rows, batch_size: int, *, tokens: int | None = None) -> Iterator[Batch]:
+    """Rows once, in order; the last batch is filled up with rows of padding.
+
+    Args:
+        rows: of equal length.
+        batch_size: rows per batch.
+        tokens: take only as many rows as hold this many tokens, spread evenly over all of them.
+
+    Returns:
+        The batches, [batch_size, ...] under every name.
+    """
+    count = len(rows) if tokens is None else min(len(rows), -(-tokens // rows[0]["input_ids"].size))
+    chosen = [i * len(rows) // count for i in range(count)]
+    for first in range(0, count, batch_size):
+        some = [rows[i] for i in chosen[first : first + batch_size]]
+        stacked = {name: np.stack([row[name] for row in some]) for name in some[0]}
+        missing = batch_size - len(some)
+        yield {
+            name: np.pad(
+                values,
+                ((0, missing), *[(0, 0)] * (values.ndim - 1)),
+                constant_values=IGNORED if name == "targets" else 0,
+            )
+            for name, values in stacked.items()
+        }
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hylorada_jax.training.packing import Rows, best_fit
+from hylorada_jax.training.packing import Rows, batches, best_fit
 
 lengths = st.lists(st.integers(0, 40), max_size=12)
 
@@ -50,7 +50,7 @@ def test_every_packed_token_has_the_structure_id_of_its_source(lengths, seq_len,
     stride = data.draw(st.integers(1, seq_len))
     rows = Rows(documents, seq_len, stride=stride, packing=packing, structure=structure)
     plain = Rows(documents, seq_len, stride=stride, packing=packing)
-    for batch, without in zip(rows.batches(2), plain.batches(2), strict=True):
+    for batch, without in zip(batches(rows, 2), batches(plain, 2), strict=True):
         ids = batch.pop("structure_ids")
         expected = np.where(batch["segment_ids"] > 0, batch["input_ids"] * 7 % 61 + 1, 0)
         np.testing.assert_array_equal(ids, expected)
@@ -83,12 +83,12 @@ def test_packing_fills_rows():
 
 def test_batches_have_every_row_once_and_one_shape():
     rows = Rows(numbered([7, 7, 7, 7, 7]), 6)
-    batches = list(rows.batches(2))
-    assert [batch["input_ids"].shape for batch in batches] == [(2, 6)] * 3
-    stacked = np.concatenate([batch["targets"] for batch in batches])
+    all_batches = list(batches(rows, 2))
+    assert [batch["input_ids"].shape for batch in all_batches] == [(2, 6)] * 3
+    stacked = np.concatenate([batch["targets"] for batch in all_batches])
     np.testing.assert_array_equal(stacked[:5], np.stack([rows[i]["targets"] for i in range(5)]))
     assert (stacked[5] == -1).all()
-    (some,) = rows.batches(2, tokens=7)  # two rows of 6 hold 7 tokens: the first, and one from the middle
+    (some,) = batches(rows, 2, tokens=7)  # two rows of 6 hold 7 tokens: the first, and one from the middle
     np.testing.assert_array_equal(some["input_ids"], np.stack([rows[i]["input_ids"] for i in (0, 2)]))
 
 

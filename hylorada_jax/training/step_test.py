@@ -16,7 +16,7 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.training import step as step_module
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
-from hylorada_jax.training.packing import Rows
+from hylorada_jax.training.packing import Rows, batches
 from hylorada_jax.training.step import init_state, make_train_step
 
 CONFIG = HyLoRADAConfig(method="hylorada_v1", lora_rank=2)
@@ -43,7 +43,7 @@ def trained(adapters, seed=1):
 
 
 def first_batch(rows, batch_size):
-    return next(rows.batches(batch_size))
+    return next(batches(rows, batch_size))
 
 
 def plain_loss(model, adapters, batch, frozen):
@@ -125,7 +125,7 @@ def test_packed_log_probabilities_equal_the_separate_ones():
 
     def log_probabilities(rows):
         found = {}
-        for batch in rows.batches(2):
+        for batch in batches(rows, 2):
             logits = model(
                 **{name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")}
             ).logits

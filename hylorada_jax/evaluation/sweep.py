@@ -1,0 +1,72 @@
+"""One function of every batch of rows: what all measures of a model share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from hylorada_jax.evaluation.faces import face_of
+from hylorada_jax.training.devices import replicate, shard_rows
+from hylorada_jax.training.packing import Batch, Rows, batches
+from hylorada_jax.training.step import model_inputs, score
+
+
+class Sweep:
+    """A function of a model's hidden states on every batch of rows, compiled once.
+
+    Args:
+        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
+        function: (hidden states [batch, seq, d], output embedding [vocab, d], the batch) → array.
+    """
+
+    def __init__(self, model: Any, function: Callable[[Array, Array, Mapping[str, Array]], Array]) -> None:
+        self.face = face_of(model)
+        self._resolve = jax.jit(self.face.resolve)
+        self._run = jax.jit(partial(self._of_batch, function))
+
+    def _of_batch(self, function: Any, resolved: Any, frozen: Any, batch: Mapping[str, Array]) -> Array:
+        hidden = self.face.hidden(resolved, frozen, model_inputs(self.face.base, batch))
+        return function(hidden, self.face.head(resolved, frozen), batch)
+
+    def __call__(
+        self,
+        rows: Rows | Sequence[Batch],
+        batch_size: int,
+        *,
+        max_tokens: int | None = None,
+        adapters: Any = None,
+        frozen: Any = None,
+        progress: str | None = None,
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Goes over the rows once.
+
+        Args:
+            rows: of equal length.
+            batch_size: rows at a time; rounded up to a multiple of the devices, the last batch filled up
+                with rows of padding.
+            max_tokens: take rows of about this many tokens, spread evenly; None takes all.
+            adapters: a tree like ``model.adapters``, or None for those the model has now.
+            frozen: ``model.frozen`` where it already is on the devices, or None.
+            progress: what the progress bar on stderr is called; None for no bar.
+
+        Returns:
+            Every batch and the function's value of it.
+        """
+        devices = jax.device_count()
+        batch_size = -(-batch_size // devices) * devices
+        frozen = replicate(self.face.frozen) if frozen is None else frozen
+        resolved = self._resolve(replicate(self.face.adapters()) if adapters is None else adapters, frozen)
+        chosen = list(batches(rows, batch_size, tokens=max_tokens))
+        for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
+            yield batch, np.asarray(self._run(resolved, frozen, shard_rows(batch)))
+
+
+def nll(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
+    """Negative log-likelihoods [batch, seq] of a batch's targets; 0 where a target is ignored."""
+    return score(hidden, head, batch["targets"])
