@@ -108,10 +108,7 @@ class AdapterBank:
                 "Give it a model of its own, which shares the frozen weights: "
                 "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
             )
-        sites = self.model.sites
-        shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        adapter_files.check_keys(shapes, layout.tensor_shapes(sites))
-        self._trees[name] = self._fitted(layout.unflatten(sites, tensors))
+        self._trees[name] = self._fitted(layout.unflatten(self.model.sites, tensors))
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""

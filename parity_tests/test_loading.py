@@ -2,8 +2,6 @@
 
 import copy
 import pydoc_data.topics
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from parity_tests.hf_weights import make_float64, random_torch_model
+from parity_tests.memory import needs_proc, peak_memory
 from parity_tests.tolerances import DECODER, SMOLLM2_LOGITS
 
 SHAPE: dict[str, Any] = {
@@ -362,22 +361,14 @@ def test_smollm2_tokens_are_those_of_transformers():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize(("dtype", "model_mb"), [("float32", 538), ("bfloat16", 269)])
 def test_loading_holds_the_model_once(dtype, model_mb):
-    program = f"""
-from pathlib import Path
+    before = """
 import jax.numpy as jnp
 from hylorada_jax.models.loading import load_model
 jnp.zeros(1).block_until_ready()
-def memory(which):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(which))
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is the parent's
-before = memory("VmRSS")
-model = load_model("smollm2-135m", dtype="{dtype}")
-print(memory("VmHWM") - before)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    taken = peak_memory(before, f"model = load_model('smollm2-135m', dtype='{dtype}')") / 1e6
     # The model, its largest tensor in float32 (113 MB), and 80 MB for the header and late imports.
-    assert model_mb < float(run.stdout) < model_mb + 113 + 80
+    assert model_mb < taken < model_mb + 113 + 80

@@ -49,10 +49,7 @@ def write_adapter(
     directory = Path(directory)
     if not overwrite:
         refuse_existing(directory)
-    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise CheckpointError(
-            "Every saved tensor must be finite", short(broken), "Go back to an earlier checkpoint."
-        )
+    check_finite(tensors)
     weights = _serialised(tensors)
     body = {
         "format": "hylorada",
@@ -61,10 +58,15 @@ def write_adapter(
         "config": config.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    write_files(directory, weights, _render(body))
+
+
+def write_files(directory: Path, weights: bytes, config: bytes) -> None:
+    """Writes the content of an adapter's two files, each whole; a CheckpointError where that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / WEIGHTS_NAME, weights)
-        write_whole(directory / CONFIG_NAME, _render(body))
+        write_whole(directory / CONFIG_NAME, config)
     except OSError as error:
         raise CheckpointError(
             "The adapter's directory must be writable",
@@ -114,8 +116,7 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADA
         raise CheckpointError(
             "An adapter holds float32 or float64 tensors", short(alien), "Save it with save_pretrained."
         )
-    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise CheckpointError("Every tensor must be finite", short(broken), "Use an older checkpoint.")
+    check_finite(tensors)
     return tensors, HyLoRADAConfig.from_dict(body["config"]), body["base_model"]
 
 
@@ -140,6 +141,12 @@ def base_name(directory: str | Path, given: str | None = None) -> str:
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
     """A checksum of an adapter's tensors."""
     return hashlib.sha256(_serialised(tensors)).hexdigest()
+
+
+def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises a CheckpointError that names the tensors with values that are not finite, if there are any."""
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise CheckpointError("Every tensor must be finite", short(broken), "Use an older checkpoint.")
 
 
 def check_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:

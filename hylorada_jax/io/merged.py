@@ -1,7 +1,6 @@
 """An adapter merged into a checkpoint, tensor by tensor: the model itself is never built."""
 
 import json
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,7 @@ from hylorada_jax.io.adapter_files import check_base, check_keys, read_adapter
 from hylorada_jax.io.base_identity import base_identity
 from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
 from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
-from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.loading import DECODER_FAMILIES, model_init, open_weights
+from hylorada_jax.models.loading import CONSTANTS, config_and_init, open_weights
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
@@ -35,8 +33,6 @@ _COPIED = (
     "added_tokens.json", "chat_template.jinja", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
     "merges.txt",
 )  # fmt: skip
-# Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.
-_CONSTANT = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
 
 
 def write_merged(
@@ -77,8 +73,8 @@ def write_merged(
     refuse_taken(output)
     target = None if dtype is None else _float_dtype(dtype)
     leaves, config, base = read_adapter(adapter)
-    modules = find_modules(model_init(model))
-    settings = _settings(find_source(model, config_only=True))
+    settings, init = config_and_init(find_source(model, config_only=True))
+    modules = find_modules(init)
     linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
     check_base(base, base_identity(str(model), settings, linears))
     sites = plan(modules, config)
@@ -118,15 +114,6 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype:
     return found
 
 
-def _settings(source: Source) -> Any:
-    """The model's config as the loaded model has it, by which the adapter knows it again."""
-    if source.config.get("model_type") in DECODER_FAMILIES:
-        return DecoderConfig.from_hf(source.config)
-    from hylorada_jax.models.hf_flax_loading import empty_model  # imports transformers
-
-    return empty_model(source, np.dtype(np.float32)).config
-
-
 def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:
     """The content of config.json; the dtype under the name that every version of transformers reads."""
     if dtype is None and source.gguf is None:
@@ -145,7 +132,7 @@ def _copy(source: Path, place: Path) -> None:
 def _is_constant(name: str, weights: Weights) -> bool:
     # A vector called bias is one; masks have four axes or none.
     vector = len(weights.shapes[name]) == 1 and name.endswith(".bias")
-    return bool(_CONSTANT.search(name)) and not vector
+    return bool(CONSTANTS.search(name)) and not vector
 
 
 def _dtype_of(source: Source, weights: Weights, name: str) -> np.dtype:

@@ -1,9 +1,6 @@
 import functools
 import itertools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +20,7 @@ from hylorada_jax.io.merged_tensors import cast  # noqa: E402
 from hylorada_jax.model import HyLoRADAModel  # noqa: E402
 from hylorada_jax.models.loading import load_model  # noqa: E402
 from hylorada_jax.surgery import layout  # noqa: E402
+from parity_tests.memory import needs_proc, peak_memory  # noqa: E402
 
 VOCAB = 37
 LLAMA = {
@@ -330,11 +328,11 @@ def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@needs_proc
 def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
     from hylorada_jax.io.base_identity import base_identity
-    from hylorada_jax.models.decoder_config import DecoderConfig
-    from hylorada_jax.models.loading import model_init
+    from hylorada_jax.models.loading import config_and_init
+    from hylorada_jax.models.source import find_source
     from hylorada_jax.surgery.modules import find_modules
     from hylorada_jax.surgery.plan import plan
 
@@ -350,31 +348,22 @@ def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
         {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()},
         base / "model.safetensors",
     )
-    modules = find_modules(model_init(base))
+    settings, init = config_and_init(find_source(base))
+    modules = find_modules(init)
     linears = [(name, m.d_out, m.d_in) for m in modules.linears for name in m.names]
-    settings = DecoderConfig.from_hf(json.loads((base / "config.json").read_text()))
     adapter = {
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in layout.tensor_shapes(plan(modules, CONFIGS["v1"])).items()
     }
     write_adapter(tmp_path / "adapter", adapter, CONFIGS["v1"], base_identity(None, settings, linears))
     adapted("llama", "v1").save_pretrained(tmp_path / "tiny")
-    # Not getrusage's peak: a child process begins with its parent's. Writing 5 resets the kernel's own.
-    program = f"""
-from pathlib import Path
+    before = f"""
 from hylorada_jax.io.merged import write_merged
-def memory(which):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 write_merged({str(bases / "llama")!r}, {str(tmp_path / "tiny")!r}, {str(tmp_path / "warm")!r})
-Path("/proc/self/clear_refs").write_text("5")
-before = memory("VmRSS")
-write_merged({str(base)!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path / "merged")!r})
-print(memory("VmHWM") - before)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    work = f"write_merged({str(base)!r}, {str(tmp_path / 'adapter')!r}, {str(tmp_path / 'merged')!r})"
     largest = 4 * 12288 * 1024
-    taken = int(run.stdout) - sum(tensor.nbytes for tensor in adapter.values())
+    taken = peak_memory(before, work) - sum(tensor.nbytes for tensor in adapter.values())
     assert taken < 2 * largest, taken / largest
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 5 * largest
 

@@ -51,7 +51,7 @@ def export_peft(
     tensors = without(model.sites, layout.flatten(model.sites, model.adapters), drop)
     _refuse_inexpressible(model, live_components(model.sites, tensors), sample)
     linear = [site for site in model.sites if site.component == "linear"]
-    made = collapse(model.sites, tensors, model.base.params, model.frozen["norms"])
+    made = collapse(model.sites, tensors, model.base.params, model.frozen["constants"])
     unfrozen = layout.tensor_shapes([site for site in model.sites if site.component == "unfrozen"])
     whole = {name: tensors[name] for name in unfrozen}
     if model.config.train_embeddings and model.base.config.tie_word_embeddings:

@@ -10,8 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, refuse_existing, short
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_finite,
+    refuse_existing,
+    write_files,
+)
 
 _PREFIX = "base_model.model."
 # Our leaves and PEFT's names of them. The magnitude was a parameter once, and has kept its name in files.
@@ -66,14 +71,8 @@ def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], setting
     directory = Path(directory)
     refuse_existing(directory)
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / WEIGHTS_NAME, dump_safetensors(named, {"format": "pt"}))
-        write_whole(directory / CONFIG_NAME, json.dumps(settings, indent=2, ensure_ascii=False).encode())
-    except OSError as error:
-        raise CheckpointError(
-            "The adapter's directory must be writable", f"{directory}: {error}", "Choose another directory."
-        ) from error
+    config = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+    write_files(directory, dump_safetensors(named, {"format": "pt"}), config)
 
 
 def read_peft(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -108,8 +107,7 @@ def read_peft(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, A
         raise CheckpointError(
             f"{WEIGHTS_NAME} must be a complete safetensors file", f"{path}: {error}", "Copy it again."
         ) from error
-    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise CheckpointError("Every tensor must be finite", short(broken), "Use an older checkpoint.")
+    check_finite(tensors)
     return tensors, settings
 
 

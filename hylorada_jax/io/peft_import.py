@@ -22,9 +22,7 @@ from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.targets import shortest_targets
 
 
-def import_peft(
-    base_model: Any, directory: str | Path, *, method: str | None = None, seed: int = 0
-) -> HyLoRADAModel:
+def import_peft(base_model: Any, directory: str | Path, *, method: str | None = None) -> HyLoRADAModel:
     """A model that carries an adapter PEFT has saved, and goes on training from there.
 
     Args:
@@ -32,7 +30,6 @@ def import_peft(
         directory: holds PEFT's adapter_config.json and adapter_model.safetensors.
         method: lora or dora, as the file has it, when None; a DoRA adapter can also start ``hylorada_v1``,
             whose magnitude is set so that at its ordinary gates it computes the same.
-        seed: of random leaves; there are none that are kept.
 
     Raises:
         CheckpointError: the files are damaged, or fit another model.
@@ -42,14 +39,10 @@ def import_peft(
     base = as_base(base_model)
     tensors = _without_tied_head(tensors, base.config)
     config = _config(tensors, settings, base, method)
-    model = HyLoRADAModel(base_model, config, seed)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    model = HyLoRADAModel(base_model, config)
     if config.method == "hylorada_v1":
-        check_keys(shapes, _dora_shapes(model))
-        norms = model.frozen["norms"]
-        tensors = tensors | expand(model.sites, tensors, model.base.params, norms, config)
-    else:
-        check_keys(shapes, layout.tensor_shapes(model.sites))
+        check_keys({name: tensor.shape for name, tensor in tensors.items()}, _dora_shapes(model))
+        tensors = tensors | expand(model.sites, tensors, model.base.params, model.frozen["constants"], config)
     model.adapters = layout.unflatten(model.sites, _of_dtype(model, tensors))
     return model
 

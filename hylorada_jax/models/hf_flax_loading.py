@@ -1,6 +1,5 @@
 """Loading Hugging Face's Flax models from PyTorch's files. The only file that imports transformers."""
 
-import re
 import warnings
 from collections.abc import Mapping
 
@@ -13,11 +12,9 @@ from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tens
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
 from hylorada_jax.models.hf_t5 import REPAIRED, RepairedT5, repair_t5
+from hylorada_jax.models.loading import CONSTANTS
 from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import Slot, TreePath, Weights, check_match, load_tree, shorten
-
-# Constants that old PyTorch checkpoints carry as tensors: causal masks, position numbers, rotary frequencies.
-_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
 
 
 def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
@@ -73,7 +70,7 @@ def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTr
     slots = _slots(leaves, weights, model.base_model_prefix)
     check_match(leaves, slots, weights, lambda name: True, source.path)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    leftover = [n for n in weights.shapes if n not in slots and n not in tied and not _BUFFERS.search(n)]
+    leftover = [n for n in weights.shapes if n not in slots and n not in tied and not CONSTANTS.search(n)]
     if leftover:
         warnings.warn(
             f"{source.path}: {type(model).__name__} has no place for {shorten(leftover)}", stacklevel=3

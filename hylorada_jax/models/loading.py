@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
 DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.
+CONSTANTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
 
 _TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
 
@@ -85,11 +88,16 @@ def model_init(name: str | Path) -> Callable[[Array], Any]:
         >>> shapes["model"]["embed_tokens"]["embedding"].shape
         (49152, 576)
     """
-    source = find_source(name, config_only=True)
+    return config_and_init(find_source(name, config_only=True))[1]
+
+
+def config_and_init(source: Source) -> tuple[Any, Callable[[Array], Any]]:
+    """A model's config, as the loaded model has it, and the initialisation as `model_init` gives it."""
     if source.config.get("model_type") in DECODER_FAMILIES:
-        return partial(init_params, DecoderConfig.from_hf(source.config))
+        config = DecoderConfig.from_hf(source.config)
+        return config, partial(init_params, config)
     model = _hf_flax(source).empty_model(source, np.dtype(np.float32))
-    return lambda key: model.init_weights(key, model.input_shape)
+    return model.config, lambda key: model.init_weights(key, model.input_shape)
 
 
 def _hf_flax(source: Source) -> ModuleType:

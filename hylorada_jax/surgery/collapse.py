@@ -11,7 +11,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math import linear_adapter
 from hylorada_jax.surgery.layout import tensor_name
-from hylorada_jax.surgery.merge import COMPONENTS, NEUTRAL
+from hylorada_jax.surgery.merge import COMPONENTS, neutral_leaves
 from hylorada_jax.surgery.modules import Tree, subtree
 from hylorada_jax.surgery.plan import Site
 
@@ -39,25 +39,21 @@ def without(sites: Sequence[Site], tensors: Tensors, components: Collection[str]
             "Correct its name.",
         )
     result = dict(tensors)
-    for site in sites:
-        component = "structure" if site.component == "linear" else site.component
-        for leaf in site.leaves:
-            value = NEUTRAL.get((site.component, leaf))
-            if value is not None and component in components:
-                for name in site.names:
-                    key = tensor_name(name, leaf)
-                    result[key] = np.full_like(tensors[key], value)
+    for component, leaf, name, neutral in neutral_leaves(sites):
+        if component in components:
+            key = tensor_name(name, leaf)
+            result[key] = np.full_like(tensors[key], neutral)
     return result
 
 
-def collapse(sites: Sequence[Site], tensors: Tensors, params: Tree, norms: Tree) -> dict[str, np.ndarray]:
+def collapse(sites: Sequence[Site], tensors: Tensors, params: Tree, constants: Tree) -> dict[str, np.ndarray]:
     """The LoRA or DoRA tensors of every adapted linear layer, which compute the same where p = 1.
 
     Args:
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
         tensors: as an adapter file holds them.
         params: the frozen tree.
-        norms: from :func:`hylorada_jax.surgery.build.build_norms`.
+        constants: from :func:`hylorada_jax.surgery.build.build_constants`.
 
     Returns:
         {layer name + "." + leaf}: lora_A, lora_B and, unless the method is LoRA, magnitude.
@@ -68,11 +64,11 @@ def collapse(sites: Sequence[Site], tensors: Tensors, params: Tree, norms: Tree)
     def one(leaves: dict[str, Any], *facts: Any) -> dict[str, Any]:
         return linear_adapter.to_dora(leaves, *facts) if "magnitude" in leaves else leaves
 
-    return _by_layer(one, sites, tensors, params, norms, linear_adapter.LEAVES["hylorada_v1"])
+    return _by_layer(one, sites, tensors, params, constants, linear_adapter.LEAVES["hylorada_v1"])
 
 
 def expand(
-    sites: Sequence[Site], tensors: Tensors, params: Tree, norms: Tree, config: HyLoRADAConfig
+    sites: Sequence[Site], tensors: Tensors, params: Tree, constants: Tree, config: HyLoRADAConfig
 ) -> dict[str, np.ndarray]:
     """The HyLoRADA v1 tensors that compute what DoRA's do; the inverse of :func:`collapse`.
 
@@ -80,7 +76,7 @@ def expand(
         sites: from :func:`hylorada_jax.surgery.plan.plan`, for hylorada_v1.
         tensors: lora_A, lora_B and magnitude of every site's layers.
         params: the frozen tree.
-        norms: from :func:`hylorada_jax.surgery.build.build_norms`.
+        constants: from :func:`hylorada_jax.surgery.build.build_constants`.
         config: its gate_init and residual_init are the gates'.
 
     Source: method.md §1, Collapse.
@@ -91,7 +87,7 @@ def expand(
             leaves, *facts, gate_init=config.gate_init, residual_init=config.residual_init
         )
 
-    return _by_layer(one, sites, tensors, params, norms, linear_adapter.LEAVES["dora"])
+    return _by_layer(one, sites, tensors, params, constants, linear_adapter.LEAVES["dora"])
 
 
 def _by_layer(
@@ -99,14 +95,14 @@ def _by_layer(
     sites: Sequence[Site],
     tensors: Tensors,
     params: Tree,
-    norms: Tree,
+    constants: Tree,
     read: Sequence[str],
 ) -> dict[str, np.ndarray]:
     """(leaves, W, n₀², s) → leaves, for each layer of the linear adapters."""
     run = jax.jit(function)
     result: dict[str, np.ndarray] = {}
     for site in (site for site in sites if site.component == "linear"):
-        norm = subtree(norms, site.module.path)["norm"].reshape(len(site.names), -1)
+        norm = subtree(constants, site.module.path)["norm"].reshape(len(site.names), -1)
         for index, name in enumerate(site.names):
             leaves = {
                 leaf: jnp.asarray(tensors[f"{name}.{leaf}"]) for leaf in read if f"{name}.{leaf}" in tensors

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from hylorada_jax.io.adapter_files import check_keys
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
 
@@ -62,8 +63,12 @@ def unflatten(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[
 
     Args:
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
-        tensors: exactly the names of :func:`tensor_shapes`.
+        tensors: exactly those of :func:`tensor_shapes`.
+
+    Raises:
+        CheckpointError: their names or shapes are others; both sides are listed.
     """
+    check_keys({name: tensor.shape for name, tensor in tensors.items()}, tensor_shapes(sites))
     tree: dict[str, Any] = {}
     for site in sites:
         stacks = {leaf: _stack(site, leaf, tensors) for leaf in site.leaves}

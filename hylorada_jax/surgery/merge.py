@@ -1,6 +1,6 @@
 """Folding trained adapters into the weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
 
 # What a leaf must be, everywhere, for its component to have no effect; those not named here can be merged.
-NEUTRAL = {
+_NEUTRAL = {
     ("position_bias", "position_bias"): 0,
     ("linear", "scale_from_structure"): 0,
     ("daa", "alpha"): 1,
@@ -30,6 +30,15 @@ COMPONENTS = {
     "daa": "direct attention adaptation",
     "sparse": "the sparse adapter",
 }
+
+
+def neutral_leaves(sites: Sequence[Site]) -> Iterator[tuple[str, str, str, int]]:
+    """(component, leaf, layer's name, neutral value) of every leaf by which a component acts."""
+    for site in sites:
+        component = "structure" if site.component == "linear" else site.component
+        for leaf in site.leaves:
+            if (neutral := _NEUTRAL.get((site.component, leaf))) is not None:
+                yield from ((component, leaf, name, neutral) for name in site.names)
 
 
 def live_components(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -45,16 +54,9 @@ def live_components(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) ->
     Source: method.md §1, Merging.
     """
     live: dict[str, str] = {}
-    for site in sites:
-        component = "structure" if site.component == "linear" else site.component
-        for leaf in site.leaves:
-            neutral = NEUTRAL.get((site.component, leaf))
-            if neutral is None or component in live:
-                continue
-            for name in site.names:
-                if not np.all(tensors[tensor_name(name, leaf)] == neutral):
-                    live[component] = f"{leaf} of {name or 'the model'} is not {neutral}"
-                    break
+    for component, leaf, name, neutral in neutral_leaves(sites):
+        if component not in live and not np.all(tensors[tensor_name(name, leaf)] == neutral):
+            live[component] = f"{leaf} of {name or 'the model'} is not {neutral}"
     return live
 
 

@@ -180,14 +180,12 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
     depths = [index for name in names if (index := layer_index(name)) is not None]
     depth = max(depths, default=0) + 1
     own = _by_pattern(config.rank_pattern, names)
-    return {
-        name: own[name]
-        if name in own
-        else config.lora_rank
-        if (index := layer_index(name)) is None
-        else config.layer_rank(index, depth)
-        for name in selected
-    }
+    ranks = {}
+    for name in selected:
+        index = layer_index(name)
+        by_depth = config.lora_rank if index is None else config.layer_rank(index, depth)
+        ranks[name] = own.get(name, by_depth)
+    return ranks
 
 
 def layer_alphas(ranks: Mapping[str, int], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, float]:
