@@ -56,7 +56,7 @@ class HyLoRADAModel:
         config: what is adapted.
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
         frozen: what the adapters stand on: {"params": the base's parameters, but for those that train
-            themselves, "norms": ‖W‖² of the adapted layers}.
+            themselves, "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
 
     Args:
         base_model: a :class:`CausalLM` from :func:`load_model`, or one of HF's Flax models.
@@ -98,10 +98,10 @@ class HyLoRADAModel:
                 "Leave s2_attn_enabled out, or choose a model of more heads.",
             )
         params = self.base.params
-        norms = build.build_norms(self.sites, params)
-        self.adapters = build.build_adapters(self.sites, norms, params, config, seed)
+        constants = build.build_constants(self.sites, params, config)
+        self.adapters = build.build_adapters(self.sites, constants, params, config, seed)
         self._unfrozen = _leaf_paths(self.sites)
-        self.frozen: dict[str, Any] = {"params": split(params, self._unfrozen)[0], "norms": norms}
+        self.frozen: dict[str, Any] = {"params": split(params, self._unfrozen)[0], "constants": constants}
         # Which file the adapters came from, as a checksum of its tensors; None: they are fresh, of the seed.
         self.start: str | None = None
         self._enabled = True
@@ -171,7 +171,7 @@ class HyLoRADAModel:
             frozen: ``model.frozen``.
         """
         frozen = self.frozen if frozen is None else frozen
-        return resolve(self.sites, adapters, frozen["params"], frozen["norms"], self.config)
+        return resolve(self.sites, adapters, frozen["params"], frozen["constants"], self.config)
 
     def apply_resolved(self, resolved: Tree, input_ids: Array, **arguments: Any) -> Any:
         """As :meth:`apply`, from the result of :meth:`resolve`."""
@@ -354,8 +354,6 @@ class HyLoRADAModel:
         tensors, config, base = adapter_files.read_adapter(directory)
         model = cls(base_model, config)
         adapter_files.check_base(base, model._identity())
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        adapter_files.check_keys(shapes, layout.tensor_shapes(model.sites))
         model.adapters = layout.unflatten(model.sites, tensors)
         model.start = adapter_files.digest(tensors)
         return model

@@ -341,7 +341,7 @@ _OF_JAX = [
         ("warm-up one step early", "rising = step /", "rising = (step + 1) /"),
         ("decay one step early", "(total - step) /", "(total - step - 1) /"),
         ("no clipping", "optax.clip_by_global_norm(training.max_grad_norm)", "optax.identity()"),
-        ("ε of AdamW", "weight_decay=decay)", "weight_decay=decay, eps=1e-7)"),
+        ("ε of AdamW", "weight_decay=weight_decay)", "weight_decay=weight_decay, eps=1e-7)"),
     ),
 ]
 

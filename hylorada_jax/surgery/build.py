@@ -1,4 +1,4 @@
-"""The trees of a plan: the frozen norms it stands on, and the fresh adapters."""
+"""The trees of a plan: the constants it stands on, and the fresh adapters."""
 
 import zlib
 from collections.abc import Sequence
@@ -13,18 +13,23 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import linear_adapter, low_rank, sparse, structure
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
-from hylorada_jax.surgery.plan import Site
+from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
 
 
-def build_norms(sites: Sequence[Site], params: Tree) -> dict[str, Any]:
-    """The frozen n₀² = ‖W‖² of every linear adapter's layer, congruent to the adapter tree.
+def build_constants(sites: Sequence[Site], params: Tree, config: HyLoRADAConfig) -> dict[str, Any]:
+    """The numbers that adapters stand on and that do not train.
+
+    Numbers, and not parts of a compiled program: models that differ in them alone share one.
 
     Args:
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
         params: the model's parameter tree.
+        config: ``lora_dropout`` is read.
 
     Returns:
-        Nested dict, path → {"norm": n₀² [d_out], or [layers, d_out] for a stacked module}; at least float32.
+        Nested dict: the path of each linear adapter → {"norm": n₀² = ‖W‖² [d_out], "scale": s []}, with an
+        axis [layers] in front for a stacked module, in at least float32; and at the top ``DROPOUT_RATE`` [],
+        where there is dropout.
     """
     linears = [site for site in sites if site.component == "linear"]
 
@@ -32,9 +37,13 @@ def build_norms(sites: Sequence[Site], params: Tree) -> dict[str, Any]:
     def norms(params: Tree) -> list[Array]:
         return [map_layers(site, lambda layer, s=site: _norm(s, params, layer)) for site in linears]
 
-    tree: dict[str, Any] = {}
+    dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
+    tree: dict[str, Any] = (
+        {DROPOUT_RATE: jnp.asarray(config.lora_dropout, dtype)} if config.lora_dropout else {}
+    )
     for site, norm in zip(linears, norms(params), strict=True):
-        tree = with_leaves(tree, site.module.path, {"norm": norm})
+        scales = jnp.asarray(site.scales if site.module.stacked else site.scales[0], norm.dtype)
+        tree = with_leaves(tree, site.module.path, {"norm": norm, "scale": scales})
     return tree
 
 
@@ -61,7 +70,7 @@ def map_layers(site: Site, function: Any, *arguments: Any) -> Any:
 
 
 def build_adapters(
-    sites: Sequence[Site], norms: Tree, params: Tree, config: HyLoRADAConfig, seed: int = 0
+    sites: Sequence[Site], constants: Tree, params: Tree, config: HyLoRADAConfig, seed: int = 0
 ) -> dict[str, Any]:
     """The trainable tree of fresh adapters, under which the model computes what it did before.
 
@@ -71,7 +80,7 @@ def build_adapters(
 
     Args:
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
-        norms: from :func:`build_norms`.
+        constants: from :func:`build_constants`.
         params: the model's parameter tree; unfrozen leaves are copied from it.
         config: kinds and initial values are read.
         seed: of the random leaves.
@@ -90,7 +99,7 @@ def build_adapters(
             names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
             keys = _keys(jax.random.key(seed), names)
             if site.component == "linear":
-                norm = subtree(norms, site.module.path)["norm"].reshape(len(keys), site.linear.d_out)
+                norm = subtree(constants, site.module.path)["norm"].reshape(len(keys), site.linear.d_out)
                 leaves = _fresh_linears(site, keys, norm, config)
             else:
                 leaves = jax.tree.map(

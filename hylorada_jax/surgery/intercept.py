@@ -14,7 +14,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math import low_rank, position, sparse, structure
 from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, Tree
-from hylorada_jax.surgery.plan import POSITION_BIAS, STRUCTURE_ENCODER
+from hylorada_jax.surgery.plan import DROPOUT_RATE, POSITION_BIAS, STRUCTURE_ENCODER
 
 COLLECTION = "hylorada"
 DROPOUT_RNG = "dropout"
@@ -76,7 +76,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
     Args:
         resolved: from :func:`hylorada_jax.surgery.resolve.resolve`; what serves the whole model is read.
-        config: dropout, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
+        config: ``sparse_dropout``, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
         train: apply dropout; needs an rng named "dropout".
         structure: what the structure encoder is told.
 
@@ -99,6 +99,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         structure: Structure = Structure(),
     ) -> None:
         self._bias, self._encoder = resolved.get(POSITION_BIAS), resolved.get(STRUCTURE_ENCODER)
+        # Resolved leaves are differentiated, and this one is no parameter.
+        self._rate = jax.lax.stop_gradient(resolved.get(DROPOUT_RATE))
         self._config, self._train, self._structure = config, train, structure
         self._pass: _Pass | None = None
         self._context = nn.intercept_methods(self._intercept)
@@ -165,7 +167,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         scales_bias = self._config.magnitude_scales_bias
         if bias is not None and scales_bias:
             base = base + bias
-        x = self._dropout(module, x, self._config.lora_dropout)
+        x = self._dropout(module, x, self._rate)
         delta = low_rank.low_rank_delta(
             x, adapter["lora_A"], adapter["lora_B"], self._token_scale(module, x, adapter)
         )
@@ -199,13 +201,14 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             )
         return found
 
-    def _dropout(self, module: Any, x: Array, rate: float) -> Array:
-        if not self._train or not rate:
+    def _dropout(self, module: Any, x: Array, rate: Array | float | None) -> Array:
+        if not self._train or rate is None:
             return x
-        keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), 1 - rate, x.shape)
-        return jnp.where(keep, x / (1 - rate), 0)
+        kept = 1 - jnp.asarray(rate)
+        keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), kept, x.shape)
+        return jnp.where(keep, x / kept.astype(x.dtype), 0)
 
     def _with_sparse(self, module: Any, h: Array, adapter: dict[str, Array]) -> Array:
         units = sparse.units(h, adapter["down"], adapter["mask"])
-        units = self._dropout(module, units, self._config.sparse_dropout)
+        units = self._dropout(module, units, self._config.sparse_dropout or None)
         return sparse.add_units(h, units, adapter["up"])

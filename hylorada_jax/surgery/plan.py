@@ -12,9 +12,10 @@ from hylorada_jax.surgery.targets import layer_alphas, layer_ranks, mlp_outputs,
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What serves the whole model lies at the top of the tree: a leaf there, and a node.
+# What serves the whole model lies at the top of the tree: a leaf there, a node, and a constant.
 POSITION_BIAS = "position_bias"
 STRUCTURE_ENCODER = "structure_encoder"
+DROPOUT_RATE = "dropout_rate"
 
 
 @dataclasses.dataclass(frozen=True)

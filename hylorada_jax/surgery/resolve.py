@@ -11,11 +11,11 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import linear_adapter, sparse
 from hylorada_jax.surgery.build import map_layers
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
-from hylorada_jax.surgery.plan import Site
+from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
 
 
 def resolve(
-    sites: Sequence[Site], adapters: Tree, params: Tree, norms: Tree, config: HyLoRADAConfig
+    sites: Sequence[Site], adapters: Tree, params: Tree, constants: Tree, config: HyLoRADAConfig
 ) -> dict[str, Any]:
     """The resolved tree: all of the adapters that depends on weights only, which the forward pass reads.
 
@@ -29,23 +29,23 @@ def resolve(
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
         adapters: the trainable tree.
         params: the frozen tree; read, never copied or differentiated.
-        norms: n₀² of every linear adapter, from :func:`hylorada_jax.surgery.build.build_norms`.
-        config: scale, ``detach_norm`` and the sparse adapter's gate are read.
+        constants: from :func:`hylorada_jax.surgery.build.build_constants`.
+        config: ``detach_norm`` and the sparse adapter's gate are read.
 
     Returns:
         Nested dict with the model's paths. Linear adapters: lora_A, lora_B (times s), column_scale, and the
         factors of what depends on the token; sparse adapters: down, up, mask; unfrozen leaves in the base's
-        dtype; all else as it is.
+        dtype; the dropout rate and all else as it is.
 
     Source: method.md §1, §4.
     """
     base_dtype = jax.tree.leaves(params)[0].dtype
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = {name: constants[name] for name in (DROPOUT_RATE,) if name in constants}
     for site in sites:
         node = subtree(adapters, site.module.path)
         leaves = {leaf: node[leaf] for leaf in site.leaves}
         if site.component == "linear":
-            leaves = _linear(site, leaves, params, subtree(norms, site.module.path)["norm"], config)
+            leaves = _linear(site, leaves, params, subtree(constants, site.module.path), config)
         elif site.component == "sparse":
             leaves = _spread(site, _sparse(site, leaves, config))
         elif site.component == "unfrozen":
@@ -55,10 +55,8 @@ def resolve(
 
 
 def _linear(
-    site: Site, leaves: dict[str, Array], params: Tree, norm: Array, config: HyLoRADAConfig
+    site: Site, leaves: dict[str, Array], params: Tree, constants: Tree, config: HyLoRADAConfig
 ) -> dict[str, Array]:
-    scales = jnp.asarray(site.scales, norm.dtype)
-
     def one(layer: Array, leaves: Any, norm: Array, scale: Array) -> dict[str, Array]:
         weight = site.linear.weight(params, layer)
         return linear_adapter.resolve_leaves(
@@ -66,8 +64,8 @@ def _linear(
         )
 
     if site.module.stacked:
-        return _spread(site, map_layers(site, one, leaves, norm, scales))
-    return one(jnp.asarray(0), leaves, norm, scales[0])
+        return _spread(site, map_layers(site, one, leaves, constants["norm"], constants["scale"]))
+    return one(jnp.asarray(0), leaves, constants["norm"], constants["scale"])
 
 
 def _sparse(site: Site, leaves: dict[str, Array], config: HyLoRADAConfig) -> dict[str, Array]:

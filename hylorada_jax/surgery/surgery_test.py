@@ -53,11 +53,11 @@ def make(config, seed=0, scale=0.3):
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), shapes)
     sites = plan(find_modules(init), config)
-    norms = build.build_norms(sites, params)
-    adapters = build.build_adapters(sites, norms, params, config)
+    constants = build.build_constants(sites, params, config)
+    adapters = build.build_adapters(sites, constants, params, config)
     flat = layout.flatten(sites, adapters)
     moved = {name: leaf + scale * rng.normal(size=leaf.shape) for name, leaf in flat.items()}
-    return net, x, params, sites, norms, adapters, layout.unflatten(sites, moved), moved
+    return net, x, params, sites, constants, adapters, layout.unflatten(sites, moved), moved
 
 
 def run(net, x, params, resolved, config):
@@ -122,9 +122,9 @@ CONFIGS = [
     "config", CONFIGS, ids=lambda c: f"{c.method}-{c.rank_strategy}-{'-'.join(c.target_modules)}"
 )
 def test_adapted_merged_and_counted_as_the_formula_says(config):
-    net, x, params, sites, norms, fresh, adapters, tensors = make(config)
+    net, x, params, sites, constants, fresh, adapters, tensors = make(config)
     ranks = {name: rank for site in sites for name, rank in zip(site.names, site.ranks, strict=True)}
-    resolved = resolve(sites, adapters, params, norms, config)
+    resolved = resolve(sites, adapters, params, constants, config)
 
     # float64 throughout: only the order of summation differs.
     y = run(net, x, params, resolved, config)
@@ -132,7 +132,7 @@ def test_adapted_merged_and_counted_as_the_formula_says(config):
     merged = merge(sites, resolved, params, config)
     np.testing.assert_allclose(net.apply({"params": merged}, x), y, rtol=1e-11, atol=1e-11)
 
-    start = run(net, x, params, resolve(sites, fresh, params, norms, config), config)
+    start = run(net, x, params, resolve(sites, fresh, params, constants, config), config)
     np.testing.assert_allclose(start, net.apply({"params": params}, x), rtol=1e-12, atol=1e-12)
 
     count = sum(leaf.size for leaf in layout.flatten(sites, adapters).values())
@@ -143,10 +143,10 @@ def test_adapted_merged_and_counted_as_the_formula_says(config):
 
 @pytest.mark.parametrize("config", CONFIGS[:4:3], ids=lambda c: c.method)
 def test_remat_leaves_the_gradients_unchanged_and_padding_gets_none(config):
-    net, x, params, sites, norms, _, adapters, _ = make(config)
+    net, x, params, sites, constants, _, adapters, _ = make(config)
 
     def loss(adapters, net):
-        return jnp.sum(run(net, x, params, resolve(sites, adapters, params, norms, config), config) ** 2)
+        return jnp.sum(run(net, x, params, resolve(sites, adapters, params, constants, config), config) ** 2)
 
     gradient, again = (jax.grad(loss)(adapters, n) for n in (net, Stack(remat=True)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), gradient, again)
@@ -181,8 +181,8 @@ def test_a_layers_start_does_not_depend_on_the_other_targets():
 
 def test_dropout_acts_on_the_low_rank_path_alone_and_differs_by_layer_and_key():
     config = HyLoRADAConfig(method="lora", lora_rank=3, target_modules="out", lora_dropout=0.5)
-    net, x, params, sites, norms, _, adapters, _ = make(config)
-    resolved = resolve(sites, adapters, params, norms, config)
+    net, x, params, sites, constants, _, adapters, _ = make(config)
+    resolved = resolve(sites, adapters, params, constants, config)
 
     def dropped(key):
         with adapt(resolved, config, train=True):
@@ -204,10 +204,10 @@ def test_the_frozen_weights_are_bfloat16_and_the_scales_are_not():
     config = HyLoRADAConfig(lora_rank=2, target_modules="all-linear")
     net, x, params, sites, *_ = make(config)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    norms = build.build_norms(sites, half)
-    adapters = build.build_adapters(sites, norms, params, config)
-    resolved = resolve(sites, adapters, half, norms, config)
-    assert {leaf.dtype for leaf in jax.tree.leaves((norms, adapters, resolved))} == {jnp.dtype("float32")}
+    constants = build.build_constants(sites, half, config)
+    adapters = build.build_adapters(sites, constants, params, config)
+    resolved = resolve(sites, adapters, half, constants, config)
+    assert {leaf.dtype for leaf in jax.tree.leaves((constants, adapters, resolved))} == {jnp.dtype("float32")}
     assert run(net, x.astype(jnp.bfloat16), half, resolved, config).dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(merge(sites, resolved, half, config))} == {
         jnp.dtype("bfloat16")

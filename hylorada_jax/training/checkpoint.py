@@ -24,9 +24,8 @@ class Checkpoints:
     """The checkpoints of one run, written in the background.
 
     A checkpoint is complete or absent: orbax writes it beside its place and renames it. It holds the state
-    (adapters, optimizer, step), the position in the data, the seed of all randomness, and a digest of the
-    state, so that damage that still reads is noticed too. Use as a context manager; leaving it waits for the
-    checkpoint under way.
+    (adapters, optimizer, step, seed), the position in the data, and a digest of the state, so that damage
+    that still reads is noticed too. Use as a context manager; leaving it waits for the checkpoint under way.
 
     Args:
         directory: made if it does not exist.
@@ -71,19 +70,18 @@ class Checkpoints:
         steps = self.steps
         return f"the checkpoint of step {steps[-1]} in {self._directory}" if steps else "no checkpoint yet"
 
-    def save(self, state: TrainState, *, data: dict[str, Any], seed: int) -> None:
+    def save(self, state: TrainState, *, data: dict[str, Any]) -> None:
         """Writes a checkpoint in the background.
 
         Args:
             state: copied before this returns, so that the next step may consume it.
             data: the position in the data, as the iterator's ``get_state`` gives it.
-            seed: of shuffling and dropout.
 
         Raises:
             CheckpointError: this checkpoint or the one before could not be written.
         """
         host = jax.tree.map(np.array, state)
-        run = {"data": data, "seed": seed, "digest": _digest(host)}
+        run = {"data": data, "digest": _digest(host)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run))
         try:
             self._manager.save(int(host.step), args=items)
@@ -97,14 +95,13 @@ class Checkpoints:
         except Exception as error:
             raise self._unwritten(error) from error
 
-    def restore(self, like: TrainState, *, seed: int) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is whole.
 
         Damaged ones that are newer are moved to damaged_checkpoints/ beside the directory, with a warning.
 
         Args:
-            like: a state of the same tree, shapes and dtypes.
-            seed: the run's; that of the checkpoint must be the same.
+            like: a state of the same tree, shapes, dtypes and seed.
 
         Returns:
             The state and the position in the data; None if there is no checkpoint at all.
@@ -115,7 +112,7 @@ class Checkpoints:
         damage: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
-                state, data = self._read(step, like, seed)
+                state, data = self._read(step, like)
             except Exception as error:  # damage shows as any of a dozen exceptions of orbax and tensorstore
                 damage[step] = _first_line(error)
                 continue
@@ -129,7 +126,7 @@ class Checkpoints:
             "Start again with overwrite (--overwrite), or put an intact copy in its place.",
         )
 
-    def _read(self, step: int, like: TrainState, seed: int) -> tuple[TrainState, dict[str, Any]]:
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         place = replicated()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore())
@@ -137,8 +134,8 @@ class Checkpoints:
         state, run = restored["state"], restored["run"]
         if _digest(jax.tree.map(np.asarray, state)) != run["digest"]:
             raise ValueError("its content does not match its digest")
-        if run["seed"] != seed:
-            raise ValueError(f"its seed is {run['seed']}, the run's is {seed}")
+        if state.seed != like.seed:
+            raise ValueError(f"its seed is {state.seed}, the run's is {like.seed}")
         return state, run["data"]
 
     def _set_aside(self, damage: dict[int, str], *, used: int) -> None:

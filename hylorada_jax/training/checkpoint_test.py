@@ -14,10 +14,10 @@ from hylorada_jax.errors import CheckpointError
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
-from hylorada_jax.training.step import TrainState, init_state
+from hylorada_jax.training.step import init_state
 
 
-def state_at(step):
+def state_at(step, seed=5):
     """A state that differs in every leaf from that of any other step."""
     names = {"lora_A": (3, 500), "lora_B": (500, 3), "magnitude": (7,), "magnitude_gate": ()}
     rng = np.random.default_rng(step)
@@ -25,20 +25,20 @@ def state_at(step):
         "q": {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in names.items()}
     }
     optimizer = make_optimizer(adapters, TrainingConfig(output_dir="run", steps=9), HyLoRADAConfig())
-    state = init_state(adapters, optimizer)
+    state = init_state(adapters, optimizer, seed)
     _, opt_state = optimizer.update(adapters, state.opt_state, adapters)
-    return TrainState(jnp.int32(step), adapters, opt_state)
+    return state._replace(step=jnp.int32(step), opt_state=opt_state)
 
 
 def save(directory, *steps, keep=3):
     with Checkpoints(directory, keep) as checkpoints:
         for step in steps:
-            checkpoints.save(state_at(step), data={"next_index": step * 10}, seed=5)
+            checkpoints.save(state_at(step), data={"next_index": step * 10})
 
 
 def restore(directory):
     with Checkpoints(directory, 3) as checkpoints:
-        return checkpoints.restore(state_at(0), seed=5)
+        return checkpoints.restore(state_at(0))
 
 
 def assert_is_step(restored, step):
@@ -66,7 +66,7 @@ def test_a_saved_state_is_a_copy(tmp_path):
     state = state_at(1)
     consume = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     with Checkpoints(tmp_path / "c", 2) as checkpoints:
-        checkpoints.save(state, data={"next_index": 10}, seed=5)
+        checkpoints.save(state, data={"next_index": 10})
         jax.block_until_ready(consume(state))
     assert_is_step(restore(tmp_path / "c"), 1)
 
@@ -109,8 +109,8 @@ def test_a_step_set_aside_can_be_saved_again(tmp_path):
             os.truncate(path, path.stat().st_size // 2)
     with Checkpoints(tmp_path / "c", 3) as checkpoints:
         with pytest.warns(UserWarning, match="step 2 is damaged"):
-            assert_is_step(checkpoints.restore(state_at(0), seed=5), 1)
-        checkpoints.save(state_at(2), data={"next_index": 20}, seed=5)
+            assert_is_step(checkpoints.restore(state_at(0)), 1)
+        checkpoints.save(state_at(2), data={"next_index": 20})
     assert_is_step(restore(tmp_path / "c"), 2)
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
         Checkpoints(tmp_path / "c", 3) as checkpoints,
         pytest.raises(CheckpointError, match=r"seed is 5.* 6"),
     ):
-        checkpoints.restore(state_at(0), seed=6)
+        checkpoints.restore(state_at(0, seed=6))
 
 
 def test_a_disk_that_takes_no_more_is_an_error_that_names_the_last_good_step(tmp_path):
@@ -140,7 +140,7 @@ def test_a_disk_that_takes_no_more_is_an_error_that_names_the_last_good_step(tmp
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         with pytest.raises(CheckpointError, match=r"too large(.|\n)*checkpoint of step 1"), checkpoints:
-            checkpoints.save(state_at(2), data={}, seed=5)
+            checkpoints.save(state_at(2), data={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_is_step(restore(tmp_path / "c"), 1)

@@ -19,6 +19,7 @@ from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.devices import shard_rows
+from hylorada_jax.training.optimizer import schedule
 from hylorada_jax.training.packing import Batch
 from hylorada_jax.training.report import MetricsLog, Speed
 from hylorada_jax.training.run_directory import RunDirectory
@@ -53,6 +54,9 @@ class Loop:
     frozen: Any
     evaluator: PerplexityEvaluator | None
     _speed: Speed = dataclasses.field(default_factory=Speed)
+
+    def __post_init__(self) -> None:
+        self._factor = schedule(self.config)
 
     def run(
         self,
@@ -94,7 +98,7 @@ class Loop:
                 if last or stops or step % config.checkpoint_every == 0:
                     self._look_at(pending, bar)
                     pending = None
-                    self.checkpoints.save(state, data=batches.get_state(), seed=config.seed)
+                    self.checkpoints.save(state, data=batches.get_state())
                 if stops:
                     self._stop(step)
         return state
@@ -117,6 +121,7 @@ class Loop:
         if done is None:
             return
         values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+        values["learning_rate"] = self.config.learning_rate * float(self._factor(done.step - 1))
         checked = {name: values[name] for name in ("loss", "grad_norm", "adapter_norm")}
         if not np.isfinite(list(checked.values())).all():
             np.savez(self.directory.nonfinite_batch, **done.batch)  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def label_tree(adapters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, adapters)
 
 
-def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""] | int], Float[Array, ""]]:
     """Linear warm-up, then linear decay to 0, as a part of the peak rate.
 
         f(t) = t / w  for t < w,   else (T - t) / (T - w)
@@ -106,7 +106,7 @@ def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""]], Float[Array, 
     """
     total, warmup = config.steps, config.warmup_steps
 
-    def factor(step: Int[Array, ""]) -> Float[Array, ""]:
+    def factor(step: Int[Array, ""] | int) -> Float[Array, ""]:
         # jax divides int32 in float32 also where float64 is in use.
         step = jnp.asarray(step, jnp.result_type(float))
         rising = step / max(warmup, 1)
@@ -145,7 +145,8 @@ def make_optimizer(
         config: LoRA+.
 
     Returns:
-        The optax transformation.
+        The optax transformation. Peak rates and decays are a part of its state, not of the compiled program:
+        runs that differ in them alone share one.
 
     Raises:
         ConfigError: a leaf belongs to no group.
@@ -155,13 +156,15 @@ def make_optimizer(
     factor = schedule(training)
     labels = label_tree(adapters)
 
-    def adamw(label: str, peak: float) -> optax.GradientTransformation:
-        decay = training.weight_decay if GROUPS[label].decays else 0.0
-        return optax.adamw(lambda step: peak * factor(step), weight_decay=decay)
+    @optax.inject_hyperparams
+    def adamw(peak: Any, weight_decay: Any) -> optax.GradientTransformation:
+        return optax.adamw(lambda step: peak * factor(step), weight_decay=weight_decay)
 
     present = set(jax.tree.leaves(labels))
     groups = {
-        label: adamw(label, peak) for label, peak in peak_rates(training, config).items() if label in present
+        label: adamw(peak, training.weight_decay if GROUPS[label].decays else 0.0)
+        for label, peak in peak_rates(training, config).items()
+        if label in present
     }
     return optax.chain(
         optax.clip_by_global_norm(training.max_grad_norm), optax.multi_transform(groups, labels)

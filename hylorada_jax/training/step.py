@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt
 
 from hylorada_jax.math.loss import token_nll
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.optimizer import schedule
 
 Metrics = dict[str, Array]
 
@@ -23,23 +22,25 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: optimizer steps done, int32 scalar.
+        seed: of dropout, uint32 scalar.
         adapters: the trainable tree.
         opt_state: the optimizer's state.
     """
 
     step: Int[Array, ""]
+    seed: UInt[Array, ""]
     adapters: Any
     opt_state: Any
 
 
-def init_state(adapters: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(adapters: Any, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
     """The state before the first step; the adapters are copied, for the step consumes its argument."""
 
     @jax.jit  # one program, not one for every shape of a leaf
-    def init(adapters: Any) -> TrainState:
-        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, adapters), optimizer.init(adapters))
+    def init(adapters: Any, seed: Array) -> TrainState:
+        return TrainState(jnp.int32(0), seed, jax.tree.map(jnp.copy, adapters), optimizer.init(adapters))
 
-    return init(adapters)
+    return init(adapters, jnp.uint32(seed))
 
 
 def make_train_step(
@@ -56,19 +57,18 @@ def make_train_step(
     Args:
         model: the adapted model; its frozen tree is an argument of the step, not a constant of the program.
         optimizer: from :func:`make_optimizer`.
-        config: microbatches, seed and schedule are read.
+        config: microbatches are read.
 
     Returns:
         ``step(state, frozen, batch) -> (state, metrics)``, jitted; ``state`` is donated. ``frozen`` is
         ``model.frozen``; ``batch`` has the arrays of :class:`Rows`, [batch, seq_len]. Metrics: ``loss`` (mean
-        nll in nats), ``grad_norm`` (before clipping), ``adapter_norm`` (after the step), ``learning_rate``
-        (of lora_A), ``tokens`` (scored).
+        nll in nats), ``grad_norm`` (before clipping), ``adapter_norm`` (after the step), ``tokens``
+        (scored).
     """
-    factor = schedule(config)
 
     def step(state: TrainState, frozen: Any, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
         resolved, pull = jax.vjp(lambda adapters: model.resolve(adapters, frozen), state.adapters)
-        step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        step_key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def loss_sum(resolved: Any, rows: Mapping[str, Array], key: Array) -> Array:
             rngs = {"dropout": key}
@@ -97,10 +97,9 @@ def make_train_step(
             "loss": loss * mean,
             "grad_norm": optax.tree.norm(gradient),
             "adapter_norm": optax.tree.norm(adapters),
-            "learning_rate": config.learning_rate * factor(state.step),
             "tokens": tokens,
         }
-        return TrainState(state.step + 1, adapters, opt_state), metrics
+        return TrainState(state.step + 1, state.seed, adapters, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 

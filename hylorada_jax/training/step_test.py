@@ -149,11 +149,11 @@ def test_dropout_masks_depend_on_seed_and_step_only():
     batch = first_batch(Rows(documents(), 16), 4)
 
     def losses(seed, steps):
-        training = TrainingConfig(output_dir="run", steps=10, batch_size=4, seed=seed)
+        training = TrainingConfig(output_dir="run", steps=10, batch_size=4)
         optimizer = make_optimizer(model.adapters, training, config)
         step = make_train_step(model, optimizer, training)
         for at in steps:
-            state = init_state(trained(model.adapters), optimizer)._replace(step=jnp.int32(at))
+            state = init_state(trained(model.adapters), optimizer, seed)._replace(step=jnp.int32(at))
             yield float(step(state, model.frozen, batch)[1]["loss"])
 
     (first, again, other_step), (other_seed,) = losses(0, [3, 3, 4]), losses(1, [3])
@@ -173,6 +173,26 @@ def test_a_second_step_does_not_compile_again_and_holds_no_weights():
     for _ in range(2):
         state, _ = step(state, model.frozen, batch)
     assert step._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_runs_that_differ_in_numbers_alone_share_one_program():
+    def lowered(learning_rate, seed, alpha, dropout, gate, ratio):
+        config = HyLoRADAConfig(
+            lora_rank=2, lora_alpha=alpha, lora_dropout=dropout, gate_init=gate, lora_plus_ratio=ratio
+        )
+        model = tiny_model(config)
+        training = TrainingConfig(
+            output_dir="run", steps=10, batch_size=4, learning_rate=learning_rate, seed=seed
+        )
+        optimizer = make_optimizer(model.adapters, training, config)
+        state = init_state(model.adapters, optimizer, seed)
+        batch = first_batch(Rows(documents(), 16), 4)
+        return make_train_step(model, optimizer, training).lower(state, model.frozen, batch).as_text()
+
+    one = lowered(1e-3, 0, 4.0, 0.1, 0.0, 10.0)
+    assert lowered(2e-4, 7, 3.0, 0.2, 1.0, 5.0) == one
+    # A part that is off is none of the program.
+    assert lowered(1e-3, 0, 4.0, 0.0, 0.0, 10.0) != one
 
 
 @pytest.mark.parametrize("tied", [True, False])

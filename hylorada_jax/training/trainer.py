@@ -144,9 +144,9 @@ class HyLoRADATrainer:
     def _train(self, checkpoints: Checkpoints) -> TrainingResult:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
-        state = replicate(init_state(model.adapters, optimizer))
+        state = replicate(init_state(model.adapters, optimizer, config.seed))
         batches = shuffled_batches(self._rows, config.batch_size, config.seed)
-        if found := checkpoints.restore(state, seed=config.seed):
+        if found := checkpoints.restore(state):
             state, position = found
             batches.set_state(position)
         elif config.resume and directory.metrics.exists():
