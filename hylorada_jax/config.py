@@ -6,7 +6,6 @@ Imports neither jax nor torch, so that either package can read it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, near
 
 QV = ("q", "v")
 QKVO = ("q", "k", "v", "o")
@@ -194,7 +193,7 @@ class HyLoRADAConfig:
             self._set("method", self._method_of_switches())
         if self.method not in METHODS:
             raise ConfigError(
-                f"method must be one of {', '.join(METHODS)}", repr(self.method), _near(self.method, METHODS)
+                f"method must be one of {', '.join(METHODS)}", repr(self.method), near(self.method, METHODS)
             )
         implied = METHODS[self.method]
         for name in _SWITCHES:
@@ -258,7 +257,7 @@ class HyLoRADAConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}", repr(value), _near(value, allowed)
+                    f"{name} must be one of {', '.join(allowed)}", repr(value), near(value, allowed)
                 )
         if self.position_bias_enabled and (self.use_hylorada_v2 or not self.use_hylorada):
             raise ConfigError(
@@ -392,7 +391,7 @@ class HyLoRADAConfig:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(settings) - set(known)):
-            remedy = " ".join(_near(name, known) for name in unknown)
+            remedy = " ".join(near(name, known) for name in unknown)
             raise ConfigError("Every key must be a setting of HyLoRADAConfig", ", ".join(unknown), remedy)
         return cls(**settings)
 
@@ -438,7 +437,7 @@ class HyLoRADAConfig:
             16
         """
         if name not in PRESETS:
-            raise ConfigError(f"A preset is one of {', '.join(PRESETS)}", repr(name), _near(name, PRESETS))
+            raise ConfigError(f"A preset is one of {', '.join(PRESETS)}", repr(name), near(name, PRESETS))
         preset = dict(PRESETS[name])
         if settings.get("method") == "sparse":  # which has no linear adapters to target
             preset.pop("target_modules", None)
@@ -484,8 +483,3 @@ def _number(name: str, value: object) -> float:
 def _require(holds: bool, rule: str, received: object) -> None:
     if not holds:
         raise ConfigError(rule, repr(received), "Correct this setting.")
-
-
-def _near(name: object, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(known), n=3)
-    return f"Did you mean {' or '.join(matches)}?" if matches else f"Known: {', '.join(known)}."

@@ -1,5 +1,8 @@
 """The errors a user can meet: each states the rule, the value received and the remedy."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class HyLoRADAError(ValueError):
     """Base of every error this project raises on bad input.
@@ -41,3 +44,9 @@ class CheckpointError(HyLoRADAError):
 
 class NonFiniteError(HyLoRADAError):
     """A loss or a parameter became NaN or infinite."""
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: those that resemble it, or else all that are known."""
+    matches = difflib.get_close_matches(str(name), list(known), n=3)
+    return f"Did you mean {' or '.join(matches)}?" if matches else f"Known: {', '.join(known)}."

@@ -99,13 +99,21 @@ class HyLoRADAModel:
             )
         params = self.base.params
         constants = build.build_constants(self.sites, params, config)
-        self.adapters = build.build_adapters(self.sites, constants, params, config, seed)
         self._unfrozen = _leaf_paths(self.sites)
         self.frozen: dict[str, Any] = {"params": split(params, self._unfrozen)[0], "constants": constants}
+        self.adapters = self.init_adapters(seed)
         # Which file the adapters came from, as a checksum of its tensors; None: they are fresh, of the seed.
         self.start: str | None = None
         self._enabled = True
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
+
+    def init_adapters(self, seed: int) -> dict[str, Any]:
+        """A tree of fresh adapters, under which the model computes what its base does.
+
+        Args:
+            seed: of the initial lora_A; the constructor's gave ``model.adapters``.
+        """
+        return build.build_adapters(self.sites, self.frozen["constants"], self.base.params, self.config, seed)
 
     def __call__(
         self,

@@ -1,0 +1,104 @@
+"""What a benchmark trains: adapters, all of the weights, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from benchmarks.experiment import BASE, Variant
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.face import BaseModel
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.optimizer import make_optimizer, schedule
+
+
+def contestant(base: Any, variant: Variant) -> Adapted | Full | None:
+    """What a row of the table trains on a base model; None for the base itself."""
+    if variant.config is not None:
+        return Adapted(base, variant)
+    return None if variant.kind == BASE else Full(base)
+
+
+class Adapted:
+    """An adapter on a base model."""
+
+    def __init__(self, base: Any, variant: Variant) -> None:
+        assert variant.config is not None
+        self.model = HyLoRADAModel(base, variant.config)
+        self.frozen, self.parameters = self.model.frozen, self.model.num_trainable
+        self._start = HyLoRADAModel(base, _dora(variant.config)) if variant.kaiming else None
+
+    def start(self, seed: int) -> Any:
+        """Fresh adapters."""
+        fresh = self.model.init_adapters(seed)
+        if self._start is None:
+            return fresh
+        flat, tree = jax.tree_util.tree_flatten_with_path(fresh)
+        theirs = dict(jax.tree_util.tree_leaves_with_path(self._start.init_adapters(seed)))
+        leaves = [theirs[path] if path[-1].key == "lora_A" else leaf for path, leaf in flat]
+        return jax.tree.unflatten(tree, leaves)
+
+    def optimizer(self, adapters: Any, training: TrainingConfig) -> optax.GradientTransformation:
+        """That of the library."""
+        return make_optimizer(adapters, training, self.model.config)
+
+    def trained(self, adapters: Any) -> HyLoRADAModel:
+        """The model to evaluate."""
+        self.model.adapters = adapters
+        return self.model
+
+
+def _dora(config: HyLoRADAConfig) -> HyLoRADAConfig:
+    """DoRA of the same layers and ranks: its lora_A starts as LoRA's does."""
+    shared = ("lora_rank", "lora_alpha", "rank_strategy", "rank_pattern", "target_modules", "exclude_modules")
+    return HyLoRADAConfig(method="dora", **{name: getattr(config, name) for name in shared})
+
+
+class Full:
+    """All weights of a base model, under the names by which a training step asks for an adapter's parts."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base, self.model = base, self
+        self.frozen: dict[str, Any] = {}
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+
+    def start(self, seed: int) -> Any:
+        """The pretrained weights, in float32."""
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.base.params)
+
+    def optimizer(self, params: Any, training: TrainingConfig) -> optax.GradientTransformation:
+        """AdamW with the clipping and the schedule that adapters have."""
+        factor = schedule(training)
+
+        @optax.inject_hyperparams
+        def adamw(peak: Any) -> optax.GradientTransformation:
+            return optax.adamw(lambda step: peak * factor(step), weight_decay=training.weight_decay)
+
+        return optax.chain(
+            optax.clip_by_global_norm(training.max_grad_norm), adamw(peak=training.learning_rate)
+        )
+
+    def trained(self, params: Any) -> Any:
+        """The model to evaluate."""
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, self.base.params)
+        return self.base.with_params(jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes))
+
+    def resolve(self, params: Any, frozen: Any) -> Any:
+        """The weights in the base's dtype."""
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, self.base.params)
+
+    def hidden_resolved(
+        self, params: Any, *, frozen: Any, train: bool, rngs: Any, **inputs: Mapping[str, Array]
+    ) -> Array:
+        """The states [batch, seq, d] that the output head reads."""
+        return self.base.hidden({"params": params}, **inputs)
+
+    def head(self, params: Any, frozen: Any) -> Array:
+        """The output embedding [vocab, d]."""
+        return self.base.head({"params": params})

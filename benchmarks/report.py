@@ -1,0 +1,254 @@
+"""Tables and plots of a benchmark's runs, and the README's table from them.
+
+    python benchmarks/report.py benchmarks/results/wikitext-2 --readme README.md
+
+Writes table.md, loss.png, by_place.png and parameters.png beside the runs. In the README the table takes the
+place of what stands between `<!-- results:NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Run by its path, Python looks for modules in this file's directory, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tyro
+
+from benchmarks.experiment import BASE
+from hylorada_jax.errors import CheckpointError, ConfigError
+from hylorada_jax.io.files import write_whole
+
+Record = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What the table says of one method: its runs with its own learning rate."""
+
+    label: str
+    rate: float
+    runs: list[Record]
+
+    def values(self, name: str) -> list[float]:
+        """A result of every run, in the order of the seeds."""
+        return [run["result"][name] for run in self.runs]
+
+
+def main(directory: Path, /, *, readme: Path | None = None, against: str | None = None) -> None:
+    """Print the table of a benchmark, and draw its plots.
+
+    Args:
+        directory: of the runs, as run_benchmark.py wrote them.
+        readme: a Markdown file whose table is replaced.
+        against: a method; the table also says by how much the others differ from it, seed by seed.
+    """
+    rows = read(directory)
+    text = table(rows, against=against)
+    print(text)
+    write_whole(directory / "table.md", text.encode())
+    plot(rows, directory)
+    if readme is not None:
+        write_whole(readme, replaced(readme.read_text("utf-8"), directory.name, text).encode())
+
+
+def read(directory: Path) -> list[Row]:
+    """The rows of a benchmark, the least perplexity last.
+
+    A method's runs are those of the learning rate with the least held-out loss on the seed that all rates
+    were tried with.
+
+    Args:
+        directory: of the runs.
+
+    Raises:
+        CheckpointError: there are no runs, or they are not of one experiment.
+    """
+    records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
+    if not records:
+        raise CheckpointError(
+            "A benchmark must have runs", f"none in {directory}", "Run run_benchmark.py first."
+        )
+    shared = {json.dumps(_shared(record), sort_keys=True) for record in records}
+    if len(shared) > 1:
+        raise CheckpointError(
+            "The runs of a table have the same data and budget", f"{len(shared)} kinds", "Separate them."
+        )
+    by_label: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["settings"]["seed"]):
+        by_label.setdefault(record["settings"]["label"], []).append(record)
+    rows = []
+    for label, runs in by_label.items():
+        seed = runs[0]["settings"]["seed"]
+        grid = [run for run in runs if run["settings"]["seed"] == seed]
+        rate = min(grid, key=lambda run: run["result"]["dev_loss"])["settings"]["learning_rate"]
+        rows.append(Row(label, rate, [r for r in runs if r["settings"]["learning_rate"] == rate]))
+    return sorted(rows, key=lambda row: -statistics.mean(row.values("perplexity")))
+
+
+def _shared(record: Record) -> Record:
+    own = ("label", "learning_rate", "seed", "kind", "config", "kaiming", "structure")
+    return {key: value for key, value in record["settings"].items() if key not in own}
+
+
+def table(rows: Sequence[Row], *, against: str | None = None) -> str:
+    """The table as Markdown, with what it was measured on.
+
+    Args:
+        rows: from :func:`read`.
+        against: the label that differences are taken to, seed by seed; None for no such column.
+    """
+    labels = {row.label: row for row in rows}
+    if against is not None and against not in labels:
+        raise ConfigError(
+            f"A method of the table is one of {', '.join(labels)}", repr(against), "Choose one."
+        )
+    heads = ["method", "parameters", "rate", "PPL", "LiM PPL", "middle / ends"]
+    heads += ["step, s", "tokens/s", "memory, MB"]
+    if against is not None:
+        heads.insert(4, f"PPL − {against}")
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for row in rows:
+        trained = "losses" in row.runs[0]["result"]
+        cells = [
+            row.label,
+            f"{row.runs[0]['result']['parameters']:,}",
+            f"{row.rate:g}" if trained else "",
+            _spread(row.values("perplexity"), 2),
+            _spread(row.values("lim_perplexity"), 2),
+            _spread(
+                [a / b for a, b in zip(row.values("lim_middle"), row.values("lim_ends"), strict=True)], 3
+            ),
+            *(
+                _spread([scale * v for v in row.values(name)], digits, only_mean=True) if trained else ""
+                for name, scale, digits in (
+                    ("seconds_per_step", 1.0, 2),
+                    ("tokens_per_second", 1.0, 0),
+                    ("program_bytes", 1e-6, 0),
+                )
+            ),
+        ]
+        if against is not None:
+            cells.insert(4, _difference(row, labels[against]))
+        lines.append(cells)
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"{body}\n\n{caption(rows)}\n"
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Where the numbers come from, in words."""
+    record = rows[0].runs[0]
+    settings, tokens = record["settings"], record["settings"]["tokens"]
+    environments = [run["environment"] for row in rows for run in row.runs]
+    devices = sorted({f"{e['cpu'] if e['platform'] == 'cpu' else e['device']}" for e in environments})
+    commits = sorted({str(e["commit"]) for e in environments})
+    seeds = max(len(row.runs) for row in rows)
+    test = settings["test_data"] or "the other half of what was held out"
+    return (
+        f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
+        f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
+        f"{test} (about {settings['test_tokens']:,} of {tokens['test']:,} tokens, windows of "
+        f"{settings['seq_len']}). Mean ± standard deviation of {seeds} seeds; each method with the learning "
+        f"rate that was best for it on held-out training data. Step, tokens/s: medians on "
+        f"{', '.join(devices)}; memory: of the compiled step. Commits {', '.join(commits)}."
+    )
+
+
+def _spread(values: Sequence[float], digits: int, *, only_mean: bool = False) -> str:
+    text = f"{statistics.mean(values):,.{digits}f}"
+    if len(values) > 1 and not only_mean:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def _difference(row: Row, other: Row) -> str:
+    """By how much a method's perplexity differs from another's of the same seed."""
+    if row is other:
+        return ""
+    ours, theirs = ({r["settings"]["seed"]: r["result"]["perplexity"] for r in x.runs} for x in (row, other))
+    if row.runs[0]["settings"]["kind"] == BASE:  # has no seed
+        ours = dict.fromkeys(theirs, row.values("perplexity")[0])
+    return _spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs], 2)
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """A Markdown text with another table.
+
+    Args:
+        text: has ``<!-- results:NAME -->`` and then ``<!-- end -->``.
+        name: which of its tables.
+        table: the new one.
+
+    Raises:
+        ConfigError: the text has no place for this table.
+    """
+    start, end = f"<!-- results:{name} -->", "<!-- end -->"
+    found = re.search(f"{re.escape(start)}.*?{re.escape(end)}", text, re.DOTALL)
+    if found is None:
+        raise ConfigError(
+            f"The text must have {start} and {end}", "neither", "Put them where the table goes."
+        )
+    return f"{text[: found.start()]}{start}\n{table}{end}{text[found.end() :]}"
+
+
+def plot(rows: Sequence[Row], directory: Path) -> None:
+    """Draws the losses over the steps, the perplexity by place, and the perplexity over the parameters.
+
+    Args:
+        rows: from :func:`read`.
+        directory: of loss.png, by_place.png and parameters.png.
+    """
+    trained = [row for row in rows if "losses" in row.runs[0]["result"]]
+
+    def losses(axes: Any) -> None:
+        for row in trained:
+            curves = [_running_mean(values) for values in row.values("losses")]  # type: ignore[arg-type]
+            means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            axes.plot(range(1, len(means) + 1), means, label=row.label)
+        axes.set(xlabel="optimizer step", ylabel="training loss, running mean (nats per token)")
+        axes.legend()
+
+    def by_place(axes: Any) -> None:
+        for row in rows:
+            buckets = zip(*row.values("lim_buckets"), strict=True)
+            axes.plot(range(1, 11), [statistics.mean(b) for b in buckets], marker="o", label=row.label)
+        axes.set(xlabel="tenth of the sequence", ylabel="perplexity")
+        axes.legend()
+
+    def parameters(axes: Any) -> None:
+        for row in trained:
+            values = row.values("perplexity")
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            count = row.runs[0]["result"]["parameters"]
+            axes.errorbar(count, statistics.mean(values), yerr=spread, marker="o", capsize=3)
+            axes.annotate(
+                row.label, (count, statistics.mean(values)), xytext=(6, 4), textcoords="offset points"
+            )
+        axes.set(xscale="log", xlabel="trainable parameters", ylabel="test perplexity")
+
+    _draw(directory / "loss.png", losses)
+    _draw(directory / "by_place.png", by_place)
+    _draw(directory / "parameters.png", parameters)
+
+
+def _draw(path: Path, fill: Callable[[Any], None]) -> None:
+    from matplotlib.figure import Figure  # imported late: it takes a second
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    fill(axes)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def _running_mean(values: Sequence[float], width: int = 8) -> list[float]:
+    return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,204 @@
+"""Oracles: the evaluation functions, the records' own statistics, and what a kill leaves."""
+
+import json
+import statistics
+import sys
+
+import pytest
+
+from benchmarks import report, run_benchmark, trial
+from benchmarks.experiment import Experiment
+from hylorada_jax.cli_test import tiny  # noqa: F401 - a fixture
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError, TargetError
+from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.training.corpus import load_documents
+from hylorada_jax.training.data import tokenize
+
+pytestmark = pytest.mark.slow
+METHODS = {
+    "base": {},
+    "full": {"learning_rates": [1e-3]},
+    "lora": {},
+    "orthogonal": {"method": "hylorada_v1", "lora_rank": 2},
+    "kaiming": {"method": "hylorada_v1", "lora_rank": 2, "lora_A": "kaiming"},
+}
+
+
+def experiment(directory, **changes):
+    settings = {
+        "name": "tiny", "model": str(directory), "train_data": "texts.txt", "test_data": "test.txt",
+        "methods": METHODS, "learning_rates": [1e-2, 1e-4], "seeds": [3, 4], "steps": 3, "seq_len": 24,
+        "dev_tokens": 48, "test_tokens": 96,
+    }  # fmt: skip
+    return settings | changes
+
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):  # noqa: F811
+    """The directory of a benchmark that ran to its end."""
+    (tiny / "test.txt").write_text("a lazy cat sleeps under the brown bridge\n" * 20)
+    output = tmp_path_factory.mktemp("results")
+    run(tiny, output)
+    return output / "tiny"
+
+
+def run(model, output, **changes):
+    settings = Experiment(**experiment(model, **changes))
+    run_benchmark.Benchmark(settings, output / settings.name, model, "a test").run()
+
+
+def records(directory):
+    return {path.name: json.loads(path.read_text()) for path in directory.glob("*.json")}
+
+
+def test_every_method_tries_each_rate_and_goes_on_with_its_best(done):
+    found = records(done)
+    assert len(found) == 1 + 2 + 3 * 3
+    for row in report.read(done):
+        if row.label in ("lora", "orthogonal", "kaiming"):
+            losses = {
+                rate: found[f"{row.label}-rate{rate:g}-seed3.json"]["result"]["dev_loss"]
+                for rate in (1e-2, 1e-4)
+            }
+            assert row.rate == min(losses, key=losses.__getitem__)
+            assert [run["settings"]["seed"] for run in row.runs] == [3, 4]
+    assert len({json.dumps(record["settings"]["sha256"]) for record in found.values()}) == 1
+
+
+def test_the_first_loss_is_the_base_models_for_every_method_of_a_seed(done):
+    for seed in (3, 4):
+        first = {
+            name: record["result"]["losses"][0]
+            for name, record in records(done).items()
+            if name.endswith(f"seed{seed}.json")
+        }
+        assert len(first) >= 4
+        assert max(first.values()) - min(first.values()) < 1e-4, first  # float32, and rounded to 1e-5
+    # But the starts differ.
+    second = {label: records(done)[f"{label}-rate0.01-seed3.json"] for label in ("orthogonal", "kaiming")}
+    assert len({record["result"]["losses"][2] for record in second.values()}) == 2
+
+
+def test_the_base_models_numbers_are_those_of_the_evaluation(done, tiny):  # noqa: F811
+    base = load_model(tiny)
+    tokens = tokenize(load_documents(tiny / "test.txt"), load_tokenizer(tiny))
+    expected = evaluate_perplexity(base, tokens, seq_len=24, max_tokens=96, progress=False)
+    assert records(done)["base.json"]["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+
+
+def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypatch):  # noqa: F811
+    trained: list[object] = []
+    train = trial.Runner.train
+
+    def dies(self, training, *arguments):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(training)
+        return train(self, training, *arguments)
+
+    changes = {"methods": {name: METHODS[name] for name in ("base", "lora")}}
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.Runner, "train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, tmp_path, **changes)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").glob("*.json")}
+    assert len(before) == 3
+    run(tiny, tmp_path, **changes)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for name, record in records(tmp_path / "tiny").items():
+        # Every number but those of time, to the bit: float32 sums in the same order.
+        expected = records(done)[name]["result"]
+        for key in ("losses", "dev_loss", "perplexity", "lim_buckets"):
+            assert record["result"].get(key) == expected.get(key), (name, key)
+
+
+def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
+    text = report.table(report.read(done), against="lora")
+    runs = next(row.runs for row in report.read(done) if row.label == "orthogonal")
+    values = [run["result"]["perplexity"] for run in runs]
+    line = next(line for line in text.splitlines() if line.startswith("| orthogonal |"))
+    assert f"{statistics.mean(values):,.2f} ± {statistics.stdev(values):.2f}" in line
+    lora = {
+        run["settings"]["seed"]: run["result"]["perplexity"]
+        for row in report.read(done)
+        if row.label == "lora"
+        for run in row.runs
+    }
+    differences = [run["result"]["perplexity"] - lora[run["settings"]["seed"]] for run in runs]
+    assert f"{statistics.mean(differences):,.2f} ± {statistics.stdev(differences):.2f}" in line
+    assert "test.txt" in text
+
+
+def test_the_readmes_table_is_replaced_and_nothing_else(done, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results:tiny -->\nold\n<!-- end -->\nafter <!-- end -->\n")
+    report.main(done, readme=readme)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results:tiny -->\n| method")
+    assert text.endswith("<!-- end -->\nafter <!-- end -->\n")
+    assert "old" not in text
+    assert (done / "by_place.png").stat().st_size > 10_000
+    with pytest.raises(ConfigError, match="results:other"):
+        report.replaced(text, "other", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"seq_len": 4000}, DataError, "4000"),
+        ({"model": "./nowhere"}, ModelError, "nowhere"),
+        ({"methods": {"lora": {"target_modules": ["nothing"]}}}, TargetError, "nothing"),
+        ({"train_data": "absent.txt"}, DataError, "absent.txt"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
+    (tiny / "test.txt").write_text("a lazy cat\n" * 20)
+    settings = Experiment(**experiment(tiny, **changes))
+    with pytest.raises(error, match=match):
+        run_benchmark.Benchmark(settings, tmp_path, tiny, "")
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):  # noqa: F811
+    for name in ("config.json", "model.safetensors", "texts.txt"):
+        (tmp_path / name).write_bytes((tiny / name).read_bytes())
+    settings = Experiment(**experiment(tmp_path, test_data="texts.txt"))
+    with pytest.raises(ModelError, match="tokenizer"):
+        run_benchmark.Benchmark(settings, tmp_path / "results", tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"methods": {"lora": {}, "dorra": {}}}, "dora"),
+        ({"methods": {"lora": {"lora_rnk": 2}}}, "lora_rank"),
+        ({"methods": {"lora": {"structure": "code"}}}, "structure"),
+        ({"epochs": 1.0}, "epochs"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"learning_rates": []}, "learning_rates"),
+    ],
+)
+def test_an_experiment_that_says_what_cannot_be_is_refused(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        Experiment(**experiment("tiny", **changes))
+
+
+def test_runs_of_other_settings_are_not_overwritten(done, tiny):  # noqa: F811
+    with pytest.raises(CheckpointError, match="steps 3, now 4"):
+        run(tiny, done.parent, steps=4)
+
+
+def test_the_command_reads_a_file_and_what_is_given_beside_it(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps(experiment("tiny")))
+    read = run_benchmark._experiment(file, {"epochs": 2.0, "methods": ("base", "dora")})
+    assert (read.epochs, read.steps, list(read.methods)) == (2.0, None, ["base", "dora"])
+    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--methods", "lorra"])
+    with pytest.raises(SystemExit) as stop:
+        run_benchmark.main(methods=("lorra",))
+    assert stop.value.code == 2
+    assert "lora" in capsys.readouterr().err
+    file.write_text(json.dumps(experiment("tiny") | {"stepz": 1}))
+    with pytest.raises(ConfigError, match="steps"):
+        Experiment.load(file)

@@ -1,0 +1,149 @@
+"""One run of a benchmark: train, then measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.contestants import Adapted, Full
+from benchmarks.experiment import Experiment
+from hylorada_jax.errors import NonFiniteError
+from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
+from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.evaluation.retrieval import evaluate_retrieval
+from hylorada_jax.models.tokenizer import Tokenizer
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.data import shuffled_batches
+from hylorada_jax.training.packing import Rows
+from hylorada_jax.training.step import init_state, make_train_step
+
+
+class Text(NamedTuple):
+    """Tokenized documents: token ids, and structure ids or None."""
+
+    tokens: Sequence[np.ndarray]
+    structure: Sequence[np.ndarray] | None
+
+
+@dataclasses.dataclass
+class Runner:
+    """Trains one contestant, as often as asked; its step is compiled once.
+
+    Attributes:
+        contestant: what is trained.
+        rows: of the training data.
+        microbatches: parts that a step's rows are computed in.
+    """
+
+    contestant: Adapted | Full
+    rows: Rows
+    microbatches: int = 1
+    _compiled: Any = None
+
+    def train(
+        self,
+        training: TrainingConfig,
+        start: Any = None,
+        on_step: Callable[[int, Any], None] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Trains once.
+
+        Args:
+            training: steps, batches, rates and seed. Its numbers may differ from run to run, not its steps.
+            start: what is trained; by default the contestant's own start of the seed.
+            on_step: called after each step with its number and the trainable tree.
+
+        Returns:
+            The trained tree, and what the table says of the training.
+
+        Raises:
+            NonFiniteError: a loss became NaN or infinite.
+        """
+        contestant = self.contestant
+        model: Any = contestant.model  # a Full one has what a step asks for
+        adapters = contestant.start(training.seed) if start is None else start
+        optimizer = contestant.optimizer(adapters, training)
+        state = init_state(adapters, optimizer, training.seed)
+        batches = shuffled_batches(self.rows, training.batch_size, training.seed)
+        losses, seconds = [], []
+        for step in range(1, training.steps + 1):
+            batch = {name: values for name, values in next(batches).items() if name != "row"}
+            if self._compiled is None:
+                wrapped = make_train_step(model, optimizer, training)
+                self._compiled = wrapped.lower(state, contestant.frozen, batch).compile()
+            began = time.perf_counter()
+            state, metrics = self._compiled(state, contestant.frozen, batch)
+            losses.append(float(metrics["loss"]))
+            seconds.append(time.perf_counter() - began)
+            if not np.isfinite(losses[-1]):
+                raise NonFiniteError(
+                    "A loss must be finite", f"{losses[-1]} at step {step}", "Take a smaller learning rate."
+                )
+            if on_step is not None:
+                on_step(step, state.adapters)
+        step_seconds = statistics.median(seconds[1:] or seconds)  # the first one also warms up
+        return state.adapters, {
+            "parameters": contestant.parameters,
+            "losses": [round(loss, 5) for loss in losses],
+            "seconds_per_step": step_seconds,
+            "tokens_per_second": training.batch_size * training.seq_len / step_seconds,
+            "program_bytes": _program_bytes(self._compiled),
+        }
+
+
+def measure(
+    model: Any, dev: Text, test: Text, experiment: Experiment, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What the table says of a model.
+
+    Args:
+        model: an adapted model or a base model.
+        dev: held-out text, by which a learning rate is chosen.
+        test: the text to report on.
+        experiment: how much of them, in what windows.
+        tokenizer: the model's.
+    """
+    options: dict[str, Any] = {
+        "seq_len": experiment.seq_len,
+        "batch_size": experiment.batch_size,
+        "progress": False,
+    }
+    on_dev = evaluate_perplexity(
+        model,
+        dev.tokens,
+        structure=dev.structure,
+        stride=experiment.seq_len,
+        max_tokens=experiment.dev_tokens,
+        **options,
+    )
+    on_test = {"structure": test.structure, "max_tokens": experiment.test_tokens, **options}
+    perplexity = evaluate_perplexity(model, test.tokens, **on_test)
+    by_place = evaluate_lost_in_the_middle(model, test.tokens, **on_test)
+    result = {
+        "dev_loss": on_dev.loss,
+        "perplexity": perplexity.perplexity,
+        "scored_tokens": perplexity.tokens,
+        "lim_perplexity": by_place.perplexity,
+        "lim_buckets": by_place.buckets,
+        "lim_middle": by_place.middle,
+        "lim_ends": by_place.ends,
+        "lim_sequences": by_place.sequences,
+    }
+    if experiment.retrieval_samples:
+        found = evaluate_retrieval(model, tokenizer, samples=experiment.retrieval_samples, **options)
+        result["retrieval"] = found.accuracy
+    return result
+
+
+def _program_bytes(compiled: Any) -> int | None:
+    """Memory of a compiled program: arguments, results that are not in their place, and temporaries."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
