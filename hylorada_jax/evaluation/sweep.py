@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hylorada_jax.evaluation.faces import face_of
 from hylorada_jax.training.devices import replicate, shard_rows
-from hylorada_jax.training.packing import Batch, Rows, batches
+from hylorada_jax.training.packing import Batch, Rows, batches, spread
 from hylorada_jax.training.step import model_inputs, score
 
 
@@ -62,7 +62,7 @@ class Sweep:
         batch_size = -(-batch_size // devices) * devices
         frozen = replicate(self.face.frozen) if frozen is None else frozen
         resolved = self._resolve(replicate(self.face.adapters()) if adapters is None else adapters, frozen)
-        chosen = list(batches(rows, batch_size, tokens=max_tokens))
+        chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
             yield batch, np.asarray(self._run(resolved, frozen, shard_rows(batch)))
 

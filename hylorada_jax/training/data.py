@@ -178,7 +178,9 @@ def as_structure(
     return [ids.astype(np.int32) for ids in arrays]
 
 
-def shuffled_batches(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+def shuffled_batches(
+    rows: Rows | Sequence[Batch], batch_size: int, seed: int
+) -> grain.DatasetIterator[Batch]:
     """Batches without end: every epoch has each row once, in an order of its own.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from hylorada_jax.math.loss import IGNORED
 
 Batch = dict[str, np.ndarray]
-"""Rows of equal length, int32 [rows, seq_len] under each of the names that ``Rows`` lists."""
+"""Rows of equal length, [rows, seq_len] under each of the names that ``Rows`` lists."""
 
 
 class Window(NamedTuple):
@@ -33,7 +33,8 @@ class Rows:
     A row has ``input_ids``; ``targets``, the next token or -1 where nothing is predicted or counted;
     ``segment_ids``, 1, 2, 3 … for the windows in the row and 0 for padding; and ``position_ids``, which
     restart at 0 in every window. Where ``structure`` is given, it also has ``structure_ids``, those of its
-    ``input_ids``, 0 for padding.
+    ``input_ids``, 0 for padding; where ``positions`` are, likewise ``structure_positions``. All are int32, but
+    for these, which are float32.
 
     Args:
         documents: token ids, one [n] int array per document; one of fewer than 2 tokens gives no row.
@@ -41,6 +42,7 @@ class Rows:
         stride: tokens between the starts of windows, 1 … seq_len; None takes ``seq_len`` (no overlap).
         packing: several windows may share a row. Otherwise each has its own, padded on the right.
         structure: structure ids, one [n] int array per document, or None.
+        positions: structure positions, such as hours, one [n] float array per document, or None.
 
     Example:
         >>> rows = Rows([np.array([5, 6, 7]), np.array([8, 9])], seq_len=4)
@@ -60,8 +62,9 @@ class Rows:
         stride: int | None = None,
         packing: bool = True,
         structure: Sequence[np.ndarray] | None = None,
+        positions: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self._documents, self._structure = documents, structure
+        self._documents, self._structure, self._positions = documents, structure, positions
         self._seq_len = seq_len
         self._windows = [
             window
@@ -91,6 +94,9 @@ class Rows:
             row["position_ids"][here] = np.arange(len(tokens) - 1)
             if self._structure is not None:
                 row["structure_ids"][here] = self._structure[window.document][window.start : window.stop]
+            if self._positions is not None:
+                theirs = self._positions[window.document]
+                row["structure_positions"][here] = theirs[window.start : window.stop]
             at = here.stop
         return row
 
@@ -100,25 +106,35 @@ class Rows:
         if self._structure is not None:
             names.append("structure_ids")
         row = {name: np.zeros(self._seq_len, np.int32) for name in names}
+        if self._positions is not None:
+            row["structure_positions"] = np.zeros(self._seq_len, np.float32)
         row["targets"][:] = IGNORED
         return row
 
 
-def batches(rows: Sequence[Batch] | Rows, batch_size: int, *, tokens: int | None = None) -> Iterator[Batch]:
+def spread(rows: Sequence[Batch] | Rows, tokens: int) -> list[Batch]:
+    """As many rows as hold so many tokens, spread evenly over all of them.
+
+    Args:
+        rows: of equal length.
+        tokens: at least one; all rows are taken where they hold fewer.
+    """
+    count = min(len(rows), -(-tokens // rows[0]["input_ids"].size))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def batches(rows: Sequence[Batch] | Rows, batch_size: int) -> Iterator[Batch]:
     """Rows once, in order; the last batch is filled up with rows of padding.
 
     Args:
         rows: of equal length.
         batch_size: rows per batch.
-        tokens: take only as many rows as hold this many tokens, spread evenly over all of them.
 
     Returns:
         The batches, [batch_size, ...] under every name.
     """
-    count = len(rows) if tokens is None else min(len(rows), -(-tokens // rows[0]["input_ids"].size))
-    chosen = [i * len(rows) // count for i in range(count)]
-    for first in range(0, count, batch_size):
-        some = [rows[i] for i in chosen[first : first + batch_size]]
+    for first in range(0, len(rows), batch_size):
+        some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
         stacked = {name: np.stack([row[name] for row in some]) for name in some[0]}
         missing = batch_size - len(some)
         yield {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hylorada_jax.training.packing import Rows, batches, best_fit
+from hylorada_jax.training.packing import Rows, batches, best_fit, spread
 
 lengths = st.lists(st.integers(0, 40), max_size=12)
 
@@ -61,6 +61,20 @@ def test_every_packed_token_has_the_structure_id_of_its_source(lengths, seq_len,
             np.testing.assert_array_equal(batch[name], without[name])
 
 
+@given(lengths, st.integers(1, 9), st.data(), st.booleans())
+def test_every_packed_token_has_the_structure_position_of_its_source(lengths, seq_len, data, packing):
+    documents = numbered(lengths)
+    # Like an id above; a half is no integer, and a float32 has it exactly.
+    positions = [tokens * 7 + 0.5 for tokens in documents]
+    stride = data.draw(st.integers(1, seq_len))
+    rows = Rows(documents, seq_len, stride=stride, packing=packing, positions=positions)
+    for batch in batches(rows, 2):
+        expected = np.where(batch["segment_ids"] > 0, batch["input_ids"] * 7 + 0.5, 0)
+        np.testing.assert_array_equal(batch["structure_positions"], expected)
+        assert batch["structure_positions"].dtype == np.float32
+        assert "structure_ids" not in batch
+
+
 @given(st.lists(st.integers(1, 20), max_size=60))
 def test_best_fit_places_every_piece_and_overfills_no_row(lengths):
     rows = best_fit(lengths, 20)
@@ -88,7 +102,7 @@ def test_batches_have_every_row_once_and_one_shape():
     stacked = np.concatenate([batch["targets"] for batch in all_batches])
     np.testing.assert_array_equal(stacked[:5], np.stack([rows[i]["targets"] for i in range(5)]))
     assert (stacked[5] == -1).all()
-    (some,) = batches(rows, 2, tokens=7)  # two rows of 6 hold 7 tokens: the first, and one from the middle
+    (some,) = batches(spread(rows, 7), 2)  # two rows of 6 hold 7 tokens: the first, and one from the middle
     np.testing.assert_array_equal(some["input_ids"], np.stack([rows[i]["input_ids"] for i in (0, 2)]))
 
 

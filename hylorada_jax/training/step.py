@@ -106,7 +106,7 @@ def make_train_step(
 
 def model_inputs(model: Any, rows: Mapping[str, Array]) -> dict[str, Array]:
     """What a model is given of some rows: segments where it knows them, else a padding mask."""
-    names = ("input_ids", "position_ids", "segment_ids", "structure_ids")
+    names = ("input_ids", "position_ids", "segment_ids", "structure_ids", "structure_positions")
     inputs = {name: rows[name] for name in names if name in rows}
     base = getattr(model, "base", model)
     if not base.supports_segments:

@@ -143,6 +143,29 @@ def test_packed_log_probabilities_equal_the_separate_ones():
         np.testing.assert_allclose(values, separate[key], rtol=0, atol=1e-5)  # the issue's own tolerance
 
 
+def test_a_step_tells_the_model_each_tokens_structure_position():
+    config = HyLoRADAConfig(method="hylorada_v2", lora_rank=2, structure_encoder_type="temporal")
+    model, texts = tiny_model(config), documents()
+    adapters = trained(model.adapters)
+    training = TrainingConfig(output_dir="run", steps=10, batch_size=4)
+    optimizer = make_optimizer(adapters, training, config)
+    step = make_train_step(model, optimizer, training)
+    hours = [24.0 * np.arange(len(tokens)) + 6 for tokens in texts]
+    batch = first_batch(Rows(texts, 16, positions=hours), 4)
+    _, metrics = step(init_state(adapters, optimizer), model.frozen, batch)
+    names = ("input_ids", "position_ids", "segment_ids", "structure_positions")
+    log_p = jax.nn.log_softmax(
+        model.apply(adapters, **{name: jnp.asarray(batch[name]) for name in names}).logits
+    )
+    nll = -jnp.take_along_axis(log_p, jnp.maximum(batch["targets"], 0)[..., None], -1)[..., 0]
+    # float32: a sum of a few dozen terms in another order.
+    expected = float(nll[batch["targets"] >= 0].mean())
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+    later = batch | {"structure_positions": batch["structure_positions"] + 5}
+    _, others = step(init_state(adapters, optimizer), model.frozen, later)
+    assert abs(float(others["loss"]) - expected) > 1e-4
+
+
 def test_dropout_masks_depend_on_seed_and_step_only():
     config = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, lora_dropout=0.5)
     model = tiny_model(config)
