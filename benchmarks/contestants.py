@@ -21,18 +21,17 @@ from hylorada_jax.training.optimizer import make_optimizer, schedule
 def contestant(base: Any, variant: Variant) -> Adapted | Full | None:
     """What a row of the table trains on a base model; None for the base itself."""
     if variant.config is not None:
-        return Adapted(base, variant)
+        return Adapted(base, variant.config, kaiming=variant.kaiming)
     return None if variant.kind == BASE else Full(base)
 
 
 class Adapted:
     """An adapter on a base model."""
 
-    def __init__(self, base: Any, variant: Variant) -> None:
-        assert variant.config is not None
-        self.model = HyLoRADAModel(base, variant.config)
+    def __init__(self, base: Any, config: HyLoRADAConfig, *, kaiming: bool = False) -> None:
+        self.model = HyLoRADAModel(base, config)
         self.frozen, self.parameters = self.model.frozen, self.model.num_trainable
-        self._start = HyLoRADAModel(base, _dora(variant.config)) if variant.kaiming else None
+        self._start = HyLoRADAModel(base, _dora(config)) if kaiming else None
 
     def start(self, seed: int) -> Any:
         """Fresh adapters."""

@@ -65,6 +65,7 @@ class Experiment:
         steps: optimizer steps.
         batch_size: rows per step.
         seq_len: tokens per row, in training and in every measure.
+        train_tokens: of the training data, about so many, spread evenly; None takes all.
         dev_tokens: of the held-out data, about so many.
         test_tokens: of the test data, about so many.
         retrieval_samples: facts at each depth of the retrieval probe; 0 leaves it out.
@@ -87,6 +88,7 @@ class Experiment:
     steps: int | None = None
     batch_size: int = 2
     seq_len: int = 256
+    train_tokens: int | None = None
     dev_tokens: int = 4096
     test_tokens: int = 8192
     retrieval_samples: int = 0
@@ -100,7 +102,7 @@ class Experiment:
         if (self.epochs is None) == (self.steps is None):
             received = f"epochs={self.epochs}, steps={self.steps}"
             raise ConfigError("A budget is either epochs or steps", received, "Give one of the two.")
-        for name in ("epochs", "steps", "batch_size", "dev_tokens", "test_tokens"):
+        for name in ("epochs", "steps", "batch_size", "train_tokens", "dev_tokens", "test_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive", repr(value), "Correct it.")
@@ -170,3 +172,9 @@ class Experiment:
         if changes.keys() & {"epochs", "steps"}:
             settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
         return cls(**(settings | changes))
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What of some settings is not as it was when they were written as JSON; empty where all is."""
+    now = json.loads(json.dumps(ours))  # a tuple comes back as a list
+    return "; ".join(f"{k} {theirs.get(k)!r}, now {now[k]!r}" for k in now if theirs.get(k) != now[k])

@@ -231,12 +231,13 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
             )
         axes.set(xscale="log", xlabel="trainable parameters", ylabel="test perplexity")
 
-    _draw(directory / "loss.png", losses)
-    _draw(directory / "by_place.png", by_place)
-    _draw(directory / "parameters.png", parameters)
+    draw(directory / "loss.png", losses)
+    draw(directory / "by_place.png", by_place)
+    draw(directory / "parameters.png", parameters)
 
 
-def _draw(path: Path, fill: Callable[[Any], None]) -> None:
+def draw(path: Path, fill: Callable[[Any], None]) -> None:
+    """Writes a figure of one pair of axes, which a function fills."""
     from matplotlib.figure import Figure  # imported late: it takes a second
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

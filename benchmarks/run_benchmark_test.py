@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from benchmarks import report, run_benchmark, trial
+from benchmarks.benchmark import Benchmark
 from benchmarks.experiment import Experiment
 from hylorada_jax.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError, TargetError
@@ -46,7 +47,7 @@ def done(tiny, tmp_path_factory):  # noqa: F811
 
 def run(model, output, **changes):
     settings = Experiment(**experiment(model, **changes))
-    run_benchmark.Benchmark(settings, output / settings.name, model, "a test").run()
+    Benchmark(settings, output / settings.name, model, "a test").run()
 
 
 def records(directory):
@@ -92,11 +93,11 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
     trained: list[object] = []
     train = trial.Runner.train
 
-    def dies(self, training, *arguments):
+    def dies(self, contestant, training):
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(training)
-        return train(self, training, *arguments)
+        return train(self, contestant, training)
 
     changes = {"methods": {name: METHODS[name] for name in ("base", "lora")}}
     with monkeypatch.context() as patch:
@@ -157,7 +158,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, 
     (tiny / "test.txt").write_text("a lazy cat\n" * 20)
     settings = Experiment(**experiment(tiny, **changes))
     with pytest.raises(error, match=match):
-        run_benchmark.Benchmark(settings, tmp_path, tiny, "")
+        Benchmark(settings, tmp_path, tiny, "")
 
 
 def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):  # noqa: F811
@@ -165,7 +166,7 @@ def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):  # noqa: F811
         (tmp_path / name).write_bytes((tiny / name).read_bytes())
     settings = Experiment(**experiment(tmp_path, test_data="texts.txt"))
     with pytest.raises(ModelError, match="tokenizer"):
-        run_benchmark.Benchmark(settings, tmp_path / "results", tmp_path, "")
+        Benchmark(settings, tmp_path / "results", tmp_path, "")
 
 
 @pytest.mark.parametrize(

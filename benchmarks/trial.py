@@ -19,7 +19,7 @@ from hylorada_jax.evaluation.retrieval import evaluate_retrieval
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.data import shuffled_batches
-from hylorada_jax.training.packing import Rows
+from hylorada_jax.training.packing import Batch, Rows, spread
 from hylorada_jax.training.step import init_state, make_train_step
 
 
@@ -30,32 +30,34 @@ class Text(NamedTuple):
     structure: Sequence[np.ndarray] | None
 
 
+def training_rows(text: Text, seq_len: int, tokens: int | None) -> Rows | list[Batch]:
+    """The rows of a text, or some of about so many tokens, spread evenly."""
+    rows = Rows(text.tokens, seq_len, structure=text.structure)
+    return rows if tokens is None else spread(rows, tokens)
+
+
 @dataclasses.dataclass
 class Runner:
-    """Trains one contestant, as often as asked; its step is compiled once.
+    """Trains contestants that differ in numbers alone: their step is compiled once.
 
     Attributes:
-        contestant: what is trained.
         rows: of the training data.
-        microbatches: parts that a step's rows are computed in.
     """
 
-    contestant: Adapted | Full
-    rows: Rows
-    microbatches: int = 1
+    rows: Rows | Sequence[Batch]
     _compiled: Any = None
 
     def train(
         self,
+        contestant: Adapted | Full,
         training: TrainingConfig,
-        start: Any = None,
         on_step: Callable[[int, Any], None] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Trains once.
+        """Trains one from its start of the seed.
 
         Args:
-            training: steps, batches, rates and seed. Its numbers may differ from run to run, not its steps.
-            start: what is trained; by default the contestant's own start of the seed.
+            contestant: of the method and shapes that the first one had.
+            training: steps, batches, rates and seed; rates and seed may differ from run to run.
             on_step: called after each step with its number and the trainable tree.
 
         Returns:
@@ -64,9 +66,8 @@ class Runner:
         Raises:
             NonFiniteError: a loss became NaN or infinite.
         """
-        contestant = self.contestant
+        adapters = contestant.start(training.seed)
         model: Any = contestant.model  # a Full one has what a step asks for
-        adapters = contestant.start(training.seed) if start is None else start
         optimizer = contestant.optimizer(adapters, training)
         state = init_state(adapters, optimizer, training.seed)
         batches = shuffled_batches(self.rows, training.batch_size, training.seed)

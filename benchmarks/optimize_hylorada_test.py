@@ -1,0 +1,111 @@
+"""Laws: one program for each rank, a killed study goes on, and what it found trains."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import optimize_hylorada, trial
+from hylorada_jax.cli_test import run as cli
+from hylorada_jax.cli_test import tiny  # noqa: F401 - a fixture
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+
+optuna = pytest.importorskip("optuna")
+pytestmark = pytest.mark.slow
+
+
+def settings(directory, **changes):
+    given = {
+        "epochs": 1.0, "method": "hylorada", "model": str(directory), "data": str(directory / "texts.txt"),
+        "train_tokens": 200, "dev_tokens": 48, "batch_size": 2, "seq_len": 24, "seed": 0,
+    }  # fmt: skip
+    return given | changes
+
+
+@pytest.fixture(autouse=True)
+def two_ranks(monkeypatch):
+    monkeypatch.setattr(optimize_hylorada, "RANKS", (2, 3))
+
+
+def test_a_rank_compiles_one_step_and_a_killed_study_goes_on(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+    compiled: list[int] = []
+    ranks: list[float] = []
+    make, suggest = trial.make_train_step, optimize_hylorada.suggest
+
+    def counted(model, optimizer, config):
+        compiled.append(model.config.lora_rank)
+        return make(model, optimizer, config)
+
+    def dies_at_the_fifth(proposed):
+        if len(ranks) == 4:
+            raise KeyboardInterrupt
+        chosen = suggest(proposed)
+        ranks.append(chosen["rank"])
+        return chosen
+
+    monkeypatch.setattr(trial, "make_train_step", counted)
+    search = optimize_hylorada.Search(tmp_path, settings(tiny))
+    with monkeypatch.context() as patch:
+        patch.setattr(optimize_hylorada, "suggest", dies_at_the_fifth)
+        with pytest.raises(KeyboardInterrupt):
+            search.run(7)
+    assert len(ranks) == 4
+    assert sorted(compiled) == sorted(set(ranks))
+
+    search = optimize_hylorada.Search(tmp_path, settings(tiny))
+    search.run(7)
+    whole = [t for t in search._study.trials if t.state.name in ("COMPLETE", "PRUNED")]
+    assert len(whole) == 7
+    search.run(7)  # nothing is missing
+    assert len([t for t in search._study.trials if t.state.name in ("COMPLETE", "PRUNED")]) == 7
+
+    search.report("hylorada finetune")
+    best = search._study.best_trial
+    assert best.value == min(t.value for t in whole if t.value is not None)
+    config = HyLoRADAConfig.load(tmp_path / "best.json")
+    assert config == optimize_hylorada.config_of("hylorada", best.params)
+    assert config.lora_alpha == pytest.approx(best.params["alpha_ratio"] * best.params["rank"])
+    for name in ("history.png", "importance.png"):
+        assert (tmp_path / name).stat().st_size > 5_000
+    assert f"--learning-rate {best.params['learning_rate']:.3g}" in capsys.readouterr().out
+
+    common = ("--model", tiny, "--data", tiny / "texts.txt", "--seq-len", 24, "--steps", 2)
+    config_file, output = tmp_path / "best.json", tmp_path / "run"
+    status, _, error = cli(
+        monkeypatch, capsys, "finetune", *common, "--config", config_file, "--output", output
+    )
+    assert status == 0, error
+    saved = json.loads((output / "adapter" / "adapter_config.json").read_text())["config"]
+    assert saved["gate_init"] == pytest.approx(best.params["gate_init"])
+
+
+def test_a_trial_is_the_run_that_its_settings_say(tiny, tmp_path):  # noqa: F811
+    """Trained alone, with programs of its own, the second trial of a rank comes to the same loss."""
+    search = optimize_hylorada.Search(tmp_path / "study", settings(tiny, method="hylorada_v1"))
+    search.run(4)
+    trials = [t for t in search._study.trials if t.state.name == "COMPLETE"]
+    rank = max({t.params["rank"] for t in trials}, key=[t.params["rank"] for t in trials].count)
+    second = [t for t in trials if t.params["rank"] == rank][1]
+    jax.clear_caches()
+    alone = optimize_hylorada.Search(tmp_path / "alone", settings(tiny, method="hylorada_v1"))
+    loss = alone._objective(optuna.trial.FixedTrial(second.params))
+    assert loss == pytest.approx(second.value, rel=1e-6)  # float32, the same program
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"method": "lora"}, ConfigError, "hylorada"),
+        ({"data": "absent.txt"}, DataError, "absent"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
+    with pytest.raises(error, match=match):
+        optimize_hylorada.Search(tmp_path, settings(tiny, **changes))
+
+
+def test_a_study_of_other_settings_is_not_gone_on_with(tiny, tmp_path):  # noqa: F811
+    optimize_hylorada.Search(tmp_path, settings(tiny))
+    with pytest.raises(CheckpointError, match=r"epochs 1\.0, now 2\.0"):
+        optimize_hylorada.Search(tmp_path, settings(tiny, epochs=2.0))
