@@ -148,6 +148,8 @@ def caption(rows: Sequence[Row]) -> str:
     devices = sorted({f"{e['cpu'] if e['platform'] == 'cpu' else e['device']}" for e in environments})
     commits = sorted({str(e["commit"]) for e in environments})
     seeds = max(len(row.runs) for row in rows)
+    loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
+    load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
     test = settings["test_data"] or "the other half of what was held out"
     return (
         f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
@@ -155,7 +157,7 @@ def caption(rows: Sequence[Row]) -> str:
         f"{test} (about {settings['test_tokens']:,} of {tokens['test']:,} tokens, windows of "
         f"{settings['seq_len']}). Mean ± standard deviation of {seeds} seeds; each method with the learning "
         f"rate that was best for it on held-out training data. Step, tokens/s: medians on "
-        f"{', '.join(devices)}; memory: of the compiled step. Commits {', '.join(commits)}."
+        f"{', '.join(devices)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
     )
 
 

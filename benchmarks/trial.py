@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -93,7 +94,9 @@ class Runner:
             "losses": [round(loss, 5) for loss in losses],
             "seconds_per_step": step_seconds,
             "tokens_per_second": training.batch_size * training.seq_len / step_seconds,
-            "program_bytes": _program_bytes(self._compiled),
+            "program_bytes": program_bytes(self._compiled),
+            # How busy the machine was: times of one that had other work are not its best.
+            "load_per_core": os.getloadavg()[0] / (os.cpu_count() or 1),
         }
 
 
@@ -141,8 +144,8 @@ def measure(
     return result
 
 
-def _program_bytes(compiled: Any) -> int | None:
-    """Memory of a compiled program: arguments, results that are not in their place, and temporaries."""
+def program_bytes(compiled: Any) -> int | None:
+    """Memory of a compiled program: arguments, temporaries, and results that take no argument's place."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None
