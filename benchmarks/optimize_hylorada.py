@@ -128,7 +128,7 @@ class Search:
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
         if importlib.util.find_spec("optuna") is None:
             rule = "The search needs Optuna"
-            raise ConfigError(rule, "it is not installed", 'pip install "hylorada[search]"')
+            raise ConfigError(rule, "it is not installed", 'pip install -e ".[benchmarks]" -c constraints.txt')
         from benchmarks.trial import Runner, Text, training_rows
         from hylorada_jax.models.loading import model_init
         from hylorada_jax.models.tokenizer import load_tokenizer
