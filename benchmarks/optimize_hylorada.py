@@ -127,8 +127,8 @@ class Search:
             rule = "The settings that are searched are HyLoRADA's"
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
         if importlib.util.find_spec("optuna") is None:
-            rule = "The search needs Optuna"
-            raise ConfigError(rule, "it is not installed", 'pip install -e ".[benchmarks]" -c constraints.txt')
+            remedy = 'pip install -e ".[benchmarks]" -c constraints.txt'
+            raise ConfigError("The search needs Optuna", "it is not installed", remedy)
         from benchmarks.trial import Runner, Text, training_rows
         from hylorada_jax.models.loading import model_init
         from hylorada_jax.models.tokenizer import load_tokenizer

@@ -119,13 +119,13 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
             row.label,
             f"{row.runs[0]['result']['parameters']:,}",
             f"{row.rate:g}" if trained else "",
-            _spread(row.values("perplexity"), 2),
-            _spread(row.values("lim_perplexity"), 2),
-            _spread(
+            plus_minus(row.values("perplexity"), 2),
+            plus_minus(row.values("lim_perplexity"), 2),
+            plus_minus(
                 [a / b for a, b in zip(row.values("lim_middle"), row.values("lim_ends"), strict=True)], 3
             ),
             *(
-                _spread([scale * v for v in row.values(name)], digits, only_mean=True) if trained else ""
+                plus_minus([scale * v for v in row.values(name)], digits, only_mean=True) if trained else ""
                 for name, scale, digits in (
                     ("seconds_per_step", 1.0, 2),
                     ("tokens_per_second", 1.0, 0),
@@ -161,7 +161,8 @@ def caption(rows: Sequence[Row]) -> str:
     )
 
 
-def _spread(values: Sequence[float], digits: int, *, only_mean: bool = False) -> str:
+def plus_minus(values: Sequence[float], digits: int, *, only_mean: bool = False) -> str:
+    """Mean ± standard deviation, in so many digits."""
     text = f"{statistics.mean(values):,.{digits}f}"
     if len(values) > 1 and not only_mean:
         text += f" ± {statistics.stdev(values):.{digits}f}"
@@ -175,7 +176,7 @@ def _difference(row: Row, other: Row) -> str:
     ours, theirs = ({r["settings"]["seed"]: r["result"]["perplexity"] for r in x.runs} for x in (row, other))
     if row.runs[0]["settings"]["kind"] == BASE:  # has no seed
         ours = dict.fromkeys(theirs, row.values("perplexity")[0])
-    return _spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs], 2)
+    return plus_minus([ours[seed] - theirs[seed] for seed in ours if seed in theirs], 2)
 
 
 def replaced(text: str, name: str, table: str) -> str:

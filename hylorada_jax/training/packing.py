@@ -33,8 +33,8 @@ class Rows:
     A row has ``input_ids``; ``targets``, the next token or -1 where nothing is predicted or counted;
     ``segment_ids``, 1, 2, 3 … for the windows in the row and 0 for padding; and ``position_ids``, which
     restart at 0 in every window. Where ``structure`` is given, it also has ``structure_ids``, those of its
-    ``input_ids``, 0 for padding; where ``positions`` are, likewise ``structure_positions``. All are int32, but
-    for these, which are float32.
+    ``input_ids``, 0 for padding; where ``positions`` are, likewise ``structure_positions``, which are
+    float32; all others are int32.
 
     Args:
         documents: token ids, one [n] int array per document; one of fewer than 2 tokens gives no row.

@@ -1,0 +1,274 @@
+"""One training step of our methods, of peft on torch and of qwix: time and memory, measured side by side.
+
+    python benchmarks/step_time.py
+
+All contenders have the same weights, batch, adapted layers, rank, clipping and device, and their losses
+before the first update must agree. A round runs a step of each, and each round begins with another one. Of a
+contender, step-time-<device>.json has:
+
+    seconds, median_seconds, iqr_seconds    of the timed steps; a step ends when its loss is on the host
+    ratio_to_lora           of the medians
+    paired_ratio_to_lora    the median of the ratios within each round, on which slow phases of the machine
+                            tell less
+    first_loss, last_loss   nats per token, before the first and before the last step
+    trainable_parameters, compile_seconds
+    program_bytes           of the compiled step: weights, state, batch, results and temporaries, as XLA says
+    peak_resident_bytes     what a process with this contender alone holds in a step at most, without what it
+                            held before it loaded the model (libraries_resident_bytes)
+    peak_device_bytes       what torch has allocated on a GPU in a step at most
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+# Run by its path, Python looks for modules in this file's directory, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tyro
+
+from hylorada_jax.errors import HyLoRADAError
+
+if TYPE_CHECKING:
+    from benchmarks.step_time_peers import Contender, Setting
+
+NAMES = ("lora", "dora", "hylorada_v1", "hylorada", "peft lora", "peft dora", "qwix lora")
+BASELINE = "lora"
+# How far first losses may be apart, relative: they are those of one model, rounded in different orders.
+AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def main(
+    *,
+    output: Path = Path(__file__).parent / "results",
+    model: str = "smollm2-135m",
+    batch_size: int = 2,
+    seq_len: int = 256,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    rounds: int = 12,
+    contenders: tuple[str, ...] = NAMES,
+    threads: int | None = None,
+    memory: bool = True,
+) -> None:
+    """Time one training step of every contender, and write step-time-<device>.json.
+
+    Args:
+        output: the directory that it is written to.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        batch_size: rows per step.
+        seq_len: tokens per row.
+        dtype: of the frozen weights and the computation.
+        rounds: timed steps of each contender.
+        contenders: which of them; "peft lora" and the like are one word each, in quotes.
+        threads: of torch; by default as many as the cores that JAX computes on.
+        memory: measure resident memory too, of each contender in a process of its own.
+    """
+    # Else JAX would take most of a GPU's memory at its start, which torch needs too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
+    from benchmarks import step_time_peers as peers
+    from parity_tests.environment import environment
+
+    setting = peers.Setting(model, batch_size, seq_len, dtype, peers.WARMUP + rounds, threads or cores())
+    peers.check(contenders, setting, rounds)
+    about = environment()
+    record = {
+        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
+        "environment": about | {"versions": about["versions"] | peers.versions(contenders)},  # type: ignore[operator]
+        **measure(setting, contenders, rounds, memory=memory),
+    }
+    device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"step-time-{device}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(record["contenders"]))
+    print(path)
+
+
+def cores() -> int:
+    """The cores that this process may use, on which JAX computes where there is no accelerator."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure(setting: Setting, names: Sequence[str], rounds: int, *, memory: bool) -> dict[str, Any]:
+    """Builds all contenders, checks that they compute the same loss, and times them.
+
+    Args:
+        setting: what all have in common.
+        names: of the contenders.
+        rounds: timed steps of each.
+        memory: measure resident memory too, of each contender in a process of its own.
+
+    Returns:
+        What is recorded, JSON-able: "settings", "differences" by nature, and "contenders" by name.
+
+    Raises:
+        HyLoRADAError: first losses do not agree, or JAX computes on a device that torch does not have.
+        ModelError: the model is not found, or our decoder does not have its family.
+    """
+    from benchmarks import step_time_peers as peers
+
+    with peers.precision(setting):
+        found = time_steps(peers.build_all(names, setting), rounds, AGREEMENT[setting.dtype])
+        settings = peers.describe(setting)
+    if memory:
+        for name in names:
+            found[name] |= _in_own_process(name, setting)
+    baseline = found[BASELINE]["seconds"] if BASELINE in found else None
+    settings |= {"rounds": rounds, "cores": cores(), "first_losses_agree_to": AGREEMENT[setting.dtype]}
+    return {
+        "settings": settings,
+        "differences": list(peers.DIFFERENCES),
+        "contenders": {name: summary(one["seconds"], baseline) | one for name, one in found.items()},
+    }
+
+
+def time_steps(
+    contenders: Mapping[str, Contender], rounds: int, agreement: float
+) -> dict[str, dict[str, Any]]:
+    """The measurements of each contender by name, "seconds" among them.
+
+    Args:
+        contenders: at the base model, by name.
+        rounds: timed steps of each.
+        agreement: how far the first losses may be apart, relative.
+
+    Raises:
+        HyLoRADAError: they are further apart, and so do not compute the same thing.
+    """
+    from tqdm import tqdm
+
+    from benchmarks.step_time_peers import WARMUP, timed
+
+    first = {name: contender.step() for name, contender in contenders.items()}
+    check_agreement(first, agreement)
+    for contender in contenders.values():
+        for _ in range(WARMUP - 1):
+            contender.step()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    last: dict[str, float] = {}
+    for number in tqdm(range(rounds), desc="timing", unit="round", leave=False):
+        for name in rotated(list(contenders), number):
+            took, last[name] = timed(contenders[name].step)
+            seconds[name].append(took)
+    return {
+        name: {
+            "first_loss": first[name],
+            "last_loss": last[name],
+            "trainable_parameters": contender.trainable,
+            "compile_seconds": contender.compile_seconds,
+            "program_bytes": contender.program_bytes,
+            "seconds": seconds[name],
+        }
+        for name, contender in contenders.items()
+    }
+
+
+def check_agreement(losses: Mapping[str, float], agreement: float) -> None:
+    """Refuses first losses that are further apart than ``agreement`` times their median, or not finite.
+
+    Raises:
+        HyLoRADAError: they are; all are named.
+
+    Example:
+        >>> check_agreement({"lora": 2.0, "peft lora": 2.0001}, 1e-4)
+    """
+    middle = statistics.median(losses.values())
+    if not all(abs(loss - middle) <= agreement * abs(middle) for loss in losses.values()):
+        raise HyLoRADAError(
+            f"All contenders start at the base model: their first losses agree to {agreement:g}",
+            ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()),
+            "Find which one has other weights or another computation; times of two things tell nothing.",
+        )
+
+
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round.
+
+    Example:
+        >>> rotated(["a", "b", "c"], 4)
+        ['b', 'c', 'a']
+    """
+    at = number % len(names)
+    return [*names[at:], *names[:at]]
+
+
+def summary(seconds: Sequence[float], baseline: Sequence[float] | None) -> dict[str, float | None]:
+    """Median, interquartile range, and the ratios to the baseline.
+
+    Args:
+        seconds: of each round.
+        baseline: the same of what the ratios are to; None where it was not measured.
+
+    Example:
+        >>> summary([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["paired_ratio_to_lora"]
+        2.0
+    """
+    median = statistics.median(seconds)
+    # A single time has no quartiles.
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [median] * 3
+    ratio = paired = None
+    if baseline is not None:
+        ratio = median / statistics.median(baseline)
+        paired = statistics.median(own / other for own, other in zip(seconds, baseline, strict=True))
+    return {
+        "median_seconds": median,
+        "iqr_seconds": quartiles[2] - quartiles[0],
+        "ratio_to_lora": ratio,
+        "paired_ratio_to_lora": paired,
+    }
+
+
+def table(contenders: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results as text, a contender to a line."""
+    columns = ("median s", "iqr s", "to lora", "paired", "compile s", "trainable", "program MB", "peak MB")
+    lines = [f"{'':12} " + " ".join(f"{column:>10}" for column in columns)]
+    for name, one in contenders.items():
+        peak = one.get("peak_device_bytes") or one.get("peak_resident_bytes")
+        cells = (
+            _cell(one["median_seconds"], ".4f"),
+            _cell(one["iqr_seconds"], ".4f"),
+            _cell(one["ratio_to_lora"], ".3f"),
+            _cell(one["paired_ratio_to_lora"], ".3f"),
+            _cell(one["compile_seconds"], ".1f"),
+            _cell(one["trainable_parameters"], ","),
+            _cell(one["program_bytes"], ".0f", 1e6),
+            _cell(peak, ".0f", 1e6),
+        )
+        lines.append(f"{name:12} " + " ".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, style: str, unit: float = 1) -> str:
+    return "–" if value is None else format(value if unit == 1 else value / unit, style)
+
+
+def _in_own_process(name: str, setting: Setting) -> dict[str, Any]:
+    """`peak_memory` of a contender, in a process that is started for it; why not, where that was killed."""
+    from benchmarks.step_time_memory import peak_memory
+
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        try:
+            found: dict[str, Any] = {**process.submit(peak_memory, name, setting).result()}
+        except BrokenProcessPool as error:  # which need not cost us the times
+            found = {"memory_error": str(error)}
+    print(f"{name}: memory {found.get('memory_error', 'measured')}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except HyLoRADAError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,72 @@
+"""What a contender of step_time holds in memory, measured in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from benchmarks import step_time_peers as peers
+
+
+def peak_memory(name: str, setting: peers.Setting) -> dict[str, int | None]:
+    """The peak memory of a contender's steps; to be called in a process that has done nothing else.
+
+    Args:
+        name: a key of `step_time_peers.CONTENDERS`.
+        setting: what all have in common.
+
+    Returns:
+        "libraries_resident_bytes": what the process held before it loaded the model; "peak_resident_bytes":
+        what it held beyond that in a step, at most, and "peak_device_bytes": what torch had allocated on a
+        GPU. None where it cannot be told.
+    """
+    for package in peers.packages(name):
+        importlib.import_module(package)
+    jnp.zeros(1).block_until_ready()  # starts the device
+    before = _resident("VmRSS")
+    with peers.precision(setting):
+        contender = peers.build(name, setting)
+    for _ in range(peers.WARMUP):
+        contender.step()
+    # What loading and compiling had for a while is no part of a step: compiling SmolLM2's leaves 180 MB.
+    gc.collect()
+    _trim()
+    _reset_peak()
+    torch_on_gpu = peers.in_torch(name) and peers.torch_device() == "cuda"
+    if torch_on_gpu:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    contender.step()
+    contender.step()
+    peak = _resident("VmHWM")
+    return {
+        "libraries_resident_bytes": before,
+        "peak_resident_bytes": None if peak is None or before is None else peak - before,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch_on_gpu else None,
+    }
+
+
+def _resident(which: str) -> int | None:
+    """VmRSS or VmHWM, its peak, of this process; None where there is no Linux to tell it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(which)]
+    return found[0] if found else None
+
+
+def _reset_peak() -> None:
+    """The kernel's peak starts again from what the process holds now."""
+    if (file := Path("/proc/self/clear_refs")).exists():
+        file.write_text("5")
+
+
+def _trim() -> None:
+    """What the C library keeps of freed memory goes back."""
+    if os.name == "posix" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
