@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tyro
-
+from benchmarks.command import run
 from benchmarks.experiment import differences
 from benchmarks.report import draw
 from hylorada_jax.config import METHODS, HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ConfigError, HyLoRADAError, near
+from hylorada_jax.errors import CheckpointError, ConfigError, near
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
@@ -72,12 +71,8 @@ def main(
         output: directory of the study.
     """
     settings = {name: value for name, value in locals().items() if name not in ("n_trials", "output")}
-    try:
-        search = Search(output, settings)
-        search.run(n_trials)
-    except HyLoRADAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    search = Search(output, settings)
+    search.run(n_trials)
     search.report(f"hylorada finetune --model {model} --data {data} --output runs/best")
 
 
@@ -284,4 +279,4 @@ def _importance(axes: Any, study: optuna.Study) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run(main)

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tyro
-
+from benchmarks.command import run
 from benchmarks.experiment import BASE
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.files import write_whole
@@ -255,4 +254,4 @@ def _running_mean(values: Sequence[float], width: int = 8) -> list[float]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run(main)

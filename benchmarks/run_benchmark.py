@@ -21,10 +21,8 @@ from typing import Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tyro
-
+from benchmarks.command import run
 from benchmarks.experiment import Experiment
-from hylorada_jax.errors import HyLoRADAError
 
 
 def main(
@@ -77,17 +75,11 @@ def main(
     command = shlex.join(["python", *sys.argv])
     # A benchmark that goes on after a kill finds its compiled programs. JAX asks when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "hylorada" / "jax"))
-    try:
-        experiment = _experiment(config, given)
-        from benchmarks.benchmark import Benchmark
+    experiment = _experiment(config, given)
+    from benchmarks import report  # after what a typing error meets
+    from benchmarks.benchmark import Benchmark
 
-        benchmark = Benchmark(experiment, output / experiment.name, data_dir, command)
-        benchmark.run()
-    except HyLoRADAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    from benchmarks import report
-
+    Benchmark(experiment, output / experiment.name, data_dir, command).run()
     report.main(output / experiment.name)
 
 
@@ -109,4 +101,4 @@ def _experiment(config: Path | None, given: dict[str, Any]) -> Experiment:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run(main)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import report, run_benchmark, trial
+from benchmarks import command, report, run_benchmark, trial
 from benchmarks.benchmark import Benchmark
 from benchmarks.experiment import Experiment
 from hylorada_jax.cli_test import tiny  # noqa: F401 - a fixture
@@ -197,7 +197,7 @@ def test_the_command_reads_a_file_and_what_is_given_beside_it(tmp_path, monkeypa
     assert (read.epochs, read.steps, list(read.methods)) == (2.0, None, ["base", "dora"])
     monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--methods", "lorra"])
     with pytest.raises(SystemExit) as stop:
-        run_benchmark.main(methods=("lorra",))
+        command.run(run_benchmark.main)
     assert stop.value.code == 2
     assert "lora" in capsys.readouterr().err
     file.write_text(json.dumps(experiment("tiny") | {"stepz": 1}))

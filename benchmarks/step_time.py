@@ -36,8 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tyro
-
+from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
 
 if TYPE_CHECKING:
@@ -268,7 +267,4 @@ def _in_own_process(name: str, setting: Setting) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except HyLoRADAError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -39,12 +39,13 @@ import numpy as np
 import tyro
 from jax import Array
 
+from benchmarks import command
 from benchmarks import time_series_data as data
 from benchmarks.contestants import Adapted, Full
 from benchmarks.report import plus_minus
 from benchmarks.trial import Runner
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, HyLoRADAError
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.causal_lm import CausalLM
@@ -172,13 +173,9 @@ def main(
         budget: how much is computed.
         output: directory of time-series.json and time-series.png.
     """
-    try:
-        found = run(budget)
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / f"{NAME}.json", (json.dumps(found, indent=1) + "\n").encode())
-    except (HyLoRADAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    found = run(budget)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / f"{NAME}.json", (json.dumps(found, indent=1) + "\n").encode())
     plot(found, output / f"{NAME}.png")
     print(table(found))
 
@@ -525,4 +522,4 @@ def plot(found: Record, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.run(main)

@@ -22,8 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -120,7 +119,4 @@ def _reported(what: str, programs: Iterable[tuple[str, dict[str, float]]]) -> di
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except HyLoRADAError as error:
-        sys.exit(f"error: {error}")
+    run(main)
