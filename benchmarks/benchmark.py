@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from benchmarks.contestants import contestant
-from benchmarks.experiment import BASE, Experiment, Variant, differences
+from benchmarks.experiment import BASE, Experiment, Variant, dev_loss, differences
 from benchmarks.trial import Runner, Text, measure, training_rows
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.loading import load_model, model_init
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -93,7 +93,7 @@ class Benchmark:
             self._runner: Any = None
             first, *others = self._seeds(variant)
             grid = {rate: self._run(variant, rate, first) for rate in variant.learning_rates}
-            best = min(grid, key=lambda rate: grid[rate]["result"]["dev_loss"])
+            best = min(grid, key=lambda rate: dev_loss(grid[rate]))
             for seed in others:
                 self._run(variant, best, seed)
 
@@ -107,17 +107,21 @@ class Benchmark:
         texts = self._texts[variant.structure]
         what = variant.label if variant.kind == BASE else f"{variant.label}, rate {rate:g}, seed {seed}"
         print(f"{what} …", flush=True)
-        model, trained = self._trained(variant, rate, seed)
-        measured = measure(model, texts["dev"], texts["test"], self._experiment, self._tokenizer)
+        try:
+            model, result = self._trained(variant, rate, seed)
+            result |= measure(model, texts["dev"], texts["test"], self._experiment, self._tokenizer)
+            print(f"    perplexity {result['perplexity']:.3f}, by place {result['lim_perplexity']:.3f}")
+        except NonFiniteError as error:  # a result too: the rate is not this method's
+            result = {"diverged": error.received}
+            print(f"    diverged: {error.received}")
         record = {
             "settings": self._settings_of(variant, rate, seed),
             "command": self._command,
             "environment": environment(),
-            "result": trained | measured,
+            "result": result,
         }
         self._directory.mkdir(parents=True, exist_ok=True)
         write_whole(self._file(variant, rate, seed), (json.dumps(record, indent=1) + "\n").encode())
-        print(f"    perplexity {measured['perplexity']:.3f}, by place {measured['lim_perplexity']:.3f}")
         return record
 
     def _trained(self, variant: Variant, rate: float, seed: int) -> tuple[Any, Record]:

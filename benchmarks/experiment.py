@@ -178,3 +178,8 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """What of some settings is not as it was when they were written as JSON; empty where all is."""
     now = json.loads(json.dumps(ours))  # a tuple comes back as a list
     return "; ".join(f"{k} {theirs.get(k)!r}, now {now[k]!r}" for k in now if theirs.get(k) != now[k])
+
+
+def dev_loss(record: Mapping[str, Any]) -> float:
+    """The held-out loss of a run, in nats, from its record; infinite where it diverged."""
+    return record["result"].get("dev_loss", math.inf)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.command import run
-from benchmarks.experiment import BASE
+from benchmarks.experiment import BASE, dev_loss
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.files import write_whole
 
@@ -85,8 +85,11 @@ def read(directory: Path) -> list[Row]:
     for label, runs in by_label.items():
         seed = runs[0]["settings"]["seed"]
         grid = [run for run in runs if run["settings"]["seed"] == seed]
-        rate = min(grid, key=lambda run: run["result"]["dev_loss"])["settings"]["learning_rate"]
-        rows.append(Row(label, rate, [r for r in runs if r["settings"]["learning_rate"] == rate]))
+        rate = min(grid, key=dev_loss)["settings"]["learning_rate"]
+        own = [run for run in runs if run["settings"]["learning_rate"] == rate]
+        if ended := [run for run in own if "diverged" not in run["result"]]:
+            lost = len(own) - len(ended)
+            rows.append(Row(f"{label} ({lost} diverged)" if lost else label, rate, ended))
     return sorted(rows, key=lambda row: -statistics.mean(row.values("perplexity")))
 
 

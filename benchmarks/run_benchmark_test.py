@@ -10,7 +10,14 @@ from benchmarks import command, report, run_benchmark, trial
 from benchmarks.benchmark import Benchmark
 from benchmarks.experiment import Experiment
 from hylorada_jax.cli_test import tiny  # noqa: F401 - a fixture
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError, TargetError
+from hylorada_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    TargetError,
+)
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -113,6 +120,21 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
         expected = records(done)[name]["result"]
         for key in ("losses", "dev_loss", "perplexity", "lim_buckets"):
             assert record["result"].get(key) == expected.get(key), (name, key)
+
+
+def test_a_rate_that_diverges_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch):  # noqa: F811
+    train = trial.Runner.train
+
+    def diverges(self, contestant, training):
+        if training.learning_rate == 1e-2:
+            raise NonFiniteError("A loss must be finite", "nan at step 2", "")
+        return train(self, contestant, training)
+
+    monkeypatch.setattr(trial.Runner, "train", diverges)
+    run(tiny, tmp_path, methods={"lora": {}})
+    assert records(tmp_path / "tiny")["lora-rate0.01-seed3.json"]["result"] == {"diverged": "nan at step 2"}
+    (row,) = report.read(tmp_path / "tiny")
+    assert (row.label, row.rate, len(row.runs)) == ("lora", 1e-4, 2)
 
 
 def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
