@@ -286,11 +286,15 @@ _OF_JAX = [
     *_faults(
         "dropout",
         "hylorada_jax.surgery.intercept",
-        ("dropout without its factor", "jnp.where(keep, x / (1 - rate), 0)", "jnp.where(keep, x, 0)"),
+        (
+            "dropout without its factor",
+            "jnp.where(keep, x / kept.astype(x.dtype), 0)",
+            "jnp.where(keep, x, 0)",
+        ),
         (
             "dropout in the base's input",
             "            inputs, module.get_variable",
-            "            self._dropout(module, inputs, self._config.lora_dropout), module.get_variable",
+            "            self._dropout(module, inputs, self._rate), module.get_variable",
         ),
     ),
     *_faults(

@@ -16,6 +16,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import position as jax_position
 from hylorada_jax.math.attention import DAA, attention, causal_mask
 from hylorada_jax.surgery.intercept import adapt
+from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_torch import position as torch_position
 from hylorada_torch.attention import attend
 from parity_tests.families import measuring
@@ -101,7 +102,7 @@ def attached(config, resolved):
 
 
 def attached_linear():
-    return attached(HyLoRADAConfig(method="lora", lora_dropout=RATE), LORA)
+    return attached(HyLoRADAConfig(method="lora"), LORA | {DROPOUT_RATE: RATE})
 
 
 def attached_sparse():

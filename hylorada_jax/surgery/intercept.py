@@ -77,7 +77,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     Args:
         resolved: from :func:`hylorada_jax.surgery.resolve.resolve`; what serves the whole model is read.
         config: ``sparse_dropout``, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
-        train: apply dropout; needs an rng named "dropout".
+        train: apply dropout, where ``resolved`` has a rate of it; needs an rng named "dropout".
         structure: what the structure encoder is told.
 
     Example:
