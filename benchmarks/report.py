@@ -115,10 +115,12 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
     if against is not None:
         heads.insert(4, f"PPL − {against}")
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    seeds = _seeds(rows)
     for row in rows:
         trained = "losses" in row.runs[0]["result"]
+        missing = trained and len(row.runs) < seeds
         cells = [
-            row.label,
+            f"{row.label} ({len(row.runs)} of {seeds} seeds)" if missing else row.label,
             f"{row.runs[0]['result']['parameters']:,}",
             f"{row.rate:g}" if trained else "",
             plus_minus(row.values("perplexity"), 2),
@@ -149,7 +151,6 @@ def caption(rows: Sequence[Row]) -> str:
     environments = [run["environment"] for row in rows for run in row.runs]
     devices = sorted({f"{e['cpu'] if e['platform'] == 'cpu' else e['device']}" for e in environments})
     commits = sorted({str(e["commit"]) for e in environments})
-    seeds = max(len(row.runs) for row in rows)
     loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
     load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
     test = settings["test_data"] or "the other half of what was held out"
@@ -157,10 +158,14 @@ def caption(rows: Sequence[Row]) -> str:
         f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
         f"{test} (about {settings['test_tokens']:,} of {tokens['test']:,} tokens, windows of "
-        f"{settings['seq_len']}). Mean ± standard deviation of {seeds} seeds; each method with the learning "
-        f"rate that was best for it on held-out training data. Step, tokens/s: medians on "
+        f"{settings['seq_len']}). Mean ± standard deviation of {_seeds(rows)} seeds; each method with the "
+        f"learning rate that was best for it on held-out training data. Step, tokens/s: medians on "
         f"{', '.join(devices)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
     )
+
+
+def _seeds(rows: Sequence[Row]) -> int:
+    return max(len(row.runs) for row in rows)
 
 
 def plus_minus(values: Sequence[float], digits: int, *, only_mean: bool = False) -> str:
@@ -222,7 +227,7 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
         for row in rows:
             buckets = zip(*row.values("lim_buckets"), strict=True)
             axes.plot(range(1, 11), [statistics.mean(b) for b in buckets], marker="o", label=row.label)
-        axes.set(xlabel="tenth of the sequence", ylabel="perplexity")
+        axes.set(yscale="log", xlabel="tenth of the sequence", ylabel="perplexity")
         axes.legend()
 
     def parameters(axes: Any) -> None:
