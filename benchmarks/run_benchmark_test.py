@@ -43,10 +43,14 @@ def experiment(directory, **changes):
     return settings | changes
 
 
-@pytest.fixture(scope="module")
-def done(tiny, tmp_path_factory):  # noqa: F811
-    """The directory of a benchmark that ran to its end."""
+@pytest.fixture(scope="module", autouse=True)
+def held_back(tiny):  # noqa: F811
     (tiny / "test.txt").write_text("a lazy cat sleeps under the brown bridge\n" * 20)
+
+
+@pytest.fixture(scope="module")
+def done(tiny, held_back, tmp_path_factory):  # noqa: F811
+    """The directory of a benchmark that ran to its end."""
     output = tmp_path_factory.mktemp("results")
     run(tiny, output)
     return output / "tiny"
@@ -177,7 +181,6 @@ def test_the_readmes_table_is_replaced_and_nothing_else(done, tmp_path):
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
-    (tiny / "test.txt").write_text("a lazy cat\n" * 20)
     settings = Experiment(**experiment(tiny, **changes))
     with pytest.raises(error, match=match):
         Benchmark(settings, tmp_path, tiny, "")
