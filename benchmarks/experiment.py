@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,9 +107,7 @@ class Experiment:
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive", repr(value), "Correct it.")
         for name in ("learning_rates", "seeds", "methods"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(f"{name} must be there, each once", list(values), "Correct the list.")
+            require_each_once(name, getattr(self, name))
         _ = self.variants
 
     @property
@@ -172,6 +170,12 @@ class Experiment:
         if changes.keys() & {"epochs", "steps"}:
             settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
         return cls(**(settings | changes))
+
+
+def require_each_once(name: str, values: Collection[Any]) -> None:
+    """Raises a ConfigError for a list that is empty or names something twice."""
+    if not values or len(set(values)) < len(values):
+        raise ConfigError(f"{name} must be there, each once", list(values), "Correct the list.")
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -140,8 +140,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
         if against is not None:
             cells.insert(4, _difference(row, labels[against]))
         lines.append(cells)
-    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"{body}\n\n{caption(rows)}\n"
+    return f"{markdown(lines)}\n\n{caption(rows)}\n"
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -149,7 +148,7 @@ def caption(rows: Sequence[Row]) -> str:
     record = rows[0].runs[0]
     settings, tokens = record["settings"], record["settings"]["tokens"]
     environments = [run["environment"] for row in rows for run in row.runs]
-    devices = sorted({f"{e['cpu'] if e['platform'] == 'cpu' else e['device']}" for e in environments})
+    devices = sorted({device(environment) for environment in environments})
     commits = sorted({str(e["commit"]) for e in environments})
     loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
     load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
@@ -162,6 +161,16 @@ def caption(rows: Sequence[Row]) -> str:
         f"learning rate that was best for it on held-out training data. Step, tokens/s: medians on "
         f"{', '.join(devices)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
     )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The lines of a table, each of its cells."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def device(environment: Record) -> str:
+    """What a record was measured on."""
+    return environment["cpu"] if environment["platform"] == "cpu" else environment["device"]
 
 
 def _seeds(rows: Sequence[Row]) -> int:

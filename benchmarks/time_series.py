@@ -42,7 +42,8 @@ from jax import Array
 from benchmarks import command
 from benchmarks import time_series_data as data
 from benchmarks.contestants import Adapted, Full
-from benchmarks.report import plus_minus
+from benchmarks.experiment import require_each_once
+from benchmarks.report import device, markdown, plus_minus
 from benchmarks.trial import Runner
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
@@ -148,9 +149,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("settings", "seeds", "learning_rates"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(f"{name} must be there, each once", list(values), "Correct the list.")
+            require_each_once(name, getattr(self, name))
         if unknown := [name for name in self.settings if name not in SETTINGS]:
             raise ConfigError(f"A setting is one of {', '.join(SETTINGS)}", unknown, "Choose of these.")
         for name in ("pretrain_steps", "steps", "batch_size", "layers", "rank", "bins"):
@@ -463,8 +462,7 @@ def table(found: Record) -> str:
                     f"{plus_minus([run['mae'] for run in runs], 3)} {series['unit']}",
                 ]
             )
-    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"{body}\n\n{caption(found)}\n"
+    return f"{markdown(lines)}\n\n{caption(found)}\n"
 
 
 def caption(found: Record) -> str:
@@ -474,15 +472,14 @@ def caption(found: Record) -> str:
         found: from :func:`run`.
     """
     budget, environment = found["settings"], found["environment"]
-    device = environment["cpu"] if environment["platform"] == "cpu" else environment["device"]
     return (
         f"A Llama of {budget['layers']} layers and width {budget['hidden_size']}, {budget['bins']} bins as "
         f"tokens, pretrained on other series in {budget['pretrain_steps']} steps and adapted, rank "
         f"{budget['rank']}, in {budget['steps']} steps of {budget['batch_size']} windows. Each value of the "
         f"test part is predicted from a whole context. Mean ± standard deviation of {len(budget['seeds'])} "
         f"seeds, each with a base of its own; differences are taken seed by seed. Each method with the "
-        f"learning rate that was best for it, with the first seed, on the part before the test. On {device}, "
-        f"commit {environment['commit']}: `{found['command']}`"
+        f"learning rate that was best for it, with the first seed, on the part before the test. On "
+        f"{device(environment)}, commit {environment['commit']}: `{found['command']}`"
     )
 
 

@@ -40,7 +40,9 @@ def resolve(
     Source: method.md §1, §4.
     """
     base_dtype = jax.tree.leaves(params)[0].dtype
-    tree: dict[str, Any] = {name: constants[name] for name in (DROPOUT_RATE,) if name in constants}
+    tree: dict[str, Any] = {}
+    if DROPOUT_RATE in constants:
+        tree[DROPOUT_RATE] = constants[DROPOUT_RATE]
     for site in sites:
         node = subtree(adapters, site.module.path)
         leaves = {leaf: node[leaf] for leaf in site.leaves}
