@@ -11,23 +11,26 @@ from hypothesis import strategies as st
 
 pytest.importorskip("statsmodels")
 
-from benchmarks import time_series, time_series_data
+from benchmarks import time_series
 from benchmarks.contestants import Adapted
-from benchmarks.time_series import BASE, METHODS, SETTINGS, Budget, adapter, chosen, prepare
-from benchmarks.time_series_data import BASELINES, Quantiser, boundaries, target_series, windows
+from benchmarks.series.baselines import BASELINES, error_of, frequencies_loss
+from benchmarks.series.data import target_series
+from benchmarks.series.entry import bases_of, last
+from benchmarks.series.report import chosen, plot, table
+from benchmarks.series.setup import BASE, METHODS, SETTINGS, Budget, adapter, prepared_of
+from benchmarks.series.tokens import REACH, Quantiser, boundaries, prepare, pretraining_rows, windows
 from benchmarks.trial import Runner
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.training.packing import batches
 
-PREPARED = {name: prepare(setting, 64) for name, setting in SETTINGS.items()}
+PREPARED = {name: prepared_of(setting, 64) for name, setting in SETTINGS.items()}
 
 
 @given(st.floats(-100, 100), st.floats(0.1, 10), st.integers(2, 128), st.data())
 def test_a_value_comes_back_within_half_a_bin(mean, std, bins, data):
     quantiser = Quantiser(mean, std, bins)
-    reach = time_series_data.REACH
-    values = np.array(data.draw(st.lists(st.floats(-reach, reach), min_size=1))) * std + mean
+    values = np.array(data.draw(st.lists(st.floats(-REACH, REACH), min_size=1))) * std + mean
     tokens = quantiser.tokens(values)
     assert tokens.min() >= 0
     assert tokens.max() < bins
@@ -49,15 +52,15 @@ def test_parts_follow_each_other_in_time_and_nothing_fitted_sees_the_later_ones(
     assert times[prepared.test - 1] < test_at <= times[prepared.test]
     later = prepared.series.values.copy()
     later[prepared.dev + 1 :] += 100
-    changed = time_series_data.prepare(prepared.series._replace(values=later), 64, dev_at, test_at)
+    changed = prepare(prepared.series._replace(values=later), 64, dev_at, test_at)
     assert changed.quantiser == prepared.quantiser
     for part, (start, stop) in prepared.parts.items():
         rows = windows(prepared, part, SETTINGS[name].context)
         context = SETTINGS[name].context
         assert len(rows) == stop - max(start, context)
         # The last prediction of each row is the part's next value, from the values before it.
-        last = np.array([row["targets"][-1] for row in rows])
-        np.testing.assert_array_equal(last, prepared.tokens[max(start, context) : stop])
+        targets = np.array([row["targets"][-1] for row in rows])
+        np.testing.assert_array_equal(targets, prepared.tokens[max(start, context) : stop])
         before = prepared.tokens[stop - 1 - context : stop - 1]
         np.testing.assert_array_equal(rows[len(rows) - 1]["input_ids"], before)
 
@@ -65,12 +68,12 @@ def test_parts_follow_each_other_in_time_and_nothing_fitted_sees_the_later_ones(
 def test_pretraining_sees_nothing_from_the_held_out_time_on():
     series = list(target_series().values())
     before = np.datetime64("1980-01-01")
-    rows = time_series_data.pretraining_rows(series, 16, 6, before)
+    rows = pretraining_rows(series, 16, 6, before)
     cut = [
         one._replace(values=np.where(one.times < before, one.values, np.random.default_rng(0).random()))
         for one in series
     ]
-    changed = time_series_data.pretraining_rows(cut, 16, 6, before)
+    changed = pretraining_rows(cut, 16, 6, before)
     assert len(rows) == len(changed) > 1000
     for row, other in zip(rows, changed, strict=True):
         np.testing.assert_array_equal(row["input_ids"], other["input_ids"])
@@ -104,9 +107,7 @@ def test_of_a_series_with_a_trend_baselines_add_changes():
         values[at - 1] + rate * gap[at - 1], rel=1e-9
     )
     error = np.abs(np.diff(values))[prepared.test :].mean()
-    assert time_series_data.error_of(prepared, BASELINES["last value"](prepared), "test") == pytest.approx(
-        error
-    )
+    assert error_of(prepared, BASELINES["last value"](prepared), "test") == pytest.approx(error)
 
 
 def hours_of_year(time):
@@ -187,12 +188,12 @@ def test_the_first_loss_is_the_bases_for_every_method_of_a_seed(found):
 
 @pytest.mark.slow
 def test_the_table_and_the_plot_are_of_the_runs(found, tmp_path):
-    text = time_series.table(found)
+    text = table(found)
     for name in TINY.settings:
         assert f"{found['baselines'][name]['climatology']['mae']:.3f}" in text
         values = [run["mae"] for run in chosen(found, name, "hylorada_v2, hours")]
         assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in text
-    time_series.plot(found, tmp_path / "plot.png")
+    plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -200,21 +201,21 @@ def test_frequencies_are_those_of_the_part_to_adapt_on():
     prepared = PREPARED["elnino-short"]
     known = prepared.tokens[: prepared.dev].tolist()
     p = [(known.count(token) + 1) / (len(known) + 64) for token in prepared.tokens[prepared.test :].tolist()]
-    assert time_series_data.frequencies_loss(prepared, "test") == pytest.approx(-np.log(p).mean())
+    assert frequencies_loss(prepared, "test") == pytest.approx(-np.log(p).mean())
 
 
 @pytest.mark.slow
 def test_a_trained_v2_reads_the_hours_and_v1_cannot_be_told_them():
-    prepared = prepare(SETTINGS["elnino-short"], TINY.bins)
-    base = time_series._bases(TINY, "elnino")[0]
+    prepared = prepared_of(SETTINGS["elnino-short"], TINY.bins)
+    base = bases_of(TINY, "elnino")[0]
     told = windows(prepared, "dev", 6, "own")
     later = windows(prepared._replace(hours=prepared.hours + 24 * 91), "dev", 6, "own")
 
     def losses(method):
         entrant = Adapted(base, adapter(METHODS[method], TINY.rank, 6))
         runner = Runner(windows(prepared, "adapt", 6, "own"))
-        training = time_series._training(TINY, told, steps=30, rate=1e-2, seed=0)
-        sweep = Sweep(entrant.model, time_series.last)
+        training = TINY.training(told, steps=30, rate=1e-2, seed=0)
+        sweep = Sweep(entrant.model, last)
         adapters, _ = runner.train(entrant, training)
         return [
             np.concatenate([values[0] for _, values in sweep(rows, 64, adapters=adapters)])[: len(rows)]
@@ -231,9 +232,7 @@ def test_losses_and_errors_are_of_the_last_target_and_the_predicted_mean():
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(3, 5, 4)).astype("f4"), rng.normal(size=(7, 4)).astype("f4")
     targets = rng.integers(0, 7, (3, 5))
-    losses, means = time_series.last(
-        jnp.asarray(hidden), jnp.asarray(head), {"targets": jnp.asarray(targets)}
-    )
+    losses, means = last(jnp.asarray(hidden), jnp.asarray(head), {"targets": jnp.asarray(targets)})
     logits = hidden[:, -1].astype(float) @ head.T.astype(float)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     # float32: a sum of four products, and of seven exponentials.
@@ -266,4 +265,4 @@ def test_a_context_longer_than_a_part_is_refused():
     with pytest.raises(DataError, match="shorter context"):
         windows(PREPARED["elnino-short"], "adapt", 500)
     with pytest.raises(DataError, match="shorter context"):
-        time_series_data.pretraining_rows(list(target_series().values()), 8, 5000, np.datetime64("1980"))
+        pretraining_rows(list(target_series().values()), 8, 5000, np.datetime64("1980"))

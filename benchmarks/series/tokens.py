@@ -1,127 +1,20 @@
-"""Real series with their times: as tokens to predict, as what is known without a model, and as windows."""
+"""A series as tokens, divided by time, and as windows of them."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from benchmarks.series.data import Series
 from hylorada_jax.errors import DataError
-from hylorada_jax.structure.time import calendar_ids, calendar_positions
+from hylorada_jax.structure.time import calendar_positions
 from hylorada_jax.training.packing import Rows
 
-YEAR = np.timedelta64(365 * 24 + 6, "h")
 Told = Literal["own", "year", "asked"]
 # Values this many standard deviations from the mean and farther share the outermost bins.
 REACH = 4.0
-
-
-class Series(NamedTuple):
-    """Values of a quantity at rising times.
-
-    Attributes:
-        name: of the data set.
-        unit: of the values.
-        times: datetime64[us] [n], rising.
-        values: [n].
-        changes: what is predicted is the change from value to value: the values have a trend.
-    """
-
-    name: str
-    unit: str
-    times: np.ndarray
-    values: np.ndarray
-    changes: bool
-
-
-def require_statsmodels() -> None:
-    """Raises where the package that has the series is not installed.
-
-    Raises:
-        DataError: it is not.
-    """
-    if importlib.util.find_spec("statsmodels") is None:
-        raise DataError(
-            "The series of this experiment come with statsmodels", "it is not installed", _INSTALL
-        )
-
-
-_INSTALL = "Install it: pip install statsmodels==0.15.0 -c constraints.txt"
-
-
-def statsmodels_version() -> str:
-    """That of the package that the series come with."""
-    return importlib.metadata.version("statsmodels")
-
-
-def target_series() -> dict[str, Series]:
-    """What is adapted to: a weekly and a monthly series, both with a year's season.
-
-    Returns:
-        co2: CO2 over Mauna Loa, weekly, 1958–2001, as changes, without the weeks that have no value. elnino:
-        the sea's surface temperature in the region Niño 1+2, monthly, 1950–2010, as it is.
-
-    Raises:
-        DataError: statsmodels is not installed.
-    """
-    co2 = _table("co2")["co2"].dropna()
-    months = _table("elnino")
-    first = np.datetime64(f"{int(months['YEAR'].iloc[0])}-01", "M")
-    temperatures = months.drop(columns="YEAR").to_numpy(float).reshape(-1)
-    return {
-        "co2": Series("co2", "ppm", co2.index.to_numpy("datetime64[us]"), co2.to_numpy(float), True),
-        "elnino": Series(
-            "elnino", "°C", _from(first, len(temperatures)).astype("datetime64[us]"), temperatures, False
-        ),
-    }
-
-
-def other_series() -> list[Series]:
-    """What a base model is pretrained on beside the target that it is not adapted to.
-
-    Returns:
-        Sunspots and the Nile's volume, yearly, and the quarterly columns of the US economy.
-
-    Raises:
-        DataError: statsmodels is not installed.
-    """
-    found = []
-    for name, year, column in (("sunspots", "YEAR", "SUNACTIVITY"), ("nile", "year", "volume")):
-        table = _table(name)
-        times = _from(np.datetime64(str(int(table[year].iloc[0])), "Y"), len(table))
-        found.append(Series(name, "", times.astype("datetime64[us]"), table[column].to_numpy(float), False))
-    table = _table("macrodata")
-    first = np.datetime64(str(int(table["year"].iloc[0])), "Y").astype("datetime64[M]")
-    quarters = _from(first, 3 * len(table))[::3].astype("datetime64[us]")
-    for column in table.columns.drop(["year", "quarter"]):
-        found.append(Series(f"macrodata {column}", "", quarters, table[column].to_numpy(float), False))
-    return found
-
-
-def _table(name: str) -> Any:
-    require_statsmodels()
-    return importlib.import_module(f"statsmodels.datasets.{name}").load().data
-
-
-def _from(first: np.datetime64, count: int) -> np.ndarray:
-    """So many steps of a calendar from the first."""
-    return first + np.arange(count)
-
-
-def thinned(series: Series, kept: float, seed: int) -> Series:
-    """A series without values at random times.
-
-    Args:
-        series: of any spacing.
-        kept: part of the values that stay, in (0, 1].
-        seed: of the choice.
-    """
-    stay = np.random.default_rng(seed).random(len(series.values)) < kept
-    return series._replace(times=series.times[stay], values=series.values[stay])
 
 
 class Quantiser(NamedTuple):
@@ -277,18 +170,6 @@ def told(prepared: Prepared, hours: Told) -> np.ndarray:
     return of_year if hours == "year" else np.append(of_year[1:], of_year[-1])
 
 
-def frequencies_loss(prepared: Prepared, part: str) -> float:
-    """The mean loss in nats of tokens that are drawn as often as in the part to adapt on, and once more.
-
-    Args:
-        prepared: the tokens.
-        part: which of them count.
-    """
-    counts = 1 + np.bincount(prepared.tokens[: prepared.dev], minlength=prepared.quantiser.bins)
-    start, stop = prepared.parts[part]
-    return float(-np.log(counts / counts.sum())[prepared.tokens[start:stop]].mean())
-
-
 def pretraining_rows(
     series: Sequence[Series], bins: int, context: int, before: np.datetime64, *, copies: int = 16
 ) -> Rows:
@@ -323,60 +204,3 @@ def pretraining_rows(
         names = ", ".join(one.name for one in series)
         raise DataError("A series must be longer than the context", names, "Give a shorter context.")
     return Rows(pieces, context, packing=False)
-
-
-def last_value(prepared: Prepared) -> np.ndarray:
-    """The value before each value."""
-    return prepared.series.values[:-1]
-
-
-def seasonal_naive(prepared: Prepared) -> np.ndarray:
-    """The value a year before each value; of a series with a trend, the last value and a year ago's change.
-
-    A year before is the observation nearest to that time.
-    """
-    times, values = prepared.series.times, prepared.series.values
-    year_ago = values[_nearest(times, times - YEAR)]
-    if not prepared.series.changes:
-        return year_ago[1:]
-    return values[:-1] + np.diff(year_ago)
-
-
-def climatology(prepared: Prepared) -> np.ndarray:
-    """The mean of each value's month in the part to adapt on; with a trend, of the changes per hour."""
-    months = calendar_ids(prepared.series.times[1:], "month")
-    gaps = np.diff(prepared.series.times) / np.timedelta64(1, "h")
-    scale = gaps if prepared.series.changes else np.ones_like(gaps)
-    start, stop = prepared.parts["adapt"]
-    known, rates = months[start:stop], prepared.signal[start:stop] / scale[start:stop]
-    means = np.array(
-        [rates[known == month].mean() if month in known else rates.mean() for month in range(12)]
-    )
-    return prepared.offset + scale * means[months]
-
-
-BASELINES: dict[str, Callable[[Prepared], np.ndarray]] = {
-    "last value": last_value,
-    "seasonal naive": seasonal_naive,
-    "climatology": climatology,
-}
-"""What needs no model: a prediction of every value, in the order of the tokens."""
-
-
-def error_of(prepared: Prepared, predicted: np.ndarray, part: str) -> float:
-    """The mean absolute error of predicted values, in the series' unit.
-
-    Args:
-        prepared: has the true ones.
-        predicted: a prediction of every value, as those of ``BASELINES``.
-        part: which of them count: dev or test.
-    """
-    start, stop = prepared.parts[part]
-    return float(np.abs(predicted - prepared.series.values[1:])[start:stop].mean())
-
-
-def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The indices of the times nearest to those wanted, the earlier of two."""
-    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
-    earlier = wanted - times[after - 1] <= times[after] - wanted
-    return after - earlier
