@@ -40,7 +40,7 @@ from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
 
 if TYPE_CHECKING:
-    from benchmarks.step_time_peers import Contender, Setting
+    from benchmarks.contenders.setting import Contender, Setting
 
 NAMES = ("lora", "dora", "hylorada_v1", "hylorada", "peft lora", "peft dora", "qwix lora")
 BASELINE = "lora"
@@ -76,15 +76,16 @@ def main(
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
-    from benchmarks import step_time_peers as peers
+    from benchmarks.contenders import roster
+    from benchmarks.contenders.setting import WARMUP, Setting
     from parity_tests.environment import environment
 
-    setting = peers.Setting(model, batch_size, seq_len, dtype, peers.WARMUP + rounds, threads or cores())
-    peers.check(contenders, setting, rounds)
+    setting = Setting(model, batch_size, seq_len, dtype, WARMUP + rounds, threads or cores())
+    roster.check(contenders, setting, rounds)
     about = environment()
     record = {
         "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
-        "environment": about | {"versions": about["versions"] | peers.versions(contenders)},  # type: ignore[operator]
+        "environment": about | {"versions": about["versions"] | roster.versions(contenders)},  # type: ignore[operator]
         **measure(setting, contenders, rounds, memory=memory),
     }
     device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())
@@ -116,11 +117,12 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, *, memory: bool
         HyLoRADAError: first losses do not agree, or JAX computes on a device that torch does not have.
         ModelError: the model is not found, or our decoder does not have its family.
     """
-    from benchmarks import step_time_peers as peers
+    from benchmarks.contenders import roster
+    from benchmarks.contenders.setting import describe, precision
 
-    with peers.precision(setting):
-        found = time_steps(peers.build_all(names, setting), rounds, AGREEMENT[setting.dtype])
-        settings = peers.describe(setting)
+    with precision(setting):
+        found = time_steps(roster.build_all(names, setting), rounds, AGREEMENT[setting.dtype])
+        settings = describe(setting)
     if memory:
         for name in names:
             found[name] |= _in_own_process(name, setting)
@@ -128,7 +130,7 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, *, memory: bool
     settings |= {"rounds": rounds, "cores": cores(), "first_losses_agree_to": AGREEMENT[setting.dtype]}
     return {
         "settings": settings,
-        "differences": list(peers.DIFFERENCES),
+        "differences": list(roster.DIFFERENCES),
         "contenders": {name: summary(one["seconds"], baseline) | one for name, one in found.items()},
     }
 
@@ -148,7 +150,7 @@ def time_steps(
     """
     from tqdm import tqdm
 
-    from benchmarks.step_time_peers import WARMUP, timed
+    from benchmarks.contenders.setting import WARMUP
 
     first = {name: contender.step() for name, contender in contenders.items()}
     check_agreement(first, agreement)
@@ -159,7 +161,7 @@ def time_steps(
     last: dict[str, float] = {}
     for number in tqdm(range(rounds), desc="timing", unit="round", leave=False):
         for name in rotated(list(contenders), number):
-            took, last[name] = timed(contenders[name].step)
+            took, last[name] = contenders[name].timed()
             seconds[name].append(took)
     return {
         name: {
@@ -255,7 +257,7 @@ def _cell(value: float | None, style: str, unit: float = 1) -> str:
 
 def _in_own_process(name: str, setting: Setting) -> dict[str, Any]:
     """`peak_memory` of a contender, in a process that is started for it; why not, where that was killed."""
-    from benchmarks.step_time_memory import peak_memory
+    from benchmarks.contenders.memory import peak_memory
 
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
         try:

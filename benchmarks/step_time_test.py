@@ -10,9 +10,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks import step_time, step_time_peers  # noqa: E402
+from benchmarks import step_time  # noqa: E402
+from benchmarks.contenders import in_jax  # noqa: E402
+from benchmarks.contenders.roster import CONTENDERS, check  # noqa: E402
+from benchmarks.contenders.setting import Setting  # noqa: E402
 from benchmarks.step_time import BASELINE, NAMES, check_agreement, measure, summary, table  # noqa: E402
-from benchmarks.step_time_peers import CONTENDERS, Setting, check  # noqa: E402
 from hylorada_jax.errors import HyLoRADAError, ModelError  # noqa: E402
 
 ROUNDS = 2
@@ -105,11 +107,11 @@ def test_ratios_within_rounds_leave_out_what_slows_a_whole_round():
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(llama, monkeypatch, tmp_path):
-    monkeypatch.setattr(step_time_peers, "load_model", None)
+    monkeypatch.setattr(in_jax, "load_model", None)
     with pytest.raises(HyLoRADAError, match=r"qwix lora.*\n.*loha"):
         check(["lora", "loha"], setting_of(llama), ROUNDS)
     for names in ([], ["lora", "lora"]):
-        with pytest.raises(HyLoRADAError, match="once each"):
+        with pytest.raises(HyLoRADAError, match="each once"):
             check(names, setting_of(llama), ROUNDS)
     with pytest.raises(HyLoRADAError, match="rounds=0"):
         check(["lora"], setting_of(llama), 0)

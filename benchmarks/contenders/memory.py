@@ -1,4 +1,4 @@
-"""What a contender of step_time holds in memory, measured in a process of its own."""
+"""What a contender holds in memory, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from benchmarks import step_time_peers as peers
+from benchmarks.contenders.in_torch import torch_device
+from benchmarks.contenders.roster import build, in_torch, packages
+from benchmarks.contenders.setting import WARMUP, Setting, precision
 
 
-def peak_memory(name: str, setting: peers.Setting) -> dict[str, int | None]:
+def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
     """The peak memory of a contender's steps; to be called in a process that has done nothing else.
 
     Args:
-        name: a key of `step_time_peers.CONTENDERS`.
+        name: a key of `CONTENDERS`.
         setting: what all have in common.
 
     Returns:
@@ -25,19 +27,19 @@ def peak_memory(name: str, setting: peers.Setting) -> dict[str, int | None]:
         what it held beyond that in a step, at most, and "peak_device_bytes": what torch had allocated on a
         GPU. None where it cannot be told.
     """
-    for package in peers.packages(name):
+    for package in packages(name):
         importlib.import_module(package)
     jnp.zeros(1).block_until_ready()  # starts the device
     before = _resident("VmRSS")
-    with peers.precision(setting):
-        contender = peers.build(name, setting)
-    for _ in range(peers.WARMUP):
+    with precision(setting):
+        contender = build(name, setting)
+    for _ in range(WARMUP):
         contender.step()
     # What loading and compiling had for a while is no part of a step: compiling SmolLM2's leaves 180 MB.
     gc.collect()
     _trim()
     _reset_peak()
-    torch_on_gpu = peers.in_torch(name) and peers.torch_device() == "cuda"
+    torch_on_gpu = in_torch(name) and torch_device() == "cuda"
     if torch_on_gpu:
         import torch
 
