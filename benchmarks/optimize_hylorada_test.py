@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from benchmarks import optimize_hylorada, trial
-from hylorada_jax.cli_test import run as cli
-from hylorada_jax.cli_test import tiny  # noqa: F401 - a fixture
+from hylorada_jax.cli.cli_test import run as cli
+from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import command, report, run_benchmark, trial
 from benchmarks.benchmark import Benchmark
 from benchmarks.experiment import Experiment
-from hylorada_jax.cli_test import tiny  # noqa: F401 - a fixture
+from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.errors import (
     CheckpointError,
     ConfigError,

@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from hylorada_jax import cli
+from hylorada_jax.cli.main import main
 from parity_tests import measure, report, tolerances
 from parity_tests.layers import LAYERS
 from parity_tests.models import MATRIX
@@ -17,7 +17,7 @@ def run(monkeypatch, *arguments):
     """The exit status of the command."""
     monkeypatch.setattr(sys, "argv", ["hylorada", "parity", *map(str, arguments)])
     try:
-        cli.main()
+        main()
     except SystemExit as end:
         return end.code or 0
     return 0

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", "4.57")
 
-from hylorada_jax.cli_merge import merge  # noqa: E402
+from hylorada_jax.cli.merge import merge  # noqa: E402
 from hylorada_jax.config import HyLoRADAConfig  # noqa: E402
 from hylorada_jax.errors import CheckpointError, HyLoRADAError, ModelError  # noqa: E402
 from hylorada_jax.io.adapter_files import read_adapter, write_adapter  # noqa: E402

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hylorada_jax import cli
-from hylorada_jax.cli_adapter import AdapterOptions
+from hylorada_jax.cli.adapter import AdapterOptions
+from hylorada_jax.cli.main import main
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -59,7 +59,7 @@ def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["hylorada", *map(str, arguments)])
     status: object = 0
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         status = stop.code or 0
     printed = capsys.readouterr()

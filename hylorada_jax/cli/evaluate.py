@@ -1,0 +1,76 @@
+"""The command that measures a model on text."""
+
+from pathlib import Path
+
+from hylorada_jax.cli.shared import (
+    PACKAGED_MODEL,
+    Dtype,
+    Structure,
+    check_adapter,
+    loaded,
+    print_result,
+    tokens_of,
+)
+from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
+
+
+def evaluate(
+    *,
+    model: str = PACKAGED_MODEL,
+    adapter: Path | None = None,
+    data: str = PYTHON_STDLIB,
+    seq_len: int = 512,
+    stride: int | None = None,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+    structure: Structure | None = None,
+    dtype: Dtype = "float32",
+    json: bool = False,
+) -> None:
+    """Perplexity of a model, with or without an adapter, by a sliding window.
+
+    Args:
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        adapter: directory of a trained adapter.
+        data: a file, a glob, *.jsonl or a Hub dataset, read whole; of python-stdlib, the held-out files.
+        seq_len: tokens per window.
+        stride: tokens between windows [half a window]; no token is scored twice.
+        batch_size: windows at a time.
+        max_tokens: evaluate on about this many tokens; by default on all.
+        structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
+        dtype: of the weights and the computation.
+        json: print one JSON object.
+    """
+    texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
+    check_adapter(adapter, structure)
+
+    from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+    from hylorada_jax.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    tokens, structure_ids = tokens_of(texts, tokenizer, structure)
+    measured = evaluate_perplexity(
+        loaded(model, adapter, dtype),
+        tokens,
+        structure=structure_ids,
+        seq_len=seq_len,
+        stride=stride,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        progress=not json,
+    )
+    result = {
+        "model": model,
+        "adapter": adapter and str(adapter),
+        "data": data,
+        "perplexity": measured.perplexity,
+        "loss": measured.loss,
+        "tokens": measured.tokens,
+        "seq_len": seq_len,
+        "stride": stride or max(1, seq_len // 2),
+    }
+    print_result(
+        result,
+        json,
+        f"perplexity {measured.perplexity:.4f}  (loss {measured.loss:.4f} nats, {measured.tokens:,} tokens)",
+    )

@@ -1,0 +1,151 @@
+"""The command that trains an adapter."""
+
+from pathlib import Path
+from typing import Literal
+
+from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.shared import (
+    PACKAGED_MODEL,
+    Dtype,
+    Structure,
+    planned,
+    prompt_of,
+    require_encoder,
+    tokens_of,
+)
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
+
+
+def finetune(
+    *,
+    output: Path,
+    model: str = PACKAGED_MODEL,
+    data: str = PYTHON_STDLIB,
+    eval_data: str | None = None,
+    adapter: Adapter = DEFAULTS,
+    start_from: Path | None = None,
+    structure: Structure | None = None,
+    steps: int = 40,
+    batch_size: int = 4,
+    microbatches: int = 1,
+    seq_len: int = 256,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    remat: Literal["none", "dots", "full"] = "none",
+    packing: bool = True,
+    eval_tokens: int | None = 8192,
+    eval_every: int | None = None,
+    checkpoint_every: int = 10,
+    prompt: str = 'def read_lines(path):\n    """',
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Fine-tune a language model: its weights stay frozen, an adapter is trained.
+
+    Writes to the output directory: adapter/ (adapter_config.json, adapter_model.safetensors), checkpoints/,
+    metrics.jsonl and loss.png.
+
+    Args:
+        output: directory of the run; one that holds a run is not touched without --resume or --overwrite.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        data: python-stdlib (the embedded corpus), a file, a glob, *.jsonl, or a Hub dataset.
+        eval_data: held-out data; by default about 5 % of the data is held out, by document.
+        adapter: what is trained.
+        start_from: directory of an adapter to go on training; its settings are those of the new one.
+        structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
+        steps: optimizer steps.
+        batch_size: rows per step.
+        microbatches: parts that a step's rows are computed in, one after the other, to save memory.
+        seq_len: tokens per row.
+        learning_rate: peak rate of lora_A; LoRA+ trains lora_B at ten times this.
+        seed: of the adapter's start, of the shuffling and of dropout.
+        dtype: of the frozen weights and the computation; the adapter is float32.
+        remat: what the backward pass recomputes to save memory.
+        packing: let short documents share a row, isolated from each other.
+        eval_tokens: evaluate on about this many held-out tokens.
+        eval_every: steps between evaluations; by default before and after only.
+        checkpoint_every: steps between checkpoints.
+        prompt: continued by the model before and after, as a sample; empty for none.
+        resume: go on with the run in the output directory.
+        overwrite: delete the run in the output directory.
+    """
+    from hylorada_jax.training.config import TrainingConfig
+    from hylorada_jax.training.run_directory import RunDirectory
+
+    settings = adapter.build() if start_from is None else _settings_of(start_from, adapter)
+    if structure:
+        require_encoder(settings, structure)
+    training = TrainingConfig(
+        output_dir=output,
+        steps=steps,
+        batch_size=batch_size,
+        microbatches=microbatches,
+        seq_len=seq_len,
+        packing=packing,
+        learning_rate=learning_rate,
+        seed=seed,
+        eval_every=eval_every,
+        eval_tokens=eval_tokens,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    RunDirectory(output).refuse_unless(resume=resume, overwrite=overwrite)
+
+    from hylorada_jax.models.loading import load_model, model_init
+
+    planned(model_init(model), settings)  # a target that matches nothing is reported before weights are read
+    train_texts = load_documents(data, "all" if eval_data else "train")
+    eval_texts = load_documents(eval_data) if eval_data else load_documents(data, "eval")
+
+    import jax.numpy as jnp
+
+    from hylorada_jax.model import HyLoRADAModel
+    from hylorada_jax.models.tokenizer import load_tokenizer
+    from hylorada_jax.training.trainer import HyLoRADATrainer
+
+    tokenizer = load_tokenizer(model)
+    train, train_structure = tokens_of(train_texts, tokenizer, structure)
+    held_out, eval_structure = tokens_of(eval_texts, tokenizer, structure)
+    base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
+    if start_from is None:
+        adapted = HyLoRADAModel(base, settings, seed)
+    else:
+        adapted = HyLoRADAModel.from_pretrained(base, start_from)
+    trainer = HyLoRADATrainer(
+        adapted, train, held_out, training, train_structure=train_structure, eval_structure=eval_structure
+    )
+    print(f"model    {model}, {dtype}")
+    print(
+        f"data     {data}: {sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"
+    )
+    print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
+    adapted.print_trainable_parameters()
+
+    result = trainer.train()
+    print(f"held-out perplexity  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
+    ids, structure_ids = prompt_of(prompt, tokenizer, structure)
+    if ids:
+        eos = tokenizer.eos_token_id
+        with adapted.disable_adapter():
+            before = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos)
+        after = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos, **structure_ids)
+        print(f"\n--- sample, before ---\n{prompt}{tokenizer.decode(before[0])}")
+        print(f"\n--- sample, after ----\n{prompt}{tokenizer.decode(after[0])}\n")
+    print(f"adapter  {result.adapter}\nmetrics  {result.metrics}\nplot     {result.loss_plot}")
+
+
+def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
+    """The settings of a saved adapter, beside which no other are given."""
+    from hylorada_jax.io.adapter_files import read_adapter
+
+    if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
+        raise ConfigError(
+            "An adapter that is trained on keeps its settings",
+            f"--start-from {adapter} {' '.join(named)}",
+            "Give one.",
+        )
+    return read_adapter(adapter)[1]

@@ -1,0 +1,68 @@
+"""The command that continues a prompt."""
+
+from pathlib import Path
+from typing import Any
+
+from hylorada_jax.cli.shared import (
+    PACKAGED_MODEL,
+    Dtype,
+    Structure,
+    check_adapter,
+    loaded,
+    prompt_of,
+)
+from hylorada_jax.errors import DataError
+
+
+def generate(
+    *,
+    prompt: str,
+    model: str = PACKAGED_MODEL,
+    adapter: Path | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    chat: bool = False,
+    structure: Structure | None = None,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+) -> None:
+    """Continue a prompt.
+
+    Args:
+        prompt: the text to continue.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        adapter: directory of a trained adapter.
+        max_new_tokens: at most this many tokens.
+        temperature: 0 takes the most likely token; higher values sample.
+        top_k: sample among the k most likely tokens.
+        top_p: sample among the most likely tokens that together have this probability.
+        chat: give the prompt to the model's chat template, as a user's message.
+        structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
+        seed: of the sampling.
+        dtype: of the weights and the computation.
+    """
+    check_adapter(adapter, structure)
+
+    from hylorada_jax.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
+    ids, structure_ids = prompt_of(text, tokenizer, structure)
+    if not ids:
+        raise DataError("A prompt must have at least one token", repr(prompt), "Give some text.")
+
+    import jax
+
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        **structure_ids,
+    }
+    tokens = loaded(model, adapter, dtype).generate(
+        [ids], eos_token_id=tokenizer.eos_token_id, rng=jax.random.key(seed), **settings
+    )
+    print(tokenizer.decode(tokens[0]) if chat else prompt + tokenizer.decode(tokens[0]))

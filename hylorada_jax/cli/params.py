@@ -1,0 +1,51 @@
+"""The command that counts what would be trained."""
+
+from hylorada_jax.cli.adapter import DEFAULTS, Adapter
+from hylorada_jax.cli.shared import PACKAGED_MODEL, planned, print_result
+
+
+def params(
+    *,
+    model: str = PACKAGED_MODEL,
+    adapter: Adapter = DEFAULTS,
+    json: bool = False,
+) -> None:
+    """Count the trainable parameters from the model's config alone: no weights are read, no memory is taken.
+
+    Args:
+        model: smollm2-135m, a directory with a config.json, a .gguf file, or a Hub name.
+        adapter: what would be trained.
+        json: print one JSON object.
+    """
+    settings = adapter.build()
+
+    import math
+
+    import jax
+
+    from hylorada_jax.models.loading import model_init
+    from hylorada_jax.surgery.plan import count_parameters
+
+    init = model_init(model)
+    sites = planned(init, settings)
+    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    components: dict[str, int] = {}
+    for site in sites:
+        components[site.component] = components.get(site.component, 0) + count_parameters([site])
+    trainable = sum(components.values())
+    # Unfrozen leaves are the base's own: they are not beside it.
+    total = base + trainable - components.get("unfrozen", 0)
+    result = {
+        "model": model,
+        "method": settings.method,
+        "rank": settings.lora_rank,
+        "trainable": trainable,
+        "components": components,
+        "base": base,
+        "adapted_layers": sum(len(site.layers) for site in sites if site.component == "linear"),
+    }
+    text = f"{settings.method}, rank {settings.lora_rank}: {trainable:,} trainable beside "
+    text += f"{total - trainable:,} frozen ({100 * trainable / total:.3f} %)"
+    if len(components) > 1:
+        text += "".join(f"\n  {name:<17} {count:>11,}" for name, count in components.items())
+    print_result(result, json, text)
