@@ -17,6 +17,7 @@ from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.evaluation.retrieval import evaluate_retrieval
+from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.data import shuffled_batches
@@ -117,8 +118,9 @@ def measure(
         "batch_size": experiment.batch_size,
         "progress": False,
     }
+    sweep = loss_sweep(model)
     on_dev = evaluate_perplexity(
-        model,
+        sweep,
         dev.tokens,
         structure=dev.structure,
         stride=experiment.seq_len,
@@ -126,8 +128,8 @@ def measure(
         **options,
     )
     on_test = {"structure": test.structure, "max_tokens": experiment.test_tokens, **options}
-    perplexity = evaluate_perplexity(model, test.tokens, **on_test)
-    by_place = evaluate_lost_in_the_middle(model, test.tokens, **on_test)
+    perplexity = evaluate_perplexity(sweep, test.tokens, **on_test)
+    by_place = evaluate_lost_in_the_middle(sweep, test.tokens, **on_test)
     result = {
         "dev_loss": on_dev.loss,
         "perplexity": perplexity.perplexity,

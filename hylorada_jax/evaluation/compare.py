@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.lost_in_the_middle import LostInTheMiddle, evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import Perplexity, evaluate_perplexity
+from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.model import HyLoRADAModel
 
 
@@ -31,6 +33,7 @@ def compare_models(
     seq_len: int = 1024,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    structure: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Measures]:
     """Perplexity and LiM perplexity of several models on the same windows.
@@ -41,13 +44,16 @@ def compare_models(
         seq_len: tokens per window.
         batch_size: rows at a time.
         max_tokens: evaluate on about this many tokens, the same for all; None takes all.
+        structure: structure ids of each document, for those of the models that have a structure encoder.
         progress: show progress bars on stderr.
 
     Returns:
         The measures of each model, by its name.
 
     Raises:
-        DataError: no document fills a window, or a token id is outside a model's vocabulary.
+        DataError: no document fills a window, a token id is outside a model's vocabulary, or structure ids
+            do not fit the tokens.
+        ConfigError: there are structure ids, and no model that reads them.
     """
     options: dict[str, Any] = {
         "seq_len": seq_len,
@@ -55,11 +61,19 @@ def compare_models(
         "max_tokens": max_tokens,
         "progress": progress,
     }
+    sweeps = {name: loss_sweep(model) for name, model in models.items()}
+    told = {name: structure if sweep.face.has_encoder else None for name, sweep in sweeps.items()}
+    if structure is not None and not any(sweep.face.has_encoder for sweep in sweeps.values()):
+        raise ConfigError(
+            "Structure ids are read by the structure encoder, which only hylorada_v2 has",
+            ", ".join(models),
+            "Leave structure out.",
+        )
     return {
         name: Measures(
             model.num_trainable if isinstance(model, HyLoRADAModel) else 0,
-            evaluate_perplexity(model, documents, **options),
-            evaluate_lost_in_the_middle(model, documents, **options),
+            evaluate_perplexity(sweeps[name], documents, structure=told[name], **options),
+            evaluate_lost_in_the_middle(sweeps[name], documents, structure=told[name], **options),
         )
         for name, model in models.items()
     }

@@ -9,7 +9,7 @@ import numpy as np
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.perplexity import perplexity
-from hylorada_jax.evaluation.sweep import Sweep, nll
+from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.training.data import as_documents, as_structure
 from hylorada_jax.training.packing import Rows
 
@@ -68,7 +68,8 @@ def evaluate_lost_in_the_middle(
     context, so the first bucket is the highest of any model: compare models, or the middle with the end.
 
     Args:
-        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
+        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models; or what
+            :func:`loss_sweep` makes of it, to compile once for several measures.
         documents: token ids of each document.
         seq_len: predictions per sequence, at least ten.
         batch_size: sequences at a time.
@@ -86,7 +87,7 @@ def evaluate_lost_in_the_middle(
 
     Source: method.md, section 9; Liu et al. 2024, "Lost in the Middle".
     """
-    sweep = Sweep(model, nll)
+    sweep = loss_sweep(model)
     checked = as_documents(documents, sweep.face.vocab_size, "evaluation")
     told = as_structure(structure, checked, "evaluation", has_encoder=sweep.face.has_encoder)
     windows = Rows(checked, seq_len, packing=False, structure=told)

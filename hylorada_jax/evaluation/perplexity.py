@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hylorada_jax.evaluation.sweep import Sweep, nll
+from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.training.data import as_documents, as_structure
 from hylorada_jax.training.packing import Rows
 
@@ -45,7 +45,8 @@ class PerplexityEvaluator:
     document each has at least seq_len - stride tokens of context.
 
     Args:
-        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
+        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models; or what
+            :func:`loss_sweep` makes of it, to compile once for several measures.
         documents: token ids of each document.
         seq_len: tokens per window.
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
@@ -72,7 +73,7 @@ class PerplexityEvaluator:
         max_tokens: int | None = None,
         structure: Sequence[Any] | None = None,
     ) -> None:
-        self._sweep = Sweep(model, nll)
+        self._sweep = loss_sweep(model)
         face = self._sweep.face
         checked = as_documents(documents, face.vocab_size, "evaluation")
         self._rows = Rows(
@@ -123,7 +124,8 @@ def evaluate_perplexity(
     """Perplexity of a model on documents: :class:`PerplexityEvaluator`, once.
 
     Args:
-        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
+        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models; or what
+            :func:`loss_sweep` makes of it, to compile once for several measures.
         documents: token ids of each document.
         seq_len: tokens per window.
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.

@@ -67,6 +67,15 @@ class Sweep:
             yield batch, np.asarray(self._run(resolved, frozen, shard_rows(batch)))
 
 
+def loss_sweep(model: Any) -> Sweep:
+    """The sweep for the losses of a model's targets, which several measures of it can share.
+
+    Args:
+        model: a model as for :class:`Sweep`; or a sweep that this function made, which is given back.
+    """
+    return model if isinstance(model, Sweep) else Sweep(model, nll)
+
+
 def nll(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
     """Negative log-likelihoods [batch, seq] of a batch's targets; 0 where a target is ignored."""
     return score(hidden, head, batch["targets"])

@@ -1,0 +1,51 @@
+"""Oracle: the measures of each model on its own."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.evaluation.compare import compare_models
+from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
+from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.evaluation.perplexity_test import SEQ_LEN, base, documents  # noqa: F401 - a fixture
+from hylorada_jax.evaluation.sweep import loss_sweep
+from hylorada_jax.model import HyLoRADAModel
+
+
+def test_each_model_is_measured_as_on_its_own_and_told_what_it_can_read(base):  # noqa: F811
+    models: dict[str, Any] = {"base": base}
+    for method in ("lora", "hylorada_v2"):
+        model = HyLoRADAModel(base, HyLoRADAConfig(method=method, lora_rank=2, structure_dim=8))
+        models[method] = model
+        rng = np.random.default_rng(1)
+        model.adapters = jax.tree.map(
+            lambda x, rng=rng: x + rng.normal(0, 0.5, x.shape).astype(x.dtype), model.adapters
+        )
+    texts = documents()
+    options: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 2, "progress": False}
+    structure = [tokens % 7 for tokens in texts]
+    found = compare_models(models, texts, structure=structure, **options)
+    untold = compare_models(models, texts, **options)
+    assert list(found) == list(models)
+    for name, model in models.items():
+        told = structure if name == "hylorada_v2" else None
+        perplexity = evaluate_perplexity(model, texts, structure=told, **options)
+        by_place = evaluate_lost_in_the_middle(model, texts, structure=told, **options)
+        assert found[name].parameters == (0 if name == "base" else model.num_trainable)
+        assert found[name].perplexity == perplexity
+        np.testing.assert_array_equal(found[name].by_place.losses, by_place.losses)
+        assert (found[name].perplexity == untold[name].perplexity) is (told is None)
+    assert len({measures.perplexity.loss for measures in found.values()}) == 3
+    with pytest.raises(ConfigError, match="base, lora"):
+        compare_models({name: models[name] for name in ("base", "lora")}, texts, structure=structure)
+
+
+def test_measures_of_one_model_share_what_is_compiled(base):  # noqa: F811
+    sweep = loss_sweep(base)
+    evaluate_perplexity(sweep, documents(), seq_len=SEQ_LEN, batch_size=2, progress=False)
+    evaluate_lost_in_the_middle(sweep, documents(), seq_len=SEQ_LEN, batch_size=2, progress=False)
+    assert sweep._run._cache_size() == 1  # type: ignore[attr-defined]
