@@ -112,7 +112,8 @@ def _refuse_inexpressible(model: HyLoRADAModel, live: Mapping[str, str], sample:
     raise ModelError(
         "PEFT's LoRA and DoRA are updates of weights, the same for every token",
         "\n            ".join(told),
-        f"Drop it deliberately: {' '.join(f'--drop {name}' for name in live)}; or train without.",
+        f"Drop it deliberately: drop={list(live)}, on the command line --drop {' '.join(live)}; or train "
+        "without.",
     )
 
 

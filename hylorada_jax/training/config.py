@@ -35,6 +35,7 @@ class TrainingConfig:
         log_every: steps between lines of metrics.jsonl.
         resume: go on from the newest usable checkpoint of ``output_dir`` (from the start if it has none).
         overwrite: delete the run that ``output_dir`` holds.
+        progress: show progress bars on stderr, and print each held-out perplexity.
 
     Raises:
         ConfigError: a value is out of range or contradicts another.
@@ -63,6 +64,7 @@ class TrainingConfig:
     log_every: int = 1
     resume: bool = False
     overwrite: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -123,6 +125,7 @@ class TrainingConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
+            "progress",
         )
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 

@@ -80,7 +80,9 @@ class Loop:
         """
         config, start = self.config, int(state.step)
         pending: _Pending | None = None
-        bar = tqdm(total=config.steps, initial=start, desc="training", unit="step")
+        bar = tqdm(
+            total=config.steps, initial=start, desc="training", unit="step", disable=not config.progress
+        )
         with bar, _interrupts() as interrupted:
             self._speed.restart()
             for step in range(start + 1, config.steps + 1):
@@ -107,13 +109,14 @@ class Loop:
         """Logs the held-out perplexity, if there is held-out data."""
         if self.evaluator is None:
             return
-        found = self.evaluator(state.adapters, self.frozen)
+        found = self.evaluator(state.adapters, self.frozen, progress=self.config.progress)
         step = int(state.step)
         if not np.isfinite(found.loss):
             raise self._not_finite(f"an evaluation loss of {found.loss} after step {step}")
         result = {"eval_loss": found.loss, "eval_perplexity": found.perplexity, "eval_tokens": found.tokens}
         self.log.write({"step": step, **result})
-        tqdm.write(f"step {step}: held-out perplexity {found.perplexity:.3f} on {found.tokens:,} tokens")
+        if self.config.progress:
+            tqdm.write(f"step {step}: held-out perplexity {found.perplexity:.3f} on {found.tokens:,} tokens")
         self._speed.restart()
 
     def _look_at(self, done: _Pending | None, bar: tqdm) -> None:

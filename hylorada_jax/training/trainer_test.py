@@ -111,6 +111,16 @@ def test_a_run_learns_and_leaves_its_files(reference):
     jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
 
 
+def test_progress_is_shown_or_not_and_changes_nothing(tmp_path, reference, capsys):
+    model, _ = train(tmp_path / "quiet", progress=False)
+    assert capsys.readouterr() == ("", "")
+    assert_same_run(tmp_path / "quiet", model, reference)
+    train(tmp_path / "shown", steps=2)
+    shown = capsys.readouterr()
+    assert "training: 100%" in shown.err
+    assert shown.out.count("held-out perplexity") == 2
+
+
 def test_perplexities_are_those_of_the_models_before_and_after(reference):
     _, model, result = reference
     for evaluated, found in ((tiny_model(), result.perplexity_before), (model, result.perplexity_after)):
