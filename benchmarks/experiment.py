@@ -16,6 +16,7 @@ from hylorada_jax.training.corpus import PYTHON_STDLIB
 
 BASE, FULL = "base", "full"
 NAMES = (BASE, FULL, *METHODS)
+INSTALL = 'pip install -e ".[benchmarks]" -c constraints.txt'
 # Settings of a contestant that are not its adapter's.
 _OWN = ("lora_A", "structure", "learning_rates")
 

@@ -12,7 +12,6 @@ A step is compiled once for each rank: every other setting that is searched is a
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import math
 import sys
@@ -24,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.command import run
-from benchmarks.experiment import differences
+from benchmarks.experiment import INSTALL, differences
 from benchmarks.report import draw
 from hylorada_jax.config import METHODS, HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ConfigError, near
+from hylorada_jax.errors import CheckpointError, ConfigError, near, require_packages
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
@@ -121,9 +120,7 @@ class Search:
         if settings["method"] not in searched:
             rule = "The settings that are searched are HyLoRADA's"
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
-        if importlib.util.find_spec("optuna") is None:
-            remedy = 'pip install -e ".[benchmarks]" -c constraints.txt'
-            raise ConfigError("The search needs Optuna", "it is not installed", remedy)
+        require_packages("The search needs Optuna", ["optuna"], INSTALL)
         from benchmarks.trial import Runner, Text, training_rows
         from hylorada_jax.models.loading import model_init
         from hylorada_jax.models.tokenizer import load_tokenizer

@@ -125,5 +125,5 @@ def test_bad_input_is_refused_before_a_model_is_loaded(llama, monkeypatch, tmp_p
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "qwix" else found(name))
     check(["lora"], setting_of(llama), ROUNDS)
-    with pytest.raises(HyLoRADAError, match=r"no package qwix\n.*pip install.*qwix"):
+    with pytest.raises(HyLoRADAError, match=r"no package qwix\n.*pip install"):
         check(NAMES, setting_of(llama), ROUNDS)

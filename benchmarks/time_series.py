@@ -75,7 +75,7 @@ def run(budget: Budget) -> Record:
         every setting, and ``runs``, each of a setting, a method, a rate and a seed.
 
     Raises:
-        DataError: statsmodels is not installed.
+        ConfigError: statsmodels is not installed.
         NonFiniteError: a loss became NaN or infinite.
     """
     require_statsmodels()

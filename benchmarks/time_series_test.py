@@ -242,7 +242,7 @@ def test_losses_and_errors_are_of_the_last_target_and_the_predicted_mean():
 
 def test_without_statsmodels_nothing_is_done(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install statsmodels"):
+    with pytest.raises(ConfigError, match=r"no package statsmodels\n.*pip install"):
         time_series.main(TINY, output=tmp_path / "results")
     assert not (tmp_path / "results").exists()
 

@@ -1,6 +1,7 @@
 """The errors a user can meet: each states the rule, the value received and the remedy."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -44,6 +45,12 @@ class CheckpointError(HyLoRADAError):
 
 class NonFiniteError(HyLoRADAError):
     """A loss or a parameter became NaN or infinite."""
+
+
+def require_packages(rule: str, packages: Iterable[str], remedy: str) -> None:
+    """Raises a ConfigError that names those of the packages which are not installed."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ConfigError(rule, f"no package {' and no '.join(missing)}", remedy)
 
 
 def near(name: object, known: Iterable[str]) -> str:

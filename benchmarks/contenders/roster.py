@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.contenders.in_jax import load_base, ours, qwix_lora
 from benchmarks.contenders.in_torch import peft_adapter, torch_device
 from benchmarks.contenders.setting import Contender, Setting
-from benchmarks.experiment import require_each_once
-from hylorada_jax.errors import HyLoRADAError
+from benchmarks.experiment import INSTALL, require_each_once
+from hylorada_jax.errors import HyLoRADAError, require_packages
 from hylorada_jax.models.causal_lm import CausalLM
 
 # What is not the same in all by their nature: it is told with the figures.
@@ -101,12 +100,11 @@ def check(names: Sequence[str], setting: Setting, rounds: int) -> None:
         raise HyLoRADAError(rule, ", ".join(unknown), "Choose among them.")
     require_each_once("contenders", names)
     for name in names:
-        if missing := [package for package in packages(name) if importlib.util.find_spec(package) is None]:
-            raise HyLoRADAError(
-                f"The contender {name!r} needs the packages {', '.join(packages(name))}",
-                f"no package {' and no '.join(missing)}",
-                f"pip install -c constraints.txt {' '.join(missing)}; or leave it out of --contenders.",
-            )
+        require_packages(
+            f"The contender {name!r} needs the packages {', '.join(packages(name))}",
+            packages(name),
+            f"{INSTALL}; or leave it out of --contenders.",
+        )
     numbers = {
         "batch_size": setting.batch_size,
         "seq_len": setting.seq_len,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hylorada_jax.errors import DataError
+from benchmarks.experiment import INSTALL
+from hylorada_jax.errors import require_packages
 
 
 class Series(NamedTuple):
@@ -34,15 +34,9 @@ def require_statsmodels() -> None:
     """Raises where the package that has the series is not installed.
 
     Raises:
-        DataError: it is not.
+        ConfigError: it is not.
     """
-    if importlib.util.find_spec("statsmodels") is None:
-        raise DataError(
-            "The series of this experiment come with statsmodels", "it is not installed", _INSTALL
-        )
-
-
-_INSTALL = "Install it: pip install statsmodels==0.15.0 -c constraints.txt"
+    require_packages("The series of this experiment come with statsmodels", ["statsmodels"], INSTALL)
 
 
 def statsmodels_version() -> str:
@@ -58,7 +52,7 @@ def target_series() -> dict[str, Series]:
         the sea's surface temperature in the region Niño 1+2, monthly, 1950–2010, as it is.
 
     Raises:
-        DataError: statsmodels is not installed.
+        ConfigError: statsmodels is not installed.
     """
     co2 = _table("co2")["co2"].dropna()
     months = _table("elnino")
@@ -79,7 +73,7 @@ def other_series() -> list[Series]:
         Sunspots and the Nile's volume, yearly, and the quarterly columns of the US economy.
 
     Raises:
-        DataError: statsmodels is not installed.
+        ConfigError: statsmodels is not installed.
     """
     found = []
     for name, year, column in (("sunspots", "YEAR", "SUNACTIVITY"), ("nile", "year", "volume")):

@@ -1,11 +1,10 @@
 """The command that measures JAX against the PyTorch reference."""
 
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
 
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, require_packages
 
 
 def parity(
@@ -26,12 +25,11 @@ def parity(
         whole_models: small random models with every method too, besides the layers.
         overwrite: replace an output file that exists.
     """
-    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            "Parity is measured against the PyTorch reference and transformers' models",
-            f"no package {' and no '.join(missing)}",
-            'pip install "hylorada[torch]".',
-        )
+    require_packages(
+        "Parity is measured against the PyTorch reference and transformers' models",
+        ("torch", "transformers"),
+        'pip install "hylorada[torch]".',
+    )
     if output.exists() and not overwrite:
         raise DataError("A report is not overwritten", str(output), "Give --overwrite or another --output.")
     if not output.parent.is_dir():
