@@ -129,7 +129,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
                 [a / b for a, b in zip(row.values("lim_middle"), row.values("lim_ends"), strict=True)], 3
             ),
             *(
-                plus_minus([scale * v for v in row.values(name)], digits, only_mean=True) if trained else ""
+                f"{scale * statistics.median(row.values(name)):,.{digits}f}" if trained else ""
                 for name, scale, digits in (
                     ("seconds_per_step", 1.0, 2),
                     ("tokens_per_second", 1.0, 0),
@@ -177,10 +177,10 @@ def _seeds(rows: Sequence[Row]) -> int:
     return max(len(row.runs) for row in rows)
 
 
-def plus_minus(values: Sequence[float], digits: int, *, only_mean: bool = False) -> str:
-    """Mean ± standard deviation, in so many digits."""
+def plus_minus(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation, in so many digits; of one value, it alone."""
     text = f"{statistics.mean(values):,.{digits}f}"
-    if len(values) > 1 and not only_mean:
+    if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
     return text
 
