@@ -146,7 +146,8 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
 def caption(rows: Sequence[Row]) -> str:
     """Where the numbers come from, in words."""
     record = rows[0].runs[0]
-    settings, tokens = record["settings"], record["settings"]["tokens"]
+    settings, tokens, result = record["settings"], record["settings"]["tokens"], record["result"]
+    placed = result["lim_sequences"] * settings["seq_len"]
     environments = [run["environment"] for row in rows for run in row.runs]
     devices = sorted({device(environment) for environment in environments})
     commits = sorted({str(e["commit"]) for e in environments})
@@ -156,9 +157,10 @@ def caption(rows: Sequence[Row]) -> str:
     return (
         f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
-        f"{test} (about {settings['test_tokens']:,} of {tokens['test']:,} tokens, windows of "
-        f"{settings['seq_len']}). Mean ± standard deviation of {_seeds(rows)} seeds; each method with the "
-        f"learning rate that was best for it on held-out training data. Step, tokens/s: medians on "
+        f"{test} in windows of {settings['seq_len']}: PPL of {result['scored_tokens']:,}, LiM PPL of "
+        f"{placed:,} of its {tokens['test']:,} tokens. Mean ± standard "
+        f"deviation of {_seeds(rows)} seeds; each method with the learning rate that was best for it on "
+        f"held-out training data. Step, tokens/s: medians on "
         f"{', '.join(devices)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
     )
 
