@@ -246,11 +246,11 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
             values = row.values("perplexity")
             spread = statistics.stdev(values) if len(values) > 1 else 0
             count = row.runs[0]["result"]["parameters"]
-            axes.errorbar(count, statistics.mean(values), yerr=spread, marker="o", capsize=3)
-            axes.annotate(
-                row.label, (count, statistics.mean(values)), xytext=(6, 4), textcoords="offset points"
+            axes.errorbar(
+                count, statistics.mean(values), yerr=spread, marker="o", capsize=3, ls="", label=row.label
             )
         axes.set(xscale="log", xlabel="trainable parameters", ylabel="test perplexity")
+        axes.legend()
 
     draw(directory / "loss.png", losses)
     draw(directory / "by_place.png", by_place)
