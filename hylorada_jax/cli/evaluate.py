@@ -12,6 +12,7 @@ from hylorada_jax.cli.shared import (
     tokens_of,
 )
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
+from hylorada_jax.training.packing import check_windows
 
 
 def evaluate(
@@ -41,6 +42,7 @@ def evaluate(
         dtype: of the weights and the computation.
         json: print one JSON object.
     """
+    check_windows(seq_len, stride, max_tokens)
     texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
     check_adapter(adapter, structure)
 

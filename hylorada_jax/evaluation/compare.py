@@ -54,6 +54,14 @@ def compare_models(
         DataError: no document fills a window, a token id is outside a model's vocabulary, or structure ids
             do not fit the tokens.
         ConfigError: there are structure ids, and no model that reads them.
+
+    Example:
+        base = load_model("smollm2-135m")
+        trained = HyLoRADAModel.from_pretrained(base, "runs/finetune/adapter")
+        held_out = tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
+        compare_models({"base": base, "trained": trained}, held_out, seq_len=256, max_tokens=2048)
+
+    Source: method.md, section 9.
     """
     options: dict[str, Any] = {
         "seq_len": seq_len,

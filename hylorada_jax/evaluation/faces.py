@@ -14,12 +14,15 @@ def face_of(model: Any) -> AdaptedFace | BareFace:
     """What an evaluation asks of a model.
 
     Args:
-        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
+        model: a :class:`HyLoRADAModel`, which within its ``disable_adapter()`` is its base; a
+            :class:`CausalLM` or one of HF's Flax models.
 
     Raises:
         ModelError: it is none of these.
     """
-    return AdaptedFace(model) if isinstance(model, HyLoRADAModel) else BareFace(as_base(model))
+    if not isinstance(model, HyLoRADAModel):
+        return BareFace(as_base(model))
+    return AdaptedFace(model) if model._enabled else BareFace(model.base)
 
 
 class AdaptedFace:

@@ -83,7 +83,11 @@ def evaluate_lost_in_the_middle(
     Raises:
         DataError: no document fills a sequence, a token id is outside the vocabulary, or structure ids do not
             fit the tokens.
-        ConfigError: nothing in the model reads structure ids.
+        ConfigError: nothing in the model reads structure ids, or seq_len or max_tokens is not positive.
+
+    Example:
+        held_out = tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
+        evaluate_lost_in_the_middle(load_model("smollm2-135m"), held_out, seq_len=256, max_tokens=2048).middle
 
     Source: method.md, section 9; Liu et al. 2024, "Lost in the Middle".
     """

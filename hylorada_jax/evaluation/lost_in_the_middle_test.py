@@ -37,13 +37,14 @@ def test_the_measures_are_the_definitions():
 
 
 def test_a_part_is_spread_over_all_sequences(base):  # noqa: F811
-    long = documents()[0]
-    part = evaluate_lost_in_the_middle(base, [long], seq_len=SEQ_LEN, max_tokens=SEQ_LEN, progress=False)
-    first = evaluate_lost_in_the_middle(base, [long[:13]], seq_len=SEQ_LEN, progress=False)
-    np.testing.assert_allclose(part.losses, first.losses, rtol=1e-6)
+    long = np.random.default_rng(2).integers(0, VOCAB, 4 * SEQ_LEN + 1)
+    part = evaluate_lost_in_the_middle(base, [long], seq_len=SEQ_LEN, max_tokens=2 * SEQ_LEN, progress=False)
+    chosen = [long[start : start + SEQ_LEN + 1] for start in (0, 2 * SEQ_LEN)]
+    first_and_third = evaluate_lost_in_the_middle(base, chosen, seq_len=SEQ_LEN, progress=False)
+    np.testing.assert_allclose(part.losses, first_and_third.losses, rtol=1e-6)
 
 
-@pytest.mark.parametrize("seq_len", [40, 9])
+@pytest.mark.parametrize("seq_len", [40, 9, 1])
 def test_what_cannot_be_cut_is_refused(base, seq_len):  # noqa: F811
     with pytest.raises(DataError, match=f"seq_len {seq_len}"):
         evaluate_lost_in_the_middle(base, documents(), seq_len=seq_len)

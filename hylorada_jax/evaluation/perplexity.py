@@ -57,7 +57,8 @@ class PerplexityEvaluator:
     Raises:
         DataError: there is nothing to predict, a token id is outside the vocabulary, or structure ids do not
             fit the tokens.
-        ConfigError: nothing in the model reads structure ids.
+        ConfigError: nothing in the model reads structure ids, or seq_len, stride or max_tokens is out of
+            range.
 
     Source: method.md, section 9; the Hugging Face guide "Perplexity of fixed-length models".
     """
@@ -79,7 +80,7 @@ class PerplexityEvaluator:
         self._rows = Rows(
             checked,
             seq_len,
-            stride=stride or max(1, seq_len // 2),
+            stride=max(1, seq_len // 2) if stride is None else stride,
             packing=face.base.supports_segments,
             structure=as_structure(structure, checked, "evaluation", has_encoder=face.has_encoder),
         )
@@ -140,7 +141,14 @@ def evaluate_perplexity(
     Raises:
         DataError: there is nothing to predict, a token id is outside the vocabulary, or structure ids do not
             fit the tokens.
-        ConfigError: nothing in the model reads structure ids.
+        ConfigError: nothing in the model reads structure ids, or seq_len, stride or max_tokens is out of
+            range.
+
+    Example:
+        held_out = tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
+        evaluate_perplexity(load_model("smollm2-135m"), held_out, seq_len=256, max_tokens=2048).perplexity
+
+    Source: as :class:`PerplexityEvaluator`.
     """
     evaluator = PerplexityEvaluator(
         model,

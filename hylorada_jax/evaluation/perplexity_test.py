@@ -1,5 +1,7 @@
 """Oracle: every window of the definition computed on its own, with the model's plain logits."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -70,10 +72,40 @@ def test_adapters_change_what_is_evaluated_and_nothing_compiles_twice(base):
 
 
 def test_a_sample_of_the_tokens_takes_rows_from_everywhere(base):
-    evaluator = PerplexityEvaluator(
-        base, documents(), seq_len=SEQ_LEN, stride=SEQ_LEN, batch_size=2, max_tokens=24
-    )
-    assert 12 < evaluator(progress=False).tokens <= 24
+    long = np.random.default_rng(2).integers(0, VOCAB, 4 * SEQ_LEN + 1)
+    options: dict[str, Any] = {"seq_len": SEQ_LEN, "stride": SEQ_LEN, "batch_size": 2, "progress": False}
+    part = evaluate_perplexity(base, [long], max_tokens=2 * SEQ_LEN, **options)
+    chosen = [long[start : start + SEQ_LEN + 1] for start in (0, 2 * SEQ_LEN)]
+    first_and_third = evaluate_perplexity(base, chosen, **options)
+    assert part.tokens == first_and_third.tokens == 2 * SEQ_LEN
+    assert part.loss == pytest.approx(first_and_third.loss, rel=1e-6)
+
+
+def test_without_its_adapter_a_model_is_measured_as_its_base(base):
+    model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2, target_modules=("v_proj",)))
+    model.adapters = jax.tree.map(lambda x: x + 1.0, model.adapters)
+
+    def loss(of):
+        return evaluate_perplexity(of, documents(), seq_len=SEQ_LEN, progress=False).loss
+
+    adapted = loss(model)
+    with model.disable_adapter():
+        assert loss(model) == loss(base)
+    assert loss(model) == adapted != loss(base)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"seq_len": 0}, "seq_len 0"),
+        ({"seq_len": 12, "stride": 13}, "stride 13, seq_len 12"),
+        ({"seq_len": 12, "stride": 0}, "stride 0"),
+        ({"seq_len": 12, "max_tokens": 0}, "0 tokens"),
+    ],
+)
+def test_windows_that_never_end_or_leave_tokens_out_are_refused(base, sizes, match):
+    with pytest.raises(ConfigError, match=match):
+        evaluate_perplexity(base, documents(), progress=False, **sizes)
 
 
 def test_nothing_to_predict_is_refused(base):

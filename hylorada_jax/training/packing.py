@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.loss import IGNORED
 
 Batch = dict[str, np.ndarray]
@@ -44,6 +45,9 @@ class Rows:
         structure: structure ids, one [n] int array per document, or None.
         positions: structure positions, such as hours, one [n] float array per document, or None.
 
+    Raises:
+        ConfigError: seq_len or stride is out of range.
+
     Example:
         >>> rows = Rows([np.array([5, 6, 7]), np.array([8, 9])], seq_len=4)
         >>> {name: values.tolist() for name, values in rows[0].items()}  # doctest: +NORMALIZE_WHITESPACE
@@ -64,6 +68,7 @@ class Rows:
         structure: Sequence[np.ndarray] | None = None,
         positions: Sequence[np.ndarray] | None = None,
     ) -> None:
+        check_windows(seq_len, stride)
         self._documents, self._structure, self._positions = documents, structure, positions
         self._seq_len = seq_len
         self._windows = [
@@ -112,6 +117,19 @@ class Rows:
         return row
 
 
+def check_windows(seq_len: int, stride: int | None = None, tokens: int | None = None) -> None:
+    """Raises a ConfigError for windows that would never end or leave tokens out, or for no tokens at all."""
+    if seq_len < 1:
+        raise ConfigError("A window must have a token", f"seq_len {seq_len}", "Give at least 1.")
+    if stride is not None and not 1 <= stride <= seq_len:
+        received = f"stride {stride}, seq_len {seq_len}"
+        raise ConfigError(
+            "Windows must start every 1 … seq_len tokens, or some are left out", received, "Correct it."
+        )
+    if tokens is not None and tokens < 1:
+        raise ConfigError("A part of the tokens must have one", f"{tokens} tokens", "Give at least 1.")
+
+
 def spread(rows: Sequence[Batch] | Rows, tokens: int) -> list[Batch]:
     """As many rows as hold so many tokens, spread evenly over all of them.
 
@@ -119,7 +137,9 @@ def spread(rows: Sequence[Batch] | Rows, tokens: int) -> list[Batch]:
         rows: of equal length.
         tokens: at least one; all rows are taken where they hold fewer.
     """
-    count = min(len(rows), -(-tokens // rows[0]["input_ids"].size))
+    width = rows[0]["input_ids"].size
+    check_windows(width, tokens=tokens)
+    count = min(len(rows), -(-tokens // width))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
