@@ -12,15 +12,17 @@ import jax.numpy as jnp
 
 from benchmarks.contestants import contestant
 from benchmarks.experiment import BASE, Experiment, Variant, dev_loss, differences
-from benchmarks.trial import Runner, Text, measure, training_rows
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from benchmarks.trial import Runner, Text, measure, require_row, training_rows
+from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
+from hylorada_jax.evaluation.retrieval import contexts
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.loading import load_model, model_init
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.corpus import Document, load_documents
+from hylorada_jax.training.corpus import PYTHON_STDLIB, Document, load_documents
 from hylorada_jax.training.data import digest, tokenize, tokenize_with_structure
 from hylorada_jax.training.packing import Batch, Rows
 from parity_tests.environment import environment
@@ -34,13 +36,14 @@ class Benchmark:
     Args:
         experiment: what is compared.
         directory: of its runs.
-        data_dir: where relative paths of its data begin.
+        data_dir: where the files of its data lie; None where their paths say it.
         command: what started it, for the records.
 
     Raises:
-        DataError: data is missing, or too short for a row.
+        DataError: data is missing, or too short for a row or for the retrieval probe.
         ModelError: the model is not found or has no tokenizer.
         TargetError: a method's targets match no layer of it.
+        ConfigError: a rate, a seed or a size is out of range.
         CheckpointError: the directory holds runs of other settings.
     """
 
@@ -50,16 +53,16 @@ class Benchmark:
         for variant in experiment.variants:
             if variant.config is not None:
                 plan(modules, variant.config)
+        if experiment.seq_len < BUCKETS:
+            raise ConfigError(
+                f"seq_len must have a token for each of {BUCKETS} places", experiment.seq_len, "Give more."
+            )
         self._tokenizer = load_tokenizer(experiment.model)
         texts = _texts(experiment, data_dir)
         plain = {part: Text(tokenize(found, self._tokenizer), None) for part, found in texts.items()}
         for part, text in plain.items():
-            if (longest := max(map(len, text.tokens))) <= experiment.seq_len:
-                raise DataError(
-                    f"The {part} data must have a document of a row and a token more",
-                    f"seq_len {experiment.seq_len}, and the longest document has {longest} tokens",
-                    "Give longer documents, or a smaller seq_len.",
-                )
+            require_row(part, text, experiment.seq_len)
+        contexts(self._tokenizer, experiment.seq_len, experiment.retrieval_samples)
         self._texts: dict[str | None, dict[str, Text]] = {None: plain}
         for structure in {variant.structure for variant in experiment.variants if variant.structure}:
             told = {part: tokenize_with_structure(t, self._tokenizer, structure) for part, t in texts.items()}
@@ -84,6 +87,8 @@ class Benchmark:
         for variant in experiment.variants:
             for rate in variant.learning_rates:
                 for seed in self._seeds(variant):
+                    if variant.kind != BASE:
+                        self._training(rate, seed)
                     self._done(variant, rate, seed)
         self._base: Any = None
 
@@ -134,16 +139,18 @@ class Benchmark:
             self._runner = Runner(self._rows(text))
         if self._contestant is None:
             return self._base, {"parameters": 0}
-        training = TrainingConfig(
+        trained, result = self._runner.train(self._contestant, self._training(rate, seed))
+        return self._contestant.trained(trained), result
+
+    def _training(self, rate: float, seed: int) -> TrainingConfig:
+        return TrainingConfig(
             output_dir=self._directory,
             steps=self._steps,
-            batch_size=experiment.batch_size,
-            seq_len=experiment.seq_len,
+            batch_size=self._experiment.batch_size,
+            seq_len=self._experiment.seq_len,
             learning_rate=rate,
             seed=seed,
         )
-        trained, result = self._runner.train(self._contestant, training)
-        return self._contestant.trained(trained), result
 
     def _rows(self, text: Text) -> Rows | list[Batch]:
         return training_rows(text, self._experiment.seq_len, self._experiment.train_tokens)
@@ -176,7 +183,7 @@ def _texts(experiment: Experiment, data_dir: Path | None) -> dict[str, list[Docu
     """The documents to train on, to choose the learning rate by, and to report on."""
 
     def source(data: str) -> str:
-        return str(data_dir / data) if data_dir is not None and (data_dir / data).exists() else data
+        return data if data_dir is None or data == PYTHON_STDLIB else str(data_dir / data)
 
     train_data = source(experiment.train_data)
     train, held_out = (load_documents(train_data, split) for split in ("train", "eval"))

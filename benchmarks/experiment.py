@@ -60,7 +60,8 @@ class Experiment:
         methods: {label: settings}: of :class:`HyLoRADAConfig`, the method being the label where none is
             given; or the labels base and full. Further: ``"lora_A": "kaiming"``, ``"structure": "code"``,
             and ``learning_rates``.
-        learning_rates: the grid that each contestant chooses from, with the first seed.
+        learning_rates: the grid that each contestant chooses from, with the first seed; sparse has a rate of
+            its own.
         seeds: of the adapters' start and the order of the data.
         epochs: passes over the training data; or
         steps: optimizer steps.
@@ -132,6 +133,11 @@ class Experiment:
         config = HyLoRADAConfig.from_dict(settings) if kind == "adapter" else None
         if kind == BASE:
             rates = (0.0,)
+        if config and config.method == "sparse":
+            # All that it trains has a rate of its own: of a grid, every run would be the same.
+            from hylorada_jax.training.optimizer import GROUPS
+
+            rates = (GROUPS["sparse"].rate,)
         structure = own.get("structure")
         if structure and not (config and config.use_hylorada_v2):
             received = f"{label}: structure {structure}"

@@ -3,12 +3,14 @@
     python benchmarks/report.py benchmarks/results/wikitext-2 --readme README.md
 
 Writes table.md, loss.png, by_place.png and parameters.png beside the runs. In the README the table takes the
-place of what stands between `<!-- results:NAME -->` and `<!-- end -->`.
+place of what stands between `<!-- results:NAME -->` and `<!-- end -->`. With --rate, all that is compared has
+one learning rate, and table-rate<RATE>.md is written, alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -28,42 +30,60 @@ Record = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """What the table says of one method: its runs with its own learning rate."""
+    """What the table says of one method: its runs with one learning rate.
+
+    Attributes:
+        label: the method's.
+        rate: the learning rate.
+        runs: those that ended, in the order of the seeds.
+        diverged: how many did not.
+        rates: how many rates it was tried with.
+    """
 
     label: str
     rate: float
     runs: list[Record]
+    diverged: int
+    rates: int
 
     def values(self, name: str) -> list[float]:
         """A result of every run, in the order of the seeds."""
         return [run["result"][name] for run in self.runs]
 
 
-def main(directory: Path, /, *, readme: Path | None = None, against: str | None = None) -> None:
+def main(
+    directory: Path,
+    /,
+    *,
+    readme: Path | None = None,
+    against: str | None = None,
+    rate: float | None = None,
+) -> None:
     """Print the table of a benchmark, and draw its plots.
 
     Args:
         directory: of the runs, as run_benchmark.py wrote them.
         readme: a Markdown file whose table is replaced.
         against: a method; the table also says by how much the others differ from it, seed by seed.
+        rate: take the runs with this learning rate, in place of each method's own.
     """
-    rows = read(directory)
+    rows = read(directory, rate)
     text = table(rows, against=against)
     print(text)
-    write_whole(directory / "table.md", text.encode())
-    plot(rows, directory)
+    write_whole(directory / ("table.md" if rate is None else f"table-rate{rate:g}.md"), text.encode())
+    if rate is None:
+        plot(rows, directory)
     if readme is not None:
         write_whole(readme, replaced(readme.read_text("utf-8"), directory.name, text).encode())
 
 
-def read(directory: Path) -> list[Row]:
-    """The rows of a benchmark, the least perplexity last.
-
-    A method's runs are those of the learning rate with the least held-out loss on the seed that all rates
-    were tried with.
+def read(directory: Path, rate: float | None = None) -> list[Row]:
+    """The rows of a benchmark, the least perplexity last, but for what diverged.
 
     Args:
         directory: of the runs.
+        rate: of the runs to take. None takes those of the learning rate with the least held-out loss on the
+            seed that all rates were tried with, for each method.
 
     Raises:
         CheckpointError: there are no runs, or they are not of one experiment.
@@ -85,12 +105,25 @@ def read(directory: Path) -> list[Row]:
     for label, runs in by_label.items():
         seed = runs[0]["settings"]["seed"]
         grid = [run for run in runs if run["settings"]["seed"] == seed]
-        rate = min(grid, key=dev_loss)["settings"]["learning_rate"]
-        own = [run for run in runs if run["settings"]["learning_rate"] == rate]
-        if ended := [run for run in own if "diverged" not in run["result"]]:
-            lost = len(own) - len(ended)
-            rows.append(Row(f"{label} ({lost} diverged)" if lost else label, rate, ended))
-    return sorted(rows, key=lambda row: -statistics.mean(row.values("perplexity")))
+        best = min(grid, key=dev_loss)["settings"]["learning_rate"]
+        chosen = best if rate is None or _is_base(runs) else rate
+        own = [run for run in runs if run["settings"]["learning_rate"] == chosen]
+        ended = [run for run in own if "diverged" not in run["result"]]
+        if own:
+            rows.append(Row(label, chosen, ended, len(own) - len(ended), len(grid)))
+    if not any(row.runs for row in rows):
+        received = f"{directory}, learning rate {rate}" if rate else directory
+        raise CheckpointError("Some run must have ended", received, "Look into its files, or run others.")
+    # Infinite where none ended: those come first.
+    return sorted(rows, key=lambda row: -_mean(row.values("perplexity")))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.mean(values) if values else math.inf
+
+
+def _is_base(runs: Sequence[Record]) -> bool:
+    return runs[0]["settings"]["kind"] == BASE
 
 
 def _shared(record: Record) -> Record:
@@ -110,24 +143,32 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
         raise ConfigError(
             f"A method of the table is one of {', '.join(labels)}", repr(against), "Choose one."
         )
-    heads = ["method", "parameters", "rate", "PPL", "LiM PPL", "middle / ends"]
+    probed = all("retrieval" in run["result"] for row in rows for run in row.runs)
+    heads = ["method", "parameters", "rate", "PPL"]
+    heads += [f"PPL − {against}"] if against is not None else []
+    heads += ["LiM PPL", "middle / ends"] + (["found"] if probed else [])
     heads += ["step, s", "tokens/s", "memory, MB"]
-    if against is not None:
-        heads.insert(4, f"PPL − {against}")
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     seeds = _seeds(rows)
     for row in rows:
-        trained = "losses" in row.runs[0]["result"]
-        missing = trained and len(row.runs) < seeds
+        if not row.runs:
+            lines.append([row.label, "", f"{row.rate:g}", "diverged", *[""] * (len(heads) - 4)])
+            continue
+        trained = not _is_base(row.runs)
+        short = f"{len(row.runs)} of {seeds} seeds" if trained and len(row.runs) < seeds else ""
+        lost = f"{row.diverged} diverged" if row.diverged else ""
+        notes = ", ".join(note for note in (short, lost) if note)
         cells = [
-            f"{row.label} ({len(row.runs)} of {seeds} seeds)" if missing else row.label,
+            f"{row.label} ({notes})" if notes else row.label,
             f"{row.runs[0]['result']['parameters']:,}",
             f"{row.rate:g}" if trained else "",
             plus_minus(row.values("perplexity"), 2),
+            *([_difference(row, labels[against])] if against is not None else []),
             plus_minus(row.values("lim_perplexity"), 2),
             plus_minus(
                 [a / b for a, b in zip(row.values("lim_middle"), row.values("lim_ends"), strict=True)], 3
             ),
+            *([plus_minus([_mean(found) for found in row.values("retrieval")], 2)] if probed else []),  # type: ignore[arg-type]
             *(
                 f"{scale * statistics.median(row.values(name)):,.{digits}f}" if trained else ""
                 for name, scale, digits in (
@@ -137,15 +178,13 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
                 )
             ),
         ]
-        if against is not None:
-            cells.insert(4, _difference(row, labels[against]))
         lines.append(cells)
     return f"{markdown(lines)}\n\n{caption(rows)}\n"
 
 
 def caption(rows: Sequence[Row]) -> str:
     """Where the numbers come from, in words."""
-    record = rows[0].runs[0]
+    record = next(row for row in rows if row.runs).runs[0]
     settings, tokens, result = record["settings"], record["settings"]["tokens"], record["result"]
     placed = result["lim_sequences"] * settings["seq_len"]
     environments = [run["environment"] for row in rows for run in row.runs]
@@ -158,11 +197,21 @@ def caption(rows: Sequence[Row]) -> str:
         f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
         f"{test} in windows of {settings['seq_len']}: PPL of {result['scored_tokens']:,}, LiM PPL of "
-        f"{placed:,} of its {tokens['test']:,} tokens. Mean ± standard "
-        f"deviation of {_seeds(rows)} seeds; each method with the learning rate that was best for it on "
-        f"held-out training data. Step, tokens/s: medians on "
+        f"{placed:,} of its {tokens['test']:,} tokens. Mean ± standard deviation over {_seeds(rows)} "
+        f"seeds, not over other text; {_rates(rows)}. Step, tokens/s: medians on "
         f"{', '.join(devices)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
     )
+
+
+def _rates(rows: Sequence[Row]) -> str:
+    """How the learning rates were come by, in words."""
+    trained = [row for row in rows if not (row.runs and _is_base(row.runs))]
+    if len(rates := {row.rate for row in trained}) == 1:
+        return f"all with the learning rate {rates.pop():g}"
+    rule = "each method with the learning rate that was best for it on held-out training data"
+    usual = statistics.mode(row.rates for row in trained)
+    others = "".join(f", {row.label} of {row.rates}" for row in trained if row.rates != usual)
+    return f"{rule}, of {usual} rates{others}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -192,9 +241,12 @@ def _difference(row: Row, other: Row) -> str:
     if row is other:
         return ""
     ours, theirs = ({r["settings"]["seed"]: r["result"]["perplexity"] for r in x.runs} for x in (row, other))
-    if row.runs[0]["settings"]["kind"] == BASE:  # has no seed
+    if _is_base(row.runs):  # has no seed
         ours = dict.fromkeys(theirs, row.values("perplexity")[0])
-    return plus_minus([ours[seed] - theirs[seed] for seed in ours if seed in theirs], 2)
+    if other.runs and _is_base(other.runs):
+        theirs = dict.fromkeys(ours, other.values("perplexity")[0])
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return plus_minus(differences, 2) if differences else ""
 
 
 def replaced(text: str, name: str, table: str) -> str:
@@ -224,7 +276,8 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
         rows: from :func:`read`.
         directory: of loss.png, by_place.png and parameters.png.
     """
-    trained = [row for row in rows if "losses" in row.runs[0]["result"]]
+    rows = [row for row in rows if row.runs]
+    trained = [row for row in rows if not _is_base(row.runs)]
 
     def losses(axes: Any) -> None:
         for row in trained:

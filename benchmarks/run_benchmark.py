@@ -42,8 +42,9 @@ def main(
     train_tokens: int | None = None,
     dev_tokens: int | None = None,
     test_tokens: int | None = None,
+    retrieval_samples: int | None = None,
     name: str | None = None,
-    output: Path = Path("benchmarks/results"),
+    output: Path = Path("runs"),
 ) -> None:
     """Train and measure every method on the same data; what was done before is not done again.
 
@@ -53,17 +54,20 @@ def main(
             labels of the config file. [lora dora lorada hylorada]
         epochs: passes over the training data [1, where steps are not given either].
         steps: optimizer steps, in place of epochs.
-        learning_rates: the grid that each method chooses its own from [5e-4 1e-3 2e-3].
+        learning_rates: the grid that each method chooses its own from [5e-4 1e-3 2e-3]; full and longlora
+            want smaller ones, sparse has one of its own.
         seeds: of the adapters' start and the order of the data [0 1 2].
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         train_data: a file, a glob, a Hub dataset, or python-stdlib, the embedded corpus.
         test_data: to report on [half of what is held out of the training data].
-        data_dir: where files that the experiment names by a relative path lie.
+        data_dir: where the files that the experiment names lie.
         batch_size: rows per step [2].
         seq_len: tokens per row [256].
         train_tokens: of the training data, about so many, spread evenly [16384; with a config file, its own].
         dev_tokens: of the held-out data, to choose a learning rate by [4096].
-        test_tokens: of the test data [8192].
+        test_tokens: of the test data [8192]: all are scored by place, and for perplexity half, which are read
+            with at least half a window of context.
+        retrieval_samples: facts at each depth of the retrieval probe [0, which leaves it out].
         name: of the directory of results [the config file's; benchmark].
         output: where that directory lies.
     """

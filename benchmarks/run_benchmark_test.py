@@ -3,11 +3,14 @@
 import json
 import statistics
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from benchmarks import command, report, run_benchmark, trial
 from benchmarks.benchmark import Benchmark
+from benchmarks.contestants import Full
 from benchmarks.experiment import Experiment
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.errors import (
@@ -141,6 +144,60 @@ def test_a_rate_that_diverges_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch
     assert (row.label, row.rate, len(row.runs)) == ("lora", 1e-4, 2)
 
 
+def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch):  # noqa: F811
+    train = trial.Runner.train
+
+    def diverges(self, contestant, training):
+        if isinstance(contestant, Full):
+            raise NonFiniteError("A loss must be finite", "nan at step 2", "")
+        return train(self, contestant, training)
+
+    monkeypatch.setattr(trial.Runner, "train", diverges)
+    run(tiny, tmp_path, methods={"full": {}, "lora": {}}, learning_rates=[1e-2])
+    text = report.table(report.read(tmp_path / "tiny"), against="full")
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert "| full |  | 0.01 | diverged |" in text
+    report.main(tmp_path / "tiny", against="lora")
+    for file in (tmp_path / "tiny").glob("lora*.json"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="ended"):
+        report.read(tmp_path / "tiny")
+
+
+def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkeypatch):  # noqa: F811
+    train = trial.Runner.train
+
+    def breaks(self, contestant, training):
+        adapters, result = train(self, contestant, training)
+        return jax.tree.map(lambda x: x * float("nan"), adapters), result
+
+    monkeypatch.setattr(trial.Runner, "train", breaks)
+    run(tiny, tmp_path, methods={"lora": {"learning_rates": [1e-2]}}, seeds=[3])
+    (record,) = records(tmp_path / "tiny").values()
+    assert record["result"] == {"diverged": "nan on held-out text"}
+
+
+def test_all_can_be_compared_at_one_rate(done):
+    rows = {row.label: row for row in report.read(done, rate=1e-4)}
+    assert {row.rate for label, row in rows.items() if label != "base"} == {1e-4}
+    for row in rows.values():
+        for found in row.runs:
+            assert found["settings"]["learning_rate"] in (0, 1e-4)
+    report.main(done, rate=1e-4, against="lora")
+    assert "all with the learning rate 0.0001" in (done / "table-rate0.0001.md").read_text()
+
+
+def test_differences_to_the_base_model_are_those_of_every_seed(done):
+    rows = {row.label: row for row in report.read(done)}
+    base, lora = (rows[label].values("perplexity") for label in ("base", "lora"))
+    for text, ours, theirs in (
+        (report._difference(rows["lora"], rows["base"]), lora, base * 2),
+        (report._difference(rows["base"], rows["lora"]), base * 2, lora),
+    ):
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        assert text == f"{statistics.mean(differences):,.2f} ± {statistics.stdev(differences):.2f}"
+
+
 def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
     text = report.table(report.read(done), against="lora")
     runs = next(row.runs for row in report.read(done) if row.label == "orthogonal")
@@ -178,9 +235,15 @@ def test_the_readmes_table_is_replaced_and_nothing_else(done, tmp_path):
         ({"model": "./nowhere"}, ModelError, "nowhere"),
         ({"methods": {"lora": {"target_modules": ["nothing"]}}}, TargetError, "nothing"),
         ({"train_data": "absent.txt"}, DataError, "absent.txt"),
+        ({"seq_len": 9}, ConfigError, "seq_len"),
+        ({"learning_rates": [0.0]}, ConfigError, "learning_rate"),
+        ({"seeds": [-1]}, ConfigError, "seed"),
+        ({"steps": 2.5}, ConfigError, "steps"),
+        ({"retrieval_samples": 1}, DataError, "context"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
+    # A Benchmark loads a model when it runs.
     settings = Experiment(**experiment(tiny, **changes))
     with pytest.raises(error, match=match):
         Benchmark(settings, tmp_path, tiny, "")
@@ -208,6 +271,37 @@ def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):  # noqa: F811
 def test_an_experiment_that_says_what_cannot_be_is_refused(changes, match):
     with pytest.raises(ConfigError, match=match):
         Experiment(**experiment("tiny", **changes))
+
+
+def test_the_sparse_adapter_whose_rate_is_its_own_is_trained_once_a_seed(tmp_path):
+    sparse, lora = Experiment(**experiment("tiny", methods={"sparse": {}, "lora": {}})).variants
+    assert (sparse.learning_rates, lora.learning_rates) == ((2e-4,), (1e-2, 1e-4))
+
+
+def test_the_command_ends_with_the_table_and_the_plots(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / "long.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 800)
+    options = {
+        "--methods": ("base", "lora"), "--model": (tiny,), "--train-data": ("long.txt",),
+        "--test-data": ("long.txt",),
+        "--data-dir": (tmp_path,), "--steps": ("2",), "--learning-rates": ("1e-3",), "--seeds": ("0", "1"),
+        "--seq-len": ("900",), "--dev-tokens": ("900",), "--test-tokens": ("900",),
+        "--retrieval-samples": ("1",), "--output": (tmp_path,),
+    }  # fmt: skip
+    words = [str(word) for name, values in options.items() for word in (name, *values)]
+    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", *words])
+    command.run(run_benchmark.main)
+    table = (tmp_path / "benchmark" / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| found |" in table.splitlines()[0]
+    assert len(list((tmp_path / "benchmark").glob("*.png"))) == 3
+
+
+def test_a_model_that_lets_packed_documents_see_each_other_is_refused():
+    contestant = SimpleNamespace(
+        model=SimpleNamespace(base=SimpleNamespace(name="opt", supports_segments=False))
+    )
+    with pytest.raises(ConfigError, match="opt knows no segment_ids"):
+        trial.Runner([]).train(contestant, None)  # type: ignore[arg-type]
 
 
 def test_runs_of_other_settings_are_not_overwritten(done, tiny):  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -13,11 +14,12 @@ import numpy as np
 
 from benchmarks.contestants import Adapted, Full
 from benchmarks.experiment import Experiment
-from hylorada_jax.errors import NonFiniteError
+from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.evaluation.retrieval import evaluate_retrieval
 from hylorada_jax.evaluation.sweep import loss_sweep
+from hylorada_jax.models.face import require_segments
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.data import shuffled_batches
@@ -30,6 +32,16 @@ class Text(NamedTuple):
 
     tokens: Sequence[np.ndarray]
     structure: Sequence[np.ndarray] | None
+
+
+def require_row(name: str, text: Text, seq_len: int) -> None:
+    """Raises a DataError for a text none of whose documents has a row and a token more, its last target."""
+    if (longest := max(map(len, text.tokens))) <= seq_len:
+        raise DataError(
+            f"The {name} data must have a document of a row and a token more",
+            f"seq_len {seq_len}, and the longest document has {longest} tokens",
+            "Give longer documents, or a smaller seq_len.",
+        )
 
 
 def training_rows(text: Text, seq_len: int, tokens: int | None) -> Rows | list[Batch]:
@@ -67,7 +79,9 @@ class Runner:
 
         Raises:
             NonFiniteError: a loss became NaN or infinite.
+            ConfigError: the model cannot keep the documents of a row apart.
         """
+        require_segments(contestant.model.base)
         adapters = contestant.start(training.seed)
         model: Any = contestant.model  # a Full one has what a step asks for
         optimizer = contestant.optimizer(adapters, training)
@@ -112,6 +126,9 @@ def measure(
         test: the text to report on.
         experiment: how much of them, in what windows.
         tokenizer: the model's.
+
+    Raises:
+        NonFiniteError: the held-out loss is NaN or infinite.
     """
     options: dict[str, Any] = {
         "seq_len": experiment.seq_len,
@@ -127,6 +144,9 @@ def measure(
         max_tokens=experiment.dev_tokens,
         **options,
     )
+    if not math.isfinite(on_dev.loss):  # the last update, after the last loss that training saw
+        rule = "A loss must be finite"
+        raise NonFiniteError(rule, f"{on_dev.loss} on held-out text", "Take a smaller learning rate.")
     on_test = {"structure": test.structure, "max_tokens": experiment.test_tokens, **options}
     perplexity = evaluate_perplexity(sweep, test.tokens, **on_test)
     by_place = evaluate_lost_in_the_middle(sweep, test.tokens, **on_test)

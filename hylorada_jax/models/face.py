@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 from jax import Array
 
-from hylorada_jax.errors import ModelError
+from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.causal_lm import CausalLM
 
 
@@ -61,6 +61,16 @@ class BaseModel(Protocol):
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """(prompts, …) → the new tokens of every prompt."""
+
+
+def require_segments(base: BaseModel) -> None:
+    """Raises a ConfigError for a model that would let the documents of a packed row see each other."""
+    if not base.supports_segments:
+        raise ConfigError(
+            "packing needs a model that keeps packed documents apart",
+            f"{base.name} knows no segment_ids",
+            "Set packing=False, or load the model into our own decoder.",
+        )
 
 
 def vocab_size(base: BaseModel) -> int:

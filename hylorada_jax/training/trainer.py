@@ -12,6 +12,7 @@ import jax
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.face import require_segments
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.data import as_documents, as_structure, digest, shuffled_batches
@@ -192,12 +193,8 @@ def _perplexity(record: Record | None) -> float | None:
 
 
 def _check_batches(model: HyLoRADAModel, config: TrainingConfig) -> None:
-    if config.packing and not model.base.supports_segments:
-        raise ConfigError(
-            "packing needs a model that keeps packed documents apart",
-            f"{model.base.name} knows no segment_ids",
-            "Set packing=False, or load the model into our own decoder.",
-        )
+    if config.packing:
+        require_segments(model.base)
     rows, devices = config.batch_size // config.microbatches, jax.device_count()
     if rows % devices:
         raise ConfigError(
