@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import math
 import sys
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 RANKS = (4, 8, 12, 16)
 EVALUATIONS = 4
+HEARTBEAT = 60  # seconds
 
 
 def main(
@@ -109,7 +111,7 @@ class Search:
         settings: of :func:`main`; a study that is there must have the same.
 
     Raises:
-        ConfigError: Optuna is not installed, or the method has nothing to search.
+        ConfigError: Optuna is not installed, the method has nothing to search, or a size is out of range.
         DataError: the data is missing or too short.
         ModelError: the model is not found or has no tokenizer.
         CheckpointError: the study that is there has other settings.
@@ -121,16 +123,22 @@ class Search:
             rule = "The settings that are searched are HyLoRADA's"
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
         require_packages("The search needs Optuna", ["optuna"], INSTALL)
-        from benchmarks.trial import Runner, Text, training_rows
+        from benchmarks.trial import Runner, Text, require_row, training_rows
         from hylorada_jax.models.loading import model_init
         from hylorada_jax.models.tokenizer import load_tokenizer
+        from hylorada_jax.surgery.modules import find_modules
+        from hylorada_jax.surgery.plan import plan
         from hylorada_jax.training.data import digest, tokenize
+        from hylorada_jax.training.packing import check_windows
 
-        model_init(settings["model"])
+        check_windows(settings["seq_len"], tokens=settings["dev_tokens"])
+        plan(find_modules(model_init(settings["model"])), HyLoRADAConfig(method=settings["method"]))
         tokenizer = load_tokenizer(settings["model"])
         train, self._dev = (
             tokenize(load_documents(settings["data"], split), tokenizer) for split in ("train", "eval")
         )
+        require_row("training", Text(train, None), settings["seq_len"])
+        require_row("held-out", Text(self._dev, None), settings["seq_len"])
         rows = training_rows(Text(train, None), settings["seq_len"], settings["train_tokens"])
         self._steps = max(EVALUATIONS, math.ceil(settings["epochs"] * len(rows) / settings["batch_size"]))
         self._settings = settings | {"sha256": [digest(train), digest(self._dev)]}
@@ -228,8 +236,11 @@ def _study(output: Path, settings: dict[str, Any]) -> optuna.Study:
 
     output.mkdir(parents=True, exist_ok=True)
     file = output / "study.db"
+    with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+        # A trial that was killed with its process stops beating, and is then no longer taken for under way.
+        storage = optuna.storages.RDBStorage(f"sqlite:///{file}", heartbeat_interval=HEARTBEAT)
     study = optuna.create_study(
-        storage=f"sqlite:///{file}",
+        storage=storage,
         study_name="hylorada",
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(),

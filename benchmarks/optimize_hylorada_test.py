@@ -1,6 +1,7 @@
 """Laws: one program for each rank, a killed study goes on, and what it found trains."""
 
 import json
+import time
 
 import jax
 import pytest
@@ -93,16 +94,33 @@ def test_a_trial_is_the_run_that_its_settings_say(tiny, tmp_path):  # noqa: F811
     assert loss == pytest.approx(second.value, rel=1e-6)  # float32, the same program
 
 
+def test_a_trial_whose_process_died_is_not_under_way_for_ever(tiny, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(optimize_hylorada, "HEARTBEAT", 1)
+    study = optimize_hylorada.Search(tmp_path, settings(tiny))._study
+    dead = study.ask()  # and is never told
+    study._storage.record_heartbeat(dead._trial_id)  # type: ignore[attr-defined]
+    time.sleep(3)  # two beats are waited for
+    search = optimize_hylorada.Search(tmp_path, settings(tiny))
+    search.run(1)
+    assert [trial.state.name for trial in search._study.trials] == ["FAIL", "COMPLETE"]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
         ({"method": "lora"}, ConfigError, "hylorada"),
         ({"data": "absent.txt"}, DataError, "absent"),
+        ({"seq_len": 4000}, DataError, "4000"),
+        ({"seq_len": 0}, ConfigError, "seq_len 0"),
+        ({"train_tokens": 0}, ConfigError, "0 tokens"),
+        ({"dev_tokens": 0}, ConfigError, "0 tokens"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
+    # A Search loads a model when it runs.
     with pytest.raises(error, match=match):
         optimize_hylorada.Search(tmp_path, settings(tiny, **changes))
+    assert not (tmp_path / "study.db").exists()
 
 
 def test_a_study_of_other_settings_is_not_gone_on_with(tiny, tmp_path):  # noqa: F811
