@@ -15,7 +15,7 @@ contender, step-time-<device>.json has:
     program_bytes           of the compiled step: weights, state, batch, results and temporaries, as XLA says
     peak_resident_bytes     what a process with this contender alone holds in a step at most, without what it
                             held before it loaded the model (libraries_resident_bytes)
-    peak_device_bytes       what torch has allocated on a GPU in a step at most
+    peak_device_bytes       what was allocated on a GPU at most: by torch in a step, by JAX since its start
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
 
 def main(
     *,
-    output: Path = Path(__file__).parent / "results",
+    output: Path = Path("runs"),
     model: str = "smollm2-135m",
     batch_size: int = 2,
     seq_len: int = 256,

@@ -1,6 +1,6 @@
 """What is the temporal encoder worth? Small models of real series, adapted with and without the hours.
 
-    python benchmarks/time_series.py --output benchmarks/results
+    python benchmarks/time_series.py
 
 Values become tokens, and predicting the next value is language modelling. For every seed, a small Llama with
 random weights is pretrained on other series than the one it is then adapted to, with its weights frozen, by
@@ -48,9 +48,7 @@ NAME = "time-series"
 DEFAULTS = Budget()
 
 
-def main(
-    budget: tyro.conf.OmitArgPrefixes[Budget] = DEFAULTS, *, output: Path = Path("benchmarks/results")
-) -> None:
+def main(budget: tyro.conf.OmitArgPrefixes[Budget] = DEFAULTS, *, output: Path = Path("runs")) -> None:
     """Adapt small models to real series, told the hours and not, and print the table.
 
     Args:

@@ -8,6 +8,7 @@ import importlib
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from benchmarks.contenders.in_torch import torch_device
@@ -24,8 +25,8 @@ def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
 
     Returns:
         "libraries_resident_bytes": what the process held before it loaded the model; "peak_resident_bytes":
-        what it held beyond that in a step, at most, and "peak_device_bytes": what torch had allocated on a
-        GPU. None where it cannot be told.
+        what it held beyond that in a step, at most; "peak_device_bytes": what was allocated on a GPU at most,
+        by torch in a step, by JAX since its start, which includes loading. None where it cannot be told.
     """
     for package in packages(name):
         importlib.import_module(package)
@@ -47,10 +48,12 @@ def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
     contender.step()
     contender.step()
     peak = _resident("VmHWM")
+    in_jax = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+    on_device = torch.cuda.max_memory_allocated() if torch_on_gpu else in_jax.get("peak_bytes_in_use")
     return {
         "libraries_resident_bytes": before,
         "peak_resident_bytes": None if peak is None or before is None else peak - before,
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch_on_gpu else None,
+        "peak_device_bytes": on_device,
     }
 
 
