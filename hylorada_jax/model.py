@@ -67,6 +67,7 @@ class HyLoRADAModel:
         TargetError: a target matches no layer.
         ModelError: the base model is not one that can be adapted, is known to compute wrongly, or has
             nothing that a component could attach to.
+        ConfigError: shifted sparse attention is on, and a layer has a single head.
 
     Example:
         >>> from hylorada_jax import HyLoRADAConfig, HyLoRADAModel
@@ -136,6 +137,7 @@ class HyLoRADAModel:
                 ``position_ids`` when absent.
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
+        input_ids = jnp.asarray(input_ids)
         if not self._enabled:
             return self.base(input_ids, **inputs)
         # Here, because under the jit below nobody sees the values.

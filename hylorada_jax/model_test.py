@@ -89,6 +89,12 @@ def test_every_leaf_gets_a_gradient_within_two_steps(base, method):
         assert np.any(leaf != 0), jax.tree_util.keystr(path)
 
 
+def test_tokens_may_be_lists(base):
+    model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
+    listed = model([[1, 2, 3]])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(listed.logits, model(jnp.array([[1, 2, 3]])).logits)
+
+
 def test_calling_again_does_not_recompile(base):
     model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
     model(IDS)

@@ -32,8 +32,10 @@ def export_peft(
 ) -> None:
     """Writes an adapter as PEFT's LoRA or DoRA, which computes the same without this library.
 
-    LoRA goes as LoRA. DoRA and HyLoRADA go as DoRA, of the magnitude (1−β)·m + β·n. Embeddings and norms that
-    were trained go as modules_to_save.
+        magnitude in the file = c ⊙ n = (1−β)·m + β·n
+
+    LoRA goes as LoRA, DoRA and HyLoRADA as DoRA of that magnitude. Embeddings and norms that were trained go
+    as modules_to_save.
 
     Args:
         model: carries the adapter.
@@ -45,6 +47,10 @@ def export_peft(
         ModelError: what the adapter does is no LoRA and no DoRA; the component is named.
         ConfigError: ``drop`` names no component.
         CheckpointError: an adapter is already there.
+
+    Example:
+        model = HyLoRADAModel.from_pretrained(load_model("smollm2-135m"), "runs/finetune/adapter")
+        export_peft(model, "runs/peft")
 
     Source: method.md §1, Collapse; Liu et al. 2024 (DoRA).
     """

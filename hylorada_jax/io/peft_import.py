@@ -31,9 +31,17 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
         method: lora or dora, as the file has it, when None; a DoRA adapter can also start ``hylorada_v1``,
             whose magnitude is set so that at its ordinary gates it computes the same.
 
+    Returns:
+        The adapted model, in the dtype of its base.
+
     Raises:
         CheckpointError: the files are damaged, or fit another model.
         ConfigError: the adapter uses what this library does not have, or cannot start that method.
+
+    Example:
+        model = import_peft(load_model("smollm2-135m"), "runs/peft", method="hylorada_v1")
+
+    Source: method.md §1, Collapse, solved for the magnitude.
     """
     tensors, settings = read_peft(directory)
     base = as_base(base_model)

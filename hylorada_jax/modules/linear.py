@@ -85,6 +85,9 @@ class LoRALinear(_LinearAdapter):
 
     Parameters: lora_A [r, d_in] Kaiming-uniform(a=√5), lora_B [d_out, r] zeros; float32.
 
+    Raises:
+        ConfigError: rank < 1, or x, base_output and base_weight do not agree in their shapes.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> x, W = jnp.ones((2, 3)), jnp.ones((4, 3))
@@ -116,6 +119,9 @@ class DoRALinear(_LinearAdapter):
         detach_norm: stop the gradient at the norm.
 
     Parameters: LoRALinear's, and magnitude [d_out] starting at ‖W‖.
+
+    Raises:
+        ConfigError: as LoRALinear.
 
     Example:
         >>> import jax, jax.numpy as jnp

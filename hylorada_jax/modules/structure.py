@@ -104,6 +104,9 @@ class TemporalStructureEncoder(StructureEncoder):
     Parameters: StructureEncoder's, and periods [num_periods], period_weight [D, 2·num_periods]
     Kaiming-uniform(a=√5), period_bias [D] zeros.
 
+    Raises:
+        ConfigError: num_periods is not 1 … 4.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> encoder, hours = TemporalStructureEncoder(32), jnp.array([[0.5, 24.5]])

@@ -22,7 +22,8 @@ class TrainingConfig:
             More parts take less memory and, without dropout, give the same result.
         seq_len: tokens per row.
         packing: several documents share a row, isolated from each other. The model must support segments.
-        learning_rate: peak rate of lora_A and all that follows it (method.md, section 7).
+        learning_rate: peak rate of lora_A and all that follows it; DAA has its own, 1e-3, and so has the
+            sparse adapter, 2e-4 (method.md, section 7).
         warmup_ratio: part of the steps over which the rates rise linearly from 0; then they fall to 0 so.
         weight_decay: AdamW's decay of the leaves that decay.
         max_grad_norm: global norm to which the gradient is clipped.

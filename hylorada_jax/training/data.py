@@ -42,6 +42,9 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> list[np.nda
 
     Returns:
         One int32 array per document.
+
+    Example:
+        tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
     """
     return [np.array(ids, np.int32) for _, ids, _ in _encode(documents, tokenizer)]
 
@@ -63,6 +66,9 @@ def tokenize_with_structure(
 
     Raises:
         ConfigError: the domain is unknown.
+
+    Example:
+        tokenize_with_structure(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
     """
     if structure != "code":
         raise ConfigError(

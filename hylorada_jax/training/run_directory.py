@@ -55,7 +55,8 @@ class RunDirectory:
             raise CheckpointError(
                 "A run is never overwritten unasked",
                 f"{self.path} holds a run",
-                "Go on with it (--resume), delete it (--overwrite), or choose another directory.",
+                "Go on with it by resume (--resume), delete it by overwrite (--overwrite), or choose another "
+                "directory.",
             )
 
     def open(self, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
