@@ -9,6 +9,7 @@ one learning rate, and table-rate<RATE>.md is written, alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -276,21 +277,28 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
         rows: from :func:`read`.
         directory: of loss.png, by_place.png and parameters.png.
     """
+    from cycler import cycler
+    from matplotlib import rcParams  # imported late: it takes a second
+
     rows = [row for row in rows if row.runs]
+    # A method looks the same in all three. There are ten colours, and tables of more methods.
+    forms = cycler(linestyle=["-", "--"], marker=["o", "s"])
+    styles = itertools.cycle(forms * rcParams["axes.prop_cycle"])
+    style = {row.label: {"label": row.label, **next(styles)} for row in rows}
     trained = [row for row in rows if not _is_base(row.runs)]
 
     def losses(axes: Any) -> None:
         for row in trained:
             curves = [_running_mean(values) for values in row.values("losses")]  # type: ignore[arg-type]
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            axes.plot(range(1, len(means) + 1), means, label=row.label)
+            axes.plot(range(1, len(means) + 1), means, **style[row.label] | {"marker": ""})
         axes.set(xlabel="optimizer step", ylabel="training loss, running mean (nats per token)")
         axes.legend()
 
     def by_place(axes: Any) -> None:
         for row in rows:
             buckets = zip(*row.values("lim_buckets"), strict=True)
-            axes.plot(range(1, 11), [statistics.mean(b) for b in buckets], marker="o", label=row.label)
+            axes.plot(range(1, 11), [statistics.mean(b) for b in buckets], **style[row.label])
         axes.set(yscale="log", xlabel="tenth of the sequence", ylabel="perplexity")
         axes.legend()
 
@@ -299,9 +307,8 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
             values = row.values("perplexity")
             spread = statistics.stdev(values) if len(values) > 1 else 0
             count = row.runs[0]["result"]["parameters"]
-            axes.errorbar(
-                count, statistics.mean(values), yerr=spread, marker="o", capsize=3, ls="", label=row.label
-            )
+            point = style[row.label] | {"linestyle": ""}
+            axes.errorbar(count, statistics.mean(values), yerr=spread, capsize=3, **point)
         axes.set(xscale="log", xlabel="trainable parameters", ylabel="test perplexity")
         axes.legend()
 
