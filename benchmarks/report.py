@@ -189,7 +189,6 @@ def caption(rows: Sequence[Row]) -> str:
     settings, tokens, result = record["settings"], record["settings"]["tokens"], record["result"]
     placed = result["lim_sequences"] * settings["seq_len"]
     environments = [run["environment"] for row in rows for run in row.runs]
-    devices = sorted({device(environment) for environment in environments})
     commits = sorted({str(e["commit"]) for e in environments})
     loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
     load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
@@ -200,8 +199,19 @@ def caption(rows: Sequence[Row]) -> str:
         f"{test} in windows of {settings['seq_len']}: PPL of {result['scored_tokens']:,}, LiM PPL of "
         f"{placed:,} of its {tokens['test']:,} tokens. Mean ± standard deviation over {_seeds(rows)} "
         f"seeds, not over other text; {_rates(rows)}. Step, tokens/s: medians on "
-        f"{', '.join(devices)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
+        f"{_devices(rows)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
     )
+
+
+def _devices(rows: Sequence[Row]) -> str:
+    """What it was measured on, in words; where there are several, which methods on each."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        for name in sorted({device(record["environment"]) for record in row.runs}):
+            labels.setdefault(name, []).append(row.label)
+    if len(labels) == 1:
+        return next(iter(labels))
+    return " and ".join(f"{name} ({'; '.join(theirs)})" for name, theirs in labels.items())
 
 
 def _rates(rows: Sequence[Row]) -> str:

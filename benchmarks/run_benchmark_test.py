@@ -215,6 +215,17 @@ def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
     assert "test.txt" in text
 
 
+def test_a_table_of_several_machines_says_which_method_ran_on_which(done):
+    rows = report.read(done)
+    assert f"medians on {report.device(rows[0].runs[0]['environment'])}, at" in report.caption(rows)
+    for row in rows:
+        for record in row.runs:
+            record["environment"]["cpu"] = "another" if row.label == "lora" else "one"
+    others = "; ".join(row.label for row in rows if row.label != "lora")
+    assert f"one ({others})" in report.caption(rows)
+    assert "another (lora)" in report.caption(rows)
+
+
 def test_the_readmes_table_is_replaced_and_nothing_else(done, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results:tiny -->\nold\n<!-- end -->\nafter <!-- end -->\n")
