@@ -4,7 +4,8 @@
 
 TPE proposes, trials that fall behind the median are stopped at one of four evaluations on held-out text. The
 study is kept in <output>/study.db: after a kill the same command goes on, and several at once share the
-trials. At the end <output> has best.json for `hylorada finetune --config`, history.png and importance.png.
+trials. At the end <output> has best.json for `hylorada finetune --config`, all trials in trials.json,
+history.png and importance.png.
 
 A step is compiled once for each rank: every other setting that is searched is a number that it is given.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import sys
 import warnings
@@ -216,14 +218,25 @@ class Search:
         return self._evaluators[rank]
 
     def report(self, command: str) -> None:
-        """Writes best.json and the plots.
+        """Writes best.json, trials.json and the plots.
 
         Args:
             command: that trains with the best settings, for the user to go on with.
         """
+        from parity_tests.environment import environment
+
         best = self._study.best_trial
         path = self._output / "best.json"
         write_whole(path, config_of(self._settings["method"], best.params).to_json().encode())
+        record = {
+            "settings": self._settings,
+            "environment": environment(),
+            "trials": [
+                {"state": trial.state.name, "chosen": trial.params, "losses": trial.intermediate_values}
+                for trial in self._study.trials
+            ],
+        }
+        write_whole(self._output / "trials.json", (json.dumps(record, indent=1) + "\n").encode())
         draw(self._output / "history.png", lambda axes: _history(axes, self._study))
         draw(self._output / "importance.png", lambda axes: _importance(axes, self._study))
         print(f"best of {len(self._study.trials)} trials: held-out loss {best.value:.4f}")

@@ -67,6 +67,10 @@ def test_a_rank_compiles_one_step_and_a_killed_study_goes_on(tiny, tmp_path, mon
     config = HyLoRADAConfig.load(tmp_path / "best.json")
     assert config == optimize_hylorada.config_of("hylorada", best.params)
     assert config.lora_alpha == pytest.approx(best.params["alpha_ratio"] * best.params["rank"])
+    kept = json.loads((tmp_path / "trials.json").read_text())["trials"]
+    whole_losses = [list(t["losses"].values()) for t in kept if t["state"] == "COMPLETE"]
+    assert {len(losses) for losses in whole_losses} == {optimize_hylorada.EVALUATIONS}
+    assert min(losses[-1] for losses in whole_losses) == best.value
     for name in ("history.png", "importance.png"):
         assert (tmp_path / name).stat().st_size > 5_000
     assert f"--learning-rate {best.params['learning_rate']:.3g}" in capsys.readouterr().out
