@@ -274,10 +274,13 @@ def _study(output: Path, settings: dict[str, Any]) -> optuna.Study:
 
 def _history(axes: Any, study: optuna.Study) -> None:
     """Every trial's last held-out loss, and the best so far."""
-    ended = [trial for trial in study.trials if trial.intermediate_values]
-    last = {trial.number: list(trial.intermediate_values.values())[-1] for trial in ended}
-    whole = [(trial.number, last[trial.number]) for trial in ended if trial.value is not None]
-    stopped = [(trial.number, last[trial.number]) for trial in ended if trial.value is None]
+    from optuna.trial import TrialState
+
+    def last(*states: TrialState) -> list[tuple[int, float]]:
+        trials = study.get_trials(states=states)
+        return [(t.number, t.intermediate_values[t.last_step]) for t in trials if t.last_step is not None]
+
+    whole, stopped = last(TrialState.COMPLETE), last(TrialState.PRUNED)
     axes.plot(*zip(*whole, strict=True), "o", label="to the end")
     if stopped:
         axes.plot(*zip(*stopped, strict=True), "x", color="gray", label="stopped early")

@@ -4,7 +4,9 @@ import json
 import time
 
 import jax
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import optimize_hylorada, trial
 from hylorada_jax.cli.cli_test import run as cli
@@ -96,6 +98,22 @@ def test_a_trial_is_the_run_that_its_settings_say(tiny, tmp_path):  # noqa: F811
     alone = optimize_hylorada.Search(tmp_path / "alone", settings(tiny, method="hylorada_v1"))
     loss = alone._objective(optuna.trial.FixedTrial(second.params))
     assert loss == pytest.approx(second.value, rel=1e-6)  # float32, the same program
+
+
+def test_the_history_tells_trials_that_were_stopped_from_those_that_ended():
+    study = optuna.create_study()
+    whole, stopped = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
+    for state, losses in ((whole, [3.0, 2.0]), (stopped, [1.5]), (whole, [3.0, 2.5])):
+        found = dict(enumerate(losses))
+        study.add_trial(optuna.trial.create_trial(state=state, value=losses[-1], intermediate_values=found))
+    axes = Figure().subplots()
+    optimize_hylorada._history(axes, study)
+    drawn = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.get_lines()}
+    assert drawn == {
+        "to the end": [[0, 2.0], [2, 2.5]],
+        "stopped early": [[1, 1.5]],
+        "best so far": [[0, 2.0], [2, 2.0]],
+    }
 
 
 def test_a_trial_whose_process_died_is_not_under_way_for_ever(tiny, tmp_path, monkeypatch):  # noqa: F811
