@@ -16,7 +16,6 @@ from benchmarks.trial import Runner, Text, measure, require_row, training_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
-from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.loading import load_model, model_init
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.surgery.modules import find_modules
@@ -25,7 +24,7 @@ from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.corpus import PYTHON_STDLIB, Document, load_documents
 from hylorada_jax.training.data import digest, tokenize, tokenize_with_structure
 from hylorada_jax.training.packing import Batch, Rows
-from parity_tests.environment import environment
+from parity_tests.environment import environment, write_record
 
 Record = dict[str, Any]
 
@@ -126,7 +125,7 @@ class Benchmark:
             "result": result,
         }
         self._directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self._file(variant, rate, seed), (json.dumps(record, indent=1) + "\n").encode())
+        write_record(self._file(variant, rate, seed), record)
         return record
 
     def _trained(self, variant: Variant, rate: float, seed: int) -> tuple[Any, Record]:

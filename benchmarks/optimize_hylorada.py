@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 import warnings
@@ -223,7 +222,7 @@ class Search:
         Args:
             command: that trains with the best settings, for the user to go on with.
         """
-        from parity_tests.environment import environment
+        from parity_tests.environment import environment, write_record
 
         best = self._study.best_trial
         path = self._output / "best.json"
@@ -236,7 +235,7 @@ class Search:
                 for trial in self._study.trials
             ],
         }
-        write_whole(self._output / "trials.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_record(self._output / "trials.json", record)
         draw(self._output / "history.png", lambda axes: _history(axes, self._study))
         draw(self._output / "importance.png", lambda axes: _importance(axes, self._study))
         print(f"best of {len(self._study.trials)} trials: held-out loss {best.value:.4f}")
@@ -276,8 +275,8 @@ def _history(axes: Any, study: optuna.Study) -> None:
     """Every trial's last held-out loss, and the best so far."""
     from optuna.trial import TrialState
 
-    def last(*states: TrialState) -> list[tuple[int, float]]:
-        trials = study.get_trials(states=states)
+    def last(state: TrialState) -> list[tuple[int, float]]:
+        trials = study.get_trials(states=(state,))
         return [(t.number, t.intermediate_values[t.last_step]) for t in trials if t.last_step is not None]
 
     whole, stopped = last(TrialState.COMPLETE), last(TrialState.PRUNED)

@@ -20,7 +20,6 @@ contender, step-time-<device>.json has:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -78,7 +77,7 @@ def main(
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
     from benchmarks.contenders import roster
     from benchmarks.contenders.setting import WARMUP, Setting
-    from parity_tests.environment import environment
+    from parity_tests.environment import environment, write_record
 
     setting = Setting(model, batch_size, seq_len, dtype, WARMUP + rounds, threads or cores())
     roster.check(contenders, setting, rounds)
@@ -91,7 +90,7 @@ def main(
     device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"step-time-{device}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(path, record)
     print(table(record["contenders"]))
     print(path)
 

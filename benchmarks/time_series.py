@@ -16,7 +16,6 @@ that half of the times are missing from. Writes time-series.json, with every run
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -40,7 +39,6 @@ from benchmarks.series.entry import Entry, Program, bases_of
 from benchmarks.series.report import plot, table
 from benchmarks.series.setup import BASE, METHODS, SETTINGS, Budget, Setting, prepared_of
 from benchmarks.series.tokens import Prepared
-from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.causal_lm import CausalLM
 
 Record = dict[str, Any]
@@ -55,9 +53,11 @@ def main(budget: tyro.conf.OmitArgPrefixes[Budget] = DEFAULTS, *, output: Path =
         budget: how much is computed.
         output: directory of time-series.json and time-series.png.
     """
+    from parity_tests.environment import write_record
+
     found = run(budget)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / f"{NAME}.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_record(output / f"{NAME}.json", found)
     plot(found, output / f"{NAME}.png")
     print(table(found))
 

@@ -13,7 +13,6 @@ accepts, and its figures are the compiler's. Every record is of one device:
 
 import importlib.machinery
 import importlib.metadata
-import json
 import os
 import shlex
 import sys
@@ -76,7 +75,7 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
     from benchmarks import tpu_programs
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source
-    from parity_tests.environment import environment
+    from parity_tests.environment import environment, write_record
 
     config = DecoderConfig.from_hf(SMALL if small else find_source(MODEL, config_only=True).config)
     rows = {"batch_size": 4, "seq_len": 64 if small else 1024}
@@ -104,7 +103,7 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
             f"steps_on_{len(devices)}_devices": {"hylorada": on_all},
         }
         # After each, for a topology takes minutes.
-        (output / "tpu-compile.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(output / "tpu-compile.json", record)
 
 
 def _reported(what: str, programs: Iterable[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -4,7 +4,6 @@ python -m parity_tests.smollm2 --output benchmarks/results
 """
 
 import itertools
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.corpus import load_documents
-from parity_tests.environment import environment
+from parity_tests.environment import environment, write_record
 from parity_tests.families import all_in_float64, measuring
 from parity_tests.models import Pair, errors, random_adapters
 from parity_tests.trajectories import train_jax, train_torch
@@ -167,7 +166,7 @@ def main(*, output: Path, dtypes: tuple[str, ...] = ("float64", "float32")) -> N
         **measured,
     }
     path = output / f"parity-smollm2-{device}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(path, record)
     plot(measured["losses"], path.with_suffix(".png"))
     for dtype, found in measured["errors"].items():
         print(
