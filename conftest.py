@@ -1,5 +1,6 @@
 """Settings of every test run."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -44,11 +45,42 @@ SLOW_FILES = (
 )  # fmt: skip
 
 
+# What a user does, from loading a model to merging its adapter: `make test-current` runs these too.
+MAIN_JOB_FILES = ("cli_test", "model_test", "trainer_test")
+
+
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow files."""
+    """Marks the tests of these files."""
     for item in items:
         if item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+        if item.path.stem in MAIN_JOB_FILES:
+            item.add_marker(pytest.mark.main_job)
+
+
+@contextlib.contextmanager
+def _skipped_without_flax_classes():
+    """A model that only Hugging Face's Flax classes can run is not tested where transformers has none."""
+    from hylorada_jax.errors import ModelError
+
+    try:
+        yield
+    except ModelError as error:
+        if "FlaxPreTrainedModel" in str(error.__cause__):
+            pytest.skip(str(error.__cause__))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    with _skipped_without_flax_classes():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup():
+    with _skipped_without_flax_classes():
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which compute too

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import FlaxGPT2LMHeadModel, GPT2Config
 
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, ModelError
@@ -58,11 +57,12 @@ ROUNDING = 2e-5
 @functools.cache
 def base_model(family):
     if family == "gpt2":
+        hf = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
         # c_attn alone holds q, k and v; biases everywhere.
-        config = GPT2Config(
+        config = hf.GPT2Config(
             n_layer=2, n_head=2, n_embd=8, vocab_size=VOCAB, n_positions=32, initializer_range=0.3
         )
-        return FlaxGPT2LMHeadModel(config, seed=0)
+        return hf.FlaxGPT2LMHeadModel(config, seed=0)
     options = {"llama": {"tie_word_embeddings": False}, "qwen2": {"tie_word_embeddings": True}}
     shape = DecoderConfig.from_hf({"model_type": family, **DECODER, **options[family]})
     return CausalLM.from_config(shape, jax.random.key(0))

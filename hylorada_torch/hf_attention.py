@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from hylorada_jax.config import HyLoRADAConfig
@@ -38,7 +39,13 @@ class AdaptedAttention(nn.Module):
         self.daa, self.groups, self.passes = daa, groups, passes
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """The attended values [batch, query, heads, head_dim].
 
@@ -47,9 +54,12 @@ class AdaptedAttention(nn.Module):
             key: [batch, kv_heads, key, head_dim].
             value: [batch, kv_heads, key, head_dim].
             mask: bool (True: visible) or float (added to the logits), [batch or 1, heads or 1, query, key].
+            bias: also added to the logits, [1, heads, query, key]: T5's positions.
             **options: scale and dropout of `attend`.
         """
-        visible, bias = (mask, None) if mask is None or mask.dtype == torch.bool else (None, mask)
+        visible = mask
+        if mask is not None and mask.dtype != torch.bool:
+            visible, bias = None, mask if bias is None else mask + bias
         if self.training and self.groups is not None:
             seq = key.shape[2]
             together = same_group(query.shape[1], seq, *self.groups(seq))[:, -query.shape[2] :]
@@ -118,14 +128,12 @@ def adapt_attention(model: Any, name: str, config: HyLoRADAConfig, passes: Passe
         kind = PositionalDAA if config.daa_position_bias else DirectAttentionAdapter
         daa = kind(model.config.num_attention_heads, config.daa_per_head, dtype=dtype)
     attention.hylorada = AdaptedAttention(daa, config.s2_groups if config.s2_attn_enabled else None, passes)
-    if type(attention).__name__ in BERT:
-        attention.forward = types.MethodType(_bert_forward, attention)
-    elif type(attention).__name__ == T5:
-        attention.forward = types.MethodType(_t5_forward, attention)
+    if written_out := _WRITTEN_OUT.get(type(attention).__name__):
+        attention.forward = types.MethodType(written_out, attention)
     else:
         from transformers import AttentionInterface
 
-        # The causal models look their attention function up by a name in their config, which may also be
+        # These models look their attention function up by a name in their config, which may also be
         # another model's.
         AttentionInterface.register("hylorada", _interface_forward)
         attention.config = copy.copy(attention.config)
@@ -141,15 +149,25 @@ def _interface_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if attention_mask is None:  # transformers leaves a mask out that is merely causal
-        queries, keys = query.shape[2], key.shape[2]
+    queries, keys = query.shape[2], key.shape[2]
+    if type(module).__name__ == T5 and queries != keys:
+        raise _no_cache()
+    if attention_mask is None and module.is_causal:  # transformers leaves a mask out that is merely causal
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    return module.hylorada(query, key, value, attention_mask, scale=scaling, dropout=dropout), None
+    options = {"scale": scaling, "dropout": dropout, "bias": position_bias}
+    return module.hylorada(query, key, value, attention_mask, **options), None
 
 
-# BERT and T5 have no such name: their attention, written out.
+def _no_cache() -> ModelError:
+    return ModelError(
+        "DAA in T5 does not go with a cache", "a forward pass with a cache", "Pass use_cache=False."
+    )
+
+
+# In transformers 4, BERT and T5 have no such name: their attention, written out.
 
 
 def _bert_forward(
@@ -172,7 +190,7 @@ def _t5_forward(
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     if past_key_values is not None:
-        raise ModelError("DAA in T5 does not go with a cache", "past_key_values", "Pass use_cache=False.")
+        raise _no_cache()
     query, key, value = (
         layer(hidden_states).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         for layer in (self.q, self.k, self.v)
@@ -185,3 +203,8 @@ def _t5_forward(
     dropout = self.dropout if self.training else 0.0
     attended = self.hylorada(query, key, value, position_bias, scale=1.0, dropout=dropout)
     return self.o(attended.flatten(2)), position_bias
+
+
+_WRITTEN_OUT: dict[str, Callable[..., Any]] = (
+    {T5: _t5_forward} | dict.fromkeys(BERT, _bert_forward) if transformers.__version__ < "5" else {}
+)

@@ -71,7 +71,7 @@ class HyLoRADAModel(nn.Module):
             DataError: positions or structure_ids are negative or have another shape.
         """
         positions = self._positions(input_ids, inputs)
-        key_positions = self._key_positions(positions, inputs.get("past_key_values"))
+        key_positions = self._key_positions(positions, _cache(inputs))
         prior = self._prior(positions, structure_ids, structure_positions)
         takes = inspect.signature(self.base_model.forward).parameters
         if "position_ids" in takes:
@@ -83,7 +83,7 @@ class HyLoRADAModel(nn.Module):
             current = ForwardPass(None, None, None)  # each stack counts its own tokens from 0
         with self._attached.passes.running(current):
             output = self.base_model(input_ids, **inputs)
-        if (cache := getattr(output, "past_key_values", None)) is not None:
+        if isinstance(output, Mapping) and (cache := _cache(output)) is not None:
             cache.position_ids = key_positions  # for the next tokens
         return output
 
@@ -92,7 +92,7 @@ class HyLoRADAModel(nn.Module):
         if (given := inputs.get("position_ids")) is not None:
             check_positions(given, batch, seq)
             return given
-        past, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        past, mask = _cache(inputs), inputs.get("attention_mask")
         total = seq if past is None else past.get_seq_length() + seq
         from_the_left = getattr(self._base_config, "model_type", None) == "bert"
         if mask is not None and (from_the_left or mask.ndim != 2):
@@ -106,7 +106,7 @@ class HyLoRADAModel(nn.Module):
         if not hasattr(past, "position_ids"):
             raise ModelError(
                 "A cache goes on from a forward pass of HyLoRADAModel, which keeps its keys' positions there",
-                "past_key_values of another origin",
+                "a cache of another origin",
                 "Make it by calling the HyLoRADAModel with use_cache=True.",
             )
         return torch.cat([past.position_ids, positions], dim=1)
@@ -192,6 +192,11 @@ class HyLoRADAModel(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+
+def _cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a model's inputs or outputs: transformers 5.24 has given it a shorter name."""
+    return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def _identity(base_model: nn.Module) -> dict[str, Any]:

@@ -87,6 +87,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+# Those that run in Hugging Face's Flax classes, which transformers 5 has no more.
+HF_FLAX = ("gpt2", "bert", "t5")
+
+
+def runs_in_jax(family: str) -> bool:
+    """Whether the installed transformers has the classes that the family's model in JAX is made of."""
+    return family not in HF_FLAX or hasattr(transformers, "FlaxPreTrainedModel")
+
+
 @contextlib.contextmanager
 def measuring(dtype: str) -> Iterator[None]:
     """Within it, JAX has the precision of `measure`; in float64, also in the norms of HF's T5."""

@@ -13,6 +13,7 @@ import jax
 
 from parity_tests import models
 from parity_tests.environment import environment
+from parity_tests.families import FAMILIES, runs_in_jax
 from parity_tests.layers import LAYERS
 from parity_tests.measure import DTYPES, measure_layer, measured_in
 
@@ -78,10 +79,16 @@ def subjects(patterns: Iterable[str] = ("*",), *, whole_models: bool = True) -> 
             {"random": functools.partial(models.measure_model, family, config, dtype)},
         )
         for family, config in (models.MATRIX if whole_models else ())
+        if runs_in_jax(family)
         for dtype in (DTYPES if (family, config) in models.FULLEST else ("float64",))
     ]
     patterns = tuple(patterns)
     return [subject for subject in found if any(fnmatch.fnmatch(subject.name, p) for p in patterns)]
+
+
+def left_out() -> list[str]:
+    """The families of models that cannot be measured with the installed transformers."""
+    return [family for family in FAMILIES if not runs_in_jax(family)]
 
 
 def measure(subject: Subject) -> Iterator[Row]:

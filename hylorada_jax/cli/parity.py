@@ -45,6 +45,8 @@ def parity(
         raise ConfigError("A pattern of --only matches a name", " ".join(only), f"Choose among: {known}.")
     rows = [row for subject in tqdm(subjects, "parity") for row in report.measure(subject)]
     print(report.table(rows))
+    if whole_models and (families := report.left_out()):
+        print(f"left out: {', '.join(families)}, which need the Flax classes of transformers 4.57")
     report.write(rows, output, shlex.join(["hylorada", *sys.argv[1:]]))
     print(f"report  {output}")
     if not all(row.passed for row in rows):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-transformers = pytest.importorskip("transformers", "4.57")
+transformers = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
 
 from hylorada_jax.errors import ConfigError  # noqa: E402
 from hylorada_jax.models.hf_flax import HFFlaxModel  # noqa: E402

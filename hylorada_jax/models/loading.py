@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -106,11 +107,18 @@ def _hf_flax(source: Source) -> ModuleType:
         from hylorada_jax.models import hf_flax_loading
     except ImportError as error:
         raise ModelError(
-            "Models outside the Llama family need transformers, in a version that has Flax models.",
-            f"model_type {source.config.get('model_type')!r}; {error}",
-            "pip install 'transformers>=4.57,<5'",
+            "Models outside the Llama family run in Flax classes of transformers 4.57, which 5 has no more.",
+            f"model_type {source.config.get('model_type')!r}; {_installed('transformers')}",
+            'pip install "hylorada[hf]"',
         ) from error
     return hf_flax_loading
+
+
+def _installed(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return f"no {package}"
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -109,7 +110,19 @@ def test_damaged_weights_are_named(tmp_path):
         load_model(path)
 
 
+def test_without_hugging_faces_flax_classes_the_error_says_which_version_has_them(tmp_path, monkeypatch):
+    # As under transformers 5, whose import this file does not survive.
+    monkeypatch.setitem(sys.modules, "hylorada_jax.models.hf_flax_loading", None)
+    monkeypatch.delattr("hylorada_jax.models.hf_flax_loading", raising=False)
+    path = save_model(tmp_path / "m", model_type="gpt2")
+    with pytest.raises(ModelError, match=r"transformers 4\.57") as caught:
+        load_model(path)
+    assert "model_type 'gpt2'" in str(caught.value.received)
+    assert caught.value.remedy == 'pip install "hylorada[hf]"'
+
+
 def test_what_no_class_computes_is_refused(tmp_path):
+    pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError)
     with pytest.raises(ModelError, match="model_type 'mamba'"):
         load_model(save_model(tmp_path / "m", model_type="mamba", architectures=["MambaForCausalLM"]))
     with pytest.raises(ModelError, match="model_type 'no-such'"):
