@@ -1,6 +1,7 @@
 """The commands by name."""
 
 import sys
+import warnings
 
 import tyro
 
@@ -16,6 +17,10 @@ from hylorada_jax.errors import HyLoRADAError
 
 def main() -> None:
     """Runs the command; bad input ends with its error alone and exit status 2, an interrupt with 130."""
+    # A line, without the place in our source that it came from.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    # A path may have bytes that are not UTF-8.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         tyro.extras.subcommand_cli_from_dict(
             {

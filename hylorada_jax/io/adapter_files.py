@@ -18,7 +18,7 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import user_path, write_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -46,7 +46,7 @@ def write_adapter(
     Raises:
         CheckpointError: an adapter is already there, a tensor is not finite, or the disk is full.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     if not overwrite:
         refuse_existing(directory)
     check_finite(tensors)
@@ -97,7 +97,7 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADA
     Raises:
         CheckpointError: a file is missing, cut, altered, of another version, or holds non-finite values.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     body = _read_config(directory / CONFIG_NAME)
     raw = _read(directory / WEIGHTS_NAME)
     if hashlib.sha256(raw).hexdigest() != body["weights_sha256"]:
@@ -219,8 +219,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _render(body: Mapping[str, Any]) -> bytes:
     """The config file of a body: its checksum added."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=2, ensure_ascii=False).encode()
+
+    def text(body: Mapping[str, Any], **how: Any) -> bytes:
+        # The base's path may have bytes that are not UTF-8: surrogates to Python, and escaped in JSON.
+        return json.dumps(body, ensure_ascii=False, **how).encode(errors="backslashreplace")
+
+    return text({**body, "sha256": hashlib.sha256(text(body, sort_keys=True)).hexdigest()}, indent=2)
 
 
 def _read(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.adapter_files import check_base, check_keys, read_adapter
 from hylorada_jax.io.base_identity import base_identity
+from hylorada_jax.io.files import user_path
 from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
 from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
 from hylorada_jax.models.loading import CONSTANTS, config_and_init, open_weights
@@ -69,7 +70,7 @@ def write_merged(
 
     Source: method.md §1, Merging.
     """
-    output = Path(output)
+    output = user_path(output)
     refuse_taken(output)
     target = None if dtype is None else _float_dtype(dtype)
     leaves, config, base = read_adapter(adapter)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import user_path, write_whole
 from hylorada_jax.training.checkpoint import DAMAGED
 
 
@@ -28,7 +28,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self.run = self.path / "run.json"
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
@@ -48,10 +48,15 @@ class RunDirectory:
 
     def refuse_unless(self, *, resume: bool, overwrite: bool) -> None:
         """Raises a CheckpointError if a run is there and nothing was said about it; changes nothing."""
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            taken, holds_a_run = self.path.exists() and not self.path.is_dir(), self.holds_a_run
+        except OSError as error:  # the name is too long, or a directory above is closed to this user
+            rule = "The output directory must be one that can be made"
+            raise CheckpointError(rule, error, "Choose another output directory.") from error
+        if taken:
             rule = "The output directory must be a directory"
             raise CheckpointError(rule, self.path, "Choose another output directory.")
-        if self.holds_a_run and not (resume or overwrite):
+        if holds_a_run and not (resume or overwrite):
             raise CheckpointError(
                 "A run is never overwritten unasked",
                 f"{self.path} holds a run",
@@ -87,7 +92,7 @@ class RunDirectory:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(fingerprint, indent=2, ensure_ascii=False) + "\n"
-            write_whole(self.run, text.encode())
+            write_whole(self.run, text.encode(errors="backslashreplace"))
 
     def _check_same_run(self, fingerprint: Mapping[str, Any]) -> None:
         try:
