@@ -1,5 +1,6 @@
 """Oracle of every interrupted run: the run that was never interrupted, bit for bit."""
 
+import dataclasses
 import errno
 import os
 import resource
@@ -7,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -21,6 +24,7 @@ from hylorada_jax.io import adapter_files
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.training import checkpoint, report, run_directory
 from hylorada_jax.training import loop as loop_module
@@ -313,6 +317,58 @@ def test_another_run_is_not_resumed_and_both_sides_are_named(reference):
     assert "training.seed: 0 in" in str(error.value)
     assert "3 now" in str(error.value)
     assert "train_data" in str(error.value)
+
+
+def other_bit(model):
+    """The model with the last bit of one weight flipped."""
+    embedding = np.array(model.base.params["model"]["embed_tokens"]["embedding"])
+    embedding.view(np.uint32)[3, 5] ^= 1
+    params = {**model.base.params["model"], "embed_tokens": {"embedding": jnp.asarray(embedding)}}
+    return HyLoRADAModel(model.base.with_params({"model": params}), model.config)
+
+
+def in_bfloat16(model):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.base.params)
+    return HyLoRADAModel(model.base.with_params(params), model.config)
+
+
+def of_another_config(model):
+    config = dataclasses.replace(model.base.config, rope_theta=5e5)
+    base = CausalLM(DecoderLM(config), model.base.params, config, model.base.name)
+    return HyLoRADAModel(base, model.config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_bit, "base.weights_sha256"),
+        (in_bfloat16, "base.dtype: float32 in .*bfloat16 now"),
+        (of_another_config, "base.config_sha256"),
+        (lambda model: tiny_model(seed=1), "start: seed 0 in .*seed 1 now"),
+        (lambda model: tiny_model(method="dora"), "adapter.method"),
+    ],
+)
+def test_what_changes_the_numbers_is_another_run(reference, change, named):
+    directory, _, _ = reference
+    trainer = HyLoRADATrainer(change(tiny_model()), texts(), texts(1, 4), settings(directory, resume=True))
+    with pytest.raises(CheckpointError, match=named):
+        trainer.train()
+
+
+def test_jaxs_own_settings_are_part_of_what_a_run_is(reference):
+    directory, _, _ = reference
+    with jax.default_matmul_precision("highest"):
+        trainer = HyLoRADATrainer(tiny_model(), texts(), texts(1, 4), settings(directory, resume=True))
+        with pytest.raises(CheckpointError, match=r"matmul_precision: None in .*highest now"):
+            trainer.train()
+
+
+def test_the_same_weights_under_another_name_are_the_same_run(tmp_path, reference):
+    model = tiny_model()
+    moved = HyLoRADAModel(dataclasses.replace(model.base, name="moved/model"), model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(reference[0], moved, resume=True)
 
 
 def test_structure_ids_train_and_are_part_of_what_a_run_is(tmp_path):
