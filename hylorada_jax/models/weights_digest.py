@@ -83,8 +83,7 @@ def _of_all(digests: Iterable[tuple[str, str]]) -> str:
 
 def _pieces(leaf: Array | np.ndarray) -> Iterator[np.ndarray]:
     """A leaf in runs along its first axis; on CPU as it lies there."""
-    on_host = isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices())
-    if on_host or not leaf.ndim:
+    if _lies_on_host(leaf) or not leaf.ndim:
         yield np.asarray(leaf)
         return
     # In pieces, for an array keeps the host's copy of itself that was once asked for.
@@ -94,3 +93,7 @@ def _pieces(leaf: Array | np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(jax.lax.dynamic_slice_in_dim(leaf, start, step))
     if rest := length % step:
         yield np.asarray(leaf[length - rest :])
+
+
+def _lies_on_host(leaf: Array | np.ndarray) -> bool:
+    return isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices())
