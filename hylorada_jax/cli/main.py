@@ -38,6 +38,8 @@ def main() -> None:
         )
     except HyLoRADAError as error:
         sys.exit(_fail(f"error: {error}", 2))
+    except OSError as error:  # what no command has named: a file that cannot be read or written
+        sys.exit(_fail(f"error: A file could not be read or written\n  received: {error}", 2))
     except KeyboardInterrupt as interrupt:
         sys.exit(_fail(str(interrupt) or "interrupted", 130))
 

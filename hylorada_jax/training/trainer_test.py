@@ -22,6 +22,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFini
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.io import adapter_files
 from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files_test import NAMES
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder import DecoderLM
@@ -248,11 +249,7 @@ def test_a_non_finite_state_stops_with_step_batch_and_checkpoint(tmp_path, monke
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-# What glob, fnmatch, format, URLs, shells and printf would read; the longest name; bytes that are not UTF-8.
-NAMES = ["lr=[1e-4,2e-4]", "-*?[!a]{0}%s%20 #~&|'\"\\\n=,;:gs:é🦜", "x" * 255, "\udcff"]
-
-
-@pytest.mark.parametrize("name", NAMES, ids=["pattern", "signs", "long", "bytes"])
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_any_name_keeps_and_resumes_a_run(tmp_path, reference, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     directory = Path(name, "..", name, "run")
