@@ -182,9 +182,9 @@ def test_a_run_and_its_adapter_know_the_weights_they_were_trained_on(tiny, tmp_p
 
 
 # Runs one command after another. Before each, files become the first bytes of another; and where a limit is
-# given, no file grows beyond it once step 3 is logged: what the kernel refuses is a real failed write.
+# given, no file grows beyond it once the checkpoint of step 2 is there: the kernel refuses real writes.
 CHILD = """
-import json, resource, sys
+import json, resource, sys, time
 from pathlib import Path
 from hylorada_jax.cli.main import main
 from hylorada_jax.training.report import MetricsLog
@@ -194,10 +194,13 @@ write = MetricsLog.write
 def fill_disk(log, record):
     write(log, record)
     if limit and record["step"] == 3:
+        while not Path(second).exists():
+            time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 MetricsLog.write = fill_disk
-for limit, cut, sys.argv in json.loads(sys.argv[1]):
+second, commands = json.loads(sys.argv[1])
+for limit, cut, sys.argv in commands:
     for path, (source, length) in cut.items():
         content = Path(source).read_bytes()
         Path(path).write_bytes(content[:length])
@@ -220,14 +223,15 @@ def test_a_full_disk_and_damage_print_our_message_alone(tiny, tmp_path):
         *("--output", str(output)),
     ]
     resume = [*train, "--resume"]
-    second, fourth = (str(output / "checkpoints" / f"{step}.safetensors") for step in (2, 4))
+    second, fourth = (str(output / "checkpoints" / f"{step}/state/manifest.ocdbt") for step in (2, 4))
     commands = [
         (2048, {}, train),
-        (0, {fourth: (second, 3000)}, resume),
+        (0, {}, resume),
+        (0, {fourth: (second, 40)}, resume),
         (0, {second: (second, 0), fourth: (second, 0)}, resume),
     ]
     found = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(commands)],
+        [sys.executable, "-c", CHILD, json.dumps([second, commands])],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -236,21 +240,23 @@ def test_a_full_disk_and_damage_print_our_message_alone(tiny, tmp_path):
     assert found.returncode == 0, found.stderr
     # Without the progress bars.
     lines = [line for line in found.stderr.split("\n") if line.strip(" \x1b[A") and "%|" not in line]
-    assert lines[:4] == [
-        "error: A checkpoint must be written completely",
-        "  received: [Errno 27] File too large",
+    assert lines[0] == "error: A checkpoint must be written completely"
+    assert lines[1].startswith("  received: ")
+    assert "File too large" in lines[1]
+    assert lines[2:4] == [
         "  remedy:   Free some space, then go on with resume (--resume) from the checkpoint of step 2 in "
         f"{output}/checkpoints.",
         "status 2",
     ]
-    assert lines[4].startswith("warning: the checkpoint of step 4 is damaged (")
-    assert "going on from step 2" in lines[4]
-    assert lines[5] == "status 0"
-    assert lines[6].startswith(f"error: One of the checkpoints in {output}/checkpoints must be readable")
-    assert lines[7].startswith("  received: step 4: ")
-    assert "; step 2: " in lines[7]
-    assert "--overwrite" in lines[8]
-    assert lines[9:] == ["status 2"]
+    assert lines[4] == "status 0"
+    assert lines[5].startswith("warning: the checkpoint of step 4 is damaged (")
+    assert "going on from step 2" in lines[5]
+    assert lines[6] == "status 0"
+    assert lines[7].startswith(f"error: One of the checkpoints in {output}/checkpoints must be readable")
+    assert lines[8].startswith("  received: step 4: ")
+    assert "; step 2: " in lines[8]
+    assert "--overwrite" in lines[9]
+    assert lines[10:] == ["status 2"]
 
 
 @pytest.mark.parametrize(

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-import json
+import logging
 import re
+import sys
+import tempfile
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
-from safetensors.numpy import save as dump_safetensors
+import orbax.checkpoint as ocp
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.adapter_files import short
-from hylorada_jax.io.files import write_whole
 from hylorada_jax.training.devices import replicated
 from hylorada_jax.training.step import TrainState
 
 DAMAGED = "damaged_checkpoints"
-_NAME = re.compile(r"(\d+)\.safetensors")
+# What orbax, etils and tensorstore read in a path as it is, and not as a pattern, a URL or an escape.
+_PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 
 
 class Checkpoints:
-    """The checkpoints of one run, each a file ``<step>.safetensors``, written in the background.
+    """The checkpoints of one run, written in the background.
 
-    A checkpoint is complete or absent: it is written beside its place and renamed. It holds the state
-    (adapters, optimizer, step, seed), the position in the data, and a digest of both, so that damage that
-    still reads is noticed too. Use as a context manager; leaving it waits for the checkpoint under way.
-
-    Not by orbax: it reads a directory's name as a pattern ("lr=[1e-4,2e-4]" finds nothing), and after a full
-    disk or a damaged file its event loop leaves tracebacks on stderr that no caller can catch.
+    A checkpoint is complete or absent: orbax writes it beside its place and renames it. It holds the state
+    (adapters, optimizer, step, seed), the position in the data, and a digest of the state, so that damage
+    that still reads is noticed too. Use as a context manager; leaving it waits for the checkpoint under way.
 
     Args:
         directory: made if it does not exist.
@@ -44,32 +41,47 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory, self._keep = directory, keep
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: Future[None] | None = None
+        self._directory, self._keep = directory.absolute(), keep  # orbax insists on an absolute path
+        self._on_exit = contextlib.ExitStack()
 
     def __enter__(self) -> Checkpoints:
+        # orbax logs a failure several times, with its stack; what we raise says it once.
+        logging.getLogger("absl").addFilter(_not_orbax)
+        self._on_exit.callback(logging.getLogger("absl").removeFilter, _not_orbax)
         self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.iterdir():
-            if path.name.startswith("."):  # a killed process was writing it
-                path.unlink(missing_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._orbax_directory = self._plain_name()
+        self._manager = ocp.CheckpointManager(self._orbax_directory, options=options)
         return self
+
+    def _plain_name(self) -> Path:
+        """The directory, under a name that orbax does not take for a pattern ("lr=[1e-4,2e-4]")."""
+        if _PLAIN.fullmatch(str(self._directory)):
+            return self._directory
+        link = Path(self._on_exit.enter_context(tempfile.TemporaryDirectory())) / self._directory.name
+        link.symlink_to(self._directory, target_is_directory=True)
+        return link
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            # With an error on its way, one of the background must not take its place.
-            if error is None:
-                self.wait()
-        finally:
-            self._writer.shutdown()
+        with self._on_exit:
+            try:
+                # With an error on its way, one of the background must not take its place.
+                if error is None:
+                    self.wait()
+                self._manager.close()
+            except Exception:
+                if error is None:
+                    raise
 
     @property
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
         names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
-        return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+        return sorted(int(name) for name in names if name.isdigit())
 
     @property
     def last(self) -> str:
@@ -78,32 +90,29 @@ class Checkpoints:
         return f"the checkpoint of step {steps[-1]} in {self._directory}" if steps else "no checkpoint yet"
 
     def save(self, state: TrainState, *, data: dict[str, Any]) -> None:
-        """Writes a checkpoint in the background, once the one before is complete.
+        """Writes a checkpoint in the background.
 
         Args:
             state: copied before this returns, so that the next step may consume it.
             data: the position in the data, as the iterator's ``get_state`` gives it.
 
         Raises:
-            CheckpointError: the checkpoint before could not be written.
+            CheckpointError: this checkpoint or the one before could not be written.
         """
-        tensors = {name: np.array(leaf, order="C") for name, leaf in _named(state).items()}
-        self.wait()
-        self._under_way = self._writer.submit(self._write, int(state.step), tensors, json.dumps(data))
+        host = jax.tree.map(np.array, state)
+        run = {"data": data, "digest": _digest(host)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run))
+        try:
+            self._manager.save(int(host.step), args=items)
+        except Exception as error:  # whatever the file system, tensorstore and orbax may raise
+            raise self._unwritten(error) from error
 
     def wait(self) -> None:
         """Returns when the checkpoint under way is complete; a CheckpointError if it could not be written."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is None:
-            return
         try:
-            under_way.result()
-        except (OSError, MemoryError) as error:
-            raise CheckpointError(
-                "A checkpoint must be written completely",
-                error,
-                f"Free some space, then go on with resume (--resume) from {self.last}.",
-            ) from error
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is whole.
@@ -119,12 +128,13 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and none can be used.
         """
+        _ignore_late_reads()
         damage: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
                 state, data = self._read(step, like)
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                damage[step] = _first_line(error)
+            except Exception as error:  # damage shows as any of a dozen exceptions of orbax and tensorstore
+                damage[step] = self._in_words(error)
                 continue
             self._set_aside(damage, used=step)
             return state, data
@@ -136,60 +146,75 @@ class Checkpoints:
             "Start again with overwrite (--overwrite), or put an intact copy in its place.",
         )
 
-    def _path(self, step: int) -> Path:
-        return self._directory / f"{step}.safetensors"
-
-    def _write(self, step: int, tensors: Mapping[str, np.ndarray], data: str) -> None:
-        metadata = {"data": data, "digest": _digest(tensors, data)}
-        write_whole(self._path(step), dump_safetensors(dict(tensors), metadata))
-        for old in self.steps[: -self._keep]:
-            self._path(old).unlink()
-
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        raw = self._path(step).read_bytes()
-        tensors = load_safetensors(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        data = header["__metadata__"]["data"]
-        if _digest(tensors, data) != header["__metadata__"]["digest"]:
+        place = replicated()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        state, run = restored["state"], restored["run"]
+        if _digest(jax.tree.map(np.asarray, state)) != run["digest"]:
             raise ValueError("its content does not match its digest")
-        wanted = _named(like)
-        there, here = ({f"{n} {x.dtype}{x.shape}" for n, x in tree.items()} for tree in (tensors, wanted))
-        if there != here:
-            raise ValueError(f"it holds {short(sorted(there - here))}, the run {short(sorted(here - there))}")
-        leaves = [jax.device_put(tensors[name], replicated()) for name in wanted]
-        state: TrainState = jax.tree.unflatten(jax.tree.structure(like), leaves)
         if state.seed != like.seed:
             raise ValueError(f"its seed is {state.seed}, the run's is {like.seed}")
-        return state, json.loads(data)
+        return state, run["data"]
 
-    def _set_aside(self, damage: Mapping[int, str], *, used: int) -> None:
+    def _set_aside(self, damage: dict[int, str], *, used: int) -> None:
         """Moves damaged checkpoints away, for their steps will be written again."""
         for step, what in damage.items():
-            target = self._directory.parent / DAMAGED / self._path(step).name
+            target = self._directory.parent / DAMAGED / str(step)
             while target.exists():
-                target = target.with_name(f"again_{target.name}")
+                target = target.with_name(target.name + "_again")
             target.parent.mkdir(exist_ok=True)
-            self._path(step).rename(target)
+            (self._directory / str(step)).rename(target)
             warnings.warn(
                 f"the checkpoint of step {step} is damaged ({what}); going on from step {used}. "
                 f"It was moved to {target}",
                 stacklevel=3,
             )
+        if damage:
+            self._manager.reload()
+
+    def _in_words(self, error: Exception) -> str:
+        """An error in one line of bearable length: tensorstore's run over pages, and end with the cause."""
+        text = str(error).strip().split("\n")[0].replace(str(self._orbax_directory), str(self._directory))
+        text = text or type(error).__name__
+        return text if len(text) <= 300 else f"{text[:120]} … {text[-160:]}"
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            "A checkpoint must be written completely",
+            self._in_words(error),
+            f"Free some space, then go on with resume (--resume) from {self.last}.",
+        )
 
 
-def _named(state: TrainState) -> dict[str, Any]:
-    """The leaves of a state by their places, in the order of the tree."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def _digest(tensors: Mapping[str, np.ndarray], data: str) -> str:
-    """A fingerprint of the position in the data, and of every tensor's name, shape, dtype and bytes."""
-    sha = hashlib.sha256(data.encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        sha.update(tensor.tobytes())
+def _digest(state: TrainState) -> str:
+    """A fingerprint of every leaf's place, shape, dtype and bytes."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
     return sha.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _ignore_late_reads() -> None:
+    """Silences what becomes of the other reads when a restore has failed.
+
+    orbax closes its event loop at the first array that it cannot read. tensorstore's reads of the others end
+    later, in threads, and find it closed; orbax's coroutines for them are thrown away, and raise at that.
+    Each would put a stack on stderr.
+    """
+    if getattr(sys.unraisablehook, "func", None) is not _report_unless_late:
+        sys.unraisablehook = functools.partial(_report_unless_late, sys.unraisablehook)
+
+
+def _report_unless_late(report: Callable[[Any], object], unraisable: Any) -> None:
+    code = getattr(unraisable.object, "cr_code", None)
+    if str(unraisable.exc_value) != "Event loop is closed" and "orbax" not in getattr(
+        code, "co_filename", ""
+    ):
+        report(unraisable)
