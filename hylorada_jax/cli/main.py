@@ -1,5 +1,6 @@
 """The commands by name."""
 
+import io
 import sys
 import warnings
 
@@ -17,10 +18,11 @@ from hylorada_jax.errors import HyLoRADAError
 
 def main() -> None:
     """Runs the command; bad input ends with its error alone and exit status 2, an interrupt with 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    before = warnings.formatwarning
     # A line, without the place in our source that it came from.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    # A path may have bytes that are not UTF-8.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         tyro.extras.subcommand_cli_from_dict(
             {
@@ -42,6 +44,8 @@ def main() -> None:
         sys.exit(_fail(f"error: A file could not be read or written\n  received: {error}", 2))
     except KeyboardInterrupt as interrupt:
         sys.exit(_fail(str(interrupt) or "interrupted", 130))
+    finally:
+        warnings.formatwarning = before
 
 
 def _fail(message: str, status: int) -> int:
