@@ -97,7 +97,7 @@ class AdapterBank:
         """
         self._check_new(name)
         tensors, config, base = adapter_files.read_adapter(directory)
-        adapter_files.check_base(base, self.model._identity())
+        adapter_files.check_base(base, self.model.identity())
         theirs, ours = config.to_dict(), self.model.config.to_dict()
         if differing := [
             f"{key}: adapter {theirs[key]!r}, model {ours[key]!r}" for key in ours if theirs[key] != ours[key]

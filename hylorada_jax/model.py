@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.face import as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
@@ -103,8 +105,8 @@ class HyLoRADAModel:
         self._unfrozen = _leaf_paths(self.sites)
         self.frozen: dict[str, Any] = {"params": split(params, self._unfrozen)[0], "constants": constants}
         self.adapters = self.init_adapters(seed)
-        # Which file the adapters came from, as a checksum of its tensors; None: they are fresh, of the seed.
-        self.start: str | None = None
+        # Where the adapters came from: a checksum of a file's tensors, or the seed of fresh ones.
+        self.start = f"seed {seed}"
         self._enabled = True
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
@@ -333,37 +335,58 @@ class HyLoRADAModel:
         """The full names of all linear layers that can be adapted."""
         return self._modules.linear_names
 
-    def _identity(self) -> dict[str, Any]:
-        linears = ((name, m.d_out, m.d_in) for m in self._modules.linears for name in m.names)
-        return base_identity(self.base.name, self.base.config, linears)
+    def identity(self, *, weights: bool = False) -> dict[str, Any]:
+        """What tells the base model from others, as :func:`base_identity` gives it.
 
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        Args:
+            weights: with their "dtype" and their :func:`tree_digest`, which takes about a second for 2 GB.
+        """
+        linears = ((name, m.d_out, m.d_in) for m in self._modules.linears for name in m.names)
+        return base_identity(self.base.name, self.base.config, linears) | (self._weights if weights else {})
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, str]:
+        params = self.base.params
+        dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
+        return dict(zip(adapter_files.WEIGHTS, ("/".join(dtypes), tree_digest(params)), strict=True))
+
+    def save_pretrained(
+        self, directory: str | Path, *, overwrite: bool = False, weights: bool = False
+    ) -> None:
         """Writes the adapter: adapter_config.json and adapter_model.safetensors.
 
         Args:
             directory: made if it does not exist.
             overwrite: replace an adapter that is already there.
+            weights: record a digest of the base's weights, for ``check_weights``.
 
         Raises:
             CheckpointError: an adapter is already there, or cannot be written.
         """
         tensors = layout.flatten(self.sites, self.adapters)
-        adapter_files.write_adapter(directory, tensors, self.config, self._identity(), overwrite=overwrite)
+        identity = self.identity(weights=weights)
+        adapter_files.write_adapter(directory, tensors, self.config, identity, overwrite=overwrite)
 
     @classmethod
-    def from_pretrained(cls, base_model: Any, directory: str | Path) -> "HyLoRADAModel":
+    def from_pretrained(
+        cls, base_model: Any, directory: str | Path, *, check_weights: bool = False
+    ) -> "HyLoRADAModel":
         """The model with a saved adapter on it.
 
         Args:
             base_model: the base model the adapter was trained on.
             directory: what :meth:`save_pretrained` wrote.
+            check_weights: refuse a base model whose weights are others than those it was trained on, bit by
+                bit and in their dtype; the adapter must have recorded them, as that of a run has.
 
         Raises:
             CheckpointError: the adapter is damaged, or does not fit the base model.
         """
         tensors, config, base = adapter_files.read_adapter(directory)
         model = cls(base_model, config)
-        adapter_files.check_base(base, model._identity())
+        adapter_files.check_base(base, model.identity())
+        if check_weights:
+            adapter_files.check_weights(base, model.identity(weights=True))
         model.adapters = layout.unflatten(model.sites, tensors)
         model.start = adapter_files.digest(tensors)
         return model

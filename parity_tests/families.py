@@ -127,7 +127,7 @@ def all_in_float64() -> Iterator[None]:
 
 
 @functools.cache
-def _saved(family: str, dtype: str) -> tempfile.TemporaryDirectory[str]:
+def saved(family: str, dtype: str) -> tempfile.TemporaryDirectory[str]:
     """The family's random model with weights of a dtype, as transformers saves it."""
     torch.manual_seed(0)
     model = randomise(FAMILIES[family]()).to(getattr(torch, dtype))
@@ -139,9 +139,9 @@ def _saved(family: str, dtype: str) -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def jax_base(family: str, dtype: str) -> Any:
     """The family's random model in JAX; to be called within `measuring(dtype)`."""
-    return load_model(_saved(family, dtype).name, dtype=jnp.dtype(dtype))
+    return load_model(saved(family, dtype).name, dtype=jnp.dtype(dtype))
 
 
 def torch_base(family: str, dtype: str) -> Any:
     """A fresh torch model of the same numbers, in float64; to be called within `all_in_float64`."""
-    return FAMILIES[family]().from_pretrained(_saved(family, dtype).name, dtype=torch.float64).eval()
+    return FAMILIES[family]().from_pretrained(saved(family, dtype).name, dtype=torch.float64).eval()

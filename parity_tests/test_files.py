@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,10 @@ from hylorada_jax.config import METHODS
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from hylorada_jax.model import HyLoRADAModel
-from parity_tests.families import FAMILIES, all_in_float64, jax_base, measuring, torch_base
+from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.source import find_source
+from hylorada_jax.models.weights_digest import files_digest, tree_digest
+from parity_tests.families import FAMILIES, all_in_float64, jax_base, measuring, saved, torch_base
 from parity_tests.models import CONFIGS, build, errors, there_and_back
 from parity_tests.tolerances import MODEL
 
@@ -20,10 +24,40 @@ from parity_tests.tolerances import MODEL
 def test_both_sides_name_a_base_alike(family):
     with measuring("float64"), all_in_float64():
         config = CONFIGS["lora"]
-        ours = HyLoRADAModel(jax_base(family, "float64"), config)._identity()
+        ours = HyLoRADAModel(jax_base(family, "float64"), config).identity()
         theirs = hylorada_torch.HyLoRADAModel(torch_base(family, "float64"), config)._identity
     assert {**ours, "name": None} == {**theirs, "name": None}
     assert None not in ours.values()
+
+
+# The first digits of layers_sha256 and config_sha256, as files saved under transformers 4.57 have them.
+SAVED = {
+    "gpt2": ("e85b7fe1a7", "5c6bb3a205"),
+    "llama": ("482719cd74", "172f80e5b4"),
+    "qwen2": ("dd737f4025", "72869bdd21"),
+    "qwen3": ("482719cd74", "8660554ce0"),
+    "mistral": ("482719cd74", "f719700427"),
+    "bert": ("a2459b37b8", "2eaa76736e"),
+    "t5": ("8260522d3e", "a78a618664"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_knows_its_base_under_every_version_of_transformers(family):
+    """To be run under 4.57 and 5; the digits are file format: where they change, saved adapters are lost."""
+    identity = hylorada_torch.HyLoRADAModel(FAMILIES[family](), CONFIGS["lora"])._identity
+    assert (identity["layers_sha256"][:10], identity["config_sha256"][:10]) == SAVED[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_have_one_digest_on_disk_and_loaded(family):
+    directory = saved(family, "float32").name
+    found = set()
+    for dtype in (jnp.float32, jnp.bfloat16):
+        digest = files_digest(find_source(directory), dtype)
+        assert digest == tree_digest(load_model(directory, dtype=dtype).params)
+        found.add(digest)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])

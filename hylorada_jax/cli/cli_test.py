@@ -1,12 +1,16 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hylorada_jax.cli.adapter import AdapterOptions
@@ -141,6 +145,118 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
         assert run(monkeypatch, capsys, *command)[0] == 2
     status, _, err = run(monkeypatch, capsys, *on, "--overwrite", "--rank", 4)
     assert (status, "--rank" in err) == (2, True)
+
+
+def test_a_run_and_its_adapter_know_the_weights_they_were_trained_on(tiny, tmp_path, monkeypatch, capsys):
+    model, output = tmp_path / "model", tmp_path / "lr=[1e-4,2e-4]" / "-run"
+    shutil.copytree(tiny, model)
+    common = ("--model", model, "--data", tiny / "texts.txt", "--seq-len", 32)
+    train = ("finetune", *common, f"--output={output}/", "--steps", 2, "--batch-size", 2, "--prompt", "")
+    adapter = ("--adapter", output / "adapter", "--check-weights")
+    assert run(monkeypatch, capsys, *train)[0] == 0
+    assert run(monkeypatch, capsys, *train, "--resume")[0] == 0
+    evaluated = json.loads(run(monkeypatch, capsys, "evaluate", *common, *adapter, "--json")[1])
+    assert run(monkeypatch, capsys, "merge", *adapter, "--output", tmp_path / "merged")[0] == 0
+
+    status, _, err = run(monkeypatch, capsys, *train, "--resume", "--dtype", "bfloat16")
+    assert (status, "base.dtype: float32 in" in err) == (2, True)
+    status, _, err = run(monkeypatch, capsys, "evaluate", *common, *adapter, "--dtype", "bfloat16")
+    assert (status, "dtype: adapter float32, model bfloat16" in err) == (2, True)
+    status, _, err = run(monkeypatch, capsys, "evaluate", *common, "--check-weights")
+    assert (status, "--adapter" in err) == (2, True)
+
+    # Other weights at the same path: nothing but their digest tells.
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-3
+    save_file(tensors, model / "model.safetensors")
+    for command in (
+        (*train, "--resume"),
+        ("evaluate", *common, *adapter),
+        ("merge", *adapter, "--output", tmp_path / "other"),
+    ):
+        status, _, err = run(monkeypatch, capsys, *command)
+        assert (status, "weights_sha256" in err) == (2, True)
+    assert not (tmp_path / "other").exists()
+    unchecked = json.loads(run(monkeypatch, capsys, "evaluate", *common, *adapter[:2], "--json")[1])
+    assert unchecked["loss"] != evaluated["loss"]
+
+
+# Runs one command after another. Before each, files become the first bytes of another; and where a limit is
+# given, no file grows beyond it once the checkpoint of step 2 is there: the kernel refuses real writes.
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+from hylorada_jax.cli.main import main
+from hylorada_jax.training.report import MetricsLog
+
+write = MetricsLog.write
+
+def fill_disk(log, record):
+    write(log, record)
+    if limit and record["step"] == 3:
+        while not Path(second).exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+MetricsLog.write = fill_disk
+second, commands = json.loads(sys.argv[1])
+for limit, cut, sys.argv in commands:
+    for path, (source, length) in cut.items():
+        content = Path(source).read_bytes()
+        Path(path).write_bytes(content[:length])
+    status = 0
+    try:
+        main()
+    except SystemExit as stop:
+        status = stop.code
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print("status", status, file=sys.stderr)
+"""
+
+
+def test_a_full_disk_and_damage_print_our_message_alone(tiny, tmp_path):
+    """In a process of its own, for all that its threads and its end may write is captured."""
+    output = tmp_path / "run"
+    train = [
+        *("hylorada", "finetune", "--model", str(tiny), "--data", str(tiny / "texts.txt"), "--seq-len", "32"),
+        *("--steps", "4", "--batch-size", "2", "--checkpoint-every", "2", "--prompt", ""),
+        *("--output", str(output)),
+    ]
+    resume = [*train, "--resume"]
+    second, fourth = (str(output / "checkpoints" / f"{step}/state/manifest.ocdbt") for step in (2, 4))
+    commands = [
+        (2048, {}, train),
+        (0, {}, resume),
+        (0, {fourth: (second, 40)}, resume),
+        (0, {second: (second, 0), fourth: (second, 0)}, resume),
+    ]
+    found = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps([second, commands])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=600,
+    )
+    assert found.returncode == 0, found.stderr
+    # Without the progress bars.
+    lines = [line for line in found.stderr.split("\n") if line.strip(" \x1b[A") and "%|" not in line]
+    assert lines[0] == "error: A checkpoint must be written completely"
+    assert lines[1].startswith("  received: ")
+    assert "File too large" in lines[1]
+    assert lines[2:4] == [
+        "  remedy:   Free some space, then go on with resume (--resume) from the checkpoint of step 2 in "
+        f"{output}/checkpoints.",
+        "status 2",
+    ]
+    assert lines[4] == "status 0"
+    assert lines[5].startswith("warning: the checkpoint of step 4 is damaged (")
+    assert "going on from step 2" in lines[5]
+    assert lines[6] == "status 0"
+    assert lines[7].startswith(f"error: One of the checkpoints in {output}/checkpoints must be readable")
+    assert lines[8].startswith("  received: step 4: ")
+    assert "; step 2: " in lines[8]
+    assert "--overwrite" in lines[9]
+    assert lines[10:] == ["status 2"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def evaluate(
     max_tokens: int | None = None,
     structure: Structure | None = None,
     dtype: Dtype = "float32",
+    check_weights: bool = False,
     json: bool = False,
 ) -> None:
     """Perplexity of a model, with or without an adapter, by a sliding window.
@@ -40,11 +41,13 @@ def evaluate(
         max_tokens: evaluate on about this many tokens; by default on all.
         structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
         dtype: of the weights and the computation.
+        check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
+            was trained on.
         json: print one JSON object.
     """
     check_windows(seq_len, stride, max_tokens)
     texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
-    check_adapter(adapter, structure)
+    check_adapter(adapter, structure, weights=dtype if check_weights else None)
 
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
     from hylorada_jax.models.tokenizer import load_tokenizer
@@ -52,7 +55,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     tokens, structure_ids = tokens_of(texts, tokenizer, structure)
     measured = evaluate_perplexity(
-        loaded(model, adapter, dtype),
+        loaded(model, adapter, dtype, check_weights=check_weights),
         tokens,
         structure=structure_ids,
         seq_len=seq_len,

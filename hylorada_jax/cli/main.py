@@ -1,6 +1,8 @@
 """The commands by name."""
 
+import io
 import sys
+import warnings
 
 import tyro
 
@@ -16,6 +18,11 @@ from hylorada_jax.errors import HyLoRADAError
 
 def main() -> None:
     """Runs the command; bad input ends with its error alone and exit status 2, an interrupt with 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    before = warnings.formatwarning
+    # A line, without the place in our source that it came from.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         tyro.extras.subcommand_cli_from_dict(
             {
@@ -33,8 +40,12 @@ def main() -> None:
         )
     except HyLoRADAError as error:
         sys.exit(_fail(f"error: {error}", 2))
+    except OSError as error:  # what no command has named: a file that cannot be read or written
+        sys.exit(_fail(f"error: A file could not be read or written\n  received: {error}", 2))
     except KeyboardInterrupt as interrupt:
         sys.exit(_fail(str(interrupt) or "interrupted", 130))
+    finally:
+        warnings.formatwarning = before
 
 
 def _fail(message: str, status: int) -> int:

@@ -10,6 +10,7 @@ def merge(
     adapter: Path,
     model: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    check_weights: bool = False,
 ) -> None:
     """Merge an adapter into its base model: an ordinary checkpoint, as transformers loads it.
 
@@ -21,9 +22,11 @@ def merge(
         adapter: directory of a trained adapter.
         model: smollm2-135m, a directory, a .gguf file, or a Hub name [what the adapter was trained on].
         dtype: of the written weights [each tensor's own; float32 from a .gguf file].
+        check_weights: refuse a model whose weights are not, bit by bit, those the adapter was trained on.
     """
     from hylorada_jax.io.adapter_files import base_name
     from hylorada_jax.io.merged import write_merged
 
-    write_merged(base_name(adapter, model), adapter, output, dtype, progress=True)
+    name = base_name(adapter, model)
+    write_merged(name, adapter, output, dtype, check_weights=check_weights, progress=True)
     print(f"merged  {output}")

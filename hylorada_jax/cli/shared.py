@@ -38,13 +38,24 @@ def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
         )
 
 
-def check_adapter(adapter: Path | None, structure: str | None) -> None:
-    """Reports a damaged adapter, and structure that it cannot read, before the model is loaded."""
-    from hylorada_jax.io.adapter_files import read_adapter
+def check_adapter(adapter: Path | None, structure: str | None, *, weights: str | None = None) -> None:
+    """Reports a damaged adapter, and what it cannot be asked for, before the model is loaded.
 
-    config = None if adapter is None else read_adapter(adapter)[1]
+    Args:
+        adapter: its directory, or None for the base model alone.
+        structure: the structure that it shall read, or None.
+        weights: the dtype in which its base's weights shall be checked, or None.
+    """
+    from hylorada_jax.io import adapter_files
+
+    _, config, base = (None, None, None) if adapter is None else adapter_files.read_adapter(adapter)
     if structure:
         require_encoder(config, structure)
+    if weights and base is None:
+        rule = "Weights are checked against those that an adapter was trained on"
+        raise ConfigError(rule, "--check-weights for no adapter", "Give --adapter, or leave it out.")
+    if weights and base is not None:
+        adapter_files.check_weights(base, {"dtype": weights})
 
 
 def tokens_of(
@@ -74,7 +85,7 @@ def prompt_of(
     return ids, {"structure_ids": [token_depths(text, offsets)[0].tolist()]}
 
 
-def loaded(model: str, adapter: Path | None, dtype: str) -> Any:
+def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False) -> Any:
     """The model, with the adapter where one is named."""
     import jax.numpy as jnp
 
@@ -83,7 +94,8 @@ def loaded(model: str, adapter: Path | None, dtype: str) -> Any:
 
     if adapter is None:
         return load_model(model, dtype=jnp.dtype(dtype))
-    return HyLoRADAModel.from_pretrained(load_model(model, dtype=jnp.dtype(dtype)), adapter)
+    base = load_model(model, dtype=jnp.dtype(dtype))
+    return HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

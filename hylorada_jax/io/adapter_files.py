@@ -18,11 +18,13 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import user_path, write_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
+# What a base's identity says of its weights, where it was asked for; compared only where that is asked for.
+WEIGHTS = ("dtype", "weights_sha256")
 _FLOATS = (np.float32, np.float64)
 
 
@@ -46,7 +48,7 @@ def write_adapter(
     Raises:
         CheckpointError: an adapter is already there, a tensor is not finite, or the disk is full.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     if not overwrite:
         refuse_existing(directory)
     check_finite(tensors)
@@ -97,7 +99,7 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADA
     Raises:
         CheckpointError: a file is missing, cut, altered, of another version, or holds non-finite values.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     body = _read_config(directory / CONFIG_NAME)
     raw = _read(directory / WEIGHTS_NAME)
     if hashlib.sha256(raw).hexdigest() != body["weights_sha256"]:
@@ -168,12 +170,14 @@ def check_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
 
 
 def check_base(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Compares what the adapter was trained on with the model at hand; the name alone may differ.
+    """Compares what the adapter was trained on with the model at hand; name and weights may differ.
 
     Raises:
         CheckpointError: architecture or shapes differ; both sides are listed.
     """
-    differing = [key for key in sorted({*saved, *given} - {"name"}) if saved.get(key) != given.get(key)]
+    differing = [
+        key for key in sorted({*saved, *given} - {"name", *WEIGHTS}) if saved.get(key) != given.get(key)
+    ]
     if differing:
         raise CheckpointError(
             "An adapter fits only the base model it was trained on",
@@ -181,6 +185,30 @@ def check_base(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
                 f"{key}: adapter {saved.get(key)!r}, model {given.get(key)!r}" for key in ("name", *differing)
             ),
             f"Load the base model {saved.get('name')!r}.",
+        )
+
+
+def check_weights(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Compares the weights that the adapter was trained on with those at hand.
+
+    Args:
+        saved: the identity of the base, from the adapter's file.
+        given: the identity of the model at hand, or its "dtype" alone, before its weights are read.
+
+    Raises:
+        CheckpointError: the adapter does not say, or the weights or their dtype differ; both are shown.
+    """
+    if not set(WEIGHTS) <= set(saved):
+        raise CheckpointError(
+            "Weights can be checked where the adapter says which it was trained on",
+            f"an adapter of {saved.get('name')!r} that does not",
+            "Leave the check out. A run records its weights, and so does save_pretrained with weights=True.",
+        )
+    if differing := [key for key in WEIGHTS if key in given and saved[key] != given[key]]:
+        raise CheckpointError(
+            "The base's weights and their dtype must be those that the adapter was trained on",
+            "; ".join(f"{key}: adapter {saved[key]}, model {given[key]}" for key in differing),
+            f"Load {saved.get('name')!r} in {saved['dtype']} and as it was then, or leave the check out.",
         )
 
 
@@ -219,8 +247,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _render(body: Mapping[str, Any]) -> bytes:
     """The config file of a body: its checksum added."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=2, ensure_ascii=False).encode()
+
+    def text(body: Mapping[str, Any], **how: Any) -> bytes:
+        # The base's path may have bytes that are not UTF-8: surrogates to Python, and escaped in JSON.
+        return json.dumps(body, ensure_ascii=False, **how).encode(errors="backslashreplace")
+
+    return text({**body, "sha256": hashlib.sha256(text(body, sort_keys=True)).hexdigest()}, indent=2)
 
 
 def _read(path: Path) -> bytes:

@@ -15,6 +15,22 @@ from hylorada_jax.surgery.targets import is_head
 
 # Settings that change no number of a trained model's evaluation.
 _IDLE = ("initializer", "dropout", "pdrop", "use_cache", "token_id", "summary_", "gradient_checkpointing")
+# What transformers 4.57 keeps in every config and no family computes with. Written out, for version 5 moved
+# half of it elsewhere, and a file that was saved under one version is read under the other.
+_GENERAL = {
+    "_name_or_path", "add_cross_attention", "architectures", "bad_words_ids", "begin_suppress_tokens",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "id2label", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty",
+    "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "prefix",
+    "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript", "transformers_version",
+    "typical_p", "use_bfloat16",
+}  # fmt: skip
+# Families whose config says in version 4.57 alone how positions enter; version 5 knows one way.
+_ABSOLUTE = ("albert", "bert", "camembert", "electra", "roberta", "roberta-prelayernorm", "xlm-roberta")
 
 
 def base_identity(
@@ -55,11 +71,28 @@ def _settings(config: Any) -> dict[str, Any]:
         try:
             return _settings(DecoderConfig.from_hf(settings))
         except ModelError:  # not of our decoder's families
-            base = next(kind for kind in type(config).mro() if kind.__name__ == "PretrainedConfig")
-            general = set(base().to_dict()) - {"model_type", "tie_word_embeddings"}
-            settings = {key: value for key, value in settings.items() if key not in general}
+            said = {key: value for key, value in settings.items() if value is not None}
+            settings = {key: value for key, value in _as_of_4_57(said).items() if key not in _GENERAL}
     said = {key: value for key, value in settings.items() if value is not None}
     return {key: value for key, value in said.items() if not any(idle in key for idle in _IDLE)}
+
+
+def _as_of_4_57(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of transformers 5 under the names and in the layout that 4.57 has; its own as they are."""
+    said = dict(settings)
+    if rope := said.pop("rope_parameters", None):
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        said |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        said |= {"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {}
+    if "encoder_layers" in said:
+        said.setdefault("num_hidden_layers", said["encoder_layers"])
+    if "scale_decoder_outputs" in said:  # of T5, where version 4 reads it off tie_word_embeddings
+        said["tie_word_embeddings"] = said.pop("scale_decoder_outputs")
+    if said.get("model_type") == "mt5":  # never scaled; its files and 4.57 say False, version 5 True
+        said["tie_word_embeddings"] = False
+    if said.get("model_type") in _ABSOLUTE:
+        said.setdefault("position_embedding_type", "absolute")
+    return said
 
 
 def _digest(value: Any) -> str:

@@ -1,7 +1,23 @@
-"""Writing a file whole."""
+"""Paths as users type them, and writing a file whole."""
 
 import os
 from pathlib import Path
+
+
+def user_path(path: str | Path) -> Path:
+    """A path with the home directory for a leading ``~`` or ``~name``; nothing else in it has a meaning.
+
+    Args:
+        path: as the user typed it; a shell leaves ``--output=~/runs`` as it is.
+
+    Example:
+        >>> user_path("lr=[1e-4,2e-4]/*") == Path("lr=[1e-4,2e-4]/*")
+        True
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: a file's own name
+        return Path(path)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -10,6 +26,9 @@ def write_whole(path: Path, content: bytes) -> None:
     Args:
         path: in a directory that exists.
         content: all of the file.
+
+    Raises:
+        OSError: it could not be written, as on a full disk; the old content is still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

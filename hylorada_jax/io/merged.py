@@ -13,8 +13,10 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io import adapter_files
 from hylorada_jax.io.adapter_files import check_base, check_keys, read_adapter
 from hylorada_jax.io.base_identity import base_identity
+from hylorada_jax.io.files import user_path
 from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
 from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
 from hylorada_jax.models.loading import CONSTANTS, config_and_init, open_weights
@@ -22,11 +24,13 @@ from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
 from hylorada_jax.models.weights import Weights
+from hylorada_jax.models.weights_digest import files_digest
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.surgery.merge import live_components, refuse_live
 from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan
 
+_NAMES = {dtype.name for dtype in DTYPES.values()}
 # What a model directory holds beside its weights and config.json.
 _COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -42,6 +46,7 @@ def write_merged(
     dtype: DTypeLike | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    check_weights: bool = False,
     progress: bool = False,
 ) -> None:
     """Writes the checkpoint of an ordinary model that computes what the adapted one does.
@@ -57,6 +62,7 @@ def write_merged(
         output: a new or an empty directory; what transformers loads stands there at the end, or nothing.
         dtype: of the written tensors; by default each keeps its own, and those of a GGUF file are float32.
         max_shard_bytes: of one weights file.
+        check_weights: first read all weights, and refuse others than those the adapter was trained on.
         progress: show it on stderr.
 
     Raises:
@@ -69,7 +75,7 @@ def write_merged(
 
     Source: method.md §1, Merging.
     """
-    output = Path(output)
+    output = user_path(output)
     refuse_taken(output)
     target = None if dtype is None else _float_dtype(dtype)
     leaves, config, base = read_adapter(adapter)
@@ -82,6 +88,11 @@ def write_merged(
     refuse_live(live_components(sites, leaves))
 
     source = find_source(model)
+    if check_weights:
+        adapter_files.check_weights(base, {})  # whether it says
+        if (trained := base["dtype"]) not in _NAMES:
+            raise ModelError("Weights on disk are checked in one dtype.", trained, "Leave the check out.")
+        adapter_files.check_weights(base, {"weights_sha256": files_digest(source, jnp.dtype(trained))})
     tokenizer = load_tokenizer(model) if source.gguf else None
     weights = open_weights(source)
     changed = changed_tensors(sites, leaves, weights, config)

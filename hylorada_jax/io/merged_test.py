@@ -296,7 +296,7 @@ def test_a_weight_that_overflows_is_named_and_nothing_stays(bases, adapted, tmp_
     tensors = layout.flatten(model.sites, model.adapters)
     name = "model.layers.2.self_attn.v_proj"
     tensors[f"{name}.magnitude"] = np.full_like(tensors[f"{name}.magnitude"], 1e9)
-    write_adapter(tmp_path / "adapter", tensors, model.config, model._identity())
+    write_adapter(tmp_path / "adapter", tensors, model.config, model.identity())
     with pytest.raises(ModelError, match=rf"float16[\s\S]*{name}"):
         write_merged(bases / "llama", tmp_path / "adapter", tmp_path / "merged", "float16")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -320,7 +320,7 @@ def test_an_interrupt_leaves_nothing(bases, adapted, tmp_path, monkeypatch):
 def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):
     model = adapted("llama", "dora")
     tensors = layout.flatten(model.sites, model.adapters)
-    write_adapter(tmp_path / "adapter", tensors, model.config, {**model._identity(), "name": None})
+    write_adapter(tmp_path / "adapter", tensors, model.config, {**model.identity(), "name": None})
     with pytest.raises(HyLoRADAError, match="--model"):
         merge(output=tmp_path / "merged", adapter=tmp_path / "adapter")
     merge(output=tmp_path / "merged", adapter=tmp_path / "adapter", model=str(bases / "llama"))

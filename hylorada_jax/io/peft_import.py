@@ -10,7 +10,7 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.adapter_files import check_keys, short
+from hylorada_jax.io.adapter_files import check_keys, digest, short
 from hylorada_jax.io.peft_files import TOKEN_EMBEDDINGS, read_peft, tied_head
 from hylorada_jax.math.linear_adapter import LEAVES
 from hylorada_jax.model import HyLoRADAModel
@@ -52,6 +52,7 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
         check_keys({name: tensor.shape for name, tensor in tensors.items()}, _dora_shapes(model))
         tensors = tensors | expand(model.sites, tensors, model.base.params, model.frozen["constants"], config)
     model.adapters = layout.unflatten(model.sites, _of_dtype(model, tensors))
+    model.start = digest(tensors)
     return model
 
 

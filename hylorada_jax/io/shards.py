@@ -77,7 +77,8 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """
     directory = directory.resolve()
     refuse_taken(directory)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    # Not named after it: a name can be as long as a name can be.
+    temporary = directory.with_name(f".hylorada.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -157,6 +157,11 @@ class CausalLM:
         """
         return cls(DecoderLM(config, remat), _jitted_init_params(config, rng, dtype), config, "random")
 
+    @property
+    def dtype(self) -> Any:
+        """Of the weights, and so of the computation."""
+        return self.params["model"]["embed_tokens"]["embedding"].dtype
+
     def init_params(self, rng: Array) -> dict[str, Any]:
         """Random parameters of this model's shape; traced to learn which linear modules there are."""
         return _flax_init(self.module, rng)
@@ -240,11 +245,10 @@ class CausalLM:
         """
         c = self.config
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-        dtype = self.params["model"]["embed_tokens"]["embedding"].dtype
         slots = (batch, length)
         return KVCache(
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, self.dtype),
+            jnp.zeros(shape, self.dtype),
             jnp.zeros(slots, jnp.int32),
             jnp.zeros(slots, bool),
             jnp.int32(0),

@@ -33,8 +33,16 @@ class BaseModel(Protocol):
         """What the user loaded it by."""
 
     @property
+    def module(self) -> Any:
+        """The Linen module."""
+
+    @property
     def params(self) -> Any:
         """The frozen tree."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation."""
 
     @property
     def config(self) -> Any:

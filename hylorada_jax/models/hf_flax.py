@@ -104,6 +104,11 @@ class HFFlaxModel:
         return self.model.params
 
     @property
+    def dtype(self) -> Any:
+        """Of the computation."""
+        return jnp.dtype(self.model.dtype)
+
+    @property
     def config(self) -> PretrainedConfig:
         """Hugging Face's config."""
         return self.model.config

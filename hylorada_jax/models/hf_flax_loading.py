@@ -66,9 +66,7 @@ def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTr
     """
     model = empty_model(source, dtype)
     config = model.config
-    leaves = {path: leaf.shape for path, leaf in flatten_dict(model.params_shape_tree).items()}
-    slots = _slots(leaves, weights, model.base_model_prefix)
-    check_match(leaves, slots, weights, lambda name: True, source.path)
+    leaves, slots = layout(source, model, weights)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     leftover = [n for n in weights.shapes if n not in slots and n not in tied and not CONSTANTS.search(n)]
     if leftover:
@@ -78,6 +76,20 @@ def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTr
     model._is_initialized = True  # from here on the model accepts and gives out weights
     model.params = load_tree(leaves, slots, weights, dtype)
     return model
+
+
+def layout(
+    source: Source, model: FlaxPreTrainedModel, weights: Weights
+) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot]]:
+    """The leaves of a model with their shapes, and which tensor goes where.
+
+    Raises:
+        ModelError: the weights do not fit the model.
+    """
+    leaves = {path: leaf.shape for path, leaf in flatten_dict(model.params_shape_tree).items()}
+    slots = _slots(leaves, weights, model.base_model_prefix)
+    check_match(leaves, slots, weights, lambda name: True, source.path)
+    return leaves, slots
 
 
 def _no_flax_class(source: Source) -> ModelError:

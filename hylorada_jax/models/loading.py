@@ -141,11 +141,35 @@ def open_weights(source: Source) -> Weights:
     return GGUFWeights(source.gguf) if source.gguf else SafetensorsWeights(source.weights)
 
 
-def _load_decoder(source: Source, weights: Weights, dtype: np.dtype, remat: str) -> CausalLM:
-    config = DecoderConfig.from_hf(source.config)
+def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot], Weights]:
+    """What `load_model` makes of a model's files: leaves with their shapes, which tensor goes where, tensors.
+
+    Args:
+        source: the model, with its weights.
+
+    Raises:
+        ModelError: the weights do not fit the config.
+    """
+    weights = open_weights(source)
+    if source.config.get("model_type") in DECODER_FAMILIES:
+        return *_decoder_layout(source, DecoderConfig.from_hf(source.config), weights), weights
+    hf_flax = _hf_flax(source)
+    model = hf_flax.empty_model(source, np.dtype(np.float32))
+    return *hf_flax.layout(source, model, weights), weights
+
+
+def _decoder_layout(
+    source: Source, config: DecoderConfig, weights: Weights
+) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot]]:
     leaves = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config)).items()}
     slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape)}
     check_match(leaves, slots, weights, partial(_is_harmless, config, weights), source.path)
+    return leaves, slots
+
+
+def _load_decoder(source: Source, weights: Weights, dtype: np.dtype, remat: str) -> CausalLM:
+    config = DecoderConfig.from_hf(source.config)
+    leaves, slots = _decoder_layout(source, config, weights)
     return CausalLM(DecoderLM(config, remat), load_tree(leaves, slots, weights, dtype), config, source.name)
 
 

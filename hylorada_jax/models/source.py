@@ -3,12 +3,14 @@
 import difflib
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io.files import user_path
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
 
@@ -64,10 +66,11 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
     name = str(name)
     if name == PACKAGED:
         return _from_gguf(name, _packaged_file())
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = user_path(name)
+    # Not path.is_dir(), which raises for a name that is too long: a text that was pasted by mistake.
+    if os.path.isdir(path):
         return _from_directory(name, path, config_only)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelError(
                 "A base model that is a single file must be a .gguf file.",
@@ -87,7 +90,7 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
 def _near(path: Path) -> str:
     """Directories and GGUF files beside the mistyped path whose names are close to it."""
     here = path.parent
-    here_is = here.iterdir() if here.is_dir() else ()
+    here_is = here.iterdir() if os.access(here, os.R_OK) and os.path.isdir(here) else ()
     names = [p.name for p in here_is if p != path and (p.is_dir() or p.suffix == ".gguf")]
     close = [str(here / match) for match in difflib.get_close_matches(path.name, names)]
     if not close and difflib.get_close_matches(path.name, [PACKAGED]):

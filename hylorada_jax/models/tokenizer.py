@@ -195,7 +195,7 @@ def _from_directory(path: Path) -> Tokenizer:
             "Convert once with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_buffer(file.read_bytes())
         settings = {**_json(path, "special_tokens_map.json"), **_json(path, "tokenizer_config.json")}
     except Exception as error:  # tokenizers raises the bare class
         raise ModelError(

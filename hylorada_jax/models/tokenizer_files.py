@@ -28,6 +28,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     }
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
-    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    # Not its own save, whose errors are no OSErrors.
+    (directory / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (directory / "tokenizer_config.json").write_text(text, "utf-8")

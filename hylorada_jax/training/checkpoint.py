@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
+import re
+import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +24,8 @@ from hylorada_jax.training.devices import replicated
 from hylorada_jax.training.step import TrainState
 
 DAMAGED = "damaged_checkpoints"
+# What orbax, etils and tensorstore read in a path as it is, and not as a pattern, a URL or an escape.
+_PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 
 
 class Checkpoints:
@@ -33,36 +41,47 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        # orbax insists on an absolute path.
-        self._directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._directory, self._keep = directory.absolute(), keep  # orbax insists on an absolute path
+        self._on_exit = contextlib.ExitStack()
 
     def __enter__(self) -> Checkpoints:
         # orbax logs a failure several times, with its stack; what we raise says it once.
         logging.getLogger("absl").addFilter(_not_orbax)
+        self._on_exit.callback(logging.getLogger("absl").removeFilter, _not_orbax)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._orbax_directory = self._plain_name()
+        self._manager = ocp.CheckpointManager(self._orbax_directory, options=options)
         return self
+
+    def _plain_name(self) -> Path:
+        """The directory, under a name that orbax does not take for a pattern ("lr=[1e-4,2e-4]")."""
+        if _PLAIN.fullmatch(str(self._directory)):
+            return self._directory
+        link = Path(self._on_exit.enter_context(tempfile.TemporaryDirectory())) / self._directory.name
+        link.symlink_to(self._directory, target_is_directory=True)
+        return link
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            # With an error on its way, one of the background must not take its place.
-            if error is None:
-                self.wait()
-            self._manager.close()
-        except Exception:
-            if error is None:
-                raise
-        finally:
-            logging.getLogger("absl").removeFilter(_not_orbax)
+        with self._on_exit:
+            try:
+                # With an error on its way, one of the background must not take its place.
+                if error is None:
+                    self.wait()
+                self._manager.close()
+            except Exception:
+                if error is None:
+                    raise
 
     @property
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isdigit())
 
     @property
     def last(self) -> str:
@@ -109,12 +128,13 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and none can be used.
         """
+        _ignore_late_reads()
         damage: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
                 state, data = self._read(step, like)
             except Exception as error:  # damage shows as any of a dozen exceptions of orbax and tensorstore
-                damage[step] = _first_line(error)
+                damage[step] = self._in_words(error)
                 continue
             self._set_aside(damage, used=step)
             return state, data
@@ -154,10 +174,16 @@ class Checkpoints:
         if damage:
             self._manager.reload()
 
+    def _in_words(self, error: Exception) -> str:
+        """An error in one line of bearable length: tensorstore's run over pages, and end with the cause."""
+        text = str(error).strip().split("\n")[0].replace(str(self._orbax_directory), str(self._directory))
+        text = text or type(error).__name__
+        return text if len(text) <= 300 else f"{text[:120]} … {text[-160:]}"
+
     def _unwritten(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             "A checkpoint must be written completely",
-            _first_line(error),
+            self._in_words(error),
             f"Free some space, then go on with resume (--resume) from {self.last}.",
         )
 
@@ -171,11 +197,24 @@ def _digest(state: TrainState) -> str:
     return sha.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    """An error in one line of bearable length: tensorstore's run over pages, and end with the cause."""
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:120]} … {text[-160:]}"
-
-
 def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
+
+
+def _ignore_late_reads() -> None:
+    """Silences what becomes of the other reads when a restore has failed.
+
+    orbax closes its event loop at the first array that it cannot read. tensorstore's reads of the others end
+    later, in threads, and find it closed; orbax's coroutines for them are thrown away, and raise at that.
+    Each would put a stack on stderr.
+    """
+    if getattr(sys.unraisablehook, "func", None) is not _report_unless_late:
+        sys.unraisablehook = functools.partial(_report_unless_late, sys.unraisablehook)
+
+
+def _report_unless_late(report: Callable[[Any], object], unraisable: Any) -> None:
+    code = getattr(unraisable.object, "cr_code", None)
+    if str(unraisable.exc_value) != "Event loop is closed" and "orbax" not in getattr(
+        code, "co_filename", ""
+    ):
+        report(unraisable)

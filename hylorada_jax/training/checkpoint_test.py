@@ -71,8 +71,7 @@ def test_a_saved_state_is_a_copy(tmp_path):
     assert_is_step(restore(tmp_path / "c"), 1)
 
 
-# orbax abandons coroutines when one array cannot be read; Python complains when it collects them.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_damage_to_any_file_is_noticed_or_harmless(tmp_path):
     """Each file of the newest checkpoint in turn is cut, emptied, altered and deleted."""
     directory = tmp_path / "run" / "c"

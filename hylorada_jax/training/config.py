@@ -117,7 +117,10 @@ class TrainingConfig:
         return math.ceil(self.warmup_ratio * self.steps)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that decide which numbers a run computes: two runs that differ here are two runs."""
+        """The settings that decide which numbers a run computes: two runs that differ here are two runs.
+
+        What else a run is: :mod:`hylorada_jax.training.identity`.
+        """
         free = (
             "output_dir",
             "resume",

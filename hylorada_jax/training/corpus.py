@@ -6,6 +6,7 @@ import glob
 import hashlib
 import importlib
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -120,7 +121,9 @@ def _files(source: str) -> list[Path]:
     if Path(source).is_dir():
         raise DataError("Data must be files, not a directory", source, f'Give a glob: "{source}/**/*.txt".')
     if glob.has_magic(source):
-        if files := sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()):
+        root, pattern = _split_glob(Path(source))
+        found = (root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
+        if files := sorted(path for path in found if path.is_file()):
             return files
         raise DataError(
             "A glob must match at least one file", source, 'Quote it, and use "**" for subdirectories.'
@@ -130,6 +133,13 @@ def _files(source: str) -> list[Path]:
     raise DataError(
         "Data must be a file, a glob, a Hub dataset (owner/name) or python-stdlib", source, "Check the path."
     )
+
+
+def _split_glob(source: Path) -> tuple[Path, str]:
+    """The directories that a glob begins with, as far as they exist by that very name, and the rest."""
+    parts = source.parts
+    known = next(n for n in range(len(parts) - 1, -1, -1) if os.path.isdir(Path(*parts[:n])))
+    return Path(*parts[:known]), str(Path(*parts[known:]))
 
 
 def _hub_files(name: str) -> list[Path]:

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,21 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     with pytest.raises(DataError, match="pip install pyarrow"):
         load_documents(tmp_path / "a.parquet")
+
+
+def test_a_name_that_exists_wins_over_the_pattern_that_it_is(tmp_path, monkeypatch):
+    """A file, or the directories that a glob begins with: lr=[1,2]/ is one, beside lr=1/."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=[1,2]/a.txt", "lr=1/b.txt", "c[d].txt", "cd.txt", "e*.txt", "ef.txt", "x/[!y].txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+
+    def found(source):
+        return [document.text for document in load_documents(source)]
+
+    assert found("lr=[1,2]/*.txt") == found(tmp_path / "lr=[1,2]" / "**" / "*.txt") == ["lr=[1,2]/a.txt"]
+    assert found("lr=[1]/*.txt") == ["lr=1/b.txt"]
+    assert found("c[d].txt") == ["c[d].txt"]
+    assert found("e*.txt") == ["e*.txt"]
+    assert found("[ce]?.txt") == ["cd.txt", "e*.txt", "ef.txt"]
+    assert found("x/[!y].txt") == ["x/[!y].txt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
+from hylorada_jax.io.files import write_whole
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.devices import shard_rows
@@ -127,17 +129,26 @@ class Loop:
         values["learning_rate"] = self.config.learning_rate * float(self._factor(done.step - 1))
         checked = {name: values[name] for name in ("loss", "grad_norm", "adapter_norm")}
         if not np.isfinite(list(checked.values())).all():
-            np.savez(self.directory.nonfinite_batch, **done.batch)  # type: ignore[arg-type]
             found = ", ".join(f"{name} {value}" for name, value in checked.items())
             raise self._not_finite(
                 f"{found} at step {done.step}, on rows {done.batch['row'].tolist()} of the training data, "
-                f"saved in {self.directory.nonfinite_batch}"
+                f"{self._save_batch(done.batch)}"
             )
         speed = self._speed.add(values["tokens"])
         if done.step % self.config.log_every == 0 or done.step == self.config.steps:
             self.log.write({"step": done.step, **values, "tokens_per_second": round(speed, 1)})
         bar.update()
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:,.0f} tokens/s")
+
+    def _save_batch(self, batch: Batch) -> str:
+        """Saves a batch to look at, and says where; a full disk must not hide that a loss was not finite."""
+        content = io.BytesIO()
+        np.savez(content, **batch)  # type: ignore[arg-type]
+        try:
+            write_whole(self.directory.nonfinite_batch, content.getvalue())
+        except OSError as error:
+            return f"which could not be saved: {error}"
+        return f"saved in {self.directory.nonfinite_batch}"
 
     def _not_finite(self, what: str) -> NonFiniteError:
         self.checkpoints.wait()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import write_whole
 
 Record = Mapping[str, Any]
@@ -55,8 +58,8 @@ class MetricsLog:
         self.records: list[Record] = [r for r in read_metrics(path) if r["step"] <= last_step]
         lines = [json.dumps(record) + "\n" for record in self.records]
         write_whole(path, "".join(lines).encode())
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _event_writer(tensorboard)
+        self._file = _Appending(path)
+        self._board = _Board.open(tensorboard)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -69,12 +72,11 @@ class MetricsLog:
             self._board.close()
 
     def write(self, record: Record) -> None:
-        """Appends one line and flushes it."""
+        """Appends one line, at once."""
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(record) + "\n").encode())
         if self._board is not None:
-            self._board.add_event(_event(record))
+            self._board.add(record)
 
     def evaluation_at(self, step: int) -> Record | None:
         """The evaluation of a step, if there is one."""
@@ -82,9 +84,17 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl; none if it does not exist. A last line cut by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The lines of a metrics.jsonl; none if it does not exist. A last line cut by a kill is left out.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        rule = "Every line of metrics.jsonl must be JSON"
+        raise CheckpointError(rule, f"{path}: {error}", "Remove the damaged line.") from error
 
 
 def plot_losses(records: Sequence[Record], path: Path) -> None:
@@ -112,7 +122,10 @@ def plot_losses(records: Sequence[Record], path: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    # Through memory: matplotlib leaves half a file where the disk is full.
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -125,17 +138,57 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _event_writer(directory: Path) -> Any:
-    try:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    except ImportError:
-        return None
-    return EventFileWriter(str(directory))
+class _Appending:
+    """A file that is written at once: what a full disk refused is not tried again when the file is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, content: bytes) -> None:
+        """Appends all of it; an OSError where the disk does not take it."""
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
-def _event(record: Record) -> Any:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
+class _Board:
+    """An event file of TensorBoard's.
 
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items() if name != "step"]
-    return Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
+    Not by its EventFileWriter: that writes in a thread, where a full disk leaves a traceback, and then a run
+    that waits for ever for the thread's queue.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._records = RecordWriter(_Appending(path))
+        self._write(file_version="brain.Event:2")
+
+    @classmethod
+    def open(cls, directory: Path) -> _Board | None:
+        """A new event file; None where TensorBoard is not installed."""
+        try:
+            import tensorboard.summary.writer.record_writer  # noqa: F401
+        except ImportError:
+            return None
+        directory.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files in the order of their names.
+        return cls(directory / f"events.out.tfevents.{time.time():017.6f}.{os.getpid()}")
+
+    def add(self, record: Record) -> None:
+        """Writes the values of a line of metrics.jsonl."""
+        values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in record.items() if tag != "step"]
+        self._write(step=record["step"], summary=self._summary(value=values))
+
+    def _write(self, **what: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **what).SerializeToString())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from hylorada_jax.errors import CheckpointError
 from hylorada_jax.training import report
 from hylorada_jax.training.report import MetricsLog, Speed, plot_losses, read_metrics
 
@@ -20,6 +21,12 @@ def test_lines_up_to_the_resumed_step_stay_and_later_ones_go(tmp_path):
         assert log.evaluation_at(3) == {"step": 3, "eval_loss": 3.0}
     expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "eval_loss": 3.0}]
     assert read_metrics(path) == expected
+
+
+def test_a_damaged_line_is_an_error_of_ours(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\n{"step": 3}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_speed_is_tokens_over_time_since_the_restart(monkeypatch):
@@ -57,7 +64,7 @@ def test_tensorboard_has_every_value(tmp_path):
 
 
 def test_without_tensorboard_nothing_is_written_for_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboard.summary.writer.event_file_writer", None)
+    monkeypatch.setitem(__import__("sys").modules, "tensorboard.summary.writer.record_writer", None)
     with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board", last_step=0) as log:
         log.write({"step": 1, "loss": math.pi})
     assert not (tmp_path / "board").exists()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import user_path, write_whole
 from hylorada_jax.training.checkpoint import DAMAGED
 
 
@@ -18,7 +19,7 @@ class RunDirectory:
 
     Attributes:
         path: the directory itself.
-        run: run.json, what the run is: its fingerprint.
+        run: run.json, what the run is and what it runs on (:mod:`hylorada_jax.training.identity`).
         adapter: adapter/, the trained adapter.
         checkpoints: checkpoints/.
         metrics: metrics.jsonl.
@@ -28,7 +29,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self.run = self.path / "run.json"
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
@@ -48,10 +49,15 @@ class RunDirectory:
 
     def refuse_unless(self, *, resume: bool, overwrite: bool) -> None:
         """Raises a CheckpointError if a run is there and nothing was said about it; changes nothing."""
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            taken, holds_a_run = self.path.exists() and not self.path.is_dir(), self.holds_a_run
+        except OSError as error:  # the name is too long, or a directory above is closed to this user
+            rule = "The output directory must be one that can be made"
+            raise CheckpointError(rule, error, "Choose another output directory.") from error
+        if taken:
             rule = "The output directory must be a directory"
             raise CheckpointError(rule, self.path, "Choose another output directory.")
-        if self.holds_a_run and not (resume or overwrite):
+        if holds_a_run and not (resume or overwrite):
             raise CheckpointError(
                 "A run is never overwritten unasked",
                 f"{self.path} holds a run",
@@ -59,26 +65,37 @@ class RunDirectory:
                 "directory.",
             )
 
-    def open(self, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def open(
+        self,
+        identity: Mapping[str, Any],
+        recorded: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
         """Makes the directory ready for a run, new or resumed.
 
         Args:
-            fingerprint: what the run computes, as plain JSON types.
-            resume: the directory may hold a run, which must have the same fingerprint.
+            identity: what the run computes, as plain JSON types.
+            recorded: what it runs on, free to differ.
+            resume: the directory may hold a run, which must have the same identity.
             overwrite: a run in the directory is deleted; other files are left alone.
 
         Raises:
             CheckpointError: a run is there and nothing was said about it, or it is another run.
+
+        Warns:
+            UserWarning: the run was started on something else.
         """
         self.refuse_unless(resume=resume, overwrite=overwrite)
         # Through JSON, so that a tuple equals the list that is read back.
-        fingerprint = json.loads(json.dumps(fingerprint))
+        run = json.loads(json.dumps({"identity": identity, "recorded": recorded}))
         if overwrite:
             # run.json last: a kill in between leaves a directory that still counts as a run.
             for place in reversed(self._all):
                 shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         if self.run.exists():
-            self._check_same_run(fingerprint)
+            self._check_same_run(run)
         elif self.holds_a_run:
             rule = "A run that is resumed must have its run.json"
             raise CheckpointError(
@@ -86,28 +103,38 @@ class RunDirectory:
             )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(fingerprint, indent=2, ensure_ascii=False) + "\n"
-            write_whole(self.run, text.encode())
+            text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
+            write_whole(self.run, text.encode(errors="backslashreplace"))
 
-    def _check_same_run(self, fingerprint: Mapping[str, Any]) -> None:
+    def _check_same_run(self, run: Mapping[str, Any]) -> None:
         try:
             there = json.loads(self.run.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            theirs, recorded = _flat(there["identity"]), _flat(there["recorded"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             rule = "run.json must be readable"
-            raise CheckpointError(rule, f"{self.run}: {error}", "Put an intact copy in its place.") from error
-        ours, theirs = _flat(fingerprint), _flat(there)
-        absent = "(absent)"
-        if differing := sorted(
-            key for key in ours | theirs if ours.get(key, absent) != theirs.get(key, absent)
-        ):
             raise CheckpointError(
-                "A run is resumed with the settings and the data it was started with",
-                "; ".join(
-                    f"{key}: {theirs.get(key, absent)} in {self.run}, {ours.get(key, absent)} now"
-                    for key in differing
-                ),
-                "Resume with the same settings and data, or choose another output directory.",
+                rule, f"{self.run}: {error!r}", "Put an intact copy in its place."
+            ) from error
+        if differing := _differences(theirs, _flat(run["identity"])):
+            raise CheckpointError(
+                "A run is resumed with the base model, the settings and the data it was started with",
+                "; ".join(f"{key}: {then} in {self.run}, {now} now" for key, then, now in differing),
+                "Resume with what it was started with, or choose another output directory.",
             )
+        moved = _differences(recorded, _flat(run["recorded"]))
+        if told := [f"{key} {then}, now {now}" for key, then, now in moved if key != "model"]:
+            warnings.warn(
+                f"{self.path} was started with {'; '.join(told)}: "
+                "the last bits may differ from those of a run without interruption",
+                stacklevel=4,
+            )
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, then, now) of each value that differs."""
+    absent = "(absent)"
+    both = ((key, then.get(key, absent), now.get(key, absent)) for key in sorted({*then, *now}))
+    return [(key, before, after) for key, before, after in both if before != after]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,8 +15,9 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.face import require_segments
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.data import as_documents, as_structure, digest, shuffled_batches
+from hylorada_jax.training.data import as_documents, as_structure, shuffled_batches
 from hylorada_jax.training.devices import replicate
+from hylorada_jax.training.identity import circumstances, run_identity
 from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.packing import Rows
@@ -107,16 +108,14 @@ class HyLoRADATrainer:
         self._evaluator = None
         if held_out is not None:
             self._evaluator = _evaluator(model, held_out, held_out_structure, config)
-        self._fingerprint = {
-            "model": model.base.name,
-            "adapter": model.config.to_dict(),
-            "start": model.start,
-            "training": config.fingerprint(),
-            "train_data": digest(documents),
-            "eval_data": held_out and digest(held_out),
-            "train_structure": structure and digest(structure),
-            "eval_structure": held_out_structure and digest(held_out_structure),
-        }
+        self._identity = run_identity(
+            model,
+            config,
+            train_data=documents,
+            eval_data=held_out,
+            train_structure=structure,
+            eval_structure=held_out_structure,
+        )
 
     def train(self) -> TrainingResult:
         """Runs to the last step, from the start or from the newest usable checkpoint.
@@ -132,7 +131,8 @@ class HyLoRADATrainer:
         """
         config, directory = self._config, self._directory
         try:
-            directory.open(self._fingerprint, resume=config.resume, overwrite=config.overwrite)
+            recorded = circumstances(self._model)
+            directory.open(self._identity, recorded, resume=config.resume, overwrite=config.overwrite)
             with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
                 return self._train(checkpoints)
         except OSError as error:  # a full disk also meets the small files
@@ -161,7 +161,7 @@ class HyLoRADATrainer:
             checkpoints.wait()
             # Through the host: the frozen weights that the model still has are on one device.
             model.adapters = jax.device_put(jax.device_get(state.adapters))
-            model.save_pretrained(directory.adapter, overwrite=True)
+            model.save_pretrained(directory.adapter, overwrite=True, weights=True)
             plot_losses(log.records, directory.loss_plot)
             return TrainingResult(
                 steps=config.steps,

@@ -1,14 +1,18 @@
 """Oracle of every interrupted run: the run that was never interrupted, bit for bit."""
 
+import dataclasses
+import errno
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,11 +20,17 @@ import pytest
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.io import adapter_files
+from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files_test import NAMES
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.training import checkpoint, report, run_directory
 from hylorada_jax.training import loop as loop_module
 from hylorada_jax.training import trainer as trainer_module
+from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.devices import shard_rows
 from hylorada_jax.training.report import MetricsLog, read_metrics
@@ -105,7 +115,7 @@ def test_a_run_learns_and_leaves_its_files(reference):
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 3, STEPS]
     assert result.losses == [r["loss"] for r in records if "loss" in r]
     assert all(r["tokens_per_second"] > 0 for r in records if "loss" in r)
-    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert Checkpoints(directory / "checkpoints", 3).steps == [2, 4, 6]
     assert result.loss_plot.read_bytes().startswith(b"\x89PNG")
     loaded = HyLoRADAModel.from_pretrained(model.base, result.adapter)
     jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
@@ -144,7 +154,7 @@ def test_interrupt_saves_and_resume_ends_bit_equal(tmp_path, reference, monkeypa
         train(tmp_path / "run")
     assert "resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
-    assert (tmp_path / "run" / "checkpoints" / "3").exists()  # not a step that is due
+    assert (tmp_path / "run" / "checkpoints" / "3.safetensors").exists()  # not a step that is due
     model, _ = train(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", model, reference)
 
@@ -172,9 +182,7 @@ def test_resume_goes_on_from_the_older_checkpoint_when_the_newest_is_cut(tmp_pat
     with pytest.raises(RuntimeError, match="killed"):
         train(tmp_path / "run")
     monkeypatch.setattr(loop_module, "shard_rows", shard_rows)
-    for path in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
-        if path.is_file():
-            os.truncate(path, path.stat().st_size // 2)
+    os.truncate(tmp_path / "run" / "checkpoints" / "4.safetensors", 2000)
     with pytest.warns(UserWarning, match=r"step 4 is damaged .* going on from step 2"):
         model, _ = train(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", model, reference)
@@ -191,7 +199,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_resume_ends_bit_equal(
     def fill_disk(log, record):
         write(log, record)
         if record["step"] == 3:
-            while not (tmp_path / "run" / "checkpoints" / "2").exists():  # still being written
+            while not (tmp_path / "run" / "checkpoints" / "2.safetensors").exists():  # still being written
                 time.sleep(0.01)
             # The kernel refuses every further growth of a file: a real failed write.
             resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
@@ -233,12 +241,55 @@ def test_a_non_finite_state_stops_with_step_batch_and_checkpoint(tmp_path, monke
     message = str(error.value)
     assert "at step 3" in message
     assert "the checkpoint of step 2" in message
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
+    assert Checkpoints(tmp_path / "run" / "checkpoints", 3).steps == [1, 2]
     jax.tree.map(np.testing.assert_array_equal, model.adapters, initial)
     batch = np.load(tmp_path / "run" / "nonfinite_batch.npz")
     assert batch["input_ids"].shape == (4, 16)
     assert str(batch["row"].tolist()) in message
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_any_name_keeps_and_resumes_a_run(tmp_path, reference, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    directory = Path(name, "..", name, "run")
+    Path(name).mkdir()
+    limits = iter(range(4))
+
+    def shard_or_die(batch):
+        if next(limits, None) is None:
+            raise RuntimeError("killed")
+        return shard_rows(batch)
+
+    monkeypatch.setattr(loop_module, "shard_rows", shard_or_die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(directory, checkpoint_every=1)
+    monkeypatch.setattr(loop_module, "shard_rows", shard_rows)
+    model, _ = train(f"{directory}/", resume=True)
+    assert_same_run(directory, model, reference)
+    assert (tmp_path / name / "run" / "checkpoints" / "6.safetensors").exists()
+    loaded = HyLoRADAModel.from_pretrained(model.base, directory / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "adapter_model.safetensors", "loss.png"])
+def test_a_full_disk_at_any_file_is_an_error_and_resume_ends_bit_equal(
+    tmp_path, reference, monkeypatch, file
+):
+    def write_unless(path, content):
+        if path.name == file:
+            path.with_name(f".{file}.1").write_bytes(content[:9])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_whole(path, content)
+
+    with monkeypatch.context() as full:
+        for module in (adapter_files, checkpoint, report, run_directory):
+            full.setattr(module, "write_whole", write_unless)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            train(tmp_path / "run")
+    assert not (tmp_path / "run" / file).exists()
+    model, _ = train(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", model, reference)
 
 
 def test_a_run_is_not_overwritten_unasked_and_only_its_own_files_are_deleted(tmp_path, reference):
@@ -263,6 +314,58 @@ def test_another_run_is_not_resumed_and_both_sides_are_named(reference):
     assert "training.seed: 0 in" in str(error.value)
     assert "3 now" in str(error.value)
     assert "train_data" in str(error.value)
+
+
+def other_bit(model):
+    """The model with the last bit of one weight flipped."""
+    embedding = np.array(model.base.params["model"]["embed_tokens"]["embedding"])
+    embedding.view(np.uint32)[3, 5] ^= 1
+    params = {**model.base.params["model"], "embed_tokens": {"embedding": jnp.asarray(embedding)}}
+    return HyLoRADAModel(model.base.with_params({"model": params}), model.config)
+
+
+def in_bfloat16(model):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.base.params)
+    return HyLoRADAModel(model.base.with_params(params), model.config)
+
+
+def of_another_config(model):
+    config = dataclasses.replace(model.base.config, rope_theta=5e5)
+    base = CausalLM(DecoderLM(config), model.base.params, config, model.base.name)
+    return HyLoRADAModel(base, model.config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_bit, "base.weights_sha256"),
+        (in_bfloat16, "base.dtype: float32 in .*bfloat16 now"),
+        (of_another_config, "base.config_sha256"),
+        (lambda model: tiny_model(seed=1), "start: seed 0 in .*seed 1 now"),
+        (lambda model: tiny_model(method="dora"), "adapter.method"),
+    ],
+)
+def test_what_changes_the_numbers_is_another_run(reference, change, named):
+    directory, _, _ = reference
+    trainer = HyLoRADATrainer(change(tiny_model()), texts(), texts(1, 4), settings(directory, resume=True))
+    with pytest.raises(CheckpointError, match=named):
+        trainer.train()
+
+
+def test_jaxs_own_settings_are_part_of_what_a_run_is(reference):
+    directory, _, _ = reference
+    with jax.default_matmul_precision("highest"):
+        trainer = HyLoRADATrainer(tiny_model(), texts(), texts(1, 4), settings(directory, resume=True))
+        with pytest.raises(CheckpointError, match=r"matmul_precision: None in .*highest now"):
+            trainer.train()
+
+
+def test_the_same_weights_under_another_name_are_the_same_run(tmp_path, reference):
+    model = tiny_model()
+    moved = HyLoRADAModel(dataclasses.replace(model.base, name="moved/model"), model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(reference[0], moved, resume=True)
 
 
 def test_structure_ids_train_and_are_part_of_what_a_run_is(tmp_path):

@@ -1,0 +1,101 @@
+"""What a run is, and what it merely ran on.
+
+Part of its identity, so that a run which differs in it is another run and is not resumed: the base model
+(its layers, its config, every bit of its weights and their dtype), the adapter's settings and where it
+started, the training settings that decide numbers, the tokens and structure of both data sets (so the
+tokenizer and the order of documents), and jax's own settings of precision and random numbers.
+
+Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
+``XLA_FLAGS`` and rematerialisation. They may change the last bits, and a run must be able to move to another
+machine. The model's name is recorded too: the same weights under another path are the same model. Neither:
+what decides only when something is written or shown (eval_every, checkpoint_every, keep_checkpoints,
+log_every, progress) and where the run is kept.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.data import digest
+
+_JAX_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+)
+_PACKAGES = ("hylorada", "jax", "jaxlib", "flax", "optax", "grain", "numpy")
+
+Ids = Sequence[np.ndarray] | None
+
+
+def run_identity(
+    model: HyLoRADAModel,
+    config: TrainingConfig,
+    *,
+    train_data: Ids,
+    eval_data: Ids,
+    train_structure: Ids,
+    eval_structure: Ids,
+) -> dict[str, Any]:
+    """What decides the numbers that a run computes.
+
+    Args:
+        model: before the first step.
+        config: the settings.
+        train_data: token ids of each document.
+        eval_data: the same of the held-out documents.
+        train_structure: structure ids of each document.
+        eval_structure: the same of the held-out documents.
+
+    Returns:
+        Plain JSON types.
+    """
+    base = {key: value for key, value in model.identity(weights=True).items() if key != "name"}
+    data = {"train_data": train_data, "eval_data": eval_data}
+    data |= {"train_structure": train_structure, "eval_structure": eval_structure}
+    return {
+        "base": base,
+        "adapter": model.config.to_dict(),
+        "start": model.start,
+        "training": config.fingerprint(),
+        **{name: ids and digest(ids) for name, ids in data.items()},
+        "jax": {"dtype": str(model.base.dtype)} | {name: getattr(jax.config, name) for name in _JAX_SETTINGS},
+    }
+
+
+def circumstances(model: HyLoRADAModel) -> dict[str, Any]:
+    """What a run ran on: recorded, and free to differ.
+
+    Args:
+        model: what is trained.
+
+    Returns:
+        Plain JSON types.
+    """
+    device = jax.devices()[0]
+    return {
+        "model": model.base.name,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "devices": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "remat": getattr(model.base.module, "remat", "none"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from its source, uninstalled
+        return None
