@@ -25,20 +25,34 @@ _LEAVES = {
     "lora_B": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
+# VeLoRA's, which only its backward pass reads.
+_OF_TRAINING = ".lora_velora_embed"
 # The embedding that an output head can be tied to, by the families' names of it.
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
 # What we read; what says nothing of the function; and what says something only where another key asks for it.
 _READ = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "fan_in_fan_out",
-    "rank_pattern", "alpha_pattern",
+    "rank_pattern", "alpha_pattern", "modules_to_save",
 )  # fmt: skip
 _IDLE = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
+    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config",
+    # Of the starts, which init_lora_weights names.
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+    # A backward pass of its own, and the forward pass of LoRA.
+    "velora_config",
 )  # fmt: skip
-# Starts that leave the base model's weights as they are.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Starts that leave the base model's weights as they are, and those that take the start out of them.
+_PLAIN_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_STARTS_IN_THE_BASE = ("pissa", "corda", "olora", "lora_ga")
+# What PEFT cannot merge either.
+_UNMERGEABLE = ("alora_invocation_tokens", "layer_replication", "use_qalora", "arrow_config")
+MERGE = "In PEFT, model.merge_and_unload().save_pretrained(directory) makes a base model that has it."
+NEW_BASE = (
+    "PeftModel.from_pretrained(base, adapter).unload().save_pretrained(directory) makes a base model with "
+    "it: import the adapter on that."
+)
 
 
 def peft_name(name: str) -> str:
@@ -102,7 +116,8 @@ def read_peft(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, A
     try:
         with safe_open(path, framework="numpy") as file:
             for theirs in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensors[_our_name(theirs, path)] = _at_least_float32(file.get_tensor(theirs), theirs)
+                if not theirs.endswith(_OF_TRAINING):
+                    tensors[_our_name(theirs, path)] = _at_least_float32(file.get_tensor(theirs), theirs)
     except (SafetensorError, OSError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{WEIGHTS_NAME} must be a complete safetensors file", f"{path}: {error}", "Copy it again."
@@ -126,19 +141,40 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         )
     if kind != "LORA":
         raise ConfigError("PEFT's LoRA and DoRA can be read", f"peft_type {kind!r}", "Train a LoRA adapter.")
+    settings = {"r": 8, "lora_alpha": 8} | {
+        key: value for key, value in settings.items() if value is not None
+    }
+    if not all(isinstance(settings[key], int | float) and settings[key] > 0 for key in ("r", "lora_alpha")):
+        raise CheckpointError(
+            "r and lora_alpha must be positive numbers",
+            f"r={settings['r']!r}, lora_alpha={settings['lora_alpha']!r} in {path}",
+            "Save it with PEFT again.",
+        )
     start = settings.pop("init_lora_weights", True)
     unknown = {key: value for key, value in settings.items() if key not in (*_READ, *_IDLE) and value}
     if settings.get("bias", "none") == "none":
         unknown.pop("bias", None)
-    if start not in _PLAIN_STARTS:
+    if str(start).lower() not in _PLAIN_STARTS:
         unknown["init_lora_weights"] = start
     if unknown:
         raise ConfigError(
             "Every setting of PEFT's that changes the function must be one this library has",
             ", ".join(f"{key}={value!r}" for key, value in unknown.items()),
-            "Merge the adapter with PEFT's merge_and_unload, or train one without.",
+            _remedy(unknown),
         )
     return settings
+
+
+def _remedy(unknown: Mapping[str, Any]) -> str:
+    if any(key in unknown for key in _UNMERGEABLE):
+        return "Train an adapter without; PEFT cannot merge one with it."
+    if str(unknown.get("init_lora_weights")).lower().startswith(_STARTS_IN_THE_BASE) and len(unknown) == 1:
+        return (
+            "Where it was trained, save it as LoRA of the untouched base, save_pretrained(directory, "
+            "path_initial_model_for_weight_conversion=the adapter saved before training); or merge it there. "
+            + MERGE
+        )
+    return f"{MERGE} Or train an adapter without."
 
 
 def _our_name(theirs: str, path: Path) -> str:
@@ -151,7 +187,7 @@ def _our_name(theirs: str, path: Path) -> str:
         raise CheckpointError(
             "Every tensor must be LoRA's or DoRA's of a linear layer, or a module's that was saved whole",
             f"{theirs} in {path}",
-            "Train an adapter of linear layers; adapters of embeddings and biases of LoRA's are not read.",
+            f"{MERGE} Where it adapts an embedding that is tied to the head: train one of linear layers.",
         )
     return name
 

@@ -11,15 +11,15 @@ import numpy as np
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.adapter_files import check_keys, digest, short
-from hylorada_jax.io.peft_files import TOKEN_EMBEDDINGS, read_peft, tied_head
+from hylorada_jax.io.peft_files import MERGE, read_peft
+from hylorada_jax.io.peft_whole import settle_whole
 from hylorada_jax.math.linear_adapter import LEAVES
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import BaseModel, as_base
+from hylorada_jax.models.face import as_base
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import expand
-from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.modules import find_modules
-from hylorada_jax.surgery.targets import shortest_targets
+from hylorada_jax.surgery.targets import is_head, shortest_targets
 
 
 def import_peft(base_model: Any, directory: str | Path, *, method: str | None = None) -> HyLoRADAModel:
@@ -44,9 +44,15 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     Source: method.md §1, Collapse, solved for the magnitude.
     """
     tensors, settings = read_peft(directory)
+    method = _method(settings, method)
+    if heads := [name for name in _adapted(tensors) if is_head(name)]:
+        raise ConfigError(
+            "An output head is not adapted here", short(heads), f"{MERGE} A tied head: train one without it."
+        )
     base = as_base(base_model)
-    tensors = _without_tied_head(tensors, base.config)
-    config = _config(tensors, settings, base, method)
+    modules = find_modules(base.init_params)
+    tensors, trained = settle_whole(tensors, settings, base, modules)
+    config = _config(tensors, settings, modules.linear_names, method, trained)
     model = HyLoRADAModel(base_model, config)
     if config.method == "hylorada_v1":
         check_keys({name: tensor.shape for name, tensor in tensors.items()}, _dora_shapes(model))
@@ -56,10 +62,8 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     return model
 
 
-def _config(
-    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], base: BaseModel, method: str | None
-) -> HyLoRADAConfig:
-    """Our config of what PEFT's file holds: the layers that its tensors name, each with its rank and α."""
+def _method(settings: Mapping[str, Any], method: str | None) -> str:
+    """The method that goes on from an adapter."""
     theirs = "dora" if settings.get("use_dora") else "lora"
     if (method or theirs) not in ({"lora"} if theirs == "lora" else {"dora", "hylorada_v1"}):
         raise ConfigError(
@@ -67,14 +71,22 @@ def _config(
             f"method={method!r} for an adapter of {theirs}",
             "Choose one of these.",
         )
-    modules = find_modules(base.init_params)
-    names, ranks = modules.linear_names, {}
-    for name in (key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")):
-        ranks[name] = len(tensors[f"{name}.lora_A"])
+    return method or theirs
+
+
+def _config(
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+    names: list[str],
+    method: str,
+    trained: tuple[bool, bool],
+) -> HyLoRADAConfig:
+    """Our config of what PEFT's file holds: the layers that its tensors name, each with its rank and α."""
+    ranks = {name: len(tensors[f"{name}.lora_A"]) for name in _adapted(tensors)}
     stated = {name: _by_pattern(settings, "rank_pattern", "r", name) for name in ranks}
     if alien := sorted(set(ranks) - set(names)):
         raise CheckpointError(
-            "The adapter's layers must be linear layers of the model, its output head excepted",
+            "The adapter's layers must be linear layers of the model",
             f"{short(alien)}; the model has {short(names)}",
             "Load the base model that the adapter was trained on.",
         )
@@ -84,22 +96,8 @@ def _config(
         )
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     alphas = {name: float(_by_pattern(settings, "alpha_pattern", "lora_alpha", name)) for name in ranks}
-    unfrozen = {
-        f"train_{group}": {
-            tensor_name(name, leaf) for m in holders for name in m.names for leaf, _ in m.shapes
-        }
-        for group, holders in (("embeddings", modules.embeddings), ("norms", modules.norms))
-    }
-    whole = {name for name in tensors if name.rsplit(".", 1)[1] not in LEAVES["dora"]}
-    trained = {setting: bool(group & whole) for setting, group in unfrozen.items()}
-    if odd := whole ^ set().union(*(group for setting, group in unfrozen.items() if trained[setting])):
-        raise ConfigError(
-            "modules_to_save can be all embeddings, all norms, both or none",
-            f"{short(sorted(whole))}; this model's that differ: {short(sorted(odd))}",
-            "Train the adapter without, or with all of a kind.",
-        )
     return HyLoRADAConfig(
-        method=method or theirs,
+        method=method,
         lora_rank=rank,
         lora_alpha=alpha,
         lora_dropout=float(settings.get("lora_dropout", 0.0)),
@@ -107,27 +105,14 @@ def _config(
         target_modules=shortest_targets(list(ranks), names),
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha * ranks[name] / rank},
-        train_embeddings=trained["train_embeddings"],
-        train_norms=trained["train_norms"],
+        train_embeddings=trained[0],
+        train_norms=trained[1],
     )
 
 
-def _without_tied_head(tensors: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
-    """A tied head is the embedding again. PEFT unties the two where one of them alone is trained."""
-    head = tied_head(config.model_type)
-    rest = {name: tensor for name, tensor in tensors.items() if name != head}
-    embeddings = {name: tensor for name, tensor in rest.items() if name.split(".")[-2] in TOKEN_EMBEDDINGS}
-    if not config.tie_word_embeddings or (head not in tensors and not embeddings):
-        return tensors
-    twin = tensors.get(head)
-    if twin is None or not any(np.array_equal(tensor, twin) for tensor in embeddings.values()):
-        untouched = f"{head} is {'another' if head in tensors else 'untouched'}"
-        raise ConfigError(
-            "The head of this model is its embedding: both are trained, or none",
-            f"{', '.join(embeddings) or 'no embedding'}; {untouched}",
-            "Train both or none, with the same numbers.",
-        )
-    return rest
+def _adapted(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """The layers that have an A."""
+    return [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
 
 
 def _by_pattern(settings: Mapping[str, Any], pattern: str, default: str, name: str) -> Any:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.rope_config import RopeScaling
+from hylorada_jax.models.rope_config import RopeScaling, read_rope
 
 HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
-# What transformers' configuration classes assume for a key that config.json leaves out. These matter: Mistral
-# without sliding_window slides over 4096 tokens, with an explicit null it does not slide at all.
+# What transformers' configuration classes assume for a key that config.json leaves out.
 _COMMON: dict[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -20,8 +19,6 @@ _COMMON: dict[str, Any] = {
     "head_dim": None,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
     "eos_token_id": None,
@@ -62,6 +59,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
 }
 
+# Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all.
+_NULLS = ("num_key_value_heads", "sliding_window", "eos_token_id")
+
 # Settings that change the computation and that this decoder does not have, with the value that means "off".
 _REFUSED: dict[str, Any] = {
     "quantization_config": None,
@@ -71,6 +71,7 @@ _REFUSED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
     "use_mrope": False,
+    "is_causal": True,
 }
 
 
@@ -132,6 +133,9 @@ class DecoderConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         """Reads a Hugging Face config, with the defaults that transformers has for its family.
 
+        A null counts as an absent key, except for the few keys whose null is a value. Where two keys say the
+        same, as in files with the layouts of transformers 4 and 5, the one that transformers 5 takes wins.
+
         Args:
             hf: the content of config.json.
 
@@ -146,6 +150,7 @@ class DecoderConfig:
             >>> config.head_dim, config.num_key_value_heads
             (128, 8)
         """
+        hf = {key: value for key, value in hf.items() if value is not None or key in _NULLS}
         family = hf.get("model_type")
         if family not in _DEFAULTS:
             raise ModelError(
@@ -154,21 +159,18 @@ class DecoderConfig:
                 "take a model of one of these families, or a model that HF has in Flax (GPT-2, OPT, …)",
             )
         for key, off in _REFUSED.items():
-            if hf.get(key, off) not in (off, None):
+            if hf.get(key, off) != off:
                 raise ModelError(
                     f"{key} changes the computation, and this decoder does not have it",
                     f"{key}={hf[key]!r}",
                     f"take a version of the model without it, or set {key} to {off!r} if the weights allow",
                 )
-        # The layout of transformers 5 keeps rope_theta and rope_scaling together.
-        together = hf.get("rope_parameters") or {}
-        c = {**_DEFAULTS[family], **({"rope_scaling": together} if together else {}), **hf}
-        c["rope_theta"] = hf.get("rope_theta", together.get("rope_theta", c["rope_theta"]))
-
+        c = {**_DEFAULTS[family], **hf}
         heads = c["num_attention_heads"]
         kv_heads = c["num_key_value_heads"] or heads
         head_dim = c["head_dim"] or c["hidden_size"] // heads
         window, sliding = _sliding(family, c)
+        theta, scaling = read_rope(hf, c["max_position_embeddings"])
         eos = c["eos_token_id"]
         config = cls(
             model_type=family,
@@ -182,8 +184,8 @@ class DecoderConfig:
             max_position_embeddings=c["max_position_embeddings"],
             hidden_act=c["hidden_act"],
             rms_norm_eps=float(c["rms_norm_eps"]),
-            rope_theta=float(c["rope_theta"]),
-            rope_scaling=RopeScaling.from_hf(c["rope_scaling"], c["max_position_embeddings"]),
+            rope_theta=theta,
+            rope_scaling=scaling,
             tie_word_embeddings=c["tie_word_embeddings"],
             qkv_bias=family == "qwen2" or (c.get("attention_bias", False) and family != "mistral"),
             o_bias=family in ("llama", "qwen3") and c["attention_bias"],

@@ -31,11 +31,21 @@ LLAMA = {"model_type": "llama"}
         ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 32}, "chunked_attention"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-        ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"rope_type": "longrope", "type": "linear", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"factor": 2.0}}, "rope type"),
         ({"rope_scaling": {"type": "linear"}}, "missing ['factor']"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "unknown ['beta_fast']"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1}}, "['low_freq_factor']"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 7}},
+            "unknown ['original_max_position_embeddings']",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"is_causal": False}, "is_causal"),
     ],
     ids=str,
 )
@@ -55,11 +65,31 @@ def test_settings_that_mean_off_are_accepted():
     assert DecoderConfig.from_hf({**LLAMA, **off}) == DecoderConfig.from_hf(LLAMA)
 
 
-def test_layout_of_transformers_5_equals_the_old_one():
-    scaling = {"rope_type": "linear", "factor": 2.0}
-    old = DecoderConfig.from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": scaling})
-    new = DecoderConfig.from_hf({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 5e5}})
-    assert new == old != DecoderConfig.from_hf(LLAMA)
+# A file that says everything, and one null at a time in it.
+SAID = {
+    "vocab_size": 7, "hidden_size": 24, "intermediate_size": 9, "num_hidden_layers": 3, "head_dim": 6,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_act": "relu", "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 99, "rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "initializer_range": 0.5,
+    "eos_token_id": 3, "layer_types": ["full_attention"] * 3, "use_sliding_window": True, "sliding_window": 4,
+    "max_window_layers": 1, "attention_dropout": 0.0, "partial_rotary_factor": 1.0, "is_causal": True,
+}  # fmt: skip
+NULL_IS_A_VALUE = {"num_key_value_heads": 6, "sliding_window": None, "eos_token_ids": ()}
+
+
+@pytest.mark.parametrize("key", SAID)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_null_counts_as_an_absent_key_or_is_a_value(family, key):
+    said = {**SAID, "model_type": family}
+    if family in ("llama", "mistral") or key == "num_hidden_layers":
+        del said["layer_types"]
+    if family == "llama":
+        del said["sliding_window"]
+    config = DecoderConfig.from_hf({**said, key: None})
+    if (field := {"eos_token_id": "eos_token_ids"}.get(key, key)) in NULL_IS_A_VALUE:
+        assert getattr(config, field) == NULL_IS_A_VALUE[field]
+    else:
+        assert config == DecoderConfig.from_hf({k: value for k, value in said.items() if k != key})
 
 
 def test_configs_hash_by_value():

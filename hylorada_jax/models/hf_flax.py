@@ -38,8 +38,9 @@ _EMBEDDINGS: dict[str, TreePath] = {
 # The families whose self-attention is ours and knows positions; of these, the causal ones take groups.
 _OURS = ("gpt2", "bert")
 _GROUPED = ("gpt2",)
-# Their learned tables of positions have max_position_embeddings rows.
-_TABLES = ("gpt2", "bert", "gpt_neo", "opt")
+# The families without a table of positions; those whose table begins with rows for padding.
+_UNLIMITED = ("bloom", "t5", "mt5")
+_PADDED_TABLES = ("roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,11 @@ class HFFlaxModel:
 
     @property
     def position_limit(self) -> int | None:
-        """Rows of its learned table of positions; None where it has no such table."""
-        return self.config.max_position_embeddings if self.config.model_type in _TABLES else None
+        """Tokens that its table of positions has rows for; None where it has no table."""
+        if self.config.model_type in _UNLIMITED:
+            return None
+        padding = self.config.pad_token_id + 1 if self.config.model_type in _PADDED_TABLES else 0
+        return self.config.max_position_embeddings - padding
 
     @classmethod
     def wrap(cls, model: FlaxPreTrainedModel) -> HFFlaxModel:
@@ -192,6 +196,8 @@ class HFFlaxModel:
         input_ids = jnp.asarray(input_ids)
         self._check_support(segment_ids, groups)
         check_range(input_ids.shape, position_ids, self.position_limit)
+        if (answer := inputs.get("decoder_input_ids")) is not None:
+            check_range(jnp.shape(answer), limit=self.position_limit)
         if segment_ids is not None:
             segment_ids = jnp.asarray(segment_ids)
         if position_ids is None:

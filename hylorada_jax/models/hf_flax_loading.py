@@ -1,12 +1,12 @@
 """Loading Hugging Face's Flax models from PyTorch's files. The only file that imports transformers."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import transformers
 from flax.traverse_util import flatten_dict
-from transformers import FlaxPreTrainedModel
+from transformers import FlaxPreTrainedModel, PretrainedConfig
 from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
 
 from hylorada_jax.errors import ModelError
@@ -32,8 +32,7 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
     """
     if source.config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _no_flax_class(source)
-    config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    config._name_or_path = source.name
+    config = _read_config(source)
     architecture = (config.architectures or [""])[0]
     flax_class = getattr(transformers, f"Flax{architecture}", None)
     if not architecture or flax_class is None:
@@ -45,6 +44,19 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
         model = flax_class(config, dtype=dtype, _do_init=False)
     model._module = RepairedT5(model.module)
     return model
+
+
+def _read_config(source: Source) -> PretrainedConfig:
+    """transformers' config of a file. A null counts as an absent key, or says that there is no such token."""
+    family = source.config["model_type"]
+    said = {k: v for k, v in source.config.items() if v is not None or k.endswith("token_id")}
+    # transformers 5 writes tie_word_embeddings for every T5, and apart from it whether the logits are scaled,
+    # never for mT5; transformers 4 takes a head of its own, unscaled, for untied.
+    if family in REPAIRED and not said.get("scale_decoder_outputs", family != "mt5"):
+        said["tie_word_embeddings"] = False
+    config = transformers.CONFIG_MAPPING[family].from_dict(said)
+    config._name_or_path = source.name
+    return config
 
 
 def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTrainedModel:
@@ -68,6 +80,7 @@ def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTr
     config = model.config
     leaves, slots = layout(source, model, weights)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    _check_tied(tied & weights.shapes.keys(), weights)
     leftover = [n for n in weights.shapes if n not in slots and n not in tied and not CONSTANTS.search(n)]
     if leftover:
         warnings.warn(
@@ -90,6 +103,20 @@ def layout(
     slots = _slots(leaves, weights, model.base_model_prefix)
     check_match(leaves, slots, weights, lambda name: True, source.path)
     return leaves, slots
+
+
+def _check_tied(heads: Iterable[str], weights: Weights) -> None:
+    """Raises where a head that is to be the embedding again is not."""
+    for head in heads:
+        alike = (
+            name for name, shape in weights.shapes.items() if shape == weights.shapes[head] and name != head
+        )
+        if not any(np.array_equal(weights.read(name), weights.read(head)) for name in alike):
+            raise ModelError(
+                "With tie_word_embeddings the output head must equal the input embedding.",
+                f"{head} in {weights.file_of(head)} differs from every embedding",
+                "Set tie_word_embeddings to false in config.json if the head was trained apart.",
+            )
 
 
 def _no_flax_class(source: Source) -> ModelError:

@@ -46,8 +46,8 @@ def load_model(
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
 
     Returns:
-        Our decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3; a Flax model of transformers for families
-        that only it has (GPT-2, GPT-Neo, OPT, BERT, BART …).
+        Our decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3; a Flax model of transformers for the other
+        families of ``hf_flax_faults.CHECKED`` (GPT-2, GPT-Neo, OPT, BERT, BART …).
 
     Raises:
         ModelError: the model is not found, does not fit its config, is damaged, or would be computed wrongly.
