@@ -21,9 +21,10 @@ from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.corpus import PYTHON_STDLIB, Document, load_documents
+from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.training.data import digest, tokenize, tokenize_with_structure
 from hylorada_jax.training.packing import Batch, Rows
+from hylorada_jax.training.text_files import Document
 from parity_tests.environment import environment, write_record
 
 Record = dict[str, Any]

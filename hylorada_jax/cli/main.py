@@ -1,5 +1,6 @@
 """The commands by name."""
 
+import io
 import sys
 
 import tyro
@@ -16,6 +17,9 @@ from hylorada_jax.errors import HyLoRADAError
 
 def main() -> None:
     """Runs the command; bad input ends with its error alone and exit status 2, an interrupt with 130."""
+    # A text may have what the terminal's encoding has not; stderr writes that in escapes already.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tyro.extras.subcommand_cli_from_dict(
             {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.training.corpus import Document
+from hylorada_jax.training.text_files import Document
 
 if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer

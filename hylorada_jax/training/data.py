@@ -12,8 +12,9 @@ import numpy as np
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.structure.code import token_depths
-from hylorada_jax.training.corpus import Document
+from hylorada_jax.text import well_formed
 from hylorada_jax.training.packing import Batch, Rows
+from hylorada_jax.training.text_files import Document
 
 _DOCUMENTS_AT_ONCE = 64
 _ENDLESS = 2**50  # rows; more than anybody trains on
@@ -94,7 +95,7 @@ def _encode(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
         batch = documents[first : first + _DOCUMENTS_AT_ONCE]
-        encodings = tokenizer.backend.encode_batch([document.text for document in batch])
+        encodings = tokenizer.backend.encode_batch([well_formed(document.text) for document in batch])
         for document, encoding in zip(batch, encodings, strict=True):
             missing = [] if encoding.ids[-1:] == end else end
             yield document, encoding.ids + missing, encoding.offsets + [(0, 0)] * len(missing)
