@@ -17,6 +17,7 @@ from hylorada_jax.io.base_identity import base_identity
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.face import as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
+from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
@@ -135,12 +136,19 @@ class HyLoRADAModel:
             structure_ids: what the structure encoder of hylorada_v2 is told of each token, int [batch, seq].
             structure_positions: where each token stands for that encoder, such as hours [batch, seq];
                 ``position_ids`` when absent.
+
+        Raises:
+            DataError: a token id is outside the vocabulary, a position outside the model's table, or
+                structure ids do not fit the tokens.
+            ConfigError: nothing in the model reads structure.
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
-        input_ids = jnp.asarray(input_ids)
         if not self._enabled:
             return self.base(input_ids, **inputs)
         # Here, because under the jit below nobody sees the values.
+        check_tokens(input_ids, self.base.token_limit)
+        check_structure_ids(structure_ids)
+        input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, position_ids, self.base.position_limit)
         told = {"structure_ids": structure_ids, "structure_positions": structure_positions}
         return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs, **told)
@@ -169,6 +177,10 @@ class HyLoRADAModel:
 
         Returns:
             The base model's output, with ``.logits``.
+
+        Raises:
+            DataError: as in calling the model, for ids whose values are known. Under ``jax.jit`` or the like
+                a token id outside the vocabulary goes unnoticed, and the output means nothing.
         """
         resolved = self.resolve(adapters, frozen)
         return self.apply_resolved(resolved, input_ids, train=train, rngs=rngs, frozen=frozen, **inputs)
@@ -225,6 +237,8 @@ class HyLoRADAModel:
         structure_positions: Array | None = None,
         **inputs: Any,
     ) -> Any:
+        check_tokens(input_ids, self.base.token_limit)
+        input_ids = jnp.asarray(input_ids)
         told = Structure(ids=structure_ids, positions=structure_positions)
         self._check_structure(told, input_ids.shape)
         if train and self.config.s2_attn_enabled:
@@ -243,6 +257,8 @@ class HyLoRADAModel:
                     f"method={self.config.method!r}",
                     f"Choose method='hylorada_v2', or leave {name} out.",
                 )
+            if name == _STRUCTURE_IDS:
+                check_structure_ids(given)
             if given.shape != shape:
                 raise DataError(
                     f"{name} must have one value per token, [batch, seq]",
@@ -267,7 +283,13 @@ class HyLoRADAModel:
 
         Returns:
             The new tokens of every prompt.
+
+        Raises:
+            ConfigError: a setting is out of range, or nothing in the model reads structure.
+            DataError: there is no prompt, one is empty or has a token id outside the vocabulary, or
+                structure ids do not fit the prompts.
         """
+        check_prompts(prompts, self.base.token_limit)
         if not self._enabled:
             return self.base.generate(prompts, **settings)
         resolved = self._resolve(self.adapters, self.frozen)
@@ -280,6 +302,8 @@ class HyLoRADAModel:
                     f"lengths {[len(i) for i in structure_ids]} for {[len(p) for p in prompts]}",
                     "Give a list like each prompt.",
                 )
+            for ids in structure_ids:
+                check_structure_ids(ids)
             told = Structure(ids=jnp.asarray(pad_left(structure_ids, bucket=ours)), decoding=True)
             self._check_structure(told, told.ids.shape)  # type: ignore[union-attr]
         else:

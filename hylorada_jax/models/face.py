@@ -29,6 +29,10 @@ class BaseModel(Protocol):
         """Rows of the table of positions; None where they are computed."""
 
     @property
+    def token_limit(self) -> int | None:
+        """Rows of the table of tokens; None where the input is something else."""
+
+    @property
     def name(self) -> str:
         """What the user loaded it by."""
 

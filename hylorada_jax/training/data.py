@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.models.ids import INT32, outside
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.structure.code import token_depths
 from hylorada_jax.text import well_formed
@@ -127,15 +128,14 @@ def as_documents(data: Sequence[Any], vocab: int, what: str) -> list[np.ndarray]
     """
     documents = []
     for number, tokens in enumerate(data):
-        ids = np.asarray(tokens)
+        ids = _array(tokens)
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             rule = f"Every document of the {what} data must be a sequence of token ids"
             received = f"document {number}: {ids.dtype} of shape {ids.shape}"
             raise DataError(rule, received, "Tokenize texts first: tokenize(load_documents(…), tokenizer).")
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
+        if ids.size and (wrong := outside(ids, vocab)):
             rule = f"Every token id of the {what} data must be in the model's vocabulary, 0 … {vocab - 1}"
-            received = f"document {number}: {ids.min()} … {ids.max()}"
-            raise DataError(rule, received, "Use the model's own tokenizer.")
+            raise DataError(rule, f"document {number}: {wrong}", "Use the model's own tokenizer.")
         documents.append(ids.astype(np.int32))
     if all(len(ids) < 2 for ids in documents):
         rule = f"The {what} data must have a document of at least two tokens"
@@ -173,16 +173,24 @@ def as_structure(
         rule = f"Every document of the {what} data must have its structure ids"
         received = f"{len(structure)} sequences of ids for {len(documents)} documents"
         raise DataError(rule, received, "Make both from the same documents: tokenize_with_structure(…).")
-    arrays = [np.asarray(ids) for ids in structure]
+    arrays = [_array(ids) for ids in structure]
     for number, (ids, tokens) in enumerate(zip(arrays, documents, strict=True)):
-        integers = not ids.size or (np.issubdtype(ids.dtype, np.integer) and ids.min() >= 0)
+        integers = not ids.size or not outside(ids, INT32)
         if ids.shape != tokens.shape or not integers:
             rule = f"Structure ids of the {what} data must be integers ≥ 0, one for each token"
             received = f"document {number}: {ids.dtype} of shape {ids.shape}, for {len(tokens)} tokens"
-            if ids.size and not integers:
-                received += f", from {ids.min()}"
+            if np.issubdtype(ids.dtype, np.integer) and not integers:
+                received += f", from {ids.min()} to {ids.max()}"
             raise DataError(rule, received, "Make both from the same text: tokenize_with_structure(…).")
     return [ids.astype(np.int32) for ids in arrays]
+
+
+def _array(values: Any) -> np.ndarray:
+    """The values as an array; of objects where they are rows of several lengths."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.asarray(values, object)
 
 
 def shuffled_batches(
