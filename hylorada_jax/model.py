@@ -11,20 +11,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, DataError, ModelError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.io import adapter_files
 from hylorada_jax.io.base_identity import base_identity
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
-from hylorada_jax.models.face import as_base, vocab_size
+from hylorada_jax.models.face import BaseModel, as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.surgery import build, layout
+from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
+from hylorada_jax.surgery.modules import Modules, Tree
 from hylorada_jax.surgery.modules import Path as TreePath
-from hylorada_jax.surgery.modules import Tree, find_modules
-from hylorada_jax.surgery.plan import Site, count_parameters, plan
+from hylorada_jax.surgery.plan import Site, count_parameters
 from hylorada_jax.surgery.resolve import resolve
 from hylorada_jax.surgery.split import join, split
 
@@ -85,20 +86,7 @@ class HyLoRADAModel:
     def __init__(self, base_model: Any, config: HyLoRADAConfig, seed: int = 0) -> None:
         self.base = as_base(base_model)
         self.config = config
-        self._modules = find_modules(self.base.init_params)
-        self.sites = plan(self._modules, config)
-        if config.s2_attn_enabled and not self.base.supports_groups:
-            raise ModelError(
-                "Shifted sparse attention needs a causal model whose attention is ours",
-                self.base.name,
-                "Leave s2_attn_enabled out, or choose a model of the Llama family or GPT-2.",
-            )
-        if config.s2_attn_enabled and any(module.heads < 2 for module in self._modules.attentions):
-            raise ConfigError(
-                "Shifted sparse attention halves the heads of a layer",
-                "1 head",
-                "Leave s2_attn_enabled out, or choose a model of more heads.",
-            )
+        self._modules, self.sites = fit(self.base, config)
         params = self.base.params
         constants = build.build_constants(self.sites, params, config)
         self._unfrozen = _leaf_paths(self.sites)
@@ -358,8 +346,7 @@ class HyLoRADAModel:
         return self._modules.linear_names
 
     def _identity(self) -> dict[str, Any]:
-        linears = ((name, m.d_out, m.d_in) for m in self._modules.linears for name in m.names)
-        return base_identity(self.base.name, self.base.config, linears)
+        return identity(self.base, self._modules)
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Writes the adapter: adapter_config.json and adapter_model.safetensors.
@@ -391,6 +378,12 @@ class HyLoRADAModel:
         model.adapters = layout.unflatten(model.sites, tensors)
         model.start = adapter_files.digest(tensors)
         return model
+
+
+def identity(base: BaseModel, modules: Modules) -> dict[str, Any]:
+    """What an adapter file says of the base model, which may be without its weights."""
+    linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
+    return base_identity(base.name, base.config, linears)
 
 
 def _leaf_paths(sites: Sequence[Site]) -> list[TreePath]:

@@ -30,6 +30,7 @@ def export_peft(
         sample: a text; a refusal then says what dropping would change of its logits.
     """
     from hylorada_jax import load_model
+    from hylorada_jax.cli.shared import check_fits, unloaded
     from hylorada_jax.io.adapter_files import base_name, refuse_existing
     from hylorada_jax.io.peft_export import effect
     from hylorada_jax.io.peft_export import export_peft as export
@@ -38,6 +39,7 @@ def export_peft(
 
     name = base_name(adapter, model)
     refuse_existing(output)
+    check_fits(adapter, unloaded(name))
     tokens = None
     if sample is not None:
         if not (ids := load_tokenizer(name).encode(sample)):
@@ -69,11 +71,14 @@ def import_peft(
         method: hylorada_v1 lets a DoRA adapter go on as one, from the same function [what the file holds].
     """
     from hylorada_jax import load_model
+    from hylorada_jax.cli.shared import unloaded
     from hylorada_jax.io.adapter_files import refuse_existing
     from hylorada_jax.io.peft_files import read_peft
+    from hylorada_jax.io.peft_import import check_import
     from hylorada_jax.io.peft_import import import_peft as read
 
     refuse_existing(output)
-    read_peft(adapter)  # damage is reported before the model is loaded
+    tensors, settings = read_peft(adapter)
+    check_import(tensors, settings, unloaded(model), method)  # before the model is loaded
     read(load_model(model), adapter, method=method).save_pretrained(output)
     print(output)

@@ -13,6 +13,7 @@ from jax import Array
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.models.ids import check_tokens
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.packing import Batch
 
@@ -80,8 +81,8 @@ def evaluate_retrieval(
         The accuracy at every depth.
 
     Raises:
-        DataError: the context is too short for a fact and a question among some sentences, or the
-            tokenizer gives an id outside the model's vocabulary.
+        DataError: the context is too short for a fact and a question among some sentences, longer
+            than the model's table of positions, or the tokenizer gives an id outside its vocabulary.
 
     Example:
         evaluate_retrieval(load_model("smollm2-135m"), load_tokenizer("smollm2-135m"), samples=1).accuracy
@@ -89,6 +90,7 @@ def evaluate_retrieval(
     Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
     """
     sweep = Sweep(model, _found)
+    check_range((batch_size, seq_len), limit=sweep.face.base.position_limit)
     texts = contexts(tokenizer, seq_len, samples, seed)
     for text in texts:
         check_tokens(text["tokens"], sweep.face.vocab_size, "the tokenizer's")

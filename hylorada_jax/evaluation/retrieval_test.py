@@ -18,7 +18,7 @@ class Knowing:
     """A model whose most likely next token is the true one, but where a fact stands in the forgotten part."""
 
     has_encoder = False
-    base = types.SimpleNamespace(supports_segments=True)
+    base = types.SimpleNamespace(supports_segments=True, position_limit=None)
 
     def __init__(self, vocab, forgets=lambda place: jnp.zeros_like(place, bool)):
         self.vocab_size, self.forgets, self.frozen = vocab, forgets, {}

@@ -44,15 +44,32 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     Source: method.md §1, Collapse, solved for the magnitude.
     """
     tensors, settings = read_peft(directory)
-    base = as_base(base_model)
-    tensors = _without_tied_head(tensors, base.config)
-    config = _config(tensors, settings, base, method)
+    tensors, config = check_import(tensors, settings, as_base(base_model), method)
     model = HyLoRADAModel(base_model, config)
     if config.method == "hylorada_v1":
         check_keys({name: tensor.shape for name, tensor in tensors.items()}, _dora_shapes(model))
         tensors = tensors | expand(model.sites, tensors, model.base.params, model.frozen["constants"], config)
     model.adapters = layout.unflatten(model.sites, _of_dtype(model, tensors))
     return model
+
+
+def check_import(
+    tensors: dict[str, np.ndarray], settings: Mapping[str, Any], base: BaseModel, method: str | None
+) -> tuple[dict[str, np.ndarray], HyLoRADAConfig]:
+    """The tensors of an adapter that are ours to read, and its config, checked as far as shapes tell.
+
+    Args:
+        tensors: from :func:`hylorada_jax.io.peft_files.read_peft`.
+        settings: likewise.
+        base: the base model; its weights are not looked at.
+        method: as for :func:`import_peft`.
+
+    Raises:
+        CheckpointError: the files fit another model.
+        ConfigError: the adapter uses what this library does not have, or cannot start that method.
+    """
+    tensors = _without_tied_head(tensors, base.config)
+    return tensors, _config(tensors, settings, base, method)
 
 
 def _config(

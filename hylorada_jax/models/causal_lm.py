@@ -139,6 +139,7 @@ class CausalLM:
 
     supports_segments = True
     supports_groups = True
+    supports_generation = True
     position_limit = None
 
     @property

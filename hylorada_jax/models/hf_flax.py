@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
+from hylorada_jax.models.face import require_generation
 from hylorada_jax.models.generate import check_settings, pad_left
 from hylorada_jax.models.hf_attention import SharedAttention
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
@@ -66,6 +67,11 @@ class HFFlaxModel:
     def supports_groups(self) -> bool:
         """Whether it can attend in the groups of shifted sparse attention."""
         return self.config.model_type in _GROUPED
+
+    @property
+    def supports_generation(self) -> bool:
+        """Whether it can continue prompts."""
+        return self.model.can_generate()
 
     @property
     def position_limit(self) -> int | None:
@@ -274,7 +280,14 @@ class HFFlaxModel:
 
         Returns:
             The new tokens of every prompt, with the end token if one came.
+
+        Raises:
+            ModelError: the model generates no text.
+            ConfigError: a setting is out of range.
+            DataError: there is no prompt; one is empty, has a token id outside the vocabulary, or leaves no
+                room in the model's table of positions.
         """
+        require_generation(self)
         check_prompts(prompts, self.token_limit)
         check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
         ids = pad_left(prompts, bucket=False)

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.causal_lm import CausalLM, init_params, param_shapes
-from hylorada_jax.models.decoder import DecoderLM
+from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
@@ -56,17 +56,55 @@ def load_model(
         model(jnp.array([[1, 2, 3]])).logits  # [1, 3, 49152]
     """
     dtype = _float_dtype(dtype)
-    source = find_source(name)
+    source = find_source(name, config_only=True)
+    empty = _empty(source, dtype, remat)  # refuses what it can before weights are looked for, or fetched
+    if source.gguf is None:
+        source = find_source(name)
     weights = open_weights(source)
+    if isinstance(empty, CausalLM):
+        return _load_decoder(empty, source, weights, dtype)
+    return _hf_flax(source).load_hf_flax(empty, source, weights, dtype)
+
+
+def empty_model(
+    name: str | Path, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+) -> CausalLM | FlaxPreTrainedModel:
+    """A base model as `load_model` gives it, with shapes in the place of its weights.
+
+    It tells in a moment, and from the config alone, what a model is and whether a setting fits it.
+
+    Args:
+        name: as for `load_model`; a Hub name fetches no weights.
+        dtype: as for `load_model`.
+        remat: as for `load_model`.
+
+    Returns:
+        The model; its parameters are ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        ModelError: the model is not found, its config is of no family that is read, or it would be computed
+            wrongly.
+        ConfigError: there is no such remat.
+
+    Example:
+        >>> empty_model("smollm2-135m").params["model"]["embed_tokens"]["embedding"].shape
+        (49152, 576)
+    """
+    return _empty(find_source(name, config_only=True), _float_dtype(dtype), remat)
+
+
+def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTrainedModel:
     if source.config.get("model_type") in DECODER_FAMILIES:
-        return _load_decoder(source, weights, dtype, remat)
+        config = DecoderConfig.from_hf(source.config)
+        module = DecoderLM(config, check_remat(remat))
+        return CausalLM(module, param_shapes(config, dtype), config, source.name)
     if remat != "none":
         raise ModelError(
             "Rematerialisation is a feature of our decoder.",
             f"remat={remat!r} for model_type {source.config.get('model_type')!r}",
             "Leave remat at 'none', or choose a model of the Llama family.",
         )
-    return _hf_flax(source).load_hf_flax(source, weights, dtype)
+    return _hf_flax(source).empty_model(source, dtype)
 
 
 def model_init(name: str | Path) -> Callable[[Array], Any]:
@@ -133,12 +171,12 @@ def open_weights(source: Source) -> Weights:
     return GGUFWeights(source.gguf) if source.gguf else SafetensorsWeights(source.weights)
 
 
-def _load_decoder(source: Source, weights: Weights, dtype: np.dtype, remat: str) -> CausalLM:
-    config = DecoderConfig.from_hf(source.config)
-    leaves = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config)).items()}
+def _load_decoder(empty: CausalLM, source: Source, weights: Weights, dtype: np.dtype) -> CausalLM:
+    config = empty.config
+    leaves = {path: leaf.shape for path, leaf in flatten_dict(empty.params).items()}
     slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape)}
     check_match(leaves, slots, weights, partial(_is_harmless, config, weights), source.path)
-    return CausalLM(DecoderLM(config, remat), load_tree(leaves, slots, weights, dtype), config, source.name)
+    return empty.with_params(load_tree(leaves, slots, weights, dtype))
 
 
 def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:
