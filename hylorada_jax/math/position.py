@@ -133,7 +133,7 @@ def check_positions(positions: Array | np.ndarray, shape: tuple[int, ...] | None
     elif not jnp.issubdtype(positions.dtype, jnp.integer):
         wrong = f"dtype {positions.dtype}"
     elif not isinstance(positions, jax.core.Tracer) and positions.size:
-        lowest, highest = positions.min(), positions.max()
+        lowest, highest = int(positions.min()), int(positions.max())
         if lowest < 0 or highest >= 2**31:  # they are int32 on a device
             wrong = f"a position of {lowest if lowest < 0 else highest}"
     if wrong:
