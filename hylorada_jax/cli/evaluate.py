@@ -35,7 +35,8 @@ def evaluate(
     Args:
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         adapter: directory of a trained adapter.
-        data: a file, a glob, *.jsonl or a Hub dataset, read whole; of python-stdlib, the held-out files.
+        data: a file, a glob or a Hub dataset, read whole, as by finetune; of python-stdlib, the held-out
+            files.
         seq_len: tokens per window.
         stride: tokens between windows [half a window]; no token is scored twice.
         batch_size: windows at a time.

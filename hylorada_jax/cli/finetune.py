@@ -52,7 +52,8 @@ def finetune(
     Args:
         output: directory of the run; one that holds a run is not touched without --resume or --overwrite.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
-        data: python-stdlib (the embedded corpus), a file, a glob, *.jsonl, or a Hub dataset.
+        data: python-stdlib (the embedded corpus), a file, a glob, or a Hub dataset; rows of .jsonl, .json,
+            .csv and .parquet have their text in the column text.
         eval_data: held-out data; by default about 5 % of the data is held out, by document.
         adapter: what is trained.
         start_from: directory of an adapter to go on training; its settings are those of the new one.

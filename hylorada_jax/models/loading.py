@@ -17,9 +17,10 @@ from jax import Array
 from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.causal_lm import CausalLM, init_params, param_shapes
+from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.face import as_base
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
@@ -107,35 +108,10 @@ def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTra
     return _hf_flax(source).empty_model(source, dtype)
 
 
-def model_init(name: str | Path) -> Callable[[Array], Any]:
-    """The initialisation of a model of random weights, from its config alone.
-
-    Traced by ``jax.eval_shape``, it tells the model's modules and shapes without weights or memory.
-
-    Args:
-        name: as for `load_model`; a Hub name fetches no weights.
-
-    Returns:
-        A function from a ``jax.random`` key to a parameter tree.
-
-    Raises:
-        ModelError: the model is not found, or its config is of no family that is read.
-
-    Example:
-        >>> shapes = jax.eval_shape(model_init("smollm2-135m"), jax.random.key(0))
-        >>> shapes["model"]["embed_tokens"]["embedding"].shape
-        (49152, 576)
-    """
-    return config_and_init(find_source(name, config_only=True))[1]
-
-
 def config_and_init(source: Source) -> tuple[Any, Callable[[Array], Any]]:
-    """A model's config, as the loaded model has it, and the initialisation as `model_init` gives it."""
-    if source.config.get("model_type") in DECODER_FAMILIES:
-        config = DecoderConfig.from_hf(source.config)
-        return config, partial(init_params, config)
-    model = _hf_flax(source).empty_model(source, np.dtype(np.float32))
-    return model.config, lambda key: model.init_weights(key, model.input_shape)
+    """A model's config, as the loaded model has it, and its initialisation, to be traced for its modules."""
+    base = as_base(_empty(source, np.dtype(np.float32), "none"))
+    return base.config, base.init_params
 
 
 def _hf_flax(source: Source) -> ModuleType:
