@@ -31,15 +31,23 @@ def export_peft(
     """
     from hylorada_jax import load_model
     from hylorada_jax.cli.shared import check_fits, unloaded
-    from hylorada_jax.io.adapter_files import base_name, refuse_existing
-    from hylorada_jax.io.peft_export import effect
+    from hylorada_jax.io.adapter_files import base_name, check_keys, read_adapter, refuse_existing
+    from hylorada_jax.io.peft_export import check_export, effect
     from hylorada_jax.io.peft_export import export_peft as export
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
+    from hylorada_jax.surgery.fit import fit
+    from hylorada_jax.surgery.layout import tensor_shapes
 
     name = base_name(adapter, model)
     refuse_existing(output)
-    check_fits(adapter, unloaded(name))
+    empty = unloaded(name)
+    check_fits(adapter, empty)
+    if sample is None:  # otherwise a refusal says more, and takes the model for it
+        tensors, config, _ = read_adapter(adapter)
+        sites = fit(empty, config)[1]
+        check_keys({name: tensor.shape for name, tensor in tensors.items()}, tensor_shapes(sites))
+        check_export(sites, tensors, config, empty.params, drop)
     tokens = None
     if sample is not None:
         if not (ids := load_tokenizer(name).encode(sample)):
