@@ -16,14 +16,16 @@ from benchmarks.trial import Runner, Text, measure, require_row, training_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
-from hylorada_jax.models.loading import load_model, model_init
+from hylorada_jax.models.face import as_base, require_segments
+from hylorada_jax.models.loading import empty_model, load_model
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import load_tokenizer
-from hylorada_jax.surgery.modules import find_modules
-from hylorada_jax.surgery.plan import plan
+from hylorada_jax.surgery.fit import fit
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.corpus import PYTHON_STDLIB, Document, load_documents
+from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.training.data import digest, tokenize, tokenize_with_structure
 from hylorada_jax.training.packing import Batch, Rows
+from hylorada_jax.training.text_files import Document
 from parity_tests.environment import environment, write_record
 
 Record = dict[str, Any]
@@ -39,19 +41,23 @@ class Benchmark:
         command: what started it, for the records.
 
     Raises:
-        DataError: data is missing, or too short for a row or for the retrieval probe.
-        ModelError: the model is not found or has no tokenizer.
+        DataError: data is missing, or too short for a row or for the retrieval probe; a row is longer than
+            the model's table of positions.
+        ModelError: the model is not found, has no tokenizer, or cannot do what a method asks for.
         TargetError: a method's targets match no layer of it.
-        ConfigError: a rate, a seed or a size is out of range.
+        ConfigError: a rate, a seed or a size is out of range, or the model cannot keep the documents of a row
+            apart.
         CheckpointError: the directory holds runs of other settings.
     """
 
     def __init__(self, experiment: Experiment, directory: Path, data_dir: Path | None, command: str) -> None:
         self._experiment, self._directory, self._command = experiment, directory, command
-        modules = find_modules(model_init(experiment.model))
+        empty = as_base(empty_model(experiment.model))
+        require_segments(empty)
+        check_range((experiment.batch_size, experiment.seq_len), limit=empty.position_limit)
         for variant in experiment.variants:
             if variant.config is not None:
-                plan(modules, variant.config)
+                fit(empty, variant.config)
         if experiment.seq_len < BUCKETS:
             raise ConfigError(
                 f"seq_len must have a token for each of {BUCKETS} places", experiment.seq_len, "Give more."

@@ -125,15 +125,19 @@ class Search:
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
         require_packages("The search needs Optuna", ["optuna"], INSTALL)
         from benchmarks.trial import Runner, Text, require_row, training_rows
-        from hylorada_jax.models.loading import model_init
+        from hylorada_jax.models.face import as_base, require_segments
+        from hylorada_jax.models.loading import empty_model
+        from hylorada_jax.models.positions import check_range
         from hylorada_jax.models.tokenizer import load_tokenizer
-        from hylorada_jax.surgery.modules import find_modules
-        from hylorada_jax.surgery.plan import plan
+        from hylorada_jax.surgery.fit import fit
         from hylorada_jax.training.data import digest, tokenize
         from hylorada_jax.training.packing import check_windows
 
         check_windows(settings["seq_len"], tokens=settings["dev_tokens"])
-        plan(find_modules(model_init(settings["model"])), HyLoRADAConfig(method=settings["method"]))
+        empty = as_base(empty_model(settings["model"]))
+        require_segments(empty)
+        check_range((settings["batch_size"], settings["seq_len"]), limit=empty.position_limit)
+        fit(empty, HyLoRADAConfig(method=settings["method"]))
         tokenizer = load_tokenizer(settings["model"])
         train, self._dev = (
             tokenize(load_documents(settings["data"], split), tokenizer) for split in ("train", "eval")

@@ -14,6 +14,7 @@ from jax import Array
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.io import adapter_files
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.ids import check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import Tree, subtree
@@ -140,13 +141,16 @@ class AdapterBank:
 
         Raises:
             ConfigError: a name is not in the bank.
-            DataError: there is not one name, or one row of an input, for each row of ``input_ids``.
+            DataError: there is not one name, or one row of an input, for each row of ``input_ids``; or as in
+                calling the model.
         """
-        input_ids = jnp.asarray(input_ids)
         index = None if adapters is None else self.index(adapters)
         if index is None or not self.model._enabled:
             return self.model(input_ids, **inputs)
         # Here, because under the jit below nobody sees the values.
+        check_tokens(input_ids, self.model.base.token_limit)
+        check_structure_ids(inputs.get("structure_ids"))
+        input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, inputs.get("position_ids"), self.model.base.position_limit)
         return self._rows(self.stack(), index, input_ids, frozen=self.model.frozen, **inputs)
 
@@ -232,8 +236,10 @@ def apply_rows(
         The base model's output, with ``.logits`` [batch, seq, vocab].
 
     Raises:
-        DataError: ``index`` or an input has not one entry for each row.
+        DataError: ``index`` or an input has not one entry for each row, or a token id whose value is known
+            is outside the vocabulary.
     """
+    check_tokens(input_ids, model.base.token_limit)
     given = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
     counts = {name: jnp.shape(value)[:1] for name, value in {"adapters": index, **given}.items()}
     if any(count != jnp.shape(input_ids)[:1] for count in counts.values()):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import ConfigError, near
+from hylorada_jax.text import parse_json
 
 QV = ("q", "v")
 QKVO = ("q", "k", "v", "o")
@@ -403,8 +404,8 @@ class HyLoRADAConfig:
             ConfigError: the text is not a JSON object of settings.
         """
         try:
-            settings = json.loads(text)
-        except json.JSONDecodeError as error:
+            settings = parse_json(text)
+        except ValueError as error:
             raise ConfigError(
                 "A config must be JSON", error, "Write it with HyLoRADAConfig.to_json()."
             ) from error
@@ -416,10 +417,15 @@ class HyLoRADAConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> HyLoRADAConfig:
-        """The config of a JSON file; a ConfigError when there is none at ``path``."""
+        """The config of a JSON file in UTF-8; a ConfigError when there is none at ``path``."""
         if not Path(path).is_file():
             raise ConfigError("A config file must exist", path, "Check the path.")
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            received = f"{path}: {error}"
+            raise ConfigError("A config file must be readable, in UTF-8", received, "Check it.") from error
+        return cls.from_json(text)
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> HyLoRADAConfig:

@@ -84,10 +84,18 @@ def test_an_unknown_key_is_refused_with_the_nearest():
         HyLoRADAConfig.from_dict({"lora_rnk": 8})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"lora"'])
+@pytest.mark.parametrize("text", ["{", "[]", '"lora"', "[" * 100_000, '{"lora_rank": ' + "9" * 5000 + "}"])
 def test_a_text_that_is_no_config_is_refused(text):
     with pytest.raises(ConfigError):
         HyLoRADAConfig.from_json(text)
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark_but_is_utf_8(tmp_path):
+    (tmp_path / "a.json").write_text('\ufeff{"lora_rank": 4}', encoding="utf-8")
+    assert HyLoRADAConfig.load(tmp_path / "a.json").lora_rank == 4
+    (tmp_path / "a.json").write_bytes('{"target_modules": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="UTF-8"):
+        HyLoRADAConfig.load(tmp_path / "a.json")
 
 
 def test_layer_ranks_are_those_of_the_formulas():

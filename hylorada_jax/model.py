@@ -12,20 +12,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, DataError, ModelError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.io import adapter_files
 from hylorada_jax.io.base_identity import base_identity
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
-from hylorada_jax.models.face import as_base, vocab_size
+from hylorada_jax.models.face import BaseModel, as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
+from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.surgery import build, layout
+from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
+from hylorada_jax.surgery.modules import Modules, Tree
 from hylorada_jax.surgery.modules import Path as TreePath
-from hylorada_jax.surgery.modules import Tree, find_modules
-from hylorada_jax.surgery.plan import Site, count_parameters, plan
+from hylorada_jax.surgery.plan import Site, count_parameters
 from hylorada_jax.surgery.resolve import resolve
 from hylorada_jax.surgery.split import join, split
 
@@ -86,20 +88,7 @@ class HyLoRADAModel:
     def __init__(self, base_model: Any, config: HyLoRADAConfig, seed: int = 0) -> None:
         self.base = as_base(base_model)
         self.config = config
-        self._modules = find_modules(self.base.init_params)
-        self.sites = plan(self._modules, config)
-        if config.s2_attn_enabled and not self.base.supports_groups:
-            raise ModelError(
-                "Shifted sparse attention needs a causal model whose attention is ours",
-                self.base.name,
-                "Leave s2_attn_enabled out, or choose a model of the Llama family or GPT-2.",
-            )
-        if config.s2_attn_enabled and any(module.heads < 2 for module in self._modules.attentions):
-            raise ConfigError(
-                "Shifted sparse attention halves the heads of a layer",
-                "1 head",
-                "Leave s2_attn_enabled out, or choose a model of more heads.",
-            )
+        self._modules, self.sites = fit(self.base, config)
         params = self.base.params
         constants = build.build_constants(self.sites, params, config)
         self._unfrozen = _leaf_paths(self.sites)
@@ -137,12 +126,19 @@ class HyLoRADAModel:
             structure_ids: what the structure encoder of hylorada_v2 is told of each token, int [batch, seq].
             structure_positions: where each token stands for that encoder, such as hours [batch, seq];
                 ``position_ids`` when absent.
+
+        Raises:
+            DataError: a token id is outside the vocabulary, a position outside the model's table, or
+                structure ids do not fit the tokens.
+            ConfigError: nothing in the model reads structure.
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
-        input_ids = jnp.asarray(input_ids)
         if not self._enabled:
             return self.base(input_ids, **inputs)
         # Here, because under the jit below nobody sees the values.
+        check_tokens(input_ids, self.base.token_limit)
+        check_structure_ids(structure_ids)
+        input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, position_ids, self.base.position_limit)
         told = {"structure_ids": structure_ids, "structure_positions": structure_positions}
         return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs, **told)
@@ -171,6 +167,10 @@ class HyLoRADAModel:
 
         Returns:
             The base model's output, with ``.logits``.
+
+        Raises:
+            DataError: as in calling the model, for ids whose values are known. Under ``jax.jit`` or the like
+                a token id outside the vocabulary goes unnoticed, and the output means nothing.
         """
         resolved = self.resolve(adapters, frozen)
         return self.apply_resolved(resolved, input_ids, train=train, rngs=rngs, frozen=frozen, **inputs)
@@ -227,6 +227,8 @@ class HyLoRADAModel:
         structure_positions: Array | None = None,
         **inputs: Any,
     ) -> Any:
+        check_tokens(input_ids, self.base.token_limit)
+        input_ids = jnp.asarray(input_ids)
         told = Structure(ids=structure_ids, positions=structure_positions)
         self._check_structure(told, input_ids.shape)
         if train and self.config.s2_attn_enabled:
@@ -245,6 +247,8 @@ class HyLoRADAModel:
                     f"method={self.config.method!r}",
                     f"Choose method='hylorada_v2', or leave {name} out.",
                 )
+            if name == _STRUCTURE_IDS:
+                check_structure_ids(given)
             if given.shape != shape:
                 raise DataError(
                     f"{name} must have one value per token, [batch, seq]",
@@ -269,7 +273,13 @@ class HyLoRADAModel:
 
         Returns:
             The new tokens of every prompt.
+
+        Raises:
+            ConfigError: a setting is out of range, or nothing in the model reads structure.
+            DataError: there is no prompt, one is empty or has a token id outside the vocabulary, or
+                structure ids do not fit the prompts.
         """
+        check_prompts(prompts, self.base.token_limit)
         if not self._enabled:
             return self.base.generate(prompts, **settings)
         resolved = self._resolve(self.adapters, self.frozen)
@@ -282,6 +292,8 @@ class HyLoRADAModel:
                     f"lengths {[len(i) for i in structure_ids]} for {[len(p) for p in prompts]}",
                     "Give a list like each prompt.",
                 )
+            for ids in structure_ids:
+                check_structure_ids(ids)
             told = Structure(ids=jnp.asarray(pad_left(structure_ids, bucket=ours)), decoding=True)
             self._check_structure(told, told.ids.shape)  # type: ignore[union-attr]
         else:
@@ -341,8 +353,7 @@ class HyLoRADAModel:
         Args:
             weights: with their "dtype" and their :func:`tree_digest`, which takes about a second for 2 GB.
         """
-        linears = ((name, m.d_out, m.d_in) for m in self._modules.linears for name in m.names)
-        return base_identity(self.base.name, self.base.config, linears) | (self._weights if weights else {})
+        return identity(self.base, self._modules) | (self._weights if weights else {})
 
     @functools.cached_property
     def _weights(self) -> dict[str, str]:
@@ -390,6 +401,12 @@ class HyLoRADAModel:
         model.adapters = layout.unflatten(model.sites, tensors)
         model.start = adapter_files.digest(tensors)
         return model
+
+
+def identity(base: BaseModel, modules: Modules) -> dict[str, Any]:
+    """What an adapter file says of the base model, which may be without its weights."""
+    linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
+    return base_identity(base.name, base.config, linears)
 
 
 def _leaf_paths(sites: Sequence[Site]) -> list[TreePath]:

@@ -379,6 +379,16 @@ def test_bad_input_ends_with_its_error_before_any_work(arguments, named, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_text_that_an_encoding_has_not_is_read_and_printed_all_the_same(tiny, monkeypatch, capfd):
+    # What Python makes of the arguments "caf\xe9" and "\xf0\x9f\x98", which are not UTF-8.
+    prompt = b"caf\xe9 \xf0\x9f\x98".decode(errors="surrogateescape")
+    monkeypatch.setattr(sys, "argv", ["hylorada", "generate", "--model", str(tiny), "--prompt", prompt])
+    with open(1, "w", encoding="ascii", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        main()
+    assert capfd.readouterr().out.startswith("caf\\")
+
+
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "params"])
 def test_help_explains_every_option(command, monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, command, "--help")

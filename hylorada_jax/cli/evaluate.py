@@ -7,9 +7,11 @@ from hylorada_jax.cli.shared import (
     Dtype,
     Structure,
     check_adapter,
+    check_fits,
     loaded,
     print_result,
     tokens_of,
+    unloaded,
 )
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.training.packing import check_windows
@@ -34,7 +36,8 @@ def evaluate(
     Args:
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         adapter: directory of a trained adapter.
-        data: a file, a glob, *.jsonl or a Hub dataset, read whole; of python-stdlib, the held-out files.
+        data: a file, a glob or a Hub dataset, read whole, as by finetune; of python-stdlib, the held-out
+            files.
         seq_len: tokens per window.
         stride: tokens between windows [half a window]; no token is scored twice.
         batch_size: windows at a time.
@@ -45,15 +48,25 @@ def evaluate(
             was trained on.
         json: print one JSON object.
     """
-    check_windows(seq_len, stride, max_tokens)
+    check_windows(seq_len, stride, max_tokens, batch_size)
     texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
     check_adapter(adapter, structure, weights=dtype if check_weights else None)
 
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+    from hylorada_jax.models.face import vocab_size
+    from hylorada_jax.models.positions import check_range
     from hylorada_jax.models.tokenizer import load_tokenizer
+    from hylorada_jax.training.data import as_documents
+
+    base = unloaded(model, dtype)
+    vocab = vocab_size(base)
+    check_range((batch_size, seq_len), limit=base.position_limit)
+    if adapter is not None:
+        check_fits(adapter, base)
 
     tokenizer = load_tokenizer(model)
     tokens, structure_ids = tokens_of(texts, tokenizer, structure)
+    tokens = as_documents(tokens, vocab, "evaluation")
     measured = evaluate_perplexity(
         loaded(model, adapter, dtype, check_weights=check_weights),
         tokens,

@@ -8,10 +8,11 @@ from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
     Structure,
-    planned,
+    check_fits,
     prompt_of,
     require_encoder,
     tokens_of,
+    unloaded,
 )
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
@@ -51,7 +52,8 @@ def finetune(
     Args:
         output: directory of the run; one that holds a run is not touched without --resume or --overwrite.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
-        data: python-stdlib (the embedded corpus), a file, a glob, *.jsonl, or a Hub dataset.
+        data: python-stdlib (the embedded corpus), a file, a glob, or a Hub dataset; rows of .jsonl, .json,
+            .csv and .parquet have their text in the column text.
         eval_data: held-out data; by default about 5 % of the data is held out, by document.
         adapter: what is trained.
         start_from: directory of an adapter to go on training; its settings are those of the new one.
@@ -96,21 +98,29 @@ def finetune(
     )
     RunDirectory(output).refuse_unless(resume=resume, overwrite=overwrite)
 
-    from hylorada_jax.models.loading import load_model, model_init
+    from hylorada_jax.models.face import vocab_size
+    from hylorada_jax.surgery.fit import fit
+    from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_training
 
-    planned(model_init(model), settings)  # a target that matches nothing is reported before weights are read
+    # All that the config can tell is reported before data and weights are read.
+    empty = unloaded(model, dtype, remat)
+    if start_from is not None:
+        check_fits(start_from, empty)
+    fit(empty, settings)
+    check_training(empty, training)
     train_texts = load_documents(data, "all" if eval_data else "train")
     eval_texts = load_documents(eval_data) if eval_data else load_documents(data, "eval")
 
     import jax.numpy as jnp
 
     from hylorada_jax.model import HyLoRADAModel
+    from hylorada_jax.models.loading import load_model
     from hylorada_jax.models.tokenizer import load_tokenizer
-    from hylorada_jax.training.trainer import HyLoRADATrainer
 
     tokenizer = load_tokenizer(model)
     train, train_structure = tokens_of(train_texts, tokenizer, structure)
     held_out, eval_structure = tokens_of(eval_texts, tokenizer, structure)
+    check_data(train, held_out, vocab_size(empty), training)
     base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
     if start_from is None:
         adapted = HyLoRADAModel(base, settings, seed)

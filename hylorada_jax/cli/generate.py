@@ -8,8 +8,10 @@ from hylorada_jax.cli.shared import (
     Dtype,
     Structure,
     check_adapter,
+    check_fits,
     loaded,
     prompt_of,
+    unloaded,
 )
 from hylorada_jax.errors import DataError
 
@@ -45,16 +47,28 @@ def generate(
     """
     check_adapter(adapter, structure)
 
+    import jax
+
+    from hylorada_jax.models.face import require_generation
+    from hylorada_jax.models.generate import check_settings
+    from hylorada_jax.models.ids import check_prompts
+    from hylorada_jax.models.positions import check_range
     from hylorada_jax.models.tokenizer import load_tokenizer
 
+    base = unloaded(model, dtype)
+    require_generation(base)
+    if adapter is not None:
+        check_fits(adapter, base)
     tokenizer = load_tokenizer(model)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
     ids, structure_ids = prompt_of(text, tokenizer, structure)
     if not ids:
         raise DataError("A prompt must have at least one token", repr(prompt), "Give some text.")
 
-    import jax
-
+    rng = jax.random.key(seed)
+    check_settings([ids], max_new_tokens, temperature, top_k, top_p, rng)
+    check_prompts([ids], base.token_limit)
+    check_range((1, len(ids) + max_new_tokens), limit=base.position_limit)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -63,6 +77,6 @@ def generate(
         **structure_ids,
     }
     tokens = loaded(model, adapter, dtype).generate(
-        [ids], eos_token_id=tokenizer.eos_token_id, rng=jax.random.key(seed), **settings
+        [ids], eos_token_id=tokenizer.eos_token_id, rng=rng, **settings
     )
     print(tokenizer.decode(tokens[0]) if chat else prompt + tokenizer.decode(tokens[0]))

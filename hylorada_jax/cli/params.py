@@ -1,7 +1,7 @@
 """The command that counts what would be trained."""
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter
-from hylorada_jax.cli.shared import PACKAGED_MODEL, planned, print_result
+from hylorada_jax.cli.shared import PACKAGED_MODEL, print_result, unloaded
 
 
 def params(
@@ -19,16 +19,14 @@ def params(
     """
     settings = adapter.build()
 
-    import math
-
     import jax
 
-    from hylorada_jax.models.loading import model_init
+    from hylorada_jax.surgery.fit import fit
     from hylorada_jax.surgery.plan import count_parameters
 
-    init = model_init(model)
-    sites = planned(init, settings)
-    base = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    empty = unloaded(model)
+    _, sites = fit(empty, settings)
+    base = sum(leaf.size for leaf in jax.tree.leaves(empty.params))
     components: dict[str, int] = {}
     for site in sites:
         components[site.component] = components.get(site.component, 0) + count_parameters([site])

@@ -30,14 +30,24 @@ def export_peft(
         sample: a text; a refusal then says what dropping would change of its logits.
     """
     from hylorada_jax import load_model
-    from hylorada_jax.io.adapter_files import base_name, refuse_existing
-    from hylorada_jax.io.peft_export import effect
+    from hylorada_jax.cli.shared import check_fits, unloaded
+    from hylorada_jax.io.adapter_files import base_name, check_keys, read_adapter, refuse_existing
+    from hylorada_jax.io.peft_export import check_export, effect
     from hylorada_jax.io.peft_export import export_peft as export
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
+    from hylorada_jax.surgery.fit import fit
+    from hylorada_jax.surgery.layout import tensor_shapes
 
     name = base_name(adapter, model)
     refuse_existing(output)
+    empty = unloaded(name)
+    check_fits(adapter, empty)
+    if sample is None:  # otherwise a refusal says more, and takes the model for it
+        tensors, config, _ = read_adapter(adapter)
+        sites = fit(empty, config)[1]
+        check_keys({name: tensor.shape for name, tensor in tensors.items()}, tensor_shapes(sites))
+        check_export(sites, tensors, config, empty.params, drop)
     tokens = None
     if sample is not None:
         if not (ids := load_tokenizer(name).encode(sample)):
@@ -69,11 +79,14 @@ def import_peft(
         method: hylorada_v1 lets a DoRA adapter go on as one, from the same function [what the file holds].
     """
     from hylorada_jax import load_model
+    from hylorada_jax.cli.shared import unloaded
     from hylorada_jax.io.adapter_files import refuse_existing
     from hylorada_jax.io.peft_files import read_peft
+    from hylorada_jax.io.peft_import import check_import
     from hylorada_jax.io.peft_import import import_peft as read
 
     refuse_existing(output)
-    read_peft(adapter)  # damage is reported before the model is loaded
+    tensors, settings = read_peft(adapter)
+    check_import(tensors, settings, unloaded(model), method)  # before the model is loaded
     read(load_model(model), adapter, method=method).save_pretrained(output)
     print(output)

@@ -2,17 +2,16 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.training.corpus import Document
+from hylorada_jax.training.text_files import Document
 
 if TYPE_CHECKING:
+    from hylorada_jax.models.face import BaseModel
     from hylorada_jax.models.tokenizer import Tokenizer
-    from hylorada_jax.surgery.plan import Site
 
 
 PACKAGED_MODEL = "smollm2-135m"
@@ -20,12 +19,14 @@ Dtype = Literal["float32", "bfloat16"]
 Structure = Literal["code"]
 
 
-def planned(init: Callable[[Any], Any], config: HyLoRADAConfig) -> "tuple[Site, ...]":
-    """What the config trains in the model of an initialisation, from shapes alone."""
-    from hylorada_jax.surgery.modules import find_modules
-    from hylorada_jax.surgery.plan import plan
+def unloaded(model: str, dtype: str = "float32", remat: str = "none") -> "BaseModel":
+    """The model from its config alone: what a setting cannot do with it is reported before it is loaded."""
+    import jax.numpy as jnp
 
-    return plan(find_modules(init), config)
+    from hylorada_jax.models.face import as_base
+    from hylorada_jax.models.loading import empty_model
+
+    return as_base(empty_model(model, dtype=jnp.dtype(dtype), remat=remat))
 
 
 def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
@@ -56,6 +57,15 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
         raise ConfigError(rule, "--check-weights for no adapter", "Give --adapter, or leave it out.")
     if weights and base is not None:
         adapter_files.check_weights(base, {"dtype": weights})
+
+
+def check_fits(adapter: Path, base: "BaseModel") -> None:
+    """Reports an adapter of another base, which may be without its weights."""
+    from hylorada_jax.io.adapter_files import check_base, read_adapter
+    from hylorada_jax.model import identity
+    from hylorada_jax.surgery.modules import find_modules
+
+    check_base(read_adapter(adapter)[2], identity(base, find_modules(base.init_params)))
 
 
 def tokens_of(

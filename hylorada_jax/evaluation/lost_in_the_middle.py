@@ -10,6 +10,7 @@ import numpy as np
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.perplexity import perplexity
 from hylorada_jax.evaluation.sweep import loss_sweep
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.training.data import as_documents, as_structure
 from hylorada_jax.training.packing import Rows
 
@@ -81,8 +82,8 @@ def evaluate_lost_in_the_middle(
         ``.perplexity`` (LiM PPL), ``.buckets``, ``.middle``, ``.ends`` and ``.losses``.
 
     Raises:
-        DataError: no document fills a sequence, a token id is outside the vocabulary, or structure ids do not
-            fit the tokens.
+        DataError: no document fills a sequence, a sequence is longer than the model's table of positions, a
+            token id is outside the vocabulary, or structure ids do not fit the tokens.
         ConfigError: nothing in the model reads structure ids, or seq_len or max_tokens is not positive.
 
     Example:
@@ -92,6 +93,7 @@ def evaluate_lost_in_the_middle(
     Source: method.md, section 9; Liu et al. 2024, "Lost in the Middle".
     """
     sweep = loss_sweep(model)
+    check_range((batch_size, seq_len), limit=sweep.face.base.position_limit)
     checked = as_documents(documents, sweep.face.vocab_size, "evaluation")
     told = as_structure(structure, checked, "evaluation", has_encoder=sweep.face.has_encoder)
     windows = Rows(checked, seq_len, packing=False, structure=told)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hylorada_jax.evaluation.sweep import loss_sweep
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.training.data import as_documents, as_structure
 from hylorada_jax.training.packing import Rows
 
@@ -55,8 +56,8 @@ class PerplexityEvaluator:
         structure: structure ids of each document, for a model with a structure encoder; None for none.
 
     Raises:
-        DataError: there is nothing to predict, a token id is outside the vocabulary, or structure ids do not
-            fit the tokens.
+        DataError: there is nothing to predict, a token id is outside the vocabulary, a window is longer than
+            the model's table of positions, or structure ids do not fit the tokens.
         ConfigError: nothing in the model reads structure ids, or seq_len, stride or max_tokens is out of
             range.
 
@@ -76,6 +77,7 @@ class PerplexityEvaluator:
     ) -> None:
         self._sweep = loss_sweep(model)
         face = self._sweep.face
+        check_range((batch_size, seq_len), limit=face.base.position_limit)
         checked = as_documents(documents, face.vocab_size, "evaluation")
         self._rows = Rows(
             checked,
@@ -139,8 +141,8 @@ def evaluate_perplexity(
         ``.loss`` in nats, ``.tokens`` and ``.perplexity``.
 
     Raises:
-        DataError: there is nothing to predict, a token id is outside the vocabulary, or structure ids do not
-            fit the tokens.
+        DataError: there is nothing to predict, a token id is outside the vocabulary, a window is longer than
+            the model's table of positions, or structure ids do not fit the tokens.
         ConfigError: nothing in the model reads structure ids, or seq_len, stride or max_tokens is out of
             range.
 

@@ -12,6 +12,8 @@ from jax import Array
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.sweep import Sweep
+from hylorada_jax.models.ids import check_tokens
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.packing import Batch
 
@@ -79,18 +81,23 @@ def evaluate_retrieval(
         The accuracy at every depth.
 
     Raises:
-        DataError: the context is too short for a fact and a question among some sentences.
+        DataError: the context is too short for a fact and a question among some sentences, longer
+            than the model's table of positions, or the tokenizer gives an id outside its vocabulary.
 
     Example:
         evaluate_retrieval(load_model("smollm2-135m"), load_tokenizer("smollm2-135m"), samples=1).accuracy
 
     Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
     """
+    sweep = Sweep(model, _found)
+    check_range((batch_size, seq_len), limit=sweep.face.base.position_limit)
     texts = contexts(tokenizer, seq_len, samples, seed)
+    for text in texts:
+        check_tokens(text["tokens"], sweep.face.vocab_size, "the tokenizer's")
     width = max(len(text["answer"]) for text in texts)
     rows = [_padded(text, seq_len, width) for text in texts]
     bar = "retrieval" if progress else None
-    found = np.concatenate([hits for _, hits in Sweep(model, _found)(rows, batch_size, progress=bar)])
+    found = np.concatenate([hits for _, hits in sweep(rows, batch_size, progress=bar)])
     return Retrieval(tuple(found[: len(rows)].reshape(DEPTHS, samples).mean(1).tolist()), samples)
 
 

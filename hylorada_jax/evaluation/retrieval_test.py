@@ -18,10 +18,10 @@ class Knowing:
     """A model whose most likely next token is the true one, but where a fact stands in the forgotten part."""
 
     has_encoder = False
-    base = types.SimpleNamespace(supports_segments=True)
+    base = types.SimpleNamespace(supports_segments=True, position_limit=None)
 
     def __init__(self, vocab, forgets=lambda place: jnp.zeros_like(place, bool)):
-        self.vocab, self.forgets, self.frozen = vocab, forgets, {}
+        self.vocab_size, self.forgets, self.frozen = vocab, forgets, {}
 
     def adapters(self):
         return {}
@@ -34,7 +34,7 @@ class Knowing:
         return 2.0 * ((ids[..., None] >> jnp.arange(16)) & 1) - 1
 
     def head(self, resolved, frozen):
-        return self.code(jnp.arange(self.vocab))
+        return self.code(jnp.arange(self.vocab_size))
 
     def hidden(self, resolved, frozen, inputs):
         ids = inputs["input_ids"]

@@ -1,13 +1,14 @@
 """A trained adapter as PEFT's LoRA or DoRA."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.adapter_files import short
 from hylorada_jax.io.peft_files import TOKEN_EMBEDDINGS, tied_head, write_peft
@@ -15,7 +16,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import collapse, without
 from hylorada_jax.surgery.merge import live_components
-from hylorada_jax.surgery.modules import subtree
+from hylorada_jax.surgery.modules import Tree, subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.targets import shortest_targets
 
@@ -54,8 +55,18 @@ def export_peft(
 
     Source: method.md §1, Collapse; Liu et al. 2024 (DoRA).
     """
-    tensors = without(model.sites, layout.flatten(model.sites, model.adapters), drop)
-    _refuse_inexpressible(model, live_components(model.sites, tensors), sample)
+
+    def share(component: str) -> str:
+        return f"; dropping it changes the logits by {effect(model, component, sample):.2%}"
+
+    tensors = check_export(
+        model.sites,
+        layout.flatten(model.sites, model.adapters),
+        model.config,
+        model.base.params,
+        drop,
+        share=None if sample is None else share,
+    )
     linear = [site for site in model.sites if site.component == "linear"]
     made = collapse(model.sites, tensors, model.base.params, model.frozen["constants"])
     unfrozen = layout.tensor_shapes([site for site in model.sites if site.component == "unfrozen"])
@@ -85,18 +96,54 @@ def effect(model: HyLoRADAModel, component: str, input_ids: Any) -> float:
     return float(np.linalg.norm(rest - whole) / np.linalg.norm(whole))
 
 
-def _refuse_inexpressible(model: HyLoRADAModel, live: Mapping[str, str], sample: Any) -> None:
-    if not any(site.component == "linear" for site in model.sites):
+def check_export(
+    sites: Sequence[Site],
+    tensors: Mapping[str, np.ndarray],
+    config: HyLoRADAConfig,
+    params: Tree,
+    drop: Collection[str] = (),
+    share: Callable[[str], str] | None = None,
+) -> dict[str, np.ndarray]:
+    """Refuses what PEFT's files cannot carry.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        tensors: as an adapter file holds them.
+        config: the adapter's.
+        params: of the base model; their names are read, so shapes will do.
+        drop: as for :func:`export_peft`.
+        share: what a refusal adds about a component.
+
+    Returns:
+        The tensors that are left.
+
+    Raises:
+        ModelError: what the adapter does is no LoRA and no DoRA; the component is named.
+        ConfigError: ``drop`` names no component.
+    """
+    left = without(sites, tensors, drop)
+    _refuse_inexpressible(sites, config, params, live_components(sites, left), share)
+    return left
+
+
+def _refuse_inexpressible(
+    sites: Sequence[Site],
+    config: HyLoRADAConfig,
+    params: Tree,
+    live: Mapping[str, str],
+    share: Callable[[str], str] | None,
+) -> None:
+    if not any(site.component == "linear" for site in sites):
         raise ModelError(
             "PEFT's files carry adapters of linear layers",
-            f"method={model.config.method!r}, which adapts none",
+            f"method={config.method!r}, which adapts none",
             "Keep the adapter beside the model.",
         )
     biased = [
         name
-        for site in model.sites
-        if site.component == "linear" and model.config.magnitude_scales_bias and model.config.linear != "lora"
-        if "bias" in subtree(model.base.params, site.module.path)
+        for site in sites
+        if site.component == "linear" and config.magnitude_scales_bias and config.linear != "lora"
+        if "bias" in subtree(params, site.module.path)
         for name in site.names
     ]
     if biased:
@@ -107,14 +154,7 @@ def _refuse_inexpressible(model: HyLoRADAModel, live: Mapping[str, str], sample:
         )
     if not live:
         return
-    told = []
-    for component, found in live.items():
-        share = (
-            ""
-            if sample is None
-            else f"; dropping it changes the logits by {effect(model, component, sample):.2%}"
-        )
-        told.append(f"{component}: {found}{share}")
+    told = [f"{component}: {found}{share(component) if share else ''}" for component, found in live.items()]
     raise ModelError(
         "PEFT's LoRA and DoRA are updates of weights, the same for every token",
         "\n            ".join(told),

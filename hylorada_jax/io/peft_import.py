@@ -15,10 +15,10 @@ from hylorada_jax.io.peft_files import MERGE, read_peft
 from hylorada_jax.io.peft_whole import settle_whole
 from hylorada_jax.math.linear_adapter import LEAVES
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import as_base
+from hylorada_jax.models.face import BaseModel, as_base
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import expand
-from hylorada_jax.surgery.modules import find_modules
+from hylorada_jax.surgery.modules import Modules, find_modules
 from hylorada_jax.surgery.targets import is_head, shortest_targets
 
 
@@ -44,15 +44,10 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     Source: method.md §1, Collapse, solved for the magnitude.
     """
     tensors, settings = read_peft(directory)
-    method = _method(settings, method)
-    if heads := [name for name in _adapted(tensors) if is_head(name)]:
-        raise ConfigError(
-            "An output head is not adapted here", short(heads), f"{MERGE} A tied head: train one without it."
-        )
     base = as_base(base_model)
-    modules = find_modules(base.init_params)
+    modules = check_import(tensors, settings, base, method)
     tensors, trained = settle_whole(tensors, settings, base, modules)
-    config = _config(tensors, settings, modules.linear_names, method, trained)
+    config = _config(tensors, settings, modules.linear_names, method or _theirs(settings), trained)
     model = HyLoRADAModel(base_model, config)
     if config.method == "hylorada_v1":
         check_keys({name: tensor.shape for name, tensor in tensors.items()}, _dora_shapes(model))
@@ -62,16 +57,58 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     return model
 
 
-def _method(settings: Mapping[str, Any], method: str | None) -> str:
-    """The method that goes on from an adapter."""
-    theirs = "dora" if settings.get("use_dora") else "lora"
+def check_import(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], base: BaseModel, method: str | None
+) -> Modules:
+    """Checks an adapter as far as shapes tell: its layers, their ranks, and the method that goes on from it.
+
+    Args:
+        tensors: from :func:`hylorada_jax.io.peft_files.read_peft`.
+        settings: likewise.
+        base: the base model, which may be without its weights.
+        method: as for :func:`import_peft`.
+
+    Returns:
+        The base model's modules.
+
+    Raises:
+        CheckpointError: the files fit another model.
+        ConfigError: the adapter uses what this library does not have, or cannot start that method.
+    """
+    theirs = _theirs(settings)
     if (method or theirs) not in ({"lora"} if theirs == "lora" else {"dora", "hylorada_v1"}):
         raise ConfigError(
             "LoRA goes on as lora, DoRA as dora or hylorada_v1",
             f"method={method!r} for an adapter of {theirs}",
             "Choose one of these.",
         )
-    return method or theirs
+    ranks = _ranks(tensors)
+    if heads := [name for name in ranks if is_head(name)]:
+        raise ConfigError(
+            "An output head is not adapted here", short(heads), f"{MERGE} A tied head: train one without it."
+        )
+    modules = find_modules(base.init_params)
+    if alien := sorted(set(ranks) - set(modules.linear_names)):
+        raise CheckpointError(
+            "The adapter's layers must be linear layers of the model",
+            f"{short(alien)}; the model has {short(modules.linear_names)}",
+            "Load the base model that the adapter was trained on.",
+        )
+    stated = {name: _by_pattern(settings, "rank_pattern", "r", name) for name in ranks}
+    if wrong := [f"{name}: {ranks[name]}, not {r}" for name, r in stated.items() if r != ranks[name]]:
+        raise CheckpointError(
+            "The tensors must have the ranks of their config", short(wrong), "Save it again."
+        )
+    return modules
+
+
+def _theirs(settings: Mapping[str, Any]) -> str:
+    return "dora" if settings.get("use_dora") else "lora"
+
+
+def _ranks(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The layers that have an A, and its rank."""
+    return {name.removesuffix(".lora_A"): len(A) for name, A in tensors.items() if name.endswith(".lora_A")}
 
 
 def _config(
@@ -82,18 +119,7 @@ def _config(
     trained: tuple[bool, bool],
 ) -> HyLoRADAConfig:
     """Our config of what PEFT's file holds: the layers that its tensors name, each with its rank and α."""
-    ranks = {name: len(tensors[f"{name}.lora_A"]) for name in _adapted(tensors)}
-    stated = {name: _by_pattern(settings, "rank_pattern", "r", name) for name in ranks}
-    if alien := sorted(set(ranks) - set(names)):
-        raise CheckpointError(
-            "The adapter's layers must be linear layers of the model",
-            f"{short(alien)}; the model has {short(names)}",
-            "Load the base model that the adapter was trained on.",
-        )
-    if wrong := [f"{name}: {ranks[name]}, not {r}" for name, r in stated.items() if r != ranks[name]]:
-        raise CheckpointError(
-            "The tensors must have the ranks of their config", short(wrong), "Save it again."
-        )
+    ranks = _ranks(tensors)
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     alphas = {name: float(_by_pattern(settings, "alpha_pattern", "lora_alpha", name)) for name in ranks}
     return HyLoRADAConfig(
@@ -108,11 +134,6 @@ def _config(
         train_embeddings=trained[0],
         train_norms=trained[1],
     )
-
-
-def _adapted(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """The layers that have an A."""
-    return [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
 
 
 def _by_pattern(settings: Mapping[str, Any], pattern: str, default: str, name: str) -> Any:

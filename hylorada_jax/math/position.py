@@ -114,7 +114,7 @@ def offset_buckets(
     return jnp.take(jnp.asarray(table), index, mode="clip")
 
 
-def check_positions(positions: Array, shape: tuple[int, ...] | None = None) -> None:
+def check_positions(positions: Array | np.ndarray, shape: tuple[int, ...] | None = None) -> None:
     """Refuse position ids that are not integers ≥ 0, one for every token.
 
     Args:
@@ -132,11 +132,13 @@ def check_positions(positions: Array, shape: tuple[int, ...] | None = None) -> N
         wrong = f"shape {positions.shape} for tokens {shape}"
     elif not jnp.issubdtype(positions.dtype, jnp.integer):
         wrong = f"dtype {positions.dtype}"
-    elif not isinstance(positions, jax.core.Tracer) and positions.size and positions.min() < 0:
-        wrong = f"a position of {positions.min()}"
+    elif not isinstance(positions, jax.core.Tracer) and positions.size:
+        lowest, highest = int(positions.min()), int(positions.max())
+        if lowest < 0 or highest >= 2**31:  # they are int32 on a device
+            wrong = f"a position of {lowest if lowest < 0 else highest}"
     if wrong:
         raise DataError(
-            "Position ids are integers ≥ 0 of shape [batch, seq]",
+            "Position ids are integers ≥ 0, below 2³¹, of shape [batch, seq]",
             wrong,
             "Count the tokens of every document from 0; give padding 0.",
         )

@@ -17,6 +17,7 @@ from hylorada_jax.math.attention import default_positions
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.generate import generate
+from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
 
 Variables = Mapping[str, Any]
@@ -138,7 +139,13 @@ class CausalLM:
 
     supports_segments = True
     supports_groups = True
+    supports_generation = True
     position_limit = None
+
+    @property
+    def token_limit(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab_size
 
     @classmethod
     def from_config(
@@ -177,8 +184,11 @@ class CausalLM:
         position_ids: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> CausalLMOutput:
-        """Logits of every token, compiled; the arguments are those of ``forward``."""
-        check_range(jnp.shape(input_ids), position_ids)
+        """Logits of every token, compiled; arguments and errors are those of ``forward``."""
+        # Here, because under the jit below nobody sees the values.
+        check_tokens(input_ids, self.token_limit)
+        input_ids = jnp.asarray(input_ids)
+        check_range(input_ids.shape, position_ids)
         logits = _jitted_logits(
             self.module, {"params": self.params}, input_ids, attention_mask, position_ids, segment_ids
         )
@@ -208,7 +218,12 @@ class CausalLM:
 
         Returns:
             The output. Logits at padding are finite and mean nothing.
+
+        Raises:
+            DataError: a token id is outside the vocabulary. Ids are read where their values are known; under
+                ``jax.jit`` or the like one outside goes unnoticed, and the output means nothing.
         """
+        check_tokens(input_ids, self.token_limit)
         inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
         return CausalLMOutput(logits=self.module.apply(variables, *inputs, groups=groups, rngs=rngs))
 
@@ -223,7 +238,8 @@ class CausalLM:
         groups: tuple[int, int] | None = None,
         rngs: dict[str, Array] | None = None,
     ) -> Float[Array, "batch seq d"]:
-        """Hidden states after the final norm; the arguments are those of ``forward``."""
+        """Hidden states after the final norm; arguments and errors are those of ``forward``."""
+        check_tokens(input_ids, self.token_limit)
         inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
         return self.module.apply(variables, *inputs, groups=groups, rngs=rngs, method="hidden")[0]
 
@@ -274,7 +290,11 @@ class CausalLM:
 
         Returns:
             Logits after the last token of every row, and the cache.
+
+        Raises:
+            DataError: as in ``forward``.
         """
+        check_tokens(input_ids, self.token_limit)
         return DecodeStep(self.module)(
             variables, input_ids, position_ids=position_ids, key_valid=key_valid, cache=cache
         )
@@ -288,7 +308,12 @@ class CausalLM:
 
         Returns:
             The new tokens of every prompt.
+
+        Raises:
+            ConfigError: a setting is out of range.
+            DataError: there is no prompt, or one that is empty or has a token id outside the vocabulary.
         """
+        check_prompts(prompts, self.token_limit)
         return generate(
             DecodeStep(self.module), self.init_cache, {"params": self.params}, prompts, **settings
         )

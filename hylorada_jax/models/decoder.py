@@ -51,6 +51,15 @@ class KVCache(NamedTuple):
     length: Int[Array, ""]
 
 
+def check_remat(remat: str) -> str:
+    """The policy's name, where there is such a one; a ConfigError otherwise."""
+    if remat not in REMAT_POLICIES:
+        raise ConfigError(
+            "remat must be one of " + ", ".join(REMAT_POLICIES), f"remat={remat!r}", "Choose one of them."
+        )
+    return remat
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm."""
 
@@ -60,12 +69,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Builds the layers as one scanned, perhaps rematerialised, layer."""
         c = self.config
-        if self.remat not in REMAT_POLICIES:
-            raise ConfigError(
-                "remat must be one of " + ", ".join(REMAT_POLICIES),
-                f"remat={self.remat!r}",
-                "choose one of them",
-            )
+        check_remat(self.remat)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size)
         # prevent_cse: needed outside of scan only, and it costs.
         layer = (

@@ -14,9 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
+from hylorada_jax.models.face import require_generation
 from hylorada_jax.models.generate import check_settings, pad_left
 from hylorada_jax.models.hf_attention import SharedAttention
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
+from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights import TreePath
 
@@ -68,12 +70,23 @@ class HFFlaxModel:
         return self.config.model_type in _GROUPED
 
     @property
+    def supports_generation(self) -> bool:
+        """Whether it can continue prompts."""
+        return self.model.can_generate()
+
+    @property
     def position_limit(self) -> int | None:
         """Tokens that its table of positions has rows for; None where it has no table."""
         if self.config.model_type in _UNLIMITED:
             return None
         padding = self.config.pad_token_id + 1 if self.config.model_type in _PADDED_TABLES else 0
         return self.config.max_position_embeddings - padding
+
+    @property
+    def token_limit(self) -> int | None:
+        """Rows of its table of tokens; None where its input is not tokens."""
+        takes_tokens = self.model.main_input_name == "input_ids"
+        return getattr(self.config, "vocab_size", None) if takes_tokens else None
 
     @classmethod
     def wrap(cls, model: FlaxPreTrainedModel) -> HFFlaxModel:
@@ -191,8 +204,11 @@ class HFFlaxModel:
 
         Raises:
             ModelError: packed documents or groups, which most of these models cannot keep apart.
-            DataError: a position that the model's table does not have.
+            DataError: a token id or a position that the model's table does not have. Ids are read where
+                their values are known; under ``jax.jit`` or the like one outside goes unnoticed, and the
+                output means nothing.
         """
+        self._check_ids(input_ids=input_ids, **inputs)
         input_ids = jnp.asarray(input_ids)
         self._check_support(segment_ids, groups)
         check_range(input_ids.shape, position_ids, self.position_limit)
@@ -207,6 +223,13 @@ class HFFlaxModel:
         return model(
             input_ids, return_dict=True, **{name: value for name, value in given.items() if value is not None}
         )
+
+    def _check_ids(self, **inputs: Any) -> None:
+        tables = {"input_ids": self.token_limit, "decoder_input_ids": self.token_limit}
+        tables["token_type_ids"] = getattr(self.config, "type_vocab_size", None)
+        for name, rows in tables.items():
+            if inputs.get(name) is not None:
+                check_tokens(inputs[name], rows, name)
 
     def _check_support(self, segment_ids: Any, groups: Any) -> None:
         if segment_ids is not None and not self.supports_segments:
@@ -268,7 +291,15 @@ class HFFlaxModel:
 
         Returns:
             The new tokens of every prompt, with the end token if one came.
+
+        Raises:
+            ModelError: the model generates no text.
+            ConfigError: a setting is out of range.
+            DataError: there is no prompt; one is empty, has a token id outside the vocabulary, or leaves no
+                room in the model's table of positions.
         """
+        require_generation(self)
+        check_prompts(prompts, self.token_limit)
         check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
         ids = pad_left(prompts, bucket=False)
         mask = pad_left([[1] * len(prompt) for prompt in prompts], bucket=False)

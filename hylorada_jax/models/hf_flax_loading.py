@@ -2,9 +2,11 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import transformers
+from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 from transformers import FlaxPreTrainedModel, PretrainedConfig
 from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
@@ -18,7 +20,7 @@ from hylorada_jax.models.weights import Slot, TreePath, Weights, check_match, lo
 
 
 def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
-    """A Flax model of transformers without weights, from the config alone.
+    """A Flax model of transformers from the config alone, with shapes in the place of its weights.
 
     Args:
         source: a model directory.
@@ -38,11 +40,13 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
     if not architecture or flax_class is None:
         raise _no_flax_class(source)
     check_hf_flax(config)
-    if config.model_type not in REPAIRED:
-        return flax_class(config, dtype=dtype, _do_init=False)
-    with repair_t5():  # the constructor traces the model
+    repaired = config.model_type in REPAIRED
+    with repair_t5() if repaired else nullcontext():  # the constructor traces the model
         model = flax_class(config, dtype=dtype, _do_init=False)
-    model._module = RepairedT5(model.module)
+    if repaired:
+        model._module = RepairedT5(model.module)
+    model._is_initialized = True  # from here on the model accepts and gives out weights
+    model.params = unfreeze(model.params_shape_tree)
     return model
 
 
@@ -59,24 +63,26 @@ def _read_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTrainedModel:
+def load_hf_flax(
+    model: FlaxPreTrainedModel, source: Source, weights: Weights, dtype: np.dtype
+) -> FlaxPreTrainedModel:
     """Load a Flax model of transformers from PyTorch's safetensors, one tensor at a time and without torch.
 
     Args:
-        source: a model directory.
+        model: from `empty_model`; it gets the weights.
+        source: its directory.
         weights: its tensors.
         dtype: of the weights and of the computation.
 
     Returns:
-        The model, of the Flax class that its config's `architectures` names.
+        The model.
 
     Raises:
-        ModelError: transformers has no such Flax class or it computes wrongly, or the weights do not fit.
+        ModelError: the weights do not fit.
 
     Warns:
         UserWarning: tensors that the class has no place for, such as a pooler or a second head.
     """
-    model = empty_model(source, dtype)
     config = model.config
     leaves, slots = layout(source, model, weights)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -86,7 +92,6 @@ def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTr
         warnings.warn(
             f"{source.path}: {type(model).__name__} has no place for {shorten(leftover)}", stacklevel=3
         )
-    model._is_initialized = True  # from here on the model accepts and gives out weights
     model.params = load_tree(leaves, slots, weights, dtype)
     return model
 

@@ -18,9 +18,10 @@ from jax import Array
 from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.causal_lm import CausalLM, init_params, param_shapes
-from hylorada_jax.models.decoder import DecoderLM
+from hylorada_jax.models.causal_lm import CausalLM, param_shapes
+from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.face import as_base
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
@@ -57,48 +58,61 @@ def load_model(
         model(jnp.array([[1, 2, 3]])).logits  # [1, 3, 49152]
     """
     dtype = _float_dtype(dtype)
-    source = find_source(name)
+    source = find_source(name, config_only=True)
+    empty = _empty(source, dtype, remat)  # refuses what it can before weights are looked for, or fetched
+    if source.gguf is None:
+        source = find_source(name)
     weights = open_weights(source)
+    if isinstance(empty, CausalLM):
+        return _load_decoder(empty, source, weights, dtype)
+    return _hf_flax(source).load_hf_flax(empty, source, weights, dtype)
+
+
+def empty_model(
+    name: str | Path, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+) -> CausalLM | FlaxPreTrainedModel:
+    """A base model as `load_model` gives it, with shapes in the place of its weights.
+
+    It tells in a moment, and from the config alone, what a model is and whether a setting fits it.
+
+    Args:
+        name: as for `load_model`; a Hub name fetches no weights.
+        dtype: as for `load_model`.
+        remat: as for `load_model`.
+
+    Returns:
+        The model; its parameters are ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        ModelError: the model is not found, its config is of no family that is read, or it would be computed
+            wrongly.
+        ConfigError: there is no such remat.
+
+    Example:
+        >>> empty_model("smollm2-135m").params["model"]["embed_tokens"]["embedding"].shape
+        (49152, 576)
+    """
+    return _empty(find_source(name, config_only=True), _float_dtype(dtype), remat)
+
+
+def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTrainedModel:
     if source.config.get("model_type") in DECODER_FAMILIES:
-        return _load_decoder(source, weights, dtype, remat)
+        config = DecoderConfig.from_hf(source.config)
+        module = DecoderLM(config, check_remat(remat))
+        return CausalLM(module, param_shapes(config, dtype), config, source.name)
     if remat != "none":
         raise ModelError(
             "Rematerialisation is a feature of our decoder.",
             f"remat={remat!r} for model_type {source.config.get('model_type')!r}",
             "Leave remat at 'none', or choose a model of the Llama family.",
         )
-    return _hf_flax(source).load_hf_flax(source, weights, dtype)
-
-
-def model_init(name: str | Path) -> Callable[[Array], Any]:
-    """The initialisation of a model of random weights, from its config alone.
-
-    Traced by ``jax.eval_shape``, it tells the model's modules and shapes without weights or memory.
-
-    Args:
-        name: as for `load_model`; a Hub name fetches no weights.
-
-    Returns:
-        A function from a ``jax.random`` key to a parameter tree.
-
-    Raises:
-        ModelError: the model is not found, or its config is of no family that is read.
-
-    Example:
-        >>> shapes = jax.eval_shape(model_init("smollm2-135m"), jax.random.key(0))
-        >>> shapes["model"]["embed_tokens"]["embedding"].shape
-        (49152, 576)
-    """
-    return config_and_init(find_source(name, config_only=True))[1]
+    return _hf_flax(source).empty_model(source, dtype)
 
 
 def config_and_init(source: Source) -> tuple[Any, Callable[[Array], Any]]:
-    """A model's config, as the loaded model has it, and the initialisation as `model_init` gives it."""
-    if source.config.get("model_type") in DECODER_FAMILIES:
-        config = DecoderConfig.from_hf(source.config)
-        return config, partial(init_params, config)
-    model = _hf_flax(source).empty_model(source, np.dtype(np.float32))
-    return model.config, lambda key: model.init_weights(key, model.input_shape)
+    """A model's config, as the loaded model has it, and its initialisation, to be traced for its modules."""
+    base = as_base(_empty(source, np.dtype(np.float32), "none"))
+    return base.config, base.init_params
 
 
 def _hf_flax(source: Source) -> ModuleType:
@@ -150,27 +164,24 @@ def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dic
     Raises:
         ModelError: the weights do not fit the config.
     """
-    weights = open_weights(source)
-    if source.config.get("model_type") in DECODER_FAMILIES:
-        return *_decoder_layout(source, DecoderConfig.from_hf(source.config), weights), weights
-    hf_flax = _hf_flax(source)
-    model = hf_flax.empty_model(source, np.dtype(np.float32))
-    return *hf_flax.layout(source, model, weights), weights
+    weights, empty = open_weights(source), _empty(source, np.dtype(np.float32), "none")
+    if isinstance(empty, CausalLM):
+        return *_decoder_layout(empty, source, weights), weights
+    return *_hf_flax(source).layout(source, empty, weights), weights
 
 
 def _decoder_layout(
-    source: Source, config: DecoderConfig, weights: Weights
+    empty: CausalLM, source: Source, weights: Weights
 ) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot]]:
-    leaves = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config)).items()}
+    leaves = {path: leaf.shape for path, leaf in flatten_dict(empty.params).items()}
     slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape)}
-    check_match(leaves, slots, weights, partial(_is_harmless, config, weights), source.path)
+    check_match(leaves, slots, weights, partial(_is_harmless, empty.config, weights), source.path)
     return leaves, slots
 
 
-def _load_decoder(source: Source, weights: Weights, dtype: np.dtype, remat: str) -> CausalLM:
-    config = DecoderConfig.from_hf(source.config)
-    leaves, slots = _decoder_layout(source, config, weights)
-    return CausalLM(DecoderLM(config, remat), load_tree(leaves, slots, weights, dtype), config, source.name)
+def _load_decoder(empty: CausalLM, source: Source, weights: Weights, dtype: np.dtype) -> CausalLM:
+    leaves, slots = _decoder_layout(empty, source, weights)
+    return empty.with_params(load_tree(leaves, slots, weights, dtype))
 
 
 def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:

@@ -1,7 +1,6 @@
 """Positions that a model has no place for are refused before anything is computed."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -23,13 +22,15 @@ def check_range(
         DataError: saying what is out of range.
 
     Example:
-        >>> check_range((1, 2), jnp.array([[6, 7]]), limit=8)
+        >>> check_range((1, 2), np.array([[6, 7]]), limit=8)
     """
     beyond = f"{shape[-1]} tokens in a row" if limit is not None and shape[-1] > limit else ""
     if position_ids is not None:
-        check_positions(jnp.asarray(position_ids), shape)
-        known = not isinstance(position_ids, jax.core.Tracer) and position_ids.size
-        if known and limit is not None and (largest := np.max(position_ids)) >= limit:
+        known = not isinstance(position_ids, jax.core.Tracer)
+        # Not jnp.asarray, which takes an integer of 64 bits for another one of 32.
+        positions = np.asarray(position_ids) if known else position_ids
+        check_positions(positions, shape)
+        if known and positions.size and limit is not None and (largest := positions.max()) >= limit:
             beyond = f"a position of {largest}"
     if beyond:
         raise DataError(

@@ -13,6 +13,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.io.files import user_path
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
+from hylorada_jax.text import parse_json
 
 PACKAGED = "smollm2-135m"
 
@@ -128,7 +129,7 @@ def _from_directory(name: str, path: Path, config_only: bool) -> Source:
             "Give one of its .gguf files by path." if ggufs else _near(path),
         )
     try:
-        config = json.loads(config_file.read_text("utf-8"))
+        config = parse_json(config_file.read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except ValueError as error:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.models.gguf_header import GGUFFile
 from hylorada_jax.models.source import find_source
+from hylorada_jax.text import well_formed
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -89,7 +90,7 @@ class Tokenizer:
         Returns:
             The ids.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.backend.encode(well_formed(text), add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text, and for each the characters [start, end) that it stands for.
@@ -100,7 +101,7 @@ class Tokenizer:
         Returns:
             The ids and the offsets. Tokens that share one character (its bytes) share its offsets.
         """
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self.backend.encode(well_formed(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -13,7 +13,7 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math import low_rank, position, sparse, structure
-from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, Tree
+from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, Tree, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE, POSITION_BIAS, STRUCTURE_ENCODER
 
 COLLECTION = "hylorada"
@@ -133,10 +133,9 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         """The pass that this call begins, if it does, and if anything depends on its positions."""
         if self._bias is None and self._encoder is None:
             return None
-        signature = inspect.signature(context.orig_method)
-        if not {"input_ids", "position_ids"} <= set(signature.parameters):
+        if not takes_positions(context.orig_method):
             return None
-        given = signature.bind(*args, **kwargs).arguments
+        given = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
         positions, shape = given.get("position_ids"), given["input_ids"].shape
         if positions is None:
             positions = jnp.arange(shape[1])

@@ -1,6 +1,7 @@
 """Finding the modules of a Flax model that a component can attach to, without the model's weights."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,12 +92,18 @@ class Holder(Module):
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """The modules of a model by what can attach to them, each in the order of the tree's paths."""
+    """The modules of a model by what can attach to them, each in the order of the tree's paths.
+
+    Attributes:
+        linears, attentions, embeddings, norms: as their names say.
+        take_positions: some module is called with the tokens and their positions.
+    """
 
     linears: tuple[Linear, ...] = ()
     attentions: tuple[Attention, ...] = ()
     embeddings: tuple[Holder, ...] = ()
     norms: tuple[Holder, ...] = ()
+    take_positions: bool = False
 
     @property
     def linear_names(self) -> list[str]:
@@ -121,6 +128,11 @@ def with_leaves(tree: Tree, path: Path, leaves: Tree) -> dict[str, Any]:
     return {**tree, path[0]: with_leaves(tree.get(path[0], {}), path[1:], leaves)}
 
 
+def takes_positions(method: Callable[..., Any]) -> bool:
+    """Whether a module's method is called with the tokens and their positions."""
+    return {"input_ids", "position_ids"} <= set(inspect.signature(method).parameters)
+
+
 def find_modules(init: Callable[[Array], Any]) -> Modules:
     """The modules that a model's initialisation calls and that a component can attach to.
 
@@ -141,9 +153,12 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
         ['fc']
     """
     called: dict[Path, tuple[str, int]] = {}
+    taking: set[Path] = set()
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         kind = type(context.module).__name__
+        if takes_positions(context.orig_method):
+            taking.add(context.module.path)
         if context.method_name == "__call__":
             heads = context.module.config.num_attention_heads if kind in ATTENTIONS else 0
             called[context.module.path] = kind, heads
@@ -172,7 +187,7 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
             found["embeddings"].append(Holder(*common, own))
         elif kind in NORMS and own:
             found["norms"].append(Holder(*common, own))
-    return Modules(**{kind: tuple(modules) for kind, modules in found.items()})
+    return Modules(**{kind: tuple(modules) for kind, modules in found.items()}, take_positions=bool(taking))
 
 
 def _leaves(shapes: Any, path: Path) -> dict[Path, tuple[int, ...]]:

@@ -1,19 +1,18 @@
-"""Texts to train on: files, globs, JSONL, datasets of the Hub, and the source of Python's own library."""
+"""Texts to train on: files, globs, datasets of the Hub, and the source of Python's own library."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import importlib
-import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from hylorada_jax.errors import DataError
+from hylorada_jax.training.text_files import ROW_SUFFIXES, SUFFIXES, Document, read_documents
 
 PYTHON_STDLIB = "python-stdlib"
 """The name of the embedded corpus, which every machine that runs this package has."""
@@ -22,19 +21,13 @@ Split = Literal["train", "eval", "all"]
 
 _HELD_OUT = 0.05
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Files that datasets' own tools write beside the data.
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 # Tests, generated tables and programs that happen to be shipped along are not library source.
 _NOT_LIBRARY = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",
     "encodings", "pydoc_data", "__pycache__",
 }  # fmt: skip
-
-
-class Document(NamedTuple):
-    """One text and where it came from: a file, or ``file:line``."""
-
-    name: str
-    text: str
 
 
 def load_documents(source: str | Path, split: Split = "all") -> list[Document]:
@@ -47,16 +40,18 @@ def load_documents(source: str | Path, split: Split = "all") -> list[Document]:
 
     Args:
         source: ``"python-stdlib"``; a file; a glob (``"books/**/*.txt"``); or a dataset of the Hub
-            (``"owner/name"``). ``*.jsonl`` has one JSON object with a ``"text"`` per line, ``*.parquet`` a
-            column ``text``; any other file is one document, UTF-8. Of a Hub dataset with files named
-            "train" only those are read.
+            (``"owner/name"``). The rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
+            ``.parquet`` files are documents, their column ``text`` the text; any other file is one document,
+            UTF-8 (:func:`hylorada_jax.training.text_files.read_documents`). Of a Hub dataset with files
+            named "train" only those are read.
         split: ``"train"``, ``"eval"`` or ``"all"``.
 
     Returns:
         Documents that are not blank, ordered by name.
 
     Raises:
-        DataError: nothing is found, a file cannot be read, or no document has any text.
+        DataError: nothing is found, a file cannot be read, a row has no column ``text``, or no document has
+            any text. File and line are named.
 
     Example:
         >>> train, held_out = (load_documents("python-stdlib", split) for split in ("train", "eval"))
@@ -64,8 +59,10 @@ def load_documents(source: str | Path, split: Split = "all") -> list[Document]:
         True
     """
     source = str(source)
-    found = _standard_library() if source == PYTHON_STDLIB else _read_files(_files(source))
-    documents = [document for document in found if document.text.strip()]
+    if source == PYTHON_STDLIB:
+        documents = [document for document in _standard_library() if document.text.strip()]
+    else:
+        documents = [document for path in _files(source) for document in read_documents(path)]
     if not documents:
         raise DataError("Data must have text in it", source, "Give files that are not empty.")
     if split == "all":
@@ -109,16 +106,21 @@ def _standard_library() -> Iterator[Document]:
         # _sysconfigdata describes the machine that built Python: no two would train on the same text.
         if _NOT_LIBRARY.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             try:
-                yield Document(name.as_posix(), path.read_text(encoding="utf-8"))
+                yield Document(name.as_posix(), path.read_text(encoding="utf-8-sig"))
             except UnicodeDecodeError:
                 continue
 
 
 def _files(source: str) -> list[Path]:
     """The files that a source names, sorted."""
-    if Path(source).is_file():
+    source = os.path.expanduser(source)  # a quoted glob comes with its "~"; Path's method may raise
+    try:
+        is_file, is_dir = Path(source).is_file(), Path(source).is_dir()
+    except OSError as error:  # a name that is too long, a directory that may not be entered
+        raise DataError("Data must be readable", error, "Check the path.") from error
+    if is_file:
         return [Path(source)]
-    if Path(source).is_dir():
+    if is_dir:
         raise DataError("Data must be files, not a directory", source, f'Give a glob: "{source}/**/*.txt".')
     if glob.has_magic(source):
         root, pattern = _split_glob(Path(source))
@@ -128,7 +130,7 @@ def _files(source: str) -> list[Path]:
         raise DataError(
             "A glob must match at least one file", source, 'Quote it, and use "**" for subdirectories.'
         )
-    if _HUB_NAME.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
+    if _HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
         return _hub_files(source)
     raise DataError(
         "Data must be a file, a glob, a Hub dataset (owner/name) or python-stdlib", source, "Check the path."
@@ -146,61 +148,20 @@ def _hub_files(name: str) -> list[Path]:
     # Imported here: only this source needs it, and it takes half a second.
     from huggingface_hub import snapshot_download
 
-    patterns = [f"*{suffix}" for suffix in _FILE_SUFFIXES]
+    suffixes = (".txt", *ROW_SUFFIXES)
+    patterns = [f"*{form}" for suffix in suffixes for form in (suffix, suffix.upper())]
     try:
         root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the client raises many kinds: no network, no such dataset, no permission
         rule = f"The Hub dataset {name!r} must be reachable, or downloaded before"
         raise DataError(rule, error, "Check the name and the network, or give files of your own.") from error
-    files = sorted(path for path in root.rglob("*") if path.suffix in _FILE_SUFFIXES)
+    files = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in suffixes and path.name not in _NOT_DATA and path.is_file()
+    )
     if not files:
         raise DataError(
-            f"A Hub dataset must have {', '.join(patterns)} files", name, "Convert it, and give the files."
+            f"A Hub dataset must have {', '.join(suffixes)} files", name, "Convert it, and give the files."
         )
     return [path for path in files if "train" in path.relative_to(root).as_posix()] or files
-
-
-def _read_files(files: Iterable[Path]) -> Iterator[Document]:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for path in files:
-        try:
-            yield from readers.get(path.suffix, _read_text)(path)
-        except UnicodeDecodeError as error:
-            raise DataError("Text must be UTF-8", f"{path}: {error}", "Convert the file to UTF-8.") from error
-        except OSError as error:
-            raise DataError("A data file must be readable", f"{path}: {error}", "Check the file.") from error
-
-
-def _read_text(path: Path) -> Iterator[Document]:
-    yield Document(str(path), path.read_text(encoding="utf-8"))
-
-
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                rule = "Every line of a JSONL file must be JSON"
-                raise DataError(rule, f"{path}:{number}: {error}", "Correct or remove the line.") from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                rule = 'Every line of a JSONL file must be an object with a string "text"'
-                raise DataError(rule, f"{path}:{number}: {keys}", "Rename the field that has the text.")
-            yield Document(f"{path}:{number}", record["text"])
-
-
-def _read_parquet(path: Path) -> Iterator[Document]:
-    try:
-        parquet: Any = importlib.import_module("pyarrow.parquet")  # optional, and slow to import
-    except ImportError as error:
-        rule = "Reading a parquet file takes pyarrow"
-        raise DataError(rule, path, "pip install pyarrow, or convert the file to JSONL.") from error
-    columns = parquet.read_schema(path).names
-    if "text" not in columns:
-        rule = "A parquet file must have a column text"
-        raise DataError(rule, f"{path}: {', '.join(columns)}", "Rename the column that has the text.")
-    for number, text in enumerate(parquet.read_table(path, columns=["text"])["text"].to_pylist()):
-        yield Document(f"{path}:{number}", text or "")

@@ -10,10 +10,12 @@ import grain
 import numpy as np
 
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.models.ids import INT32, outside
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.structure.code import token_depths
-from hylorada_jax.training.corpus import Document
+from hylorada_jax.text import well_formed
 from hylorada_jax.training.packing import Batch, Rows
+from hylorada_jax.training.text_files import Document
 
 _DOCUMENTS_AT_ONCE = 64
 _ENDLESS = 2**50  # rows; more than anybody trains on
@@ -94,7 +96,7 @@ def _encode(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
         batch = documents[first : first + _DOCUMENTS_AT_ONCE]
-        encodings = tokenizer.backend.encode_batch([document.text for document in batch])
+        encodings = tokenizer.backend.encode_batch([well_formed(document.text) for document in batch])
         for document, encoding in zip(batch, encodings, strict=True):
             missing = [] if encoding.ids[-1:] == end else end
             yield document, encoding.ids + missing, encoding.offsets + [(0, 0)] * len(missing)
@@ -126,15 +128,14 @@ def as_documents(data: Sequence[Any], vocab: int, what: str) -> list[np.ndarray]
     """
     documents = []
     for number, tokens in enumerate(data):
-        ids = np.asarray(tokens)
+        ids = _array(tokens)
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             rule = f"Every document of the {what} data must be a sequence of token ids"
             received = f"document {number}: {ids.dtype} of shape {ids.shape}"
             raise DataError(rule, received, "Tokenize texts first: tokenize(load_documents(…), tokenizer).")
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
+        if ids.size and (wrong := outside(ids, vocab)):
             rule = f"Every token id of the {what} data must be in the model's vocabulary, 0 … {vocab - 1}"
-            received = f"document {number}: {ids.min()} … {ids.max()}"
-            raise DataError(rule, received, "Use the model's own tokenizer.")
+            raise DataError(rule, f"document {number}: {wrong}", "Use the model's own tokenizer.")
         documents.append(ids.astype(np.int32))
     if all(len(ids) < 2 for ids in documents):
         rule = f"The {what} data must have a document of at least two tokens"
@@ -172,16 +173,24 @@ def as_structure(
         rule = f"Every document of the {what} data must have its structure ids"
         received = f"{len(structure)} sequences of ids for {len(documents)} documents"
         raise DataError(rule, received, "Make both from the same documents: tokenize_with_structure(…).")
-    arrays = [np.asarray(ids) for ids in structure]
+    arrays = [_array(ids) for ids in structure]
     for number, (ids, tokens) in enumerate(zip(arrays, documents, strict=True)):
-        integers = not ids.size or (np.issubdtype(ids.dtype, np.integer) and ids.min() >= 0)
+        integers = not ids.size or not outside(ids, INT32)
         if ids.shape != tokens.shape or not integers:
             rule = f"Structure ids of the {what} data must be integers ≥ 0, one for each token"
             received = f"document {number}: {ids.dtype} of shape {ids.shape}, for {len(tokens)} tokens"
-            if ids.size and not integers:
-                received += f", from {ids.min()}"
+            if np.issubdtype(ids.dtype, np.integer) and not integers:
+                received += f", from {ids.min()} to {ids.max()}"
             raise DataError(rule, received, "Make both from the same text: tokenize_with_structure(…).")
     return [ids.astype(np.int32) for ids in arrays]
+
+
+def _array(values: Any) -> np.ndarray:
+    """The values as an array; of objects where they are rows of several lengths."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.asarray(values, object)
 
 
 def shuffled_batches(

@@ -10,7 +10,6 @@ from tokenizers.processors import TemplateProcessing
 
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.tokenizer import Tokenizer
-from hylorada_jax.training.corpus import Document
 from hylorada_jax.training.data import (
     as_documents,
     as_structure,
@@ -20,6 +19,7 @@ from hylorada_jax.training.data import (
     tokenize_with_structure,
 )
 from hylorada_jax.training.packing import Rows
+from hylorada_jax.training.text_files import Document
 
 
 def rows():
@@ -71,6 +71,16 @@ def test_documents_become_tokens_with_one_end_and_uncut():
     found = tokenize(documents, Tokenizer(backend, {"eos_token": "</s>"}))
     assert [tokens.tolist() for tokens in found] == [[1, 2, 1, 0, 3], [2, 3], [2, 3]]
     assert [tokens.tolist() for tokens in tokenize(documents[2:], Tokenizer(backend))] == [[2]]
+
+
+def test_half_a_character_is_encoded_as_the_replacement_character():
+    halved, whole = (Document("x", f"cut {end}") for end in ("\ud83d", "\ufffd"))
+    tokenizer = byte_tokenizer()
+    np.testing.assert_array_equal(tokenize([halved], tokenizer)[0], tokenize([whole], tokenizer)[0])
+    found = tokenize_with_structure([halved], tokenizer)
+    assert len(found.structure_ids[0]) == len(found.tokens[0])
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        assert encode(halved.text) == encode(whole.text)
 
 
 def byte_tokenizer():

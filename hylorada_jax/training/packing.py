@@ -117,8 +117,10 @@ class Rows:
         return row
 
 
-def check_windows(seq_len: int, stride: int | None = None, tokens: int | None = None) -> None:
-    """Raises a ConfigError for windows that would never end or leave tokens out, or for no tokens at all."""
+def check_windows(
+    seq_len: int, stride: int | None = None, tokens: int | None = None, batch_size: int = 1
+) -> None:
+    """Raises a ConfigError for windows that never end or leave tokens out, for no tokens, or for no rows."""
     if seq_len < 1:
         raise ConfigError("A window must have a token", f"seq_len {seq_len}", "Give at least 1.")
     if stride is not None and not 1 <= stride <= seq_len:
@@ -128,6 +130,8 @@ def check_windows(seq_len: int, stride: int | None = None, tokens: int | None = 
         )
     if tokens is not None and tokens < 1:
         raise ConfigError("A part of the tokens must have one", f"{tokens} tokens", "Give at least 1.")
+    if batch_size < 1:
+        raise ConfigError("A batch must have a row", f"batch_size {batch_size}", "Give at least 1.")
 
 
 def spread(rows: Sequence[Batch] | Rows, tokens: int) -> list[Batch]:

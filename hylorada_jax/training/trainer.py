@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import require_segments
+from hylorada_jax.models.face import BaseModel, require_segments, vocab_size
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.data import as_documents, as_structure, shuffled_batches
@@ -49,6 +51,32 @@ class TrainingResult:
     loss_plot: Path
 
 
+def check_data(
+    train_data: Sequence[Any], eval_data: Sequence[Any] | None, vocab: int, config: TrainingConfig
+) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    """Tokenized documents as int32 arrays, checked as far as they can be without the model.
+
+    Args:
+        train_data: token ids of each document.
+        eval_data: the same of the held-out documents, or None.
+        vocab: number of ids the model has.
+        config: ``seq_len`` is read.
+
+    Returns:
+        The training and the held-out documents.
+
+    Raises:
+        DataError: there is too little data, or a token id is outside the vocabulary.
+    """
+    documents = as_documents(train_data, vocab, "training")
+    if (tokens := sum(map(len, documents))) <= config.seq_len:
+        received = f"{tokens} tokens for a seq_len of {config.seq_len}"
+        raise DataError(
+            "The training data must fill a row", received, "Give more text, or a smaller seq_len."
+        )
+    return documents, None if eval_data is None else as_documents(eval_data, vocab, "evaluation")
+
+
 class HyLoRADATrainer:
     """Trains a model's adapters and keeps the run in a directory.
 
@@ -68,8 +96,9 @@ class HyLoRADATrainer:
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
             rows, or nothing in the model reads structure ids.
-        DataError: there is too little data, a token id is outside the vocabulary, or structure ids do not
-            fit the tokens.
+        DataError: there is too little data, a token id is outside the vocabulary, a row is longer than the
+            model's table of positions, or structure ids do not fit the tokens.
+        ModelError: the model has no output head that the built-in loss can read.
         CheckpointError: the output directory holds a run and neither resume nor overwrite is set.
 
     Example:
@@ -90,20 +119,13 @@ class HyLoRADATrainer:
         self._model, self._config = model, config
         self._directory = RunDirectory(config.output_dir)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
-        _check_batches(model, config)
-
-        vocab = model.vocab_size
-        documents = as_documents(train_data, vocab, "training")
-        held_out = None if eval_data is None else as_documents(eval_data, vocab, "evaluation")
+        check_training(model.base, config)
+        documents, held_out = check_data(train_data, eval_data, model.vocab_size, config)
         has_encoder = bool(model.config.use_hylorada_v2)
         structure = as_structure(train_structure, documents, "training", has_encoder=has_encoder)
         held_out_structure = as_structure(
             eval_structure, held_out or [], "evaluation", has_encoder=has_encoder
         )
-        if (tokens := sum(map(len, documents))) <= config.seq_len:
-            received = f"{tokens} tokens for a seq_len of {config.seq_len}"
-            rule = "The training data must fill a row"
-            raise DataError(rule, received, "Give more text, or a smaller seq_len.")
         self._rows = Rows(documents, config.seq_len, packing=config.packing, structure=structure)
         self._evaluator = None
         if held_out is not None:
@@ -192,9 +214,24 @@ def _perplexity(record: Record | None) -> float | None:
     return None if record is None else record["eval_perplexity"]
 
 
-def _check_batches(model: HyLoRADAModel, config: TrainingConfig) -> None:
+def check_training(base: BaseModel, config: TrainingConfig) -> None:
+    """Refuses settings that a model cannot be trained with, as far as its shapes and the devices tell.
+
+    Args:
+        base: the base model; its weights are not looked at, so
+            :func:`hylorada_jax.models.loading.empty_model` does.
+        config: the settings.
+
+    Raises:
+        ConfigError: packing is asked for and the model knows no segments, or the devices do not divide the
+            rows.
+        DataError: a row is longer than the model's table of positions.
+        ModelError: the model has no output head that the built-in loss can read.
+    """
+    vocab_size(base)  # asks for the head
     if config.packing:
-        require_segments(model.base)
+        require_segments(base)
+    check_range((config.batch_size, config.seq_len), limit=base.position_limit)
     rows, devices = config.batch_size // config.microbatches, jax.device_count()
     if rows % devices:
         raise ConfigError(

@@ -1,0 +1,243 @@
+"""What a config, a setting or the data tells is reported before weights are read: here none can be."""
+
+import json
+import shutil
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from hylorada_jax.cli.cli_test import TINY, run
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError, ModelError
+from hylorada_jax.io.adapter_files import write_adapter
+from hylorada_jax.model import HyLoRADAModel, identity
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.face import as_base
+from hylorada_jax.models.loading import empty_model, load_model
+from hylorada_jax.surgery.fit import fit
+from hylorada_jax.surgery.layout import tensor_shapes
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.trainer import HyLoRADATrainer
+
+SMALL = {"vocab_size": 257, "max_position_embeddings": 32, "hidden_size": 16, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 2, "intermediate_size": 24}
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 257, "n_positions": 32}
+GPT2 |= {"n_embd": 16, "n_layer": 1, "n_head": 2}
+T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 257, "d_model": 16}
+T5 |= {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+CONFIGS = {
+    "llama": TINY,
+    "one head": TINY | {"num_attention_heads": 1},
+    "odd": TINY | {"num_attention_heads": 3},
+    "other": TINY | {"hidden_size": 32},
+    "few": TINY | {"vocab_size": 100},
+    "unknown": TINY | {"model_type": "mamba"},
+    "gpt2": GPT2,
+    "gpt2 unscaled": GPT2 | {"scale_attn_weights": False},
+    "opt": SMALL
+    | {"model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "bloom": {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": 257}
+    | {"hidden_size": 16, "n_layer": 1, "n_head": 2},
+    "bert": SMALL | {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    "t5": T5,
+}
+ADAPTERS = {"adapter": "lora", "sparse adapter": "sparse", "daa adapter": "lorada"}
+OURS = ("llama", "one head", "odd", "other", "few", "unknown")
+
+
+def require_flax(name):
+    if name in OURS:
+        return
+    transformers = pytest.importorskip("transformers", "4.57")
+    if not hasattr(transformers, "FlaxGPT2LMHeadModel"):
+        pytest.skip("transformers without Flax models")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Model directories with a tokenizer, but without weights; and adapters of the Llama among them."""
+    root = tmp_path_factory.mktemp("models")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for name, config in CONFIGS.items():
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+        tokenizer.save(str(root / name / "tokenizer.json"))
+    base = as_base(empty_model(root / "llama"))
+    for name, method in ADAPTERS.items():
+        config = HyLoRADAConfig(method=method, lora_rank=1)
+        modules, sites = fit(base, config)
+        leaves = {leaf: np.full(shape, 2, np.float32) for leaf, shape in tensor_shapes(sites).items()}
+        write_adapter(root / name, leaves, config, identity(base, modules))
+    return root
+
+
+@pytest.fixture(params=["missing", "broken"])
+def weights(place, request):
+    """Every model's weights: not there, or not what they should be."""
+    for name in CONFIGS:
+        (place / name / "model.safetensors").unlink(missing_ok=True)
+        if request.param == "broken":
+            (place / name / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+PACKED, ALONE = (), ("--no-packing",)
+FINETUNE = [
+    ("llama", ("--targets", "q_prj"), "q_proj"),
+    ("llama", ("--structure", "code"), "hylorada_v2"),
+    ("llama", ("--batch-size", "3", "--microbatches", "2"), "microbatches must divide"),
+    ("llama", ("--seq-len", "4000"), "must fill a row"),
+    ("few", (), "must be in the model's vocabulary, 0 … 99"),
+    ("odd", (), "even head_dim"),
+    ("unknown", (), "mamba"),
+    ("one head", ("--s2-attn",), "halves the heads"),
+    ("other", ("--start-from", "adapter"), "An adapter fits only the base model"),
+    ("gpt2", ("--s2-attn", "--seq-len", "64"), "Positions of this model lie below 32"),
+    ("gpt2", ("--remat", "full"), "Rematerialisation"),
+    ("gpt2 unscaled", (), "scale_attn_weights"),
+    ("opt", PACKED, "packing needs"),
+    ("opt", (*ALONE, "--s2-attn"), "Shifted sparse attention needs"),
+    ("opt", (*ALONE, "--daa"), "daa_enabled needs"),
+    ("opt", (*ALONE, "--seq-len", "64"), "Positions of this model lie below 32"),
+    ("bloom", (*ALONE, "--method", "hylorada_v2", "--targets", "query_key_value"), "takes position_ids"),
+    ("bert", ("--seq-len", "32"), "The built-in loss needs a causal language model"),
+    ("t5", (*ALONE, "--method", "hylorada", "--no-daa"), "takes position_ids"),
+]
+OTHERS = [
+    ("evaluate", "llama", ("--batch-size", "0"), "A batch must have a row"),
+    ("evaluate", "few", (), "must be in the model's vocabulary, 0 … 99"),
+    ("evaluate", "other", ("--adapter", "adapter"), "An adapter fits only the base model"),
+    ("evaluate", "opt", ("--seq-len", "64"), "Positions of this model lie below 32"),
+    ("evaluate", "bert", ("--seq-len", "16"), "The built-in loss needs a causal language model"),
+    ("generate", "llama", ("--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
+    ("generate", "llama", ("--temperature", "-1"), "temperature must be"),
+    ("generate", "few", (), "vocabulary, 0 … 99"),
+    ("generate", "other", ("--adapter", "adapter"), "An adapter fits only the base model"),
+    ("generate", "opt", ("--max-new-tokens", "30"), "Positions of this model lie below 32"),
+    ("generate", "bert", ("--max-new-tokens", "1"), "Text is generated by a model"),
+    ("export-peft", "other", ("--adapter", "adapter"), "An adapter fits only the base model"),
+    ("export-peft", "llama", ("--adapter", "sparse adapter"), "which adapts none"),
+    ("export-peft", "llama", ("--adapter", "daa adapter"), "daa: "),
+    ("params", "one head", ("--s2-attn",), "halves the heads"),
+    ("params", "opt", ("--s2-attn",), "Shifted sparse attention needs"),
+    ("params", "t5", ("--method", "hylorada", "--no-daa"), "takes position_ids"),
+]
+
+
+@pytest.mark.usefixtures("weights")
+@pytest.mark.parametrize(
+    ("command", "model", "options", "said"), [("finetune", *case) for case in FINETUNE] + OTHERS
+)
+def test_a_mistake_is_reported_and_not_the_weights(
+    command, model, options, said, place, tmp_path, monkeypatch, capsys
+):
+    require_flax(model)
+    monkeypatch.chdir(place)
+    (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    own = {
+        "finetune": ("--data", tmp_path / "texts.txt", "--output", tmp_path / "out"),
+        "evaluate": ("--data", tmp_path / "texts.txt"),
+        "generate": ("--prompt", "the quick"),
+        "export-peft": ("--output", tmp_path / "out"),
+        "params": (),
+    }
+    before = set(place.rglob("*"))
+    status, _, err = run(monkeypatch, capsys, command, "--model", f"./{model}", *own[command], *options)
+    assert (status, said in err) == (2, True), err
+    assert "remedy" in err
+    assert not (tmp_path / "out").exists()
+    assert set(place.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("weights")
+def test_an_adapter_of_peft_that_does_not_fit_is_reported_and_not_the_weights(
+    place, tmp_path, monkeypatch, capsys
+):
+    from safetensors.numpy import save_file
+
+    prefix = "base_model.model.model.layers.5.self_attn.q_proj."
+    leaves = {f"{prefix}lora_A.weight": np.ones((1, 16)), f"{prefix}lora_B.weight": np.ones((16, 1))}
+    save_file(leaves, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    command = ("import-peft", "--model", place / "llama", "--adapter", tmp_path, "--output", tmp_path / "out")
+    assert "linear layers of the model" in run(monkeypatch, capsys, *command)[2]
+    assert "LoRA goes on as lora" in run(monkeypatch, capsys, *command, "--method", "dora")[2]
+
+
+@pytest.mark.usefixtures("weights")
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        ("llama", {"remat": "some"}, "remat must be one of"),
+        ("llama", {"dtype": jnp.int32}, "floating-point"),
+        ("odd", {}, "even head_dim"),
+        ("unknown", {}, "mamba"),
+        ("gpt2", {"remat": "full"}, "Rematerialisation"),
+        ("gpt2 unscaled", {}, "scale_attn_weights"),
+    ],
+)
+def test_load_model_reports_the_config_before_the_weights(model, settings, said, place):
+    require_flax(model)
+    with pytest.raises(HyLoRADAError, match=said):
+        load_model(place / model, **settings)
+
+
+@pytest.mark.usefixtures("weights")
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_weights_are_reported_where_nothing_else_is_wrong(model, place):
+    require_flax(model)
+    with pytest.raises(ModelError, match=r"as \*.safetensors|safetensors file"):
+        load_model(place / model)
+
+
+def test_the_weights_of_a_hub_model_that_is_not_read_are_not_fetched(place, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fetched(name, *, allow_patterns, **_):
+        assert not any("safetensors" in pattern for pattern in allow_patterns)
+        shutil.copy(place / "unknown" / "config.json", tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    with pytest.raises(ModelError, match="mamba"):
+        load_model("owner/model")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "error"),
+    [
+        ("gpt2", {"seq_len": 33}, DataError),
+        ("opt", {"seq_len": 33, "packing": False}, DataError),
+        ("opt", {}, ConfigError),
+        ("bert", {}, ModelError),
+    ],
+)
+def test_the_trainer_refuses_before_it_looks_at_data_or_weights(model, changes, error, place, tmp_path):
+    require_flax(model)
+    settings = TrainingConfig(**{"output_dir": tmp_path / "run", "steps": 1, "seq_len": 8} | changes)
+    unread = types.SimpleNamespace(base=as_base(empty_model(place / model)))
+    with pytest.raises(error):
+        HyLoRADATrainer(unread, [], None, settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["t5", "bloom"])
+@pytest.mark.parametrize("method", ["hylorada", "hylorada_v2"])
+def test_a_model_without_positions_is_refused_when_it_is_adapted(model, method, place):
+    require_flax(model)
+    settings = HyLoRADAConfig(method=method, daa_enabled=False, target_modules="all-linear")
+    with pytest.raises(ModelError, match="takes position_ids"):
+        HyLoRADAModel(empty_model(place / model), settings)
+
+
+def test_an_empty_model_is_the_model_but_for_its_numbers(place):
+    empty = empty_model(place / "llama", dtype=jnp.bfloat16, remat="dots")
+    assert isinstance(empty, CausalLM)
+    assert empty.module.remat == "dots"
+    embedding = empty.params["model"]["embed_tokens"]["embedding"]
+    assert (embedding.shape, embedding.dtype) == ((257, 16), jnp.bfloat16)

@@ -1,0 +1,50 @@
+"""Whether a config fits a base model, as far as the model's shapes can tell: before any weight is read."""
+
+from typing import TYPE_CHECKING
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.surgery.modules import Modules, find_modules
+from hylorada_jax.surgery.plan import Site, plan
+
+if TYPE_CHECKING:
+    from hylorada_jax.models.face import BaseModel
+
+
+def fit(base: "BaseModel", config: HyLoRADAConfig) -> tuple[Modules, tuple[Site, ...]]:
+    """What a config adapts in a base model.
+
+    Args:
+        base: the base model; its weights are not looked at, so
+            :func:`hylorada_jax.models.loading.empty_model` does.
+        config: what is adapted, and how.
+
+    Returns:
+        The model's modules, and the sites of :func:`hylorada_jax.surgery.plan.plan`.
+
+    Raises:
+        TargetError: a pattern matches nothing, or there is no MLP whose last layer is known by name.
+        ModelError: the model has nothing that a component could attach to, or cannot do what it asks for.
+        ConfigError: shifted sparse attention is on, and a layer has a single head.
+    """
+    modules = find_modules(base.init_params)
+    sites = plan(modules, config)
+    if (config.position_bias_enabled or config.use_hylorada_v2) and not modules.take_positions:
+        raise ModelError(
+            "A layer whose update depends on the position needs a model that takes position_ids",
+            base.name,
+            "Choose method='hylorada_v1', or a model of the Llama family, GPT-2 or BERT.",
+        )
+    if config.s2_attn_enabled and not base.supports_groups:
+        raise ModelError(
+            "Shifted sparse attention needs a causal model whose attention is ours",
+            base.name,
+            "Leave s2_attn_enabled out, or choose a model of the Llama family or GPT-2.",
+        )
+    if config.s2_attn_enabled and any(module.heads < 2 for module in modules.attentions):
+        raise ConfigError(
+            "Shifted sparse attention halves the heads of a layer",
+            "1 head",
+            "Leave s2_attn_enabled out, or choose a model of more heads.",
+        )
+    return modules, sites

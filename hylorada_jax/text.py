@@ -1,0 +1,50 @@
+"""Text from outside: made such that UTF-8 can write it; and JSON, read with one kind of error."""
+
+import json
+import re
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD in place of every lone surrogate, which is half a character and has no UTF-8.
+
+    JSON may escape one ("\\ud83d", a cut emoji), and Python gives one for each byte of an argument or a file
+    name that is not UTF-8. The length stays, so that offsets into the text do too.
+
+    Args:
+        text: any str.
+
+    Returns:
+        A str that every tokenizer, hash and file takes.
+
+    Example:
+        >>> well_formed("cut emoji \\ud83d") == "cut emoji \\ufffd"
+        True
+
+    Source: The Unicode Standard, section 3.9, U+FFFD substitution; JavaScript's ``String.toWellFormed``.
+    """
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: JSON, with or without a byte order mark.
+
+    Returns:
+        Python's equivalent.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or has an integer of more digits than Python reads.
+
+    Example:
+        >>> parse_json('\\ufeff{"text": "a"}')
+        {'text': 'a'}
+    """
+    try:
+        return json.loads(text.removeprefix("\ufeff"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

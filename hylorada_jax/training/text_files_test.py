@@ -1,0 +1,198 @@
+"""Oracles: what Python's own json and csv write is read back; a fault in a file is named by its place."""
+
+import csv
+import json
+import sys
+
+import pytest
+
+from hylorada_jax.errors import DataError
+from hylorada_jax.training.corpus import load_documents
+from hylorada_jax.training.text_files import read_documents
+
+TEXTS = ["one", 'a "quoted", word', "two\nlines\r\nof text", "é 漢 😀", "x" * 200_000]
+BOM = "\ufeff"
+
+
+def as_lines(texts):
+    return "".join(json.dumps({"n": 1, "text": text}) + "\n\n" for text in texts)
+
+
+def as_array(texts):
+    return json.dumps([{"text": text} for text in texts], indent=1, ensure_ascii=False)
+
+
+def write_csv(path, texts, **form):
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, **form).writerows([["n", "text"], *([1, text] for text in texts)])
+
+
+def texts_of(path):
+    return [document.text for document in read_documents(path)]
+
+
+@pytest.mark.parametrize("mark", ["", BOM])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", as_lines),
+        ("upper.JSONL", as_lines),
+        ("a.ndjson", as_lines),
+        ("lines.json", as_lines),
+        ("array.json", as_array),
+        ("Array.Json", as_array),
+    ],
+)
+def test_rows_of_json_are_documents_under_every_name(tmp_path, name, write, mark):
+    (tmp_path / name).write_text(mark + write(TEXTS), encoding="utf-8")
+    assert texts_of(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a.csv", {}),
+        ("A.CSV", {"quoting": csv.QUOTE_ALL, "lineterminator": "\n"}),
+        ("a.tsv", {"delimiter": "\t"}),
+    ],
+)
+def test_rows_of_csv_are_documents(tmp_path, name, form):
+    write_csv(tmp_path / name, TEXTS, **form)
+    limit = csv.field_size_limit()
+    assert texts_of(tmp_path / name) == TEXTS
+    assert csv.field_size_limit() == limit
+
+
+def test_a_document_is_named_by_its_place(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": null}\n{"text": "two"}\n')
+    (tmp_path / "a.csv").write_text('text\n"one\nand a half"\n\n \ntwo\n')
+    (tmp_path / "a.json").write_text('[{"text": "one"}, {"text": " "}, {"text": "two"}]')
+    (tmp_path / "one.json").write_text('{\n  "text": "one"\n}\n')
+    names = [
+        document.name.removeprefix(f"{tmp_path}/")
+        for name in ("a.jsonl", "a.csv", "a.json", "one.json")
+        for document in read_documents(tmp_path / name)
+    ]
+    assert names == ["a.jsonl:1", "a.jsonl:4", "a.csv:2", "a.csv:6", "a.json[0]", "a.json[2]", "one.json[0]"]
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "cut emoji \ud83d"}) + '\n{"text": "\\udc00, whole \\ud83d\\ude00"}'
+    )
+    documents = load_documents(tmp_path / "a.jsonl")
+    assert [document.text for document in documents] == ["cut emoji \ufffd", "\ufffd, whole 😀"]
+    for split in ("train", "eval"):  # which hash the text
+        assert len(load_documents(tmp_path / "a.jsonl", split)) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa text")
+    assert texts_of(tmp_path / "a.txt") == ["a text"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl", "a.ndjson", "a.json", "a.csv", "header.csv", "array.json", "a.md"]
+)
+def test_files_without_a_text_are_refused_together_and_passed_over_among_others(tmp_path, name):
+    (tmp_path / name).write_text({"header.csv": "n,text\n", "array.json": "[]"}.get(name, BOM + " \n"))
+    with pytest.raises(DataError, match="text in it"):
+        load_documents(tmp_path / name)
+    (tmp_path / "b.txt").write_text("b")
+    assert [document.text for document in load_documents(f"{tmp_path}/*")] == ["b"]
+
+
+DEEP, LONG = "[" * 100_000 + "]" * 100_000, "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("deep.jsonl", '{"text": "a"}\n{"text": "b", "x": ' + DEEP + "}", "deep.jsonl:2: it is nested"),
+        ("long.jsonl", '{"text": "a"}\n{"text": "b", "x": ' + LONG + "}", "long.jsonl:2: Exceeds the limit"),
+        ("deep.json", '[{"text": "a", "x": ' + DEEP + "}]", "deep.json: it is nested"),
+        ("long.json", '[{"text": "a", "x": ' + LONG + "}]", "long.json: Exceeds the limit"),
+        ("lines.json", '{"text": "a"}\n{"text": \n', "lines.json:2: Expecting value"),
+        ("cut.json", '[{"text": "a"},\n{"text"', "cut.json: Expecting ':' delimiter: line 2"),
+        ("word.jsonl", '{"text": "a"}\nword\n', "word.jsonl:2"),
+        ("list.jsonl", '["a"]\n', "list.jsonl:1: a list"),
+        ("words.json", '["a"]\n', "words.json[0]: a str"),
+        ("number.jsonl", '{"text": 5}\n', "number.jsonl:1: 'text' is of type int"),
+        ("renamed.jsonl", '{"text": "a"}\n{"body": "a", "n": 1}\n', "renamed.jsonl:2: body, n"),
+        ("data.json", '{"data": [{"text": "a"}]}', "data.json[0]: data"),
+        ("renamed.csv", "id,body\n1,a\n", "renamed.csv: columns id, body"),
+        ("headless.csv", f"1,{'word ' * 50}\n", "headless.csv: columns 1, word word"),
+        ("semicolon.csv", "id;text\n1;a\n", "semicolon.csv: columns id;text"),
+        ("twice.csv", "text,text\na,b\n", "twice.csv: columns text, text"),
+        ("comma.csv", 'n,text\n1,"a\nb"\n2,a, b\n', "comma.csv:4: 3 fields"),
+        ("short.csv", "n,text\n1\n", "short.csv:2: 1 fields"),
+        ("open.csv", 'n,text\n1,a\n2,"open\n3,b\n', "open.csv:3: unexpected end"),
+        ("latin.csv", "n,text\n1,a\n2,é\n".encode("latin-1"), "latin.csv:3"),
+        ("latin.txt", "a\né\n".encode("latin-1"), "latin.txt:2"),
+        ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), "utf16.jsonl:1"),
+        ("a.jsonl.gz", b"\x1f\x8b", "gunzip -k"),
+        ("a.csv.ZIP", b"PK", "unzip"),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_its_place(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as error:
+        load_documents(tmp_path / name)
+    assert said in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_an_absent_file_is_not_looked_for_on_the_hub(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("looked there"))
+    for name in ("data/train.csv", "data/train.JSON", "data/train.jsonl.gz", "x" * 300, "~nobody/x"):
+        with pytest.raises(DataError, match=name.removeprefix("~nobody")):
+            load_documents(name)
+
+
+def test_parquet_is_read_by_its_text_column(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "text=1").mkdir()  # which must not be taken for a part of a dataset
+    path = tmp_path / "text=1" / "A.PARQUET"
+    texts = ["one", None, " ", "two"]
+    for column in (
+        arrow.array(texts),
+        arrow.array(texts, arrow.large_string()),
+        arrow.array(texts).dictionary_encode(),
+    ):
+        parquet.write_table(arrow.table({"n": [1, 2, 3, 4], "text": column}), path, row_group_size=1)
+        assert load_documents(path) == [(f"{path}[0]", "one"), (f"{path}[3]", "two")]
+
+
+def test_parquet_without_texts_is_refused_by_what_it_has(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    cut = arrow.Array.from_buffers(
+        arrow.string(), 2, [None, arrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), arrow.py_buffer(b"a\xff")]
+    )
+    for columns, said in (
+        ({"text": [1, 2]}, "int64"),
+        ({"text": [["a"], ["b"]]}, "list<"),
+        ({"text": [b"a"]}, "binary"),
+        ({"text": [{"a": "b"}]}, "struct<"),
+        ({"text": arrow.nulls(2)}, "text in it"),
+        ({"body": ["a"], "n": [1]}, "columns body, n"),
+        ({"text": cut}, r"a\.parquet\[1\]: invalid start byte"),
+    ):
+        parquet.write_table(arrow.table(columns), path)
+        with pytest.raises(DataError, match=said):
+            load_documents(path)
+    parquet.write_table(arrow.table({"text": ["a" * 100] * 100}), path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"PAR1", whole[:-1], whole[:4] + b"\xff" * 60 + whole[64:], b"{}" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="must be whole"):
+            load_documents(path)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        load_documents(tmp_path / "a.parquet")
