@@ -40,7 +40,7 @@ def export_peft(
     refuse_existing(output)
     tokens = None
     if sample is not None:
-        if not (ids := load_tokenizer(name).encode(sample)):
+        if not (ids := load_tokenizer(name).encode_prompt(sample).ids):
             raise DataError("A sample must have at least one token", repr(sample), "Give some text.")
         tokens = [ids]
     adapted = HyLoRADAModel.from_pretrained(load_model(name), adapter)

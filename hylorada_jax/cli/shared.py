@@ -62,10 +62,10 @@ def tokens_of(
 
 
 def prompt_of(
-    text: str, tokenizer: "Tokenizer", structure: Structure | None
+    text: str, tokenizer: "Tokenizer", structure: Structure | None, *, chat: bool = False
 ) -> tuple[list[int], dict[str, list[list[int]]]]:
-    """The token ids of a prompt, and what generation is told beside them."""
-    ids, offsets = tokenizer.encode_with_offsets(text)
+    """The token ids of a prompt, and what generation is told beside them; a chat brings its bos token."""
+    ids, offsets = tokenizer.encode_with_offsets(text) if chat else tokenizer.encode_prompt(text)
     if structure is None:
         return ids, {}
 
@@ -75,15 +75,15 @@ def prompt_of(
 
 
 def loaded(model: str, adapter: Path | None, dtype: str) -> Any:
-    """The model, with the adapter where one is named."""
+    """The model, with the adapter where one is named; without, behind the face that all base models show."""
     import jax.numpy as jnp
 
     from hylorada_jax.model import HyLoRADAModel
+    from hylorada_jax.models.face import as_base
     from hylorada_jax.models.loading import load_model
 
-    if adapter is None:
-        return load_model(model, dtype=jnp.dtype(dtype))
-    return HyLoRADAModel.from_pretrained(load_model(model, dtype=jnp.dtype(dtype)), adapter)
+    base = as_base(load_model(model, dtype=jnp.dtype(dtype)))
+    return base if adapter is None else HyLoRADAModel.from_pretrained(base, adapter)
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

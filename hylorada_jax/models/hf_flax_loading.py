@@ -10,6 +10,7 @@ from transformers import FlaxPreTrainedModel
 from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
 from hylorada_jax.models.hf_t5 import REPAIRED, RepairedT5, repair_t5
 from hylorada_jax.models.loading import CONSTANTS
@@ -75,6 +76,8 @@ def load_hf_flax(source: Source, weights: Weights, dtype: np.dtype) -> FlaxPreTr
         warnings.warn(
             f"{source.path}: {type(model).__name__} has no place for {shorten(leftover)}", stacklevel=3
         )
+    if model.can_generate() and (ends := end_tokens(source)):
+        model.generation_config.eos_token_id = list(ends)
     model._is_initialized = True  # from here on the model accepts and gives out weights
     model.params = load_tree(leaves, slots, weights, dtype)
     return model

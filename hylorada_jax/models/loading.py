@@ -20,6 +20,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.causal_lm import CausalLM, init_params, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
@@ -138,7 +139,9 @@ def _load_decoder(source: Source, weights: Weights, dtype: np.dtype, remat: str)
     leaves = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config)).items()}
     slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape)}
     check_match(leaves, slots, weights, partial(_is_harmless, config, weights), source.path)
-    return CausalLM(DecoderLM(config, remat), load_tree(leaves, slots, weights, dtype), config, source.name)
+    params = load_tree(leaves, slots, weights, dtype)
+    ends = end_tokens(source) or config.eos_token_ids
+    return CausalLM(DecoderLM(config, remat), params, config, source.name, ends)
 
 
 def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:

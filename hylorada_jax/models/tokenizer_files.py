@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hylorada_jax.models.tokenizer import Tokenizer
 
@@ -21,13 +22,16 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         ...     sorted(path.name for path in Path(place).iterdir())
         ['tokenizer.json', 'tokenizer_config.json']
     """
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # what tokenizer.json says, and nothing added to it
         "clean_up_tokenization_spaces": False,
         **tokenizer.special_tokens,
     }
-    if tokenizer.chat_template is not None:
-        settings["chat_template"] = tokenizer.chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        settings["chat_template"] = template
+    elif template is not None:
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
     tokenizer.backend.save(str(directory / "tokenizer.json"))
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (directory / "tokenizer_config.json").write_text(text, "utf-8")
