@@ -8,6 +8,7 @@ import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from hylorada_jax.errors import ModelError
 from hylorada_jax.models.tokenizer import load_tokenizer
 
 TEXTS = [
@@ -135,7 +136,7 @@ MAP = {"special_tokens_map.json": {"bos_token": "<pad>", "eos_token": token("<ex
 DECODER = {"added_tokens_decoder": {"1": token("</s>"), "4": token("<tool>", special=False)}}
 BYTES = byte_level
 # name: (tokenizer, tokenizer_config.json, other files, config.json)
-CASES = {
+CASES: dict[str, tuple] = {
     "nothing beside it": (wrapped(BYTES), None, {}, PLAIN_MODEL),
     "named as text": (BYTES, FAST | NAMED),
     "named as tokens": (BYTES, FAST | {"eos_token": token("</s>") | {"__type": "AddedToken"}}),
@@ -216,3 +217,95 @@ def test_ids_are_those_of_transformers(name, tmp_path):
             assert ours.decode(ids, skipped) == theirs.decode(ids, skip_special_tokens=skipped), text
         if "<s>" not in text:
             assert ours.encode_prompt(text).ids == ids
+
+
+def loaded(tmp_path, make, config, **rest):
+    return load_tokenizer(write(tmp_path, make, config, **rest))
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A"])
+def test_a_prompt_begins_and_a_document_ends_once(single, tmp_path):
+    ours = loaded(tmp_path, wrapped(BYTES, single), FAST | NAMED)
+    added = [ours.bos_token_id] * ("<s>" in single)
+    text = "The cat"
+    plain = ours.encode(text)
+    ended = [ours.eos_token_id] * ("</s>" in single)
+    documents = [text, f"<s>{text}", f"{text}</s>", f"<s>{text}</s>", f"<s><s>{text}</s></s>", ""]
+    encoded = ours.encode_documents(documents)
+    # What is written in the text is neither doubled nor taken away.
+    begun = [added, [0], added, [0], [0, 0], added]
+    assert [ours.encode_prompt(document).ids for document in documents] == [
+        begin + body + end
+        for begin, body, end in zip(
+            begun,
+            [plain] * 5 + [[]],
+            [ended, ended, [1], [1], [1, 1], ended],
+            strict=True,
+        )
+    ]
+    ends = [[1], [1], [1], [1], [1, 1], [1]]
+    for each, begin, body, end, document in zip(
+        encoded, begun, [plain] * 5 + [[]], ends, documents, strict=True
+    ):
+        assert each.ids == begin + body + end
+        assert len(each.offsets) == len(each.ids)
+        assert "".join(document[slice(*place)] for place in each.offsets) == document
+
+
+@pytest.mark.parametrize("make", [llama2, metaspace, byte_level, word_piece])
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_prompt_and_its_continuation_are_the_text_of_both(make, skipped, tmp_path):
+    ours = loaded(tmp_path, make, FAST | NAMED)
+    for text in ("The cat", "the cats , the cat!", "<s>The cat</s>", "Grüße 🤦 cat", "  The   cat "):
+        ids = ours.encode(text)
+        whole = ours.decode(ids, skipped)
+        for cut in range(len(ids) + 1):
+            continuation = ours.decode_continuation(ids[:cut], ids[cut:], skipped)
+            assert whole.endswith(continuation)
+            before = ours.decode(ids[:cut], skipped)
+            # A character of which the prompt has some bytes only belongs to the continuation.
+            assert before.rstrip("\ufffd") + continuation == whole
+
+
+def test_the_space_between_prompt_and_continuation_is_kept(tmp_path):
+    ours = loaded(tmp_path, wrapped(llama2), LLAMA | NAMED)
+    prompt, new = ours.encode_prompt("The").ids, [ours.backend.token_to_id("▁cat"), ours.eos_token_id]
+    assert prompt == [ours.bos_token_id, ours.backend.token_to_id("▁The")]
+    assert "The" + ours.decode_continuation(prompt, new) == "The cat"
+    assert ours.decode(new) == "cat"  # as it is decoded alone
+    assert ours.decode_continuation([ours.bos_token_id], new) == "cat"
+    assert ours.decode_continuation(prompt, new, skip_special_tokens=False) == " cat</s>"
+
+
+def test_a_byte_pair_encoding_keeps_its_spaces(tmp_path):
+    # As in transformers 5; version 4 would take them out.
+    ours = loaded(tmp_path, BYTES, FAST | {"clean_up_tokenization_spaces": True})
+    assert ours.decode(ours.encode("The , cat !")) == "The , cat !"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token":'),
+        ("special_tokens_map.json", '{"eos_token": {"contents": []}}'),
+        ("added_tokens.json", '{"<late>": "x"}'),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}'),
+        ("generation_config.json", '{"eos_token_id": [[1]]}'),
+    ],
+)
+def test_damaged_files_are_refused(name, content, tmp_path):
+    write(tmp_path, BYTES, FAST)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match="remedy"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_space_in_front_can_be_left_out(tmp_path):
+    # As in transformers 5; version 4 needs the file of sentencepiece for it.
+    for make in (llama2, metaspace):
+        ours = loaded(tmp_path, make, LLAMA | NAMED | {"add_prefix_space": False})
+        assert ours.encode("The cat") == [*map(ours.backend.token_to_id, ["T", "h", "e", "▁cat"])]
+        assert ours.decode(ours.encode(" cat")) == " cat"

@@ -154,7 +154,8 @@ def _tokens(
     """The settings, and the tokens that the files beside tokenizer.json add, by id."""
     if "added_tokens_decoder" in settings:
         listed = {
-            int(index): AddedToken(**token) for index, token in settings["added_tokens_decoder"].items()
+            int(index): _as_token(token, special=False)
+            for index, token in settings["added_tokens_decoder"].items()
         }
     else:
         # Files of an older form, in which special_tokens_map.json is the last word.
@@ -165,7 +166,7 @@ def _tokens(
         special = {_as_token(token).content for role, token in settings.items() if _is_special(role, token)}
         special |= {_as_token(token).content for token in merged}
         listed = {
-            index: AddedToken(text, normalized=text not in special, special=text in special)
+            int(index): AddedToken(text, normalized=text not in special, special=text in special)
             for text, index in _json(path, "added_tokens.json").items()
         }
         listed |= backend.get_added_tokens_decoder()
@@ -224,12 +225,13 @@ def _is_special(role: str, token: Any) -> bool:
     return role.endswith("_token") and isinstance(token, str | dict)
 
 
-def _as_token(token: Any) -> AddedToken:
+def _as_token(token: Any, special: bool = True) -> AddedToken:
     if isinstance(token, AddedToken):
         return token
     if isinstance(token, str):
-        return AddedToken(token, special=True)
-    return AddedToken(**{"special": True} | {key: value for key, value in token.items() if key != "__type"})
+        return AddedToken(token, special=special)
+    properties = {key: value for key, value in token.items() if key not in ("content", "__type")}
+    return AddedToken(token["content"], **{"special": special} | properties)
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:
