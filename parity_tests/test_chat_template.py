@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from typing import Any
 
 import pytest
 import tokenizers
@@ -11,7 +12,7 @@ from tokenizers import models
 from hylorada_jax.errors import DataError
 from hylorada_jax.models.tokenizer import Tokenizer, load_tokenizer
 
-CHAT = [
+CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Sei höflich <&>"},
     {"role": "user", "content": "Grüße, 你好!"},
     {"role": "assistant", "content": "Hi", "tool_calls": [{"name": "f", "arguments": {"b": 1, "a": "ü"}}]},

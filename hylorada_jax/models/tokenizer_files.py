@@ -10,6 +10,8 @@ from hylorada_jax.models.tokenizer import Tokenizer
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, for a model that came without them, as a GGUF file.
 
+    Where more than one token ends a text, generation_config.json names them.
+
     Args:
         tokenizer: from :func:`hylorada_jax.load_tokenizer`.
         directory: exists.
@@ -33,5 +35,10 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     elif template is not None:
         settings["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
     tokenizer.backend.save(str(directory / "tokenizer.json"))
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, "utf-8")
+    _write(directory / "tokenizer_config.json", settings)
+    if len(tokenizer.end_token_ids) > 1:
+        _write(directory / "generation_config.json", {"eos_token_id": [*tokenizer.end_token_ids]})
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
