@@ -269,7 +269,8 @@ class HyLoRADAModel:
             prompts: token ids, one list per prompt, of any lengths.
             structure_ids: a list like each prompt, for hylorada_v2; new tokens take its last value.
             settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng, as in
-                :func:`hylorada_jax.models.generate.generate`.
+                :func:`hylorada_jax.models.generate.generate`; without eos_token_id the model's own end tokens
+                count, and with () none.
 
         Returns:
             The new tokens of every prompt.
@@ -280,6 +281,8 @@ class HyLoRADAModel:
                 structure ids do not fit the prompts.
         """
         check_prompts(prompts, self.base.token_limit)
+        if settings.get("eos_token_id") is None:
+            settings["eos_token_id"] = self.base.end_token_ids
         if not self._enabled:
             return self.base.generate(prompts, **settings)
         resolved = self._resolve(self.adapters, self.frozen)

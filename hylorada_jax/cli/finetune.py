@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Literal
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
     Structure,
     check_fits,
-    prompt_of,
     require_encoder,
     tokens_of,
     unloaded,
@@ -138,14 +138,10 @@ def finetune(
 
     result = trainer.train()
     print(f"held-out perplexity  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
-    ids, structure_ids = prompt_of(prompt, tokenizer, structure)
-    if ids:
-        eos = tokenizer.eos_token_id
-        with adapted.disable_adapter():
-            before = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos)
-        after = adapted.generate([ids], max_new_tokens=64, eos_token_id=eos, **structure_ids)
-        print(f"\n--- sample, before ---\n{prompt}{tokenizer.decode(before[0])}")
-        print(f"\n--- sample, after ----\n{prompt}{tokenizer.decode(after[0])}\n")
+    if prompt:
+        before, after = samples(adapted, prompt, tokenizer, structure)
+        print(f"\n--- sample, before ---\n{before}")
+        print(f"\n--- sample, after ----\n{after}\n")
     print(f"adapter  {result.adapter}\nmetrics  {result.metrics}\nplot     {result.loss_plot}")
 
 

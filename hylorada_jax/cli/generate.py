@@ -61,7 +61,7 @@ def generate(
         check_fits(adapter, base)
     tokenizer = load_tokenizer(model)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
-    ids, structure_ids = prompt_of(text, tokenizer, structure)
+    ids, structure_ids = prompt_of(text, tokenizer, structure, chat=chat)
     if not ids:
         raise DataError("A prompt must have at least one token", repr(prompt), "Give some text.")
 
@@ -76,7 +76,7 @@ def generate(
         "top_p": top_p,
         **structure_ids,
     }
-    tokens = loaded(model, adapter, dtype).generate(
-        [ids], eos_token_id=tokenizer.eos_token_id, rng=rng, **settings
+    (tokens,) = loaded(model, adapter, dtype).generate(
+        [ids], eos_token_id=tokenizer.end_token_ids or None, rng=rng, **settings
     )
-    print(tokenizer.decode(tokens[0]) if chat else prompt + tokenizer.decode(tokens[0]))
+    print(("" if chat else prompt) + tokenizer.decode_continuation(ids, tokens))

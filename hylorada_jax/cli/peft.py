@@ -50,7 +50,7 @@ def export_peft(
         check_export(sites, tensors, config, empty.params, drop)
     tokens = None
     if sample is not None:
-        if not (ids := load_tokenizer(name).encode(sample)):
+        if not (ids := load_tokenizer(name).encode_prompt(sample).ids):
             raise DataError("A sample must have at least one token", repr(sample), "Give some text.")
         tokens = [ids]
     adapted = HyLoRADAModel.from_pretrained(load_model(name), adapter)

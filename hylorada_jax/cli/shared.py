@@ -83,10 +83,10 @@ def tokens_of(
 
 
 def prompt_of(
-    text: str, tokenizer: "Tokenizer", structure: Structure | None
+    text: str, tokenizer: "Tokenizer", structure: Structure | None, *, chat: bool = False
 ) -> tuple[list[int], dict[str, list[list[int]]]]:
-    """The token ids of a prompt, and what generation is told beside them."""
-    ids, offsets = tokenizer.encode_with_offsets(text)
+    """The token ids of a prompt, and what generation is told beside them; a chat brings its bos token."""
+    ids, offsets = tokenizer.encode_with_offsets(text) if chat else tokenizer.encode_prompt(text)
     if structure is None:
         return ids, {}
 
@@ -96,15 +96,16 @@ def prompt_of(
 
 
 def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False) -> Any:
-    """The model, with the adapter where one is named."""
+    """The model, with the adapter where one is named; without, behind the face that all base models show."""
     import jax.numpy as jnp
 
     from hylorada_jax.model import HyLoRADAModel
+    from hylorada_jax.models.face import as_base
     from hylorada_jax.models.loading import load_model
 
+    base = as_base(load_model(model, dtype=jnp.dtype(dtype)))
     if adapter is None:
-        return load_model(model, dtype=jnp.dtype(dtype))
-    base = load_model(model, dtype=jnp.dtype(dtype))
+        return base
     return HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)
 
 

@@ -122,7 +122,9 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
     fact = tokenizer.encode(_FACT.format(**told))
     question = tokenizer.encode(_QUESTION.format(**told))
     answer = tokenizer.encode(f" {told['number']}")
-    room = seq_len - len(fact) - len(question) - len(answer)
+    begin = tokenizer.encode_prompt("").ids[:1]  # the bos token, where the model expects one
+    begin = [] if begin != [tokenizer.bos_token_id] else begin
+    room = seq_len - len(begin) - len(fact) - len(question) - len(answer)
     sentences: list[list[int]] = []
     while room > 0:
         sentence = tokenizer.encode(_FILLER[rng.integers(len(_FILLER))])
@@ -136,7 +138,7 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
             "Take a larger seq_len.",
         )
     before = round(depth * len(sentences) / (DEPTHS - 1))
-    parts = [*sentences[:before], fact, *sentences[before:], question, answer]
+    parts = [begin, *sentences[:before], fact, *sentences[before:], question, answer]
     return {"tokens": list(itertools.chain(*parts)), "answer": answer}
 
 

@@ -1,15 +1,18 @@
 """Oracle: a model that is known to find, or not to find, what it is asked for."""
 
+import dataclasses
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation import retrieval, sweep
 from hylorada_jax.evaluation.retrieval import DEPTHS, evaluate_retrieval
 from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.models.tokenizer_directory import begin_and_end
 
 SEQ_LEN = 256
 
@@ -84,3 +87,14 @@ def test_a_context_without_room_is_refused(monkeypatch, tokenizer):
     monkeypatch.setattr(sweep, "face_of", lambda model: model)
     with pytest.raises(DataError, match="seq_len 64"):
         evaluate_retrieval(Knowing(9), tokenizer, seq_len=64)
+
+
+def test_a_context_begins_as_the_model_expects_it(tokenizer):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    begin_and_end(backend, tokenizer.special_tokens["bos_token"], None)
+    plain, begun = (
+        retrieval._row(each, SEQ_LEN, 5, np.random.default_rng(0))["tokens"]
+        for each in (tokenizer, dataclasses.replace(tokenizer, backend=backend))
+    )
+    assert begun[0] == tokenizer.bos_token_id not in (*plain, *begun[1:])
+    assert len(begun) <= SEQ_LEN

@@ -20,7 +20,7 @@ from hylorada_jax.io.files import user_path
 from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
 from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
 from hylorada_jax.models.loading import CONSTANTS, config_and_init, open_weights
-from hylorada_jax.models.source import Source, find_source
+from hylorada_jax.models.source import SMALL_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
 from hylorada_jax.models.weights import Weights
@@ -31,12 +31,6 @@ from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan
 
 _NAMES = {dtype.name for dtype in DTYPES.values()}
-# What a model directory holds beside its weights and config.json.
-_COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
-    "merges.txt",
-)  # fmt: skip
 
 
 def write_merged(
@@ -135,9 +129,10 @@ def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:
 
 
 def _copy(source: Path, place: Path) -> None:
-    for file in _COPIED:
-        if (source / file).is_file():
-            shutil.copyfile(source / file, place / file)
+    for file in (found for pattern in SMALL_FILES for found in source.glob(pattern) if found.is_file()):
+        copy = place / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _is_constant(name: str, weights: Weights) -> bool:

@@ -242,8 +242,14 @@ def test_what_stands_beside_the_weights_comes_along(bases, adapted, tmp_path, ca
     base.mkdir()
     for file in (bases / "llama").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
-    copied = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt", "vocab.json"]
-    for name in [*copied, "README.md", "pytorch_model.bin"]:
+    copied = [
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "merges.txt", "vocab.json", "vocab.txt", "tokenizer.model", "tokenizer.model.v3", "spiece.model",
+        "tekken.json", "chat_template.jinja", "chat_template.json",
+        "additional_chat_templates/tool_use.jinja", "preprocessor_config.json", "processor_config.json",
+    ]  # fmt: skip
+    (base / "additional_chat_templates").mkdir()
+    for name in [*copied, "README.md", "pytorch_model.bin", "additional_chat_templates/README.md"]:
         (base / name).write_text(name)
     # The adapter names the directory it was trained on; the command takes it from there.
     merge(output=tmp_path / "merged", adapter=tmp_path / "adapter", dtype="bfloat16")
@@ -251,7 +257,8 @@ def test_what_stands_beside_the_weights_comes_along(bases, adapted, tmp_path, ca
     assert str(tmp_path / "merged") in printed.out
     assert "merging" in printed.err
     write_merged(base, tmp_path / "adapter", tmp_path / "again", "bfloat16")
-    files = {path.name for path in (tmp_path / "again").iterdir()}
+    again = tmp_path / "again"
+    files = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
     assert files == {"config.json", "generation_config.json", "model.safetensors", *copied}
     assert all((tmp_path / "again" / name).read_text() == name for name in copied)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "again")

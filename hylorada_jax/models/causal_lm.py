@@ -124,6 +124,7 @@ class CausalLM:
         params: its parameter tree.
         config: its configuration.
         name: what the user typed: a directory, a Hub name, 'smollm2-135m'.
+        end_token_ids: the tokens that end a text; a model of random weights has none.
 
     Example:
         >>> config = DecoderConfig.from_hf({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2,
@@ -136,6 +137,7 @@ class CausalLM:
     params: dict[str, Any]
     config: DecoderConfig
     name: str
+    end_token_ids: tuple[int, ...] = ()
 
     supports_segments = True
     supports_groups = True
@@ -304,7 +306,8 @@ class CausalLM:
 
         Args:
             prompts: token ids, one list per prompt, of any lengths.
-            **settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng.
+            **settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng; without eos_token_id the
+                model's own end tokens count, and with () none.
 
         Returns:
             The new tokens of every prompt.
@@ -314,6 +317,8 @@ class CausalLM:
             DataError: there is no prompt, or one that is empty or has a token id outside the vocabulary.
         """
         check_prompts(prompts, self.token_limit)
+        if settings.get("eos_token_id") is None:
+            settings["eos_token_id"] = self.end_token_ids
         return generate(
             DecodeStep(self.module), self.init_cache, {"params": self.params}, prompts, **settings
         )

@@ -56,6 +56,10 @@ class BaseModel(Protocol):
     def config(self) -> Any:
         """The model's configuration; it has ``model_type``."""
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, as the model's files name them."""
+
     def init_params(self, rng: Array) -> Any:
         """Fresh random parameters; traced to learn the model's modules and shapes."""
 

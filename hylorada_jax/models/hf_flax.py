@@ -88,6 +88,12 @@ class HFFlaxModel:
         takes_tokens = self.model.main_input_name == "input_ids"
         return getattr(self.config, "vocab_size", None) if takes_tokens else None
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, as the model's generation config names them."""
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        return () if named is None else tuple(np.atleast_1d(named).tolist())
+
     @classmethod
     def wrap(cls, model: FlaxPreTrainedModel) -> HFFlaxModel:
         """The face of a model.
@@ -274,7 +280,7 @@ class HFFlaxModel:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         rng: Array | None = None,
     ) -> list[list[int]]:
         """Continues prompts by Hugging Face's own generation; the settings are those of our decoder's.
@@ -286,7 +292,7 @@ class HFFlaxModel:
             temperature: 0 takes the most likely token.
             top_k: sample among the k most likely.
             top_p: sample among the most likely that together have probability p.
-            eos_token_id: the token that ends a row.
+            eos_token_id: the token or tokens that end a row; None: the model's own; (): none.
             rng: a `jax.random` key, needed when temperature > 0.
 
         Returns:
@@ -301,6 +307,8 @@ class HFFlaxModel:
         require_generation(self)
         check_prompts(prompts, self.token_limit)
         check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
+        self._check_generation()
+        ends = self.end_token_ids if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
         ids = pad_left(prompts, bucket=False)
         mask = pad_left([[1] * len(prompt) for prompt in prompts], bucket=False)
         width = ids.shape[1]
@@ -318,14 +326,24 @@ class HFFlaxModel:
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
-            # For None Hugging Face takes the config's; this is beyond the last token, so none is it.
-            eos_token_id=self.config.vocab_size if eos_token_id is None else eos_token_id,
-            pad_token_id=0 if eos_token_id is None else eos_token_id,
+            # Hugging Face stops at one token, and for None at the config's. For several, as for none, it gets
+            # one that is beyond the last, and the rows are cut below.
+            eos_token_id=ends[0] if len(ends) == 1 else self.config.vocab_size,
+            pad_token_id=ends[0] if len(ends) == 1 else 0,
             prng_key=rng,
             **{name: value for name, value in sampling.items() if value is not None},
         ).sequences
         rows = np.asarray(sequences)[:, width:].tolist()
-        return [row[: row.index(eos_token_id) + 1] if eos_token_id in row else row for row in rows]
+        lengths = (next((i + 1 for i, token in enumerate(row) if token in ends), None) for row in rows)
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def _check_generation(self) -> None:
+        if not self.model.can_generate():
+            raise ModelError(
+                "Generation needs a model with a head that predicts the next token.",
+                type(self.model).__name__,
+                "Choose a causal language model, or one with an encoder and a decoder.",
+            )
 
     def hidden(
         self, variables: Mapping[str, Any], input_ids: Int[Array, "batch seq"], **inputs: Any

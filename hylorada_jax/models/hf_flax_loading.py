@@ -12,6 +12,7 @@ from transformers import FlaxPreTrainedModel, PretrainedConfig
 from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
 from hylorada_jax.models.hf_t5 import REPAIRED, RepairedT5, repair_t5
 from hylorada_jax.models.loading import CONSTANTS
@@ -47,6 +48,8 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
         model._module = RepairedT5(model.module)
     model._is_initialized = True  # from here on the model accepts and gives out weights
     model.params = unfreeze(model.params_shape_tree)
+    if model.can_generate() and (ends := end_tokens(source)):
+        model.generation_config.eos_token_id = list(ends)
     return model
 
 

@@ -21,6 +21,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.face import as_base
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
@@ -99,7 +100,8 @@ def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTra
     if source.config.get("model_type") in DECODER_FAMILIES:
         config = DecoderConfig.from_hf(source.config)
         module = DecoderLM(config, check_remat(remat))
-        return CausalLM(module, param_shapes(config, dtype), config, source.name)
+        ends = end_tokens(source) or config.eos_token_ids
+        return CausalLM(module, param_shapes(config, dtype), config, source.name, ends)
     if remat != "none":
         raise ModelError(
             "Rematerialisation is a feature of our decoder.",

@@ -18,14 +18,14 @@ from hylorada_jax.text import parse_json
 PACKAGED = "smollm2-135m"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-]
+# What a model directory holds beside its weights and config.json, and what a merged model takes along: the
+# tokenizer in all its formats, the chat templates, and the settings of generation and of a processor.
+SMALL_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json",
+    "vocab.json", "vocab.txt", "merges.txt", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 # Named one by one: a wildcard would also fetch copies in other formats and the originals beside them.
 _WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 
@@ -188,7 +188,7 @@ def _from_hub(name: str, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = _SMALL_FILES if config_only else [*_SMALL_FILES, *_WEIGHT_FILES]
+    patterns = ["config.json", *SMALL_FILES, *([] if config_only else _WEIGHT_FILES)]
     rule = "A base model that is no directory here must be on the Hub, and reachable or in the local cache."
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

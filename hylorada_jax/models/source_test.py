@@ -145,3 +145,14 @@ def test_the_hub_is_asked_for_safetensors_and_never_for_pickles(monkeypatch, tmp
     assert "model-*.safetensors" in asked[0]
     assert not [pattern for pattern in asked[0] if "bin" in pattern]
     assert not [pattern for pattern in asked[1] if "safetensors" in pattern]
+    # What the tokenizer is read from, and what a merged model takes along.
+    wanted = [
+        "generation_config.json",
+        "added_tokens.json",
+        "additional_chat_templates/rag.jinja",
+        "spiece.model",
+    ]
+    for patterns in asked:
+        assert sorted(huggingface_hub.utils.filter_repo_objects(wanted, allow_patterns=patterns)) == sorted(
+            wanted
+        )

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hylorada_jax.models.tokenizer import Tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, for a model that came without them, as a GGUF file.
+
+    Where more than one token ends a text, generation_config.json names them.
 
     Args:
         tokenizer: from :func:`hylorada_jax.load_tokenizer`.
@@ -21,14 +24,22 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         ...     sorted(path.name for path in Path(place).iterdir())
         ['tokenizer.json', 'tokenizer_config.json']
     """
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # what tokenizer.json says, and nothing added to it
         "clean_up_tokenization_spaces": False,
         **tokenizer.special_tokens,
     }
-    if tokenizer.chat_template is not None:
-        settings["chat_template"] = tokenizer.chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        settings["chat_template"] = template
+    elif template is not None:
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
     # Not its own save, whose errors are no OSErrors.
     (directory / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, "utf-8")
+    _write(directory / "tokenizer_config.json", settings)
+    if len(tokenizer.end_token_ids) > 1:
+        _write(directory / "generation_config.json", {"eos_token_id": [*tokenizer.end_token_ids]})
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,5 +1,6 @@
 import json
 import string
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.models.gguf_test import KEYS, tensors, write_gguf
 from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.models.tokenizer_files import write_tokenizer as write_files
 
 TEXTS = [
     "def f(x1, y=12):\r\n\treturn  x1 ** 2  # it's 100%\n\n\n    done",
@@ -122,10 +124,18 @@ def test_the_first_token_is_added_where_the_model_wants_it(tmp_path, trained):
         ("smollm", {"add_bos_token": True}, True),
         ("llama-bpe", {}, True),
         ("llama-bpe", {"add_bos_token": False}, False),
+        ("smollm", {"add_bos_token": True, "add_eos_token": True}, True),
     ):
         tokenizer = load_tokenizer(write_tokenizer(tmp_path, trained, pre, **more))
+        end = [1] * more.get("add_eos_token", False)
         assert tokenizer.encode("a") == plain
-        assert tokenizer.encode("a", add_special_tokens=True) == [0] * added + plain
+        assert tokenizer.encode_prompt("a").ids == [0] * added + plain + end
+        assert tokenizer.encode_documents(["a"])[0].ids == [0] * added + plain + [1]
+
+
+def test_a_special_token_that_is_not_there_is_refused(tmp_path, trained):
+    with pytest.raises(ModelError, match=r"among its tokens[\s\S]*'eos_token': 5000"):
+        load_tokenizer(write_tokenizer(tmp_path, trained, eos_token_id=5000))
 
 
 def test_qwen2_normalises_to_composed_characters(tmp_path, trained):
@@ -153,14 +163,28 @@ def test_chat_template(tmp_path, trained):
 
 
 def test_a_template_is_sandboxed(tmp_path, trained):
-    from dataclasses import replace
-
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, trained))
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(DataError, match="unsafe"):
         replace(tokenizer, chat_template=attack).apply_chat_template([{"role": "user", "content": ""}])
     with pytest.raises(DataError, match="chat template"):
         replace(tokenizer, chat_template=None).apply_chat_template([])
+
+
+def test_what_is_written_out_is_the_same_tokenizer(tmp_path, trained):
+    more = {"eot_token_id": 3, "add_bos_token": True}
+    ours = load_tokenizer(write_tokenizer(tmp_path, trained, **more))
+    assert isinstance(ours.chat_template, str)
+    templates = {"default": ours.chat_template, "rag": "r"}
+    place = tmp_path / "written"
+    place.mkdir()
+    (place / "config.json").write_text('{"model_type": "llama"}')
+    write_files(replace(ours, chat_template=templates), place)
+    again = load_tokenizer(place)
+    assert (again.special_tokens, again.chat_template) == (ours.special_tokens, templates)
+    assert again.end_token_ids == ours.end_token_ids == (1, 3)
+    for text in TEXTS:
+        assert again.encode_prompt(text) == ours.encode_prompt(text)
 
 
 def test_other_kinds_are_refused_by_name(tmp_path, trained):

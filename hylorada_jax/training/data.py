@@ -13,7 +13,6 @@ from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.ids import INT32, outside
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.structure.code import token_depths
-from hylorada_jax.text import well_formed
 from hylorada_jax.training.packing import Batch, Rows
 from hylorada_jax.training.text_files import Document
 
@@ -93,13 +92,11 @@ def _encode(
     # Many tokenizer.json files carry the truncation of somebody's training run.
     tokenizer.backend.no_truncation()
     tokenizer.backend.no_padding()
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
         batch = documents[first : first + _DOCUMENTS_AT_ONCE]
-        encodings = tokenizer.backend.encode_batch([well_formed(document.text) for document in batch])
-        for document, encoding in zip(batch, encodings, strict=True):
-            missing = [] if encoding.ids[-1:] == end else end
-            yield document, encoding.ids + missing, encoding.offsets + [(0, 0)] * len(missing)
+        encoded = tokenizer.encode_documents([document.text for document in batch])
+        for document, (ids, offsets) in zip(batch, encoded, strict=True):
+            yield document, ids, offsets
 
 
 def digest(documents: Sequence[np.ndarray]) -> str:

@@ -1,0 +1,57 @@
+"""What a model writes before and after it is trained."""
+
+from typing import TYPE_CHECKING, Any
+
+from hylorada_jax.cli.shared import Structure, prompt_of
+
+if TYPE_CHECKING:
+    from hylorada_jax.models.tokenizer import Tokenizer
+
+_NEW_TOKENS = 64
+
+
+def samples(model: Any, prompt: str, tokenizer: "Tokenizer", structure: Structure | None) -> tuple[str, str]:
+    """The prompt as the base model continues it, and as the adapted one does.
+
+    Where a model's positions end, a sample ends too; of a prompt that alone is longer, the end is continued.
+
+    Args:
+        model: a HyLoRADAModel.
+        prompt: some text.
+        tokenizer: the model's.
+        structure: what the adapted model is told beside the tokens.
+    """
+    ids, told = prompt_of(prompt, tokenizer, structure)
+    kept, new = room(len(ids), model.base.position_limit)
+    if kept < len(ids):
+        begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]
+        cut = slice(len(ids) - kept + len(begin), None)
+        ids, prompt = begin + ids[cut], "…" + tokenizer.decode(ids[cut])
+        told = {name: [row[: len(begin)] + row[cut] for row in rows] for name, rows in told.items()}
+    if not ids:
+        return prompt, prompt
+    settings = {"max_new_tokens": new, "eos_token_id": tokenizer.end_token_ids or None}
+    with model.disable_adapter():
+        before = model.generate([ids], **settings)
+    after = model.generate([ids], **settings, **told)
+    first, second = (prompt + tokenizer.decode_continuation(ids, rows[0]) for rows in (before, after))
+    return first, second
+
+
+def room(length: int, limit: int | None) -> tuple[int, int]:
+    """How many tokens of a prompt to keep, and how many to add, so that a model has a position for each.
+
+    Args:
+        length: of the prompt.
+        limit: the model's positions; None: no end of them.
+
+    Example:
+        >>> room(8, None), room(8, 40), room(100, 40), room(40, 40)
+        ((8, 64), (8, 32), (20, 20), (20, 20))
+    """
+    if limit is None or length + _NEW_TOKENS <= limit:
+        return length, _NEW_TOKENS
+    if length < limit:
+        return length, limit - length
+    new = min(_NEW_TOKENS, -(-limit // 2))
+    return limit - new, new
