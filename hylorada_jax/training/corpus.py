@@ -9,6 +9,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ PYTHON_STDLIB = "python-stdlib"
 
 Split = Literal["train", "eval", "all"]
 
-_HELD_OUT = 0.05
+_HELD_OUT = Fraction(1, 20)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 # Tests, generated tables and programs that happen to be shipped along are not library source.
