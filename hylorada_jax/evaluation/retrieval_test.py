@@ -84,3 +84,12 @@ def test_a_context_without_room_is_refused(monkeypatch, tokenizer):
     monkeypatch.setattr(sweep, "face_of", lambda model: model)
     with pytest.raises(DataError, match="seq_len 64"):
         evaluate_retrieval(Knowing(9), tokenizer, seq_len=64)
+
+
+def test_what_is_found_in_bfloat16_is_the_likeliest_token():
+    """Rounded to bfloat16, the largest of 256 logits often has equals before it."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=(256, 32)), jnp.bfloat16) for _ in range(2))
+    likeliest = (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T).argmax(-1)
+    batch = {"places": jnp.zeros((256, 1), int), "answer": jnp.asarray(likeliest[:, None])}
+    assert np.all(retrieval._found(hidden[:, None], head, batch))

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
-from hylorada_jax.models.generate import check_settings, pad_left
+from hylorada_jax.models.generate import check_settings, is_greedy, pad_left
 from hylorada_jax.models.hf_attention import SharedAttention
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
+from hylorada_jax.models.hf_head import float32_logits
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights import TreePath
 
@@ -269,13 +270,14 @@ class HFFlaxModel:
             )
             width = 1
         check_range((len(prompts), width + max_new_tokens), limit=self.position_limit)
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
+        greedy = is_greedy(temperature)
+        sampling = {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         model = self._bound(variables or {"params": self.params}, {})
         sequences = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
+            do_sample=not greedy,
             # For None Hugging Face takes the config's; this is beyond the last token, so none is it.
             eos_token_id=self.config.vocab_size if eos_token_id is None else eos_token_id,
             pad_token_id=0 if eos_token_id is None else eos_token_id,
@@ -318,7 +320,7 @@ class HFFlaxModel:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A module whose `apply` adds to what Hugging Face's call gives it, and whose attention is ours."""
+    """A module whose `apply` adds to what Hugging Face's call gives it, with our attention and logits."""
 
     module: nn.Module
     variables: Mapping[str, Any]
@@ -330,7 +332,7 @@ class _Bound:
         return getattr(self.module, name)
 
     def apply(self, inputs: Mapping[str, Any], *args: Any, rngs: Mapping[str, Array], **kwargs: Any) -> Any:
-        with SharedAttention(self.segment_ids, self.groups):
+        with SharedAttention(self.segment_ids, self.groups), float32_logits():
             return self.module.apply(
                 {**inputs, **self.variables}, *args, rngs={**rngs, **self.rngs}, **kwargs
             )
