@@ -16,6 +16,7 @@ from benchmarks.trial import Runner, Text, measure, require_row, training_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
+from hylorada_jax.exact import fraction
 from hylorada_jax.models.face import as_base, require_segments
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.positions import check_range
@@ -73,7 +74,9 @@ class Benchmark:
             told = {part: tokenize_with_structure(t, self._tokenizer, structure) for part, t in texts.items()}
             self._texts[structure] = {p: Text(t.tokens, t.structure_ids) for p, t in told.items()}
         rows = len(self._rows(plain["train"]))
-        self._steps = experiment.steps or math.ceil((experiment.epochs or 1) * rows / experiment.batch_size)
+        self._steps = experiment.steps or math.ceil(
+            fraction(experiment.epochs or 1) * rows / experiment.batch_size
+        )
         self._settings = {
             "model": experiment.model,
             "dtype": experiment.dtype,

@@ -29,6 +29,7 @@ from benchmarks.experiment import INSTALL, differences
 from benchmarks.report import draw
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, near, require_packages
+from hylorada_jax.exact import fraction
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
@@ -145,7 +146,9 @@ class Search:
         require_row("training", Text(train, None), settings["seq_len"])
         require_row("held-out", Text(self._dev, None), settings["seq_len"])
         rows = training_rows(Text(train, None), settings["seq_len"], settings["train_tokens"])
-        self._steps = max(EVALUATIONS, math.ceil(settings["epochs"] * len(rows) / settings["batch_size"]))
+        self._steps = max(
+            EVALUATIONS, math.ceil(fraction(settings["epochs"]) * len(rows) / settings["batch_size"])
+        )
         self._settings = settings | {"sha256": [digest(train), digest(self._dev)]}
         self._output, self._study = output, _study(output, self._settings)
         self._base: Any = None

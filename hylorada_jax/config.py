@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import ConfigError, near
+from hylorada_jax.exact import fraction
 from hylorada_jax.text import parse_json
 
 QV = ("q", "v")
@@ -51,6 +52,8 @@ _SWITCHES = (
 )
 # Which linear layer a method has is part of its name, so these may not contradict it.
 _LINEAR_SWITCHES = _SWITCHES[:3]
+# Of a group of shifted attention, in tokens: the shift is a whole number of them.
+_MAX_SHIFT_UNIT = 1024
 
 _NUMBERS = (
     "lora_alpha",
@@ -235,6 +238,13 @@ class HyLoRADAConfig:
         _require(self.sparse_temperature > 0, "sparse_temperature must be > 0", self.sparse_temperature)
         _require(0 <= self.sparse_dropout < 1, "sparse_dropout must be in [0, 1)", self.sparse_dropout)
         _require(0 < self.s2_shift_ratio < 1, "s2_shift_ratio must be in (0, 1)", self.s2_shift_ratio)
+        if fraction(self.s2_shift_ratio).denominator > _MAX_SHIFT_UNIT:
+            near_ratio = fraction(self.s2_shift_ratio).limit_denominator(_MAX_SHIFT_UNIT)
+            raise ConfigError(
+                f"s2_shift_ratio must be a fraction k/n, n ≤ {_MAX_SHIFT_UNIT}, for a shift of whole tokens",
+                self.s2_shift_ratio,
+                f"Take {near_ratio}, {float(near_ratio)}.",
+            )
         for name in ("structure_dim", "structure_seq_len", "sparse_adapter_dim"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, f"{name} must be an integer ≥ 1", value)
@@ -316,7 +326,7 @@ class HyLoRADAConfig:
 
         Source: Chen et al. 2024 (LongLoRA), §3.2.
         """
-        ratio = Fraction(self.s2_shift_ratio).limit_denominator(1024)
+        ratio = fraction(self.s2_shift_ratio)
         unit = ratio.denominator
         size = unit * -(-seq_len // (4 * unit)) if self.s2_group_size is None else self.s2_group_size
         if size < 1 or size % unit:
@@ -361,9 +371,9 @@ class HyLoRADAConfig:
         if self.rank_strategy == "uniform" or num_layers == 1:
             return self.lora_rank
         if self.rank_strategy == "importance":
-            t = min(layer, num_layers - 1 - layer) / (num_layers / 2)
+            t = Fraction(2 * min(layer, num_layers - 1 - layer), num_layers)
         else:
-            t = layer / (num_layers - 1)
+            t = Fraction(layer, num_layers - 1)
         return max(min(2, self.lora_rank), math.floor(self.lora_rank * (1 - t / 2)))
 
     def to_dict(self) -> dict[str, Any]:

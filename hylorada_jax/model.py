@@ -40,11 +40,12 @@ class _AdaptedDecode:
 
     step: DecodeStep
     config: HyLoRADAConfig
+    dtype: Any
 
     def __call__(self, variables: Mapping[str, Any], *arguments: Any, **inputs: Any) -> Any:
         told = Structure(ids=variables.get(_STRUCTURE_IDS), decoding=True)
         collections = {name: tree for name, tree in variables.items() if name != _STRUCTURE_IDS}
-        with adapt(variables[COLLECTION], self.config, structure=told):
+        with adapt(variables[COLLECTION], self.config, dtype=self.dtype, structure=told):
             return self.step(collections, *arguments, **inputs)
 
 
@@ -197,7 +198,8 @@ class HyLoRADAModel:
         """The output embedding [vocab, d].
 
         Args:
-            resolved: from :meth:`resolve`; its own embedding, where the embeddings train and are tied.
+            resolved: from :meth:`resolve`; its own embedding, where the embeddings train and are tied: in at
+                least float32, from which :func:`hylorada_jax.math.loss.logits` rounds.
             frozen: ``model.frozen``.
         """
         return self.base.head({"params": self._params(resolved, frozen)})
@@ -214,6 +216,10 @@ class HyLoRADAModel:
             return frozen["params"]
         trained = self.base.params if resolved is None else resolved
         return join(frozen["params"], split(trained, self._unfrozen)[1])
+
+    def _dtype(self, frozen: Tree | None) -> Any:
+        """What the base computes in; what trains is wider."""
+        return jax.tree.leaves((self.frozen if frozen is None else frozen)["params"])[0].dtype
 
     def _run(
         self,
@@ -234,7 +240,7 @@ class HyLoRADAModel:
         if train and self.config.s2_attn_enabled:
             inputs["groups"] = self.config.s2_groups(input_ids.shape[1])
         variables = {"params": self._params(resolved, frozen), COLLECTION: resolved}
-        with adapt(resolved, self.config, train=train, structure=told):
+        with adapt(resolved, self.config, train=train, dtype=self._dtype(frozen), structure=told):
             return function(variables, input_ids, rngs=rngs, **inputs)
 
     def _check_structure(self, told: Structure, shape: tuple[int, ...]) -> None:
@@ -302,11 +308,11 @@ class HyLoRADAModel:
         else:
             told = Structure(decoding=True)
         if isinstance(self.base, CausalLM):
-            decode = _AdaptedDecode(DecodeStep(self.base.module), self.config)
+            decode = _AdaptedDecode(DecodeStep(self.base.module), self.config, self._dtype(None))
             if told.ids is not None:
                 variables[_STRUCTURE_IDS] = told.ids
             return generate(decode, self.base.init_cache, variables, prompts, **settings)
-        with adapt(resolved, self.config, structure=told):
+        with adapt(resolved, self.config, dtype=self._dtype(None), structure=told):
             return self.base.generate(prompts, variables=variables, **settings)
 
     @property

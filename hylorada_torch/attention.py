@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_torch.position import BUCKETS, check_positions, default_positions, relative_buckets
+from hylorada_torch.settings import s2_groups
 
 
 class DirectAttentionAdapter(nn.Module):
@@ -229,7 +230,7 @@ class ShiftedSparseAttention(nn.Module):
     def __init__(self, group_size: int, shift_ratio: float = 0.5) -> None:
         super().__init__()
         config = HyLoRADAConfig(method="longlora", s2_group_size=group_size, s2_shift_ratio=shift_ratio)
-        self.group_size, self.shift = config.s2_groups(group_size)
+        self.group_size, self.shift = s2_groups(config, group_size)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """Direct adaptation and shifted groups inside the attention of transformers' models."""
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_torch.attention import DirectAttentionAdapter, PositionalDAA, attend, same_group
 from hylorada_torch.forward_pass import Passes
+from hylorada_torch.settings import s2_groups
 
 # Classes of transformers, by name: to import their files loads every other framework that is installed.
 CAUSAL = ("GPT2Attention", "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
@@ -127,7 +129,8 @@ def adapt_attention(model: Any, name: str, config: HyLoRADAConfig, passes: Passe
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         kind = PositionalDAA if config.daa_position_bias else DirectAttentionAdapter
         daa = kind(model.config.num_attention_heads, config.daa_per_head, dtype=dtype)
-    attention.hylorada = AdaptedAttention(daa, config.s2_groups if config.s2_attn_enabled else None, passes)
+    groups = functools.partial(s2_groups, config) if config.s2_attn_enabled else None
+    attention.hylorada = AdaptedAttention(daa, groups, passes)
     if written_out := _WRITTEN_OUT.get(type(attention).__name__):
         attention.forward = types.MethodType(written_out, attention)
     else:

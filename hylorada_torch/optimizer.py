@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
+from hylorada_torch.settings import warmup_steps
 
 
 class Group(NamedTuple):
@@ -122,7 +123,7 @@ def schedule(training: TrainingConfig) -> Callable[[int], float]:
     f(t) = t / w  for t < w,  else (T − t) / (T − w)
 
     Args:
-        training: ``steps`` is T, ``warmup_steps`` is w.
+        training: ``steps`` is T, and `warmup_steps` of it is w.
 
     Returns:
         f, from the number of steps done to the factor on every peak rate.
@@ -132,7 +133,7 @@ def schedule(training: TrainingConfig) -> Callable[[int], float]:
         >>> [factor(step) for step in range(7)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    total, warmup = training.steps, training.warmup_steps
+    total, warmup = training.steps, warmup_steps(training)
 
     def factor(step: int) -> float:
         if step < warmup:

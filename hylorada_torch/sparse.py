@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hylorada_jax.errors import ConfigError
+from hylorada_torch.settings import floor_of
 
 
 def topk_mask(gate_scores: Tensor, topk_ratio: float, temperature: float) -> Tensor:
@@ -30,7 +31,7 @@ def topk_mask(gate_scores: Tensor, topk_ratio: float, temperature: float) -> Ten
         method.md §4; the straight-through estimator is Bengio et al., 2013.
     """
     n = len(gate_scores)
-    k = max(1, math.floor(topk_ratio * n))
+    k = max(1, floor_of(topk_ratio, n))
     mask = torch.zeros_like(gate_scores)
     mask[gate_scores.argsort(descending=True, stable=True)[:k]] = 1
     soft = n * torch.softmax(gate_scores / temperature, dim=0)

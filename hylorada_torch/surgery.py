@@ -12,7 +12,6 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.surgery.targets import (
     layer_alphas,
-    layer_ranks,
     mlp_outputs,
     select_targets,
     self_attentions,
@@ -27,6 +26,7 @@ from hylorada_torch.linear import (
     LoRALinear,
 )
 from hylorada_torch.position import PositionBias
+from hylorada_torch.settings import layer_ranks
 from hylorada_torch.sparse import SparseAdapter
 from hylorada_torch.structure import StructureEncoder, TemporalStructureEncoder
 

@@ -102,29 +102,35 @@ _OF_JAX = [
         "v1",
         "hylorada_jax.math.low_rank",
         ("norm over columns", "jnp.sum(wide * wide, axis=-1)", "jnp.sum(wide * wide, axis=0)"),
-        ("cross term of n² once", "(2 * cross + square)", "(cross + square)"),
-        ("square term of n² missing", "(2 * cross + square)", "(2 * cross)"),
         ("zero row unguarded", "jnp.sqrt(jnp.maximum(squared, NORM_FLOOR**2))", "jnp.sqrt(squared)"),
         (
             "sign of β",
-            "(1 - residual) * (magnitude / norm) + residual",
-            "residual * (magnitude / norm) + 1 - residual",
+            "rest * (magnitude / norm) + residual",
+            "residual * (magnitude / norm) + rest",
         ),
         (
             "β without its sigmoid",
-            "residual = jax.nn.sigmoid(residual_weight)\n    return (1 - residual) * (magnitude / norm)",
-            "residual = residual_weight\n    return (1 - residual) * (magnitude / norm)",
+            "residual, rest = _parts(residual_weight)\n    return rest * (magnitude / norm)",
+            "residual, rest = residual_weight, 1 - residual_weight\n    return rest * (magnitude / norm)",
         ),
         (
             "g and 1−g swapped",
-            "gate * magnitude + (1 - gate) * initial",
-            "(1 - gate) * magnitude + gate * initial",
+            "gate * magnitude + rest * initial",
+            "rest * magnitude + gate * initial",
         ),
         (
             "c scales the update alone",
             "y = y * column_scale.astype(y.dtype)",
             "y += delta * (column_scale - 1)",
         ),
+    ),
+    *_faults(
+        "v1",
+        "hylorada_jax.math.adapted_norm",
+        ("cross term of n² once", "(2 * cross + square)", "(cross + square)"),
+        ("square term of n² missing", "(2 * cross + square)", "(2 * cross)"),
+        ("slope of n² once", "slope = 2 * g", "slope = g"),
+        ("slope of n² by A twice", "rows = slope * scaled_B", "rows = 2 * slope * scaled_B"),
     ),
     *_faults(
         "v2",
@@ -232,7 +238,7 @@ _OF_JAX = [
     *_faults(
         "sparse",
         "hylorada_jax.math.sparse",
-        ("k rounded up", "math.floor(topk_ratio * adapter_dim)", "math.ceil(topk_ratio * adapter_dim)"),
+        ("k rounded up", "math.floor(fraction(", "math.ceil(fraction("),
         ("straight-through without its factor", "scores.size * jax.nn.softmax", "jax.nn.softmax"),
         ("temperature multiplies", "scores / temperature", "scores * temperature"),
         ("gelu by tanh", "approximate=False", "approximate=True"),
@@ -317,8 +323,11 @@ _OF_JAX = [
         "hylorada_jax.surgery.resolve",
         (
             "unfrozen leaves get no gradient",
-            "value.astype(base_dtype)",
-            "jax.lax.stop_gradient(value.astype(base_dtype))",
+            "tree = with_leaves(tree, site.module.path, leaves)",
+            "tree = with_leaves(\n"
+            "            tree, site.module.path, "
+            'jax.lax.stop_gradient(leaves) if site.component == "unfrozen" else leaves\n'
+            "        )",
         ),
     ),
     *_faults(

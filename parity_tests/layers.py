@@ -161,9 +161,9 @@ def linear(layer: Layer, draw: Draw, rng: np.random.Generator) -> Case:
         np.linalg.norm(matrix, axis=1)
         for matrix in (weight, scale * lora_B @ lora_A, weight + scale * lora_B @ lora_A)
     )
-    # n² is summed from terms as large as (‖W‖ + ‖s·B·A‖)²; LoRA has no n.
+    # n is the length of a sum of vectors as long as ‖W‖ + ‖s·B·A‖; LoRA has no n.
     has_norm = "magnitude" in dict(reference.named_parameters())
-    condition = float(np.max((row + update) ** 2 / updated**2)) if has_norm else 1.0
+    condition = float(np.max((row + update) / updated)) if has_norm else 1.0
     leaves = {
         "lora_A": lora_A,
         "lora_B": lora_B,
@@ -196,9 +196,9 @@ def _weights(draw: Draw, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     lora_B = rng.normal(size=(draw.d_out, draw.d_in)) @ lora_A.T
     lora_B *= 0.3 * length / (scale * np.linalg.norm(lora_B @ lora_A, axis=1, keepdims=True))
     if draw.cancelling:
-        # A row in A's row space, and an update that leaves a twentieth of it.
-        lora_B[0] *= -0.95 / 0.3
-        weight[0] = scale * lora_B[0] @ lora_A / -0.95
+        # A row in A's row space, and an update that leaves a thousandth of it.
+        lora_B[0] *= -0.999 / 0.3
+        weight[0] = scale * lora_B[0] @ lora_A / -0.999
     return weight, lora_A, lora_B, float(scale)
 
 

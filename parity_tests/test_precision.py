@@ -46,6 +46,9 @@ def evaluate(jaxpr: Any, constants: Any, arguments: Any, bits: int) -> list[Any]
         if primitive.name in CALLS:
             closed = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
             results = evaluate(closed.jaxpr, closed.consts, operands, bits)
+        elif primitive.name == "cond":
+            taken = equation.params["branches"][int(operands[0])]
+            results = evaluate(taken.jaxpr, taken.consts, operands[1:], bits)
         else:
             assert not any(list(products(each)) for each in inner), f"{primitive} hides products"
             if primitive is primitives.dot_general_p:

@@ -18,6 +18,7 @@ from benchmarks.series.setup import LONG, Budget, Method, Setting, adapter
 from benchmarks.series.tokens import Prepared, boundaries, pretraining_rows, windows
 from benchmarks.trial import Runner
 from hylorada_jax.evaluation.sweep import Sweep
+from hylorada_jax.math.loss import logits
 from hylorada_jax.models.causal_lm import CausalLM
 
 Record = dict[str, Any]
@@ -52,7 +53,7 @@ class Program(NamedTuple):
 
 def last(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
     """[2, rows]: the losses of each row's last target, and the means of the tokens predicted there."""
-    log_p = jax.nn.log_softmax((hidden[:, -1] @ head.T).astype(jnp.float32))
+    log_p = jax.nn.log_softmax(logits(hidden[:, -1], head))
     target = jnp.maximum(batch["targets"][:, -1:], 0)  # rows of padding have none
     mean = jnp.exp(log_p) @ jnp.arange(log_p.shape[-1], dtype=jnp.float32)
     return jnp.stack([-jnp.take_along_axis(log_p, target, -1)[:, 0], mean])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from benchmarks.series.data import Series
 from hylorada_jax.errors import DataError
+from hylorada_jax.exact import fraction
 from hylorada_jax.structure.time import calendar_positions
 from hylorada_jax.training.packing import Rows
 
@@ -121,7 +123,7 @@ def boundaries(series: Series, dev: float = 0.6, test: float = 0.75) -> tuple[np
         test: the part before the second.
     """
     count = len(series.times)
-    return series.times[int(dev * count)], series.times[int(test * count)]
+    return series.times[math.floor(fraction(dev) * count)], series.times[math.floor(fraction(test) * count)]
 
 
 def windows(prepared: Prepared, part: str, context: int, hours: Told | None = None) -> Rows:

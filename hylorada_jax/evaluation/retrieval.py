@@ -12,6 +12,7 @@ from jax import Array
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.sweep import Sweep
+from hylorada_jax.math.loss import logits
 from hylorada_jax.models.ids import check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import Tokenizer
@@ -112,8 +113,8 @@ def contexts(tokenizer: Tokenizer, seq_len: int, samples: int, seed: int = 0) ->
 
 def _found(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
     asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
-    logits = jnp.einsum("bad,vd->bav", asked, head)
-    return jnp.all((logits.argmax(-1) == batch["answer"]) | (batch["answer"] < 0), axis=1)
+    likeliest = logits(asked, head).argmax(-1)
+    return jnp.all((likeliest == batch["answer"]) | (batch["answer"] < 0), axis=1)
 
 
 def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generator) -> dict[str, list[int]]:

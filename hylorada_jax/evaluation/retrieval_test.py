@@ -98,3 +98,12 @@ def test_a_context_begins_as_the_model_expects_it(tokenizer):
     )
     assert begun[0] == tokenizer.bos_token_id not in (*plain, *begun[1:])
     assert len(begun) <= SEQ_LEN
+
+
+def test_what_is_found_in_bfloat16_is_the_likeliest_token():
+    """Rounded to bfloat16, the largest of 256 logits often has equals before it."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=(256, 32)), jnp.bfloat16) for _ in range(2))
+    likeliest = (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T).argmax(-1)
+    batch = {"places": jnp.zeros((256, 1), int), "answer": jnp.asarray(likeliest[:, None])}
+    assert np.all(retrieval._found(hidden[:, None], head, batch))

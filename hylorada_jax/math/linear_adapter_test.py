@@ -2,6 +2,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hylorada_jax.math import linear_adapter
@@ -48,3 +49,23 @@ def test_v2_and_unified_resolve_to_v1_and_their_condition():
         assert set(resolved) == set(v1) | set(condition)
         for name, leaf in (v1 | condition).items():
             assert jnp.allclose(resolved[name], leaf, rtol=1e-6, atol=0), name
+
+
+@pytest.mark.parametrize("residual", [-80.0, 0.1, 10.0, 17.0, 30.0, 80.0])
+@pytest.mark.parametrize("gate", [-80.0, 0.0, 17.0])
+def test_a_dora_layer_keeps_its_scale_at_any_gates(gate, residual):
+    """Beyond 17, 1 − σ(x) is 0 in float32, and σ(−x) is not."""
+    rng = np.random.default_rng(0)
+    weight, lora_A, lora_B = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 5), (2, 5), (6, 2)))
+    facts = weight, jnp.sum(weight**2, axis=1), 2.0
+    # To spread between gates: as far from n as a trained magnitude is.
+    dora = {"lora_A": lora_A, "lora_B": lora_B, "magnitude": jnp.asarray(rng.uniform(1, 9, 6), jnp.float32)}
+    v1 = linear_adapter.from_dora(dora, *facts, gate_init=gate, residual_init=residual)
+    if residual - gate > 88:  # e⁸⁸ is the end of float32: `expand` refuses such gates
+        assert not np.all(np.isfinite(v1["magnitude"]))
+        return
+    expected = linear_adapter.resolve_leaves(dora, *facts, detach_norm=True)["column_scale"]
+    got = linear_adapter.resolve_leaves(v1, *facts, detach_norm=False)["column_scale"]
+    # A few roundings of float32, of sums whose terms are n, m₀ and m.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4e-6)
+    np.testing.assert_allclose(linear_adapter.to_dora(v1, *facts)["magnitude"], dora["magnitude"], atol=4e-5)

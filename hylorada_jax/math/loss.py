@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states, in chunks: the logits of all tokens never exist at once."""
+"""Logits, and cross-entropy from hidden states in chunks: the logits of all tokens never exist at once."""
 
 from functools import partial
 
@@ -8,6 +8,27 @@ from jaxtyping import Array, Float, Int
 
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
+
+
+def logits(hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"]) -> Float[Array, "*tokens vocab"]:
+    """The score of every token of the vocabulary: the one function for the loss, probes and generation.
+
+        logits = head · hidden
+
+    Args:
+        hidden: final hidden states; their dtype is the dtype of the product's operands.
+        head: output embedding.
+
+    Returns:
+        The logits, float32 or wider. In bfloat16 one in dozens of greedy tokens would be another.
+
+    Example:
+        >>> logits(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [0.5, 0.0], [0.0, 0.0]])).tolist()
+        [[3.0, 0.5, 0.0]]
+    """
+    return jnp.einsum(
+        "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=_wide(hidden.dtype)
+    )
 
 
 def token_nll(
@@ -50,6 +71,8 @@ def token_nll(
 def _token_nll(hidden: Array, head: Array, targets: Array, chunk_tokens: int) -> Array:
     """The loss alone: what evaluation runs."""
 
+    head = head.astype(hidden.dtype)  # once, not in every chunk
+
     def chunk_nll(chunk: tuple[Array, Array]) -> Array:
         return _nll_and_slope(*chunk, head)[0]
 
@@ -60,10 +83,12 @@ def _token_nll(hidden: Array, head: Array, targets: Array, chunk_tokens: int) ->
 def _forward(hidden: Array, head: Array, targets: Array, chunk_tokens: int) -> tuple[Array, tuple]:
     """The loss, and J_t = d nll_t / d h_t while the chunk's logits are there."""
 
+    narrow = head.astype(hidden.dtype)
+
     def chunk_nll_and_jacobian(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        nll, slope = _nll_and_slope(*chunk, head)
+        nll, slope = _nll_and_slope(*chunk, narrow)
         dtype = hidden.dtype
-        return nll, _matmul("tv,vd->td", slope.astype(dtype), head).astype(dtype)
+        return nll, _matmul("tv,vd->td", slope.astype(dtype), narrow).astype(dtype)
 
     chunks = _split(hidden, chunk_tokens, 0), _split(targets, chunk_tokens, IGNORED)
     nll, jacobian = (_join(x, targets.shape[0]) for x in jax.lax.map(chunk_nll_and_jacobian, chunks))
@@ -72,10 +97,11 @@ def _forward(hidden: Array, head: Array, targets: Array, chunk_tokens: int) -> t
 
 def _backward(chunk_tokens: int, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
     jacobian, hidden, head, targets = residuals
+    narrow = head.astype(hidden.dtype)
 
     def add_chunk(d_head: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         h, y, g_chunk = chunk
-        slope = g_chunk[:, None] * _nll_and_slope(h, y, head)[1]
+        slope = g_chunk[:, None] * _nll_and_slope(h, y, narrow)[1]
         return d_head + _matmul("tv,td->vd", slope.astype(h.dtype), h), None
 
     fills = (hidden, 0), (targets, IGNORED), (g, 0)
@@ -89,14 +115,14 @@ _token_nll.defvjp(_forward, _backward)
 
 def _nll_and_slope(h: Array, y: Array, head: Array) -> tuple[Array, Array]:
     """One chunk's nll [chunk] and d nll / d logits = softmax - onehot [chunk, vocab], at least float32."""
-    logits = _matmul("td,vd->tv", h, head)
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    scores = logits(h, head)
+    normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     scored = (y >= 0)[:, None]
-    target_logits = jnp.take_along_axis(logits, jnp.maximum(y, 0)[:, None], axis=-1)
-    nll = jnp.where(scored, normaliser - target_logits, 0)[:, 0]
+    target_scores = jnp.take_along_axis(scores, jnp.maximum(y, 0)[:, None], axis=-1)
+    nll = jnp.where(scored, normaliser - target_scores, 0)[:, 0]
     # A comparison instead of a gather or a scatter: it fuses, and needs no copy of a transposed head.
     onehot = jnp.arange(head.shape[0]) == y[:, None]
-    return nll, jnp.where(scored, jnp.exp(logits - normaliser) - onehot, 0)
+    return nll, jnp.where(scored, jnp.exp(scores - normaliser) - onehot, 0)
 
 
 def _matmul(spec: str, x: Array, y: Array) -> Array:

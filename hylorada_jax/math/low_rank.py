@@ -18,6 +18,8 @@ from jax import Array
 from jax.lax import Precision
 from jaxtyping import Float
 
+from hylorada_jax.math.adapted_norm import adapted_norm_squared
+
 # n is kept above this so that a zero row of W gives a finite c and a finite gradient.
 NORM_FLOOR = 1e-12
 
@@ -220,7 +222,7 @@ def adapted_norm(
     lora_A: Float[Array, "r d_in"],
     scaled_B: Float[Array, "d_out r"],
 ) -> Float[Array, " d_out"]:
-    """n = ‖W + s·B A‖ of every row, without ever forming B A.
+    """n = ‖W + s·B A‖ of every row, without forming B A unless a row all but vanishes.
 
         n² = n₀² + 2·Σ_r (W Aᵀ ⊙ sB) + Σ_r (sB (A Aᵀ) ⊙ sB)
 
@@ -231,8 +233,9 @@ def adapted_norm(
         scaled_B: s·B.
 
     Returns:
-        n in at least float32, never below ``NORM_FLOOR``. Products run at the highest precision, because
-        a TPU's default would round W to bfloat16.
+        n in at least float32, never below ``NORM_FLOOR``, nor below the dtype's ε·‖W‖, where a row is
+        nothing but the rounding of W + s·B A. Products run at the highest precision, because a TPU's default
+        would round W to bfloat16.
 
     Example:
         >>> W, A, B = jnp.array([[3.0, 0.0]]), jnp.array([[0.0, 1.0]]), jnp.array([[4.0]])
@@ -243,10 +246,14 @@ def adapted_norm(
     """
     dtype = jnp.promote_types(lora_A.dtype, jnp.float32)
     lora_A, scaled_B = lora_A.astype(dtype), scaled_B.astype(dtype)
-    cross = jnp.matmul(weight.astype(dtype), lora_A.T, precision=Precision.HIGHEST)
-    gram = jnp.matmul(lora_A, lora_A.T, precision=Precision.HIGHEST)
-    square = jnp.matmul(scaled_B, gram, precision=Precision.HIGHEST)
-    return safe_sqrt(norm_squared.astype(dtype) + jnp.sum((2 * cross + square) * scaled_B, axis=-1))
+    initial = norm_squared.astype(dtype)
+    squared = adapted_norm_squared(weight, initial, lora_A, scaled_B)
+    return safe_sqrt(jnp.maximum(squared, jnp.finfo(dtype).eps ** 2 * initial))
+
+
+def _parts(gate: Float[Array, ""]) -> tuple[Array, Array]:
+    """σ(x), and 1 − σ(x) as σ(−x): the difference would lose its digits to the 1, and be 0 from x = 17 on."""
+    return jax.nn.sigmoid(gate), jax.nn.sigmoid(-gate)
 
 
 def gated_magnitude(
@@ -270,8 +277,8 @@ def gated_magnitude(
 
     Source: method.md §1.
     """
-    gate = jax.nn.sigmoid(magnitude_gate)
-    return gate * magnitude + (1 - gate) * initial
+    gate, rest = _parts(magnitude_gate)
+    return gate * magnitude + rest * initial
 
 
 def residual_blend(
@@ -295,8 +302,8 @@ def residual_blend(
 
     Source: method.md §1.
     """
-    residual = jax.nn.sigmoid(residual_weight)
-    return (1 - residual) * (magnitude / norm) + residual
+    residual, rest = _parts(residual_weight)
+    return rest * (magnitude / norm) + residual
 
 
 def collapsed_magnitude(
@@ -320,8 +327,8 @@ def collapsed_magnitude(
 
     Source: method.md §1, Collapse.
     """
-    residual = jax.nn.sigmoid(residual_weight)
-    return (1 - residual) * magnitude + residual * norm
+    residual, rest = _parts(residual_weight)
+    return rest * magnitude + residual * norm
 
 
 def expanded_magnitude(
@@ -346,7 +353,7 @@ def expanded_magnitude(
         residual_weight: the blend before its sigmoid.
 
     Returns:
-        m'.
+        m'; not finite where 1−β or g is zero in its dtype (float32: beyond ±87), for there is none.
 
     Example:
         >>> one = jnp.ones(1)
@@ -355,8 +362,8 @@ def expanded_magnitude(
 
     Source: method.md §1, Collapse.
     """
-    gate, residual = jax.nn.sigmoid(magnitude_gate), jax.nn.sigmoid(residual_weight)
-    return ((collapsed - residual * norm) / (1 - residual) - (1 - gate) * initial) / gate
+    (gate, rest_of_gate), (residual, rest) = _parts(magnitude_gate), _parts(residual_weight)
+    return ((collapsed - residual * norm) / rest - rest_of_gate * initial) / gate
 
 
 def merged_weight(

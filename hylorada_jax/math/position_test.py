@@ -1,4 +1,6 @@
-import math
+import bisect
+import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +15,33 @@ M = 32768
 OFFSETS = np.arange(-40_000, 40_001)
 
 
+@functools.cache
+def starts(base, divisor, nudge, n):
+    """Where ⌊n·ln(a/divisor + nudge)/ln(base)⌋ reaches k = 1, 2, …: where (a/divisor + nudge)ⁿ ≥ baseᵏ."""
+
+    def reaches(k):
+        return lambda a: (Fraction(a, divisor) + nudge) ** n >= base**k
+
+    return [bisect.bisect_left(range(M), True, key=reaches(k)) for k in range(1, n)]
+
+
 def position_bucket(p):
-    """method.md §2, one number at a time, by Python's math."""
+    """method.md §2, one number at a time, and exactly."""
     p = min(max(p, 0), M - 1)
-    if p < 32:
-        return p
-    return min(max(32 + math.floor(31 * math.log(max(p - 32, 1)) / math.log(M - 32)), 0), 63)
+    return p if p < 32 else 32 + bisect.bisect(starts(M - 32, 1, 0, 31), p - 32)
 
 
 def log_bucket(a, exact, count, nudge):
-    if a < exact:
-        return a
-    return min(
-        exact + math.floor(math.log(a / exact + nudge) / math.log(M / exact) * (count - exact)), count - 1
-    )
+    far = starts(Fraction(M, exact), exact, nudge, count - exact)
+    return a if a < exact else min(exact + bisect.bisect(far, a), count - 1)
 
 
 def relative_bucket(offset):
-    return log_bucket(abs(offset), 16, 32, 0.0) + (32 if offset < 0 else 0)
+    return log_bucket(abs(offset), 16, 32, 0) + (32 if offset < 0 else 0)
 
 
 def structure_bucket(offset, n=64):
-    return (n if offset >= 0 else 0) + log_bucket(abs(offset), n // 2, n, 1e-6)
+    return (n if offset >= 0 else 0) + log_bucket(abs(offset), n // 2, n, Fraction(1, 10**6))
 
 
 def test_position_buckets_over_80_000_positions():

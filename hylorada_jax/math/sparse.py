@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from hylorada_jax.exact import fraction
 from hylorada_jax.math.low_rank import kaiming_init
 
 SCORE_STD = 0.02
@@ -35,7 +36,7 @@ def units_on(topk_ratio: float, adapter_dim: int) -> int:
 
     Source: method.md §4.
     """
-    return max(1, math.floor(topk_ratio * adapter_dim))
+    return max(1, math.floor(fraction(topk_ratio) * adapter_dim))
 
 
 def leaf_shapes(adapter_dim: int, hidden: int) -> dict[str, tuple[int, ...]]:

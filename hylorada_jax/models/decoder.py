@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math import rope
 from hylorada_jax.math.attention import Pattern, causal_mask, full_pattern, shifted_patterns
+from hylorada_jax.math.loss import logits
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import DecoderLayer, RMSNorm, Step, Stream
 
@@ -213,8 +214,7 @@ class DecoderLM(nn.Module):
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", hidden, head.embedding, preferred_element_type=dtype)
+        return logits(hidden, head.embedding)
 
     def __call__(
         self,

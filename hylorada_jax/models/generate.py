@@ -16,6 +16,8 @@ from hylorada_jax.errors import ConfigError, DataError
 
 # Prompt lengths and token budgets are rounded up to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
+# Below this temperature the softmax of float32 logits is their argmax, and the division would overflow.
+_GREEDY = 1e-30
 
 
 def filter_logits(
@@ -27,7 +29,7 @@ def filter_logits(
     """Sets to −∞ what sampling must not choose.
 
     top_k keeps the k largest logits; of those, top_p keeps the smallest set of the most probable tokens whose
-    probability reaches p, and at least one. Ties with the last kept token are kept.
+    probability reaches p, and at least one; all of them at 1. Ties with the last kept token are kept.
 
     Args:
         logits: scores, already divided by the temperature.
@@ -53,7 +55,9 @@ def filter_logits(
     if top_p is not None:
         probabilities = jax.nn.softmax(jnp.where(keep, descending, -jnp.inf), axis=-1)
         above = jnp.cumsum(probabilities, axis=-1) - probabilities
-        keep = keep & (above < top_p)
+        # The sum of a large vocabulary rounds to 1 before its end, and a p may be too small for a device.
+        is_first = jnp.arange(descending.shape[-1]) == 0
+        keep = keep & ((above < top_p) | is_first | (top_p >= 1))
     smallest = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
@@ -83,7 +87,7 @@ def generate(
         variables: the collections of the model; the column scales of adapters already resolved.
         prompts: token ids, one non-empty list per prompt.
         max_new_tokens: tokens to add at most, >= 1.
-        temperature: the logits are divided by it; 0 takes the most likely token.
+        temperature: the logits are divided by it; 0, or anything below 1e-30, takes the most likely token.
         top_k: sample among the k most likely.
         top_p: sample among the most likely that together have probability p.
         eos_token_id: token or tokens that end a row.
@@ -100,7 +104,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts])
     input_ids = pad_left(prompts)
     padded, budget = input_ids.shape[1], _bucket(max_new_tokens)
-    greedy = temperature == 0
+    greedy = is_greedy(temperature)
     tokens, count, _ = _generate(
         decode,
         variables,
@@ -110,7 +114,7 @@ def generate(
         np.zeros(budget, np.int32),
         np.int32(max_new_tokens),
         None if greedy else np.float32(temperature),
-        None if greedy or top_k is None else np.int32(top_k),
+        None if greedy or top_k is None else np.int32(min(top_k, np.iinfo(np.int32).max)),
         None if greedy or top_p is None else np.float32(top_p),
         np.atleast_1d(np.array([] if eos_token_id is None else eos_token_id, np.int32)),
         None if greedy else rng,
@@ -189,6 +193,11 @@ def pad_left(rows: Sequence[Sequence[int]], *, bucket: bool = True) -> Int[np.nd
     return padded
 
 
+def is_greedy(temperature: float) -> bool:
+    """Whether sampling at this temperature is taking the most likely token."""
+    return temperature < _GREEDY
+
+
 def _bucket(length: int) -> int:
     """The smallest multiple of BUCKET that holds ``length``."""
     return -(-int(length) // BUCKET) * BUCKET
@@ -210,13 +219,13 @@ def check_settings(
             "begin an empty text with the tokenizer's begin-of-text token",
         )
     for wrong, rule, received in (
-        (max_new_tokens < 1, "max_new_tokens must be at least 1", max_new_tokens),
+        (not max_new_tokens >= 1, "max_new_tokens must be at least 1", max_new_tokens),
         (
             not 0 <= temperature < float("inf"),
             "temperature must be 0 (greedy) or a positive number",
             temperature,
         ),
-        (top_k is not None and top_k < 1, "top_k must be at least 1", top_k),
+        (top_k is not None and not top_k >= 1, "top_k must be at least 1", top_k),
         (top_p is not None and not 0 < top_p <= 1, "top_p must be in (0, 1]", top_p),
     ):
         if wrong:

@@ -132,6 +132,28 @@ def test_samples_follow_the_filtered_distribution(settings, kept):
         assert counts[token] / 4000 == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / 4000))
 
 
+# The smallest float32 with all its digits is 1.2e-38; a device takes what is below it for 0.
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": cold} for cold in (1e-20, 1e-30, 1e-31, 1e-38, 1e-45, 1e-60)),
+        *({"temperature": 1.0, "top_p": few} for few in (1e-7, 1e-38, 1e-45)),
+        {"temperature": 1e-38, "top_p": 1e-38, "top_k": 2**40},
+    ],
+    ids=str,
+)
+def test_sampling_in_the_limit_is_greedy(settings):
+    assert {token for row in draws(**settings) for token in row} == {0}
+
+
+@pytest.mark.parametrize("p", [1.0, 1 - 1e-9])  # the second is 1 in float32
+def test_all_of_the_probability_is_all_of_the_vocabulary(p):
+    logits = jax.random.normal(jax.random.key(0), (1, 151_936)) * 3
+    assert jnp.array_equal(filter_logits(logits, top_p=jnp.float32(p)), logits)
+    few = filter_logits(logits, top_k=jnp.int32(7), top_p=jnp.float32(p))
+    assert int(jnp.isfinite(few).sum()) == 7
+
+
 def test_samples_depend_on_the_key_the_row_and_the_step():
     first = draws(temperature=1.0)
     assert first == draws(temperature=1.0)
@@ -158,6 +180,11 @@ def test_filter_keeps_ties_and_at_least_one():
         ([[1]], {"top_k": 0}, ConfigError, "top_k"),
         ([[1]], {"top_p": 0.0}, ConfigError, "top_p"),
         ([[1]], {"top_p": 1.5}, ConfigError, "top_p"),
+        ([[1]], {"top_p": -1e-38}, ConfigError, "top_p"),
+        ([[1]], {"top_p": float("nan")}, ConfigError, "top_p"),
+        ([[1]], {"temperature": -1e-38}, ConfigError, "temperature"),
+        ([[1]], {"temperature": float("inf")}, ConfigError, "temperature"),
+        ([[1]], {"top_k": float("nan")}, ConfigError, "top_k"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(prompts, settings, error, words):

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
 from hylorada_jax.models.face import require_generation
-from hylorada_jax.models.generate import check_settings, pad_left
+from hylorada_jax.models.generate import check_settings, is_greedy, pad_left
 from hylorada_jax.models.hf_attention import SharedAttention
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
+from hylorada_jax.models.hf_head import float32_logits
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights import TreePath
@@ -307,7 +308,6 @@ class HFFlaxModel:
         require_generation(self)
         check_prompts(prompts, self.token_limit)
         check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
-        self._check_generation()
         ends = self.end_token_ids if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
         ids = pad_left(prompts, bucket=False)
         mask = pad_left([[1] * len(prompt) for prompt in prompts], bucket=False)
@@ -319,13 +319,14 @@ class HFFlaxModel:
             )
             width = 1
         check_range((len(prompts), width + max_new_tokens), limit=self.position_limit)
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
+        greedy = is_greedy(temperature)
+        sampling = {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         model = self._bound(variables or {"params": self.params}, {})
         sequences = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
+            do_sample=not greedy,
             # Hugging Face stops at one token, and for None at the config's. For several, as for none, it gets
             # one that is beyond the last, and the rows are cut below.
             eos_token_id=ends[0] if len(ends) == 1 else self.config.vocab_size,
@@ -336,14 +337,6 @@ class HFFlaxModel:
         rows = np.asarray(sequences)[:, width:].tolist()
         lengths = (next((i + 1 for i, token in enumerate(row) if token in ends), None) for row in rows)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
-
-    def _check_generation(self) -> None:
-        if not self.model.can_generate():
-            raise ModelError(
-                "Generation needs a model with a head that predicts the next token.",
-                type(self.model).__name__,
-                "Choose a causal language model, or one with an encoder and a decoder.",
-            )
 
     def hidden(
         self, variables: Mapping[str, Any], input_ids: Int[Array, "batch seq"], **inputs: Any
@@ -378,7 +371,7 @@ class HFFlaxModel:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A module whose `apply` adds to what Hugging Face's call gives it, and whose attention is ours."""
+    """A module whose `apply` adds to what Hugging Face's call gives it, with our attention and logits."""
 
     module: nn.Module
     variables: Mapping[str, Any]
@@ -390,7 +383,7 @@ class _Bound:
         return getattr(self.module, name)
 
     def apply(self, inputs: Mapping[str, Any], *args: Any, rngs: Mapping[str, Array], **kwargs: Any) -> Any:
-        with SharedAttention(self.segment_ids, self.groups):
+        with SharedAttention(self.segment_ids, self.groups), float32_logits():
             return self.module.apply(
                 {**inputs, **self.variables}, *args, rngs={**rngs, **self.rngs}, **kwargs
             )

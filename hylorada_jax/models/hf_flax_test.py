@@ -214,3 +214,23 @@ def test_generation_of_an_encoder_decoder_gives_the_answer_without_the_start_tok
         logits = model(jnp.array([prompt]), decoder_input_ids=fed).logits
         assert answer == logits[0].argmax(axis=-1).tolist()
     assert answers[0] != answers[1]
+
+
+def test_logits_of_a_bfloat16_model_are_not_rounded():
+    model = tiny("GPT2LMHeadModel")
+    model = type(model)(model.config, dtype=jnp.bfloat16)
+    model.params = model.to_bf16(model.params)
+    face = HFFlaxModel.wrap(model)
+    variables = {"params": face.params}
+    hidden, head = (np.asarray(x, np.float64) for x in (face.hidden(variables, IDS), face.head(variables)))
+    logits = face(IDS).logits
+    assert logits.dtype == jnp.float32
+    # One product of bfloat16 operands, exact in float32 but for the order of a sum of a few terms.
+    np.testing.assert_allclose(logits, hidden @ head.T, rtol=0, atol=1e-6 * np.abs(hidden @ head.T).max())
+
+
+def test_sampling_in_the_limit_is_greedy():
+    face, prompts = HFFlaxModel.wrap(tiny("GPT2LMHeadModel")), [[5, 9, 11], [8, 3]]
+    greedy = face.generate(prompts, max_new_tokens=4)
+    key = jax.random.key(1)
+    assert face.generate(prompts, max_new_tokens=4, temperature=1e-38, top_p=1e-38, rng=key) == greedy

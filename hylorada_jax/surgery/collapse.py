@@ -79,6 +79,9 @@ def expand(
         constants: from :func:`hylorada_jax.surgery.build.build_constants`.
         config: its gate_init and residual_init are the gates'.
 
+    Raises:
+        ConfigError: at these gates no magnitude has an effect, and so none has DoRA's.
+
     Source: method.md §1, Collapse.
     """
 
@@ -87,7 +90,14 @@ def expand(
             leaves, *facts, gate_init=config.gate_init, residual_init=config.residual_init
         )
 
-    return _by_layer(one, sites, tensors, params, constants, linear_adapter.LEAVES["dora"])
+    made = _by_layer(one, sites, tensors, params, constants, linear_adapter.LEAVES["dora"])
+    if not all(np.all(np.isfinite(made[name])) for name in made if name.endswith(".magnitude")):
+        raise ConfigError(
+            "A magnitude has an effect only where g = σ(gate_init) and 1−β = σ(−residual_init) are not 0",
+            f"gate_init={config.gate_init}, residual_init={config.residual_init}",
+            "Take values nearer to 0.",
+        )
+    return made
 
 
 def _by_layer(

@@ -9,11 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math import low_rank, position, sparse, structure
-from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, Tree, takes_positions
+from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, NORMS, Tree, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE, POSITION_BIAS, STRUCTURE_ENCODER
 
 COLLECTION = "hylorada"
@@ -69,15 +70,21 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
         y = (x Wᵀ + δ·p)·c + bias          (the bias inside the bracket with ``magnitude_scales_bias``)
         y = y + up(gelu(down(y) ⊙ mask))   where the module has a sparse adapter
+        y = round(embedding[ids])          of an embedding that trains; round(norm(x)) of such a norm
 
     Flax hands each module its own slice of the collection, also under nn.scan and nn.remat, so that no
     model needs to be edited. Modules without variables there run as they are. p depends on the token: the
     model's own position ids are read off the call of its outermost module that takes ``position_ids``.
 
+    Embeddings and norms that train are float32 in a base of bfloat16 too: their gradients are sums over all
+    tokens, in which bfloat16 would lose what it adds. Only what they give is rounded to the base's dtype, so
+    that the layers after them compute in it.
+
     Args:
         resolved: from :func:`hylorada_jax.surgery.resolve.resolve`; what serves the whole model is read.
         config: ``sparse_dropout``, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
         train: apply dropout, where ``resolved`` has a rate of it; needs an rng named "dropout".
+        dtype: of the base, to which an embedding that trains is rounded; read where the module names none.
         structure: what the structure encoder is told.
 
     Example:
@@ -96,12 +103,13 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         config: HyLoRADAConfig,
         *,
         train: bool = False,
+        dtype: DTypeLike | None = None,
         structure: Structure = Structure(),
     ) -> None:
         self._bias, self._encoder = resolved.get(POSITION_BIAS), resolved.get(STRUCTURE_ENCODER)
         # Resolved leaves are differentiated, and this one is no parameter.
         self._rate = jax.lax.stop_gradient(resolved.get(DROPOUT_RATE))
-        self._config, self._train, self._structure = config, train, structure
+        self._config, self._train, self._dtype, self._structure = config, train, dtype, structure
         self._pass: _Pass | None = None
         self._context = nn.intercept_methods(self._intercept)
 
@@ -119,8 +127,17 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
                 return next_fun(*args, **kwargs)
             finally:
                 self._pass = None
-        if context.method_name != "__call__" or type(module).__name__ not in KERNEL_IS_OUT_IN:
+        kind = type(module).__name__
+        if context.method_name != "__call__" or kind not in (*KERNEL_IS_OUT_IN, *NORMS, "Embed"):
             return next_fun(*args, **kwargs)
+        if kind not in KERNEL_IS_OUT_IN:
+            if COLLECTION not in module.variables:
+                return next_fun(*args, **kwargs)
+            if kind == "Embed":
+                return self._embedded(module, args[0])
+            # A norm that names its dtype rounds to it by itself.
+            y = next_fun(*args, **kwargs)
+            return y if getattr(module, "dtype", None) else y.astype(args[0].dtype)
         adapter = {
             name: module.get_variable(COLLECTION, name)
             for name in _RESOLVED
@@ -153,6 +170,11 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
                 self._config.structure_seq_len,
             )
         return found
+
+    def _embedded(self, module: Any, ids: Array) -> Array:
+        """What ``nn.Embed`` gives, rounded after the lookup: rounded before, its gradient would be too."""
+        rows = jnp.take(module.get_variable("params", "embedding"), ids, axis=0)
+        return rows.astype(module.dtype or self._dtype or rows.dtype)
 
     def _adapted(self, module: Any, inputs: Array, adapter: dict[str, Array]) -> Array:
         bias = module.get_variable("params", "bias") if module.use_bias else None

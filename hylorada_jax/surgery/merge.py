@@ -113,7 +113,8 @@ def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAC
             }
             leaves = _merge_site(site, adapter, subtree(params, path), config.magnitude_scales_bias)
         elif site.component == "unfrozen":
-            leaves = {leaf: subtree(resolved, path)[leaf] for leaf in site.leaves}
+            old, new = subtree(params, path), subtree(resolved, path)
+            leaves = {leaf: new[leaf].astype(old[leaf].dtype) for leaf in site.leaves}
         else:
             continue
         merged = with_leaves(merged, path, leaves)

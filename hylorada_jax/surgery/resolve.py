@@ -34,12 +34,11 @@ def resolve(
 
     Returns:
         Nested dict with the model's paths. Linear adapters: lora_A, lora_B (times s), column_scale, and the
-        factors of what depends on the token; sparse adapters: down, up, mask; unfrozen leaves in the base's
-        dtype; the dropout rate and all else as it is.
+        factors of what depends on the token; sparse adapters: down, up, mask; unfrozen leaves, the
+        dropout rate and all else as it is. In at least float32, as is the gradient that microbatches add up.
 
     Source: method.md §1, §4.
     """
-    base_dtype = jax.tree.leaves(params)[0].dtype
     tree: dict[str, Any] = {}
     if DROPOUT_RATE in constants:
         tree[DROPOUT_RATE] = constants[DROPOUT_RATE]
@@ -50,8 +49,6 @@ def resolve(
             leaves = _linear(site, leaves, params, subtree(constants, site.module.path), config)
         elif site.component == "sparse":
             leaves = _spread(site, _sparse(site, leaves, config))
-        elif site.component == "unfrozen":
-            leaves = {leaf: value.astype(base_dtype) for leaf, value in leaves.items()}
         tree = with_leaves(tree, site.module.path, leaves)
     return tree
 

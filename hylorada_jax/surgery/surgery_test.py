@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.surgery import build, layout
+from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.merge import merge
 from hylorada_jax.surgery.modules import find_modules
@@ -212,3 +214,12 @@ def test_the_frozen_weights_are_bfloat16_and_the_scales_are_not():
     assert {leaf.dtype for leaf in jax.tree.leaves(merge(sites, resolved, half, config))} == {
         jnp.dtype("bfloat16")
     }
+
+
+def test_gates_at_which_no_magnitude_is_dora_are_refused():
+    config = HyLoRADAConfig(
+        method="hylorada_v1", target_modules="all-linear", gate_init=-800.0, residual_init=800.0
+    )
+    _, _, params, sites, constants, _, _, tensors = make(config)
+    with pytest.raises(ConfigError, match=r"gate_init=-800\.0, residual_init=800\.0"):
+        expand(sites, tensors, params, constants, config)

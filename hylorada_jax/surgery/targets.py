@@ -179,7 +179,7 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
     """
     depths = [index for name in names if (index := layer_index(name)) is not None]
     depth = max(depths, default=0) + 1
-    own = _by_pattern(config.rank_pattern, names)
+    own = by_pattern(config.rank_pattern, names)
     ranks = {}
     for name in selected:
         index = layer_index(name)
@@ -202,12 +202,13 @@ def layer_alphas(ranks: Mapping[str, int], names: Sequence[str], config: HyLoRAD
     Raises:
         TargetError: a pattern matches no layer.
     """
-    own = _by_pattern(config.alpha_pattern, names)
+    own = by_pattern(config.alpha_pattern, names)
     ratio = config.lora_alpha / config.lora_rank
     return {name: own.get(name, ratio * rank) for name, rank in ranks.items()}
 
 
-def _by_pattern(pattern: Any, names: Sequence[str]) -> dict[str, Any]:
+def by_pattern(pattern: Any, names: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of the layers that a pattern's keys match; a TargetError where one matches none."""
     found: dict[str, Any] = {}
     for key, value in pattern:
         found = dict.fromkeys(_matching(key, names), value) | found  # the first one wins

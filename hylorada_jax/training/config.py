@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.exact import fraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class TrainingConfig:
     @property
     def warmup_steps(self) -> int:
         """Steps over which the rates rise: ⌈warmup_ratio · steps⌉."""
-        return math.ceil(self.warmup_ratio * self.steps)
+        return math.ceil(fraction(self.warmup_ratio) * self.steps)
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide which numbers a run computes: two runs that differ here are two runs.

@@ -8,6 +8,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ PYTHON_STDLIB = "python-stdlib"
 
 Split = Literal["train", "eval", "all"]
 
-_HELD_OUT = 0.05
+_HELD_OUT = Fraction(1, 20)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Files that datasets' own tools write beside the data.
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.math.loss import token_nll
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
@@ -117,6 +117,106 @@ def test_a_bfloat16_base_trains_float32_adapters():
     # bfloat16 keeps 8 bits: 0.4 % per rounding of logits of size 0.1, on a loss near ln 37 = 3.6.
     assert losses[1] == pytest.approx(losses[0], abs=5e-3)
     assert losses[1] != losses[0]
+
+
+# bfloat16, one rounding. A layer's own products lose a few of them, whether tokens come at once or in parts.
+ROUNDING = 2.0**-9
+
+
+def gradients(config, dtype, batch, microbatches):
+    """By a step of plain descent, so long that its rounding is no part of it; bfloat16 holds the weights."""
+    model = tiny_model(config, vocab=128, dtype=jnp.bfloat16, num_hidden_layers=1)
+    frozen = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, model.frozen)
+    training = TrainingConfig(
+        output_dir="run", steps=1, batch_size=len(batch["targets"]), microbatches=microbatches
+    )
+    descent = optax.sgd(rate := 2.0**20)
+    before = trained(model.adapters)
+    state, _ = make_train_step(model, descent, training)(init_state(before, descent), frozen, batch)
+    return jax.tree.map(
+        lambda a, b: (np.asarray(a, np.float64) - np.asarray(b)) / rate, before, state.adapters
+    )
+
+
+def rows_of(ids):
+    ones = np.ones_like(ids)
+    return {
+        "input_ids": ids,
+        "targets": np.concatenate([ids[:, 1:], -ones[:, :1]], axis=1),
+        "segment_ids": ones,
+        "position_ids": np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape),
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(ALL_ON, id="all on"),
+        pytest.param(HyLoRADAConfig(method="longlora", lora_rank=2, s2_group_size=16), id="longlora"),
+        pytest.param(HyLoRADAConfig(method="hylorada_v2", lora_rank=2), id="hylorada_v2"),
+    ],
+)
+def test_a_bfloat16_base_sums_its_gradients_in_float32(config):
+    """Zipf's tokens: the most frequent is seen two thousand times, and bfloat16 counts to 256."""
+    ids = np.random.default_rng(0).zipf(1.3, (64, 64)) % 128
+    batch = rows_of(ids.astype(np.int32))
+    wide = gradients(config, jnp.float32, batch, 1)
+    whole, parts = (gradients(config, jnp.bfloat16, batch, count) for count in (1, 16))
+    for (path, exact), one, many in zip(
+        jax.tree_util.tree_leaves_with_path(wide), *map(jax.tree.leaves, (whole, parts)), strict=True
+    ):
+        if path[-1].key == "beta":  # has no gradient
+            continue
+        rounding, name = ROUNDING * np.linalg.norm(exact), jax.tree_util.keystr(path)
+        of_one, of_many = (np.linalg.norm(found - exact) for found in (one, many))
+        # Both lose what the layers lose, which is much where the terms of a gradient cancel (softmax, gates);
+        # of a scalar one of the two may be right by chance.
+        chance = (32 if exact.size <= 4 else 2) * rounding
+        assert max(of_one, of_many) <= 2 * min(of_one, of_many) + chance, name
+        if path[-1].key in ("embedding", "scale"):
+            assert of_one <= 8 * rounding, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_microbatches_add_up_is_float32_in_a_bfloat16_base(method):
+    config = HyLoRADAConfig(method=method, lora_rank=2, train_embeddings=True, train_norms=True)
+    model = tiny_model(config, dtype=jnp.bfloat16)
+    resolved = jax.eval_shape(model.resolve, model.adapters, model.frozen)
+    assert {leaf.dtype for leaf in jax.tree.leaves(resolved)} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_norms_gradient_does_not_depend_on_the_microbatches_in_bfloat16():
+    config = HyLoRADAConfig(method="lora", lora_rank=2, train_norms=True)
+    batch = rows_of(np.tile(np.random.default_rng(0).integers(128, size=(1, 4), dtype=np.int32), (1024, 1)))
+    scales = [
+        gradients(config, dtype, batch, count)["model"]["norm"]["scale"]
+        for dtype, count in ((jnp.float32, 1), (jnp.bfloat16, 1), (jnp.bfloat16, 1024))
+    ]
+    budget = 8 * ROUNDING * np.linalg.norm(scales[0])
+    assert max(np.linalg.norm(narrow - scales[0]) for narrow in scales[1:]) <= budget
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_norms_that_train_leave_a_bfloat16_base_as_it_is(tied):
+    """To the bit: a float32 leaf that bfloat16 holds is rounded to itself."""
+    batch = {
+        name: jnp.asarray(x) for name, x in rows_of(np.arange(24, dtype=np.int32).reshape(2, 12)).items()
+    }
+    batch.pop("targets")
+    plain, own = (
+        tiny_model(
+            HyLoRADAConfig(method="lora", lora_rank=2, train_embeddings=trains, train_norms=trains),
+            dtype=jnp.bfloat16,
+            tie_word_embeddings=tied,
+        )
+        for trains in (False, True)
+    )
+    assert jnp.array_equal(plain(**batch).logits, own(**batch).logits)
+    hidden = own.hidden_resolved(own.resolve(own.adapters), **batch)
+    assert hidden.dtype == jnp.bfloat16
+    assert own.generate([[1, 2, 3]], max_new_tokens=8) == plain.generate([[1, 2, 3]], max_new_tokens=8)
+    merged = own.merge_and_unload().params
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_packed_log_probabilities_equal_the_separate_ones():

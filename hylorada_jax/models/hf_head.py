@@ -1,0 +1,29 @@
+"""The output head of transformers' Flax models, which rounds its logits to the model's dtype, repaired."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from hylorada_jax.math.loss import logits
+
+
+def float32_logits() -> Any:
+    """A context in which a language model's head gives the logits that the loss is computed from.
+
+    In a model of bfloat16 Hugging Face's head rounds them: tokens whose logits differ by less than 0.4 % are
+    then equally likely, and greedy generation takes the first of them.
+    """
+    return nn.intercept_methods(_head)
+
+
+def _head(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    is_head = isinstance(module, nn.Dense) and module.name == "lm_head" and context.method_name == "__call__"
+    if not is_head or module.has_variable("hylorada", "lora_A"):
+        return next_fun(*args, **kwargs)
+    hidden, kernel = nn.dtypes.promote_dtype(
+        args[0], module.get_variable("params", "kernel"), dtype=module.dtype
+    )
+    scores = logits(hidden, kernel.T)
+    return scores + module.get_variable("params", "bias") if module.use_bias else scores

@@ -1,0 +1,40 @@
+"""The reference's own arithmetic, against exact fractions and against what the JAX package computes."""
+
+import math
+from fractions import Fraction
+
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.surgery import targets
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_torch.settings import floor_of, layer_ranks, s2_groups, warmup_steps
+
+TYPED = [*(f"0.{digits:03d}" for digits in range(1, 1000)), "1.0", "1e-05", "0.0000123"]
+
+
+@pytest.mark.parametrize("whole", [7, 9, 100, 128, 1000])
+def test_floors_and_ceilings_are_exact(whole):
+    for text in TYPED:
+        assert floor_of(float(text), whole) == math.floor(Fraction(text) * whole), text
+        training = TrainingConfig(output_dir="run", steps=whole, warmup_ratio=float(text))
+        assert warmup_steps(training) == training.warmup_steps == math.ceil(Fraction(text) * whole), text
+    assert all(floor_of(k / whole, whole) == k for k in range(whole + 1))
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "importance", "decreasing"])
+def test_ranks_by_depth_are_those_of_the_jax_package(strategy):
+    for depth in range(1, 33):
+        names = [f"model.layers.{i}.q_proj" for i in range(depth)] + ["lm_head"]
+        for rank in range(1, 33):
+            config = HyLoRADAConfig(
+                lora_rank=rank, rank_strategy=strategy, rank_pattern={r"model\.layers\.0\.q_proj": 5}
+            )
+            assert layer_ranks(names, names, config) == targets.layer_ranks(names, names, config)
+
+
+def test_groups_are_those_of_the_jax_package():
+    for text in TYPED[:999]:
+        for size in (None, 1000):
+            config = HyLoRADAConfig(method="longlora", s2_shift_ratio=float(text), s2_group_size=size)
+            assert s2_groups(config, 90) == config.s2_groups(90), text
