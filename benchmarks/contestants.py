@@ -21,27 +21,20 @@ from hylorada_jax.training.optimizer import make_optimizer, schedule
 def contestant(base: Any, variant: Variant) -> Adapted | Full | None:
     """What a row of the table trains on a base model; None for the base itself."""
     if variant.config is not None:
-        return Adapted(base, variant.config, kaiming=variant.kaiming)
+        return Adapted(base, variant.config)
     return None if variant.kind == BASE else Full(base)
 
 
 class Adapted:
     """An adapter on a base model."""
 
-    def __init__(self, base: Any, config: HyLoRADAConfig, *, kaiming: bool = False) -> None:
+    def __init__(self, base: Any, config: HyLoRADAConfig) -> None:
         self.model = HyLoRADAModel(base, config)
         self.frozen, self.parameters = self.model.frozen, self.model.num_trainable
-        self._start = HyLoRADAModel(base, _dora(config)) if kaiming else None
 
     def start(self, seed: int) -> Any:
         """Fresh adapters."""
-        fresh = self.model.init_adapters(seed)
-        if self._start is None:
-            return fresh
-        flat, tree = jax.tree_util.tree_flatten_with_path(fresh)
-        theirs = dict(jax.tree_util.tree_leaves_with_path(self._start.init_adapters(seed)))
-        leaves = [theirs[path] if path[-1].key == "lora_A" else leaf for path, leaf in flat]
-        return jax.tree.unflatten(tree, leaves)
+        return self.model.init_adapters(seed)
 
     def optimizer(self, adapters: Any, training: TrainingConfig) -> optax.GradientTransformation:
         """That of the library."""
@@ -51,12 +44,6 @@ class Adapted:
         """The model to evaluate."""
         self.model.adapters = adapters
         return self.model
-
-
-def _dora(config: HyLoRADAConfig) -> HyLoRADAConfig:
-    """DoRA of the same layers and ranks: its lora_A starts as LoRA's does."""
-    shared = ("lora_rank", "lora_alpha", "rank_strategy", "rank_pattern", "target_modules", "exclude_modules")
-    return HyLoRADAConfig(method="dora", **{name: getattr(config, name) for name in shared})
 
 
 class Full:

@@ -18,7 +18,7 @@ BASE, FULL = "base", "full"
 NAMES = (BASE, FULL, *METHODS)
 INSTALL = 'pip install -e ".[benchmarks]" -c constraints.txt'
 # Settings of a contestant that are not its adapter's.
-_OWN = ("lora_A", "structure", "learning_rates")
+_OWN = ("structure", "learning_rates")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,6 @@ class Variant:
         label: how the table calls it.
         kind: "base" (nothing is trained), "full" (all is), or "adapter".
         config: of the adapter.
-        kaiming: lora_A starts as LoRA's does, not orthogonal.
         structure: what a structure encoder is told: "code", or None.
         learning_rates: of which the best is taken.
     """
@@ -37,14 +36,13 @@ class Variant:
     label: str
     kind: Literal["base", "full", "adapter"]
     config: HyLoRADAConfig | None
-    kaiming: bool
     structure: Literal["code"] | None
     learning_rates: tuple[float, ...]
 
     def settings(self) -> dict[str, Any]:
         """All that decides what it computes, JSON-able."""
         config = None if self.config is None else self.config.to_dict()
-        return {"kind": self.kind, "config": config, "kaiming": self.kaiming, "structure": self.structure}
+        return {"kind": self.kind, "config": config, "structure": self.structure}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +56,9 @@ class Experiment:
             held out, by which the learning rate is chosen.
         test_data: what is reported on, and nothing is chosen by; None: half of what is held out.
         methods: {label: settings}: of :class:`HyLoRADAConfig`, the method being the label where none is
-            given; or the labels base and full. Further: ``"lora_A": "kaiming"``, ``"structure": "code"``,
-            and ``learning_rates``.
+            given; or the labels base and full. Further: ``"structure": "code"`` and ``learning_rates``;
+            ``"lora_A": "kaiming"`` is short for lora_A_init.
+        adapter: settings that every adapter has whose own do not say otherwise.
         learning_rates: the grid that each contestant chooses from, with the first seed; sparse has a rate of
             its own.
         seeds: of the adapters' start and the order of the data.
@@ -84,6 +83,7 @@ class Experiment:
     methods: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=lambda: {name: {} for name in ("lora", "dora", "lorada", "hylorada")}
     )
+    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: float | None = None
@@ -122,15 +122,13 @@ class Experiment:
         name = settings.setdefault("method", label)
         if name not in NAMES:
             raise ConfigError(f"A method is one of {', '.join(NAMES)}", repr(name), near(str(name), NAMES))
-        if own.get("lora_A", "kaiming") != "kaiming" or own.get("structure", "code") != "code":
-            raise ConfigError(
-                'Beside the adapter\'s settings: "lora_A": "kaiming" and "structure": "code"',
-                own,
-                "Correct it.",
-            )
+        if own.get("structure", "code") != "code":
+            raise ConfigError('Beside the adapter\'s settings: "structure": "code"', own, "Correct it.")
+        if "lora_A" in settings:
+            settings["lora_A_init"] = settings.pop("lora_A")
         rates = tuple(own.get("learning_rates", self.learning_rates))
         kind: Literal["base", "full", "adapter"] = name if name in (BASE, FULL) else "adapter"
-        config = HyLoRADAConfig.from_dict(settings) if kind == "adapter" else None
+        config = HyLoRADAConfig.from_dict({**self.adapter, **settings}) if kind == "adapter" else None
         if kind == BASE:
             rates = (0.0,)
         if config and config.method == "sparse":
@@ -146,7 +144,6 @@ class Experiment:
             label=label,
             kind=kind,
             config=config,
-            kaiming="lora_A" in own,
             structure=structure,
             learning_rates=rates,
         )

@@ -98,6 +98,7 @@ def config_of(method: str, chosen: dict[str, float]) -> HyLoRADAConfig:
         method=method,
         lora_rank=int(chosen["rank"]),
         lora_alpha=chosen["alpha_ratio"] * chosen["rank"],
+        lora_plus_enabled=True,
         lora_plus_ratio=chosen["lora_plus_ratio"],
         gate_init=chosen["gate_init"],
         residual_init=chosen["residual_init"],

@@ -128,6 +128,7 @@ def _is_base(runs: Sequence[Record]) -> bool:
 
 
 def _shared(record: Record) -> Record:
+    # Records from before the start of lora_A was a setting of the config have "kaiming".
     own = ("label", "learning_rate", "seed", "kind", "config", "kaiming", "structure")
     return {key: value for key, value in record["settings"].items() if key not in own}
 

@@ -54,8 +54,9 @@ def main(
             labels of the config file. [lora dora lorada hylorada]
         epochs: passes over the training data [1, where steps are not given either].
         steps: optimizer steps, in place of epochs.
-        learning_rates: the grid that each method chooses its own from [5e-4 1e-3 2e-3]; full and longlora
-            want smaller ones, sparse has one of its own.
+        learning_rates: the grid that each method chooses its own from [5e-4 1e-3 2e-3]: of lora_A, lora_B
+            learning ten times as fast (LoRA+); with a config file, as the file says. full and longlora want
+            smaller ones, sparse has one of its own.
         seeds: of the adapters' start and the order of the data [0 1 2].
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         train_data: a file, a glob, a Hub dataset, or python-stdlib, the embedded corpus.
@@ -92,6 +93,7 @@ def _experiment(config: Path | None, given: dict[str, Any]) -> Experiment:
     if config is None:
         if not given.keys() & {"epochs", "steps"}:
             given["epochs"] = 1.0
+        given["adapter"] = {"lora_plus_enabled": True}  # which the grid of learning rates is made for
         given.setdefault("train_tokens", 16384)
         if "methods" in given:
             given["methods"] = {name: {} for name in given["methods"]}

@@ -35,13 +35,14 @@ METHODS = {
     "orthogonal": {"method": "hylorada_v1", "lora_rank": 2},
     "kaiming": {"method": "hylorada_v1", "lora_rank": 2, "lora_A": "kaiming"},
 }
+ADAPTER = {"lora_plus_enabled": True}
 
 
 def experiment(directory, **changes):
     settings = {
         "name": "tiny", "model": str(directory), "train_data": "texts.txt", "test_data": "test.txt",
-        "methods": METHODS, "learning_rates": [1e-2, 1e-4], "seeds": [3, 4], "steps": 3, "seq_len": 24,
-        "dev_tokens": 48, "test_tokens": 96,
+        "methods": METHODS, "adapter": ADAPTER, "learning_rates": [1e-2, 1e-4], "seeds": [3, 4], "steps": 3,
+        "seq_len": 24, "dev_tokens": 48, "test_tokens": 96,
     }  # fmt: skip
     return settings | changes
 

@@ -58,6 +58,7 @@ _MAX_SHIFT_UNIT = 1024
 _NUMBERS = (
     "lora_alpha",
     "lora_dropout",
+    "lora_A_gain",
     "gate_init",
     "residual_init",
     "lora_plus_ratio",
@@ -69,11 +70,24 @@ _NUMBERS = (
 
 RANK_STRATEGIES = ("uniform", "importance", "decreasing")
 STRUCTURE_ENCODERS = ("default", "temporal")
+LORA_A_INITS = ("orthogonal", "kaiming")
 
+# α is 2r in each.
 PRESETS: dict[str, dict[str, Any]] = {
-    "efficient": {"lora_rank": 4, "lora_alpha": 8.0, "target_modules": QV},
-    "balanced": {"lora_rank": 8, "lora_alpha": 16.0},
-    "quality": {"lora_rank": 16, "lora_alpha": 32.0, "target_modules": ("all-linear",)},
+    "efficient": {"lora_rank": 4, "target_modules": QV},
+    "balanced": {"lora_rank": 8},
+    "quality": {"lora_rank": 16, "target_modules": ("all-linear",)},
+    # The hyperparameters that the method's documents recommend. The method brings the position bias and DAA.
+    "documented": {
+        "method": "hylorada",
+        "lora_rank": 8,
+        "lora_dropout": 0.05,
+        "lora_plus_enabled": True,
+        "lora_plus_ratio": 10.0,
+        "gate_init": 0.0,
+        "residual_init": 0.1,
+        "sparse_enabled": True,
+    },
 }
 
 
@@ -83,8 +97,8 @@ class HyLoRADAConfig:
 
     A switch left at None takes the value that ``method`` implies; after construction every switch is a
     bool. Without a method, the switches choose it: ``use_hylorada_v2`` gives ``hylorada_v2``, ``use_dora``
-    gives ``dora``, ``use_hylorada=False`` gives ``lora``, ``position_bias_enabled`` gives ``hylorada``, and
-    nothing at all gives ``hylorada_v1``.
+    gives ``dora``, ``use_hylorada=False`` gives ``lora``, ``use_hylorada=True`` gives ``hylorada_v1`` (with
+    ``position_bias_enabled=True`` ``hylorada``), and nothing at all gives ``hylorada``.
 
     Args:
         method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2 or hylorada.
@@ -95,6 +109,9 @@ class HyLoRADAConfig:
         lora_alpha: α; the update is scaled by α/r.
         lora_dropout: probability in [0, 1) of dropping an input of the low-rank path in training.
         use_rslora: scale by α/√r instead (Kalajdzievski 2023).
+        lora_A_init: the start of lora_A: orthogonal or kaiming. None: kaiming for LoRA and DoRA, else
+            orthogonal.
+        lora_A_gain: multiplies the initial lora_A, > 0.
         rank_strategy: uniform; importance (smaller ranks in the middle); decreasing (smaller with depth).
         rank_pattern: {layer name or regular expression: its rank}; the first that matches a layer wins over
             ``rank_strategy``. α keeps its ratio to r.
@@ -108,7 +125,7 @@ class HyLoRADAConfig:
         detach_norm: stop the gradient at ‖W + sBA‖. None: True for DoRA (its paper, §4.3), else False.
         magnitude_scales_bias: let the column scale act on the layer's bias too.
         lora_plus_enabled: train lora_B at ``lora_plus_ratio`` times the rate of lora_A (LoRA+).
-        lora_plus_ratio: that ratio, > 0.
+        lora_plus_ratio: that ratio, > 0; read with ``lora_plus_enabled`` only.
         position_bias_enabled: scale the update by a learned function of the position.
         daa_enabled: direct attention adaptation, S' = α·S + β on the logits of every self-attention.
         daa_per_head: one α and β per head; otherwise one for all heads of a layer.
@@ -132,8 +149,10 @@ class HyLoRADAConfig:
         ConfigError: a value is out of range, unknown, or contradicts another.
 
     Example:
-        >>> config = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0, use_hylorada=True)
-        >>> config.method
+        >>> config = HyLoRADAConfig(lora_rank=8)
+        >>> config.method, config.position_bias_enabled, config.daa_position_bias, config.sparse_enabled
+        ('hylorada', True, True, False)
+        >>> HyLoRADAConfig(lora_rank=8, lora_alpha=16.0, use_hylorada=True).method
         'hylorada_v1'
         >>> HyLoRADAConfig.from_json(config.to_json()) == config
         True
@@ -147,6 +166,8 @@ class HyLoRADAConfig:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    lora_A_init: str | None = None  # noqa: N815
+    lora_A_gain: float = 1.0  # noqa: N815
     rank_strategy: str = "uniform"
     rank_pattern: Mapping[str, int] | Iterable[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float] | Iterable[tuple[str, float]] = ()
@@ -156,7 +177,7 @@ class HyLoRADAConfig:
     residual_init: float = 0.1
     detach_norm: bool | None = None
     magnitude_scales_bias: bool = False
-    lora_plus_enabled: bool = True
+    lora_plus_enabled: bool = False
     lora_plus_ratio: float = 10.0
     position_bias_enabled: bool | None = None
     daa_enabled: bool | None = None
@@ -221,7 +242,7 @@ class HyLoRADAConfig:
             return "dora"
         if self.use_hylorada is False:
             return "lora"
-        return "hylorada" if self.position_bias_enabled else "hylorada_v1"
+        return "hylorada_v1" if self.use_hylorada and not self.position_bias_enabled else "hylorada"
 
     def _check(self) -> None:
         _require(
@@ -231,6 +252,7 @@ class HyLoRADAConfig:
         )
         _require(self.lora_alpha > 0, "lora_alpha must be > 0", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "lora_dropout must be in [0, 1)", self.lora_dropout)
+        check_lora_a(self.lora_A_init, self.lora_A_gain)
         _require(self.lora_plus_ratio > 0, "lora_plus_ratio must be > 0", self.lora_plus_ratio)
         _require(
             0 < self.sparse_topk_ratio <= 1, "sparse_topk_ratio must be in (0, 1]", self.sparse_topk_ratio
@@ -439,10 +461,14 @@ class HyLoRADAConfig:
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> HyLoRADAConfig:
-        """A ready choice: efficient (r = 4 on q, v), balanced (r = 8), quality (r = 16, all linear layers).
+        """A ready choice, α being 2r.
+
+        efficient (r = 4 on q, v), balanced (r = 8) and quality (r = 16, all linear layers) are sizes, for
+        any method. documented is the table of hyperparameters of the method's documents: r = 8, dropout 0.05,
+        LoRA+ of ratio 10, gate_init 0, residual_init 0.1, with position bias, DAA and sparse adapters.
 
         Args:
-            name: efficient, balanced or quality.
+            name: efficient, balanced, quality or documented.
             settings: further settings; they win over the preset's.
 
         Raises:
@@ -454,10 +480,28 @@ class HyLoRADAConfig:
         """
         if name not in PRESETS:
             raise ConfigError(f"A preset is one of {', '.join(PRESETS)}", repr(name), near(name, PRESETS))
-        preset = dict(PRESETS[name])
-        if settings.get("method") == "sparse":  # which has no linear adapters to target
-            preset.pop("target_modules", None)
-        return cls.from_dict({**preset, **settings})
+        preset = PRESETS[name] | settings
+        if settings.get("method") == "sparse" and "target_modules" not in settings:
+            preset.pop("target_modules", None)  # it has no linear adapters to target
+        if _is_int(preset["lora_rank"]):
+            preset.setdefault("lora_alpha", 2.0 * preset["lora_rank"])
+        return cls.from_dict(preset)
+
+
+def check_lora_a(init: object, gain: object) -> None:
+    """Refuse a start of lora_A that there is not; the layers of both packages ask too.
+
+    Args:
+        init: lora_A_init.
+        gain: lora_A_gain.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    if init is not None and init not in LORA_A_INITS:
+        rule = f"lora_A_init must be one of {', '.join(LORA_A_INITS)}, or None"
+        raise ConfigError(rule, repr(init), near(str(init), LORA_A_INITS))
+    _require(_is_positive(gain), "lora_A_gain must be a finite number > 0", gain)
 
 
 def _names(name: str, value: object) -> tuple[str, ...] | None:

@@ -12,6 +12,8 @@ from hylorada_jax.errors import ConfigError
 def test_the_documents_usages_run_as_written():
     config = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0, use_hylorada=True, lora_plus_enabled=True)
     assert (config.method, config.linear) == ("hylorada_v1", "hylorada_v1")
+    assert HyLoRADAConfig(use_dora=True).method == "dora"
+    assert HyLoRADAConfig(use_hylorada=False).method == "lora"
     config = HyLoRADAConfig(use_hylorada_v2=True, structure_dim=32, structure_encoder_type="temporal")
     assert (config.method, config.linear) == ("hylorada_v2", "hylorada_v2")
     config = HyLoRADAConfig(
@@ -23,6 +25,32 @@ def test_the_documents_usages_run_as_written():
     assert not config.s2_attn_enabled
 
 
+def test_a_bare_config_is_the_unified_method_without_what_is_optional():
+    config = HyLoRADAConfig(lora_rank=8)
+    assert config == HyLoRADAConfig(method="hylorada")
+    assert config.position_bias_enabled
+    assert config.daa_enabled
+    assert config.daa_position_bias
+    assert not config.sparse_enabled
+    assert not config.lora_plus_enabled
+
+
+def test_the_documented_preset_is_the_table_of_the_documents():
+    settings = HyLoRADAConfig.preset("documented").to_dict()
+    table = {
+        "method": "hylorada", "lora_rank": 8, "lora_alpha": 16.0, "lora_plus_enabled": True,
+        "lora_plus_ratio": 10.0, "gate_init": 0.0, "residual_init": 0.1, "lora_dropout": 0.05,
+        "position_bias_enabled": True, "daa_enabled": True, "daa_position_bias": True, "sparse_enabled": True,
+        "use_rslora": False, "target_modules": None,
+    }  # fmt: skip
+    assert {name: settings[name] for name in table} == table
+    # α is 2r at another rank too, unless it is given.
+    assert HyLoRADAConfig.preset("documented", lora_rank=16).lora_alpha == 32
+    assert HyLoRADAConfig.preset("documented", lora_alpha=4.0).lora_alpha == 4
+    with pytest.raises(ConfigError, match="lora_rank"):
+        HyLoRADAConfig.preset("documented", lora_rank="8")
+
+
 @given(
     method=st.sampled_from(sorted(METHODS)),
     rank=st.integers(1, 64),
@@ -31,8 +59,10 @@ def test_the_documents_usages_run_as_written():
     targets=st.none()
     | st.lists(st.sampled_from(["q", "q_proj", "all-linear", r"h\.\d+"]), min_size=1).map(tuple),
     strategy=st.sampled_from(["uniform", "importance", "decreasing"]),
+    start=st.sampled_from([None, "orthogonal", "kaiming"]),
+    gain=st.floats(0.01, 100),
 )
-def test_json_round_trip_gives_an_equal_config(method, rank, alpha, dropout, targets, strategy):
+def test_json_round_trip_gives_an_equal_config(method, rank, alpha, dropout, targets, strategy, start, gain):
     config = HyLoRADAConfig(
         method=method,
         lora_rank=rank,
@@ -40,6 +70,8 @@ def test_json_round_trip_gives_an_equal_config(method, rank, alpha, dropout, tar
         lora_dropout=dropout,
         target_modules=None if method == "sparse" else targets,
         rank_strategy=strategy,
+        lora_A_init=start,
+        lora_A_gain=gain,
     )
     assert HyLoRADAConfig.from_json(config.to_json()) == config
 
@@ -61,6 +93,9 @@ def test_every_preset_serves_every_method(preset, method):
         ({"lora_alpha": "16"}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"lora_plus_ratio": 0}, "lora_plus_ratio"),
+        ({"lora_A_init": "orthogonl"}, "orthogonal"),
+        ({"lora_A_gain": 0}, "lora_A_gain"),
+        ({"lora_A_gain": float("inf")}, "lora_A_gain"),
         ({"method": "lorra"}, "lora"),
         ({"rank_strategy": "increasing"}, "decreasing"),
         ({"structure_encoder_type": "graph"}, "temporal"),

@@ -100,7 +100,7 @@ def check_attentions(model: Any, names: list[str], config: HyLoRADAConfig) -> No
             raise ModelError(
                 "The reference adapts the attention of GPT-2, the Llama family, BERT as an encoder, and T5",
                 f"{kind} {', '.join(different)}".rstrip(),
-                "Leave daa_enabled and s2_attn_enabled out for this model.",
+                "Set daa_enabled and s2_attn_enabled to False for this model; a method may have them on.",
             )
         heads = model.config.num_attention_heads
         if config.s2_attn_enabled and (heads < 2 or kind not in CAUSAL):

@@ -1,11 +1,13 @@
 """The linear adapters, written to be read: one formula, y = (base + δ·p)·c; what differs is c, and p."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hylorada_jax.config import check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_torch.position import PositionBias, check_positions, default_positions
 
@@ -35,21 +37,28 @@ class LoRALinear(nn.Module):
 
     y = (base + δ)·c with δ = s·(dropout(x) Aᵀ) Bᵀ and c = 1; s = α/r, or α/√r with ``use_rslora``.
 
-    Trainable: ``lora_A`` [rank, d_in], Kaiming-uniform(a=√5), and ``lora_B`` [d_out, rank], zeros; float32,
-    or float64 when ``base_weight`` is float64.
+    Trainable: ``lora_A`` [rank, in_features], Kaiming-uniform(a=√5), and ``lora_B`` [out_features, rank],
+    zeros.
 
     Args:
-        base_weight: [d_out, d_in], the frozen weight; only its shape, its dtype and (in the subclasses) its
-            row norms are used here, and no reference to it is kept.
+        in_features: d_in of the frozen layer.
+        out_features: its d_out.
         rank: r, at least 1; may exceed d_in or d_out.
         alpha: α.
         dropout: probability in [0, 1) of dropping an entry of x on the low-rank path only.
         use_rslora: divide α by √r instead of r.
+        lora_A_init: "orthogonal" (orthonormal rows when rank <= in_features), "kaiming", or None: as above.
+        lora_A_gain: multiplies the initial ``lora_A``, finite and > 0.
         generator: source of the random initial ``lora_A``; torch's global one if None.
+        device: of the parameters; torch's default if None.
+        dtype: of the parameters.
+
+    Raises:
+        ConfigError: a size is below 1, or the start of A is unknown or out of range.
 
     Example:
         >>> weight = torch.eye(3)
-        >>> adapter, x = LoRALinear(weight, rank=2, alpha=4.0), torch.ones(1, 5, 3)
+        >>> adapter, x = LoRALinear(3, 3, rank=2, alpha=4.0), torch.ones(1, 5, 3)
         >>> torch.equal(adapter(x, x @ weight.T, weight), x)  # lora_B is zero: nothing has changed yet
         True
 
@@ -57,28 +66,43 @@ class LoRALinear(nn.Module):
         Hu et al., "LoRA", 2021, §4.1; Kalajdzievski, "A Rank Stabilization Scaling Factor", 2023 (rsLoRA).
     """
 
+    default_init = "kaiming"
+
     def __init__(
         self,
-        base_weight: Tensor,
+        in_features: int,
+        out_features: int,
         rank: int = 8,
         alpha: float = 16.0,
-        *,
         dropout: float = 0.0,
+        *,
         use_rslora: bool = False,
+        lora_A_init: str | None = None,
+        lora_A_gain: float = 1.0,
         generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        d_out, d_in = base_weight.shape
-        dtype = torch.promote_types(base_weight.dtype, torch.float32)
+        if min(in_features, out_features, rank) < 1:
+            raise ConfigError(
+                f"{type(self).__name__}: in_features, out_features and rank must be ≥ 1",
+                f"{in_features}, {out_features}, {rank}",
+                "Give the sizes of the frozen layer, and a rank of 1 or more.",
+            )
+        check_lora_a(lora_A_init, lora_A_gain)
+        self.in_features, self.out_features = in_features, out_features
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Parameter(base_weight.new_empty((rank, d_in), dtype=dtype))
-        self.lora_B = nn.Parameter(base_weight.new_zeros((d_out, rank), dtype=dtype))
-        self.initialize_lora_a(generator)
-
-    def initialize_lora_a(self, generator: torch.Generator | None) -> None:
-        """Draw the initial ``lora_A``."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **factory))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **factory))
+        with torch.no_grad():
+            if (lora_A_init or self.default_init) == "orthogonal":
+                nn.init.orthogonal_(self.lora_A, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+            self.lora_A.mul_(lora_A_gain)
 
     def column_scale(self, base_weight: Tensor) -> Tensor:
         """c [d_out], the factor of each output feature; LoRA has none, so 1."""
@@ -112,7 +136,18 @@ class LoRALinear(nn.Module):
     def adapted(
         self, x: Tensor, base_output: Tensor, base_weight: Tensor, token_scale: Tensor | float = 1.0
     ) -> Tensor:
-        """y = (base + δ·p)·c, where p is ``token_scale`` [batch, seq, 1]."""
+        """y = (base + δ·p)·c, where p is ``token_scale`` [batch, seq, 1].
+
+        Raises:
+            DataError: the base weight is not [out_features, in_features].
+        """
+        if base_weight.shape != (self.out_features, self.in_features):
+            raise DataError(
+                f"{type(self).__name__}: base_weight is [out_features, in_features]",
+                f"{tuple(base_weight.shape)} for in_features={self.in_features}, "
+                f"out_features={self.out_features}",
+                "Pass the weight of an nn.Linear as it is, and that of a Conv1D transposed.",
+            )
         x_low_rank = self.dropout(x).to(self.lora_A.dtype)
         delta = self.scaling * F.linear(F.linear(x_low_rank, self.lora_A), self.lora_B) * token_scale
         return ((base_output + delta) * self.column_scale(base_weight)).to(x.dtype)
@@ -123,12 +158,15 @@ class DoRALinear(LoRALinear):
 
     c = (1−β)·m / n + β,  n = ‖W + s·B A‖,  m = g·m' + (1−g)·m₀,  m₀ = ‖W‖, with g = 1 and β = 0: c = m' / n.
 
-    Trainable: LoRA's, and ``magnitude`` m' [d_out], initially m₀.
+    Trainable: LoRA's, and ``magnitude`` m' [out_features], which starts at m₀ of the weight that the layer
+    first meets, in `init_magnitude` or in a call. Until then it is NaN, also in a state dict.
 
     Args:
-        base_weight: [d_out, d_in], the frozen weight.
+        in_features: d_in of the frozen layer.
+        out_features: its d_out.
         rank: r.
         alpha: α.
+        dropout: as of `LoRALinear`.
         detach_norm: no gradient through n, as the paper's §4.3 and PEFT have it.
         **lora: what `LoRALinear` takes besides.
 
@@ -137,11 +175,42 @@ class DoRALinear(LoRALinear):
     """
 
     def __init__(
-        self, base_weight: Tensor, rank: int = 8, alpha: float = 16.0, *, detach_norm: bool = True, **lora
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        *,
+        detach_norm: bool = True,
+        **lora,
     ) -> None:
-        super().__init__(base_weight, rank, alpha, **lora)
+        super().__init__(in_features, out_features, rank, alpha, dropout, **lora)
         self.detach_norm = detach_norm
-        self.magnitude = nn.Parameter(row_norm(base_weight.detach()))
+        self.magnitude = nn.Parameter(torch.full_like(self.lora_B[:, 0], math.nan))
+        self.has_met_a_weight = False
+
+    def init_magnitude(self, base_weight: Tensor) -> None:
+        """Set m' to m₀ = ‖W‖, in place.
+
+        Args:
+            base_weight: W [out_features, in_features].
+        """
+        with torch.no_grad():
+            self.magnitude.copy_(row_norm(base_weight))
+        self.has_met_a_weight = True
+
+    def _meet(self, base_weight: Tensor) -> None:
+        """Start m' where nothing has: no call, no loaded state, no assignment."""
+        if self.has_met_a_weight:  # what becomes NaN later has diverged, and is left for all to see
+            return
+        if torch.isnan(self.magnitude).all():
+            self.init_magnitude(base_weight)
+        self.has_met_a_weight = True
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.has_met_a_weight = False  # the state may be that of a layer which has not met one
 
     def gates(self) -> tuple[Tensor | float, Tensor | float]:
         """(g, β): how much of the learned magnitude counts, and how much of plain LoRA is mixed in."""
@@ -149,6 +218,7 @@ class DoRALinear(LoRALinear):
 
     def column_scale(self, base_weight: Tensor) -> Tensor:
         """c = (1−β)·m / n + β."""
+        self._meet(base_weight)
         g, beta = self.gates()
         n = row_norm(base_weight + self.scaling * self.lora_B @ self.lora_A)
         n = n.detach() if self.detach_norm else n
@@ -162,36 +232,38 @@ class HyLoRADALinear(DoRALinear):
     c of `DoRALinear` with g = σ(magnitude_gate) and β = σ(residual_weight).
 
     Trainable: DoRA's, and the scalars ``magnitude_gate`` and ``residual_weight``, both inputs of a sigmoid.
-    ``lora_A`` starts orthogonal (orthonormal rows when rank <= d_in).
+    ``lora_A`` starts orthogonal.
 
     Args:
-        base_weight: [d_out, d_in], the frozen weight.
+        in_features: d_in of the frozen layer.
+        out_features: its d_out.
         rank: r.
         alpha: α.
+        dropout: as of `LoRALinear`.
         gate_init: initial ``magnitude_gate``.
         residual_init: initial ``residual_weight``; 0.1 means β = σ(0.1) ≈ 0.525.
         detach_norm: no gradient through n.
         **lora: what `LoRALinear` takes besides.
     """
 
+    default_init = "orthogonal"
+
     def __init__(
         self,
-        base_weight: Tensor,
+        in_features: int,
+        out_features: int,
         rank: int = 8,
         alpha: float = 16.0,
+        dropout: float = 0.0,
         *,
         gate_init: float = 0.0,
         residual_init: float = 0.1,
         detach_norm: bool = False,
         **lora,
     ) -> None:
-        super().__init__(base_weight, rank, alpha, detach_norm=detach_norm, **lora)
+        super().__init__(in_features, out_features, rank, alpha, dropout, detach_norm=detach_norm, **lora)
         self.magnitude_gate = nn.Parameter(self.magnitude.new_tensor(gate_init))
         self.residual_weight = nn.Parameter(self.magnitude.new_tensor(residual_init))
-
-    def initialize_lora_a(self, generator: torch.Generator | None) -> None:
-        """Draw the initial ``lora_A``."""
-        nn.init.orthogonal_(self.lora_A, generator=generator)
 
     def gates(self) -> tuple[Tensor, Tensor]:
         """(g, β), the sigmoids of two scalars."""
@@ -206,17 +278,26 @@ class HyLoRADAv2Linear(HyLoRADALinear):
     Trainable: v1's, and ``scale_from_structure`` [structure_dim], zeros: p starts at 1.
 
     Args:
-        base_weight: [d_out, d_in], the frozen weight.
+        in_features: d_in of the frozen layer.
+        out_features: its d_out.
         rank: r.
         alpha: α.
+        dropout: as of `LoRALinear`.
         structure_dim: width of the prior.
         **hylorada: what `HyLoRADALinear` takes besides.
     """
 
     def __init__(
-        self, base_weight: Tensor, rank: int = 8, alpha: float = 16.0, *, structure_dim: int = 32, **hylorada
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        structure_dim: int = 32,
+        **hylorada,
     ) -> None:
-        super().__init__(base_weight, rank, alpha, **hylorada)
+        super().__init__(in_features, out_features, rank, alpha, dropout, **hylorada)
         self.scale_from_structure = nn.Parameter(self.magnitude.new_zeros(structure_dim))
 
     def forward(
@@ -252,29 +333,33 @@ class HyLoRADAv2Linear(HyLoRADALinear):
 class HyLoRADAUnified(HyLoRADALinear):
     """HyLoRADA whose update is turned up or down by the position of the token.
 
-    p = 1 + σ(position_scale)·t,  t = tanh(position_bias[bucket(position)])
+    p = 1 + σ(position_scale)·t,  t = tanh(position_bias[bucket(position)]); 1 without a position bias
 
     Trainable: v1's, and the scalar ``position_scale``, 0; `PositionBias` is shared by all layers, and counted
     once, where it is.
 
     Args:
-        base_weight: [d_out, d_in], the frozen weight.
+        in_features: d_in of the frozen layer.
+        out_features: its d_out.
         rank: r.
         alpha: α.
-        position_bias: the model's one `PositionBias`.
+        dropout: as of `LoRALinear`.
+        position_bias: the model's one `PositionBias`. None is p = 1, and not a bias of the layer's own: it
+            serves a whole model, and a layer that forgot it must not train another.
         **hylorada: what `HyLoRADALinear` takes besides.
     """
 
     def __init__(
         self,
-        base_weight: Tensor,
+        in_features: int,
+        out_features: int,
         rank: int = 8,
         alpha: float = 16.0,
-        *,
-        position_bias: PositionBias,
+        dropout: float = 0.0,
+        position_bias: PositionBias | None = None,
         **hylorada,
     ) -> None:
-        super().__init__(base_weight, rank, alpha, **hylorada)
+        super().__init__(in_features, out_features, rank, alpha, dropout, **hylorada)
         self.position_bias = position_bias
         self.position_scale = nn.Parameter(self.magnitude.new_tensor(0.0))
 
@@ -298,5 +383,7 @@ class HyLoRADAUnified(HyLoRADALinear):
         if positions is None:
             positions = default_positions(*x.shape[:2])
         check_positions(positions, *x.shape[:2])
+        if self.position_bias is None:
+            return self.adapted(x, base_output, base_weight)
         p = 1 + torch.sigmoid(self.position_scale) * self.position_bias(positions)
         return self.adapted(x, base_output, base_weight, p[..., None])

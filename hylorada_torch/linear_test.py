@@ -1,3 +1,4 @@
+import copy
 import functools
 import math
 
@@ -24,7 +25,10 @@ def case(kind, *, rank=3, d_in=5, d_out=7, seed=0, dtype=torch.float64, **option
     """An adapter with random parameters (not the initial ones), and what it is called with."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64).to(dtype)
-    adapter = kind(weight, rank, 4.0, generator=generator, **options)
+    wide = torch.promote_types(dtype, torch.float32)
+    adapter = kind(d_in, d_out, rank, 4.0, generator=generator, dtype=wide, **options)
+    if isinstance(adapter, DoRALinear):
+        adapter.init_magnitude(weight)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -44,7 +48,7 @@ def copy_shared(source, target):
 @pytest.mark.parametrize("rank", [1, 3, 9])
 def test_initial_output_is_the_base_output(kind, rank):
     weight, x = torch.randn(7, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
-    assert_close(kind(weight, rank)(x, x @ weight.T, weight), x @ weight.T)
+    assert_close(kind(5, 7, rank, dtype=torch.float64)(x, x @ weight.T, weight), x @ weight.T)
 
 
 def test_parameters_and_their_initial_values():
@@ -52,26 +56,82 @@ def test_parameters_and_their_initial_values():
     norms = weight.double().norm(dim=1)
     expected = ["lora_A", "lora_B", "magnitude", "magnitude_gate", "residual_weight"]
     for kind, count in zip(KINDS, (2, 3, 5), strict=True):
-        values = dict(kind(weight, rank=3).named_parameters())
+        adapter = kind(5, 7, rank=3)
+        adapter(torch.zeros(1, 1, 5), torch.zeros(1, 1, 7), weight)
+        values = dict(adapter.named_parameters())
         assert list(values) == expected[:count]
         assert {value.dtype for value in values.values()} == {torch.float32}
         assert not values["lora_B"].any()
         if "magnitude" in values:
             assert_close(values["magnitude"].double(), norms, rtol=1e-6, atol=0)  # float32's sum
     assert (values["magnitude_gate"].item(), values["residual_weight"].item()) == (0.0, pytest.approx(0.1))
-    assert HyLoRADALinear(weight.double()).lora_A.dtype == torch.float64
 
 
 def test_kaiming_bound_and_orthonormal_rows():
-    weight = torch.randn(6, 50, dtype=torch.float64)
     # Kaiming-uniform with a = √5 is uniform on ±1/√d_in; 400 draws come within 2% of the bound.
     bound = 1 / math.sqrt(50)
-    largest = LoRALinear(weight, rank=8).lora_A.abs().max().item()
+    largest = LoRALinear(50, 6, rank=8).lora_A.abs().max().item()
     assert 0.98 * bound < largest <= bound
-    a = HyLoRADALinear(weight, rank=8).lora_A
+    a = HyLoRADALinear(50, 6, rank=8, dtype=torch.float64).lora_A
     assert_close(a @ a.T, torch.eye(8, dtype=torch.float64))
-    a = HyLoRADALinear(weight, rank=60).lora_A
+    a = HyLoRADALinear(50, 6, rank=60, dtype=torch.float64).lora_A
     assert_close(a.T @ a, torch.eye(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, HyLoRADAv2Linear, HyLoRADAUnified])
+def test_the_start_of_a_is_a_setting(kind):
+    a = kind(50, 6, lora_A_init="orthogonal", lora_A_gain=3.0, dtype=torch.float64).lora_A
+    assert_close(a @ a.T, 9 * torch.eye(8, dtype=torch.float64))
+    # 400 draws of a uniform distribution on ±3/√50 come within 2 % of the bound.
+    a = kind(50, 6, lora_A_init="kaiming", lora_A_gain=3.0).lora_A
+    assert 0.98 * 3 / math.sqrt(50) < a.abs().max() <= 3 / math.sqrt(50)
+    for wrong in ({"lora_A_init": "orthogonl"}, {"lora_A_gain": 0.0}, {"lora_A_gain": math.inf}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            kind(50, 6, **wrong)
+
+
+def test_a_layer_takes_its_magnitude_from_the_first_weight_alone():
+    weight, x = torch.randn(7, 5), torch.randn(2, 4, 5)
+    fresh = HyLoRADALinear(5, 7)
+    saved = copy.deepcopy(fresh.state_dict())
+    copied = copy.deepcopy(fresh)
+    fresh(x, x @ weight.T, weight)
+    norms = weight.norm(dim=1)
+    torch.testing.assert_close(fresh.magnitude, norms)
+
+    # Neither another weight nor what training makes of the magnitude starts it again.
+    with torch.no_grad():
+        fresh.magnitude.mul_(2)
+    fresh(x, x @ weight.T, 3 * weight)
+    torch.testing.assert_close(fresh.magnitude, 2 * norms)
+    loaded = HyLoRADALinear(5, 7)
+    loaded.load_state_dict(fresh.state_dict())
+    assert torch.equal(loaded(x, x @ weight.T, weight), fresh(x, x @ weight.T, weight))
+    assert torch.equal(copy.deepcopy(fresh)(x, x @ weight.T, weight), fresh(x, x @ weight.T, weight))
+    by_hand = HyLoRADALinear(5, 7)
+    with torch.no_grad():
+        for name, value in by_hand.named_parameters():
+            value.copy_(fresh.get_parameter(name))
+    assert torch.equal(by_hand(x, x @ weight.T, weight), fresh(x, x @ weight.T, weight))
+    with torch.no_grad():
+        fresh.magnitude.fill_(math.nan)
+    assert fresh(x, x @ weight.T, weight).isnan().all()  # it has diverged, and says so
+
+    # A state, or a copy, from before the first weight meets its own; also after another was met.
+    for restored in (HyLoRADALinear(5, 7), fresh):
+        restored.load_state_dict(saved)
+        torch.testing.assert_close(restored(x, x @ weight.T, weight), x @ weight.T)
+    torch.testing.assert_close(copied(x, x @ (3 * weight).T, 3 * weight), x @ (3 * weight).T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_are_checked(kind):
+    x, weight = torch.randn(1, 2, 5), torch.randn(7, 5)
+    with pytest.raises(DataError, match="in_features=7"):
+        kind(7, 5)(x, x @ weight.T, weight)
+    for sizes in ((0, 7, 2), (5, 0, 2), (5, 7, 0)):
+        with pytest.raises(ConfigError, match="≥ 1"):
+            kind(*sizes)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -160,7 +220,7 @@ def test_a_trained_adapter_collapses_to_a_dora_adapter():
 def test_a_zero_row_gives_finite_values(kind):
     weight, x = torch.randn(7, 5), torch.randn(2, 4, 5, requires_grad=True)
     weight[2] = 0
-    adapter = kind(weight, 3)
+    adapter = kind(5, 7, 3)
     y = adapter(x, x @ weight.T, weight)
     assert torch.equal(y[..., 2], torch.zeros(2, 4))
     y.square().sum().backward()
@@ -170,7 +230,7 @@ def test_a_zero_row_gives_finite_values(kind):
 
 def test_dropout_touches_the_low_rank_path_only_and_only_in_training():
     weight, x = torch.eye(200, dtype=torch.float64), torch.ones(1, 1, 200, dtype=torch.float64)
-    adapter = LoRALinear(weight, rank=200, alpha=200.0, dropout=0.25)
+    adapter = LoRALinear(200, 200, rank=200, alpha=200.0, dropout=0.25, dtype=torch.float64)
     with torch.no_grad():
         adapter.lora_A.copy_(weight)
         adapter.lora_B.copy_(weight)
@@ -201,14 +261,14 @@ def test_the_structure_prior_scales_the_update_token_by_token():
     update = v1(x, base, weight) - base * c
     assert_close(adapter(x, base, weight, prior), base * c + torch.from_numpy(p)[..., None] * update)
     assert torch.equal(adapter(x, base, weight), v1(x, base, weight))
-    fresh = HyLoRADAv2Linear(weight, structure_dim=6)
+    fresh = HyLoRADAv2Linear(5, 7, structure_dim=6)
     assert fresh.scale_from_structure.tolist() == [0.0] * 6
     with pytest.raises(DataError, match="structure_dim"):
         adapter(x, base, weight, prior[..., 1:])
 
 
 def test_positions_scale_the_update_token_by_token():
-    shared = PositionBias(torch.float64)
+    shared = PositionBias(dtype=torch.float64)
     adapter, x, base, weight = case(HyLoRADAUnified, position_bias=shared)
     v1, *_ = case(HyLoRADALinear)
     copy_shared(adapter, v1)
@@ -218,6 +278,9 @@ def test_positions_scale_the_update_token_by_token():
     c = v1.column_scale(weight)
     update = v1(x, base, weight) - base * c
     assert_close(adapter(x, base, weight, positions), base * c + p[..., None] * update)
+    without, *_ = case(HyLoRADAUnified)
+    copy_shared(adapter, without)
+    assert torch.equal(without(x, base, weight, positions), v1(x, base, weight))
     counted = torch.arange(4).expand(2, 4)
     assert torch.equal(adapter(x, base, weight), adapter(x, base, weight, counted))
     with pytest.raises(DataError, match="Position ids"):
@@ -226,7 +289,7 @@ def test_positions_scale_the_update_token_by_token():
 
 def test_parameters_of_one_square_layer():
     def count(kind, d, **options):
-        return sum(p.numel() for p in kind(torch.empty(d, d), 8, **options).parameters(recurse=False))
+        return sum(p.numel() for p in kind(d, d, 8, **options).parameters(recurse=False))
 
     # The table of method.md §8.
     assert count(HyLoRADALinear, 768) == 13_058

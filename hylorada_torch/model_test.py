@@ -13,7 +13,9 @@ from hylorada_torch.model import HyLoRADAModel
 def small_model(seed=0):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3, bias=False))
-    return HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2, target_modules=("0", "2")), seed=seed)
+    return HyLoRADAModel(
+        base, HyLoRADAConfig(use_hylorada=True, lora_rank=2, target_modules=("0", "2")), seed=seed
+    )
 
 
 def test_adapters_are_named_by_layer_and_leaf():

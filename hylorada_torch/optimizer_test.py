@@ -16,12 +16,16 @@ TRAINING = TrainingConfig(output_dir="run", steps=4, learning_rate=1e-3, weight_
 
 
 def small_model():
-    return HyLoRADAModel(nn.Sequential(nn.Linear(4, 6)), HyLoRADAConfig(target_modules=("0",)))
+    return HyLoRADAModel(
+        nn.Sequential(nn.Linear(4, 6)), HyLoRADAConfig(use_hylorada=True, target_modules=("0",))
+    )
 
 
 def test_the_groups_are_the_table_of_method_md():
     adapters = small_model().adapters()
-    groups = parameter_groups(adapters, TRAINING, HyLoRADAConfig(lora_plus_ratio=16.0))
+    groups = parameter_groups(
+        adapters, TRAINING, HyLoRADAConfig(lora_plus_enabled=True, lora_plus_ratio=16.0)
+    )
     names = {id(parameter): name for name, parameter in adapters.items()}
     table = {
         group["name"]: ([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"])
@@ -33,13 +37,14 @@ def test_the_groups_are_the_table_of_method_md():
         "magnitude": (["0.magnitude"], 1e-3, 0.0),
         "gate": (["0.magnitude_gate", "0.residual_weight"], 1e-3, 0.0),
     }
-    without = parameter_groups(adapters, TRAINING, HyLoRADAConfig(lora_plus_enabled=False))
+    without = parameter_groups(adapters, TRAINING, HyLoRADAConfig(lora_plus_ratio=16.0))
     assert {group["lr"] for group in without} == {1e-3}
 
 
 def test_every_component_has_its_group():
     config = HyLoRADAConfig(
         method="hylorada",
+        lora_plus_enabled=True,
         target_modules=("q_proj",),
         sparse_enabled=True,
         train_embeddings=True,
@@ -88,7 +93,8 @@ def test_a_parameter_without_a_group_is_an_error():
 
 
 def test_every_rate_follows_the_schedule():
-    optimizer, scheduler = make_optimizer(small_model().adapters(), TRAINING, HyLoRADAConfig())
+    config = HyLoRADAConfig(lora_plus_enabled=True)
+    optimizer, scheduler = make_optimizer(small_model().adapters(), TRAINING, config)
     rates = []
     for _ in range(5):
         rates.append([group["lr"] for group in optimizer.param_groups])

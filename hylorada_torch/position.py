@@ -5,19 +5,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 
 BUCKETS = 64  # N
 MAX_DISTANCE = 32768  # M
 
 
-def position_buckets(position: NDArray) -> NDArray:
+def position_buckets(position: NDArray, buckets: int = BUCKETS) -> NDArray:
     """The bucket of a position id: its own up to 31, then logarithmically wider ones.
 
         p if p < E, else E + ⌊(N−E−1)·ln(max(p−E, 1)) / ln(M−E)⌋;   E = N/2, p clamped to [0, M−1]
 
     Args:
         position: integers, any shape.
+        buckets: N, 2 to M.
 
     Returns:
         Integers in [0, N), the same shape; the logarithm is taken in float64.
@@ -29,10 +30,10 @@ def position_buckets(position: NDArray) -> NDArray:
     Reference:
         method.md §2.
     """
-    exact = BUCKETS // 2
+    exact = buckets // 2
     p = np.clip(position, 0, MAX_DISTANCE - 1)
     part = np.log(np.maximum(p - exact, 1), dtype=np.float64) / np.log(MAX_DISTANCE - exact)
-    return np.where(p < exact, p, exact + np.floor((BUCKETS - exact - 1) * part).astype(np.int64))
+    return np.where(p < exact, p, exact + np.floor((buckets - exact - 1) * part).astype(np.int64))
 
 
 def relative_buckets(distance: NDArray) -> NDArray:
@@ -135,10 +136,14 @@ class PositionBias(nn.Module):
 
     t = tanh(position_bias[bucket(position)])
 
-    Trainable: ``position_bias`` [64], zeros.
+    Trainable: ``position_bias`` [num_buckets], zeros.
 
     Args:
+        num_buckets: N, 2 to 32768.
         dtype: of the parameter.
+
+    Raises:
+        ConfigError: num_buckets is out of range.
 
     Example:
         >>> PositionBias()(torch.tensor([[0, 1, 2]]))
@@ -148,11 +153,14 @@ class PositionBias(nn.Module):
         method.md §§1–2.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, num_buckets: int = BUCKETS, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.position_bias = nn.Parameter(torch.zeros(BUCKETS, dtype=dtype))
+        if not 2 <= num_buckets <= MAX_DISTANCE:
+            rule = f"PositionBias: num_buckets is 2 to {MAX_DISTANCE}"
+            raise ConfigError(rule, num_buckets, f"The default is {BUCKETS}.")
+        self.position_bias = nn.Parameter(torch.zeros(num_buckets, dtype=dtype))
 
     def forward(self, positions: Tensor) -> Tensor:
         """The factor t [batch, seq] in (−1, 1) of position ids [batch, seq]."""
-        buckets = torch.from_numpy(position_buckets(positions.numpy(force=True)))
+        buckets = torch.from_numpy(position_buckets(positions.numpy(force=True), len(self.position_bias)))
         return torch.tanh(self.position_bias[buckets])

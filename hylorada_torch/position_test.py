@@ -44,7 +44,7 @@ def test_relative_and_structure_buckets_are_the_formulas_one_by_one(sign):
 
 
 def test_the_factor_of_a_position_is_that_of_its_bucket():
-    bias = PositionBias(torch.float64)
+    bias = PositionBias(dtype=torch.float64)
     assert {name: value.shape for name, value in bias.named_parameters()} == {"position_bias": (64,)}
     assert not bias(torch.arange(100)[None]).any()
     with torch.no_grad():

@@ -22,8 +22,8 @@ class StructureEncoder(nn.Module):
 
     Trainable: ``bucket_embeddings`` [2N + 1, D] and ``structure_embeddings`` [max_structure_types, D], both
     N(0, 0.02²); ``freq_scale`` [D/2], ones; ``norm_weight`` and ``norm_bias`` [D], ones and zeros;
-    ``proj_weight`` [hidden_size, D], Kaiming-uniform(a=√5); ``proj_bias`` [hidden_size], zeros; the scalar
-    ``gate``, 0. The projection does not start at zero, because scale_from_structure, which it is multiplied
+    ``proj_weight`` [hidden_size, D], Kaiming-uniform(a=√5); the scalar ``gate``, 0: 7,281 numbers at
+    the defaults. The projection does not start at zero, because scale_from_structure, which it is multiplied
     by, does: neither would ever get a gradient.
 
     Args:
@@ -74,7 +74,6 @@ class StructureEncoder(nn.Module):
         self.norm_weight = parameter(torch.ones(D))
         self.norm_bias = parameter(torch.zeros(D))
         self.proj_weight = parameter(torch.empty(hidden_size, D))
-        self.proj_bias = parameter(torch.zeros(hidden_size))
         self.gate = parameter(torch.tensor(0.0))
         nn.init.kaiming_uniform_(self.proj_weight, a=math.sqrt(5), generator=generator)
 
@@ -103,14 +102,33 @@ class StructureEncoder(nn.Module):
         if structure_ids is not None:
             e = e + self.structure_embeddings[structure_ids.clamp(0, len(self.structure_embeddings) - 1)]
         e = F.layer_norm(e, e.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-5)
-        return torch.sigmoid(self.gate) * F.linear(e, self.proj_weight, self.proj_bias)
+        return torch.sigmoid(self.gate) * F.linear(e, self.proj_weight)
 
     def sinusoids(self, positions: Tensor) -> Tensor:
         """[sin θ, cos θ] [batch, seq, D] of positions [batch, seq, 1]."""
         half = len(self.freq_scale)
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
-        theta = positions * (self.freq_scale.abs() * frequencies.to(positions.dtype))
+        theta = positions * (self.freq_scale.abs() * frequencies.to(positions))
         return torch.cat([theta.sin(), theta.cos()], dim=-1)
+
+    def get_position_tensor(
+        self, batch_size: int, seq_len: int, device: torch.device | str | None = None
+    ) -> Tensor:
+        """The positions of rows that are counted from 0.
+
+        Args:
+            batch_size: rows.
+            seq_len: tokens per row.
+            device: of the result; torch's default if None.
+
+        Returns:
+            [batch_size, seq_len] int64: 0, 1, 2, … in every row.
+
+        Example:
+            >>> StructureEncoder().get_position_tensor(2, 3).tolist()
+            [[0, 1, 2], [0, 1, 2]]
+        """
+        return torch.arange(seq_len, device=device).expand(batch_size, seq_len)
 
 
 class TemporalStructureEncoder(StructureEncoder):
@@ -118,8 +136,8 @@ class TemporalStructureEncoder(StructureEncoder):
 
     e as in `StructureEncoder` + period_proj([sin φ, cos φ]),  φ_j = 2π·position/|period_j|
 
-    Trainable: StructureEncoder's, ``periods`` [num_periods], 24, 168, 720 and 8760 at the start,
-    ``period_weight`` [D, 2·num_periods], Kaiming-uniform(a=√5), and ``period_bias`` [D], zeros.
+    Trainable: StructureEncoder's, ``periods`` [num_periods], 24, 168, 720 and 8760 at the start, and
+    ``period_weight`` [D, 2·num_periods], Kaiming-uniform(a=√5).
 
     Args:
         hidden_size: width of the prior.
@@ -135,7 +153,7 @@ class TemporalStructureEncoder(StructureEncoder):
 
     Example:
         >>> encoder = TemporalStructureEncoder(hidden_size=4)
-        >>> encoder(encoder.get_position_tensor(6, start=100)).shape
+        >>> encoder(encoder.get_position_tensor(1, 6)).shape
         torch.Size([1, 6, 4])
 
     Reference:
@@ -162,27 +180,13 @@ class TemporalStructureEncoder(StructureEncoder):
             )
         self.periods = nn.Parameter(torch.tensor(PERIODS[:num_periods], dtype=dtype))
         self.period_weight = nn.Parameter(torch.empty(encoding_dim, 2 * num_periods, dtype=dtype))
-        self.period_bias = nn.Parameter(torch.zeros(encoding_dim, dtype=dtype))
         nn.init.kaiming_uniform_(self.period_weight, a=math.sqrt(5), generator=generator)
 
     def sinusoids(self, positions: Tensor) -> Tensor:
         """[sin θ, cos θ] + period_proj([sin φ, cos φ]) [batch, seq, D] of positions [batch, seq, 1]."""
         phi = 2 * math.pi * positions / self.periods.abs()
         periodic = torch.cat([phi.sin(), phi.cos()], dim=-1)
-        return super().sinusoids(positions) + F.linear(periodic, self.period_weight, self.period_bias)
-
-    def get_position_tensor(self, seq_len: int, batch_size: int = 1, start: int = 0) -> Tensor:
-        """The positions of consecutive steps.
-
-        Args:
-            seq_len: steps.
-            batch_size: rows, all alike.
-            start: the first position.
-
-        Returns:
-            [batch_size, seq_len], start, start + 1, ….
-        """
-        return start + torch.arange(seq_len).expand(batch_size, seq_len)
+        return super().sinusoids(positions) + F.linear(periodic, self.period_weight)
 
 
 def _check_inputs(positions: Tensor, structure_ids: Tensor | None) -> None:

@@ -39,9 +39,9 @@ def test_the_prior_is_the_formula_of_method_md(kind, seq_len, buckets):
         if kind is TemporalStructureEncoder:
             angles = [2 * math.pi * p / abs(period) for period in leaf["periods"]]
             waves = np.array([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
-            e = e + leaf["period_weight"] @ waves + leaf["period_bias"]
+            e = e + leaf["period_weight"] @ waves
         normal = (e - e.mean()) / math.sqrt(e.var() + 1e-5) * leaf["norm_weight"] + leaf["norm_bias"]
-        prior = (leaf["proj_weight"] @ normal + leaf["proj_bias"]) / (1 + math.exp(-leaf["gate"]))
+        prior = leaf["proj_weight"] @ normal / (1 + math.exp(-leaf["gate"]))
         # Float64; the sine of an angle of some thousands loses three digits.
         np.testing.assert_allclose(got[b, t], prior, rtol=1e-11, atol=1e-11)
 
@@ -56,15 +56,13 @@ def test_the_initial_values_are_those_of_the_table():
         "norm_weight": (32,),
         "norm_bias": (32,),
         "proj_weight": (32, 32),
-        "proj_bias": (32,),
         "gate": (),
         "periods": (4,),
         "period_weight": (32, 8),
-        "period_bias": (32,),
     }
     for name in ("freq_scale", "norm_weight"):
         assert torch.equal(leaf[name], torch.ones_like(leaf[name]))
-    for name in ("norm_bias", "proj_bias", "gate", "period_bias"):
+    for name in ("norm_bias", "gate"):
         assert not leaf[name].any()
     assert leaf["periods"].tolist() == [24, 168, 720, 8760]
     # Thousands of normal draws: their deviation is within 10% of its own; of uniform ones: near the bound.
@@ -72,6 +70,8 @@ def test_the_initial_values_are_those_of_the_table():
         assert leaf[name].std().item() == pytest.approx(0.02, rel=0.1)
     for name, fan_in in (("proj_weight", 32), ("period_weight", 8)):
         assert 0.9 / math.sqrt(fan_in) < leaf[name].abs().max() <= 1 / math.sqrt(fan_in)
+    # 129·32 + 64·32 + 16 + 2·32 + 32·32 + 1, the count of method.md §5.
+    assert sum(value.numel() for value in StructureEncoder(32).parameters()) == 7_281
     named = [name for name in leaf if not name.startswith("period")]
     assert [name for name, _ in StructureEncoder(32).named_parameters()] == named
 
@@ -84,9 +84,9 @@ def test_every_leaf_gets_a_gradient(kind):
 
 
 def test_position_tensors():
-    encoder = TemporalStructureEncoder(num_periods=2)
-    positions = encoder.get_position_tensor(3, batch_size=2, start=100)
-    assert positions.tolist() == [[100, 101, 102]] * 2
+    for kind in KINDS:
+        assert kind().get_position_tensor(2, 3).tolist() == [[0, 1, 2]] * 2
+        assert kind().get_position_tensor(2, 3, "meta").is_meta
 
 
 def test_what_does_not_fit_is_refused():

@@ -154,7 +154,7 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    passes, position_bias = Passes(), PositionBias(dtype)
+    passes, position_bias = Passes(), PositionBias(dtype=dtype)
     attached = Attached(passes)
     if config.position_bias_enabled:
         attached.owners.append(("", position_bias))
@@ -189,24 +189,34 @@ def _build_linear(
     generator: torch.Generator,
     position_bias: PositionBias,
 ) -> LoRALinear:
-    lora: dict[str, Any] = {
+    d_out, d_in = weight.shape
+    options: dict[str, Any] = {
         "rank": rank,
         "alpha": alpha,
         "dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
+        "lora_A_init": config.lora_A_init,
+        "lora_A_gain": config.lora_A_gain,
         "generator": generator,
+        "device": weight.device,
+        "dtype": torch.promote_types(weight.dtype, torch.float32),
     }
     if config.linear == "lora":
-        return LoRALinear(weight, **lora)
-    dora = lora | {"detach_norm": bool(config.detach_norm)}
-    if config.linear == "dora":
-        return DoRALinear(weight, **dora)
-    hylorada = dora | {"gate_init": config.gate_init, "residual_init": config.residual_init}
-    if config.linear == "hylorada_v1":
-        return HyLoRADALinear(weight, **hylorada)
+        return LoRALinear(d_in, d_out, **options)
+    kind: type[DoRALinear] = DoRALinear
+    options["detach_norm"] = bool(config.detach_norm)
+    if config.linear != "dora":
+        kind = HyLoRADALinear
+        options |= {"gate_init": config.gate_init, "residual_init": config.residual_init}
     if config.linear == "hylorada_v2":
-        return HyLoRADAv2Linear(weight, structure_dim=config.structure_dim, **hylorada)
-    return HyLoRADAUnified(weight, position_bias=position_bias, **hylorada)
+        kind = HyLoRADAv2Linear
+        options["structure_dim"] = config.structure_dim
+    if config.linear == "hylorada":
+        kind = HyLoRADAUnified
+        options["position_bias"] = position_bias
+    adapter = kind(d_in, d_out, **options)
+    adapter.init_magnitude(weight)
+    return adapter
 
 
 def _follow_by_sparse(

@@ -154,8 +154,8 @@ QWEN = Qwen2Config(
         ({"method": "lorada"}, 1_082_016),
         ({"method": "dora"}, 1_130_496),
         ({"method": "hylorada_v1"}, 1_130_688),
-        # 96 layers with 32 more; 129·32 + 64·32 + 16 + 32 + 32 + 32·32 + 32 + 1 of the encoder.
-        ({"method": "hylorada_v2"}, 1_130_688 + 96 * 32 + 7313),
+        # 96 layers with 32 more; 129·32 + 64·32 + 16 + 32 + 32 + 32·32 + 1 of the encoder.
+        ({"method": "hylorada_v2"}, 1_130_688 + 96 * 32 + 7281),
         # 96 scalars, 64 shared, and 14·(2 + 64) in each of 24 layers.
         ({"method": "hylorada"}, 1_130_688 + 96 + 64 + 24 * 14 * 66),
         # 24 layers of 128·(2·896 + 1).
@@ -176,7 +176,9 @@ def test_counts(settings, count):
 def test_the_adapted_model_is_the_merged_model(name, scales_bias):
     base = base_model(name)
     merged = copy.deepcopy(base)
-    config = HyLoRADAConfig(target_modules=("all-linear",), magnitude_scales_bias=scales_bias)
+    config = HyLoRADAConfig(
+        use_hylorada=True, target_modules=("all-linear",), magnitude_scales_bias=scales_bias
+    )
     model = HyLoRADAModel(base, config)
     randomize(model.adapters().values())
     with torch.no_grad():
@@ -215,6 +217,19 @@ def test_layer_ranks_and_alpha_follow_the_config():
         assert adapter.scaling == config.scale(adapter.lora_A.shape[0])
 
 
+@pytest.mark.parametrize("method", ["lora", "hylorada"])
+def test_the_start_of_a_follows_the_config(method):
+    def start(**settings):
+        config = HyLoRADAConfig(method=method, lora_rank=4, **settings)
+        return attach_adapters(base_model("gpt2"), config).parameters()["transformer.h.0.attn.c_attn.lora_A"]
+
+    a = start(lora_A_init="orthogonal", lora_A_gain=3.0)  # [4, 8] in float64
+    torch.testing.assert_close(a @ a.T, 9 * torch.eye(4, dtype=torch.float64))
+    kaiming = start(lora_A_init="kaiming", lora_A_gain=3.0)
+    assert 0.8 * 3 / 8**0.5 < kaiming.abs().max() <= 3 / 8**0.5
+    assert torch.equal(start(lora_A_gain=3.0), kaiming if method == "lora" else a)
+
+
 def test_the_seed_alone_decides_the_initial_values():
     config = HyLoRADAConfig(method="hylorada_v2", sparse_enabled=True)
     first, again, other = (
@@ -227,7 +242,7 @@ def test_the_seed_alone_decides_the_initial_values():
 
 def test_sparse_acts_on_the_whole_output_of_the_adapted_layer():
     base = base_model("gpt2")
-    config = HyLoRADAConfig(target_modules=("mlp.c_proj",), sparse_enabled=True)
+    config = HyLoRADAConfig(use_hylorada=True, target_modules=("mlp.c_proj",), sparse_enabled=True)
     randomize(HyLoRADAModel(base, config).adapters().values())
     layer: Any = base.transformer.h[0].mlp.c_proj  # an AdaptedLinear
     x = torch.randn(2, 5, 32, dtype=torch.float64)
@@ -247,7 +262,7 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(TargetError, match="attn"):
         attach_adapters(base_model("gpt2"), HyLoRADAConfig(target_modules=("c_atn",)))
     for settings, part in (({"daa_enabled": True}, "self-attention"), ({"sparse_enabled": True}, "MLP")):
-        config = HyLoRADAConfig.from_dict({"target_modules": ["0"], **settings})
+        config = HyLoRADAConfig.from_dict({"use_hylorada": True, "target_modules": ["0"], **settings})
         with pytest.raises(TargetError, match=part):
             attach_adapters(nn.Sequential(nn.Linear(2, 2)), config)
     with pytest.raises(ModelError, match=r"float32[\s\S]*bfloat16"):

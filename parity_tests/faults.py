@@ -153,8 +153,8 @@ _OF_JAX = [
         "hylorada_jax.math.position",
         (
             "position bucket one too wide",
-            "(NUM_BUCKETS - exact - 1) * beyond",
-            "(NUM_BUCKETS - exact) * beyond",
+            "(num_buckets - exact - 1) * beyond",
+            "(num_buckets - exact) * beyond",
         ),
         ("distance 0 counts as ahead", "side * (offset < 0)", "side * (offset <= 0)"),
         ("middle counts as before it", "num_buckets * (offset >= 0)", "num_buckets * (offset > 0)"),
@@ -369,8 +369,8 @@ _OF_TORCH = [
         ("torch: detach_norm ignored", "n.detach() if self.detach_norm else n", "n"),
         (
             "torch: magnitude starts at 1",
-            "row_norm(base_weight.detach())",
-            "torch.ones_like(base_weight[:, 0])",
+            "self.magnitude.copy_(row_norm(base_weight))",
+            "self.magnitude.fill_(1)",
         ),
     ),
     *_faults(

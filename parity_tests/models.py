@@ -60,10 +60,18 @@ CONFIGS = {
     "sparse": HyLoRADAConfig(method="sparse", **_SPARSE),
     "hylorada_v1": HyLoRADAConfig(method="hylorada_v1", **_ALL),
     "hylorada_v1, ranks by depth": HyLoRADAConfig(
-        lora_rank=6, lora_alpha=4.0, rank_strategy="decreasing", use_rslora=True, detach_norm=True
+        method="hylorada_v1",
+        lora_rank=6,
+        lora_alpha=4.0,
+        rank_strategy="decreasing",
+        use_rslora=True,
+        detach_norm=True,
     ),
     "hylorada_v1, one layer, bias scaled": HyLoRADAConfig(
-        target_modules=(r".*\.1\..*(c_attn|q_proj)",), magnitude_scales_bias=True, **_LORA
+        method="hylorada_v1",
+        target_modules=(r".*\.1\..*(c_attn|q_proj)",),
+        magnitude_scales_bias=True,
+        **_LORA,
     ),
     "hylorada_v2": HyLoRADAConfig(method="hylorada_v2", **_LORA, **_STRUCTURE),
     "hylorada_v2, temporal": HyLoRADAConfig(

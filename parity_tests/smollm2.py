@@ -34,7 +34,12 @@ NAME = "smollm2-135m"
 # sparse attention, whose groups in rows this short cut off what the model attends to: its loss would start
 # at 9.
 CONFIG = HyLoRADAConfig(
-    method="hylorada", sparse_enabled=True, sparse_adapter_dim=16, sparse_topk_ratio=0.5, train_norms=True
+    method="hylorada",
+    lora_plus_enabled=True,
+    sparse_enabled=True,
+    sparse_adapter_dim=16,
+    sparse_topk_ratio=0.5,
+    train_norms=True,
 )
 TRAINING = TrainingConfig(output_dir="unused", steps=20, warmup_ratio=0.1)
 # Rows of text in a batch, tokens in a row, and batches, which are gone through again and again.

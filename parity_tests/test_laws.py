@@ -84,7 +84,7 @@ RNGS = {"dropout": jax.random.key(0)}
 
 
 def jax_linear():
-    layer = hylorada_jax.LoRALinear(rank=SIZE, alpha=SIZE, dropout=RATE)
+    layer = hylorada_jax.LoRALinear(SIZE, SIZE, rank=SIZE, alpha=SIZE, dropout=RATE)
     return layer.apply({"params": LORA}, X, BASE, 0 * EYE, deterministic=False, rngs=RNGS) - BASE
 
 
@@ -111,7 +111,7 @@ def attached_sparse():
 
 
 def torch_linear():
-    layer = hylorada_torch.LoRALinear(torch.zeros(SIZE, SIZE), rank=SIZE, alpha=SIZE, dropout=RATE)
+    layer = hylorada_torch.LoRALinear(SIZE, SIZE, rank=SIZE, alpha=SIZE, dropout=RATE)
     return in_training(layer, LORA)(*map(torch.tensor, (X, BASE, 0 * EYE))).numpy() - BASE
 
 

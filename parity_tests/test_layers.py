@@ -181,6 +181,8 @@ def test_buckets_are_equal_everywhere():
     for tables, where in (("position_buckets", positions), ("relative_buckets", offsets)):
         got, expected = getattr(jax_position, tables)(), getattr(torch_position, tables)(where)
         np.testing.assert_array_equal(got, expected)
-    for count in (2, 7, 64):
+    for count in (2, 7, 64, 300):
+        expected = torch_position.position_buckets(positions, count)
+        np.testing.assert_array_equal(jax_position.position_buckets(count), expected)
         expected = torch_position.structure_buckets(offsets, count)
         np.testing.assert_array_equal(jax_position.structure_buckets(count), expected)

@@ -38,7 +38,7 @@ TABLE: list[tuple[float, float, dict[str, tuple[int, ...]]]] = [
 ]
 SHAPES = {name: shape for *_, leaves in TABLE for name, shape in leaves.items()}
 PEAK = {name: rate for rate, _, leaves in TABLE for name in leaves}
-CONFIG = HyLoRADAConfig(lora_plus_ratio=RATIO)
+CONFIG = HyLoRADAConfig(lora_plus_enabled=True, lora_plus_ratio=RATIO)
 
 
 def settings_of(warmup):

@@ -1,5 +1,6 @@
 """Training in JAX against the reference: 20 AdamW steps with LoRA+ on the same text, in float64."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -41,9 +42,10 @@ def test_every_method_is_trained():
     [pytest.param(*c, marks=pytest.mark.slow if c[1] == "hylorada" else ()) for c in CASES],
 )
 def test_twenty_steps(family, name):
-    batches = [batch | told(CONFIGS[name]) for batch in text_batches()]
+    config = dataclasses.replace(CONFIGS[name], lora_plus_enabled=True)
+    batches = [batch | told(config) for batch in text_batches()]
     with measuring("float64"):
-        pair = build(family, CONFIGS[name], "float64", spread=0.0)
+        pair = build(family, config, "float64", spread=0.0)
         start = layout.flatten(pair.model.sites, pair.adapters)
         expected_losses, expected = train_torch(pair, TRAINING, batches)
         losses, got = train_jax(pair, TRAINING, batches)

@@ -172,6 +172,7 @@ def adapter(method: Method, rank: int, context: int) -> HyLoRADAConfig:
         method=method.name,
         lora_rank=rank,
         lora_alpha=2.0 * rank,
+        lora_plus_enabled=True,
         target_modules="all-linear",  # the same layers for every method
         structure_encoder_type="temporal",
         structure_seq_len=context,

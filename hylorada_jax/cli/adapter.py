@@ -10,6 +10,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 
 Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
+LoraStart = Literal["orthogonal", "kaiming"]
 # --daa or --no-daa; without either, what the method implies.
 Switch = Annotated[bool | None, tyro.conf.DisallowNone]
 
@@ -18,6 +19,7 @@ _SETTINGS = {
     "rank": "lora_rank",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
+    "lora_plus": "lora_plus_enabled",
     "targets": "target_modules",
     "exclude": "exclude_modules",
     "position_bias": "position_bias_enabled",
@@ -32,11 +34,17 @@ class AdapterOptions:
     """What is trained.
 
     Args:
-        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2, hylorada [hylorada_v1].
+        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2, hylorada [hylorada_v1, the
+            recommended one: it merges into the weights and exports to PEFT, and what hylorada adds to it, a
+            position bias and DAA, has gained nothing in our benchmarks].
         config: a HyLoRADAConfig as JSON; the options given beside it win.
         rank: rank of the update, r [8].
         alpha: scale of the update, α [2r; with a config file, in the file's ratio to r].
         dropout: probability of dropping inputs of the low-rank path [0].
+        lora_A_init: start of lora_A, orthogonal or kaiming [kaiming for lora, dora, lorada, longlora].
+        lora_A_gain: multiplies the start of lora_A [1].
+        lora_plus: train lora_B at ten times the rate of lora_A, which the learning rate's default is made
+            for; --no-lora-plus wants a larger rate [on; with a config file, as the file says].
         targets: layer names, regular expressions, or all-linear [the attention projections].
         exclude: layer names or regular expressions to leave out.
         position_bias: scale the update by a learned function of the position; of method hylorada.
@@ -53,6 +61,9 @@ class AdapterOptions:
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
+    lora_A_init: LoraStart | None = None  # noqa: N815
+    lora_A_gain: float | None = None  # noqa: N815
+    lora_plus: Switch = None
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     position_bias: Switch = None
@@ -76,6 +87,9 @@ class AdapterOptions:
         if file is not None and self.method is not None:
             received = f"--config {file} --method {self.method}"
             raise ConfigError("A config file names its method", received, "Give one.")
+        if file is None:
+            # Of the method only what is not named: hylorada_v1, or with --position-bias hylorada.
+            given = {"use_hylorada": None if self.method else True, "lora_plus_enabled": True} | given
         start = HyLoRADAConfig() if file is None else HyLoRADAConfig.load(file)
         if self.rank is not None and self.alpha is None:
             # α follows r where only r is given, so that the update's scale stays the same.

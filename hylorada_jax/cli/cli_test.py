@@ -311,7 +311,12 @@ def test_unfrozen_leaves_are_not_counted_as_frozen_too(tiny, monkeypatch, capsys
 def test_the_scale_of_the_update_stays_where_only_the_rank_is_given(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(HyLoRADAConfig(method="dora", lora_rank=8, lora_alpha=12.0).to_json())
-    assert AdapterOptions(rank=4).build() == HyLoRADAConfig(lora_rank=4, lora_alpha=8.0)
+    recommended = HyLoRADAConfig(method="hylorada_v1", lora_plus_enabled=True)  # of the command line
+    assert AdapterOptions().build() == recommended
+    assert AdapterOptions(rank=4).build() == dataclasses.replace(recommended, lora_rank=4, lora_alpha=8.0)
+    assert AdapterOptions(method="lora", lora_plus=False).build() == HyLoRADAConfig(method="lora")
+    started = AdapterOptions(lora_A_init="kaiming", lora_A_gain=0.5).build()
+    assert started == dataclasses.replace(recommended, lora_A_init="kaiming", lora_A_gain=0.5)
     on_file = AdapterOptions(config=path, rank=4).build()
     assert on_file == HyLoRADAConfig(method="dora", lora_rank=4, lora_alpha=6.0)
     assert AdapterOptions(config=path, rank=4, alpha=1.0).build().lora_alpha == 1

@@ -62,8 +62,8 @@ def finetune(
         batch_size: rows per step.
         microbatches: parts that a step's rows are computed in, one after the other, to save memory.
         seq_len: tokens per row.
-        learning_rate: peak rate of lora_A; LoRA+ trains lora_B at ten times this. DAA and sparse adapters
-            have rates of their own, 1e-3 and 2e-4.
+        learning_rate: peak rate of lora_A; LoRA+, on unless --no-lora-plus or a config file says otherwise,
+            trains lora_B at ten times this. DAA and sparse adapters have rates of their own, 1e-3 and 2e-4.
         seed: of the adapter's start, of the shuffling and of dropout.
         dtype: of the frozen weights and the computation; the adapter is float32.
         remat: what the backward pass recomputes to save memory.

@@ -60,6 +60,8 @@ def init_leaves(
     d_in: int,
     norm_squared: Float[Array, " d_out"],
     *,
+    lora_A_init: str | None = None,
+    lora_A_gain: float = 1.0,
     gate_init: float = 0.0,
     residual_init: float = 0.1,
     structure_dim: int = 32,
@@ -72,6 +74,8 @@ def init_leaves(
         rank: r.
         d_in: input features.
         norm_squared: n₀² = ‖W‖² of every row.
+        lora_A_init: "orthogonal" or "kaiming"; None: kaiming for lora and dora, else orthogonal.
+        lora_A_gain: multiplies the initial lora_A.
         gate_init: magnitude_gate, before its sigmoid.
         residual_init: residual_weight, before its sigmoid.
         structure_dim: width of the structure prior, for v2.
@@ -87,9 +91,11 @@ def init_leaves(
     Source: method.md §1.
     """
     dtype = norm_squared.dtype
-    init_A = low_rank.kaiming_init if kind in ("lora", "dora") else low_rank.orthogonal_init
+    if lora_A_init is None:
+        lora_A_init = "kaiming" if kind in ("lora", "dora") else "orthogonal"
+    init_A = low_rank.orthogonal_init if lora_A_init == "orthogonal" else low_rank.kaiming_init
     leaves = {
-        "lora_A": init_A(key, rank, d_in).astype(dtype),
+        "lora_A": (lora_A_gain * init_A(key, rank, d_in)).astype(dtype),
         "lora_B": jnp.zeros((norm_squared.shape[0], rank), dtype),
         "magnitude": low_rank.safe_sqrt(norm_squared),
         "magnitude_gate": jnp.asarray(gate_init, dtype),

@@ -15,6 +15,24 @@ def test_fresh_leaves_have_the_stated_shapes(kind):
     assert {name: leaf.shape for name, leaf in leaves.items()} == shapes
 
 
+@pytest.mark.parametrize("kind", linear_adapter.LEAVES)
+def test_the_start_of_a(kind):
+    def start(rank, **settings):
+        leaves = linear_adapter.init_leaves(kind, jax.random.key(0), rank, 50, jnp.ones(6), **settings)
+        return leaves["lora_A"]
+
+    a = start(8, lora_A_init="orthogonal", lora_A_gain=3.0)
+    # Float32: a QR decomposition of 8 rows.
+    np.testing.assert_allclose(a @ a.T, 9 * np.eye(8), atol=9e-6)
+    a = start(60, lora_A_init="orthogonal", lora_A_gain=0.5)
+    np.testing.assert_allclose(a.T @ a, 0.25 * np.eye(50), atol=1e-6)
+    # 400 draws of a uniform distribution on ±3/√50 come within 2 % of the bound.
+    kaiming = start(8, lora_A_init="kaiming", lora_A_gain=3.0)
+    assert 0.98 * 3 / math.sqrt(50) < float(jnp.abs(kaiming).max()) <= 3 / math.sqrt(50)
+    default = "kaiming" if kind in ("lora", "dora") else "orthogonal"
+    np.testing.assert_array_equal(start(8), start(8, lora_A_init=default))
+
+
 @pytest.mark.parametrize(
     ("kind", "width", "count"),
     [

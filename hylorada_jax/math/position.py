@@ -19,10 +19,13 @@ MAX_DISTANCE = 32768
 
 
 @functools.cache
-def position_buckets() -> UInt[np.ndarray, " position"]:
+def position_buckets(num_buckets: int = NUM_BUCKETS) -> UInt[np.ndarray, " position"]:
     """The bucket of every position p = 0 … M−1, for the position bias.
 
-        p  if p < E,  else  E + ⌊(N−E−1)·ln(max(p−E, 1)) / ln(M−E)⌋        N = 64, E = N/2, M = 32768
+        p  if p < E,  else  E + ⌊(N−E−1)·ln(max(p−E, 1)) / ln(M−E)⌋        E = N/2, M = 32768
+
+    Args:
+        num_buckets: N, 2 … M.
 
     Returns:
         Buckets in [0, N), never falling.
@@ -33,11 +36,12 @@ def position_buckets() -> UInt[np.ndarray, " position"]:
 
     Source: method.md §2.
     """
-    exact = NUM_BUCKETS // 2
+    exact = num_buckets // 2
     position = np.arange(MAX_DISTANCE)
     beyond = np.log(np.maximum(position - exact, 1.0)) / np.log(MAX_DISTANCE - exact)
-    far = exact + np.floor((NUM_BUCKETS - exact - 1) * beyond)
-    return np.where(position < exact, position, np.minimum(far, NUM_BUCKETS - 1)).astype(np.uint8)
+    far = exact + np.floor((num_buckets - exact - 1) * beyond)
+    buckets = np.where(position < exact, position, np.minimum(far, num_buckets - 1))
+    return buckets.astype(np.min_scalar_type(num_buckets - 1))
 
 
 @functools.cache
@@ -152,7 +156,7 @@ def position_factor(
         t = tanh(position_bias[bucket(position)])
 
     Args:
-        position_bias: one learned number per bucket, zeros at the start.
+        position_bias: one learned number for each of N buckets, zeros at the start.
         positions: position ids; clamped to [0, M−1].
 
     Returns:
@@ -165,5 +169,5 @@ def position_factor(
     Source: method.md §§1–2.
     """
     index = jnp.clip(positions, 0, MAX_DISTANCE - 1)
-    buckets = jnp.take(jnp.asarray(position_buckets()), index, mode="clip")
+    buckets = jnp.take(jnp.asarray(position_buckets(len(position_bias))), index, mode="clip")
     return jnp.tanh(jnp.take(position_bias, buckets, mode="clip"))

@@ -56,13 +56,11 @@ def leaf_shapes(
         "norm_weight": (encoding_dim,),
         "norm_bias": (encoding_dim,),
         "proj_weight": (hidden_size, encoding_dim),
-        "proj_bias": (hidden_size,),
         "gate": (),
     }
     if encoder_type == "temporal":
         shapes["periods"] = (num_periods,)
         shapes["period_weight"] = (encoding_dim, 2 * num_periods)
-        shapes["period_bias"] = (encoding_dim,)
     return shapes
 
 
@@ -150,11 +148,11 @@ def structure_prior(
         e = e + jnp.take(leaves["structure_embeddings"], structure_ids, axis=0, mode="clip")
     if "periods" in leaves:
         calendar = _waves(2 * jnp.pi * place / jnp.abs(leaves["periods"]))
-        e = e + calendar @ leaves["period_weight"].T + leaves["period_bias"]
+        e = e + calendar @ leaves["period_weight"].T
     e = e - e.mean(axis=-1, keepdims=True)
     e = e * jax.lax.rsqrt(jnp.mean(e * e, axis=-1, keepdims=True) + NORM_EPSILON)
     e = e * leaves["norm_weight"] + leaves["norm_bias"]
-    return jax.nn.sigmoid(leaves["gate"]) * (e @ leaves["proj_weight"].T + leaves["proj_bias"])
+    return jax.nn.sigmoid(leaves["gate"]) * (e @ leaves["proj_weight"].T)
 
 
 def _waves(angles: Array) -> Array:

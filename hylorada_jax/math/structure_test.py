@@ -22,7 +22,7 @@ def drawn(encoder_type, seed=0):
 def slow_prior(leaves, positions, structure_ids, seq_len):
     """method.md §5, token by token."""
     depth = leaves["norm_weight"].size
-    prior = np.empty((*positions.shape, leaves["proj_bias"].size))
+    prior = np.empty((*positions.shape, len(leaves["proj_weight"])))
     for place in np.ndindex(*positions.shape):
         p = positions[place]
         e = leaves["bucket_embeddings"][structure_bucket(int(np.floor(p)) - seq_len // 2)].copy()
@@ -34,9 +34,9 @@ def slow_prior(leaves, positions, structure_ids, seq_len):
             e += leaves["structure_embeddings"][min(max(structure_ids[place], 0), top)]
         if "periods" in leaves:
             phi = 2 * np.pi * p / np.abs(leaves["periods"])
-            e += leaves["period_weight"] @ np.concatenate([np.sin(phi), np.cos(phi)]) + leaves["period_bias"]
+            e += leaves["period_weight"] @ np.concatenate([np.sin(phi), np.cos(phi)])
         e = (e - e.mean()) / np.sqrt(e.var() + 1e-5) * leaves["norm_weight"] + leaves["norm_bias"]
-        prior[place] = (leaves["proj_weight"] @ e + leaves["proj_bias"]) / (1 + np.exp(-leaves["gate"]))
+        prior[place] = leaves["proj_weight"] @ e / (1 + np.exp(-leaves["gate"]))
     return prior
 
 
@@ -84,4 +84,4 @@ def test_fresh_leaves():
         assert float(leaves["bucket_embeddings"].std()) == pytest.approx(0.02, rel=0.05)
         assert 0 < float(jnp.abs(leaves["proj_weight"]).max()) <= 32**-0.5
         assert float(leaves["gate"]) == 0
-    assert set(leaves) - set(structure.leaf_shapes(8)) == {"periods", "period_weight", "period_bias"}
+    assert set(leaves) - set(structure.leaf_shapes(8)) == {"periods", "period_weight"}

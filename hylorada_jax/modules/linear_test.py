@@ -9,7 +9,13 @@ from jax.test_util import check_grads
 
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.position_test import position_bucket
-from hylorada_jax.modules.linear import HyLoRADALinear, HyLoRADAUnified, HyLoRADAv2Linear
+from hylorada_jax.modules.linear import (
+    DoRALinear,
+    HyLoRADALinear,
+    HyLoRADAUnified,
+    HyLoRADAv2Linear,
+    LoRALinear,
+)
 from hylorada_jax.modules.position import PositionBias
 from hylorada_jax.modules.structure import StructureEncoder, TemporalStructureEncoder
 
@@ -49,7 +55,7 @@ def v2_case():
     rng = np.random.default_rng(1)
     leaves["scale_from_structure"], prior = rng.normal(size=6), rng.normal(size=(2, 4, 6))
     p = 0.5 + sigmoid(prior @ leaves["scale_from_structure"])
-    return HyLoRADAv2Linear(rank=2, structure_dim=6), leaves, inputs, prior, p
+    return HyLoRADAv2Linear(5, 3, rank=2, structure_dim=6), leaves, inputs, prior, p
 
 
 def unified_case(positions=POSITIONS):
@@ -59,7 +65,7 @@ def unified_case(positions=POSITIONS):
     leaves |= {"position_scale": rng.normal(), "position_bias": {"position_bias": bias}}
     where = np.tile(np.arange(4), (2, 1)) if positions is None else positions
     t = np.tanh(bias[np.vectorize(position_bucket)(where)])
-    layer = HyLoRADAUnified(rank=2, position_bias=PositionBias())
+    layer = HyLoRADAUnified(5, 3, rank=2, position_bias=PositionBias())
     return layer, leaves, inputs, positions, 1 + sigmoid(leaves["position_scale"]) * t
 
 
@@ -86,15 +92,20 @@ def test_neutral_conditions_are_v1_to_the_bit(dtype):
     leaves, *inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), drawn())
     inputs = [value.astype(dtype) for value in inputs]
     prior = jnp.ones((2, 4, 32))
-    v1 = HyLoRADALinear(rank=2).apply({"params": leaves}, *inputs)
+    v1 = HyLoRADALinear(5, 3, rank=2).apply({"params": leaves}, *inputs)
     scale = leaves | {"scale_from_structure": jnp.zeros(32)}
     live = leaves | {"scale_from_structure": jnp.ones(32)}
     bias = leaves | {"position_scale": jnp.ones(()), "position_bias": {"position_bias": jnp.zeros(64)}}
-    v2, unified = HyLoRADAv2Linear(rank=2), HyLoRADAUnified(rank=2, position_bias=PositionBias())
+    v2 = HyLoRADAv2Linear(5, 3, rank=2)
+    unified = HyLoRADAUnified(5, 3, rank=2, position_bias=PositionBias())
     assert v1.dtype == dtype
     assert jnp.array_equal(v2.apply({"params": live}, *inputs), v1)
     assert jnp.array_equal(v2.apply({"params": scale}, *inputs, prior), v1)
     assert jnp.array_equal(unified.apply({"params": bias}, *inputs, POSITIONS), v1)
+    without = HyLoRADAUnified(5, 3, rank=2).apply(
+        {"params": leaves | {"position_scale": jnp.ones(())}}, *inputs, POSITIONS
+    )
+    assert jnp.array_equal(without, v1)
     assert not jnp.array_equal(v2.apply({"params": live}, *inputs, prior), v1)
 
 
@@ -104,9 +115,9 @@ def test_fresh_layers_change_nothing_and_share_one_position_bias():
         def __call__(self, x, base_output, weight):
             shared = PositionBias()
             outputs = [
-                HyLoRADAUnified(rank=2, position_bias=shared)(x, base_output, weight) for _ in range(2)
+                HyLoRADAUnified(5, 3, rank=2, position_bias=shared)(x, base_output, weight) for _ in range(2)
             ]
-            return (*outputs, HyLoRADAv2Linear(rank=2)(x, base_output, weight, jnp.ones((2, 4, 32))))
+            return (*outputs, HyLoRADAv2Linear(5, 3, rank=2)(x, base_output, weight, jnp.ones((2, 4, 32))))
 
     _, *inputs = drawn()
     inputs = [jnp.asarray(value, jnp.float32) for value in inputs]
@@ -122,7 +133,7 @@ def test_fresh_layers_change_nothing_and_share_one_position_bias():
 @pytest.mark.parametrize("encoder", [StructureEncoder(8), TemporalStructureEncoder(8)])
 def test_scale_and_encoder_both_leave_their_start(encoder):
     """Were the encoder's projection zero at the start as the scale is, neither would ever move."""
-    layer, ids = HyLoRADAv2Linear(rank=2, structure_dim=8), np.array([[0, 1, 2, 3]] * 2)
+    layer, ids = HyLoRADAv2Linear(5, 3, rank=2, structure_dim=8), np.array([[0, 1, 2, 3]] * 2)
     _, x, base, weight = (jnp.asarray(value, jnp.float32) for value in (0, *drawn()[1:]))
     prior, encoded = encoder.init_with_output(jax.random.key(0), POSITIONS, ids)
     start = {"encoder": encoded, "layer": layer.init(jax.random.key(1), x, base, weight, prior)}
@@ -145,13 +156,33 @@ def test_scale_and_encoder_both_leave_their_start(encoder):
     assert still == []
 
 
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear, HyLoRADALinear, HyLoRADAv2Linear, HyLoRADAUnified])
+def test_the_start_of_a_is_a_setting_and_the_sizes_are_checked(kind):
+    x, weight = jnp.ones((1, 2, 5)), jnp.ones((3, 5))
+    given = (jax.random.key(0), x, x @ weight.T, weight)
+
+    def start(**settings):
+        return kind(5, 3, rank=2, **settings).init(*given)["params"]["lora_A"]
+
+    a = start(lora_A_init="orthogonal", lora_A_gain=3.0)
+    np.testing.assert_allclose(a @ a.T, 9 * np.eye(2), atol=9e-6)  # float32
+    kaiming = start(lora_A_init="kaiming", lora_A_gain=3.0)
+    assert 0.5 * 3 / 5**0.5 < jnp.abs(kaiming).max() <= 3 / 5**0.5
+    for wrong in ({"lora_A_init": "orthogonl"}, {"lora_A_gain": 0.0}, {"lora_A_gain": np.inf}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            start(**wrong)
+    for sizes in ((3, 5), (5, 4), (0, 3)):
+        with pytest.raises(ConfigError, match=f"{kind.__name__}.*(≥ 1|base_weight)"):
+            kind(*sizes, rank=2).init(*given)
+
+
 def test_bad_input_is_refused():
     x, weight = jnp.ones((1, 2, 3)), jnp.ones((4, 3))
     base, key = x @ weight.T, jax.random.key(0)
     with pytest.raises(ConfigError, match="HyLoRADAv2Linear"):
-        HyLoRADALinear(rank=2).init(key, x, base, weight, jnp.ones((1, 2, 32)))
+        HyLoRADALinear(3, 4, rank=2).init(key, x, base, weight, jnp.ones((1, 2, 32)))
     with pytest.raises(DataError, match=r"\(1, 2, 31\)"):
-        HyLoRADAv2Linear(rank=2).init(key, x, base, weight, jnp.ones((1, 2, 31)))
+        HyLoRADAv2Linear(3, 4, rank=2).init(key, x, base, weight, jnp.ones((1, 2, 31)))
     for positions in ([[0, -1]], [[0, 1, 2]], [[0.5, 1.0]]):
         with pytest.raises(DataError, match="integers ≥ 0"):
-            HyLoRADAUnified(rank=2, position_bias=PositionBias()).init(key, x, base, weight, positions)
+            HyLoRADAUnified(3, 4, rank=2, position_bias=PositionBias()).init(key, x, base, weight, positions)

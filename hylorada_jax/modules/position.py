@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from hylorada_jax.math.position import NUM_BUCKETS, check_positions, position_factor
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions, position_factor
 
 
 class PositionBias(nn.Module):
@@ -13,9 +14,13 @@ class PositionBias(nn.Module):
 
         t = tanh(position_bias[bucket(position)])
 
-    Parameters: position_bias [64] zeros; float32.
+    Attributes:
+        num_buckets: N, 2 … 32768.
+
+    Parameters: position_bias [num_buckets] zeros; float32.
 
     Raises:
+        ConfigError: num_buckets is out of range.
         DataError: the positions are no integers ≥ 0.
 
     Example:
@@ -26,10 +31,16 @@ class PositionBias(nn.Module):
     Source: method.md §§1–2.
     """
 
+    num_buckets: int = NUM_BUCKETS
+
     @nn.compact
     def __call__(self, positions: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """The factor t in (−1, 1) of every position."""
+        if not 2 <= self.num_buckets <= MAX_DISTANCE:
+            rule = f"PositionBias: num_buckets is 2 … {MAX_DISTANCE}"
+            raise ConfigError(rule, self.num_buckets, f"The default is {NUM_BUCKETS}.")
         positions = jnp.asarray(positions)
         check_positions(positions)
-        position_bias = self.param("position_bias", nn.initializers.zeros, (NUM_BUCKETS,), jnp.float32)
+        shape = (self.num_buckets,)
+        position_bias = self.param("position_bias", nn.initializers.zeros, shape, jnp.float32)
         return position_factor(jnp.asarray(position_bias), positions)

@@ -26,7 +26,7 @@ class StructureEncoder(nn.Module):
 
     Parameters: bucket_embeddings [2·num_buckets + 1, D] and structure_embeddings [max_structure_types, D]
     ~ N(0, 0.02²), freq_scale [D/2] ones, norm_weight and norm_bias [D], proj_weight [hidden_size, D]
-    Kaiming-uniform(a=√5), proj_bias [hidden_size] zeros, gate 0; float32.
+    Kaiming-uniform(a=√5), gate 0; float32: 7,281 numbers at the defaults.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -59,6 +59,25 @@ class StructureEncoder(nn.Module):
         that a row that grows moves its middle: fix it where rows of several lengths are to agree.
         """
         return self._encode(positions, structure_ids, seq_len, "default")
+
+    @nn.nowrap
+    def get_position_tensor(self, batch_size: int, seq_len: int) -> Int[Array, "batch seq"]:
+        """The positions of rows that are counted from 0.
+
+            position[b, i] = i
+
+        Args:
+            batch_size: rows.
+            seq_len: tokens per row.
+
+        Returns:
+            int32 [batch_size, seq_len].
+
+        Example:
+            >>> StructureEncoder(32).get_position_tensor(2, 3).tolist()
+            [[0, 1, 2], [0, 1, 2]]
+        """
+        return jnp.broadcast_to(jnp.arange(seq_len, dtype=jnp.int32), (batch_size, seq_len))
 
     def _encode(
         self, positions: Any, structure_ids: Any, seq_len: int | None, encoder_type: str, **sizes: int
@@ -102,7 +121,7 @@ class TemporalStructureEncoder(StructureEncoder):
         num_periods: how many of the periods 24, 168, 720 and 8760, from the first.
 
     Parameters: StructureEncoder's, and periods [num_periods], period_weight [D, 2·num_periods]
-    Kaiming-uniform(a=√5), period_bias [D] zeros.
+    Kaiming-uniform(a=√5).
 
     Raises:
         ConfigError: num_periods is not 1 … 4.
@@ -133,28 +152,6 @@ class TemporalStructureEncoder(StructureEncoder):
                 "Leave it out for all of them.",
             )
         return self._encode(positions, structure_ids, seq_len, "temporal", num_periods=self.num_periods)
-
-    @nn.nowrap
-    def get_position_tensor(
-        self, seq_len: int, batch_size: int = 1, start: int = 0
-    ) -> Int[Array, "batch seq"]:
-        """The positions of rows of consecutive steps.
-
-            position[b, i] = start + i
-
-        Args:
-            seq_len: steps per row.
-            batch_size: rows.
-            start: the first step.
-
-        Returns:
-            int32 [batch_size, seq_len].
-
-        Example:
-            >>> TemporalStructureEncoder(32).get_position_tensor(3, start=24).tolist()
-            [[24, 25, 26]]
-        """
-        return jnp.broadcast_to(start + jnp.arange(seq_len, dtype=jnp.int32), (batch_size, seq_len))
 
 
 def _check_tokens(positions: Array, structure_ids: Array | None) -> None:

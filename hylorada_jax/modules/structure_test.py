@@ -29,12 +29,15 @@ def test_parameters(encoder_type):
     params = ENCODERS[encoder_type](32).init(jax.random.key(0), jnp.array([[0]]))["params"]
     assert {name: leaf.shape for name, leaf in params.items()} == structure.leaf_shapes(32, encoder_type)
     assert {leaf.dtype.name for leaf in params.values()} == {"float32"}
+    # method.md §5's count; the temporal encoder has 4 periods and their projection [32, 8] besides.
+    assert sum(leaf.size for leaf in params.values()) == {"default": 7_281, "temporal": 7_541}[encoder_type]
 
 
 def test_position_tensor():
-    positions = TemporalStructureEncoder(32).get_position_tensor(4, batch_size=2, start=10)
-    assert positions.dtype == jnp.int32
-    assert positions.tolist() == [[10, 11, 12, 13]] * 2
+    for encoder in ENCODERS.values():
+        positions = encoder(32).get_position_tensor(2, 3)
+        assert positions.dtype == jnp.int32
+        assert positions.tolist() == [[0, 1, 2]] * 2
 
 
 def test_bad_input_is_refused():

@@ -123,6 +123,8 @@ def _keys(key: Array, names: Array) -> Array:
 def _fresh_linears(site: Site, keys: Array, norms: Array, config: HyLoRADAConfig) -> dict[str, Array]:
     """The leaves of a site's linear adapters, stacked and padded to the largest rank; ranks in turn."""
     start = {
+        "lora_A_init": config.lora_A_init,
+        "lora_A_gain": config.lora_A_gain,
         "gate_init": config.gate_init,
         "residual_init": config.residual_init,
         "structure_dim": config.structure_dim,

@@ -175,10 +175,25 @@ def _paths(tree):
 
 
 def test_a_layers_start_does_not_depend_on_the_other_targets():
-    narrow = make(HyLoRADAConfig(lora_rank=2, target_modules=r"layers\.2\.up"))[5]
-    wide = make(HyLoRADAConfig(lora_rank=2, target_modules="all-linear"))[5]
+    narrow = make(HyLoRADAConfig(use_hylorada=True, lora_rank=2, target_modules=r"layers\.2\.up"))[5]
+    wide = make(HyLoRADAConfig(use_hylorada=True, lora_rank=2, target_modules="all-linear"))[5]
     np.testing.assert_array_equal(narrow["layers"]["up"]["lora_A"][0], wide["layers"]["up"]["lora_A"][2])
     assert np.any(wide["layers"]["up"]["lora_A"][1] != wide["layers"]["up"]["lora_A"][2])
+
+
+@pytest.mark.parametrize("method", ["lora", "hylorada_v1"])
+def test_the_start_of_a_follows_the_config(method):
+    def start(**settings):
+        config = HyLoRADAConfig(method=method, lora_rank=2, target_modules="all-linear", **settings)
+        return make(config)[5]["layers"]["up"]["lora_A"]
+
+    orthogonal = start(lora_A_init="orthogonal", lora_A_gain=3.0)
+    for a in orthogonal:
+        np.testing.assert_allclose(a @ a.T, 9 * np.eye(2), atol=9e-6)  # float32
+    kaiming = start(lora_A_init="kaiming", lora_A_gain=3.0)
+    bound = 3 / kaiming.shape[-1] ** 0.5
+    assert 0.8 * bound < np.abs(kaiming).max() <= bound
+    np.testing.assert_array_equal(start(lora_A_gain=3.0), kaiming if method == "lora" else orthogonal)
 
 
 def test_dropout_acts_on_the_low_rank_path_alone_and_differs_by_layer_and_key():
@@ -203,7 +218,7 @@ def test_dropout_acts_on_the_low_rank_path_alone_and_differs_by_layer_and_key():
 
 
 def test_the_frozen_weights_are_bfloat16_and_the_scales_are_not():
-    config = HyLoRADAConfig(lora_rank=2, target_modules="all-linear")
+    config = HyLoRADAConfig(use_hylorada=True, lora_rank=2, target_modules="all-linear")
     net, x, params, sites, *_ = make(config)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     constants = build.build_constants(sites, half, config)

@@ -148,7 +148,7 @@ def self_attentions(names: Sequence[str]) -> list[str]:
         raise TargetError(
             f"A self-attention has a query projection: {', '.join(ROLES['q'])}",
             f"linear layers {_endings(names)}",
-            "Leave daa_enabled and s2_attn_enabled out for this model.",
+            "Set daa_enabled and s2_attn_enabled to False for this model; a method may have them on.",
         )
     return found
 

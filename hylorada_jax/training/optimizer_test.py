@@ -68,7 +68,7 @@ def test_every_leaf_has_the_rate_and_decay_of_the_table():
 
 
 def test_without_lora_plus_both_factors_share_a_rate():
-    rates = peak_rates(TRAINING, HyLoRADAConfig(lora_plus_enabled=False, lora_plus_ratio=16.0))
+    rates = peak_rates(TRAINING, HyLoRADAConfig(lora_plus_ratio=16.0))
     assert rates["lora_B"] == rates["lora_A"] == 3e-4
 
 

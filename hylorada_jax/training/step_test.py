@@ -301,7 +301,13 @@ def test_a_second_step_does_not_compile_again_and_holds_no_weights():
 def test_runs_that_differ_in_numbers_alone_share_one_program():
     def lowered(learning_rate, seed, alpha, dropout, gate, ratio):
         config = HyLoRADAConfig(
-            lora_rank=2, lora_alpha=alpha, lora_dropout=dropout, gate_init=gate, lora_plus_ratio=ratio
+            use_hylorada=True,
+            lora_rank=2,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            gate_init=gate,
+            lora_plus_enabled=True,
+            lora_plus_ratio=ratio,
         )
         model = tiny_model(config)
         training = TrainingConfig(

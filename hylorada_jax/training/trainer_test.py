@@ -47,7 +47,11 @@ def tiny_model(seed=0, method="hylorada_v1"):
         "initializer_range": 0.3,
     }  # fmt: skip
     config = HyLoRADAConfig(
-        method=method, lora_rank=2, lora_dropout=0.1, target_modules=("v_proj", "down_proj")
+        method=method,
+        lora_rank=2,
+        lora_dropout=0.1,
+        lora_plus_enabled=True,
+        target_modules=("v_proj", "down_proj"),
     )
     base = CausalLM.from_config(DecoderConfig.from_hf(hf), jax.random.key(0))
     return HyLoRADAModel(base, config, seed)
