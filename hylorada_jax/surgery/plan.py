@@ -156,6 +156,6 @@ def _require(modules: Sequence, setting: str, what: str) -> Sequence:
         raise ModelError(
             f"{setting} needs {what} in the model",
             "a model without",
-            f"Set {setting}=False, which a method may have on, or choose a model of the Llama family, GPT-2 or BERT.",
+            f"Set {setting}=False (a method may have it on), or choose a Llama, GPT-2 or BERT.",
         )
     return modules
