@@ -73,7 +73,7 @@ OTHER_EDGES = {
     "plain": Draw(),
     "one token": Draw(seed=1, seq=1),
     "empty batch": Draw(seed=2, batch=0),
-    # A seed at which freq_scale's gradient, a sum over the tokens, keeps more than a sixtieth of its terms.
+    # At this seed freq_scale's gradient, a sum over the tokens of terms that cancel, is well conditioned.
     "long": Draw(seed=13, batch=1, seq=70),
     "large": Draw(seed=4, input_exponent=6),
     "tiny": Draw(seed=5, input_exponent=-6),
