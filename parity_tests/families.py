@@ -14,13 +14,14 @@ import transformers
 
 from hylorada_jax.models.loading import load_model
 from parity_tests.hf_weights import randomise
-from parity_tests.measure import precision
+from parity_tests.measure import DTYPES, precision
 
 # The models are small, and JAX computes on all cores beside: several threads of torch wait for one another
 # (SmolLM2 on two busy cores: 40 seconds a step; with one thread, 2).
 torch.set_num_threads(1)
 
 VOCAB = 128  # texts are ASCII codes
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}  # as they are outside of `all_in_float64`
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
     "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 24, "rms_norm_eps": 1e-3,
@@ -128,9 +129,12 @@ def all_in_float64() -> Iterator[None]:
 
 @functools.cache
 def saved(family: str, dtype: str) -> tempfile.TemporaryDirectory[str]:
-    """The family's random model with weights of a dtype, as transformers saves it."""
+    """The family's random model with weights of a dtype, as transformers saves it.
+
+    The numbers are of that dtype, the files in float64: in `all_in_float64` torch reads no others.
+    """
     torch.manual_seed(0)
-    model = randomise(FAMILIES[family]()).to(getattr(torch, dtype))
+    model = randomise(FAMILIES[family]()).to(_DTYPES[dtype]).to(torch.float64)
     directory = tempfile.TemporaryDirectory()
     model.save_pretrained(directory.name)
     return directory

@@ -18,6 +18,7 @@ from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.hf_flax import HFFlaxModel
 from hylorada_jax.models.ids import check_tokens
+from hylorada_jax.models.tokenizer import Encoded
 
 VOCAB = 32
 SHAPE = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
@@ -139,6 +140,9 @@ def test_a_tokenizer_of_another_model_is_refused_by_the_retrieval_probe():
     class Words:
         def encode(self, text):
             return [VOCAB - 1 + ("locker" in text)] * len(text.split())
+
+        def encode_prompt(self, text):
+            return Encoded(self.encode(text), [])
 
     with pytest.raises(DataError, match=f"… {VOCAB}"):
         evaluate_retrieval(base(), Words(), seq_len=128, samples=1)  # type: ignore[arg-type]
