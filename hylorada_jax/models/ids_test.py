@@ -138,6 +138,8 @@ def test_positions_fit_into_their_32_bits(position):
 
 def test_a_tokenizer_of_another_model_is_refused_by_the_retrieval_probe():
     class Words:
+        bos_token_id = None
+
         def encode(self, text):
             return [VOCAB - 1 + ("locker" in text)] * len(text.split())
 
