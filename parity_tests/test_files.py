@@ -84,7 +84,7 @@ def test_torch_refuses_what_is_another_models(tmp_path):
         with pytest.raises(CheckpointError, match="layers_sha256"):
             hylorada_torch.HyLoRADAModel.from_pretrained(torch_base("qwen2", "float64"), tmp_path)
         changed = torch_base("llama", "float64")
-        changed.config.rope_theta = 1e6
+        changed.config.rms_norm_eps = 0.5
         with pytest.raises(CheckpointError, match="config_sha256"):
             hylorada_torch.HyLoRADAModel.from_pretrained(changed, tmp_path)
     with pytest.raises(CheckpointError, match="overwritten"):
