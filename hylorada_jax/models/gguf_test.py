@@ -110,19 +110,18 @@ def test_rope_scaling(tmp_path):
 
 def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 8192
     shape = {"hidden_size": 256, "num_attention_heads": 4, "rope_theta": 500000.0}
-    plain = transformers.LlamaConfig(**shape)
     scaled = transformers.LlamaConfig(**shape, rope_scaling=llama3)
     # transformers' frequencies are the oracle; a GGUF holds by how much each is divided.
-    factors = (
-        ROPE_INIT_FUNCTIONS["default"](plain, "cpu")[0] / ROPE_INIT_FUNCTIONS["llama3"](scaled, "cpu")[0]
-    )
+    plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
+    factors = (plain / ROPE_INIT_FUNCTIONS["llama3"](scaled, "cpu")[0].numpy()).astype(np.float32)
     keys = KEYS | {"embedding_length": 256, "rope.freq_base": 500000.0}
-    more = tensors(**{"rope_freqs.weight": factors.numpy()})
+    more = tensors(**{"rope_freqs.weight": factors})
     header = read_gguf(write_gguf(tmp_path / "m.gguf", "llama", keys, more))
     assert gguf_config(header)["rope_scaling"] == llama3
     assert "rope_freqs.weight" not in GGUFWeights(header).shapes
