@@ -116,7 +116,8 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 8192
     shape = {"hidden_size": 256, "num_attention_heads": 4, "rope_theta": 500000.0}
-    scaled = transformers.LlamaConfig(**shape, rope_scaling=llama3)
+    stretched = llama3 | {"rope_theta": 500000.0}  # where transformers 5 looks for it
+    scaled = transformers.LlamaConfig(**shape, rope_scaling=stretched, max_position_embeddings=131072)
     # transformers' frequencies are the oracle; a GGUF holds by how much each is divided.
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
     factors = (plain / ROPE_INIT_FUNCTIONS["llama3"](scaled, "cpu")[0].numpy()).astype(np.float32)
