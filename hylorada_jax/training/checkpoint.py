@@ -175,10 +175,13 @@ class Checkpoints:
             self._manager.reload()
 
     def _in_words(self, error: Exception) -> str:
-        """An error in one line of bearable length: tensorstore's run over pages, and end with the cause."""
+        """An error in one line of bearable length: tensorstore's run over pages, with the cause within."""
         text = str(error).strip().split("\n")[0].replace(str(self._orbax_directory), str(self._directory))
         text = text or type(error).__name__
-        return text if len(text) <= 300 else f"{text[:120]} … {text[-160:]}"
+        if len(text) <= 300:
+            return text
+        of_the_system = re.search(r"[^:]{3,80}(?= \[os_error_code)", text)
+        return f"{text[:120]} … {of_the_system[0].strip() if of_the_system else text[-160:]}"
 
     def _unwritten(self, error: Exception) -> CheckpointError:
         return CheckpointError(
