@@ -1,5 +1,6 @@
 """Oracle of every interrupted run: the run that was never interrupted, bit for bit."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -174,18 +175,25 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, reference):
     )
 
 
-def test_resume_goes_on_from_the_older_checkpoint_when_the_newest_is_cut(tmp_path, reference, monkeypatch):
-    batches_left = iter(range(5))
+@contextlib.contextmanager
+def dying_after(batches, monkeypatch):
+    """Within it, a run ends with an error when it asks for one batch more."""
+    left = iter(range(batches))
 
     def shard_or_die(batch):
-        if next(batches_left, None) is None:
+        if next(left, None) is None:
             raise RuntimeError("killed")
         return shard_rows(batch)
 
-    monkeypatch.setattr(loop_module, "shard_rows", shard_or_die)
-    with pytest.raises(RuntimeError, match="killed"):
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module, "shard_rows", shard_or_die)
+        with pytest.raises(RuntimeError, match="killed"):
+            yield
+
+
+def test_resume_goes_on_from_the_older_checkpoint_when_the_newest_is_cut(tmp_path, reference, monkeypatch):
+    with dying_after(5, monkeypatch):
         train(tmp_path / "run")
-    monkeypatch.setattr(loop_module, "shard_rows", shard_rows)
     for path in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
@@ -260,17 +268,8 @@ def test_any_name_keeps_and_resumes_a_run(tmp_path, reference, monkeypatch, name
     monkeypatch.chdir(tmp_path)
     directory = Path(name, "..", name, "run")
     Path(name).mkdir()
-    limits = iter(range(4))
-
-    def shard_or_die(batch):
-        if next(limits, None) is None:
-            raise RuntimeError("killed")
-        return shard_rows(batch)
-
-    monkeypatch.setattr(loop_module, "shard_rows", shard_or_die)
-    with pytest.raises(RuntimeError, match="killed"):
+    with dying_after(4, monkeypatch):
         train(directory, checkpoint_every=1)
-    monkeypatch.setattr(loop_module, "shard_rows", shard_rows)
     model, _ = train(f"{directory}/", resume=True)
     assert_same_run(directory, model, reference)
     assert (tmp_path / name / "run" / "checkpoints" / "6").exists()
