@@ -48,6 +48,7 @@ class Checkpoints:
         # orbax logs a failure several times, with its stack; what we raise says it once.
         logging.getLogger("absl").addFilter(_not_orbax)
         self._on_exit.callback(logging.getLogger("absl").removeFilter, _not_orbax)
+        _ignore_the_rest()
         self._directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
@@ -128,7 +129,6 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and none can be used.
         """
-        _ignore_late_reads()
         damage: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
@@ -204,15 +204,21 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _ignore_late_reads() -> None:
-    """Silences what becomes of the other reads when a restore has failed.
+def _ignore_the_rest() -> None:
+    """Silences, for good, what becomes of the other reads and writes when one has failed.
 
-    orbax closes its event loop at the first array that it cannot read. tensorstore's reads of the others end
-    later, in threads, and find it closed; orbax's coroutines for them are thrown away, and raise at that.
-    Each would put a stack on stderr.
+    orbax raises for the first array that it cannot read or write, and closes its event loop. Those of the
+    others fail later, in threads: their futures are never asked, or find the loop closed, and orbax's
+    coroutines for them are thrown away, and raise at that. Each would put a stack on stderr.
     """
+    logging.getLogger("asyncio").addFilter(_not_of_a_checkpoint)  # adding it again changes nothing
     if getattr(sys.unraisablehook, "func", None) is not _report_unless_late:
         sys.unraisablehook = functools.partial(_report_unless_late, sys.unraisablehook)
+
+
+def _not_of_a_checkpoint(record: logging.LogRecord) -> bool:
+    message = record.getMessage()  # with the future or the task, and its exception
+    return "tensorstore" not in message and "orbax" not in message
 
 
 def _report_unless_late(report: Callable[[Any], object], unraisable: Any) -> None:
