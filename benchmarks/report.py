@@ -1,8 +1,8 @@
-"""Tables and plots of a benchmark's runs, and the README's table from them.
+"""Tables and plots of a benchmark's runs, and a page's table from them.
 
-    python benchmarks/report.py benchmarks/results/wikitext-2 --readme README.md
+    python benchmarks/report.py benchmarks/results/wikitext-2 --page docs/results.md
 
-Writes table.md, loss.png, by_place.png and parameters.png beside the runs. In the README the table takes the
+Writes table.md, loss.png, by_place.png and parameters.png beside the runs. In the page the table takes the
 place of what stands between `<!-- results:NAME -->` and `<!-- end -->`. With --rate, all that is compared has
 one learning rate, and table-rate<RATE>.md is written, alone.
 """
@@ -56,7 +56,7 @@ def main(
     directory: Path,
     /,
     *,
-    readme: Path | None = None,
+    page: Path | None = None,
     against: str | None = None,
     rate: float | None = None,
 ) -> None:
@@ -64,7 +64,7 @@ def main(
 
     Args:
         directory: of the runs, as run_benchmark.py wrote them.
-        readme: a Markdown file whose table is replaced.
+        page: a Markdown file whose table is replaced.
         against: a method; the table also says by how much the others differ from it, seed by seed.
         rate: take the runs with this learning rate, in place of each method's own.
     """
@@ -74,8 +74,8 @@ def main(
     write_whole(directory / ("table.md" if rate is None else f"table-rate{rate:g}.md"), text.encode())
     if rate is None:
         plot(rows, directory)
-    if readme is not None:
-        write_whole(readme, replaced(readme.read_text("utf-8"), directory.name, text).encode())
+    if page is not None:
+        write_whole(page, replaced(page.read_text("utf-8"), directory.name, text).encode())
 
 
 def read(directory: Path, rate: float | None = None) -> list[Row]:

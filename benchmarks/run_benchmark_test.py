@@ -227,11 +227,11 @@ def test_a_table_of_several_machines_says_which_method_ran_on_which(done):
     assert "another (lora)" in report.caption(rows)
 
 
-def test_the_readmes_table_is_replaced_and_nothing_else(done, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results:tiny -->\nold\n<!-- end -->\nafter <!-- end -->\n")
-    report.main(done, readme=readme)
-    text = readme.read_text()
+def test_the_pages_table_is_replaced_and_nothing_else(done, tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- results:tiny -->\nold\n<!-- end -->\nafter <!-- end -->\n")
+    report.main(done, page=page)
+    text = page.read_text()
     assert text.startswith("before\n<!-- results:tiny -->\n| method")
     assert text.endswith("<!-- end -->\nafter <!-- end -->\n")
     assert "old" not in text

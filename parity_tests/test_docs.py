@@ -27,10 +27,19 @@ def test_an_adapter_in_a_network_of_ones_own_learns_the_change():
 
 
 @pytest.mark.slow
-def test_the_readmes_lines_train_a_real_model(tmp_path, monkeypatch):
+def test_the_readmes_lines_train_a_real_model_and_a_bank_holds_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    for code in blocks("README.md"):
+    for code in [*blocks("README.md"), *blocks("docs/adapters.md")]:
         exec(code, scope)
+    assert scope["logits"].shape[0] == 3
     assert scope["result"].perplexity_after < scope["result"].perplexity_before
     assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_every_link_of_a_page_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
