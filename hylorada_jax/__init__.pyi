@@ -30,3 +30,5 @@ from .training.corpus import load_documents as load_documents
 from .training.data import tokenize as tokenize
 from .training.data import tokenize_with_structure as tokenize_with_structure
 from .training.trainer import HyLoRADATrainer as HyLoRADATrainer
+
+__version__: str
