@@ -57,19 +57,22 @@ BOUNDS = {
 }
 
 
-def measure(dtypes: tuple[str, ...] = ("float64", "float32")) -> dict[str, Any]:
+def measure(
+    dtypes: tuple[str, ...] = ("float64", "float32"), count: int = TRAINING.steps
+) -> dict[str, Any]:
     """What is recorded, JSON-able.
 
     Args:
         dtypes: of JAX's computation; the oracle's is float64 always.
+        count: optimizer steps.
 
     Returns:
-        "losses" of 20 steps from fresh adapters, by who computed them; and "errors" by dtype: "forward"
+        "losses" of the steps from fresh adapters, by who computed them; and "errors" by dtype: "forward"
         (logits, loss) and "gradient" (all adapters) of a model with random adapters, relative; the largest
-        of the "losses" and of the "adapters" after the 20 steps, absolute.
+        of the "losses" and of the "adapters" after the steps, absolute.
     """
     batches = text_batches()
-    steps = list(itertools.islice(itertools.cycle(batches), TRAINING.steps))
+    steps = list(itertools.islice(itertools.cycle(batches), count))
     with all_in_float64():
         reference = hylorada_torch.HyLoRADAModel(torch_smollm2(), CONFIG)
     # float32 numbers, which all sides can hold.
@@ -127,7 +130,8 @@ def plot(losses: Mapping[str, list[float]], path: Path) -> None:
     """
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    steps, oracle = range(1, TRAINING.steps + 1), np.array(losses[ORACLE])
+    oracle = np.array(losses[ORACLE])
+    steps = range(1, len(oracle) + 1)
     above.plot(steps, oracle, color="black", linewidth=6, alpha=0.25, label=f"{ORACLE}, the reference")
     for color, name in zip(("tab:blue", "tab:orange"), sorted(losses.keys() - {ORACLE}), strict=False):
         above.plot(steps, losses[name], color=color, linewidth=1.5, linestyle="--", label=name)

@@ -61,9 +61,9 @@ def test_float64(family, name, tmp_path):
         within_budgets(family, "float64", errors(got, expected))
         assert pair.program._cache_size() == 1
 
-        # Operation by operation, without a jit of the whole, too: what others leave out of this they share.
+        # Operation by operation, without a jit of the whole, too: in our decoder and in Hugging Face's code.
         inputs: dict[str, Any] = {key: jnp.asarray(x) for key, x in pair.inputs.items() if key != "labels"}
-        if (family, name) in FULLEST:
+        if (family, name) in FULLEST and family in ("gpt2", "llama"):
             eager = loaded.apply(loaded.adapters, train=pair.train, **inputs).logits
             assert relative_error(eager[pair.inputs["labels"] >= 0], got["logits"]) <= FUSION
 

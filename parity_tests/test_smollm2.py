@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from parity_tests.smollm2 import BOUNDS, ORACLE, measure, plot
+from parity_tests.smollm2 import BATCHES, BOUNDS, ORACLE, measure, plot
 
 
 @pytest.mark.slow
@@ -11,7 +11,7 @@ from parity_tests.smollm2 import BOUNDS, ORACLE, measure, plot
 def test_smollm2(tmp_path):
     # Where there is float64, it tells the most; `python -m parity_tests.smollm2` measures float32 beside it.
     dtype = "float32" if jax.default_backend() == "tpu" else "float64"
-    measured = measure((dtype,))
+    measured = measure((dtype,), BATCHES + 1)
     over = {
         (dtype, name): error
         for dtype, found in measured["errors"].items()
@@ -21,6 +21,6 @@ def test_smollm2(tmp_path):
     assert not over, measured["errors"]
     assert set(measured["errors"]) == {dtype}
     oracle = measured["losses"][ORACLE]
-    assert sum(oracle[-5:]) < sum(oracle[:5])  # five batches, gone through again and again
+    assert oracle[-1] < oracle[0]  # the first batch, met again
     plot(measured["losses"], tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
