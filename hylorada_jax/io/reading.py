@@ -116,6 +116,8 @@ def checked(value: object, kind: type[T], rule: str, error: type[HyLoRADAError],
 
 def _at(value: Any, place: str) -> str:
     """What stands at a place like "rope_parameters.full[0]", as far as it can be found, in short."""
+    if isinstance(value, dict) and place in value:  # a key with dots in it, as GGUF's
+        value, place = value[place], ""
     try:
         for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
             value = value[name] if name else value[int(index)]

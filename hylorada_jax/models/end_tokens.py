@@ -4,10 +4,8 @@ import json
 from typing import Any
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.gguf import special_ids
 from hylorada_jax.models.source import Source
-
-# In a GGUF file: the end of a text, of a turn, and of a message that calls a tool.
-_GGUF_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def end_tokens(source: Source) -> tuple[int, ...]:
@@ -24,8 +22,8 @@ def end_tokens(source: Source) -> tuple[int, ...]:
         ModelError: the file is not JSON, or names what is not a token.
     """
     if source.gguf:
-        keys = source.gguf.metadata
-        return _ids([keys[name] for key in _GGUF_KEYS if (name := f"tokenizer.ggml.{key}") in keys], source)
+        ids = special_ids(source.gguf)
+        return tuple(dict.fromkeys(ids[role] for role in ("eos", "eot", "eom") if role in ids))
     file = source.path / "generation_config.json"
     try:
         named = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None

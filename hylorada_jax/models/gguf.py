@@ -3,26 +3,66 @@
 Reference: llama.cpp's ``convert_hf_to_gguf.py``, which this inverts.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+from msgspec import Meta
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.gguf_header import GGUFFile
+from hylorada_jax.io.reading import checked
+from hylorada_jax.models.gguf_header import REMEDY, GGUFFile
 
 _FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# Every architecture key that this reader understands or may ignore. Any other could change the computation.
-_KNOWN_KEYS = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
-    "tensor_data_layout", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-}  # fmt: skip
+# The tensors bound the widths and the depth more tightly.
+_Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Factor = Annotated[float, Meta(gt=0, le=1e12)]
+
+
+class _Architecture(
+    msgspec.Struct,
+    rename={
+        "head_count": "attention.head_count",
+        "head_count_kv": "attention.head_count_kv",
+        "key_length": "attention.key_length",
+        "value_length": "attention.value_length",
+        "epsilon": "attention.layer_norm_rms_epsilon",
+        "rotated": "rope.dimension_count",
+        "theta": "rope.freq_base",
+        "scaling": "rope.scaling.type",
+        "factor": "rope.scaling.factor",
+        "original_context": "rope.scaling.original_context_length",
+        "finetuned": "rope.scaling.finetuned",
+    },
+    kw_only=True,
+):
+    """Each architecture key that this reader understands or may ignore; any other could change the result."""
+
+    block_count: _Size
+    context_length: _Size
+    embedding_length: _Size
+    feed_forward_length: _Size
+    head_count: _Size
+    head_count_kv: _Size | None = None
+    key_length: _Size | None = None
+    value_length: _Size | None = None
+    epsilon: Annotated[float, Meta(gt=0, lt=1)]
+    rotated: _Size | None = None
+    theta: _Factor = 10000.0
+    scaling: str = "none"
+    factor: _Factor | None = None
+    original_context: _Size | None = None
+    vocab_size: _Size | None = None
+    tensor_data_layout: str | None = None
+    finetuned: bool | None = None
+
+
+# The roles of special tokens, by their keys: eot and eom end a turn, and a message that calls a tool.
+_SPECIAL = ("bos", "eos", "eot", "eom", "padding", "unknown")
 
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSORS = {
@@ -40,101 +80,153 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
         gguf: a file whose architecture is llama (Mistral and SmolLM2 are that too), qwen2 or qwen3.
 
     Returns:
-        What config.json would hold, as a dictionary.
+        What config.json would hold, as a dictionary; its depth and widths are those of the tensors.
 
     Raises:
-        ModelError: the architecture, one of its keys, or its rope scaling is unknown to this reader.
+        ModelError: the architecture, one of its keys, or its rope scaling is unknown to this reader, is of
+            another type or size than it must be, or does not fit the tensors.
     """
     architecture = gguf.metadata.get("general.architecture")
-    if architecture not in _FAMILIES:
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
         raise ModelError(
             f"A GGUF model must be of the architecture {', '.join(_FAMILIES)}.",
             f"{gguf.path}: {architecture}",
             "Load the original Hugging Face directory instead.",
         )
-    prefix = architecture + "."
-    keys = {k.removeprefix(prefix): v for k, v in gguf.metadata.items() if k.startswith(prefix)}
-    if unknown := sorted(keys.keys() - _KNOWN_KEYS):
-        raise ModelError(
-            "Every architecture key of a GGUF file must be understood, for it may change the result.",
-            f"{gguf.path}: {', '.join(prefix + key for key in unknown)}",
-            "Load the original Hugging Face directory instead.",
-        )
-    try:
-        heads, hidden = keys["attention.head_count"], keys["embedding_length"]
-        head_dim = keys.get("attention.key_length", hidden // heads)
-        config = {
-            "model_type": architecture,
-            "architectures": [_FAMILIES[architecture]],
-            "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
-            "hidden_size": hidden,
-            "intermediate_size": keys["feed_forward_length"],
-            "num_hidden_layers": keys["block_count"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": keys["context_length"],
-            "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
-            "rope_theta": keys.get("rope.freq_base", 10000.0),
-            "rope_scaling": _rope_scaling(gguf, keys, head_dim),
-            "hidden_act": "silu",
-            "tie_word_embeddings": "output.weight" not in gguf.tensors,
-            "bos_token_id": gguf.metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": gguf.metadata.get("tokenizer.ggml.eos_token_id"),
-        }
-    except KeyError as error:
-        raise ModelError(
-            "A GGUF model must have every key and tensor of its architecture.",
-            f"{gguf.path}: {error} is missing",
-            "Convert or download it again.",
-        ) from error
-    if {
-        head_dim,
-        keys.get("attention.value_length", head_dim),
-        keys.get("rope.dimension_count", head_dim),
-    } != {head_dim}:
+    keys = _architecture(gguf, architecture + ".")
+    head_dim = keys.embedding_length // keys.head_count if keys.key_length is None else keys.key_length
+    kv_heads = keys.head_count if keys.head_count_kv is None else keys.head_count_kv
+    if widths := {keys.value_length, keys.rotated} - {None, head_dim}:
         raise ModelError(
             "Keys, values and rotated dimensions must have one width.",
-            f"{gguf.path}: head_dim {head_dim}, {keys}",
+            f"{gguf.path}: head_dim {head_dim}, and {widths}",
             "Partial rotary embeddings are not supported: choose another model.",
         )
+    _check_tensors(gguf, keys, head_dim, kv_heads)
+    ids = special_ids(gguf)
+    config = {
+        "model_type": architecture,
+        "architectures": [_FAMILIES[architecture]],
+        "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
+        "hidden_size": keys.embedding_length,
+        "intermediate_size": keys.feed_forward_length,
+        "num_hidden_layers": keys.block_count,
+        "num_attention_heads": keys.head_count,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.context_length,
+        "rms_norm_eps": keys.epsilon,
+        "rope_theta": keys.theta,
+        "rope_scaling": _rope_scaling(gguf, keys, head_dim),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": ids.get("eos"),
+    }
     if architecture == "llama":  # the others have their biases by definition
         config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
     return config
 
 
-def _rope_scaling(gguf: GGUFFile, keys: Mapping[str, Any], head_dim: int) -> dict[str, Any] | None:
-    kind = keys.get("rope.scaling.type", "none")
-    if "rope_freqs.weight" in gguf.tensors:
-        return _llama3_scaling(gguf, keys, head_dim)
-    if kind == "none":
-        return None
-    scaling = {"rope_type": kind, "factor": keys["rope.scaling.factor"]}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = keys["rope.scaling.original_context_length"]
-    elif kind != "linear":
+def special_ids(gguf: GGUFFile) -> dict[str, int]:
+    """The special tokens that a GGUF file names.
+
+    Args:
+        gguf: its header.
+
+    Returns:
+        Their ids by role: bos, eos, eot (end of a turn), eom (of a message), padding, unknown.
+
+    Raises:
+        ModelError: one is not among the tokens.
+    """
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else gguf.tensors["token_embd.weight"].shape[0]
+    keys = {role: f"tokenizer.ggml.{role}_token_id" for role in _SPECIAL}
+    ids = {role: gguf.metadata[key] for role, key in keys.items() if key in gguf.metadata}
+    if wrong := {keys[role]: i for role, i in ids.items() if type(i) is not int or not 0 <= i < count}:
         raise ModelError(
-            "The rope scaling of a GGUF model must be linear, yarn or llama3.",
-            f"{gguf.path}: {kind}",
+            "The special tokens of a GGUF file must be among its tokens.",
+            f"{gguf.path}: {wrong}, of {count} tokens",
+            REMEDY,
+        )
+    return ids
+
+
+def _architecture(gguf: GGUFFile, prefix: str) -> _Architecture:
+    keys = {k.removeprefix(prefix): v for k, v in gguf.metadata.items() if k.startswith(prefix)}
+    known = {field.encode_name for field in msgspec.structs.fields(_Architecture)}
+    if unknown := sorted(keys.keys() - known):
+        raise ModelError(
+            "Every architecture key of a GGUF file must be understood, for it may change the result.",
+            f"{gguf.path}: {', '.join(prefix + key for key in unknown)}",
+            "Load the original Hugging Face directory instead.",
+        )
+    rule = f"A GGUF model must have every key of its architecture, each of its type: {gguf.path}, {prefix}*."
+    return checked(keys, _Architecture, rule, ModelError, REMEDY)
+
+
+def _check_tensors(gguf: GGUFFile, keys: _Architecture, head_dim: int, kv_heads: int) -> None:
+    """Compares depth and widths with the tensors, before anything of these sizes is made."""
+    layers = {name.split(".")[1] for name in gguf.tensors if name.startswith("blk.")}
+    if len(layers) != keys.block_count:
+        raise ModelError(
+            "The block_count of a GGUF model must be the number of its layers.",
+            f"{gguf.path}: block_count {keys.block_count}, and tensors of {len(layers)} layers",
+            REMEDY,
+        )
+    width = keys.embedding_length
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "token_embd.weight": (None, width),
+        "blk.0.attn_q.weight": (keys.head_count * head_dim, width),
+        "blk.0.attn_k.weight": (kv_heads * head_dim, width),
+        "blk.0.ffn_up.weight": (keys.feed_forward_length, width),
+    }
+    if "rope_freqs.weight" in gguf.tensors:
+        shapes["rope_freqs.weight"] = (head_dim // 2,)
+    for name, shape in shapes.items():
+        found = gguf.tensors[name].shape if name in gguf.tensors else ()
+        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found, strict=True)):
+            raise ModelError(
+                "The tensors of a GGUF model must be there, in the shapes that its keys give.",
+                f"{gguf.path}: {name} of shape {found}" if found else f"{gguf.path}: {name} is missing",
+                REMEDY,
+            )
+
+
+def _rope_scaling(gguf: GGUFFile, keys: _Architecture, head_dim: int) -> dict[str, Any] | None:
+    if "rope_freqs.weight" in gguf.tensors:
+        return _llama3_scaling(gguf, keys.theta, head_dim)
+    if keys.scaling == "none":
+        return None
+    scaling = {"rope_type": keys.scaling, "factor": keys.factor}
+    if keys.scaling == "yarn":
+        scaling["original_max_position_embeddings"] = keys.original_context
+    if keys.scaling not in ("linear", "yarn") or None in scaling.values():
+        raise ModelError(
+            "The rope scaling of a GGUF model must be linear, yarn or llama3, with all of its keys.",
+            f"{gguf.path}: {scaling}",
             "Load the original Hugging Face directory instead.",
         )
     return scaling
 
 
-def _llama3_scaling(gguf: GGUFFile, keys: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+def _llama3_scaling(gguf: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Llama 3's scaling; a GGUF keeps only the factor per frequency: guess its four numbers, then check."""
     factors = GGUFWeights(gguf).read("rope_freqs.weight").astype(np.float64)
+    factor = float(factors.max())
     scaling = {
         "rope_type": "llama3",
-        "factor": float(factors.max()),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    wavelength = 2 * np.pi * keys.get("rope.freq_base", 10000.0) ** (np.arange(0, head_dim, 2) / head_dim)
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    with np.errstate(all="ignore"):  # of factors that are no numbers
+        expected = 1 / ((1 - smooth) / factor + smooth)
     # The tensor is float32; the converter computes it in float32 from a wavelength with 7 digits.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise ModelError(
@@ -150,10 +242,15 @@ class GGUFWeights:
 
     Args:
         gguf: the header, from `read_gguf`.
+
+    Raises:
+        ModelError: a tensor is of a type that cannot be dequantised.
     """
 
     def __init__(self, gguf: GGUFFile) -> None:
         self._gguf = gguf
+        for kind in {entry.kind for entry in gguf.tensors.values()}:
+            _check_kind(gguf, kind)
         self._names = {_hf_name(name): name for name in gguf.tensors}
         # The rotary frequency factors are no weight: `gguf_config` reads them into rope_scaling.
         self.shapes = {
@@ -178,7 +275,8 @@ class GGUFWeights:
             1, (1 << 20) // entry.shape[-1]
         )  # dequantisation needs several copies: a million values at once
         for start in range(0, len(rows), step):
-            tensor[start : start + step] = dequantize(rows[start : start + step], entry.kind)
+            with np.errstate(all="ignore"):  # what is not finite is reported by who loads it
+                tensor[start : start + step] = dequantize(rows[start : start + step], entry.kind)
         return self._unpermuted(own_name, tensor).reshape(entry.shape)
 
     def _unpermuted(self, own_name: str, tensor: np.ndarray) -> np.ndarray:
@@ -192,6 +290,19 @@ class GGUFWeights:
         heads = self._gguf.metadata.get(key[part], self._gguf.metadata["llama.attention.head_count"])
         columns = tensor.shape[1] if own_name.endswith(".weight") else 1  # a bias came as one row
         return tensor.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _check_kind(gguf: GGUFFile, kind: GGMLQuantizationType) -> None:
+    try:
+        with np.errstate(all="ignore"):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError as error:
+        names = [name for name, entry in gguf.tensors.items() if entry.kind == kind]
+        raise ModelError(
+            "The tensors of a GGUF model must be of types that the gguf package dequantises.",
+            f"{gguf.path}: {names[0]} and {len(names) - 1} more are {kind.name}",
+            "Take a version of the model in another type, as Q8_0, Q4_K or F16.",
+        ) from error
 
 
 def _hf_name(name: str) -> str:

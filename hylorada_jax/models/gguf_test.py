@@ -1,3 +1,5 @@
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.gguf import GGUFWeights, gguf_config
-from hylorada_jax.models.gguf_header import read_gguf
+from hylorada_jax.models.gguf_header import GGUFFile, TensorEntry, read_gguf
 
 KEYS: dict[str, Any] = {
     "block_count": 1,
@@ -45,9 +47,11 @@ def write_gguf(
     return path
 
 
-def tensors(**more: np.ndarray) -> dict[str, np.ndarray]:
+def tensors(hidden: int = 32, head_dim: int = 8, /, **more: np.ndarray) -> dict[str, np.ndarray]:
+    """Those that bound what KEYS says, for other widths too."""
     rng = np.random.default_rng(0)
-    shapes = {"token_embd.weight": (96, 32), "blk.0.attn_q.weight": (32, 32), "blk.0.attn_k.weight": (16, 32)}
+    shapes = {"token_embd.weight": (96, hidden), "blk.0.attn_q.weight": (4 * head_dim, hidden)}
+    shapes |= {"blk.0.attn_k.weight": (2 * head_dim, hidden), "blk.0.ffn_up.weight": (64, hidden)}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} | more
 
 
@@ -59,7 +63,8 @@ def test_the_header_is_what_the_gguf_package_reads(tmp_path):
     fields = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
     epsilon = "llama.attention.layer_norm_rms_epsilon"
     assert fields.pop(epsilon) == np.float32(1e-5)
-    assert ours.metadata == fields | {epsilon: 1e-5}  # the decimal, not 9.99999975e-06
+    metadata = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in ours.metadata.items()}
+    assert metadata == fields | {epsilon: 1e-5}  # the decimal, not 9.99999975e-06
     places = {t.name: (t.tensor_type, t.data_offset, t.n_bytes) for t in theirs.tensors}
     assert {name: (e.kind, e.offset, e.size) for name, e in ours.tensors.items()} == places
     assert {name: e.shape for name, e in ours.tensors.items()} == {n: t.shape for n, t in tensors().items()}
@@ -85,7 +90,7 @@ def test_config_of_each_architecture(tmp_path):
         assert (config["vocab_size"], config["head_dim"], config["num_key_value_heads"]) == (96, 8, 2)
         assert (config["rope_theta"], config["rope_scaling"]) == (50000.0, None)
         assert config["tie_word_embeddings"]
-    more = tensors(**{"output.weight": np.ones((96, 32), np.float32)})
+    more = tensors(32, 16, **{"output.weight": np.ones((96, 32), np.float32)})
     more["blk.0.attn_q.bias"] = np.ones(32, np.float32)
     keys = KEYS | {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": 16}
     config = gguf_config(read_gguf(write_gguf(tmp_path / "more.gguf", "llama", keys, more)))
@@ -122,7 +127,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
     factors = (plain / ROPE_INIT_FUNCTIONS["llama3"](scaled, "cpu")[0].numpy()).astype(np.float32)
     keys = KEYS | {"embedding_length": 256, "rope.freq_base": 500000.0}
-    more = tensors(**{"rope_freqs.weight": factors})
+    more = tensors(256, 64, **{"rope_freqs.weight": factors})
     header = read_gguf(write_gguf(tmp_path / "m.gguf", "llama", keys, more))
     assert gguf_config(header)["rope_scaling"] == llama3
     assert "rope_freqs.weight" not in GGUFWeights(header).shapes
@@ -142,22 +147,103 @@ def test_what_is_not_understood_is_refused(tmp_path):
         config("llama", KEYS | {"expert_count": 8, "logit_scale": 0.5})
     with pytest.raises(ModelError, match="one width"):
         config("llama", KEYS | {"rope.dimension_count": 4})
-    with pytest.raises(ModelError, match=r"embedding_length' is missing"):
+    with pytest.raises(ModelError, match="missing required field `embedding_length`"):
         config("llama", {k: v for k, v in KEYS.items() if k != "embedding_length"})
     with pytest.raises(ModelError, match="llama-gguf-split"):
         config("llama", KEYS, {"split.count": 3})
 
 
-def test_truncated_and_foreign_files(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", "llama", KEYS, tensors())
-    whole = path.read_bytes()
-    for length in (len(whole) // 2, 300, 30, 5):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match=r"m\.gguf .*bytes[\s\S]*truncated or damaged"):
-            read_gguf(path)
-    path.write_bytes(b"PK\x03\x04" + whole)
-    with pytest.raises(ModelError, match="start with the bytes GGUF"):
-        read_gguf(path)
-    path.write_bytes(whole[:4] + b"\x01" + whole[5:])
-    with pytest.raises(ModelError, match="version 1"):
-        read_gguf(path)
+@pytest.fixture(scope="module")
+def header(tmp_path_factory) -> GGUFFile:
+    return read_gguf(write_gguf(tmp_path_factory.mktemp("g") / "m.gguf", "llama", KEYS, tensors()))
+
+
+LINEAR, YARN = {"rope.scaling.type": "linear"}, {"rope.scaling.type": "yarn"}
+SIZES = [
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "rope.dimension_count", "rope.scaling.original_context_length",
+]  # fmt: skip
+NUMBERS = ["attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor"]
+NO_SIZES = [0, -1, 2**31, 2**64 - 1, 4.0, True, "4", [4], np.array([4, 4])]
+NO_NUMBERS = [0.0, -1e-5, math.nan, math.inf, True, "1", np.array([1.0])]
+
+
+@pytest.mark.parametrize("key", [*SIZES, *NUMBERS, "rope.scaling.type", "rope.scaling.finetuned"])
+def test_a_key_of_another_type_or_out_of_its_bounds_is_refused_by_name(key, header):
+    wrong = NO_SIZES if key in SIZES else NO_NUMBERS if key in NUMBERS else [1, ["none"], np.arange(2)]
+    for value in wrong:
+        with pytest.raises(ModelError, match=rf"llama\.\*[\s\S]*received: {key}: "):
+            gguf_config(replace(header, metadata={**header.metadata, f"llama.{key}": value}))
+
+
+# What does not fit the tensors, which have one layer, a width of 32, 4 heads and 2 of 8, and 64 inside.
+MISFITS: dict[str, dict[str, Any]] = {
+    "block_count 100000000, and tensors of 1": {"block_count": 10**8},
+    r"token_embd.weight of shape \(96, 32\)": {"embedding_length": 2**30},
+    r"attn_q.weight of shape \(32, 32\)": {"attention.head_count": 2**20},
+    r"attn_q.weight of shape \(32, 32\) ": {"attention.key_length": 2**30},
+    r"attn_k.weight of shape \(16, 32\)": {"attention.head_count_kv": 2**20},
+    r"ffn_up.weight of shape \(64, 32\)": {"feed_forward_length": 2**31 - 1},
+    "{'rope_type': 'linear', 'factor': None}": LINEAR,
+    "'original_max_position_embeddings': None": YARN | {"rope.scaling.factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("said", MISFITS)
+def test_sizes_are_those_of_the_tensors(said, header):
+    keys = {f"llama.{key}": value for key, value in MISFITS[said].items()}
+    with pytest.raises(ModelError, match=said.rstrip()):
+        gguf_config(replace(header, metadata={**header.metadata, **keys}))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("token_embd.weight", None, "token_embd.weight is missing"),
+        ("token_embd.weight", (96 * 32,), r"of shape \(3072,\)"),
+        ("token_embd.weight", (96, 32, 1), r"of shape \(96, 32, 1\)"),
+        ("blk.0.ffn_up.weight", None, "ffn_up.weight is missing"),
+        ("blk.1.attn_q.weight", (32, 32), "tensors of 2 layers"),
+        ("rope_freqs.weight", (2**40,), r"rope_freqs.weight of shape \(1099511627776,\)"),
+    ],
+)
+def test_tensors_are_those_of_the_keys(name, shape, said, header):
+    entry = None if shape is None else TensorEntry(shape, gguf.GGMLQuantizationType.F32, 0, 0)
+    changed = {k: v for k, v in {**header.tensors, name: entry}.items() if v is not None}
+    with pytest.raises(ModelError, match=said):
+        gguf_config(replace(header, tensors=changed))
+
+
+@pytest.mark.parametrize("value", [-1, 96, 1.0, True, "1", [1], np.arange(2)])
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "eom", "padding", "unknown"])
+def test_a_special_token_is_a_row_of_the_embedding(role, value, header):
+    key = f"tokenizer.ggml.{role}_token_id"
+    with pytest.raises(ModelError, match=rf"among its tokens[\s\S]*{key}"):
+        gguf_config(replace(header, metadata={**header.metadata, key: value}))
+
+
+@pytest.mark.parametrize("architecture", [None, 1, ["llama"], np.arange(2), "gpt2"])
+def test_another_architecture_is_refused(architecture, header):
+    with pytest.raises(ModelError, match="must be of the architecture llama"):
+        gguf_config(replace(header, metadata={**header.metadata, "general.architecture": architecture}))
+
+
+def test_factors_that_are_no_numbers_are_refused(tmp_path):
+    for value in (0.0, -1.0, math.nan, math.inf):
+        more = tensors(**{"rope_freqs.weight": np.full(4, value, np.float32)})
+        with pytest.raises(ModelError, match="those of Llama 3"):
+            gguf_config(read_gguf(write_gguf(tmp_path / "m.gguf", "llama", KEYS, more)))
+
+
+def test_types_that_are_not_dequantised_are_refused_before_a_weight_is_read(header):
+    for kind in gguf.GGMLQuantizationType:
+        entry = TensorEntry((1, 256), kind, 0, gguf.GGML_QUANT_SIZES[kind][1])
+        changed = replace(header, tensors={**header.tensors, "output.weight": entry})
+        try:
+            gguf.quants.dequantize(np.zeros((1, entry.size), np.uint8), kind)
+        except NotImplementedError:
+            with pytest.raises(ModelError, match=rf"output\.weight and 0 more are {kind.name}"):
+                GGUFWeights(changed)
+        else:
+            assert GGUFWeights(changed).shapes["lm_head.weight"] == (1, 256)

@@ -1,7 +1,7 @@
 """Text to token ids and back, from a model directory or from the metadata of a GGUF file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import tokenizers
 
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.source import find_source
+from hylorada_jax.models.tokenizer_backend import refusing
 from hylorada_jax.models.tokenizer_directory import read_tokenizer
 from hylorada_jax.models.tokenizer_gguf import read_gguf_tokenizer
 from hylorada_jax.text import well_formed
@@ -36,6 +37,7 @@ class Tokenizer:
     """The tokenizer of a base model; use `load_tokenizer`.
 
     Special tokens that are written out in a text, such as <|im_start|>, become their ids, as in transformers.
+    What its files say may be found not to work at a certain text only: a ModelError then.
 
     Args:
         backend: the tokenizer of the tokenizers library.
@@ -86,7 +88,8 @@ class Tokenizer:
         Returns:
             The ids.
         """
-        return self.backend.encode(well_formed(text), add_special_tokens=add_special_tokens).ids
+        with refusing():
+            return self.backend.encode(well_formed(text), add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(self, text: str) -> Encoded:
         """Token ids of a text, to which nothing is added, with their places in it.
@@ -94,7 +97,8 @@ class Tokenizer:
         Args:
             text: any text.
         """
-        encoding = self.backend.encode(well_formed(text), add_special_tokens=False)
+        with refusing():
+            encoding = self.backend.encode(well_formed(text), add_special_tokens=False)
         return Encoded(encoding.ids, encoding.offsets)
 
     def encode_prompt(self, text: str) -> Encoded:
@@ -103,7 +107,8 @@ class Tokenizer:
         Args:
             text: any text; a bos token that it begins with is not doubled.
         """
-        return self._once(self.backend.encode(well_formed(text)))
+        with refusing():
+            return self._once(self.backend.encode(well_formed(text)))
 
     def encode_documents(self, texts: Sequence[str]) -> list[Encoded]:
         """Token ids of whole texts: what :meth:`encode_prompt` gives, and the eos token at the end, once.
@@ -112,10 +117,11 @@ class Tokenizer:
             texts: any texts; they are encoded in parallel.
         """
         end = [] if self.eos_token_id is None else [self.eos_token_id]
-        encoded = map(self._once, self.backend.encode_batch([well_formed(text) for text in texts]))
+        with refusing():
+            encodings = self.backend.encode_batch([well_formed(text) for text in texts])
         return [
             each if each.ids[-1:] == end else Encoded(each.ids + end, each.offsets + [(0, 0)] * len(end))
-            for each in encoded
+            for each in map(self._once, encodings)
         ]
 
     def _once(self, encoding: tokenizers.Encoding) -> Encoded:
@@ -137,7 +143,8 @@ class Tokenizer:
         Returns:
             The text; bytes that form no character come out as U+FFFD.
         """
-        text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with refusing():
+            text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         for spaced, joined in _CLEANED.items() if self.cleans_up else ():
             text = text.replace(spaced, joined)
         return text
@@ -209,8 +216,6 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """
     source = find_source(name, config_only=True)
     files = read_gguf_tokenizer(source.gguf) if source.gguf else read_tokenizer(source.path, source.config)
-    own = files.special_tokens.get("eos_token")
-    ends = [*end_tokens(source), *([files.backend.token_to_id(own)] if own is not None else [])]
-    return Tokenizer(
-        files.backend, files.special_tokens, files.chat_template, tuple(dict.fromkeys(ends)), files.cleans_up
-    )
+    tokenizer = Tokenizer(files.backend, files.special_tokens, files.chat_template, (), files.cleans_up)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return replace(tokenizer, end_token_ids=tuple(dict.fromkeys([*end_tokens(source), *own])))

@@ -14,6 +14,18 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.tokenizer_backend import read_backend, refusing
+from hylorada_jax.models.tokenizer_settings import (
+    REMEDY,
+    AddedTokens,
+    Roles,
+    SpecialTokensMap,
+    Token,
+    TokenizerConfig,
+    names_token,
+    read_settings,
+    read_text,
+)
 
 # Older formats of a tokenizer, which another library can convert.
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -45,7 +57,6 @@ _DEFAULTS: dict[str, dict[str, str]] = {
     "BertTokenizer": _BERT,
     "ElectraTokenizer": _BERT,
 }
-_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # The class, where no file names it.
 _CLASSES = {
     **dict.fromkeys(("llama", "mistral"), "LlamaTokenizer"),
@@ -102,24 +113,18 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> TokenizerFiles:
             f"{path}: {', '.join(slow) or 'no tokenizer'}",
             "Convert once with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
         )
-    try:
-        return _read(path, tokenizers.Tokenizer.from_buffer(file.read_bytes()), config)
-    except Exception as error:  # tokenizers raises the bare class
-        raise ModelError(
-            "The tokenizer's files must be complete JSON, as transformers writes them.",
-            f"{path}: {error}",
-            "Download them again.",
-        ) from error
+    with refusing(path):
+        return _read(path, read_backend(file), config)
 
 
 def _read(path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> TokenizerFiles:
-    settings = _json(path, "tokenizer_config.json")
+    settings = read_settings(path / "tokenizer_config.json", TokenizerConfig)
     # What was set when the tokenizer was saved would cut long texts in silence.
     backend.no_truncation()
     backend.no_padding()
     model_type = config.get("model_type")
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    kind = (named or _CLASSES.get(str(model_type), "")).removesuffix("Fast")
+    kind = str(named or _CLASSES.get(str(model_type), "")).removesuffix("Fast")
     prefix = settings.get("add_prefix_space", False if kind in _UNPREFIXED else None)
     if prefix is not None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         backend.pre_tokenizer.add_prefix_space = prefix
@@ -130,8 +135,8 @@ def _read(path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) 
     for role, text in _DEFAULTS.get(kind, {}).items():
         if role not in settings and backend.token_to_id(text) is not None:
             settings[role] = text
-    roles = dict.fromkeys([*_ROLES, *settings])  # the order in which new ones get their ids
-    special = {role: settings[role] for role in roles if _is_special(role, settings.get(role))}
+    roles = dict.fromkeys([*Roles.__struct_fields__, *settings])  # the order in which new ones get their ids
+    special = {role: settings[role] for role in roles if names_token(role, settings.get(role))}
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
     if isinstance(more, dict):
         special, more = {**special, **more}, ()
@@ -159,15 +164,16 @@ def _tokens(
         }
     else:
         # Files of an older form, in which special_tokens_map.json is the last word.
-        theirs = _json(path, "special_tokens_map.json")
-        merged = [*(settings.get("additional_special_tokens") or [])]
-        merged += [token for token in theirs.get("additional_special_tokens") or [] if token not in merged]
+        theirs = read_settings(path / "special_tokens_map.json", SpecialTokensMap)
+        merged = [
+            token for each in (settings, theirs) for token in each.get("additional_special_tokens") or ()
+        ]
         settings = {**settings, **theirs, "additional_special_tokens": merged}
-        special = {_as_token(token).content for role, token in settings.items() if _is_special(role, token)}
+        special = {_as_token(token).content for role, token in settings.items() if names_token(role, token)}
         special |= {_as_token(token).content for token in merged}
         listed = {
             int(index): AddedToken(text, normalized=text not in special, special=text in special)
-            for text, index in _json(path, "added_tokens.json").items()
+            for text, index in read_settings(path / "added_tokens.json", AddedTokens).items()
         }
         listed |= backend.get_added_tokens_decoder()
     return settings, [listed[index] for index in sorted(listed)]
@@ -201,15 +207,28 @@ def begin_and_end(backend: tokenizers.Tokenizer, bos: str | None, eos: str | Non
         backend: is changed.
         bos: the text of the first token; None: none.
         eos: of the last.
+
+    Raises:
+        ModelError: it cannot be one of them.
     """
     ends = [token for token in (bos, eos) if token is not None]
     single = [*([bos] if bos is not None else []), "$A", *([eos] if eos is not None else [])]
     ids = [(token, backend.token_to_id(token)) for token in dict.fromkeys(ends)]
+    if wrong := [token for token, index in ids if index is None or token.startswith("$") or ":" in token]:
+        raise ModelError(
+            "A token that begins or ends every text must be in the vocabulary, without '$' in front and ':'.",
+            repr(wrong),
+            REMEDY,
+        )
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
 
 
 def _without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer without what puts a space in front of a text, and takes it off again in decoding."""
+    ids = backend.get_vocab().values()
+    if max(ids, default=0) > 2 * len(ids):  # the library makes a list of what is left out
+        found = f"{len(ids)} tokens, and an id of {max(ids)}"
+        raise ModelError("The ids of a tokenizer must follow each other.", found, REMEDY)
     saved = json.loads(backend.to_str())
     for part, plural, dropped in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
         steps = (saved[part] or {}).get(plural, [saved[part]])
@@ -221,28 +240,20 @@ def _without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(saved))
 
 
-def _is_special(role: str, token: Any) -> bool:
-    return role.endswith("_token") and isinstance(token, str | dict)
-
-
 def _as_token(token: Any, special: bool = True) -> AddedToken:
     if isinstance(token, AddedToken):
         return token
     if isinstance(token, str):
         return AddedToken(token, special=special)
-    properties = {key: value for key, value in token.items() if key not in ("content", "__type")}
-    return AddedToken(token["content"], **{"special": special} | properties)
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    return json.loads((path / name).read_text("utf-8")) if (path / name).is_file() else {}
+    properties = {key: token[key] for key in Token.__struct_fields__ if key in token}
+    return AddedToken(**{"special": special} | properties)
 
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     """Of files of their own, where there are any, else of tokenizer_config.json: one, or several by name."""
     files = {"default": path / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    found = {name: read_text(file) for name, file in files.items() if file.is_file()}
     if found:
         return found["default"] if found.keys() == {"default"} else found
     template = settings.get("chat_template")

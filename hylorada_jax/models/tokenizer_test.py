@@ -1,17 +1,24 @@
 import json
 import string
+import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import regex  # type: ignore[import-untyped]
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from hylorada_jax.errors import DataError, ModelError
+from hylorada_jax.models.gguf_header import GGUFFile
 from hylorada_jax.models.gguf_test import KEYS, tensors, write_gguf
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer as write_files
+from hylorada_jax.models.tokenizer_gguf import read_gguf_tokenizer
+from hylorada_jax.text import well_formed
 
 TEXTS = [
     "def f(x1, y=12):\r\n\treturn  x1 ** 2  # it's 100%\n\n\n    done",
@@ -133,9 +140,64 @@ def test_the_first_token_is_added_where_the_model_wants_it(tmp_path, trained):
         assert tokenizer.encode_documents(["a"])[0].ids == [0] * added + plain + [1]
 
 
-def test_a_special_token_that_is_not_there_is_refused(tmp_path, trained):
-    with pytest.raises(ModelError, match=r"among its tokens[\s\S]*'eos_token': 5000"):
-        load_tokenizer(write_tokenizer(tmp_path, trained, eos_token_id=5000))
+TOKENS, MERGES, TYPES = (f"tokenizer.ggml.{key}" for key in ("tokens", "merges", "token_type"))
+SMALL = {TOKENS: ["<s>", "a", "b", "ab"], MERGES: ["a b"], TYPES: np.array([3, 1, 1, 1])}
+# What the error says: the metadata that say it, beside those of a small tokenizer; None: it is not there.
+WRONG: dict[str, dict[str, Any]] = {
+    "missing required field `tokenizer.ggml.tokens`": {TOKENS: None},
+    "missing required field `tokenizer.ggml.merges`": {MERGES: None},
+    "token_type is no array of integers": {TYPES: None},
+    r"tokenizer.ggml.tokens: 'abc' \(Expected `array`": {TOKENS: "abc"},
+    r"tokenizer.ggml.tokens: array\(\[0, 1, 2, 3\]\) \(Expected": {TOKENS: np.arange(4)},
+    r"tokenizer.ggml.tokens: \[\] \(Expected `array` of length >= 1": {TOKENS: []},
+    "the token 'a' occurs twice": {TOKENS: ["<s>", "a", "b", "a"]},
+    r"tokenizer.ggml.merges: 7 \(Expected `array`": {MERGES: 7},
+    "'ab' is no merge": {MERGES: ["a b", "ab"]},
+    "'a b a' is no merge": {MERGES: ["a b a"]},
+    "Token `c` out of vocabulary": {MERGES: ["a c"]},
+    "Token `ba` out of vocabulary": {MERGES: ["b a"]},
+    "Token `` out of vocabulary": {MERGES: [" a"]},
+    "4 tokens, and 3 types": {TYPES: np.array([1, 1, 1])},
+    "no array of integers": {TYPES: np.ones(4, np.float32)},
+    "token_type is no array": {TYPES: ["1", "1", "1", "1"]},
+    r"'tokenizer.ggml.eos_token_id': 4}, of 4 tokens": {"tokenizer.ggml.eos_token_id": 4},
+    r"'tokenizer.ggml.bos_token_id': -1}": {"tokenizer.ggml.bos_token_id": -1},
+    r"'tokenizer.ggml.padding_token_id': 0.0}": {"tokenizer.ggml.padding_token_id": 0.0},
+    r"'tokenizer.ggml.unknown_token_id': \[0\]}": {"tokenizer.ggml.unknown_token_id": [0]},
+    r"add_bos_token: 1 \(Expected `bool": {"tokenizer.ggml.add_bos_token": 1},
+    r"add_eos_token: 'no' \(Expected `bool": {"tokenizer.ggml.add_eos_token": "no"},
+    r"chat_template: 3 \(Expected `str": {"tokenizer.chat_template": 3},
+    r"chat_templates: 'rag' \(Expected `array": {"tokenizer.chat_templates": "rag"},
+    "Every chat template of a GGUF file must be a text": {"tokenizer.chat_templates": ["rag"]},
+    "tokenizer.ggml.model None": {"tokenizer.ggml.model": None},
+    "tokenizer.ggml.model array": {"tokenizer.ggml.model": np.arange(2)},
+    "tokenizer.ggml.pre 'deepseek-llm'": {"tokenizer.ggml.pre": "deepseek-llm"},
+    r"tokenizer.ggml.pre \['smollm'\]": {"tokenizer.ggml.pre": ["smollm"]},
+    "must be in the vocabulary, without": {TOKENS: ["<s>", "a", "b:", "ab:"], MERGES: ["a b:"],
+        "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.add_bos_token": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", ["", *WRONG])
+def test_metadata_that_do_not_fit_together_are_refused(said):
+    whole = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"} | SMALL | WRONG.get(said, {})
+    metadata = {key: value for key, value in whole.items() if value is not None}
+    header = GGUFFile(Path("m.gguf"), metadata, {})
+    if said:
+        with pytest.raises(ModelError, match=said):
+            read_gguf_tokenizer(header)
+    else:
+        assert read_gguf_tokenizer(header).backend.encode("<s>ab").ids == [0, 3]
+
+
+@pytest.mark.parametrize("pre", PATTERNS)
+def test_a_long_text_of_one_character_takes_its_time_and_no_more(pre, tmp_path, trained):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, trained, pre))
+    for character in ("a", "\0", " ", "\ud800", "1", "\n"):
+        start = time.process_time()
+        ids = tokenizer.encode(character * 10**5)
+        assert tokenizer.decode(ids) == well_formed(character) * 10**5
+        assert time.process_time() - start < 2
 
 
 def test_qwen2_normalises_to_composed_characters(tmp_path, trained):
