@@ -1,12 +1,17 @@
 """Chat templates render as transformers renders them, and what they raise becomes our error."""
 
+import copy
 import datetime
 import json
+import math
+from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
+from jinja2.defaults import DEFAULT_FILTERS
 from tokenizers import models
 
 from hylorada_jax.errors import DataError
@@ -84,7 +89,8 @@ def rendered(template, **arguments):
         tokenizer_object=tokenizer(), chat_template=template, **TOKENS
     )
     given = {"add_generation_prompt": True, **arguments}
-    return theirs.apply_chat_template(CHAT, tokenize=False, **given)
+    # A copy, because jinja2's indent changes a list that it is given.
+    return theirs.apply_chat_template(copy.deepcopy(CHAT), tokenize=False, **given)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -104,7 +110,43 @@ def test_what_a_template_raises_is_our_error(name):
     assert "remedy" in str(raised.value)
 
 
-@pytest.mark.parametrize("messages", [[], ["hello"], [["role", "user"]]])
+VALUES = ["'ab <i>é</i> http://x.y &amp; c\\n'", "[3, 1, 2]", "{'b': 1, 'a': [2]}", "-7.5", "messages"]
+ARGUMENTS = {
+    "attr": "('real')", "batch": "(2, 0)", "slice": "(2)", "groupby": "('role')", "map": "('string')",
+    "round": "(1)", "replace": "('a', 'b')", "format": "(1)", "select": "('odd')", "reject": "('odd')",
+    "selectattr": "('role')", "rejectattr": "('role')", "wordwrap": "(3)", "truncate": "(5)",
+    "indent": "(3)", "center": "(30)", "join": "('-')",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(DEFAULT_FILTERS.keys() - {"random"}))
+def test_filters_give_what_they_give_in_transformers(name):
+    # Where it is rendered, nothing can be imported any more.
+    for value in VALUES:
+        template = f"{{% set x = {value} | {name}{ARGUMENTS.get(name, '')} %}}"
+        template += "{{ x if x is string or x is not iterable else x | list }}"
+        try:
+            expected = rendered(template)
+        except Exception:
+            expected = None
+        try:
+            found = Tokenizer(tokenizer(), TOKENS, template).apply_chat_template(CHAT)
+        except DataError:
+            found = None
+        assert found == expected
+
+
+def test_escapes_and_methods_of_text_give_what_they_give_in_transformers():
+    template = (
+        r"{{ '\n\u00e9\N{BULLET}\x41' }}{{ 'ÄöÜ'.encode().hex() }}{{ 'a-b'.split('-') }}{{ 'ß'.upper() }}"
+        "{{ lipsum() is string }}{{ strftime_now('%A %B %j') }}{{ '{:>8,.2f}'.format(1234.5) }}"
+        "{{ '%08.3f' % 2.5 }}{{ cycler(1, 2).next() }}{{ joiner('x')() }}{{ dict(a=1) }}"
+        "{{ namespace(b=2).b }}{{ range(3) | list }}"
+    )
+    assert Tokenizer(tokenizer(), TOKENS, template).apply_chat_template(CHAT) == rendered(template)
+
+
+@pytest.mark.parametrize("messages", [[], ["hello"], [["role", "user"]], None, 5, "text", np.zeros(2)])
 def test_what_is_not_a_conversation_is_refused(messages):
     with pytest.raises(DataError, match="sequence of messages"):
         Tokenizer(tokenizer(), TOKENS, "x").apply_chat_template(messages)
@@ -116,6 +158,47 @@ def test_an_absent_value_is_an_absent_key_and_reasoning_goes_by_each_of_its_name
     given = {"role": "assistant", "content": None, "reasoning": "r"}
     expected = {"reasoning": "r", "reasoning_content": "r", "role": "assistant", "thinking": "r"}
     assert json.loads(made.apply_chat_template([given])) == expected
+
+
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        (np.zeros(3), r"messages\[0\].content: a ndarray"),
+        (np.int64(3), r"messages\[0\].content: a int64"),
+        (datetime.date(2024, 1, 1), r"messages\[0\].content: a date"),
+        ([{"text": b"x"}], r"messages\[0\].content\[0\].text: a bytes"),
+        ({"a": {0: 2}}, r"messages\[0\].content.a: the key 0"),
+        ({1, 2}, "a set"),
+        ([10**10_000], "an integer of 33,220 bits"),
+        (CYCLE, "nested too deeply"),
+    ],
+)
+def test_what_json_does_not_have_is_refused_with_its_place(value, place):
+    with pytest.raises(DataError, match=place):
+        Tokenizer(tokenizer(), TOKENS, "x").apply_chat_template([{"role": "user", "content": value}])
+
+
+@pytest.mark.parametrize(
+    "value", [(1, "a"), OrderedDict(a=1), np.float64(0.1), True, math.nan, "\ud83d", 2**60]
+)
+def test_what_json_has_is_rendered_as_it_was(value):
+    template = "{{ messages[0].content | tojson }}"
+    chat = [{"role": "user", "content": value}]
+    assert Tokenizer(tokenizer(), TOKENS, template).apply_chat_template(chat) == json.dumps(
+        value, ensure_ascii=False
+    )
+
+
+@pytest.mark.parametrize(
+    "template", [5, ["x"], {"default": 5}, {"default": None}, {5: "x"}, b"x", "x" * 300_000]
+)
+def test_a_template_that_is_no_text_or_too_long_is_refused(template):
+    with pytest.raises(DataError, match="A chat template must"):
+        Tokenizer(tokenizer(), TOKENS, template).apply_chat_template(CHAT)
 
 
 def test_the_day_is_today():

@@ -1,7 +1,6 @@
 """An adapter that PEFT has saved, to go on from."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hylorada_jax.models.face import BaseModel, as_base
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.modules import Modules, find_modules
+from hylorada_jax.surgery.patterns import matches
 from hylorada_jax.surgery.targets import is_head, shortest_targets
 
 
@@ -37,6 +37,7 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     Raises:
         CheckpointError: the files are damaged, or fit another model.
         ConfigError: the adapter uses what this library does not have, or cannot start that method.
+        TargetError: a key of its patterns is no regular expression of bounded cost.
 
     Example:
         model = import_peft(load_model("smollm2-135m"), "runs/peft", method="hylorada_v1")
@@ -94,7 +95,7 @@ def check_import(
             f"{short(alien)}; the model has {short(modules.linear_names)}",
             "Load the base model that the adapter was trained on.",
         )
-    stated = {name: _by_pattern(settings, "rank_pattern", "r", name) for name in ranks}
+    stated = _by_pattern(settings, "rank_pattern", "r", [*ranks])
     if wrong := [f"{name}: {ranks[name]}, not {r}" for name, r in stated.items() if r != ranks[name]]:
         raise CheckpointError(
             "The tensors must have the ranks of their config", short(wrong), "Save it again."
@@ -121,7 +122,7 @@ def _config(
     """Our config of what PEFT's file holds: the layers that its tensors name, each with its rank and α."""
     ranks = _ranks(tensors)
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-    alphas = {name: float(_by_pattern(settings, "alpha_pattern", "lora_alpha", name)) for name in ranks}
+    alphas = _by_pattern(settings, "alpha_pattern", "lora_alpha", [*ranks])
     return HyLoRADAConfig(
         method=method,
         lora_rank=rank,
@@ -130,16 +131,21 @@ def _config(
         use_rslora=bool(settings.get("use_rslora")),
         target_modules=shortest_targets(list(ranks), names),
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
-        alpha_pattern={name: a for name, a in alphas.items() if a != alpha * ranks[name] / rank},
+        alpha_pattern={name: float(a) for name, a in alphas.items() if a != alpha * ranks[name] / rank},
         train_embeddings=trained[0],
         train_norms=trained[1],
     )
 
 
-def _by_pattern(settings: Mapping[str, Any], pattern: str, default: str, name: str) -> Any:
-    """What a setting of PEFT's is for one layer, by the rule that PEFT has for its patterns."""
+def _by_pattern(
+    settings: Mapping[str, Any], pattern: str, default: str, names: Sequence[str]
+) -> dict[str, Any]:
+    """{name: what a setting of PEFT's is for that layer}, by the rule that PEFT has for its patterns."""
     found = settings.get(pattern) or {}
-    return next((v for key, v in found.items() if re.fullmatch(rf"(.*\.)?({key})", name)), settings[default])
+    values: dict[str, Any] = {}
+    for value, matching in zip(found.values(), matches(found, names, endings=True), strict=True):
+        values = dict.fromkeys(matching, value) | values  # the first one wins
+    return dict.fromkeys(names, settings[default]) | values
 
 
 def _dora_shapes(model: HyLoRADAModel) -> dict[str, tuple[int, ...]]:

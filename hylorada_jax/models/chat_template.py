@@ -1,30 +1,15 @@
 """Conversations as text: a model's chat template in jinja2, rendered as transformers renders it."""
 
-import datetime
-import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from hylorada_jax.errors import DataError
+from hylorada_jax.models.template_process import SECONDS, run_template
 
+MAX_TEMPLATE = 2**18
+"""The characters of a template: ten times the longest that is known."""
 # Under which of these a model's template looks for a turn's reasoning differs; the first is the newest name.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
-class _Generation(Extension):
-    """The block {% generation %}: it marks what an assistant wrote, and renders as what stands in it."""
-
-    tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def render(
@@ -32,8 +17,12 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    seconds: float = SECONDS,
 ) -> str:
     """The text of a conversation.
+
+    The template may be of any origin: it is rendered in a process of its own, with limits.
 
     Args:
         template: the model's, or its templates by name: "tool_use" is taken where there are tools, else
@@ -41,12 +30,14 @@ def render(
         messages: [{"role": "user", "content": "…"}, …]; a value of None counts as absent.
         variables: what else the template knows.
         tools: JSON schemas of what the assistant may call.
+        seconds: to render it in.
 
     Returns:
         The text.
 
     Raises:
-        DataError: there is no such template, there are no messages, or the template refuses them.
+        DataError: there is no such template, there are no messages, they hold what JSON does not have, the
+            template refuses them, or it exceeds a limit.
 
     Example:
         >>> render("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
@@ -56,36 +47,47 @@ def render(
     Source: transformers 5.24, ``utils/chat_template_utils.py``.
     """
     source = _choose(template, tools)
-    if not messages or not all(isinstance(message, Mapping) for message in messages):
+    if not _is_conversation(messages):
         raise DataError(
             "A conversation must be a sequence of messages, each a mapping with a role and a content.",
-            repr(messages),
+            _short(messages),
             'Give at least one: [{"role": "user", "content": "…"}].',
         )
+    given = {"documents": None, **variables, "messages": [*map(_message, messages)], "tools": tools}
     try:
-        given = {"documents": None, **variables, "messages": [*map(_message, messages)], "tools": tools}
-        return _compiled(source).render(given)
-    except Exception as error:  # the template is code, and may raise anything
-        roles = [message.get("role") for message in messages]
-        raise DataError(
-            "The messages must be what the model's chat template accepts.",
-            f"{roles}: {type(error).__name__}: {error}",
-            "Check the roles, their order, and that each message has a content.",
-        ) from error
+        plain = {name: _plain(value, name) for name, value in given.items()}
+    except RecursionError as error:
+        raise _not_json("a message", "a mapping or list that is nested too deeply") from error
+    try:
+        return run_template(source, plain, seconds)
+    except DataError as error:
+        roles = _short([message.get("role") for message in messages])
+        raise DataError(error.rule, f"{roles}: {error.received}", error.remedy) from error
 
 
-def _choose(template: str | Mapping[str, str] | None, tools: Any) -> str:
-    if isinstance(template, str):
-        return template
-    names = template or {}
+def _is_conversation(messages: Any) -> bool:
+    is_sequence = isinstance(messages, Sequence) and len(messages) > 0
+    return is_sequence and all(isinstance(message, Mapping) for message in messages)
+
+
+def _choose(template: Any, tools: Any) -> str:
+    names = {"default": template} if isinstance(template, str) else template or {}
+    if not isinstance(names, Mapping) or not all(isinstance(x, str) for x in (*names, *names.values())):
+        raise DataError("A chat template must be text.", _short(template), "Download the tokenizer again.")
     name = "tool_use" if tools is not None and "tool_use" in names else "default"
     if name not in names:
         raise DataError(
             "A conversation needs a model with a chat template.",
-            f"a tokenizer with templates {', '.join(names)}, and no default"
+            f"a tokenizer with templates {', '.join(names)[:200]}, and no default"
             if names
             else "a tokenizer without one",
             "Use an instruction-tuned model, or give plain text.",
+        )
+    if len(names[name]) > MAX_TEMPLATE:
+        raise DataError(
+            f"A chat template must have at most {MAX_TEMPLATE:,} characters.",
+            f"one of {len(names[name]):,}",
+            "Download the tokenizer again.",
         )
     return names[name]
 
@@ -96,30 +98,29 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
-    # The sandbox, because the template is code that comes with the model.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
+def _plain(value: Any, place: str) -> Any:
+    """The value in JSON's types, as which it goes to the process that renders it."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # more digits than Python writes
+        raise _not_json(place, f"an integer of {value.bit_length():,} bits")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise _not_json(place, f"the key {_short(odd[0])}")
+        return {key: _plain(item, f"{place}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
+    raise _not_json(place, f"a {type(value).__name__}")
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own escapes what HTML would read.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+def _not_json(place: str, received: str) -> DataError:
+    return DataError(
+        "What a chat template is given must be of JSON's types: text, numbers, lists, mappings from text.",
+        f"{place}: {received}",
+        "Convert it first, an array with .tolist(), a date with .isoformat().",
     )
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from hylorada_jax.models.chat_template import render
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer_backend import refusing
@@ -191,8 +192,6 @@ class Tokenizer:
         Raises:
             DataError: the model has no chat template, or the template refuses the messages.
         """
-        from hylorada_jax.models.chat_template import render  # jinja2 takes a tenth of a second
-
         given = {**self.special_tokens, "add_generation_prompt": add_generation_prompt, **variables}
         return render(self.chat_template, messages, given, tools)
 

@@ -5,11 +5,12 @@ Imports neither jax nor torch: both packages select their targets here.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import TargetError
+from hylorada_jax.surgery.patterns import matches
 
 ALL_LINEAR = "all-linear"
 
@@ -42,8 +43,8 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
         The selected names.
 
     Raises:
-        TargetError: a pattern matches nothing, is no regular expression, names the output head, or nothing
-            is left.
+        TargetError: a pattern matches nothing, is no regular expression of bounded cost, names the output
+            head, or nothing is left.
 
     Example:
         >>> names = ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"]
@@ -51,11 +52,8 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
         ['h.0.attn.c_proj']
     """
     targets = config.roles if config.target_modules is None else config.target_modules
-    chosen: set[str] = set()
-    for pattern in targets:
-        chosen |= _matching(pattern, names)
-    for pattern in config.exclude_modules:
-        chosen -= _matching(pattern, names)
+    chosen: set[str] = set().union(*_matching(targets, names))
+    chosen -= set().union(*_matching(config.exclude_modules, names))
     if heads := sorted(filter(is_head, chosen)):
         raise TargetError(
             "The output head is not adapted: the loss reads its weight directly, in chunks of the vocabulary",
@@ -210,30 +208,26 @@ def layer_alphas(ranks: Mapping[str, int], names: Sequence[str], config: HyLoRAD
 def by_pattern(pattern: Any, names: Sequence[str]) -> dict[str, Any]:
     """{name: value} of the layers that a pattern's keys match; a TargetError where one matches none."""
     found: dict[str, Any] = {}
-    for key, value in pattern:
-        found = dict.fromkeys(_matching(key, names), value) | found  # the first one wins
+    values = dict(pattern)
+    for value, matching in zip(values.values(), _matching(values, names), strict=True):
+        found = dict.fromkeys(matching, value) | found  # the first one wins
     return found
 
 
-def _matching(pattern: str, names: Sequence[str]) -> set[str]:
-    if pattern == ALL_LINEAR:
-        return {name for name in names if not is_head(name)}
-    found = {
-        name for name in names if any(_ends_with(name, alias) for alias in ROLES.get(pattern, (pattern,)))
-    }
-    try:
-        found |= {name for name in names if re.fullmatch(pattern, name)}
-    except re.error as error:
-        raise TargetError(
-            "A target must be a layer name or a regular expression",
-            f"{pattern!r} ({error})",
-            "Escape or correct it.",
-        ) from error
-    if not found:
-        raise TargetError(
-            "Every target and exclusion must match a linear layer", repr(pattern), _suggestion(pattern, names)
-        )
-    return found
+def _matching(patterns: Iterable[str], names: Sequence[str]) -> Iterator[set[str]]:
+    for pattern, found in zip(patterns, matches(patterns, names), strict=True):
+        if pattern == ALL_LINEAR:
+            yield {name for name in names if not is_head(name)}
+            continue
+        aliases = ROLES.get(pattern, (pattern,))
+        found |= {name for name in names if any(_ends_with(name, alias) for alias in aliases)}
+        if not found:
+            raise TargetError(
+                "Every target and exclusion must match a linear layer",
+                repr(pattern),
+                _suggestion(pattern, names),
+            )
+        yield found
 
 
 def _ends_with(name: str, ending: str) -> bool:
