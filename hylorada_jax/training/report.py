@@ -39,6 +39,7 @@ class _Evaluation(msgspec.Struct):
     step: _Step
     eval_loss: _Loss
     eval_perplexity: float
+    loss: _Loss = 0.0  # read where there is one
 
 
 class Speed:
@@ -117,6 +118,8 @@ def read_metrics(path: Path) -> list[Record]:
         "Every line of metrics.jsonl must be JSON, a step and its numbers",
         "Remove the damaged line.",
     )
+    if not path.is_file():  # a pipe never ends
+        raise CheckpointError(rule, f"{path} is no file", "Move it away.")
     records: list[Record] = []
     with path.open("rb") as file:
         # Line by line, and no line longer than any that is written: the file may be of any size.

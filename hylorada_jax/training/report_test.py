@@ -38,6 +38,7 @@ def test_a_damaged_line_is_an_error_of_ours(tmp_path):
     b'{"step": 1, "loss": NaN}', b'{"step": 1, "loss": Infinity}', b'{"step": 1, "loss": 1e308}',
     b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b'{"step": 1, "eval_loss": 1}',
     b'{"step": 1, "eval_loss": "1", "eval_perplexity": 1}',
+    b'{"step": 1, "eval_loss": 1, "eval_perplexity": 1, "loss": "1"}',
     b'{"step": 1, "eval_loss": 1, "eval_perplexity": {}}',
 ])  # fmt: skip
 def test_a_line_that_no_run_wrote_is_an_error_of_ours(tmp_path, line):
@@ -46,6 +47,13 @@ def test_a_line_that_no_run_wrote_is_an_error_of_ours(tmp_path, line):
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl") as error:
         MetricsLog(path, tmp_path / "board", last_step=5)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_metrics_that_are_no_file_are_an_error_of_ours(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match="no file"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_what_is_drawn_of_any_lines_that_are_read(tmp_path):
