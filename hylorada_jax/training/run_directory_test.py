@@ -217,7 +217,7 @@ def changed(**changes):
     changed(format=None), changed(format="run"), changed(format_version=2), changed(format_version="1"),
     changed(writes=None), changed(writes="adapter"), changed(writes=[1]), changed(writes={"adapter": 1}),
     changed(identity=None), changed(identity=[]), changed(identity="m"), changed(recorded=3),
-    changed(recorded=None),
+    changed(recorded=None), changed(**{"\ud800": 1}),
 ])  # fmt: skip
 def test_a_damaged_run_file_is_an_error_and_marks_no_run(tmp_path, damage):
     run = a_run(tmp_path)
