@@ -17,6 +17,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
 from hylorada_jax.exact import fraction
+from hylorada_jax.io.files import refuse_unusable
 from hylorada_jax.models.face import as_base, require_segments
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.positions import check_range
@@ -52,6 +53,7 @@ class Benchmark:
     """
 
     def __init__(self, experiment: Experiment, directory: Path, data_dir: Path | None, command: str) -> None:
+        refuse_unusable(directory)
         self._experiment, self._directory, self._command = experiment, directory, command
         empty = as_base(empty_model(experiment.model))
         require_segments(empty)

@@ -30,7 +30,7 @@ from benchmarks.report import draw
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, near, require_packages
 from hylorada_jax.exact import fraction
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import kind_of, refuse_unusable, write_whole
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class Search:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
+        refuse_unusable(output)
         searched = [name for name, implied in METHODS.items() if implied.get("use_hylorada")]
         if settings["method"] not in searched:
             rule = "The settings that are searched are HyLoRADA's"
@@ -256,6 +257,8 @@ def _study(output: Path, settings: dict[str, Any]) -> optuna.Study:
 
     output.mkdir(parents=True, exist_ok=True)
     file = output / "study.db"
+    if kind_of(file) not in (None, "file"):  # SQLite would write where a link leads
+        raise CheckpointError("A study is a file", file, "Choose another --output.")
     with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
         # A trial that was killed with its process stops beating, and is then no longer taken for under way.
         storage = optuna.storages.RDBStorage(f"sqlite:///{file}", heartbeat_interval=HEARTBEAT)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import write_figure, write_whole
 
 Record = dict[str, Any]
 
@@ -336,7 +336,7 @@ def draw(path: Path, fill: Callable[[Any], None]) -> None:
     axes = figure.subplots()
     fill(axes)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
 def _running_mean(values: Sequence[float], width: int = 8) -> list[float]:

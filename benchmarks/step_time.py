@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.io.files import refuse_unusable
 
 if TYPE_CHECKING:
     from benchmarks.contenders.setting import Contender, Setting
@@ -72,6 +73,7 @@ def main(
         threads: of torch; by default as many as the cores that JAX computes on.
         memory: measure resident memory too, of each contender in a process of its own.
     """
+    refuse_unusable(output)
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time

@@ -39,6 +39,7 @@ from benchmarks.series.entry import Entry, Program, bases_of
 from benchmarks.series.report import plot, table
 from benchmarks.series.setup import BASE, METHODS, SETTINGS, Budget, Setting, prepared_of
 from benchmarks.series.tokens import Prepared
+from hylorada_jax.io.files import refuse_unusable
 from hylorada_jax.models.causal_lm import CausalLM
 
 Record = dict[str, Any]
@@ -55,6 +56,7 @@ def main(budget: tyro.conf.OmitArgPrefixes[Budget] = DEFAULTS, *, output: Path =
     """
     from parity_tests.environment import write_record
 
+    refuse_unusable(output)
     found = run(budget)
     output.mkdir(parents=True, exist_ok=True)
     write_record(output / f"{NAME}.json", found)

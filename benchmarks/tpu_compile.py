@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.io.files import refuse_unusable
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 MODEL = "smollm2-135m"
@@ -65,6 +66,7 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
         topologies: of what TPUs; each has four chips, of which all but one step use one.
         small: of a tiny model instead of SmolLM2-135M, in a minute: what the test compiles.
     """
+    refuse_unusable(output)
     sys.path.append(str(libtpu_directory()))
     os.environ.update(
         JAX_PLATFORMS="cpu",

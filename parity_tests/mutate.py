@@ -6,7 +6,6 @@ python -m parity_tests.mutate [--only NAME ...] [--jobs 2] [--output FILE.json]
 import contextlib
 import dataclasses
 import io
-import json
 import multiprocessing
 import sys
 import time
@@ -21,7 +20,7 @@ import pytest
 import tyro
 
 import conftest  # noqa: F401 - says in the environment where jax keeps compiled programs
-from parity_tests.environment import environment
+from parity_tests.environment import environment, write_record
 from parity_tests.faults import FAULTS, Fault
 
 # What takes seconds to import, and has no fault: the process that all runs are forked from imports it once.
@@ -84,7 +83,7 @@ def main(*, only: tuple[str, ...] = (), jobs: int = 2, output: Path | None = Non
     if output is not None:
         table = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
         record = {"command": "python -m parity_tests.mutate", **environment(), "faults": table}
-        output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_record(output, record)
     sys.exit(bool(missed))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from parity_tests import models
-from parity_tests.environment import environment
+from parity_tests.environment import environment, write_record
 from parity_tests.families import FAMILIES, runs_in_jax
 from parity_tests.layers import LAYERS
 from parity_tests.measure import DTYPES, measure_layer, measured_in
@@ -129,4 +128,4 @@ def write(rows: Iterable[Row], path: Path, command: str) -> None:
     record["rows"] = [
         dataclasses.asdict(row) | {"error": finite(row.error), "passed": row.passed} for row in rows
     ]
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(path, record)

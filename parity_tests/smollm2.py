@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.io.files import refuse_unusable, write_figure
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
@@ -150,7 +151,7 @@ def plot(losses: Mapping[str, list[float]], path: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
 def main(*, output: Path, dtypes: tuple[str, ...] = ("float64", "float32")) -> None:
@@ -160,6 +161,7 @@ def main(*, output: Path, dtypes: tuple[str, ...] = ("float64", "float32")) -> N
         output: the directory for them.
         dtypes: of JAX's computation, for a device without float64.
     """
+    refuse_unusable(output)
     started, about = time.perf_counter(), environment()
     measured = measure(dtypes)
     device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())

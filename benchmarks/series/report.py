@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.report import device, markdown, plus_minus
 from benchmarks.series.setup import BASE, METHODS
+from hylorada_jax.io.files import write_figure
 
 Record = dict[str, Any]
 
@@ -117,4 +118,4 @@ def plot(found: Record, path: Path) -> None:
     panels[0][0].set_ylabel("test perplexity")
     for row in range(2):
         panels[row][0].legend(fontsize=7)
-    figure.savefig(path)
+    write_figure(path, figure)

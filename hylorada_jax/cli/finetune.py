@@ -50,7 +50,8 @@ def finetune(
     metrics.jsonl and loss.png.
 
     Args:
-        output: directory of the run; one that holds a run is not touched without --resume or --overwrite.
+        output: directory of the run; one that holds a run is not touched without --resume or --overwrite, and
+            what no run wrote is never touched.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         data: python-stdlib (the embedded corpus), a file, a glob, or a Hub dataset; rows of .jsonl, .json,
             .csv and .parquet have their text in the column text.
@@ -73,7 +74,7 @@ def finetune(
         checkpoint_every: steps between checkpoints.
         prompt: continued by the model before and after, as a sample; empty for none.
         resume: go on with the run in the output directory.
-        overwrite: delete the run in the output directory.
+        overwrite: delete the run in the output directory, and nothing else.
     """
     from hylorada_jax.training.config import TrainingConfig
     from hylorada_jax.training.run_directory import RunDirectory

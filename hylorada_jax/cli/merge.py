@@ -25,8 +25,11 @@ def merge(
         check_weights: refuse a model whose weights are not, bit by bit, those the adapter was trained on.
     """
     from hylorada_jax.io.adapter_files import base_name
+    from hylorada_jax.io.files import user_path
     from hylorada_jax.io.merged import write_merged
+    from hylorada_jax.io.shards import refuse_taken
 
+    refuse_taken(user_path(output))
     name = base_name(adapter, model)
     write_merged(name, adapter, output, dtype, check_weights=check_weights, progress=True)
     print(f"merged  {output}")

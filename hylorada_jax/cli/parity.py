@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from hylorada_jax.errors import ConfigError, DataError, require_packages
+from hylorada_jax.io.files import kind_of, refuse_unusable
 
 
 def parity(
@@ -30,10 +31,17 @@ def parity(
         ("torch", "transformers"),
         'pip install "hylorada[torch]".',
     )
-    if output.exists() and not overwrite:
-        raise DataError("A report is not overwritten", str(output), "Give --overwrite or another --output.")
+    refuse_unusable(output.parent)
     if not output.parent.is_dir():
         raise DataError("A report is written into a directory that exists", str(output.parent), "Make it.")
+    remedy = "Give another --output."
+    try:
+        if output.exists() and not output.is_file():
+            raise DataError("A report is a file", f"{output}, which is none", remedy)
+        if kind_of(output) and not overwrite:
+            raise DataError("A report is not overwritten", str(output), f"{remedy[:-1]}, or --overwrite.")
+    except OSError as error:
+        raise DataError("A report is a file that can be written", error, remedy) from error
 
     from tqdm import tqdm
 

@@ -39,8 +39,8 @@ def export_peft(
     from hylorada_jax.surgery.fit import fit
     from hylorada_jax.surgery.layout import tensor_shapes
 
-    name = base_name(adapter, model)
     refuse_existing(output)
+    name = base_name(adapter, model)
     empty = unloaded(name)
     check_fits(adapter, empty)
     if sample is None:  # otherwise a refusal says more, and takes the model for it

@@ -18,7 +18,7 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import user_path, write_whole
+from hylorada_jax.io.files import kind_of, refuse_unusable, user_path, write_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -77,9 +77,11 @@ def write_files(directory: Path, weights: bytes, config: bytes) -> None:
         ) from error
 
 
-def refuse_existing(directory: Path) -> None:
-    """Raises a CheckpointError where an adapter is already."""
-    if any((directory / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+def refuse_existing(directory: str | Path) -> None:
+    """Raises a CheckpointError where an adapter is already, or none can be written; changes nothing."""
+    directory = user_path(directory)
+    refuse_unusable(directory)
+    if any(kind_of(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
         raise CheckpointError(
             "An adapter is not overwritten unasked",
             directory,

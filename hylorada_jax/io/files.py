@@ -1,7 +1,25 @@
-"""Paths as users type them, and writing a file whole."""
+"""Paths as users type them, what is at them, and writing a file whole."""
 
+import errno
+import io
 import os
+import secrets
+import stat
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hylorada_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Kind = Literal["file", "directory", "link", "special file"]
+
+TEMPORARY = r"\.hylorada-[0-9a-f]{16}"
+"""The names of files that are being written, as a pattern: a kill leaves one behind."""
+
+# The longest path that is written within an output directory is shorter.
+_ROOM = "x" * 200
 
 
 def user_path(path: str | Path) -> Path:
@@ -20,22 +38,98 @@ def user_path(path: str | Path) -> Path:
         return Path(path)
 
 
+def kind_of(path: Path) -> Kind | None:
+    """What is at a path: a link is a link, wherever it leads, if anywhere.
+
+    Args:
+        path: any.
+
+    Returns:
+        "special file" for whatever is none of the others, as a pipe; None for nothing.
+
+    Raises:
+        OSError: it cannot be known, as for a name that is too long or in a directory that is closed.
+
+    Example:
+        >>> kind_of(Path("."))
+        'directory'
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:  # a null character
+        raise OSError(errno.EINVAL, str(error)) from error
+    kinds: dict[int, Kind] = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+    return kinds.get(stat.S_IFMT(mode), "special file")
+
+
+def refuse_unusable(directory: Path) -> None:
+    """Raises a CheckpointError where an output directory cannot be made or written into; changes nothing.
+
+    Args:
+        directory: exists or not; a link to a directory is one.
+    """
+    try:
+        place, missing = directory, []
+        while (kind := kind_of(place)) is None:
+            missing.append(place.name)
+            place = place.parent
+        for name in missing:  # each alone: below a directory that is missing, no name is too long
+            kind_of(place / name)
+        kind_of(directory / _ROOM)
+        if not place.is_dir():
+            found = f"{place} is a {kind}" + (" that leads to no directory" if kind == "link" else "")
+        elif not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            found = f"{place}: {os.strerror(errno.EACCES)}"
+        else:
+            return
+    except OSError as error:
+        found = f"{directory}: {error.strerror}"
+    rule = "The output must be a directory that can be written, or made"
+    raise CheckpointError(rule, found, "Choose another output directory.")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a kill leaves the old content or the new, never a part.
 
     Args:
-        path: in a directory that exists.
+        path: in a directory that exists. A link is replaced by the file; where it leads nothing is written.
         content: all of the file.
 
     Raises:
-        OSError: it could not be written, as on a full disk; the old content is still there.
+        OSError: it could not be written, as on a full disk, or what is there is no file; that is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.exists() and not path.is_file():  # a rename would put the file in the place of /dev/null
+        raise OSError(errno.EEXIST, "not a file", str(path))
+    temporary = path.with_name(temporary_name())  # in the same directory, for a rename
+    file = temporary.open("xb")  # only if it is new, so through no link; with the modes of any new file
     try:
-        with temporary.open("wb") as file:
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_name() -> str:
+    """A name that nobody can foresee; not after the target's, which can be as long as a name can be."""
+    return f".hylorada-{secrets.token_hex(8)}"
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Writes a plot as a PNG, by :func:`write_whole`: matplotlib leaves half a file where the disk is full.
+
+    Args:
+        path: in a directory that exists.
+        figure: drawn.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())

@@ -17,6 +17,7 @@ from hylorada_jax.io.adapter_files import (
     refuse_existing,
     write_files,
 )
+from hylorada_jax.io.files import user_path
 
 _PREFIX = "base_model.model."
 # Our leaves and PEFT's names of them. The magnitude was a parameter once, and has kept its name in files.
@@ -82,7 +83,7 @@ def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], setting
     Raises:
         CheckpointError: an adapter is already there, or the directory cannot be written.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     refuse_existing(directory)
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     config = json.dumps(settings, indent=2, ensure_ascii=False).encode()

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.files import refuse_unusable, temporary_name
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
 # The format's names of what a weight can be.
@@ -55,11 +56,14 @@ class Tensor:
 
 
 def refuse_taken(directory: Path) -> None:
-    """Raises a CheckpointError if something is there that :func:`new_directory` would have to overwrite."""
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise CheckpointError(
-            "The output must be a new or an empty directory", directory, "Choose another directory."
-        )
+    """Raises a CheckpointError where :func:`new_directory` would overwrite something, or could not write."""
+    refuse_unusable(directory)
+    if directory.is_dir():
+        if any(directory.iterdir()):
+            raise CheckpointError(
+                "The output must be a new or an empty directory", directory, "Choose another directory."
+            )
+        refuse_unusable(directory.resolve().parent)  # where the directory is made that takes its place
 
 
 @contextlib.contextmanager
@@ -67,7 +71,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """A directory that appears whole when the block ends, and not at all when it fails or is interrupted.
 
     Args:
-        directory: new or empty.
+        directory: new or empty; a link to an empty directory stays one.
 
     Yields:
         Where to write: a directory beside it, renamed at the end.
@@ -75,24 +79,25 @@ def new_directory(directory: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: something is there already, or it cannot be written, as on a full disk.
     """
-    directory = directory.resolve()
     refuse_taken(directory)
-    # Not named after it: a name can be as long as a name can be.
-    temporary = directory.with_name(f".hylorada.{os.getpid()}")
+    directory = directory.resolve()
+    temporary = directory.with_name(temporary_name())
     try:
         temporary.mkdir(parents=True)
-        yield temporary
-        if directory.is_dir():
-            directory.rmdir()
-        temporary.rename(directory)
+        try:
+            yield temporary
+            if directory.is_dir():
+                directory.rmdir()
+            temporary.rename(directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     except OSError as error:
         raise CheckpointError(
             "The output directory must be writable, and the disk must have room for the model",
             f"{directory}: {error}",
             "Free some space, or choose another directory.",
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_shards(

@@ -2,6 +2,7 @@ import errno
 import functools
 import json
 import os
+import secrets
 
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +117,27 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     ):
         write_shards(place, written(tensors()))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_was_planted_is_neither_written_nor_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    planted = tmp_path / f".hylorada-{'0' * 16}"
+    planted.mkdir()
+    (planted / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="File exists"):
+        write_and_fail(tmp_path / "new", AssertionError)
+    assert (planted / "notes.txt").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [planted]
+
+
+def test_a_link_to_an_empty_directory_stays_and_one_to_nothing_is_not_followed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with new_directory(tmp_path / "link") as place:
+        (place / "file").write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "file").read_text() == "x"
+    (tmp_path / "dangling").symlink_to("nothing")
+    with pytest.raises(CheckpointError, match="leads to no directory"):
+        write_and_fail(tmp_path / "dangling", AssertionError)
+    assert not (tmp_path / "nothing").exists()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import logging
+import math
 import re
 import sys
 import tempfile
@@ -13,19 +15,34 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.files import kind_of
+from hylorada_jax.io.reading import MAX_JSON_BYTES
 from hylorada_jax.training.devices import replicated
 from hylorada_jax.training.step import TrainState
 
 DAMAGED = "damaged_checkpoints"
 # What orbax, etils and tensorstore read in a path as it is, and not as a pattern, a URL or an escape.
 _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
+_STEP = re.compile("0|[1-9][0-9]*")  # as orbax writes it
+
+
+class _Position(msgspec.Struct):
+    next_index: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
+
+class _Run(msgspec.Struct):
+    """What a checkpoint has beside the state."""
+
+    data: _Position
+    digest: str
 
 
 class Checkpoints:
@@ -82,7 +99,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
         names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
     @property
     def last(self) -> str:
@@ -101,12 +118,14 @@ class Checkpoints:
             CheckpointError: this checkpoint or the one before could not be written.
         """
         host = jax.tree.map(np.array, state)
-        run = {"data": data, "digest": _digest(host)}
+        run = {"data": data, "digest": _digest(host, data)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run))
         try:
-            self._manager.save(int(host.step), args=items)
+            saved = self._manager.save(int(host.step), args=items)
         except Exception as error:  # whatever the file system, tensorstore and orbax may raise
             raise self._unwritten(error) from error
+        if not saved:
+            raise self._unwritten(FileExistsError(f"step {host.step} is not later than all that are there"))
 
     def wait(self) -> None:
         """Returns when the checkpoint under way is complete; a CheckpointError if it could not be written."""
@@ -147,12 +166,14 @@ class Checkpoints:
         )
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        _refuse_unreadable(self._directory / str(step))
         place = replicated()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         state, run = restored["state"], restored["run"]
-        if _digest(jax.tree.map(np.asarray, state)) != run["digest"]:
+        msgspec.convert(run, _Run)
+        if _digest(jax.tree.map(np.asarray, state), run["data"]) != run["digest"]:
             raise ValueError("its content does not match its digest")
         if state.seed != like.seed:
             raise ValueError(f"its seed is {state.seed}, the run's is {like.seed}")
@@ -162,7 +183,7 @@ class Checkpoints:
         """Moves damaged checkpoints away, for their steps will be written again."""
         for step, what in damage.items():
             target = self._directory.parent / DAMAGED / str(step)
-            while target.exists():
+            while kind_of(target):
                 target = target.with_name(target.name + "_again")
             target.parent.mkdir(exist_ok=True)
             (self._directory / str(step)).rename(target)
@@ -191,9 +212,18 @@ class Checkpoints:
         )
 
 
-def _digest(state: TrainState) -> str:
-    """A fingerprint of every leaf's place, shape, dtype and bytes."""
-    sha = hashlib.sha256()
+def _refuse_unreadable(step: Path) -> None:
+    """Raises a ValueError for a checkpoint with what orbax would wait for, or fill the memory with."""
+    for path in step.rglob("*"):
+        # Arrays are in d/, and read by the shapes that the run's own have.
+        limit = math.inf if path.parent.name == "d" else MAX_JSON_BYTES
+        if not path.is_dir() and not (path.is_file() and path.stat().st_size <= limit):
+            raise ValueError(f"{path.relative_to(step)} is not a file of at most {MAX_JSON_BYTES:,} bytes")
+
+
+def _digest(state: TrainState, data: dict[str, Any]) -> str:
+    """A fingerprint of every leaf's place, shape, dtype and bytes, and of the position in the data."""
+    sha = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
         sha.update(np.ascontiguousarray(leaf).tobytes())

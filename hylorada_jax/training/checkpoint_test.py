@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import warnings
 
 import jax
@@ -99,6 +100,64 @@ def test_damage_to_any_file_is_noticed_or_harmless(tmp_path):
             path.write_bytes(content)
     # At least the arrays, the tree's description and the data position, in all four ways.
     assert fell_back >= 12
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    save(directory := tmp_path_factory.mktemp("run") / "c", 1, 2)
+    return directory
+
+
+def in_place(path, make):
+    path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda step: (step / "run" / "metadata").write_text("[" * 10**5),
+    lambda step: (step / "run" / "metadata").write_text("[]"),
+    lambda step: (step / "run" / "metadata").write_text('{"digest": ""}'),
+    lambda step: (step / "run" / "metadata").write_text('{"data": {"next_index": 20}, "digest": []}'),
+    lambda step: (path := step / "run" / "metadata").write_text(path.read_text().replace("20", "30")),
+    lambda step: (path := step / "run" / "metadata").write_text(path.read_text().replace("20", '"20"')),
+    lambda step: os.truncate(step / "state" / "_METADATA", 10**12),
+    lambda step: in_place(step / "run" / "metadata", os.mkfifo),
+    lambda step: in_place(step / "state" / "_METADATA", lambda path: path.symlink_to("nothing")),
+    lambda step: in_place(step / "state" / "manifest.ocdbt", os.mkdir),
+])  # fmt: skip
+def test_what_would_hang_or_mislead_is_damage(tmp_path, two_steps, damage):
+    shutil.copytree(two_steps, tmp_path / "c")
+    damage(tmp_path / "c" / "2")
+    with pytest.warns(UserWarning, match="step 2 is damaged"):
+        assert_is_step(restore(tmp_path / "c"), 1)
+
+
+def test_names_that_are_no_step_are_left_alone(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path / "c")
+    names = ["notes", "²", "٣", "007", "-1", "1.5", "2 (copy)"]
+    for name in names:
+        (tmp_path / "c" / name).mkdir()
+    assert Checkpoints(tmp_path / "c", 3).steps == [1, 2]
+    assert_is_step(restore(tmp_path / "c"), 2)
+    save(tmp_path / "c", 3)
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"1", "2", "3", *names}
+
+
+def test_a_checkpoint_that_orbax_leaves_out_is_an_error(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path / "c")
+    with pytest.raises(CheckpointError, match="step 1 is not later"):
+        save(tmp_path / "c", 1)
+    assert Checkpoints(tmp_path / "c", 3).steps == [1, 2]
+
+
+def test_damaged_steps_are_moved_onto_nothing(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path / "c")
+    (tmp_path / "c" / "2" / "run" / "metadata").unlink()
+    (tmp_path / "damaged_checkpoints").mkdir()
+    (tmp_path / "damaged_checkpoints" / "2").symlink_to(tmp_path / "nothing")
+    with pytest.warns(UserWarning, match="2_again"):
+        assert_is_step(restore(tmp_path / "c"), 1)
+    assert (tmp_path / "damaged_checkpoints" / "2").is_symlink()
 
 
 def test_a_step_set_aside_can_be_saved_again(tmp_path):

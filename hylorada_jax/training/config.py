@@ -36,7 +36,7 @@ class TrainingConfig:
         keep_checkpoints: number of newest checkpoints kept, ≥ 1.
         log_every: steps between lines of metrics.jsonl.
         resume: go on from the newest usable checkpoint of ``output_dir`` (from the start if it has none).
-        overwrite: delete the run that ``output_dir`` holds.
+        overwrite: delete the run that ``output_dir`` holds, and nothing else.
         progress: show progress bars on stderr, and print each held-out perplexity.
 
     Raises:

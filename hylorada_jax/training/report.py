@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -11,12 +10,36 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import write_figure, write_whole
+from hylorada_jax.io.reading import checked
+from hylorada_jax.text import parse_json
 
 Record = Mapping[str, Any]
+
+_MAX_LINE = 2**16  # bytes; far more than a line has
+_Step = Annotated[int, msgspec.Meta(ge=0)]
+_Loss = Annotated[float, msgspec.Meta(ge=-4e38, le=4e38)]  # finite in float32, and drawn without an overflow
+
+
+class _Training(msgspec.Struct):
+    """What is read of a training step's line; the rest is kept as it is."""
+
+    step: _Step
+    loss: _Loss
+
+
+class _Evaluation(msgspec.Struct):
+    """What is read of an evaluation's."""
+
+    step: _Step
+    eval_loss: _Loss
+    eval_perplexity: float
+    loss: _Loss = 0.0  # read where there is one
 
 
 class Speed:
@@ -58,7 +81,7 @@ class MetricsLog:
         self.records: list[Record] = [r for r in read_metrics(path) if r["step"] <= last_step]
         lines = [json.dumps(record) + "\n" for record in self.records]
         write_whole(path, "".join(lines).encode())
-        self._file = _Appending(path)
+        self._file = _Appending(path, os.O_APPEND)
         self._board = _Board.open(tensorboard)
 
     def __enter__(self) -> MetricsLog:
@@ -87,14 +110,31 @@ def read_metrics(path: Path) -> list[Record]:
     """The lines of a metrics.jsonl; none if it does not exist. A last line cut by a kill is left out.
 
     Raises:
-        CheckpointError: a line is damaged.
+        CheckpointError: a line is damaged, or is not of the metrics.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        rule = "Every line of metrics.jsonl must be JSON"
-        raise CheckpointError(rule, f"{path}: {error}", "Remove the damaged line.") from error
+    if not path.exists():
+        return []
+    rule, remedy = (
+        "Every line of metrics.jsonl must be JSON, a step and its numbers",
+        "Remove the damaged line.",
+    )
+    if not path.is_file():  # a pipe never ends
+        raise CheckpointError(rule, f"{path} is no file", "Move it away.")
+    records: list[Record] = []
+    with path.open("rb") as file:
+        # Line by line, and no line longer than any that is written: the file may be of any size.
+        while (line := file.readline(_MAX_LINE)).endswith(b"\n"):
+            place = f"{rule}, line {len(records) + 1} of {path}"
+            try:
+                record = parse_json(line.decode())
+            except ValueError as error:
+                raise CheckpointError(place, error, remedy) from error
+            kind = _Evaluation if isinstance(record, dict) and "eval_loss" in record else _Training
+            checked(record, kind, place, CheckpointError, remedy)
+            records.append(record)
+    if len(line) == _MAX_LINE:
+        raise CheckpointError(rule, f"{path}: a line of {_MAX_LINE:,} bytes and more", remedy)
+    return records
 
 
 def plot_losses(records: Sequence[Record], path: Path) -> None:
@@ -122,10 +162,7 @@ def plot_losses(records: Sequence[Record], path: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    # Through memory: matplotlib leaves half a file where the disk is full.
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
+    write_figure(path, figure)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -139,10 +176,16 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 class _Appending:
-    """A file that is written at once: what a full disk refused is not tried again when the file is closed."""
+    """A file that is written at once: what a full disk refused is not tried again when the file is closed.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+    Args:
+        path: no link is followed.
+        flags: O_APPEND for a file that is there, O_EXCL for a new one.
+    """
+
+    def __init__(self, path: Path, flags: int) -> None:
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | flags, 0o666)
+        self._file = open(opened, "wb", buffering=0)  # noqa: SIM115 - closed by close
 
     def write(self, content: bytes) -> None:
         """Appends all of it; an OSError where the disk does not take it."""
@@ -167,7 +210,7 @@ class _Board:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._records = RecordWriter(_Appending(path))
+        self._records = RecordWriter(_Appending(path, os.O_EXCL))
         self._write(file_version="brain.Event:2")
 
     @classmethod

@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 
@@ -12,21 +13,66 @@ def test_lines_up_to_the_resumed_step_stay_and_later_ones_go(tmp_path):
     with MetricsLog(path, board, last_step=0) as log:
         for step in (1, 2, 3):
             log.write({"step": step, "loss": step / 3})
-        log.write({"step": 3, "eval_loss": 2.0})
+        log.write({"step": 3, "eval_loss": 2.0, "eval_perplexity": 7.4})
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
     with MetricsLog(path, board, last_step=2) as log:
         assert log.evaluation_at(3) is None
-        log.write({"step": 3, "eval_loss": 3.0})
-        assert log.evaluation_at(3) == {"step": 3, "eval_loss": 3.0}
-    expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "eval_loss": 3.0}]
+        evaluation = {"step": 3, "eval_loss": 3.0, "eval_perplexity": 20.1}
+        log.write(evaluation)
+        assert log.evaluation_at(3) == evaluation
+    expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, evaluation]
     assert read_metrics(path) == expected
 
 
 def test_a_damaged_line_is_an_error_of_ours(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\n{"step": 3}\n')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n{"st\xff\n{"step": 3, "loss": 1}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("line", [
+    b"3", b"null", b"[]", b"{}", b'{"step": 1}', b'{"loss": 1}', b'{"step": -1, "loss": 1}', b"[" * 10**4,
+    b'{"step": "1", "loss": 1}', b'{"step": 1.5, "loss": 1}', b'{"step": true, "loss": 1}', b" " * 2**17,
+    b'{"step": 1, "loss": "1"}', b'{"step": 1, "loss": null}', b'{"step": 1, "loss": [1]}', b"9" * 5000,
+    b'{"step": 1, "loss": 1, "\\ud800": 1}', b'{"step": 1, "loss": NaN}',
+    b'{"step": 1, "loss": Infinity}', b'{"step": 1, "loss": 1e308}',
+    b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b'{"step": 1, "eval_loss": 1}',
+    b'{"step": 1, "eval_loss": "1", "eval_perplexity": 1}',
+    b'{"step": 1, "eval_loss": 1, "eval_perplexity": 1, "loss": "1"}',
+    b'{"step": 1, "eval_loss": 1, "eval_perplexity": {}}',
+])  # fmt: skip
+def test_a_line_that_no_run_wrote_is_an_error_of_ours(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2}\n' + line + b"\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl") as error:
+        MetricsLog(path, tmp_path / "board", last_step=5)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_metrics_that_are_no_file_are_an_error_of_ours(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match="no file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_what_is_drawn_of_any_lines_that_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for loss in ("0", "-1e-9", "3.4e38", "-3.4e38", "12345678901234567890123456789"):
+        path.write_text(f'{{"step": 1, "loss": {loss}}}\n{{"step": 2, "loss": 3}}\n')
+        plot_losses(read_metrics(path), tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize("flag", [os.O_APPEND, os.O_EXCL])
+@pytest.mark.parametrize("leads_to", ["private", "nothing"])
+def test_what_is_written_as_a_run_goes_on_is_written_through_no_link(tmp_path, flag, leads_to):
+    (tmp_path / "private").write_text("mine")
+    (tmp_path / "planted").symlink_to(tmp_path / leads_to)
+    with pytest.raises(OSError, match=r"symbolic links|File exists"):
+        report._Appending(tmp_path / "planted", flag)
+    assert (tmp_path / "private").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"private", "planted"}
 
 
 def test_speed_is_tokens_over_time_since_the_restart(monkeypatch):

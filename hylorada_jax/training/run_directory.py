@@ -1,17 +1,39 @@
-"""The directory of one run: what is in it, and who may write there."""
+"""The directory of one run: what is in it, and who may write there.
+
+A run begins where none of the names that it writes is taken; its run.json lists them. It is deleted by what
+the library, orbax and TensorBoard call their files: anything else below those names is named in an error, and
+nothing is changed. What lies beside them stays. The directory may be a link; no link in it is followed.
+
+A run's run.json is renamed before anything else of it is deleted, and removed last: a deletion that was cut
+short can be finished, and what it left is never taken for a run.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import user_path, write_whole
+from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, short
+from hylorada_jax.io.files import TEMPORARY, kind_of, refuse_unusable, user_path
 from hylorada_jax.training.checkpoint import DAMAGED
+from hylorada_jax.training.run_record import RunRecord, differences, read_record
+
+# What lies in the directories of a run, as paths below them; a directory's ends with a slash.
+_OF_ADAPTER = re.compile("|".join([re.escape(CONFIG_NAME), re.escape(WEIGHTS_NAME), TEMPORARY]))
+_OF_TENSORBOARD = re.compile(r"events\.out\.tfevents\.[\d.]+", re.ASCII)
+_UNFINISHED = r"(?:\.orbax-checkpoint-tmp|\.__lock)?"
+_OF_A_STEP = (
+    r"(?:_[A-Z_]+|_sharding|array_metadatas|commit_success\.txt|d|descriptor|manifest\.ocdbt|metadata"
+    rf"|(?:ocdbt\.)?process_\w+|run|state|[0-9a-f]{{32}}){_UNFINISHED}"
+)
+_OF_CHECKPOINTS = re.compile(
+    rf"\d+(?:_again)*{_UNFINISHED}/(?:{_OF_A_STEP}/){{0,4}}(?:{_OF_A_STEP})?", re.ASCII
+)
 
 
 class RunDirectory:
@@ -19,7 +41,8 @@ class RunDirectory:
 
     Attributes:
         path: the directory itself.
-        run: run.json, what the run is and what it runs on (:mod:`hylorada_jax.training.identity`).
+        run: run.json (:mod:`hylorada_jax.training.run_record`).
+        deleted_run: run.json.deleted, which run.json becomes when the run is deleted, until all of it is.
         adapter: adapter/, the trained adapter.
         checkpoints: checkpoints/.
         metrics: metrics.jsonl.
@@ -31,38 +54,58 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path)
         self.run = self.path / "run.json"
+        self.deleted_run = self.path / "run.json.deleted"
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
         self.tensorboard = self.path / "tensorboard"
         self.nonfinite_batch = self.path / "nonfinite_batch.npz"
-        self._all = [
-            self.run, self.adapter, self.checkpoints, self.metrics, self.loss_plot, self.tensorboard,
-            self.nonfinite_batch, self.path / DAMAGED,
-        ]  # fmt: skip
-
-    @property
-    def holds_a_run(self) -> bool:
-        """Whether any of a run's files is there."""
-        return any(place.exists() for place in self._all)
+        # What a run writes, and for a directory what that holds.
+        self._places: dict[Path, re.Pattern[str] | None] = {
+            self.adapter: _OF_ADAPTER,
+            self.checkpoints: _OF_CHECKPOINTS,
+            self.path / DAMAGED: _OF_CHECKPOINTS,
+            self.tensorboard: _OF_TENSORBOARD,
+            self.metrics: None,
+            self.loss_plot: None,
+            self.nonfinite_batch: None,
+        }
 
     def refuse_unless(self, *, resume: bool, overwrite: bool) -> None:
-        """Raises a CheckpointError if a run is there and nothing was said about it; changes nothing."""
+        """Refuses a directory that a run cannot be written to; changes nothing.
+
+        Args:
+            resume: it may hold a run.
+            overwrite: it may hold a run, which will be deleted.
+
+        Raises:
+            CheckpointError: it cannot be made or written into, holds a run and nothing was said about it, or
+                holds something else of a name that a run writes.
+        """
+        refuse_unusable(self.path)
         try:
-            taken, holds_a_run = self.path.exists() and not self.path.is_dir(), self.holds_a_run
-        except OSError as error:  # the name is too long, or a directory above is closed to this user
-            rule = "The output directory must be one that can be made"
+            held = self._held()
+            self._refuse([place for place in held if len(held) > 1 or kind_of(place) != "file"])
+            record = read_record(held[0]) if held else None
+            self._refuse(self._taken([] if record is None else record.writes))
+            if overwrite and record is not None:
+                self._contents(record)
+        except OSError as error:
+            rule = "The output directory must be readable"
             raise CheckpointError(rule, error, "Choose another output directory.") from error
-        if taken:
-            rule = "The output directory must be a directory"
-            raise CheckpointError(rule, self.path, "Choose another output directory.")
-        if holds_a_run and not (resume or overwrite):
+        if held and not (resume or overwrite):
             raise CheckpointError(
                 "A run is never overwritten unasked",
                 f"{self.path} holds a run",
                 "Go on with it by resume (--resume), delete it by overwrite (--overwrite), or choose another "
                 "directory.",
+            )
+        if held == [self.deleted_run] and resume:
+            raise CheckpointError(
+                "A run that is resumed must be whole",
+                f"{self.path}, where the deletion of a run was cut short",
+                "Start again with overwrite (--overwrite), which deletes the rest.",
             )
 
     def open(
@@ -79,67 +122,101 @@ class RunDirectory:
             identity: what the run computes, as plain JSON types.
             recorded: what it runs on, free to differ.
             resume: the directory may hold a run, which must have the same identity.
-            overwrite: a run in the directory is deleted; other files are left alone.
+            overwrite: a run in the directory is deleted, and nothing else.
 
         Raises:
-            CheckpointError: a run is there and nothing was said about it, or it is another run.
+            CheckpointError: as :meth:`refuse_unless` says, or the run that is there is another one.
+            OSError: something could not be deleted or written.
 
         Warns:
             UserWarning: the run was started on something else.
         """
         self.refuse_unless(resume=resume, overwrite=overwrite)
         # Through JSON, so that a tuple equals the list that is read back.
-        run = json.loads(json.dumps({"identity": identity, "recorded": recorded}))
+        plain = json.loads(json.dumps([identity, recorded]))
+        run = RunRecord("hylorada run", 1, [place.name for place in self._places], *plain)
         if overwrite:
-            # run.json last: a kill in between leaves a directory that still counts as a run.
-            for place in reversed(self._all):
-                shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-        if self.run.exists():
+            self._delete()
+        if kind_of(self.run):
             self._check_same_run(run)
-        elif self.holds_a_run:
-            rule = "A run that is resumed must have its run.json"
-            raise CheckpointError(
-                rule, f"{self.run} is missing", "Put it back, or start again with overwrite."
-            )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
-            write_whole(self.run, text.encode(errors="backslashreplace"))
+            run.write(self.run)
 
-    def _check_same_run(self, run: Mapping[str, Any]) -> None:
-        try:
-            there = json.loads(self.run.read_text(encoding="utf-8"))
-            theirs, recorded = _flat(there["identity"]), _flat(there["recorded"])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            rule = "run.json must be readable"
-            raise CheckpointError(
-                rule, f"{self.run}: {error!r}", "Put an intact copy in its place."
-            ) from error
-        if differing := _differences(theirs, _flat(run["identity"])):
+    def _held(self) -> list[Path]:
+        """run.json, under the one name or the other; under both where somebody has put one back."""
+        return [place for place in (self.deleted_run, self.run) if kind_of(place)]
+
+    def _taken(self, listed: Collection[str]) -> list[Path]:
+        """What has the name of something that a run writes, and is not that."""
+        expected = {
+            place: ("directory" if within else "file") if place.name in listed else None
+            for place, within in self._places.items()
+        }
+        return [place for place, kind in expected.items() if kind_of(place) not in (None, kind)]
+
+    def _contents(self, record: RunRecord) -> list[Path]:
+        """All that a run wrote but its run.json, what is in a directory before the directory."""
+        own: list[Path] = []
+        others: list[Path] = []
+        for place, within in self._places.items():
+            if place.name in record.writes and kind_of(place):
+                own.append(place)
+                for path, written in _below(place, within) if within else ():
+                    (own if written else others).append(path)
+        self._refuse(others)
+        return own[::-1]
+
+    def _delete(self) -> None:
+        """Deletes the run that is there, if any."""
+        if not (held := self._held()):
+            return
+        contents = self._contents(read_record(held[0]))
+        held[0].rename(self.deleted_run)
+        for path in contents:
+            # What was put into a directory since it was looked at keeps the directory, with an error.
+            path.rmdir() if kind_of(path) == "directory" else path.unlink()
+        self.deleted_run.unlink()
+
+    def _refuse(self, alien: Sequence[Path]) -> None:
+        """Refuses what is in the way of a run, if anything is."""
+        if not alien:
+            return
+        found = [f"{path.relative_to(self.path)} (a {kind_of(path)})" for path in alien]
+        raise CheckpointError(
+            "What no run wrote is never overwritten or deleted",
+            f"{self.path} holds {short(found)}" + ("" if self._held() else ", and no run.json"),
+            "Move that away, or choose another directory.",
+        )
+
+    def _check_same_run(self, run: RunRecord) -> None:
+        there = read_record(self.run)
+        differing = differences(there.identity, run.identity)
+        moved = differences(there.recorded, run.recorded)
+        was = "; ".join(f"{key}: {then} in {self.run}, {now} now" for key, then, now in differing)
+        told = "; ".join(f"{key} {then}, now {now}" for key, then, now in moved if key != "model")
+        if was:
             raise CheckpointError(
                 "A run is resumed with the base model, the settings and the data it was started with",
-                "; ".join(f"{key}: {then} in {self.run}, {now} now" for key, then, now in differing),
+                was,
                 "Resume with what it was started with, or choose another output directory.",
             )
-        moved = _differences(recorded, _flat(run["recorded"]))
-        if told := [f"{key} {then}, now {now}" for key, then, now in moved if key != "model"]:
+        if told:
             warnings.warn(
-                f"{self.path} was started with {'; '.join(told)}: "
+                f"{self.path} was started with {told}: "
                 "the last bits may differ from those of a run without interruption",
                 stacklevel=4,
             )
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, then, now) of each value that differs."""
-    absent = "(absent)"
-    both = ((key, then.get(key, absent), now.get(key, absent)) for key in sorted({*then, *now}))
-    return [(key, before, after) for key, before, after in both if before != after]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _below(place: Path, written: re.Pattern[str]) -> Iterator[tuple[Path, bool]]:
+    """All that is in a directory, and whether it is what the pattern says; only what is so is looked into."""
+    stack = [place]
+    while stack:
+        for path in stack.pop().iterdir():
+            kind = kind_of(path)
+            name = path.relative_to(place).as_posix() + ("/" if kind == "directory" else "")
+            own = kind in ("file", "directory") and bool(written.fullmatch(name))
+            yield path, own
+            if own and kind == "directory":
+                stack.append(path)

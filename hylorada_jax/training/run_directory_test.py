@@ -1,9 +1,18 @@
+"""Law: a run's own files are overwritten when that is asked for, and nothing else ever is."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.training.checkpoint_test import restore, save
 from hylorada_jax.training.run_directory import RunDirectory
 
 IDENTITY = {"model": "m", "adapter": {"targets": ("q", "v"), "rank": 8}}
+FLAGS = {"neither": {}, "resume": {"resume": True}, "overwrite": {"overwrite": True}}
 
 
 def opened(path, identity=IDENTITY, recorded=None, **how):
@@ -12,6 +21,51 @@ def opened(path, identity=IDENTITY, recorded=None, **how):
         identity, recorded or {"jax": "1", "model": "m"}, **{"resume": False, "overwrite": False} | how
     )
     return directory
+
+
+def snapshot(*places):
+    """All that is there, and what it is: a file's bytes, where a link leads."""
+
+    def found(path):
+        if path.is_symlink():
+            return os.readlink(path)
+        return path.read_bytes() if path.is_file() and path.stat().st_size < 2**20 else path.lstat().st_mode
+
+    return {path: found(path) for place in places for path in [place, *place.rglob("*")]}
+
+
+def refused(path, match, *untouched, **how):
+    before = snapshot(path, *untouched)
+    with pytest.raises(CheckpointError, match=match) as error:
+        opened(path, **how)
+    assert snapshot(path, *untouched) == before
+    return str(error.value)
+
+
+def a_run(path):
+    """A run with all that one can leave, some of it by a kill."""
+    run = opened(path)
+    for name in (
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "adapter/.hylorada-0123456789abcdef", "metrics.jsonl", "loss.png", "nonfinite_batch.npz",
+        "checkpoints/2/_CHECKPOINT_METADATA", "checkpoints/2/run/metadata", "checkpoints/2/state/_METADATA",
+        f"checkpoints/2/state/ocdbt.process_0/d/{'0f' * 16}", "checkpoints/2/state/manifest.ocdbt",
+        "checkpoints/4.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp/ocdbt.process_0/d/manifest.ocdbt.__lock",
+        "damaged_checkpoints/3/run/metadata", "damaged_checkpoints/3_again/commit_success.txt",
+        "tensorboard/events.out.tfevents.1764200000.123456.77",
+    ):  # fmt: skip
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(name)
+    return run
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """What is a user's own, elsewhere."""
+    place = tmp_path / "outside"
+    (place / "2").mkdir(parents=True)
+    (place / "2" / "notes.txt").write_text("mine")
+    return place
 
 
 def test_a_run_is_resumed_with_the_same_identity_only(tmp_path):
@@ -36,34 +90,195 @@ def test_what_a_run_merely_ran_on_may_differ_and_is_told(tmp_path, recwarn):
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_a_name_that_cannot_be_is_an_error_of_ours(tmp_path):
-    with pytest.raises(CheckpointError, match="too long"):
-        RunDirectory(tmp_path / ("x" * 256)).refuse_unless(resume=False, overwrite=False)
+def test_overwriting_deletes_the_run_and_nothing_beside_it(tmp_path, outside):
+    run = a_run(tmp_path / "run")
+    refused(run.path, r"--resume.*--overwrite")
+    (run.path / "notes.txt").write_text("mine")
+    (run.path / "data").symlink_to(outside)
+    (run.path / ".hylorada-0123456789abcdef").write_text(
+        "as a kill leaves it, and as anybody may call a file"
+    )
+    before = snapshot(outside)
+    (tmp_path / "link").symlink_to(run.path)  # a user's own way to say where runs are
+    opened(tmp_path / "link", {"another": "run"}, overwrite=True)
+    names = {path.name for path in run.path.iterdir()}
+    assert names == {"run.json", "notes.txt", "data", ".hylorada-0123456789abcdef"}
+    assert snapshot(outside) == before
+    assert (tmp_path / "link").is_symlink()
+    opened(run.path, {"another": "run"}, resume=True)
 
 
-@pytest.mark.parametrize("name", ["run.json", "adapter", "checkpoints", "metrics.jsonl", "loss.png"])
-def test_any_file_of_a_run_is_protected(tmp_path, name):
-    (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match="overwrite"):
-        opened(tmp_path)
-    opened(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+def test_all_that_orbax_writes_is_a_runs(tmp_path):
+    run = opened(tmp_path / "run")
+    save(run.checkpoints, 1, 2)
+    shutil.copytree(run.checkpoints / "2", run.checkpoints / "3")
+    (run.checkpoints / "3" / "run" / "metadata").write_text("{")
+    with pytest.warns(UserWarning, match="damaged"):
+        restore(run.checkpoints)
+    assert {path.name for path in run.path.iterdir()} == {"run.json", "checkpoints", "damaged_checkpoints"}
+    opened(run.path, overwrite=True)
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]
 
 
-def test_other_files_are_no_run_and_are_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    opened(tmp_path)
-    opened(tmp_path, overwrite=True)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+KINDS = {
+    "file": lambda place, _: place.write_text("mine"),
+    "directory": lambda place, _: (place / "2").mkdir(parents=True),
+    "link": lambda place, outside: place.symlink_to(outside),
+    "link to nothing": lambda place, outside: place.symlink_to(outside / "nothing"),
+    "special file": lambda place, _: os.mkfifo(place),
+}
+NAMES = ("adapter", "checkpoints", "damaged_checkpoints", "tensorboard", "metrics.jsonl", "loss.png")
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", b"\xff"])
-def test_a_lost_or_damaged_run_file_is_an_error(tmp_path, content):
-    directory = opened(tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
-    if content is None:
-        directory.run.unlink()
-    else:
-        directory.run.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CheckpointError, match=r"run\.json"):
-        opened(tmp_path, resume=True)
+@pytest.mark.parametrize("how", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*NAMES, "nonfinite_batch.npz"])
+def test_what_no_run_wrote_is_in_the_way(tmp_path, outside, name, kind, how):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "notes.txt").write_text("mine")
+    KINDS[kind](home / name, outside)
+    message = refused(home, rf"{name} \(a {kind.split(' to')[0]}\), and no run\.json", outside, **how)
+    assert "Move that away" in message
+
+
+@pytest.mark.parametrize("how", [FLAGS["resume"], FLAGS["overwrite"]], ids=["resume", "overwrite"])
+@pytest.mark.parametrize(("name", "kind"), [
+    ("adapter", "link"), ("checkpoints", "link to nothing"), ("damaged_checkpoints", "link"),
+    ("tensorboard", "file"), ("metrics.jsonl", "link"), ("metrics.jsonl", "special file"),
+    ("loss.png", "directory"), ("loss.png", "link to nothing"), ("nonfinite_batch.npz", "link"),
+    ("run.json", "link"), ("run.json", "link to nothing"), ("run.json", "directory"),
+    ("run.json", "special file"), ("run.json.deleted", "file"), ("run.json.deleted", "link"),
+    ("run.json.deleted", "directory"),
+])  # fmt: skip
+def test_what_was_put_in_the_place_of_a_runs_own_is_in_the_way(tmp_path, outside, name, kind, how):
+    run = a_run(tmp_path / "run")
+    place = run.path / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    elif place.exists():
+        shutil.move(place, outside / "2")
+    KINDS[kind](place, outside)
+    refused(run.path, name, outside, **how)
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("adapter/README.md", "file"), ("adapter/adapter_config.json", "link"), ("adapter/versions", "directory"),
+    ("adapter/adapter_config.json", "directory"), ("checkpoints/notes.txt", "file"),
+    ("checkpoints/best", "link"), ("checkpoints/7", "file"), ("checkpoints/7", "link"),
+    ("checkpoints/2/notes.txt", "file"),
+    ("checkpoints/2/data", "directory"), ("checkpoints/2/state/d", "link"), ("checkpoints/²", "directory"),
+    ("checkpoints/2/run/metadata\n", "file"), ("checkpoints/5.orbax-checkpoint-tmp", "link to nothing"),
+    ("damaged_checkpoints/what I found.md", "file"), ("tensorboard/other run", "directory"),
+    ("tensorboard/events.out.tfevents.1", "link"), ("adapter/adapter_model.safetensors", "special file"),
+])  # fmt: skip
+def test_what_a_user_put_into_a_runs_directories_is_not_deleted_and_can_stay(tmp_path, outside, name, kind):
+    run = a_run(tmp_path / "run")
+    (run.path / name).unlink(missing_ok=True)
+    KINDS[kind](run.path / name, outside)
+    refused(run.path, name.rstrip(), outside, overwrite=True)
+    opened(run.path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "writes", [[], ["metrics.jsonl", "../outside"], ["../outside", "/", "..", "", "notes.txt"]]
+)
+def test_a_list_can_take_nothing_but_a_runs_own_names(tmp_path, outside, writes):
+    run = opened(tmp_path / "run")
+    record = json.loads(run.run.read_text())
+    assert {*NAMES} < {*record["writes"]}
+    run.run.write_text(json.dumps(record | {"writes": writes}))
+    (run.path / "notes.txt").write_text("mine")
+    (run.path / "adapter").mkdir()
+    for how in ({"resume": True}, {"overwrite": True}):
+        refused(run.path, r"adapter \(a directory\)\n", outside, **how)
+    (run.path / "adapter").rmdir()
+    before = snapshot(outside)
+    opened(run.path, overwrite=True)
+    assert snapshot(outside) == before
+    assert {path.name for path in run.path.iterdir()} == {"run.json", "notes.txt"}
+
+
+def changed(**changes):
+    """run.json with other values; None takes a key out."""
+
+    def write(content):
+        body = json.loads(content) | changes
+        return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+
+    return write
+
+
+@pytest.mark.parametrize("damage", [
+    lambda _: b"", lambda _: b"{", lambda _: b"[]", lambda _: b"{}", lambda _: b"\xff", lambda _: b"null",
+    lambda content: content[: len(content) // 2], lambda content: content + b" " * 2**24,
+    lambda content: content.replace(b'"m"', b"[" * 10**5),
+    lambda content: content.replace(b'"m"', b"9" * 5000),
+    changed(format=None), changed(format="run"), changed(format_version=2), changed(format_version="1"),
+    changed(writes=None), changed(writes="adapter"), changed(writes=[1]), changed(writes={"adapter": 1}),
+    changed(identity=None), changed(identity=[]), changed(identity="m"), changed(recorded=3),
+    changed(recorded=None), changed(**{"\ud800": 1}),
+])  # fmt: skip
+def test_a_damaged_run_file_is_an_error_and_marks_no_run(tmp_path, damage):
+    run = a_run(tmp_path)
+    run.run.write_bytes(damage(run.run.read_bytes()))
+    for how in FLAGS.values():
+        assert len(refused(tmp_path, r"run\.json", **how)) < 500
+
+
+def test_a_lost_run_file_is_an_error(tmp_path):
+    a_run(tmp_path).run.unlink()
+    for how in FLAGS.values():
+        refused(tmp_path, r"checkpoints \(a directory\), .*no run\.json", **how)
+
+
+@pytest.mark.parametrize("deep", [b"[" * 900 + b"]" * 900, b'{"a":' * 900 + b"1" + b"}" * 900])
+def test_a_deep_identity_is_another_one(tmp_path, deep):
+    run = opened(tmp_path)
+    run.run.write_bytes(run.run.read_bytes().replace(b'"m"', deep))
+    refused(tmp_path, "started with", resume=True)
+
+
+def stop_after(steps, monkeypatch):
+    """Lets so many changes of a directory happen, and then none, as a kill does."""
+    left = iter(range(steps))
+
+    def stopping(change):
+        def step(*arguments, **options):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return change(*arguments, **options)
+
+        return step
+
+    for name in ("unlink", "rmdir", "rename", "replace"):
+        monkeypatch.setattr(Path, name, stopping(getattr(Path, name)))
+
+
+def test_a_deletion_that_is_cut_short_says_so_and_can_be_finished(tmp_path, monkeypatch):
+    for steps in range(100):
+        run = a_run(tmp_path / str(steps))
+        (run.path / "notes.txt").write_text("mine")
+        before = snapshot(run.path)
+        with monkeypatch.context() as patched:
+            stop_after(steps, patched)
+            try:
+                opened(run.path, overwrite=True)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        if steps == 0:
+            assert snapshot(run.path) == before
+            opened(run.path, resume=True)
+        elif run.deleted_run.exists():
+            assert not run.run.exists()
+            refused(run.path, r"cut short[\s\S]*--overwrite", resume=True)
+            refused(run.path, "overwritten unasked")
+        else:  # all of it is deleted, and the new run has not begun
+            assert not {"adapter", "checkpoints"} & {path.name for path in run.path.iterdir()}
+        opened(run.path, overwrite=True)
+        left = {path.name for path in run.path.iterdir() if not path.name.startswith(".hylorada-")}
+        assert left == {"run.json", "notes.txt"}
+        assert (run.path / "notes.txt").read_text() == "mine"
+    assert steps > 30

@@ -99,7 +99,8 @@ class HyLoRADATrainer:
         DataError: there is too little data, a token id is outside the vocabulary, a row is longer than the
             model's table of positions, or structure ids do not fit the tokens.
         ModelError: the model has no output head that the built-in loss can read.
-        CheckpointError: the output directory holds a run and neither resume nor overwrite is set.
+        CheckpointError: the output directory cannot be written, holds a run and neither resume nor overwrite
+            is set, or holds something else of a name that a run writes.
 
     Example:
         >>> config = TrainingConfig(output_dir="runs/a", steps=200)

@@ -21,15 +21,15 @@ import pytest
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
-from hylorada_jax.io import adapter_files
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io import adapter_files, files
+from hylorada_jax.io.files import temporary_name, write_whole
 from hylorada_jax.io.files_test import NAMES
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.training import loop as loop_module
-from hylorada_jax.training import report, run_directory
+from hylorada_jax.training import report, run_record
 from hylorada_jax.training import trainer as trainer_module
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
@@ -283,12 +283,12 @@ def test_a_full_disk_at_any_file_is_an_error_and_resume_ends_bit_equal(
 ):
     def write_unless(path, content):
         if path.name == file:
-            path.with_name(f".{file}.1").write_bytes(content[:9])
+            path.with_name(temporary_name()).write_bytes(content[:9])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_whole(path, content)
 
     with monkeypatch.context() as full:
-        for module in (adapter_files, report, run_directory):
+        for module in (adapter_files, files, report, run_record):
             full.setattr(module, "write_whole", write_unless)
         with pytest.raises(CheckpointError, match="No space left on device"):
             train(tmp_path / "run")
