@@ -58,9 +58,7 @@ BOUNDS = {
 }
 
 
-def measure(
-    dtypes: tuple[str, ...] = ("float64", "float32"), count: int = TRAINING.steps
-) -> dict[str, Any]:
+def measure(dtypes: tuple[str, ...] = ("float64", "float32"), count: int = TRAINING.steps) -> dict[str, Any]:
     """What is recorded, JSON-able.
 
     Args:
