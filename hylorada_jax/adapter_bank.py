@@ -13,12 +13,12 @@ from jax import Array
 
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.io import adapter_files
+from hylorada_jax.leaves import leaf_at
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import Tree, subtree
-from hylorada_jax.surgery.plan import STRUCTURE_ENCODER
 
 
 class AdapterBank:
@@ -270,9 +270,8 @@ def no_adapter(model: HyLoRADAModel, resolved: Tree) -> Any:
         keys = tuple(entry.key for entry in path)
         if keys in model._unfrozen:
             return subtree(model.base.params, keys).astype(leaf.dtype)
-        # The structure encoder's prior meets B = 0, but must be finite: it is divided by the periods.
-        is_one = keys[-1] in ("column_scale", "alpha") or keys[0] == STRUCTURE_ENCODER
-        return jnp.full(leaf.shape, is_one, leaf.dtype)
+        row = leaf_at(keys, resolved=True)
+        return jnp.full_like(leaf, 0 if row is None else row.idle)
 
     return jax.tree_util.tree_map_with_path(neutral, resolved)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.exact import fraction
+from hylorada_jax.leaves import Kind
 from hylorada_jax.text import parse_json
 
 QV = ("q", "v")
@@ -312,8 +313,8 @@ class HyLoRADAConfig:
             )
 
     @property
-    def linear(self) -> str | None:
-        """The linear adapter's kind: lora, dora, hylorada_v1, hylorada_v2, hylorada, or None."""
+    def linear(self) -> Kind | None:
+        """The linear adapter's kind; None where the method has none."""
         if self.method == "sparse":
             return None
         if self.use_dora:

@@ -1,7 +1,7 @@
 """Attaching adapters to a torch model, in place."""
 
 import dataclasses
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -201,20 +201,25 @@ def _build_linear(
         "device": weight.device,
         "dtype": torch.promote_types(weight.dtype, torch.float32),
     }
-    if config.linear == "lora":
-        return LoRALinear(d_in, d_out, **options)
-    kind: type[DoRALinear] = DoRALinear
-    options["detach_norm"] = bool(config.detach_norm)
-    if config.linear != "dora":
-        kind = HyLoRADALinear
-        options |= {"gate_init": config.gate_init, "residual_init": config.residual_init}
-    if config.linear == "hylorada_v2":
-        kind = HyLoRADAv2Linear
-        options["structure_dim"] = config.structure_dim
-    if config.linear == "hylorada":
-        kind = HyLoRADAUnified
-        options["position_bias"] = position_bias
-    adapter = kind(d_in, d_out, **options)
+    norm: dict[str, Any] = {"detach_norm": bool(config.detach_norm)}
+    gates = norm | {"gate_init": config.gate_init, "residual_init": config.residual_init}
+    adapter: DoRALinear
+    match config.linear:
+        case "lora":
+            return LoRALinear(d_in, d_out, **options)
+        case "dora":
+            adapter = DoRALinear(d_in, d_out, **options, **norm)
+        case "hylorada_v1":
+            adapter = HyLoRADALinear(d_in, d_out, **options, **gates)
+        case "hylorada_v2":
+            gates["structure_dim"] = config.structure_dim
+            adapter = HyLoRADAv2Linear(d_in, d_out, **options, **gates)
+        case "hylorada":
+            adapter = HyLoRADAUnified(d_in, d_out, **options, **gates, position_bias=position_bias)
+        case None:
+            raise AssertionError(config.method)  # it adapts no linear layer
+        case _:
+            assert_never(config.linear)
     adapter.init_magnitude(weight)
     return adapter
 

@@ -316,7 +316,7 @@ _OF_JAX = [
     *_faults(
         "one layer",
         "hylorada_jax.surgery.resolve",
-        ("layers not adapted scaled by 0", 'jnp.ones if name == "column_scale" else jnp.zeros', "jnp.zeros"),
+        ("layers not adapted scaled by 0", "row.idle, leaf.dtype", "0, leaf.dtype"),
     ),
     *_faults(
         "all on",

@@ -1,9 +1,15 @@
 """The documents' code runs as written, and does what the text around it says."""
 
 import re
+import runpy
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from hylorada_jax import CausalLM, HyLoRADAModel
+from hylorada_jax.models.decoder_config import DecoderConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +30,19 @@ def test_an_adapter_in_a_network_of_ones_own_learns_the_change():
         "position_bias": {"position_bias"},
     }
     assert all("position_scale" in trained[name] for name in "qkv")
+
+
+def test_the_loop_of_ones_own_learns_its_batch_and_saves_the_adapter(tmp_path, capsys):
+    train = runpy.run_path(str(ROOT / "examples/own_loop.py"))["train"]
+    shape = {"model_type": "llama", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    base = CausalLM.from_config(DecoderConfig.from_hf(shape), jax.random.key(0))
+    losses = train(base, jax.random.randint(jax.random.key(1), (2, 12), 0, 29), tmp_path / "run", steps=20)
+    assert losses[-1] < losses[0] - 0.1
+    loaded = HyLoRADAModel.from_pretrained(base, tmp_path / "run")
+    # A fresh adapter changes nothing; this one has learned something, and that was saved.
+    ids = jnp.array([[1, 2, 3]])
+    assert not jnp.array_equal(loaded(ids).logits, base(ids).logits)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from hylorada_jax.models.tokenizer_files import write_tokenizer
 from hylorada_jax.models.weights import Weights
 from hylorada_jax.models.weights_digest import files_digest
 from hylorada_jax.surgery.layout import tensor_shapes
-from hylorada_jax.surgery.merge import live_components, refuse_live
+from hylorada_jax.surgery.merge import live_parts, refuse_live
 from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan
 
@@ -79,7 +79,7 @@ def write_merged(
     check_base(base, base_identity(str(model), settings, linears))
     sites = plan(modules, config)
     check_keys({name: leaf.shape for name, leaf in leaves.items()}, tensor_shapes(sites))
-    refuse_live(live_components(sites, leaves))
+    refuse_live(live_parts(sites, leaves))
 
     source = find_source(model)
     if check_weights:

@@ -14,13 +14,12 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.adapter_files import short
 from hylorada_jax.io.shards import DTYPES
+from hylorada_jax.leaves import leaf_of
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.models.weights import SafetensorsWeights, Weights
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.plan import Site
 
-# The leaves of a linear adapter that have a row for each of W's.
-_BY_ROW = ("lora_B", "magnitude")
 # Numbers computed at a time: their float64 copies stay at a few megabytes.
 _PIECE = 1 << 19
 
@@ -57,14 +56,12 @@ def changed_tensors(
         else:
             changed[found] = partial(new, *arguments)
 
-    for site in sites:
-        if site.component == "unfrozen":
-            for name, shapes in zip(site.names, site.shapes, strict=True):
-                for leaf, shape in shapes:
-                    full = tensor_name(name, leaf)
-                    put(full, shape, _in_pieces, leaves[full])
-        if site.component != "linear":
-            continue
+    for site in (site for site in sites if site.component == "unfrozen"):
+        for name, shapes in zip(site.names, site.shapes, strict=True):
+            for leaf, shape in shapes:
+                full = tensor_name(name, leaf)
+                put(full, shape, _in_pieces, leaves[full])
+    for site in (site for site in sites if site.component == "linear"):
         linear = site.linear
         # A kernel comes from torch's weight by transposition: what is [d_out, d_in] here is not so there.
         turned = linear.kernel_is_out_in
@@ -123,11 +120,13 @@ def _resolved(
     leaves = {leaf: value.astype(np.float64) for leaf, value in leaves.items()}
     scaled_B, column_scale = [], []
     for part in _parts(shape[::-1] if turned else shape):
-        own = {leaf: value[part] if leaf in _BY_ROW else value for leaf, value in leaves.items()}
+        own = {
+            leaf: value[part] if leaf_of("linear", leaf).by_row else value for leaf, value in leaves.items()
+        }
         weight = read((slice(None), part)).T if turned else read(part)
         with jax.enable_x64(True):
             resolved = _resolve(own, weight.astype(np.float64), np.float64(scale))
-            scaled_B.append(np.asarray(resolved["lora_B"]))
+            scaled_B.append(np.asarray(resolved["scaled_B"]))
             if "column_scale" in resolved:
                 column_scale.append(np.asarray(resolved["column_scale"]))
     return (

@@ -12,10 +12,11 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.adapter_files import short
 from hylorada_jax.io.peft_files import TOKEN_EMBEDDINGS, tied_head, write_peft
+from hylorada_jax.leaves import Part, collapsed_kind
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import collapse, without
-from hylorada_jax.surgery.merge import live_components
+from hylorada_jax.surgery.merge import live_parts
 from hylorada_jax.surgery.modules import Tree, subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.targets import shortest_targets
@@ -122,7 +123,7 @@ def check_export(
         ConfigError: ``drop`` names no component.
     """
     left = without(sites, tensors, drop)
-    _refuse_inexpressible(sites, config, params, live_components(sites, left), share)
+    _refuse_inexpressible(sites, config, params, live_parts(sites, left), share)
     return left
 
 
@@ -130,7 +131,7 @@ def _refuse_inexpressible(
     sites: Sequence[Site],
     config: HyLoRADAConfig,
     params: Tree,
-    live: Mapping[str, str],
+    live: Mapping[Part, str],
     share: Callable[[str], str] | None,
 ) -> None:
     if not any(site.component == "linear" for site in sites):
@@ -142,7 +143,7 @@ def _refuse_inexpressible(
     biased = [
         name
         for site in sites
-        if site.component == "linear" and config.magnitude_scales_bias and config.linear != "lora"
+        if site.component == "linear" and config.magnitude_scales_bias and _is_dora(config)
         if "bias" in subtree(params, site.module.path)
         for name in site.names
     ]
@@ -189,12 +190,16 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
             if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12)
         },
         "use_rslora": config.use_rslora,
-        "use_dora": config.linear != "lora",
+        "use_dora": _is_dora(config),
         # torch's Conv1D has its weight [d_in, d_out]; Flax's, whose kernel is [d_out, d_in], is its port.
         "fan_in_fan_out": kinds == {True},
         "bias": "none",
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }
+
+
+def _is_dora(config: HyLoRADAConfig) -> bool:
+    return config.linear is not None and collapsed_kind(config.linear) == "dora"
 
 
 def _plain(number: float) -> float | int:

@@ -18,14 +18,10 @@ from hylorada_jax.io.adapter_files import (
     write_files,
 )
 from hylorada_jax.io.files import user_path
+from hylorada_jax.leaves import LEAVES
 
 _PREFIX = "base_model.model."
-# Our leaves and PEFT's names of them. The magnitude was a parameter once, and has kept its name in files.
-_LEAVES = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-}
+_LEAVES = {leaf.name: leaf.peft for leaf in LEAVES if leaf.peft}
 # VeLoRA's, which only its backward pass reads.
 _OF_TRAINING = ".lora_velora_embed"
 # The embedding that an output head can be tied to, by the families' names of it.

@@ -12,7 +12,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.adapter_files import check_keys, digest, short
 from hylorada_jax.io.peft_files import MERGE, read_peft
 from hylorada_jax.io.peft_whole import settle_whole
-from hylorada_jax.math.linear_adapter import LEAVES
+from hylorada_jax.leaves import KINDS
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.face import BaseModel, as_base
 from hylorada_jax.surgery import layout
@@ -150,7 +150,7 @@ def _by_pattern(
 
 def _dora_shapes(model: HyLoRADAModel) -> dict[str, tuple[int, ...]]:
     shapes = layout.tensor_shapes(model.sites)
-    gates = set(LEAVES["hylorada_v1"]) - set(LEAVES["dora"])
+    gates = set(KINDS["hylorada_v1"]) - set(KINDS["dora"])
     return {name: shape for name, shape in shapes.items() if name.rsplit(".", 1)[1] not in gates}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.io.adapter_files import short
 from hylorada_jax.io.peft_files import NEW_BASE, TOKEN_EMBEDDINGS, tied_head
-from hylorada_jax.math.linear_adapter import LEAVES
+from hylorada_jax.leaves import KINDS
 from hylorada_jax.models.face import BaseModel
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.modules import Holder, Modules, subtree
@@ -38,7 +38,7 @@ def settle_whole(
         ConfigError: the adapter trains what this library does not train, or only a part of a kind.
     """
     tensors = _without_tied_head(dict(tensors), base.config)
-    whole = {name for name in tensors if name.rsplit(".", 1)[1] not in LEAVES["dora"]}
+    whole = {name for name in tensors if name.rsplit(".", 1)[1] not in KINDS["dora"]}
     if not whole:
         return tensors, (False, False)
     groups = [_values(holders, base.params) for holders in (modules.embeddings, modules.norms)]

@@ -1,4 +1,4 @@
-"""The linear adapters as one table: the leaves of each, how they start, and what they resolve to.
+"""The linear adapters: the shapes of their leaves, how they start, and what they resolve to.
 
 The Flax modules, the tree surgery and the parameter counts all read this file.
 """
@@ -10,26 +10,17 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import low_rank
-
-_V1 = ("lora_A", "lora_B", "magnitude", "magnitude_gate", "residual_weight")
-
-LEAVES: dict[str, tuple[str, ...]] = {
-    "lora": ("lora_A", "lora_B"),
-    "dora": ("lora_A", "lora_B", "magnitude"),
-    "hylorada_v1": _V1,
-    "hylorada_v2": (*_V1, "scale_from_structure"),
-    "hylorada": (*_V1, "position_scale"),
-}
 
 
 def leaf_shapes(
-    kind: str, rank: int, d_in: int, d_out: int, *, structure_dim: int = 32
+    kind: Kind, rank: int, d_in: int, d_out: int, *, structure_dim: int = 32
 ) -> dict[str, tuple[int, ...]]:
     """The trainable leaves of one adapter, by name.
 
     Args:
-        kind: a key of ``LEAVES``.
+        kind: a key of ``KINDS``.
         rank: r.
         d_in: input features.
         d_out: output features.
@@ -50,11 +41,11 @@ def leaf_shapes(
         "magnitude": (d_out,),
         "scale_from_structure": (structure_dim,),
     }
-    return {name: shapes.get(name, ()) for name in LEAVES[kind]}
+    return {name: shapes.get(name, ()) for name in KINDS[kind]}
 
 
 def init_leaves(
-    kind: str,
+    kind: Kind,
     key: Array,
     rank: int,
     d_in: int,
@@ -69,7 +60,7 @@ def init_leaves(
     """The leaves of a fresh adapter, under which the layer computes what it did before.
 
     Args:
-        kind: a key of ``LEAVES``.
+        kind: a key of ``KINDS``.
         key: a PRNG key, used for lora_A.
         rank: r.
         d_in: input features.
@@ -103,7 +94,7 @@ def init_leaves(
         "scale_from_structure": jnp.zeros(structure_dim, dtype),
         "position_scale": jnp.zeros((), dtype),
     }
-    return {name: leaves[name] for name in LEAVES[kind]}
+    return {name: leaves[name] for name in KINDS[kind]}
 
 
 def resolve_leaves(
@@ -124,7 +115,7 @@ def resolve_leaves(
         detach_norm: stop the gradient at n (DoRA §4.3).
 
     Returns:
-        {"lora_A": A, "lora_B": s·B} and, unless the kind is LoRA, "column_scale": c [d_out]; further
+        {"lora_A": A, "scaled_B": s·B} and, unless the kind is LoRA, "column_scale": c [d_out]; further
         "scale_from_structure" for v2, and "position_gate", σ(position_scale), for Unified.
 
     Example:
@@ -137,7 +128,7 @@ def resolve_leaves(
     Source: method.md §1.
     """
     scaled_B = leaves["lora_B"] * scale
-    resolved = {"lora_A": leaves["lora_A"], "lora_B": scaled_B}
+    resolved = {"lora_A": leaves["lora_A"], "scaled_B": scaled_B}
     if "magnitude" not in leaves:
         return resolved
     norm = low_rank.adapted_norm(weight, norm_squared, leaves["lora_A"], scaled_B)
@@ -174,7 +165,7 @@ def to_dora(
 
     Source: method.md §1, Collapse.
     """
-    dora = {name: leaves[name] for name in LEAVES["dora"]}
+    dora = {name: leaves[name] for name in KINDS["dora"]}
     if "magnitude_gate" not in leaves:
         return dora
     norm = low_rank.adapted_norm(weight, norm_squared, leaves["lora_A"], leaves["lora_B"] * scale)

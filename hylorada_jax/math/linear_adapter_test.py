@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hylorada_jax.leaves import KINDS
 from hylorada_jax.math import linear_adapter
 
 
-@pytest.mark.parametrize("kind", linear_adapter.LEAVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_fresh_leaves_have_the_stated_shapes(kind):
     leaves = linear_adapter.init_leaves(kind, jax.random.key(0), 2, 5, jnp.ones(3), structure_dim=7)
     shapes = linear_adapter.leaf_shapes(kind, 2, 5, 3, structure_dim=7)
     assert {name: leaf.shape for name, leaf in leaves.items()} == shapes
 
 
-@pytest.mark.parametrize("kind", linear_adapter.LEAVES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_start_of_a(kind):
     def start(rank, **settings):
         leaves = linear_adapter.init_leaves(kind, jax.random.key(0), rank, 50, jnp.ones(6), **settings)

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 
 from hylorada_jax.config import check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.math.position import check_positions
 from hylorada_jax.modules.position import PositionBias
@@ -49,7 +50,7 @@ class _LinearAdapter(nn.Module):
 
     def _adapt(
         self,
-        kind: str,
+        kind: Kind,
         x: Array,
         base_output: Array,
         base_weight: Array,
@@ -70,14 +71,14 @@ class _LinearAdapter(nn.Module):
                 name
             ]
 
-        leaves = {name: jnp.asarray(self.param(name, fresh, name)) for name in linear_adapter.LEAVES[kind]}
+        leaves = {name: jnp.asarray(self.param(name, fresh, name)) for name in KINDS[kind]}
         scale = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
         resolved = linear_adapter.resolve_leaves(
             leaves, base_weight, norm_squared, scale, detach_norm=detach_norm
         )
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
         p = None if token_scale is None else token_scale(resolved)
-        delta = low_rank.low_rank_delta(x, resolved["lora_A"], resolved["lora_B"], p)
+        delta = low_rank.low_rank_delta(x, resolved["lora_A"], resolved["scaled_B"], p)
         return low_rank.adapted_output(base_output, delta, resolved.get("column_scale"))
 
     def _check(self, x: Array, base_output: Array, base_weight: Array) -> None:
@@ -247,7 +248,7 @@ class HyLoRADALinear(DoRALinear):
 
     def _blend(
         self,
-        kind: str,
+        kind: Kind,
         x: Array,
         base_output: Array,
         base_weight: Array,

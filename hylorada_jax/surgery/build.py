@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ import numpy as np
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.leaves import Kind, leaf_of
 from hylorada_jax.math import linear_adapter, low_rank, sparse, structure
+from hylorada_jax.surgery.layout import rank_padding
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
 
@@ -122,6 +124,8 @@ def _keys(key: Array, names: Array) -> Array:
 
 def _fresh_linears(site: Site, keys: Array, norms: Array, config: HyLoRADAConfig) -> dict[str, Array]:
     """The leaves of a site's linear adapters, stacked and padded to the largest rank; ranks in turn."""
+    kind = config.linear
+    assert kind is not None  # there is such a site
     start = {
         "lora_A_init": config.lora_A_init,
         "lora_A_gain": config.lora_A_gain,
@@ -133,7 +137,7 @@ def _fresh_linears(site: Site, keys: Array, norms: Array, config: HyLoRADAConfig
     groups = [np.flatnonzero(ranks == rank) for rank in dict.fromkeys(site.ranks)]
     batches = [
         _fresh_batch(
-            str(config.linear),
+            kind,
             site.ranks[i[0]],
             max(site.ranks),
             site.linear.d_in,
@@ -152,7 +156,7 @@ def _fresh_linears(site: Site, keys: Array, norms: Array, config: HyLoRADAConfig
 # Compiled for what a layer looks like and not for which it is: a model has many layers and few shapes.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _fresh_batch(
-    kind: str,
+    kind: Kind,
     rank: int,
     padded: int,
     d_in: int,
@@ -162,9 +166,12 @@ def _fresh_batch(
 ) -> dict[str, Array]:
     def one(key: Array, norm: Array) -> dict[str, Array]:
         leaves = linear_adapter.init_leaves(kind, key, rank, d_in, norm, **dict(start))
-        return leaves | {
-            "lora_A": jnp.pad(leaves["lora_A"], ((0, padded - rank), (0, 0))),
-            "lora_B": jnp.pad(leaves["lora_B"], ((0, 0), (0, padded - rank))),
+        axes = {name: leaf_of("linear", name).rank_axis for name in leaves}
+        return {
+            name: leaf
+            if (axis := axes[name]) is None
+            else jnp.pad(leaf, rank_padding(axis, leaf.shape, padded))
+            for name, leaf in leaves.items()
         }
 
     return jax.vmap(one)(keys, norms)
@@ -180,5 +187,10 @@ def _fresh(
             return sparse.init_leaves(key, units, hidden)
         case "structure_encoder":
             return structure.init_leaves(key, config.structure_dim, config.structure_encoder_type)
-        case _:  # DAA and the position bias: α starts at one, all else at zero
-            return {leaf: jnp.full(shape, leaf == "alpha", jnp.float32) for leaf, shape in shapes.items()}
+        case "daa" | "position_bias":  # they start as if there were none
+            idle = {leaf: leaf_of(site.component, leaf).idle for leaf in shapes}
+            return {leaf: jnp.full(shape, idle[leaf], jnp.float32) for leaf, shape in shapes.items()}
+        case "linear" | "unfrozen":
+            raise AssertionError(site.component)  # build_adapters makes these by itself
+        case _:
+            assert_never(site.component)

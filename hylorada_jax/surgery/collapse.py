@@ -9,40 +9,42 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.leaves import KINDS, LEAVES, PARTS
 from hylorada_jax.math import linear_adapter
 from hylorada_jax.surgery.layout import tensor_name
-from hylorada_jax.surgery.merge import COMPONENTS, neutral_leaves
+from hylorada_jax.surgery.merge import acting_leaves
 from hylorada_jax.surgery.modules import Tree, subtree
 from hylorada_jax.surgery.plan import Site
 
+_CARRIED = [leaf.name for leaf in LEAVES if leaf.rank_axis is not None]
 Tensors = Mapping[str, np.ndarray]
 
 
-def without(sites: Sequence[Site], tensors: Tensors, components: Collection[str]) -> dict[str, np.ndarray]:
-    """The adapter in which some components have no effect.
+def without(sites: Sequence[Site], tensors: Tensors, parts: Collection[str]) -> dict[str, np.ndarray]:
+    """The adapter in which some parts have no effect.
 
     Args:
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
         tensors: as an adapter file holds them.
-        components: of "position_bias", "structure", "daa" and "sparse".
+        parts: of "position_bias", "structure", "daa" and "sparse".
 
     Returns:
-        The same tensors, the leaves that these components act by set to what is neutral.
+        The same tensors, the leaves that these parts act by set to what is neutral.
 
     Raises:
         ConfigError: there is no such component.
     """
-    if unknown := sorted(set(components) - set(COMPONENTS)):
+    if unknown := sorted(set(parts) - set(PARTS)):
         raise ConfigError(
-            f"A component that can be dropped is one of {', '.join(COMPONENTS)}",
+            f"A component that can be dropped is one of {', '.join(PARTS)}",
             ", ".join(unknown),
             "Correct its name.",
         )
     result = dict(tensors)
-    for component, leaf, name, neutral in neutral_leaves(sites):
-        if component in components:
-            key = tensor_name(name, leaf)
-            result[key] = np.full_like(tensors[key], neutral)
+    for part, leaf, name in acting_leaves(sites):
+        if part in parts:
+            key = tensor_name(name, leaf.name)
+            result[key] = np.full_like(tensors[key], leaf.neutral)
     return result
 
 
@@ -64,7 +66,7 @@ def collapse(sites: Sequence[Site], tensors: Tensors, params: Tree, constants: T
     def one(leaves: dict[str, Any], *facts: Any) -> dict[str, Any]:
         return linear_adapter.to_dora(leaves, *facts) if "magnitude" in leaves else leaves
 
-    return _by_layer(one, sites, tensors, params, constants, linear_adapter.LEAVES["hylorada_v1"])
+    return _by_layer(one, sites, tensors, params, constants, KINDS["hylorada_v1"])
 
 
 def expand(
@@ -90,7 +92,7 @@ def expand(
             leaves, *facts, gate_init=config.gate_init, residual_init=config.residual_init
         )
 
-    made = _by_layer(one, sites, tensors, params, constants, linear_adapter.LEAVES["dora"])
+    made = _by_layer(one, sites, tensors, params, constants, KINDS["dora"])
     if not all(np.all(np.isfinite(made[name])) for name in made if name.endswith(".magnitude")):
         raise ConfigError(
             "A magnitude has an effect only where g = σ(gate_init) and 1−β = σ(−residual_init) are not 0",
@@ -121,5 +123,5 @@ def _by_layer(
             made = run(leaves, weight, norm[index], site.scales[index])
             result |= {f"{name}.{leaf}": np.asarray(value) for leaf, value in made.items()}
             # What is only carried along keeps its bits.
-            result |= {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] for leaf in ("lora_A", "lora_B")}
+            result |= {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] for leaf in _CARRIED}
     return result

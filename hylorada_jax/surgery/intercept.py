@@ -13,21 +13,15 @@ from jax.typing import DTypeLike
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
+from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import low_rank, position, sparse, structure
 from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, NORMS, Tree, takes_positions
-from hylorada_jax.surgery.plan import DROPOUT_RATE, POSITION_BIAS, STRUCTURE_ENCODER
+from hylorada_jax.surgery.plan import DROPOUT_RATE
 
 COLLECTION = "hylorada"
 DROPOUT_RNG = "dropout"
-_RESOLVED = (
-    "lora_A",
-    "lora_B",
-    "column_scale",
-    "position_gate",
-    "scale_from_structure",
-    "down",
-    "up",
-    "mask",
+_RESOLVED = tuple(
+    leaf.resolved for leaf in LEAVES if leaf.component in ("linear", "sparse") and leaf.resolved
 )
 
 
@@ -90,7 +84,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     Example:
         >>> dense, x = nn.Dense(4, use_bias=False), jnp.ones((1, 3))
         >>> params = dense.init(jax.random.key(0), x)["params"]
-        >>> resolved = {"lora_A": jnp.ones((1, 3)), "lora_B": jnp.ones((4, 1))}
+        >>> resolved = {"lora_A": jnp.ones((1, 3)), "scaled_B": jnp.ones((4, 1))}
         >>> with adapt(resolved, HyLoRADAConfig(method="lora")):
         ...     y = dense.apply({"params": params, "hylorada": resolved}, x)
         >>> bool(jnp.allclose(y - dense.apply({"params": params}, x), 3.0, atol=1e-5))
@@ -190,7 +184,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             base = base + bias
         x = self._dropout(module, x, self._rate)
         delta = low_rank.low_rank_delta(
-            x, adapter["lora_A"], adapter["lora_B"], self._token_scale(module, x, adapter)
+            x, adapter["lora_A"], adapter["scaled_B"], self._token_scale(module, x, adapter)
         )
         y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
         return y if bias is None or scales_bias else y + bias

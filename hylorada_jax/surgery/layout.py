@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hylorada_jax.io.adapter_files import check_keys
+from hylorada_jax.leaves import LEAVES, leaf_of
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
 
-# The axis of a leaf that counts the rank; a stacked tree pads it to its largest layer's.
-RANK_AXIS = {"lora_A": 0, "lora_B": 1}
-# Flax's names of what torch, and so a file, calls the weight of an embedding or a norm.
-WEIGHTS = ("embedding", "scale")
+_IN_FILE = {leaf.name: leaf.in_file for leaf in LEAVES}
 
 
 def tensor_shapes(sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
@@ -33,7 +31,7 @@ def tensor_name(name: str, leaf: str) -> str:
         >>> tensor_name("model.norm", "scale"), tensor_name("", "position_bias")
         ('model.norm.weight', 'position_bias')
     """
-    return f"{name}.{'weight' if leaf in WEIGHTS else leaf}".removeprefix(".")
+    return f"{name}.{_IN_FILE[leaf]}".removeprefix(".")
 
 
 def flatten(sites: Sequence[Site], adapters: Tree) -> dict[str, np.ndarray]:
@@ -77,11 +75,17 @@ def unflatten(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[
 
 
 def _stack(site: Site, leaf: str, tensors: Mapping[str, np.ndarray]) -> Any:
-    layers = []
-    for name in site.names:
-        layer = tensors[tensor_name(name, leaf)]
-        if leaf in RANK_AXIS:
-            missing = max(site.ranks) - layer.shape[RANK_AXIS[leaf]]
-            layer = np.pad(layer, [(0, missing if axis == RANK_AXIS[leaf] else 0) for axis in range(2)])
-        layers.append(layer)
+    layers = [tensors[tensor_name(name, leaf)] for name in site.names]
+    if (axis := leaf_of(site.component, leaf).rank_axis) is not None:
+        layers = [np.pad(layer, rank_padding(axis, layer.shape, max(site.ranks))) for layer in layers]
     return jnp.asarray(np.stack(layers) if site.module.stacked else layers[0])
+
+
+def rank_padding(axis: int, shape: Sequence[int], rank: int) -> list[tuple[int, int]]:
+    """What to pad a leaf with so that its axis of the rank has that length.
+
+    Example:
+        >>> rank_padding(1, (4, 2), 3)
+        [(0, 0), (0, 1)]
+    """
+    return [(0, rank - length if place == axis else 0) for place, length in enumerate(shape)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -11,38 +11,23 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
+from hylorada_jax.leaves import PARTS, Leaf, Part, leaf_of
 from hylorada_jax.math import low_rank
 from hylorada_jax.surgery.layout import flatten, tensor_name
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
 
-# What a leaf must be, everywhere, for its component to have no effect; those not named here can be merged.
-_NEUTRAL = {
-    ("position_bias", "position_bias"): 0,
-    ("linear", "scale_from_structure"): 0,
-    ("daa", "alpha"): 1,
-    ("daa", "position_bias"): 0,
-    ("sparse", "up"): 0,
-}
-COMPONENTS = {
-    "position_bias": "the position bias",
-    "structure": "the structure prior",
-    "daa": "direct attention adaptation",
-    "sparse": "the sparse adapter",
-}
 
-
-def neutral_leaves(sites: Sequence[Site]) -> Iterator[tuple[str, str, str, int]]:
-    """(component, leaf, layer's name, neutral value) of every leaf by which a component acts."""
+def acting_leaves(sites: Sequence[Site]) -> Iterator[tuple[Part, Leaf, str]]:
+    """(part, leaf, layer's name) of every leaf by which a part acts that no weights can express."""
     for site in sites:
-        component = "structure" if site.component == "linear" else site.component
-        for leaf in site.leaves:
-            if (neutral := _NEUTRAL.get((site.component, leaf))) is not None:
-                yield from ((component, leaf, name, neutral) for name in site.names)
+        for leaf in (leaf_of(site.component, name) for name in site.leaves):
+            if leaf.part is not None:
+                yield from ((leaf.part, leaf, name) for name in site.names)
 
 
-def live_components(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The components that have an effect which no weights can express.
+def live_parts(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[Part, str]:
+    """The parts that have an effect which no weights can express.
 
     Args:
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
@@ -53,10 +38,10 @@ def live_components(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) ->
 
     Source: method.md §1, Merging.
     """
-    live: dict[str, str] = {}
-    for component, leaf, name, neutral in neutral_leaves(sites):
-        if component not in live and not np.all(tensors[tensor_name(name, leaf)] == neutral):
-            live[component] = f"{leaf} of {name or 'the model'} is not {neutral}"
+    live: dict[Part, str] = {}
+    for part, leaf, name in acting_leaves(sites):
+        if part not in live and not np.all(tensors[tensor_name(name, leaf.name)] == leaf.neutral):
+            live[part] = f"{leaf.name} of {name or 'the model'} is not {leaf.neutral}"
     return live
 
 
@@ -68,19 +53,19 @@ def check_mergeable(sites: Sequence[Site], adapters: Tree) -> None:
         adapters: the trainable tree.
 
     Raises:
-        ModelError: a component is not exactly neutral; the message names it.
+        ModelError: a part is not exactly neutral; the message names it.
 
     Source: method.md §1, Merging.
     """
-    refuse_live(live_components(sites, flatten(sites, adapters)))
+    refuse_live(live_parts(sites, flatten(sites, adapters)))
 
 
-def refuse_live(live: Mapping[str, str]) -> None:
-    """Raises the error that names every component of :func:`live_components`, if there is one."""
+def refuse_live(live: Mapping[Part, str]) -> None:
+    """Raises the error that names every part of :func:`live_parts`, if there is one."""
     if live:
         raise ModelError(
             "Only an update of the weights themselves can be merged into them",
-            "; ".join(f"{COMPONENTS[component]}: {found}" for component, found in live.items()),
+            "; ".join(f"{PARTS[part]}: {found}" for part, found in live.items()),
             "Keep the adapter beside the model, or train without this component.",
         )
 
@@ -105,19 +90,23 @@ def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAC
     merged: dict[str, Any] = dict(params)
     for site in sites:
         path = site.module.path
-        if site.component == "linear":
-            adapter = {
-                leaf: value
-                for leaf, value in subtree(resolved, path).items()
-                if leaf in ("lora_A", "lora_B", "column_scale")
-            }
-            leaves = _merge_site(site, adapter, subtree(params, path), config.magnitude_scales_bias)
-        elif site.component == "unfrozen":
-            old, new = subtree(params, path), subtree(resolved, path)
-            leaves = {leaf: new[leaf].astype(old[leaf].dtype) for leaf in site.leaves}
-        else:
-            continue
-        merged = with_leaves(merged, path, leaves)
+        match site.component:
+            case "linear":
+                adapter = {
+                    leaf: value
+                    for leaf, value in subtree(resolved, path).items()
+                    if leaf in ("lora_A", "scaled_B", "column_scale")
+                }
+                leaves = _merge_site(site, adapter, subtree(params, path), config.magnitude_scales_bias)
+                merged = with_leaves(merged, path, leaves)
+            case "unfrozen":
+                old, new = subtree(params, path), subtree(resolved, path)
+                leaves = {leaf: new[leaf].astype(old[leaf].dtype) for leaf in site.leaves}
+                merged = with_leaves(merged, path, leaves)
+            case "position_bias" | "structure_encoder" | "daa" | "sparse":
+                pass  # neutral, by check_mergeable
+            case _:
+                assert_never(site.component)
     return merged
 
 
@@ -128,7 +117,10 @@ def _merge_site(site: Site, adapter: Tree, leaves: Tree, scales_bias: bool) -> d
     def one(slices: tuple[Array, Tree]) -> Array:
         kernel, adapter = slices
         weight = low_rank.merged_weight(
-            kernel if out_in else kernel.T, adapter["lora_A"], adapter["lora_B"], adapter.get("column_scale")
+            kernel if out_in else kernel.T,
+            adapter["lora_A"],
+            adapter["scaled_B"],
+            adapter.get("column_scale"),
         )
         return weight if out_in else weight.T
 

@@ -6,15 +6,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
+from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER, Component, Kind
 from hylorada_jax.math import linear_adapter, position, sparse, structure
 from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules
 from hylorada_jax.surgery.targets import layer_alphas, layer_ranks, mlp_outputs, select_targets
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What serves the whole model lies at the top of the tree: a leaf there, a node, and a constant.
-POSITION_BIAS = "position_bias"
-STRUCTURE_ENCODER = "structure_encoder"
+# A constant at the top of the resolved tree.
 DROPOUT_RATE = "dropout_rate"
 
 
@@ -23,14 +22,14 @@ class Site:
     """The trainable leaves that one component has at one module.
 
     Attributes:
-        component: linear, sparse, daa, unfrozen, position_bias or structure_encoder.
+        component: whose leaves they are.
         module: where they are.
         layers: the adapted indices along its stacked axis; (0,) for an unstacked module.
         shapes: (leaf name, shape) of the leaves, for each of these layers.
         scales: s of each of these layers; of linear adapters only.
     """
 
-    component: str
+    component: Component
     module: Module
     layers: tuple[int, ...]
     shapes: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
@@ -72,14 +71,14 @@ def plan(modules: Modules, config: HyLoRADAConfig) -> tuple[Site, ...]:
         TargetError: a pattern matches nothing, or there is no MLP whose last layer is known by name.
         ModelError: the model has no attention, embedding or norm that the component could attach to.
     """
-    sites = _linear_sites(modules, config) if config.linear else []
+    sites = _linear_sites(modules, config, config.linear) if config.linear else []
     if config.position_bias_enabled:
         place = Module((), ("",), False)
-        sites.append(_everywhere("position_bias", place, {POSITION_BIAS: (position.NUM_BUCKETS,)}))
+        sites.append(_everywhere(POSITION_BIAS, place, {POSITION_BIAS: (position.NUM_BUCKETS,)}))
     if config.use_hylorada_v2:
         shapes = structure.leaf_shapes(config.structure_dim, config.structure_encoder_type)
         place = Module((STRUCTURE_ENCODER,), (STRUCTURE_ENCODER,), False)
-        sites.append(_everywhere("structure_encoder", place, shapes))
+        sites.append(_everywhere(STRUCTURE_ENCODER, place, shapes))
     if config.daa_enabled:
         _require(modules.attentions, "daa_enabled", "self-attention modules that it can reach")
         sites += [_everywhere("daa", module, _daa_shapes(module, config)) for module in modules.attentions]
@@ -102,7 +101,7 @@ def count_parameters(sites: Sequence[Site]) -> int:
 
 
 def _sites(
-    component: str,
+    component: Component,
     modules: Sequence[Linear],
     adapted: Collection[str],
     shapes_of: Callable[[Linear, str], Shapes],
@@ -117,19 +116,19 @@ def _sites(
     return sites
 
 
-def _everywhere(component: str, module: Module, shapes: Shapes) -> Site:
+def _everywhere(component: Component, module: Module, shapes: Shapes) -> Site:
     """The site of all layers of a module, which have the same leaves."""
     count = len(module.names)
     return Site(component, module, tuple(range(count)), (tuple(shapes.items()),) * count)
 
 
-def _linear_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:
+def _linear_sites(modules: Modules, config: HyLoRADAConfig, kind: Kind) -> list[Site]:
     names = modules.linear_names
     ranks = layer_ranks(select_targets(names, config), names, config)
 
     def shapes(module: Linear, name: str) -> Shapes:
         return linear_adapter.leaf_shapes(
-            str(config.linear), ranks[name], module.d_in, module.d_out, structure_dim=config.structure_dim
+            kind, ranks[name], module.d_in, module.d_out, structure_dim=config.structure_dim
         )
 
     alphas = layer_alphas(ranks, names, config)

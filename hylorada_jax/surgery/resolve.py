@@ -1,13 +1,14 @@
 """Weights first: what the adapters amount to, computed once per optimizer step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.leaves import leaf_at
 from hylorada_jax.math import linear_adapter, sparse
 from hylorada_jax.surgery.build import map_layers
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
@@ -33,7 +34,7 @@ def resolve(
         config: ``detach_norm`` and the sparse adapter's gate are read.
 
     Returns:
-        Nested dict with the model's paths. Linear adapters: lora_A, lora_B (times s), column_scale, and the
+        Nested dict with the model's paths. Linear adapters: lora_A, scaled_B, column_scale, and the
         factors of what depends on the token; sparse adapters: down, up, mask; unfrozen leaves, the
         dropout rate and all else as it is. In at least float32, as is the gradient that microbatches add up.
 
@@ -45,10 +46,15 @@ def resolve(
     for site in sites:
         node = subtree(adapters, site.module.path)
         leaves = {leaf: node[leaf] for leaf in site.leaves}
-        if site.component == "linear":
-            leaves = _linear(site, leaves, params, subtree(constants, site.module.path), config)
-        elif site.component == "sparse":
-            leaves = _spread(site, _sparse(site, leaves, config))
+        match site.component:
+            case "linear":
+                leaves = _linear(site, leaves, params, subtree(constants, site.module.path), config)
+            case "sparse":
+                leaves = _spread(site, _sparse(site, leaves, config))
+            case "position_bias" | "structure_encoder" | "daa" | "unfrozen":
+                pass  # read as they are
+            case _:
+                assert_never(site.component)
         tree = with_leaves(tree, site.module.path, leaves)
     return tree
 
@@ -85,7 +91,9 @@ def _spread(site: Site, resolved: dict[str, Array]) -> dict[str, Array]:
         return resolved
 
     def spread(name: str, leaf: Array) -> Array:
-        idle = jnp.ones if name == "column_scale" else jnp.zeros
-        return idle((count, *leaf.shape[1:]), leaf.dtype).at[jnp.asarray(site.layers)].set(leaf)
+        row = leaf_at((name,), resolved=True)
+        assert row is not None, name
+        idle = jnp.full((count, *leaf.shape[1:]), row.idle, leaf.dtype)
+        return idle.at[jnp.asarray(site.layers)].set(leaf)
 
     return {name: spread(name, leaf) for name, leaf in resolved.items()}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from hylorada_jax import leaves
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
@@ -22,7 +23,7 @@ class Group(NamedTuple):
     decays: bool = False
 
 
-GROUPS = {
+GROUPS: dict[leaves.Group, Group] = {
     "lora_A": Group(decays=True),
     "lora_B": Group(decays=True),  # at the run's rate times lora_plus_ratio
     "magnitude": Group(),
@@ -32,28 +33,6 @@ GROUPS = {
     "sparse_gate": Group(rate=2e-4),
     "unfrozen": Group(decays=True),
     "unfrozen_norm": Group(),
-}
-
-# What stands at the top of the adapter tree serves the whole model, and goes by its place.
-_LABEL_OF_PLACE = {"position_bias": "gate", "structure_encoder": "gate"}
-_LABEL_OF_LEAF = {
-    "lora_A": "lora_A",
-    "lora_B": "lora_B",
-    "magnitude": "magnitude",
-    "magnitude_gate": "gate",
-    "residual_weight": "gate",
-    "position_scale": "gate",
-    "scale_from_structure": "gate",
-    "alpha": "daa",
-    "beta": "daa",
-    "position_bias": "daa",
-    "down": "sparse",
-    "up": "sparse",
-    "gate_scores": "sparse_gate",
-    "embedding": "unfrozen",
-    "scale": "unfrozen_norm",
-    "bias": "unfrozen_norm",
-    "weight": "unfrozen_norm",  # T5's
 }
 
 
@@ -78,15 +57,13 @@ def label_tree(adapters: Any) -> Any:
 
     def label(path: tuple[Any, ...], _: object) -> str:
         names = [str(key.key) for key in path]
-        found = _LABEL_OF_PLACE.get(names[0]) or _LABEL_OF_LEAF.get(names[-1])
-        if found is None:
+        if (found := leaves.leaf_at(tuple(names))) is None:
             raise ConfigError(
-                f"Every trainable leaf belongs to a group: {', '.join(_LABEL_OF_LEAF)}, or a place "
-                f"{', '.join(_LABEL_OF_PLACE)}",
+                "Every trainable leaf belongs to a group.",
                 "/".join(names),
-                "Add the leaf to the table in hylorada_jax/training/optimizer.py.",
+                "Add the leaf to the table in hylorada_jax/leaves.py.",
             )
-        return found
+        return found.group
 
     return jax.tree_util.tree_map_with_path(label, adapters)
 
@@ -116,7 +93,7 @@ def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""] | int], Float[A
     return factor
 
 
-def peak_rates(training: TrainingConfig, config: HyLoRADAConfig) -> dict[str, float]:
+def peak_rates(training: TrainingConfig, config: HyLoRADAConfig) -> dict[leaves.Group, float]:
     """The peak learning rate of each group.
 
     Args:
