@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.text import parse_json
+from hylorada_jax.text import parse_json, shown
 
 MAX_JSON_BYTES = 16 * 2**20
 """Far more than any config or index has; what Python builds of it stays within some hundred MiB."""
@@ -108,8 +108,9 @@ def checked(value: object, kind: type[T], rule: str, error: type[HyLoRADAError],
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as cause:
         expected, _, path = str(cause).partition(" - at `")
-        # "[...]" is some value of a dict.
-        place = path.removesuffix("`").removeprefix("$").removeprefix(".").replace("[...]", "")
+        # "[...]" is some value of a dict, "key` in `…" one of its keys.
+        place = path.removeprefix("key` in `").removesuffix("`").removeprefix("$").removeprefix(".")
+        place = place.replace("[...]", "")
         found = f"{place + ': ' if place else ''}{_at(value, place)} ({expected})"
         raise error(rule, found, remedy) from cause
 
@@ -121,5 +122,4 @@ def _at(value: Any, place: str) -> str:
             value = value[name] if name else value[int(index)]
     except (LookupError, TypeError):
         return "a value"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return shown(value)
