@@ -9,7 +9,8 @@ from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
     Structure,
-    check_fits,
+    check_whole,
+    puts_offline,
     require_encoder,
     tokens_of,
     unloaded,
@@ -19,6 +20,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 
+@puts_offline
 def finetune(
     *,
     output: Path,
@@ -43,6 +45,7 @@ def finetune(
     prompt: str = 'def read_lines(path):\n    """',
     resume: bool = False,
     overwrite: bool = False,
+    offline: bool = False,
 ) -> None:
     """Fine-tune a language model: its weights stay frozen, an adapter is trained.
 
@@ -74,6 +77,7 @@ def finetune(
         prompt: continued by the model before and after, as a sample; empty for none.
         resume: go on with the run in the output directory.
         overwrite: delete the run in the output directory.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax.training.config import TrainingConfig
     from hylorada_jax.training.run_directory import RunDirectory
@@ -105,7 +109,7 @@ def finetune(
     # All that the config can tell is reported before data and weights are read.
     empty = unloaded(model, dtype, remat)
     if start_from is not None:
-        check_fits(start_from, empty)
+        check_whole(start_from, empty)
     fit(empty, settings)
     check_training(empty, training)
     train_texts = load_documents(data, "all" if eval_data else "train")
@@ -147,7 +151,7 @@ def finetune(
 
 def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
     """The settings of a saved adapter, beside which no other are given."""
-    from hylorada_jax.io.adapter_files import read_adapter
+    from hylorada_jax.io.saved_adapter import open_adapter
 
     if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
         raise ConfigError(
@@ -155,4 +159,4 @@ def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
             f"--start-from {adapter} {' '.join(named)}",
             "Give one.",
         )
-    return read_adapter(adapter)[1]
+    return open_adapter(adapter).config

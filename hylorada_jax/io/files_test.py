@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
-from hylorada_jax.io.adapter_files import base_name
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.merged import write_merged
+from hylorada_jax.io.saved_adapter import base_name
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
