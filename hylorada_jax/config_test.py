@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -159,6 +160,13 @@ def test_a_config_file_may_begin_with_a_byte_order_mark_but_is_utf_8(tmp_path):
     (tmp_path / "a.json").write_bytes('{"target_modules": "é"}'.encode("latin-1"))
     with pytest.raises(ConfigError, match="UTF-8"):
         HyLoRADAConfig.load(tmp_path / "a.json")
+
+
+def test_a_config_file_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / "pipe", "x" * 5000, "a\0b"):
+        with pytest.raises(ConfigError, match="A config file must be"):
+            HyLoRADAConfig.load(path)
 
 
 def test_layer_ranks_are_those_of_the_formulas():

@@ -76,6 +76,8 @@ def place(tmp_path_factory):
     # Of a few bytes, and settings that call for many.
     config, leaves = HyLoRADAConfig(method="sparse", sparse_adapter_dim=2**16), {"a": np.ones(1, np.float32)}
     write_adapter(root / "vast adapter", leaves, config, identity(base, modules))
+    wide = HyLoRADAConfig(method="longlora", s2_group_size=2**16)
+    (root / "wide.json").write_text(wide.to_json())
     return root
 
 
@@ -94,6 +96,7 @@ FINETUNE = [
     ("llama", ("--structure", "code"), "hylorada_v2"),
     ("llama", ("--batch-size", "3", "--microbatches", "2"), "microbatches must divide"),
     ("llama", ("--seq-len", "4000"), "must fill a row"),
+    ("llama", ("--config", "wide.json"), "must not be longer than a row"),
     ("few", (), "must be in the model's vocabulary, 0 … 99"),
     ("odd", (), "even head_dim"),
     ("unknown", (), "mamba"),

@@ -104,7 +104,7 @@ def finetune(
 
     from hylorada_jax.models.face import vocab_size
     from hylorada_jax.surgery.fit import fit
-    from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_training
+    from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
 
     # All that the config can tell is reported before data and weights are read.
     empty = unloaded(model, dtype, remat)
@@ -112,6 +112,7 @@ def finetune(
         check_whole(start_from, empty)
     fit(empty, settings)
     check_training(empty, training)
+    check_groups(settings, training)
     train_texts = load_documents(data, "all" if eval_data else "train")
     eval_texts = load_documents(eval_data) if eval_data else load_documents(data, "eval")
 

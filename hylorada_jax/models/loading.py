@@ -40,7 +40,8 @@ def load_model(
     """Load a pretrained base model, its weights memory-mapped and read one tensor at a time.
 
     Args:
-        name: 'smollm2-135m', a directory, a .gguf file or a Hub name; see `find_source`.
+        name: 'smollm2-135m', a directory, a .gguf file or a Hub name; see `find_source`. Before the Hub is
+            contacted its name is printed on stderr; under :func:`hylorada_jax.offline` the cache is read.
         dtype: of the weights and of the computation: float32, bfloat16, float16, or float64 under x64.
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
 
