@@ -79,6 +79,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"q" * 100_001: 2}}, "rank_pattern: {'qqq"),
     ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern: {'q_proj': True}"),
     ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: {'q_proj': nan}"),
+    ({"rank_pattern": {"\ud83d": 0}}, "ud83d"),
+    ({"\ud83d": 1}, "ud83d"),
     ({"modules_to_save": "norm"}, "modules_to_save: 'norm'"),
     ({"modules_to_save": [5]}, "modules_to_save[0]: 5"),
     ({"bias": 5}, "bias: 5"),
