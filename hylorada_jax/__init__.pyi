@@ -5,6 +5,7 @@ from .evaluation.compare import compare_models as compare_models
 from .evaluation.lost_in_the_middle import evaluate_lost_in_the_middle as evaluate_lost_in_the_middle
 from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
 from .evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
+from .io.hub import offline as offline
 from .io.merged import write_merged as write_merged
 from .io.peft_export import export_peft as export_peft
 from .io.peft_import import import_peft as import_peft

@@ -13,12 +13,14 @@ from jax import Array
 
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.io import adapter_files
+from hylorada_jax.io.saved_adapter import open_adapter
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import Tree, subtree
+from hylorada_jax.text import shown
 
 
 class AdapterBank:
@@ -97,11 +99,13 @@ class AdapterBank:
             CheckpointError: the adapter is damaged, was trained on another base, or has another config.
         """
         self._check_new(name)
-        tensors, config, base = adapter_files.read_adapter(directory)
-        adapter_files.check_base(base, self.model.identity())
-        theirs, ours = config.to_dict(), self.model.config.to_dict()
+        saved = open_adapter(directory)
+        adapter_files.check_base(saved.base, self.model.identity())
+        theirs, ours = saved.config.to_dict(), self.model.config.to_dict()
         if differing := [
-            f"{key}: adapter {theirs[key]!r}, model {ours[key]!r}" for key in ours if theirs[key] != ours[key]
+            f"{key}: adapter {shown(theirs[key])}, model {shown(ours[key])}"
+            for key in ours
+            if theirs[key] != ours[key]
         ]:
             raise CheckpointError(
                 "The adapters of a bank have the config of its model",
@@ -109,7 +113,8 @@ class AdapterBank:
                 "Give it a model of its own, which shares the frozen weights: "
                 "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
             )
-        self._trees[name] = self._fitted(layout.unflatten(self.model.sites, tensors))
+        adapter_files.check_keys(saved.shapes, layout.tensor_shapes(self.model.sites))
+        self._trees[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.exact import fraction
+from hylorada_jax.io.reading import read_json
 from hylorada_jax.leaves import Kind
-from hylorada_jax.text import parse_json
+from hylorada_jax.text import parse_json, shown
 
 QV = ("q", "v")
 QKVO = ("q", "k", "v", "o")
@@ -55,6 +56,19 @@ _SWITCHES = (
 _LINEAR_SWITCHES = _SWITCHES[:3]
 # Of a group of shifted attention, in tokens: the shift is a whole number of them.
 _MAX_SHIFT_UNIT = 1024
+
+# Beyond any real use, and such that what a stranger's file asks for stays bearable.
+MAX_SIZE = 2**16
+MAX_NUMBER = 1e6
+# Of one setting, and their characters in all: the layers of the largest models, named one by one.
+MAX_PATTERNS, MAX_PATTERN_LENGTH = 2000, 100_000
+_SIZES = {
+    "lora_rank": MAX_SIZE,
+    "sparse_adapter_dim": MAX_SIZE,
+    "s2_group_size": MAX_SIZE,
+    "structure_dim": MAX_SIZE,
+    "structure_seq_len": 2**30,
+}
 
 _NUMBERS = (
     "lora_alpha",
@@ -100,6 +114,9 @@ class HyLoRADAConfig:
     bool. Without a method, the switches choose it: ``use_hylorada_v2`` gives ``hylorada_v2``, ``use_dora``
     gives ``dora``, ``use_hylorada=False`` gives ``lora``, ``use_hylorada=True`` gives ``hylorada_v1`` (with
     ``position_bias_enabled=True`` ``hylorada``), and nothing at all gives ``hylorada``.
+
+    Settings may come from a stranger's file, so all are bounded: ranks and widths by 65,536, other numbers by
+    a million, the patterns of one setting by 2,000 of together 100,000 characters.
 
     Args:
         method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2 or hylorada.
@@ -199,10 +216,15 @@ class HyLoRADAConfig:
     structure_seq_len: int = 2048
 
     def __post_init__(self) -> None:
-        self._set("target_modules", _names("target_modules", self.target_modules))
-        self._set("exclude_modules", _names("exclude_modules", self.exclude_modules) or ())
+        for name, limit in _SIZES.items():
+            value = getattr(self, name)
+            if not (value is None and name == "s2_group_size"):
+                _require(_is_size(value, limit), f"{name} must be an integer from 1 to {limit:,}", value)
+        if self.target_modules is not None:
+            self._set("target_modules", _names("target_modules", self.target_modules))
+        self._set("exclude_modules", _names("exclude_modules", self.exclude_modules))
         # As pairs, so that a config can be hashed.
-        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _is_int))
+        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _is_size))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _is_positive))
         for name in _NUMBERS:
             self._set(name, _number(name, getattr(self, name)))
@@ -217,15 +239,15 @@ class HyLoRADAConfig:
     def _resolve_method(self) -> None:
         if self.method is None:
             self._set("method", self._method_of_switches())
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(
-                f"method must be one of {', '.join(METHODS)}", repr(self.method), near(self.method, METHODS)
+                f"method must be one of {', '.join(METHODS)}", shown(self.method), near(self.method, METHODS)
             )
         implied = METHODS[self.method]
         for name in _SWITCHES:
             given, default = getattr(self, name), implied.get(name, False)
             if given is not None and not isinstance(given, bool):
-                raise ConfigError(f"{name} must be True, False or None", repr(given), "Give a bool.")
+                raise ConfigError(f"{name} must be True, False or None", shown(given), "Give a bool.")
             if name in _LINEAR_SWITCHES and given not in (None, default):
                 raise ConfigError(
                     f"{name} must agree with the method: {self.method!r} has {name}={default}",
@@ -246,11 +268,6 @@ class HyLoRADAConfig:
         return "hylorada_v1" if self.use_hylorada and not self.position_bias_enabled else "hylorada"
 
     def _check(self) -> None:
-        _require(
-            _is_int(self.lora_rank) and self.lora_rank >= 1,
-            "lora_rank must be an integer ≥ 1",
-            self.lora_rank,
-        )
         _require(self.lora_alpha > 0, "lora_alpha must be > 0", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "lora_dropout must be in [0, 1)", self.lora_dropout)
         check_lora_a(self.lora_A_init, self.lora_A_gain)
@@ -268,13 +285,7 @@ class HyLoRADAConfig:
                 self.s2_shift_ratio,
                 f"Take {near_ratio}, {float(near_ratio)}.",
             )
-        for name in ("structure_dim", "structure_seq_len", "sparse_adapter_dim"):
-            value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, f"{name} must be an integer ≥ 1", value)
         if self.s2_group_size is not None:
-            _require(
-                _is_int(self.s2_group_size), "s2_group_size must be an integer or None", self.s2_group_size
-            )
             self.s2_groups(1)
         for name in (
             "use_rslora",
@@ -291,7 +302,7 @@ class HyLoRADAConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}", repr(value), near(value, allowed)
+                    f"{name} must be one of {', '.join(allowed)}", shown(value), near(value, allowed)
                 )
         if self.position_bias_enabled and (self.use_hylorada_v2 or not self.use_hylorada):
             raise ConfigError(
@@ -308,7 +319,7 @@ class HyLoRADAConfig:
         if self.method == "sparse" and self.target_modules is not None:
             raise ConfigError(
                 "method='sparse' adapts no linear layer",
-                f"target_modules={self.target_modules}",
+                f"target_modules={shown(self.target_modules)}",
                 "Choose a method with a linear adapter and set sparse_enabled=True.",
             )
 
@@ -425,8 +436,9 @@ class HyLoRADAConfig:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(settings) - set(known)):
-            remedy = " ".join(near(name, known) for name in unknown)
-            raise ConfigError("Every key must be a setting of HyLoRADAConfig", ", ".join(unknown), remedy)
+            received = ", ".join(f"{shown(name)}: {shown(settings[name])}" for name in unknown[:8])
+            remedy = " ".join(dict.fromkeys(near(name, known) for name in unknown[:8]))
+            raise ConfigError("Every key must be a setting of HyLoRADAConfig", received, remedy)
         return cls(**settings)
 
     @classmethod
@@ -450,15 +462,9 @@ class HyLoRADAConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> HyLoRADAConfig:
-        """The config of a JSON file in UTF-8; a ConfigError when there is none at ``path``."""
-        if not Path(path).is_file():
-            raise ConfigError("A config file must exist", path, "Check the path.")
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            received = f"{path}: {error}"
-            raise ConfigError("A config file must be readable, in UTF-8", received, "Check it.") from error
-        return cls.from_json(text)
+        """The config of a JSON file in UTF-8; a ConfigError where there is none at ``path``."""
+        rule = "A config file must be a JSON object of settings, in UTF-8"
+        return cls.from_dict(read_json(Path(path), rule, ConfigError, "Check the path and the file."))
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> HyLoRADAConfig:
@@ -484,7 +490,7 @@ class HyLoRADAConfig:
         preset = PRESETS[name] | settings
         if settings.get("method") == "sparse" and "target_modules" not in settings:
             preset.pop("target_modules", None)  # it has no linear adapters to target
-        if _is_int(preset["lora_rank"]):
+        if _is_size(preset["lora_rank"]):
             preset.setdefault("lora_alpha", 2.0 * preset["lora_rank"])
         return cls.from_dict(preset)
 
@@ -501,46 +507,70 @@ def check_lora_a(init: object, gain: object) -> None:
     """
     if init is not None and init not in LORA_A_INITS:
         rule = f"lora_A_init must be one of {', '.join(LORA_A_INITS)}, or None"
-        raise ConfigError(rule, repr(init), near(str(init), LORA_A_INITS))
-    _require(_is_positive(gain), "lora_A_gain must be a finite number > 0", gain)
+        raise ConfigError(rule, shown(init), near(init, LORA_A_INITS))
+    _require(_is_positive(gain), f"lora_A_gain must be > 0, and at most {MAX_NUMBER:,.0f}", gain)
 
 
-def _names(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
-    if not all(isinstance(item, str) and item for item in names) or (not names and name == "target_modules"):
+def _names(name: str, value: object) -> tuple[str, ...]:
+    several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    names: tuple[Any, ...] = tuple(value) if several else (value,)  # type: ignore[arg-type]
+    if not all(_is_name(item) for item in names) or (not names and name == "target_modules"):
         raise ConfigError(
-            f"{name} must be non-empty strings", repr(value), 'For example ("q_proj", "v_proj").'
+            f"{name} must be non-empty strings", shown(value), 'For example ("q_proj", "v_proj").'
         )
+    _check_length(name, names)
     return names
 
 
 def _pattern(name: str, value: object, is_valid: Callable[[Any], bool]) -> tuple[tuple[str, Any], ...]:
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError
         pairs = tuple(dict(value).items())  # type: ignore[call-overload]
     except (TypeError, ValueError):
         pairs = (("", 0),)
-    if not all(isinstance(key, str) and key and is_valid(number) and number > 0 for key, number in pairs):
-        kind = "ranks ≥ 1" if name == "rank_pattern" else "numbers > 0"
-        raise ConfigError(f"{name} must map layer names to {kind}", repr(value), 'For example {"v_proj": 4}.')
+    if wrong := [pair for pair in pairs if not (_is_name(pair[0]) and is_valid(pair[1]))]:
+        kind = (
+            f"ranks, 1 … {MAX_SIZE:,}" if name == "rank_pattern" else f"numbers > 0, up to {MAX_NUMBER:,.0f}"
+        )
+        received = shown(dict(wrong)) if pairs[0][0] else shown(value)
+        raise ConfigError(f"{name} must map layer names to {kind}", received, 'For example {"v_proj": 4}.')
+    _check_length(name, [pattern for pattern, _ in pairs])
     return pairs
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_length(name: str, patterns: Sequence[str]) -> None:
+    if len(patterns) > MAX_PATTERNS or sum(map(len, patterns)) > MAX_PATTERN_LENGTH:
+        raise ConfigError(
+            f"{name} must be at most {MAX_PATTERNS:,} patterns, of {MAX_PATTERN_LENGTH:,} characters in all",
+            f"{len(patterns):,} of {sum(map(len, patterns)):,}",
+            "Say it with fewer regular expressions.",
+        )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_size(value: object, limit: int = MAX_SIZE) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return _is_number(value) and value > 0  # type: ignore[operator]
 
 
 def _number(name: str, value: object) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(is_number and math.isfinite(value), f"{name} must be a finite number", value)  # type: ignore[arg-type]
+    _require(
+        _is_number(value), f"{name} must be a number between -{MAX_NUMBER:,.0f} and {MAX_NUMBER:,.0f}", value
+    )
     return float(value)  # type: ignore[arg-type]
 
 
 def _require(holds: bool, rule: str, received: object) -> None:
     if not holds:
-        raise ConfigError(rule, repr(received), "Correct this setting.")
+        raise ConfigError(rule, shown(received), "Correct this setting.")

@@ -1,3 +1,5 @@
+import dataclasses
+import os
 import subprocess
 import sys
 
@@ -114,6 +116,33 @@ def test_bad_settings_are_refused_by_name(settings, named):
         HyLoRADAConfig(**settings)
 
 
+DEEP: list = []
+for _ in range(2000):
+    DEEP = [DEEP]
+HOSTILE = [
+    None, True, 0, -1, 2.5, 10**400, 1e308, float("nan"), float("-inf"), "", "x", "x" * 10**6, b"q", ["q"],
+    [None], ["q"] * 10**5, {}, {"q": 2}, {"q": 10**400}, {5: 2}, {"q": None}, DEEP, {"q": DEEP},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(HyLoRADAConfig)])
+def test_any_value_is_refused_by_name_or_stays_what_it_was(name):
+    for value in HOSTILE:
+        refusal, said = None, None
+        try:
+            config = HyLoRADAConfig.from_dict({name: value})
+            said = config.to_dict()[name]
+            assert HyLoRADAConfig.from_json(config.to_json()) == config
+        except ConfigError as error:
+            refusal = str(error)
+        if refusal is not None:
+            assert name in refusal, value
+            assert len(refusal) < 1000, value
+        elif value is not None:  # which is a default
+            assert said in (value, [value]), value  # a name alone is a list of it
+            assert isinstance(said, bool) == isinstance(value, bool), value
+
+
 def test_an_unknown_key_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="lora_rank"):
         HyLoRADAConfig.from_dict({"lora_rnk": 8})
@@ -131,6 +160,13 @@ def test_a_config_file_may_begin_with_a_byte_order_mark_but_is_utf_8(tmp_path):
     (tmp_path / "a.json").write_bytes('{"target_modules": "é"}'.encode("latin-1"))
     with pytest.raises(ConfigError, match="UTF-8"):
         HyLoRADAConfig.load(tmp_path / "a.json")
+
+
+def test_a_config_file_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / "pipe", "x" * 5000, "a\0b"):
+        with pytest.raises(ConfigError, match="A config file must be"):
+            HyLoRADAConfig.load(path)
 
 
 def test_layer_ranks_are_those_of_the_formulas():

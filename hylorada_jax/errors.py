@@ -4,6 +4,8 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
+from hylorada_jax.text import shown
+
 
 class HyLoRADAError(ValueError):
     """Base of every error this project raises on bad input.
@@ -55,5 +57,6 @@ def require_packages(rule: str, packages: Iterable[str], remedy: str) -> None:
 
 def near(name: object, known: Iterable[str]) -> str:
     """The remedy for an unknown name: those that resemble it, or else all that are known."""
-    matches = difflib.get_close_matches(str(name), list(known), n=3)
+    # Cut, for difflib takes its time over a long text.
+    matches = difflib.get_close_matches(name[:80] if isinstance(name, str) else shown(name), list(known), n=3)
     return f"Did you mean {' or '.join(matches)}?" if matches else f"Known: {', '.join(known)}."

@@ -14,19 +14,19 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.io import adapter_files
-from hylorada_jax.io.base_identity import base_identity
+from hylorada_jax.io.saved_adapter import open_adapter
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
-from hylorada_jax.models.face import BaseModel, as_base, vocab_size
+from hylorada_jax.models.face import as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.surgery import build, layout
-from hylorada_jax.surgery.fit import fit
+from hylorada_jax.surgery.fit import check_fits, fit, identity
 from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
-from hylorada_jax.surgery.modules import Modules, Tree
 from hylorada_jax.surgery.modules import Path as TreePath
+from hylorada_jax.surgery.modules import Tree
 from hylorada_jax.surgery.plan import Site, count_parameters
 from hylorada_jax.surgery.resolve import resolve
 from hylorada_jax.surgery.split import join, split
@@ -401,21 +401,17 @@ class HyLoRADAModel:
 
         Raises:
             CheckpointError: the adapter is damaged, or does not fit the base model.
+            ConfigError: a setting of the adapter's is refused.
         """
-        tensors, config, base = adapter_files.read_adapter(directory)
-        model = cls(base_model, config)
-        adapter_files.check_base(base, model.identity())
+        saved, base = open_adapter(directory), as_base(base_model)
+        check_fits(saved, base)  # before its tensors are read, and others like them made
+        tensors = saved.tensors()
+        model = cls(base, saved.config)
         if check_weights:
-            adapter_files.check_weights(base, model.identity(weights=True))
+            adapter_files.check_weights(saved.base, model.identity(weights=True))
         model.adapters = layout.unflatten(model.sites, tensors)
         model.start = adapter_files.digest(tensors)
         return model
-
-
-def identity(base: BaseModel, modules: Modules) -> dict[str, Any]:
-    """What an adapter file says of the base model, which may be without its weights."""
-    linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
-    return base_identity(base.name, base.config, linears)
 
 
 def _leaf_paths(sites: Sequence[Site]) -> list[TreePath]:

@@ -1,10 +1,13 @@
-"""Text from outside: made such that UTF-8 can write it; and JSON, read with one kind of error."""
+"""What comes from outside: text that UTF-8 can write; JSON, with one kind of error; values cut for errors."""
 
 import json
 import re
+import reprlib
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 def well_formed(text: str) -> str:
@@ -48,3 +51,16 @@ def parse_json(text: str) -> Any:
         return json.loads(text.removeprefix("\ufeff"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def shown(value: object) -> str:
+    """A value from outside as an error shows it: its repr, cut in length and, lest it recurse, in depth.
+
+    Args:
+        value: of any type, size and depth.
+
+    Example:
+        >>> shown(0.5), shown("x" * 1000)[:4], len(shown("x" * 1000))
+        ('0.5', "'xxx", 80)
+    """
+    return _SHORT.repr(value)

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
-from hylorada_jax.io.adapter_files import check_base, read_adapter, write_adapter
+from hylorada_jax.io.adapter_files import check_base, write_adapter
 from hylorada_jax.io.base_identity import base_identity
+from hylorada_jax.io.saved_adapter import read_adapter
 from hylorada_torch.forward_pass import ForwardPass
 from hylorada_torch.position import check_positions, default_positions
 from hylorada_torch.surgery import attach_adapters, base_weight

@@ -10,7 +10,8 @@ import pytest
 import hylorada_torch
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.io.saved_adapter import read_adapter
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source

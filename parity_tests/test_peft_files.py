@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.io.peft_export import effect, export_peft
 from hylorada_jax.io.peft_import import import_peft
+from hylorada_jax.io.saved_adapter import read_adapter
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import without
 from parity_tests.families import all_in_float64, jax_base, measuring, torch_base
@@ -214,7 +215,7 @@ def test_files_that_do_not_fit_are_refused(saved):
             {},
         ),
         "lora_embedding_A": (whole | {"base_model.model.transformer.wte.lora_embedding_A": whole[name]}, {}),
-        "int64": (whole | {name: whole[name].astype(np.int64)}, {}),
+        "I64": (whole | {name: whole[name].astype(np.int64)}, {}),
         "untouched": (whole | {"base_model.model.transformer.wte.weight": np.ones((128, 8))}, {}),
         "all norms": (whole | {"base_model.model.transformer.ln_f.weight": np.ones(8)}, {}),
     }

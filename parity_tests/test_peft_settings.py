@@ -188,7 +188,8 @@ def test_other_starts_are_refused_by_name(start, tmp_path):
 
 
 def test_every_setting_of_pefts_has_been_decided():
-    known = {"init_lora_weights", *peft_files._READ, *peft_files._IDLE, *peft_files._UNMERGEABLE, *MERGEABLE}
+    read = peft_files._Settings.__struct_fields__
+    known = {*read, *peft_files._IDLE, *peft_files._UNMERGEABLE, *MERGEABLE}
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
 
 

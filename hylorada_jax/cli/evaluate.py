@@ -7,9 +7,10 @@ from hylorada_jax.cli.shared import (
     Dtype,
     Structure,
     check_adapter,
-    check_fits,
+    check_whole,
     loaded,
     print_result,
+    puts_offline,
     tokens_of,
     unloaded,
 )
@@ -17,6 +18,7 @@ from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.training.packing import check_windows
 
 
+@puts_offline
 def evaluate(
     *,
     model: str = PACKAGED_MODEL,
@@ -30,6 +32,7 @@ def evaluate(
     dtype: Dtype = "float32",
     check_weights: bool = False,
     json: bool = False,
+    offline: bool = False,
 ) -> None:
     """Perplexity of a model, with or without an adapter, by a sliding window.
 
@@ -47,6 +50,7 @@ def evaluate(
         check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
             was trained on.
         json: print one JSON object.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     check_windows(seq_len, stride, max_tokens, batch_size)
     texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
@@ -62,7 +66,7 @@ def evaluate(
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
     if adapter is not None:
-        check_fits(adapter, base)
+        check_whole(adapter, base)
 
     tokenizer = load_tokenizer(model)
     tokens, structure_ids = tokens_of(texts, tokenizer, structure)

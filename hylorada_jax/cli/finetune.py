@@ -9,7 +9,8 @@ from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
     Structure,
-    check_fits,
+    check_whole,
+    puts_offline,
     require_encoder,
     tokens_of,
     unloaded,
@@ -19,6 +20,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 
+@puts_offline
 def finetune(
     *,
     output: Path,
@@ -43,6 +45,7 @@ def finetune(
     prompt: str = 'def read_lines(path):\n    """',
     resume: bool = False,
     overwrite: bool = False,
+    offline: bool = False,
 ) -> None:
     """Fine-tune a language model: its weights stay frozen, an adapter is trained.
 
@@ -75,6 +78,7 @@ def finetune(
         prompt: continued by the model before and after, as a sample; empty for none.
         resume: go on with the run in the output directory.
         overwrite: delete the run in the output directory, and nothing else.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax.training.config import TrainingConfig
     from hylorada_jax.training.run_directory import RunDirectory
@@ -101,14 +105,15 @@ def finetune(
 
     from hylorada_jax.models.face import vocab_size
     from hylorada_jax.surgery.fit import fit
-    from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_training
+    from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
 
     # All that the config can tell is reported before data and weights are read.
     empty = unloaded(model, dtype, remat)
     if start_from is not None:
-        check_fits(start_from, empty)
+        check_whole(start_from, empty)
     fit(empty, settings)
     check_training(empty, training)
+    check_groups(settings, training)
     train_texts = load_documents(data, "all" if eval_data else "train")
     eval_texts = load_documents(eval_data) if eval_data else load_documents(data, "eval")
 
@@ -148,7 +153,7 @@ def finetune(
 
 def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
     """The settings of a saved adapter, beside which no other are given."""
-    from hylorada_jax.io.adapter_files import read_adapter
+    from hylorada_jax.io.saved_adapter import open_adapter
 
     if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
         raise ConfigError(
@@ -156,4 +161,4 @@ def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
             f"--start-from {adapter} {' '.join(named)}",
             "Give one.",
         )
-    return read_adapter(adapter)[1]
+    return open_adapter(adapter).config

@@ -8,14 +8,16 @@ from hylorada_jax.cli.shared import (
     Dtype,
     Structure,
     check_adapter,
-    check_fits,
+    check_whole,
     loaded,
     prompt_of,
+    puts_offline,
     unloaded,
 )
 from hylorada_jax.errors import DataError
 
 
+@puts_offline
 def generate(
     *,
     prompt: str,
@@ -29,6 +31,7 @@ def generate(
     structure: Structure | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
+    offline: bool = False,
 ) -> None:
     """Continue a prompt.
 
@@ -44,6 +47,7 @@ def generate(
         structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
         seed: of the sampling.
         dtype: of the weights and the computation.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     check_adapter(adapter, structure)
 
@@ -58,7 +62,7 @@ def generate(
     base = unloaded(model, dtype)
     require_generation(base)
     if adapter is not None:
-        check_fits(adapter, base)
+        check_whole(adapter, base)
     tokenizer = load_tokenizer(model)
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
     ids, structure_ids = prompt_of(text, tokenizer, structure, chat=chat)

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
+from hylorada_jax.cli.shared import base_of, puts_offline
 
+
+@puts_offline
 def merge(
     *,
     output: Path,
@@ -11,6 +14,7 @@ def merge(
     model: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     check_weights: bool = False,
+    offline: bool = False,
 ) -> None:
     """Merge an adapter into its base model: an ordinary checkpoint, as transformers loads it.
 
@@ -23,13 +27,13 @@ def merge(
         model: smollm2-135m, a directory, a .gguf file, or a Hub name [what the adapter was trained on].
         dtype: of the written weights [each tensor's own; float32 from a .gguf file].
         check_weights: refuse a model whose weights are not, bit by bit, those the adapter was trained on.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
-    from hylorada_jax.io.adapter_files import base_name
     from hylorada_jax.io.files import user_path
     from hylorada_jax.io.merged import write_merged
     from hylorada_jax.io.shards import refuse_taken
 
     refuse_taken(user_path(output))
-    name = base_name(adapter, model)
+    name = base_of(adapter, model)
     write_merged(name, adapter, output, dtype, check_weights=check_weights, progress=True)
     print(f"merged  {output}")

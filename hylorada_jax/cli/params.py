@@ -1,14 +1,16 @@
 """The command that counts what would be trained."""
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter
-from hylorada_jax.cli.shared import PACKAGED_MODEL, print_result, unloaded
+from hylorada_jax.cli.shared import PACKAGED_MODEL, print_result, puts_offline, unloaded
 
 
+@puts_offline
 def params(
     *,
     model: str = PACKAGED_MODEL,
     adapter: Adapter = DEFAULTS,
     json: bool = False,
+    offline: bool = False,
 ) -> None:
     """Count the trainable parameters from the model's config alone: no weights are read, no memory is taken.
 
@@ -16,6 +18,7 @@ def params(
         model: smollm2-135m, a directory with a config.json, a .gguf file, or a Hub name.
         adapter: what would be trained.
         json: print one JSON object.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     settings = adapter.build()
 

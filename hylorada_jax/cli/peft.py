@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from hylorada_jax.cli.shared import base_of, puts_offline, unloaded
 from hylorada_jax.errors import DataError
 
 Component = Literal["position_bias", "structure", "daa", "sparse"]
 
 
+@puts_offline
 def export_peft(
     *,
     adapter: Path,
@@ -16,6 +18,7 @@ def export_peft(
     model: str | None = None,
     drop: tuple[Component, ...] = (),
     sample: str | None = None,
+    offline: bool = False,
 ) -> None:
     """Write an adapter as PEFT's LoRA or DoRA: it works in PyTorch without this library.
 
@@ -28,26 +31,23 @@ def export_peft(
         model: the base model [the one that the adapter names].
         drop: leave a component out although it has an effect.
         sample: a text; a refusal then says what dropping would change of its logits.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax import load_model
-    from hylorada_jax.cli.shared import check_fits, unloaded
-    from hylorada_jax.io.adapter_files import base_name, check_keys, read_adapter, refuse_existing
+    from hylorada_jax.io.adapter_files import refuse_existing
     from hylorada_jax.io.peft_export import check_export, effect
     from hylorada_jax.io.peft_export import export_peft as export
+    from hylorada_jax.io.saved_adapter import open_adapter
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
-    from hylorada_jax.surgery.fit import fit
-    from hylorada_jax.surgery.layout import tensor_shapes
+    from hylorada_jax.surgery.fit import check_fits
 
     refuse_existing(output)
-    name = base_name(adapter, model)
-    empty = unloaded(name)
-    check_fits(adapter, empty)
+    name = base_of(adapter, model)
+    empty, saved = unloaded(name), open_adapter(adapter)
+    sites = check_fits(saved, empty)
     if sample is None:  # otherwise a refusal says more, and takes the model for it
-        tensors, config, _ = read_adapter(adapter)
-        sites = fit(empty, config)[1]
-        check_keys({name: tensor.shape for name, tensor in tensors.items()}, tensor_shapes(sites))
-        check_export(sites, tensors, config, empty.params, drop)
+        check_export(sites, saved.tensors(), saved.config, empty.params, drop)
     tokens = None
     if sample is not None:
         if not (ids := load_tokenizer(name).encode_prompt(sample).ids):
@@ -63,12 +63,14 @@ def export_peft(
     print(output)
 
 
+@puts_offline
 def import_peft(
     *,
     adapter: Path,
     output: Path,
     model: str,
     method: Literal["lora", "dora", "hylorada_v1"] | None = None,
+    offline: bool = False,
 ) -> None:
     """Read a LoRA, rsLoRA or DoRA adapter of PEFT, and write it as this library's, to go on training from.
 
@@ -77,16 +79,17 @@ def import_peft(
         output: directory for the adapter; `hylorada finetune --start-from` trains it on.
         model: the base model it was trained on.
         method: hylorada_v1 lets a DoRA adapter go on as one, from the same function [what the file holds].
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax import load_model
-    from hylorada_jax.cli.shared import unloaded
     from hylorada_jax.io.adapter_files import refuse_existing
-    from hylorada_jax.io.peft_files import read_peft
+    from hylorada_jax.io.peft_files import open_peft
     from hylorada_jax.io.peft_import import check_import
     from hylorada_jax.io.peft_import import import_peft as read
 
     refuse_existing(output)
-    tensors, settings = read_peft(adapter)
-    check_import(tensors, settings, unloaded(model), method)  # before the model is loaded
+    saved = open_peft(adapter)
+    check_import(saved, unloaded(model), method)  # before the model is loaded
+    saved.tensors()
     read(load_model(model), adapter, method=method).save_pretrained(output)
     print(output)

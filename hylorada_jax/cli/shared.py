@@ -1,12 +1,16 @@
 """What several commands do with their options."""
 
+import contextlib
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.io import hub
 from hylorada_jax.training.text_files import Document
 
 if TYPE_CHECKING:
@@ -17,6 +21,36 @@ if TYPE_CHECKING:
 PACKAGED_MODEL = "smollm2-135m"
 Dtype = Literal["float32", "bfloat16"]
 Structure = Literal["code"]
+
+
+def puts_offline(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with its option ``offline`` in effect for all that it does."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        with hub.offline() if options.get("offline") else contextlib.nullcontext():
+            command(**options)
+
+    return run
+
+
+def base_of(adapter: Path, given: str | None) -> str:
+    """The name of an adapter's base model: the user's own, or else the adapter's, which is announced.
+
+    An adapter may be a stranger's. So its user reads where its base comes from before anything is contacted.
+    """
+    from hylorada_jax.io.saved_adapter import base_name
+    from hylorada_jax.models.source import is_hub_name
+
+    name = base_name(adapter, given)
+    if given is None:
+        place = ", from the Hugging Face Hub" if is_hub_name(name) else ""
+        # repr for what a terminal would act upon: a directory may be called so.
+        print(
+            f"base model from the adapter: {name if name.isprintable() else repr(name)}{place}",
+            file=sys.stderr,
+        )
+    return name
 
 
 def unloaded(model: str, dtype: str = "float32", remat: str = "none") -> "BaseModel":
@@ -47,25 +81,27 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
         structure: the structure that it shall read, or None.
         weights: the dtype in which its base's weights shall be checked, or None.
     """
-    from hylorada_jax.io import adapter_files
+    from hylorada_jax.io.adapter_files import check_weights
+    from hylorada_jax.io.saved_adapter import open_adapter
 
-    _, config, base = (None, None, None) if adapter is None else adapter_files.read_adapter(adapter)
+    saved = None if adapter is None else open_adapter(adapter)
     if structure:
-        require_encoder(config, structure)
-    if weights and base is None:
+        require_encoder(None if saved is None else saved.config, structure)
+    if weights and saved is None:
         rule = "Weights are checked against those that an adapter was trained on"
         raise ConfigError(rule, "--check-weights for no adapter", "Give --adapter, or leave it out.")
-    if weights and base is not None:
-        adapter_files.check_weights(base, {"dtype": weights})
+    if weights and saved is not None:
+        check_weights(saved.base, {"dtype": weights})
 
 
-def check_fits(adapter: Path, base: "BaseModel") -> None:
-    """Reports an adapter of another base, which may be without its weights."""
-    from hylorada_jax.io.adapter_files import check_base, read_adapter
-    from hylorada_jax.model import identity
-    from hylorada_jax.surgery.modules import find_modules
+def check_whole(adapter: Path, base: "BaseModel") -> None:
+    """Reports an adapter that is damaged or does not fit its base, which may be without its weights."""
+    from hylorada_jax.io.saved_adapter import open_adapter
+    from hylorada_jax.surgery.fit import check_fits
 
-    check_base(read_adapter(adapter)[2], identity(base, find_modules(base.init_params)))
+    saved = open_adapter(adapter)
+    check_fits(saved, base)
+    saved.tensors()
 
 
 def tokens_of(

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import HyLoRADAConfig
@@ -25,7 +23,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 # What a base's identity says of its weights, where it was asked for; compared only where that is asked for.
 WEIGHTS = ("dtype", "weights_sha256")
-_FLOATS = (np.float32, np.float64)
 
 
 def write_adapter(
@@ -60,7 +57,7 @@ def write_adapter(
         "config": config.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    write_files(directory, weights, _render(body))
+    write_files(directory, weights, render(body))
 
 
 def write_files(directory: Path, weights: bytes, config: bytes) -> None:
@@ -87,59 +84,6 @@ def refuse_existing(directory: str | Path) -> None:
             directory,
             "Choose another directory; save_pretrained can be told to with overwrite=True.",
         )
-
-
-def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADAConfig, dict[str, Any]]:
-    """Reads an adapter that :func:`write_adapter` wrote, whole or not at all.
-
-    Args:
-        directory: holds the two files.
-
-    Returns:
-        The tensors, the settings, and what identifies the base model.
-
-    Raises:
-        CheckpointError: a file is missing, cut, altered, of another version, or holds non-finite values.
-    """
-    directory = user_path(directory)
-    body = _read_config(directory / CONFIG_NAME)
-    raw = _read(directory / WEIGHTS_NAME)
-    if hashlib.sha256(raw).hexdigest() != body["weights_sha256"]:
-        raise CheckpointError(
-            f"{WEIGHTS_NAME} must be the file that {CONFIG_NAME} describes",
-            f"{directory / WEIGHTS_NAME}, {len(raw)} bytes, whose checksum differs",
-            "The file was cut or altered: copy it again, or use an older checkpoint.",
-        )
-    try:
-        tensors = load_safetensors(raw)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            "An adapter must be a safetensors file", f"{directory}: {error}", "Save it again."
-        ) from error
-    if alien := [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]:
-        raise CheckpointError(
-            "An adapter holds float32 or float64 tensors", short(alien), "Save it with save_pretrained."
-        )
-    check_finite(tensors)
-    return tensors, HyLoRADAConfig.from_dict(body["config"]), body["base_model"]
-
-
-def base_name(directory: str | Path, given: str | None = None) -> str:
-    """The name of the base model that an adapter belongs to.
-
-    Args:
-        directory: of the adapter, which is read and checked.
-        given: the user's own name of it, which wins.
-
-    Raises:
-        CheckpointError: the adapter is damaged, or names no model and none is given.
-    """
-    name = given or read_adapter(directory)[2].get("name")
-    if not name:
-        raise CheckpointError(
-            "An adapter or the user must name the base model", f"{directory} names none", "Give --model."
-        )
-    return name
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -218,36 +162,7 @@ def _serialised(tensors: Mapping[str, np.ndarray]) -> bytes:
     return dump_safetensors({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    text = _read(path)
-    try:
-        body = json.loads(text)
-        version = body["format_version"]
-        # Byte by byte, so that nothing at all is altered unnoticed.
-        intact = _render({key: value for key, value in body.items() if key != "sha256"}) == text
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        theirs = isinstance(error, KeyError) and "peft_type" in body
-        raise CheckpointError(
-            f"{CONFIG_NAME} must be what save_pretrained wrote",
-            f"{path}, which PEFT wrote" if theirs else f"{path}: {error!r}",
-            "Read it with `hylorada import-peft`, or import_peft." if theirs else "Copy it again.",
-        ) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"The adapter must be of format version {FORMAT_VERSION}",
-            f"{path}: {version!r}",
-            "Load it with the version of hylorada that wrote it.",
-        )
-    if not intact:
-        raise CheckpointError(
-            f"{CONFIG_NAME} must be what save_pretrained wrote",
-            f"{path}, whose checksum differs",
-            "It was cut or altered: copy it again.",
-        )
-    return body
-
-
-def _render(body: Mapping[str, Any]) -> bytes:
+def render(body: Mapping[str, Any]) -> bytes:
     """The config file of a body: its checksum added."""
 
     def text(body: Mapping[str, Any], **how: Any) -> bytes:
@@ -257,17 +172,7 @@ def _render(body: Mapping[str, Any]) -> bytes:
     return text({**body, "sha256": hashlib.sha256(text(body, sort_keys=True)).hexdigest()}, indent=2)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            "An adapter directory holds two files",
-            f"{path}: {error.strerror}",
-            "Check the path; train with `hylorada finetune`, or save with save_pretrained.",
-        ) from error
-
-
 def short(names: Sequence[str]) -> str:
     """The first names of a long list, and how many more there are."""
-    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "none"
+    first = ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in names[:8])
+    return (first + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "none"

@@ -10,15 +10,16 @@ from hylorada_jax.io.adapter_files import (
     WEIGHTS_NAME,
     check_base,
     check_keys,
-    read_adapter,
     write_adapter,
 )
+from hylorada_jax.io.base_identity import base_identity
+from hylorada_jax.io.saved_adapter import read_adapter
 
 TENSORS = {
     "h.0.q.lora_A": np.arange(6.0, dtype=np.float32).reshape(2, 3),
     "h.0.q.magnitude_gate": np.array(0.5, np.float32),
 }
-BASE = {"name": "tiny", "model_type": "llama", "layers_sha256": "0"}
+BASE = base_identity("tiny", None, [("h.0.q", 3, 3)]) | {"model_type": "llama"}
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_truncations_and_bit_flips_anywhere_are_refused(saved, name):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a": np.arange(3)}, "float32 or float64[\\s\\S]*a int64"),
+        ({"a": np.arange(3)}, "float32 or float64[\\s\\S]*a I64"),
         ({"a": np.array([1.0, np.inf])}, "finite[\\s\\S]*a"),
     ],
     ids=["integers", "infinities"],

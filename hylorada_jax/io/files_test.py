@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, models
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ModelError
-from hylorada_jax.io.adapter_files import base_name, write_files
+from hylorada_jax.io.adapter_files import write_files
 from hylorada_jax.io.files import refuse_unusable, user_path, write_whole
 from hylorada_jax.io.merged import write_merged
+from hylorada_jax.io.saved_adapter import base_name
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source

@@ -14,21 +14,19 @@ from tqdm import tqdm
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io import adapter_files
-from hylorada_jax.io.adapter_files import check_base, check_keys, read_adapter
-from hylorada_jax.io.base_identity import base_identity
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
+from hylorada_jax.io.saved_adapter import open_adapter
 from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
-from hylorada_jax.models.loading import CONSTANTS, config_and_init, open_weights
+from hylorada_jax.models.face import as_base
+from hylorada_jax.models.loading import CONSTANTS, empty_model, open_weights
 from hylorada_jax.models.source import SMALL_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
 from hylorada_jax.models.weights import Weights
 from hylorada_jax.models.weights_digest import files_digest
-from hylorada_jax.surgery.layout import tensor_shapes
+from hylorada_jax.surgery.fit import check_fits
 from hylorada_jax.surgery.merge import live_parts, refuse_live
-from hylorada_jax.surgery.modules import find_modules
-from hylorada_jax.surgery.plan import plan
 
 _NAMES = {dtype.name for dtype in DTYPES.values()}
 
@@ -72,26 +70,21 @@ def write_merged(
     output = user_path(output)
     refuse_taken(output)
     target = None if dtype is None else _float_dtype(dtype)
-    leaves, config, base = read_adapter(adapter)
-    settings, init = config_and_init(find_source(model, config_only=True))
-    modules = find_modules(init)
-    linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
-    check_base(base, base_identity(str(model), settings, linears))
-    sites = plan(modules, config)
-    check_keys({name: leaf.shape for name, leaf in leaves.items()}, tensor_shapes(sites))
+    saved, base = open_adapter(adapter), as_base(empty_model(model))
+    sites, leaves = check_fits(saved, base), saved.tensors()
     refuse_live(live_parts(sites, leaves))
 
     source = find_source(model)
     if check_weights:
-        adapter_files.check_weights(base, {})  # whether it says
-        if (trained := base["dtype"]) not in _NAMES:
+        adapter_files.check_weights(saved.base, {})  # whether it says
+        if (trained := saved.base["dtype"]) not in _NAMES:
             raise ModelError("Weights on disk are checked in one dtype.", trained, "Leave the check out.")
-        adapter_files.check_weights(base, {"weights_sha256": files_digest(source, jnp.dtype(trained))})
+        adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, jnp.dtype(trained))})
     tokenizer = load_tokenizer(model) if source.gguf else None
     weights = open_weights(source)
-    changed = changed_tensors(sites, leaves, weights, config)
+    changed = changed_tensors(sites, leaves, weights, saved.config)
     # A tied head that is written out is a copy of the embedding, which may have been trained.
-    tied = {"lm_head.weight"} if settings.tie_word_embeddings else set()
+    tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()
     names = [n for n in weights.shapes if n in changed or not (n in tied or _is_constant(n, weights))]
     with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress) as bar:
         tensors = []

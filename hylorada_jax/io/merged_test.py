@@ -14,9 +14,10 @@ transformers = pytest.importorskip("transformers")
 from hylorada_jax.cli.merge import merge  # noqa: E402
 from hylorada_jax.config import HyLoRADAConfig  # noqa: E402
 from hylorada_jax.errors import CheckpointError, HyLoRADAError, ModelError  # noqa: E402
-from hylorada_jax.io.adapter_files import read_adapter, write_adapter  # noqa: E402
+from hylorada_jax.io.adapter_files import write_adapter  # noqa: E402
 from hylorada_jax.io.merged import write_merged  # noqa: E402
 from hylorada_jax.io.merged_tensors import cast  # noqa: E402
+from hylorada_jax.io.saved_adapter import read_adapter  # noqa: E402
 from hylorada_jax.model import HyLoRADAModel  # noqa: E402
 from hylorada_jax.models.loading import load_model  # noqa: E402
 from hylorada_jax.surgery import layout  # noqa: E402
@@ -337,9 +338,9 @@ def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):
 @pytest.mark.slow
 @needs_proc
 def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
-    from hylorada_jax.io.base_identity import base_identity
-    from hylorada_jax.models.loading import config_and_init
-    from hylorada_jax.models.source import find_source
+    from hylorada_jax.models.face import as_base
+    from hylorada_jax.models.loading import empty_model
+    from hylorada_jax.surgery.fit import identity
     from hylorada_jax.surgery.modules import find_modules
     from hylorada_jax.surgery.plan import plan
 
@@ -355,14 +356,13 @@ def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
         {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()},
         base / "model.safetensors",
     )
-    settings, init = config_and_init(find_source(base))
-    modules = find_modules(init)
-    linears = [(name, m.d_out, m.d_in) for m in modules.linears for name in m.names]
+    empty = as_base(empty_model(base))
+    modules = find_modules(empty.init_params)
     adapter = {
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in layout.tensor_shapes(plan(modules, CONFIGS["v1"])).items()
     }
-    write_adapter(tmp_path / "adapter", adapter, CONFIGS["v1"], base_identity(None, settings, linears))
+    write_adapter(tmp_path / "adapter", adapter, CONFIGS["v1"], identity(empty, modules))
     # Once before, for what compiling takes: it is the same for a model of any size.
     before, work = (
         f"write_merged({str(base)!r}, {str(tmp_path / 'adapter')!r}, {str(tmp_path / output)!r})"

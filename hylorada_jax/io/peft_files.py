@@ -1,36 +1,65 @@
 """PEFT's two files, adapter_config.json and adapter_model.safetensors: their names, read and written."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as dump_safetensors
 
+from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_finite,
     refuse_existing,
+    short,
     write_files,
 )
 from hylorada_jax.io.files import user_path
+from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.io.safetensors_header import read_header
+from hylorada_jax.io.saved_adapter import MAX_CONFIG_BYTES
 from hylorada_jax.leaves import LEAVES
+from hylorada_jax.text import shown
 
+_WHOLE = f"{WEIGHTS_NAME} must be a complete safetensors file"
 _PREFIX = "base_model.model."
 _LEAVES = {leaf.name: leaf.peft for leaf in LEAVES if leaf.peft}
 # VeLoRA's, which only its backward pass reads.
 _OF_TRAINING = ".lora_velora_embed"
 # The embedding that an output head can be tied to, by the families' names of it.
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
-# What we read; what says nothing of the function; and what says something only where another key asks for it.
-_READ = (
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "fan_in_fan_out",
-    "rank_pattern", "alpha_pattern", "modules_to_save",
-)  # fmt: skip
+_Pattern = Annotated[str, Meta(max_length=MAX_PATTERN_LENGTH)]
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_Rank = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
+_Alpha = Annotated[float, Meta(gt=0, le=MAX_NUMBER)]
+
+
+class _Settings(msgspec.Struct):
+    """What of PEFT's LoraConfig we read, with PEFT's defaults."""
+
+    peft_type: str
+    r: _Rank = 8
+    lora_alpha: _Alpha = 8
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: Annotated[dict[_Pattern, _Rank], Meta(max_length=MAX_PATTERNS)] = {}
+    alpha_pattern: Annotated[dict[_Pattern, _Alpha], Meta(max_length=MAX_PATTERNS)] = {}
+    modules_to_save: Annotated[list[_Pattern], Meta(max_length=MAX_PATTERNS)] = []
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+
+
+# What says nothing of the function, and what says something only where another key asks for it.
 _IDLE = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
@@ -86,21 +115,50 @@ def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], setting
     write_files(directory, dump_safetensors(named, {"format": "pt"}), config)
 
 
-def read_peft(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads an adapter that PEFT has saved.
+@dataclasses.dataclass(frozen=True)
+class SavedPeft:
+    """An adapter of PEFT's on disk, of which only the config and the header of the weights have been read.
+
+    Attributes:
+        path: of the file with the tensors.
+        settings: of its LoraConfig, PEFT's defaults in place of what is absent or null.
+        shapes: of its tensors, under our names.
+        names: PEFT's names of these.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    names: dict[str, str]
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Reads the tensors, float32 at least: after ``shapes`` have been compared with what is needed.
+
+        Raises:
+            CheckpointError: they cannot be read, or hold non-finite values.
+        """
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                tensors = {name: _at_least_float32(file.get_tensor(n)) for name, n in self.names.items()}
+        except (SafetensorError, OSError, TypeError, KeyError) as error:
+            raise CheckpointError(_WHOLE, f"{self.path}: {error}", "Copy it again.") from error
+        check_finite(tensors)
+        return tensors
+
+
+def open_peft(directory: str | Path) -> SavedPeft:
+    """Opens an adapter that PEFT has saved, as far as its config and the header of its weights.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
 
-    Returns:
-        The tensors under our names, float32 at least, and the settings of its LoraConfig.
-
     Raises:
-        CheckpointError: a file is missing or damaged, or holds what is no tensor of LoRA or DoRA.
+        CheckpointError: a file is missing or damaged, has values of other types, or what is no tensor of LoRA
+            or DoRA.
         ConfigError: a setting asks for what this library does not have; it is named.
     """
-    directory = Path(directory)
-    settings = _read_settings(directory)
+    directory = user_path(directory)
+    settings = _read_settings(directory / CONFIG_NAME)
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
@@ -109,54 +167,41 @@ def read_peft(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, A
             f"{directory}: {'adapter_model.bin, a pickle, which runs code when read' if pickled else 'none'}",
             "Save it with PEFT's save_pretrained(directory, safe_serialization=True).",
         )
-    tensors: dict[str, np.ndarray] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for theirs in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                if not theirs.endswith(_OF_TRAINING):
-                    tensors[_our_name(theirs, path)] = _at_least_float32(file.get_tensor(theirs), theirs)
-    except (SafetensorError, OSError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{WEIGHTS_NAME} must be a complete safetensors file", f"{path}: {error}", "Copy it again."
-        ) from error
-    check_finite(tensors)
-    return tensors, settings
+    header = read_header(path, _WHOLE, CheckpointError, "Copy it again.")
+    theirs = {name: known for name, known in header.items() if not name.endswith(_OF_TRAINING)}
+    if alien := [f"{name} {dtype}" for name, (dtype, _) in theirs.items() if dtype not in _FLOATS]:
+        raise CheckpointError("An adapter holds floating-point tensors", short(alien), "Save it with PEFT.")
+    names = {_our_name(name, path): name for name in theirs}
+    if twice := sorted(theirs.keys() - names.values()):
+        raise CheckpointError("An adapter holds a tensor once", short(twice), "Save it with PEFT.")
+    return SavedPeft(path, settings, {ours: theirs[name][1] for ours, name in names.items()}, names)
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_NAME
-    try:
-        settings = json.loads(path.read_bytes())
-        kind = settings.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"An adapter of PEFT has an {CONFIG_NAME}", f"{path}: {error}", "Check the path."
-        ) from error
-    if settings.get("format") == "hylorada":
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What the config says, for what we read; refuses the rest where it says something."""
+    rule = f"An adapter of PEFT has an {CONFIG_NAME}"
+    found = read_json(path, rule, CheckpointError, "Check the path.", limit=MAX_CONFIG_BYTES)
+    if found.get("format") == "hylorada":
         raise CheckpointError(
             "An adapter of PEFT is to be read", f"{path}, one of this library's", "Use it as it is."
         )
-    if kind != "LORA":
-        raise ConfigError("PEFT's LoRA and DoRA can be read", f"peft_type {kind!r}", "Train a LoRA adapter.")
-    settings = {"r": 8, "lora_alpha": 8} | {
-        key: value for key, value in settings.items() if value is not None
-    }
-    if not all(isinstance(settings[key], int | float) and settings[key] > 0 for key in ("r", "lora_alpha")):
-        raise CheckpointError(
-            "r and lora_alpha must be positive numbers",
-            f"r={settings['r']!r}, lora_alpha={settings['lora_alpha']!r} in {path}",
-            "Save it with PEFT again.",
+    if (kind := found.get("peft_type")) != "LORA":
+        raise ConfigError(
+            "PEFT's LoRA and DoRA can be read", f"peft_type {shown(kind)}", "Train a LoRA adapter."
         )
-    start = settings.pop("init_lora_weights", True)
-    unknown = {key: value for key, value in settings.items() if key not in (*_READ, *_IDLE) and value}
-    if settings.get("bias", "none") == "none":
-        unknown.pop("bias", None)
-    if str(start).lower() not in _PLAIN_STARTS:
-        unknown["init_lora_weights"] = start
+    # To PEFT, null is no setting, but for the two numbers without which there is no adapter.
+    said = {key: value for key, value in found.items() if value is not None or key in ("r", "lora_alpha")}
+    rule = f"{CONFIG_NAME} must be what PEFT's save_pretrained wrote: {path}"
+    settings = msgspec.structs.asdict(checked(said, _Settings, rule, CheckpointError, "Save it again."))
+    unknown = {key: value for key, value in said.items() if key not in (*settings, *_IDLE) and value}
+    if settings["bias"] != "none":
+        unknown["bias"] = settings["bias"]
+    if str(settings["init_lora_weights"]).lower() not in _PLAIN_STARTS:
+        unknown["init_lora_weights"] = settings["init_lora_weights"]
     if unknown:
         raise ConfigError(
             "Every setting of PEFT's that changes the function must be one this library has",
-            ", ".join(f"{key}={value!r}" for key, value in unknown.items()),
+            short([f"{key}={shown(value)}" for key, value in unknown.items()]),
             _remedy(unknown),
         )
     return settings
@@ -183,17 +228,11 @@ def _our_name(theirs: str, path: Path) -> str:
     if name == theirs or not name.endswith((".weight", ".bias")) or ".lora_" in name:
         raise CheckpointError(
             "Every tensor must be LoRA's or DoRA's of a linear layer, or a module's that was saved whole",
-            f"{theirs} in {path}",
+            f"{short([theirs])} in {path}",
             f"{MERGE} Where it adapts an embedding that is tied to the head: train one of linear layers.",
         )
     return name
 
 
-def _at_least_float32(tensor: np.ndarray, name: str) -> np.ndarray:
-    if tensor.dtype in (np.float32, np.float64):
-        return tensor
-    if tensor.dtype.name not in ("float16", "bfloat16"):
-        raise CheckpointError(
-            "An adapter holds floating-point tensors", f"{name} {tensor.dtype}", "Save it with PEFT."
-        )
-    return tensor.astype(np.float32)
+def _at_least_float32(tensor: np.ndarray) -> np.ndarray:
+    return tensor if tensor.dtype in (np.float32, np.float64) else tensor.astype(np.float32)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -10,9 +10,9 @@ import numpy as np
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.adapter_files import check_keys, digest, short
-from hylorada_jax.io.peft_files import MERGE, read_peft
-from hylorada_jax.io.peft_whole import settle_whole
-from hylorada_jax.leaves import KINDS
+from hylorada_jax.io.peft_files import MERGE, SavedPeft, open_peft
+from hylorada_jax.io.peft_whole import check_whole, is_whole, settle_whole
+from hylorada_jax.math.linear_adapter import leaf_shapes
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.face import BaseModel, as_base
 from hylorada_jax.surgery import layout
@@ -44,28 +44,23 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
 
     Source: method.md §1, Collapse, solved for the magnitude.
     """
-    tensors, settings = read_peft(directory)
-    base = as_base(base_model)
-    modules = check_import(tensors, settings, base, method)
-    tensors, trained = settle_whole(tensors, settings, base, modules)
-    config = _config(tensors, settings, modules.linear_names, method or _theirs(settings), trained)
-    model = HyLoRADAModel(base_model, config)
+    saved, base = open_peft(directory), as_base(base_model)
+    settings, modules = saved.settings, check_import(saved, base, method)
+    tensors, trained = settle_whole(saved.tensors(), settings, base, modules)
+    config = _config(saved.shapes, settings, modules.linear_names, method or _theirs(settings), trained)
+    model = HyLoRADAModel(base, config)
     if config.method == "hylorada_v1":
-        check_keys({name: tensor.shape for name, tensor in tensors.items()}, _dora_shapes(model))
         tensors = tensors | expand(model.sites, tensors, model.base.params, model.frozen["constants"], config)
     model.adapters = layout.unflatten(model.sites, _of_dtype(model, tensors))
     model.start = digest(tensors)
     return model
 
 
-def check_import(
-    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], base: BaseModel, method: str | None
-) -> Modules:
-    """Checks an adapter as far as shapes tell: its layers, their ranks, and the method that goes on from it.
+def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modules:
+    """Checks an adapter before its tensors are read: layers, shapes, and the method that goes on from it.
 
     Args:
-        tensors: from :func:`hylorada_jax.io.peft_files.read_peft`.
-        settings: likewise.
+        saved: from :func:`hylorada_jax.io.peft_files.open_peft`.
         base: the base model, which may be without its weights.
         method: as for :func:`import_peft`.
 
@@ -76,14 +71,14 @@ def check_import(
         CheckpointError: the files fit another model.
         ConfigError: the adapter uses what this library does not have, or cannot start that method.
     """
-    theirs = _theirs(settings)
+    settings, theirs = saved.settings, _theirs(saved.settings)
     if (method or theirs) not in ({"lora"} if theirs == "lora" else {"dora", "hylorada_v1"}):
         raise ConfigError(
             "LoRA goes on as lora, DoRA as dora or hylorada_v1",
             f"method={method!r} for an adapter of {theirs}",
             "Choose one of these.",
         )
-    ranks = _ranks(tensors)
+    ranks = _ranks(saved.shapes)
     if heads := [name for name in ranks if is_head(name)]:
         raise ConfigError(
             "An output head is not adapted here", short(heads), f"{MERGE} A tied head: train one without it."
@@ -100,35 +95,45 @@ def check_import(
         raise CheckpointError(
             "The tensors must have the ranks of their config", short(wrong), "Save it again."
         )
+    sizes = {name: (module.d_in, module.d_out) for module in modules.linears for name in module.names}
+    wanted = {
+        f"{name}.{leaf}": shape
+        for name, rank in ranks.items()
+        for leaf, shape in leaf_shapes(theirs, rank, *sizes[name]).items()
+    }
+    whole = {name: shape for name, shape in saved.shapes.items() if is_whole(name)}
+    check_keys({name: saved.shapes[name] for name in saved.shapes.keys() - whole.keys()}, wanted)
+    check_whole(whole, base, modules)
     return modules
 
 
-def _theirs(settings: Mapping[str, Any]) -> str:
-    return "dora" if settings.get("use_dora") else "lora"
+def _theirs(settings: Mapping[str, Any]) -> Literal["lora", "dora"]:
+    return "dora" if settings["use_dora"] else "lora"
 
 
-def _ranks(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
+def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """The layers that have an A, and its rank."""
-    return {name.removesuffix(".lora_A"): len(A) for name, A in tensors.items() if name.endswith(".lora_A")}
+    As = {name: shape for name, shape in shapes.items() if name.endswith(".lora_A")}
+    return {name.removesuffix(".lora_A"): shape[0] if shape else 0 for name, shape in As.items()}
 
 
 def _config(
-    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
     settings: Mapping[str, Any],
     names: list[str],
     method: str,
     trained: tuple[bool, bool],
 ) -> HyLoRADAConfig:
     """Our config of what PEFT's file holds: the layers that its tensors name, each with its rank and α."""
-    ranks = _ranks(tensors)
-    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    ranks = _ranks(shapes)
+    rank, alpha = settings["r"], settings["lora_alpha"]
     alphas = _by_pattern(settings, "alpha_pattern", "lora_alpha", [*ranks])
     return HyLoRADAConfig(
         method=method,
         lora_rank=rank,
         lora_alpha=alpha,
-        lora_dropout=float(settings.get("lora_dropout", 0.0)),
-        use_rslora=bool(settings.get("use_rslora")),
+        lora_dropout=settings["lora_dropout"],
+        use_rslora=settings["use_rslora"],
         target_modules=shortest_targets(list(ranks), names),
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: float(a) for name, a in alphas.items() if a != alpha * ranks[name] / rank},
@@ -146,12 +151,6 @@ def _by_pattern(
     for value, matching in zip(found.values(), matches(found, names, endings=True), strict=True):
         values = dict.fromkeys(matching, value) | values  # the first one wins
     return dict.fromkeys(names, settings[default]) | values
-
-
-def _dora_shapes(model: HyLoRADAModel) -> dict[str, tuple[int, ...]]:
-    shapes = layout.tensor_shapes(model.sites)
-    gates = set(KINDS["hylorada_v1"]) - set(KINDS["dora"])
-    return {name: shape for name, shape in shapes.items() if name.rsplit(".", 1)[1] not in gates}
 
 
 def _of_dtype(model: HyLoRADAModel, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,6 +18,44 @@ from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.modules import Holder, Modules, subtree
 
 Tensors = dict[str, np.ndarray]
+_RULE = "modules_to_save can be all embeddings, all norms, both or none"
+
+
+def is_whole(tensor: str) -> bool:
+    """Whether a tensor, by our name of it, is a module's own and not of a layer's adapter."""
+    return tensor.rsplit(".", 1)[1] not in KINDS["dora"]
+
+
+def check_whole(shapes: Mapping[str, tuple[int, ...]], base: BaseModel, modules: Modules) -> None:
+    """Compares the modules that an adapter holds whole with the base model's, by name and shape.
+
+    Args:
+        shapes: of the adapter's whole tensors, under our names.
+        base: the model it is read for, which may be without its weights.
+        modules: the base model's.
+
+    Raises:
+        ConfigError: the model has no such module, or its vocabulary was resized for the adapter.
+    """
+    own = {
+        tensor_name(name, leaf): shape
+        for holder in (*modules.embeddings, *modules.norms)
+        for leaf, shape in holder.shapes
+        for name in holder.names
+    }
+    head = tied_head(base.config.model_type)
+    if alien := sorted(shapes.keys() - own.keys() - {head}):
+        raise ConfigError(_RULE, f"{short(alien)}, which this library does not train", NEW_BASE)
+    for name, shape in shapes.items():
+        # A head's is that of an embedding.
+        known = [own[name]] if name in own else [size for size in own.values() if len(size) == 2]
+        if shape not in known:
+            raise ConfigError(
+                "A module that an adapter holds whole must have the base model's shape",
+                f"{name} {shape} for {' or '.join(map(str, known))}",
+                f"Resize the base as for training, base.resize_token_embeddings({sum(shape[:1])}). "
+                + NEW_BASE,
+            )
 
 
 def settle_whole(
@@ -26,7 +64,7 @@ def settle_whole(
     """Leaves out the whole modules that say nothing, and finds what of the base model an adapter trains.
 
     Args:
-        tensors: an adapter's, under our names.
+        tensors: an adapter's, under our names, which :func:`check_whole` has seen.
         settings: of PEFT's LoraConfig.
         base: the model it is read for.
         modules: the base model's.
@@ -38,22 +76,19 @@ def settle_whole(
         ConfigError: the adapter trains what this library does not train, or only a part of a kind.
     """
     tensors = _without_tied_head(dict(tensors), base.config)
-    whole = {name for name in tensors if name.rsplit(".", 1)[1] not in KINDS["dora"]}
+    whole = {name for name in tensors if is_whole(name)}
     if not whole:
         return tensors, (False, False)
     groups = [_values(holders, base.params) for holders in (modules.embeddings, modules.norms)]
     head = tied_head(base.config.model_type)
     own = groups[0] | groups[1] | ({head: _head(base)} if head in whole else {})
-    _check_shapes(tensors, own)
     same = {
         name
         for name in whole & own.keys()
         if np.array_equal(tensors[name].astype(own[name].dtype), own[name])
     }
     # What modules_to_save names is to be trained on, also from where it was; the head cannot be.
-    idle = {
-        name for name in same if name == head or not _is_named(name, settings.get("modules_to_save") or ())
-    }
+    idle = {name for name in same if name == head or not _is_named(name, settings["modules_to_save"])}
     idle |= {name for group in groups if not group.keys() <= whole - idle for name in group.keys() & same}
     whole -= idle
     if head in whole:
@@ -63,7 +98,7 @@ def settle_whole(
     embeddings, norms = (bool(group.keys() & whole) for group in groups)
     if odd := whole ^ ({*groups[0]} if embeddings else set()) ^ ({*groups[1]} if norms else set()):
         raise ConfigError(
-            "modules_to_save can be all embeddings, all norms, both or none",
+            _RULE,
             f"{short(sorted(whole))}; this model's that differ: {short(sorted(odd))}",
             NEW_BASE,
         )
@@ -112,15 +147,3 @@ def _head(base: BaseModel) -> np.ndarray:
 def _is_named(tensor: str, named: Any) -> bool:
     module = tensor.rsplit(".", 1)[0]
     return any(f".{module}".endswith(f".{name}") for name in named)
-
-
-def _check_shapes(tensors: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> None:
-    """Raises where the vocabulary was resized for the adapter."""
-    for name, value in own.items():
-        if name in tensors and value.size and tensors[name].shape != value.shape:
-            rows = len(tensors[name])
-            raise ConfigError(
-                "A module that an adapter holds whole must have the base model's shape",
-                f"{name} {tensors[name].shape} for {value.shape}",
-                f"Resize the base as for training, base.resize_token_embeddings({rows}). {NEW_BASE}",
-            )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.text import parse_json
+from hylorada_jax.text import parse_json, shown
 
 MAX_JSON_BYTES = 16 * 2**20
 """Far more than any config or index has; what Python builds of it stays within some hundred MiB."""
@@ -110,8 +110,9 @@ def checked(value: object, kind: type[T], rule: str, error: type[HyLoRADAError],
         raise error(rule, f"{cause.object!r}: half a character, which has no UTF-8", remedy) from cause
     except msgspec.ValidationError as cause:
         expected, _, path = str(cause).partition(" - at `")
-        # "[...]" is some value of a dict.
-        place = path.removesuffix("`").removeprefix("$").removeprefix(".").replace("[...]", "")
+        # "[...]" is some value of a dict, "key` in `…" one of its keys.
+        place = path.removeprefix("key` in `").removesuffix("`").removeprefix("$").removeprefix(".")
+        place = place.replace("[...]", "")
         found = f"{place + ': ' if place else ''}{_at(value, place)} ({expected})"
         raise error(rule, found, remedy) from cause
 
@@ -125,5 +126,4 @@ def _at(value: Any, place: str) -> str:
             value = value[name] if name else value[int(index)]
     except (LookupError, TypeError):
         return "a value"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return shown(value)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax import Array
 from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
@@ -22,7 +20,6 @@ from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
-from hylorada_jax.models.face import as_base
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
@@ -43,7 +40,8 @@ def load_model(
     """Load a pretrained base model, its weights memory-mapped and read one tensor at a time.
 
     Args:
-        name: 'smollm2-135m', a directory, a .gguf file or a Hub name; see `find_source`.
+        name: 'smollm2-135m', a directory, a .gguf file or a Hub name; see `find_source`. Before the Hub is
+            contacted its name is printed on stderr; under :func:`hylorada_jax.offline` the cache is read.
         dtype: of the weights and of the computation: float32, bfloat16, float16, or float64 under x64.
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
 
@@ -109,12 +107,6 @@ def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTra
             "Leave remat at 'none', or choose a model of the Llama family.",
         )
     return _hf_flax(source).empty_model(source, dtype)
-
-
-def config_and_init(source: Source) -> tuple[Any, Callable[[Array], Any]]:
-    """A model's config, as the loaded model has it, and its initialisation, to be traced for its modules."""
-    base = as_base(_empty(source, np.dtype(np.float32), "none"))
-    return base.config, base.init_params
 
 
 def _hf_flax(source: Source) -> ModuleType:

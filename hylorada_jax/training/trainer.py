@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.model import HyLoRADAModel
@@ -121,6 +122,7 @@ class HyLoRADATrainer:
         self._directory = RunDirectory(config.output_dir)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         check_training(model.base, config)
+        check_groups(model.config, config)
         documents, held_out = check_data(train_data, eval_data, model.vocab_size, config)
         has_encoder = bool(model.config.use_hylorada_v2)
         structure = as_structure(train_structure, documents, "training", has_encoder=has_encoder)
@@ -239,4 +241,22 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
             "The number of devices must divide batch_size / microbatches",
             f"{config.batch_size} / {config.microbatches} = {rows} rows, {devices} devices",
             f"Choose a batch_size that is a multiple of {devices * config.microbatches}.",
+        )
+
+
+def check_groups(adapter: HyLoRADAConfig, config: TrainingConfig) -> None:
+    """Refuses groups of shifted sparse attention that are longer than a row: it would be padded to them.
+
+    Args:
+        adapter: what is trained.
+        config: the settings.
+
+    Raises:
+        ConfigError: ``s2_group_size`` is more than ``seq_len``.
+    """
+    if adapter.s2_attn_enabled and (adapter.s2_group_size or 0) > config.seq_len:
+        raise ConfigError(
+            "A group of shifted sparse attention must not be longer than a row",
+            f"s2_group_size={adapter.s2_group_size} for rows of {config.seq_len} tokens",
+            "Choose longer rows, or smaller groups; without s2_group_size they are a quarter of the row.",
         )

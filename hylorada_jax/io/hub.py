@@ -1,0 +1,64 @@
+"""The Hugging Face Hub: the one place that fetches anything from it, and says so."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+_offline = False
+_announced: set[str] = set()
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """A context in which nothing is contacted: models and datasets of the Hub come from the local cache.
+
+    It holds for the whole process, all threads, until it is left. The environment variable HF_HUB_OFFLINE=1
+    does the same for a whole program.
+
+    Example:
+        with hylorada_jax.offline():
+            model = load_model("Qwen/Qwen2.5-0.5B")  # from the cache, or a ModelError
+    """
+    global _offline
+    before, _offline = _offline, True
+    try:
+        yield
+    finally:
+        _offline = before
+
+
+def is_offline() -> bool:
+    """Whether nothing may be contacted, by :func:`offline` or by the environment."""
+    from huggingface_hub import constants
+
+    # huggingface_hub reads the environment when it is imported; a notebook sets it later.
+    said = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return _offline or said or bool(constants.HF_HUB_OFFLINE)
+
+
+def fetch(name: str, patterns: Sequence[str], kind: Literal["model", "dataset"] = "model") -> Path:
+    """The directory of the local cache that holds a repository of the Hub, downloaded if need be.
+
+    The first time in a process that one is to be contacted for, it is named on stderr.
+
+    Args:
+        name: "owner/name".
+        patterns: globs of the files that are wanted.
+        kind: what it is.
+
+    Raises:
+        LocalEntryNotFoundError: it is not in the cache, and the Hub cannot or must not be reached.
+        Exception: of huggingface_hub's many kinds.
+    """
+    # Imported here: it takes half a second.
+    from huggingface_hub import snapshot_download
+
+    local = is_offline()
+    if not local and f"{kind} {name}" not in _announced:
+        _announced.add(f"{kind} {name}")
+        print(f"{kind} {name}: from the Hugging Face Hub", file=sys.stderr)
+    # Told each time: huggingface_hub's own switch is read once, when it is imported.
+    return Path(snapshot_download(name, repo_type=kind, allow_patterns=[*patterns], local_files_only=local))

@@ -1,0 +1,45 @@
+"""What a safetensors file says of its tensors, before any of them is read."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from hylorada_jax.errors import HyLoRADAError
+
+MAX_HEADER_BYTES = 4 * 2**20
+"""Of an adapter: some 30,000 tensors. The format itself allows 100 MB, which take seconds and a GiB."""
+
+
+def read_header(
+    path: Path, rule: str, error: type[HyLoRADAError], remedy: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and the shape of every tensor of an adapter's file.
+
+    safetensors checks that dtypes are known, and that shapes, offsets and the file's size agree without gaps.
+
+    Args:
+        path: of a regular file, or a link to one.
+        rule: what the file must be, for the error.
+        error: the class of the error.
+        remedy: for the error.
+
+    Returns:
+        {name: (safetensors' name of the dtype, as "F32", shape)}.
+
+    Raises:
+        HyLoRADAError: of the class given: it cannot be read, or is no complete safetensors file.
+    """
+    try:
+        if not path.is_file():  # a directory, a pipe that never ends
+            raise error(rule, f"{path}: no such file", remedy)
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise error(rule, f"{path}: a header of {length:,} bytes", remedy)
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
+    except (SafetensorError, OSError, ValueError, MemoryError) as cause:  # the last, of no address space
+        if isinstance(cause, HyLoRADAError):
+            raise
+        raise error(rule, f"{path}: {getattr(cause, 'strerror', None) or cause}", remedy) from cause

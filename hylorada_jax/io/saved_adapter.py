@@ -1,0 +1,188 @@
+"""Reading an adapter from its two files: first what tells its size, then, on demand, its tensors.
+
+An adapter may be a stranger's. Its checksums tell damage from what was written, and not who wrote it: every
+value has its type and its bound.
+"""
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.adapter_files import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    check_finite,
+    render,
+    short,
+)
+from hylorada_jax.io.files import user_path
+from hylorada_jax.io.reading import checked, read_bounded, read_json
+from hylorada_jax.io.safetensors_header import read_header
+from hylorada_jax.text import shown
+
+MAX_CONFIG_BYTES = 2**20
+"""Of an adapter's config, ours or PEFT's: more than ten thousand layers named one by one."""
+_FLOATS = ("F32", "F64")
+_RULE = f"An adapter directory holds two files, whole: {CONFIG_NAME} and {WEIGHTS_NAME}"
+_REMEDY = "Check the path; train with `hylorada finetune`, or save with save_pretrained."
+
+_Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+# No path is longer.
+_Name = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class _Base(msgspec.Struct, forbid_unknown_fields=True):
+    """What a config file says of the base model."""
+
+    name: _Name | None
+    model_type: _Name | None
+    layers_sha256: _Sha256
+    config_sha256: _Sha256
+    dtype: _Name | msgspec.UnsetType = msgspec.UNSET
+    weights_sha256: _Name | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    """A config file."""
+
+    format: Literal["hylorada"]
+    format_version: int
+    base_model: _Base
+    config: dict[str, Any]
+    weights_sha256: _Sha256
+    sha256: _Sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter on disk, of which only the config and the header of the weights have been read.
+
+    Attributes:
+        directory: where it is.
+        config: its settings.
+        base: what identifies the base model.
+        shapes: of its tensors, by name.
+        weights_sha256: the checksum of the file that holds them.
+    """
+
+    directory: Path
+    config: HyLoRADAConfig
+    base: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    weights_sha256: str
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Reads the tensors: after ``shapes`` have been compared with what is needed, for they take memory.
+
+        Raises:
+            CheckpointError: the file is cut, altered, or holds non-finite values.
+        """
+        path = self.directory / WEIGHTS_NAME
+        raw = read_bounded(path, _RULE, CheckpointError, _REMEDY, limit=sys.maxsize)
+        if hashlib.sha256(raw).hexdigest() != self.weights_sha256:
+            raise CheckpointError(
+                f"{WEIGHTS_NAME} must be the file that {CONFIG_NAME} describes",
+                f"{path}, {len(raw)} bytes, whose checksum differs",
+                "The file was cut or altered: copy it again, or use an older checkpoint.",
+            )
+        try:
+            tensors = load_safetensors(raw)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "An adapter must be a safetensors file", f"{path}: {error}", "Save it again."
+            ) from error
+        check_finite(tensors)
+        return tensors
+
+
+def open_adapter(directory: str | Path) -> SavedAdapter:
+    """Opens an adapter that :func:`write_adapter` wrote, as far as its config and the header of its weights.
+
+    Args:
+        directory: holds the two files.
+
+    Raises:
+        CheckpointError: a file is missing, cut, altered, of another version or of other types.
+        ConfigError: a setting is refused.
+    """
+    directory = user_path(directory)
+    body = _read_config(directory / CONFIG_NAME)
+    header = read_header(directory / WEIGHTS_NAME, _RULE, CheckpointError, _REMEDY)
+    if alien := [f"{name} {dtype}" for name, (dtype, _) in header.items() if dtype not in _FLOATS]:
+        raise CheckpointError(
+            "An adapter holds float32 or float64 tensors", short(alien), "Save it with save_pretrained."
+        )
+    shapes = {name: shape for name, (_, shape) in header.items()}
+    config = HyLoRADAConfig.from_dict(body["config"])
+    return SavedAdapter(directory, config, body["base_model"], shapes, body["weights_sha256"])
+
+
+def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADAConfig, dict[str, Any]]:
+    """Reads an adapter that :func:`write_adapter` wrote, whole or not at all.
+
+    Args:
+        directory: holds the two files.
+
+    Returns:
+        The tensors, the settings, and what identifies the base model.
+
+    Raises:
+        CheckpointError: a file is missing, cut, altered, of another version, or holds non-finite values.
+        ConfigError: a setting is refused.
+    """
+    saved = open_adapter(directory)
+    return saved.tensors(), saved.config, saved.base
+
+
+def base_name(directory: str | Path, given: str | None = None) -> str:
+    """The name of the base model that an adapter belongs to.
+
+    Args:
+        directory: of the adapter, whose config is read and checked.
+        given: the user's own name of it, which wins.
+
+    Raises:
+        CheckpointError: the adapter is damaged, or names no model and none is given.
+    """
+    name = given or open_adapter(directory).base["name"]
+    if not name:
+        raise CheckpointError(
+            "An adapter or the user must name the base model", f"{directory} names none", "Give --model."
+        )
+    return name
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    body = read_json(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+    rule = f"{CONFIG_NAME} must be what save_pretrained wrote"
+    if "format" not in body and "peft_type" in body:
+        remedy = "Read it with `hylorada import-peft`, or import_peft."
+        raise CheckpointError(rule, f"{path}, which PEFT wrote", remedy)
+    if (version := body.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The adapter must be of format version {FORMAT_VERSION}",
+            f"{path}: {shown(version)}",
+            "Load it with the version of hylorada that wrote it.",
+        )
+    checked(body, _Body, f"{rule}: {path}", CheckpointError, "Copy it again.")
+    try:
+        # Byte by byte, so that nothing at all is altered unnoticed.
+        rest = {key: value for key, value in body.items() if key != "sha256"}
+        intact = render(rest) == read_bounded(path, rule, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+    except RecursionError:  # nested as deeply as can just be read
+        intact = False
+    if not intact:
+        raise CheckpointError(
+            rule, f"{path}, whose checksum differs", "It was cut or altered: copy it again."
+        )
+    return body
