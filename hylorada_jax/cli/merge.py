@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from hylorada_jax.terminal import one_line
+
 
 def merge(
     *,
@@ -29,4 +31,4 @@ def merge(
 
     name = base_name(adapter, model)
     write_merged(name, adapter, output, dtype, check_weights=check_weights, progress=True)
-    print(f"merged  {output}")
+    print(f"merged  {one_line(output)}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from hylorada_jax.errors import DataError
+from hylorada_jax.terminal import show
 
 Component = Literal["position_bias", "structure", "daa", "sparse"]
 
@@ -60,7 +61,7 @@ def export_peft(
             f"dropped {component}: the logits change by {effect(adapted, component, tokens):.2%}",
             file=sys.stderr,
         )
-    print(output)
+    show(str(output))
 
 
 def import_peft(
@@ -89,4 +90,4 @@ def import_peft(
     tensors, settings = read_peft(adapter)
     check_import(tensors, settings, unloaded(model), method)  # before the model is loaded
     read(load_model(model), adapter, method=method).save_pretrained(output)
-    print(output)
+    show(str(output))

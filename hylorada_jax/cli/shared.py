@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.text_files import Document
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def tokens_of(
         return tokenize(texts, tokenizer), None
     found = tokenize_with_structure(texts, tokenizer, structure)
     told = f"structure: {len(found.unparsed)} of {len(texts)} documents do not parse: depth by indentation"
-    print(", ".join([told, *found.unparsed[:3]]), file=sys.stderr)
+    print(", ".join([told, *map(one_line, found.unparsed[:3])]), file=sys.stderr)
     return found.tokens, found.structure_ids
 
 
@@ -111,4 +112,4 @@ def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints a command's result: one JSON object, or the text."""
-    print(json.dumps(result) if as_json else text)
+    show(json.dumps(result) if as_json else text)

@@ -100,9 +100,9 @@ def test_a_walk_has_the_ids_of_its_nodes():
     buckets = importance_buckets(graph)
     walk = [5, 7, 5, 59]
     assert node_ids(buckets, walk).tolist() == [buckets[node] for node in walk]
-    for walk in ([5, 60], [5, [60]]):
+    for alien in (60, [60]):
         with pytest.raises(DataError, match="60"):
-            node_ids(buckets, walk)
+            node_ids(buckets, [5, alien])  # type: ignore[list-item]
 
 
 def test_unusable_graphs_and_settings_are_refused(monkeypatch):
