@@ -16,8 +16,8 @@ from hylorada_jax.text import parse_json, well_formed
 COLUMN = "text"
 """The column, or the key of an object, that has a row's text."""
 
-# Characters of a line or a field, bytes of a file that is parsed as one. csv's own limit is 131,072.
-_LIMIT = 2**30
+# Characters of a line or a field, and bytes of a file that is read whole. csv's own limit is 131,072.
+_LIMIT, _WHOLE = 2**26, 2**30
 # What a small parquet file may expand to, and any file per byte: one string may fill a million rows.
 _EXPANDED, _EXPANSION = 2**27, 100
 
@@ -45,9 +45,9 @@ def read_documents(path: Path) -> Iterator[Document]:
         Documents that are not blank, in the file's order.
 
     Raises:
-        DataError: the file is no regular one, compressed, damaged, not UTF-8, longer in one piece than
-            2³⁰ characters, or a parquet file that expands a hundredfold; or a row has no text. It says in
-            which line.
+        DataError: the file is no regular one, compressed, damaged or not UTF-8, or a row has no text; it says
+            in which line. A line or a field of more than 2²⁶ characters, a file of more than 2³⁰ bytes that
+            is read whole, or a parquet file that expands a hundredfold.
     """
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED:
@@ -80,8 +80,8 @@ def _undecodable(path: Path) -> str:
 
 def _whole(path: Path) -> str:
     """The text of a file that is one piece."""
-    if (size := path.stat().st_size) > _LIMIT:
-        raise _too_long(f"{path}: {size:,} bytes")
+    if (size := path.stat().st_size) > _WHOLE:
+        raise _too_long("A file that is no table of rows", _WHOLE, "bytes", f"{path}: {size:,}")
     return path.read_text(encoding="utf-8-sig")
 
 
@@ -90,13 +90,13 @@ def _lines(file: TextIO, path: Path) -> Iterator[str]:
     number = 1
     while line := file.readline(_LIMIT + 1):
         if len(line) > _LIMIT:
-            raise _too_long(f"{path}:{number}")
+            raise _too_long("A line", _LIMIT, "characters", f"{path}:{number}: more")
         yield line
         number += 1
 
 
-def _too_long(received: str) -> DataError:
-    rule = f"A line, and a file that is read whole, must have at most {_LIMIT:,} characters"
+def _too_long(what: str, limit: int, unit: str, received: str) -> DataError:
+    rule = f"{what} must have at most {limit:,} {unit}"
     return DataError(rule, received, "Divide it into documents, as the lines of a .jsonl file.")
 
 
