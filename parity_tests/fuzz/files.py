@@ -21,7 +21,10 @@ from safetensors.numpy import save
 from tokenizers import decoders, models, pre_tokenizers
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, write_adapter
+from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.loading import load_model
 from hylorada_jax.training.run_directory import RunDirectory
 from parity_tests.fuzz.mutations import CANARY, File
 
@@ -157,10 +160,10 @@ def gguf(random: Random) -> Files:
 
 def adapter(random: Random) -> Files:
     """An adapter of ours."""
-    prefix = "model.layers.0.self_attn.q_proj"
-    weights = _tensors({f"{prefix}.lora_A": (2, 16), f"{prefix}.lora_B": (16, 2)})
-    config = sealed(_adapter_config(random.choice(("lora", "dora", "hylorada"))), bytes(weights))
-    return {CONFIG_NAME: File("json", config), WEIGHTS_NAME: weights}
+    config, raw = _adapter(random.choice(("lora", "dora", "hylorada", "sparse")))
+    size = int.from_bytes(raw[:8], "little")
+    weights = File("safetensors", (json.loads(raw[8 : 8 + size]), raw[8 + size :]))
+    return {CONFIG_NAME: File("json", sealed(config, bytes(weights))), WEIGHTS_NAME: weights}
 
 
 def peft(random: Random) -> Files:
@@ -172,11 +175,11 @@ def peft(random: Random) -> Files:
         "task_type": "CAUSAL_LM", "init_lora_weights": True,
         "base_model_name_or_path": "owner/name", "layers_to_transform": None, "exclude_modules": None,
     }  # fmt: skip
-    prefix = "base_model.model.model.layers.0.self_attn"
     tensors = {
-        f"{prefix}.{name}.lora_{leaf}.weight": shape
-        for name in ("q_proj", "v_proj")
-        for leaf, shape in (("A", (2, 16)), ("B", (16, 2)))
+        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{leaf}.weight": shape
+        for layer in (0, 1)
+        for name, width in (("q_proj", 16), ("v_proj", 8))
+        for leaf, shape in (("A", (2, 16)), ("B", (width, 2)))
     }
     return {CONFIG_NAME: File("json", settings), WEIGHTS_NAME: _tensors(tensors)}
 
@@ -257,14 +260,20 @@ def _backend() -> Any:
 
 
 @cache
-def _adapter_config(method: str) -> Any:
-    base = {"name": "owner/name", "layers_sha256": "00", "config_sha256": "11"}
-    settings = HyLoRADAConfig(
-        method=method, lora_rank=2, target_modules=("q_proj",), rank_pattern={"q_proj": 2}
-    )
+def base() -> CausalLM:
+    """A small model, for adapters and settings to fit."""
     with TemporaryDirectory() as place:
-        write_adapter(place, {}, settings, base)
-        return json.loads(Path(place, CONFIG_NAME).read_bytes())
+        for name, file in weights(Random(0)).items():
+            Path(place, name).write_bytes(bytes(file))
+        return load_model(place)
+
+
+@cache
+def _adapter(method: str) -> tuple[Any, bytes]:
+    settings = HyLoRADAConfig(method=method, lora_rank=2, sparse_adapter_dim=4)
+    with TemporaryDirectory() as place:
+        HyLoRADAModel(base(), settings).save_pretrained(place)
+        return json.loads(Path(place, CONFIG_NAME).read_bytes()), Path(place, WEIGHTS_NAME).read_bytes()
 
 
 def sealed(config: dict[str, Any], weights: bytes) -> dict[str, Any]:

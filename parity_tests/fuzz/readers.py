@@ -6,21 +6,20 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from hylorada_jax.io.peft_files import read_peft
+from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.io.peft_import import import_peft
+from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
-from hylorada_jax.models.loading import empty_model, load_model, open_weights
+from hylorada_jax.models.loading import load_model, open_weights
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.surgery.fit import fit
@@ -109,29 +108,21 @@ def _template(path: Path) -> Any:
 
 
 def _adapter(path: Path) -> Any:
-    tensors, config, base = read_adapter(path)
-    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
-    assert base.get("name") is None or isinstance(base["name"], str)
-    return list(tensors), _settings(config), base
+    return _adapted(HyLoRADAModel.from_pretrained(files.base(), path))
 
 
 def _peft(path: Path) -> Any:
-    tensors, settings = read_peft(path)
-    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
-    return list(tensors), settings
+    return _adapted(import_peft(files.base(), path))
+
+
+def _adapted(model: HyLoRADAModel) -> Any:
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.adapters))
+    return _settings(model.config), str(jax.tree.map(np.shape, model.adapters))
 
 
 def _recipe(path: Path) -> Any:
     config = HyLoRADAConfig.load(path / "recipe.json")
-    return _settings(config), len(fit(_tiny(), config)[1])
-
-
-@cache
-def _tiny() -> Any:
-    """A small model without weights, to which settings are fitted."""
-    with TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps(files.CONFIGS[2]))
-        return empty_model(directory)
+    return _settings(config), len(fit(files.base(), config)[1])
 
 
 def _settings(config: HyLoRADAConfig) -> Any:
