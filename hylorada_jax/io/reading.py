@@ -106,6 +106,8 @@ def checked(value: object, kind: type[T], rule: str, error: type[HyLoRADAError],
     """
     try:
         return msgspec.convert(value, kind)
+    except UnicodeEncodeError as cause:
+        raise error(rule, f"{cause.object!r}: half a character, which has no UTF-8", remedy) from cause
     except msgspec.ValidationError as cause:
         expected, _, path = str(cause).partition(" - at `")
         # "[...]" is some value of a dict.

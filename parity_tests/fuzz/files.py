@@ -139,7 +139,11 @@ def gguf(random: Random) -> Files:
     }
     keys |= {"tokenizer.chat_template": TEMPLATE, "tokenizer.ggml.merges": ["a b"]}
     keys |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 256 + [3, 1]}
-    shapes = {"token_embd.weight": (258, 32), "blk.0.attn_q.weight": (32, 32), "output_norm.weight": (32,)}
+    shapes = {
+        "token_embd.weight": (258, 32),
+        "output_norm.weight": (32,),
+        **{f"blk.0.{name}.weight": shape for name, shape in _GGUF_LAYER.items()},
+    }
     fields = [b"GGUF", _u32(3), _u64(len(shapes)), _u64(len(keys))]
     for key, value in keys.items():
         fields += [_u64(len(key)), key.encode(), *_typed(value)]
@@ -232,6 +236,12 @@ _MODEL = {
         "self_attn.o_proj": (16, 16), "mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16),
         "mlp.down_proj": (16, 24),
         "input_layernorm": (16,), "post_attention_layernorm": (16,)}.items()},
+}  # fmt: skip
+
+
+_GGUF_LAYER = {
+    "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "ffn_gate": (64, 32),
+    "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,),
 }  # fmt: skip
 
 

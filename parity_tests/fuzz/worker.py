@@ -104,21 +104,24 @@ def _read(read: Callable[[Path], Any], directory: Path, *, whole: bool) -> str:
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Lets no case exhaust the machine: one that wants far more than it may have is refused it."""
+    """Lets no case exhaust the machine: one that wants far more than it may have is refused it.
+
+    What counts is memory that can be written: a file may be mapped however large it is.
+    """
     if not _MEASURED:
         yield
         return
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, ((_memory("VmSize") + 2048) * 2**20, hard))
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, ((_memory("VmData") + 2048) * 2**20, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def _memory(what: str) -> int:
-    """VmSize, VmRSS or VmHWM in MiB."""
+    """VmData, VmRSS or VmHWM in MiB."""
     if not _MEASURED:
         return 0
     lines = Path("/proc/self/status").read_text().splitlines()
