@@ -74,7 +74,7 @@ def _babbler(path):
 )
 def test_what_a_reader_may_not_do_is_noticed(read, said, monkeypatch):
     monkeypatch.setattr(worker, "MAX_SECONDS", 0.2)
-    monkeypatch.setitem(READERS, "documents", READERS["documents"]._replace(read=read))
+    monkeypatch.setitem(READERS, "documents", READERS["documents"]._replace(read=read, follows=False))
     outcome = worker.case("documents", 0, lambda how: None)
     assert outcome["end"] == "wrong"
     assert said in outcome["said"]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from parity_tests.fuzz.readers import READERS
 
 PROGRAM = [sys.executable, "-m", "parity_tests.fuzz.worker"]
+_IMPORTING = 120.0
 PATIENCE = 10.0
 """Seconds after which a case hangs: it has two of the processor's, and the machine is busy."""
 
@@ -67,12 +68,13 @@ class Workshop:
         assert process.stdin is not None
         process.stdin.write(f"{reader} {'whole' if seed is None else seed}\n".encode())
         process.stdin.flush()
-        how, ended = self._line(PATIENCE), self._line(PATIENCE)
+        patience = _IMPORTING if seed is None else PATIENCE
+        how, ended = self._line(patience), self._line(patience)
         if ended is None:
             try:
                 said = f"the process died with {process.wait(1)}"
             except subprocess.TimeoutExpired:
-                said = f"no end after {PATIENCE:g} s"
+                said = f"no end after {patience:g} s"
             self._end()
             return Outcome(reader, seed, "wrong", str(how), said)
         return Outcome(reader, seed, ended["end"], how, ended["said"])
@@ -86,7 +88,7 @@ class Workshop:
             env=os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"},
             bufsize=0,
         )
-        if (answer := self._line(120)) != "ready":
+        if (answer := self._line(_IMPORTING)) != "ready":
             raise RuntimeError(f"the process of the cases did not start: {answer!r}")
 
     def _line(self, seconds: float) -> Any:
