@@ -164,7 +164,7 @@ def gguf(random: Random) -> Files:
 
 def adapter(random: Random) -> Files:
     """An adapter of ours."""
-    config, raw = _adapter(random.choice(("lora", "dora", "hylorada", "sparse")))
+    config, raw = _adapter(random.choice(("lora", "hylorada")))
     size = int.from_bytes(raw[:8], "little")
     weights = File("safetensors", (json.loads(raw[8 : 8 + size]), raw[8 + size :]))
     return {CONFIG_NAME: File("json", sealed(config, bytes(weights))), WEIGHTS_NAME: weights}
@@ -280,7 +280,9 @@ def base() -> CausalLM:
 
 @cache
 def _adapter(method: str) -> tuple[Any, bytes]:
-    settings = HyLoRADAConfig(method=method, lora_rank=2, sparse_adapter_dim=4)
+    settings = HyLoRADAConfig(
+        method=method, lora_rank=2, sparse_enabled=method == "hylorada", sparse_adapter_dim=4
+    )
     with TemporaryDirectory() as place:
         HyLoRADAModel(base(), settings).save_pretrained(place)
         return json.loads(Path(place, CONFIG_NAME).read_bytes()), Path(place, WEIGHTS_NAME).read_bytes()

@@ -41,7 +41,7 @@ class Reader(NamedTuple):
         damaged: which of the files are damaged; all where it is empty.
         reseal: whether checksums are set right after every other damage, as an attacker would.
         share: of the number of cases.
-        follows: its user names the files themselves, which may be links to any place.
+        follows: its files may be links to any place: a user names them, or they are nobody's base model.
     """
 
     files: Callable[[Random], files.Files]
@@ -181,9 +181,9 @@ READERS = {
     "gguf-tokenizer": Reader(files.gguf, _tokenizer),
     "tokenizer": Reader(files.tokenizer, _tokenizer),
     "template": Reader(files.template, _template, ("chat_template.jinja",)),
-    "adapter": Reader(files.adapter, _adapter, reseal=_reseal),
-    "peft": Reader(files.peft, _peft),
-    "recipe": Reader(files.recipe, _recipe),
+    "adapter": Reader(files.adapter, _adapter, reseal=_reseal, follows=True),
+    "peft": Reader(files.peft, _peft, follows=True),
+    "recipe": Reader(files.recipe, _recipe, follows=True),
     "documents": Reader(files.documents, _documents, follows=True),
     "resume": Reader(files.run, _resumed),
     "overwrite": Reader(files.run, _overwritten),
