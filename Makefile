@@ -4,7 +4,7 @@ PYTHON ?= python3
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(VENV)/bin/python $(INSTALL) -c constraints.txt
 
-.PHONY: finetune test test-quick test-current test-transformers5 current-python mutate lint clean
+.PHONY: finetune test test-quick test-current test-transformers5 current-python mutate fuzz lint clean
 
 finetune: $(VENV)/.installed
 	$(VENV)/bin/hylorada finetune --output runs/finetune $(ARGS)
@@ -38,6 +38,10 @@ test-transformers5: $(VENV)-transformers5/.installed
 
 mutate: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m parity_tests.mutate $(ARGS)
+
+# More damaged files for every reader than the suite tries: ARGS="--cases 10000 --seed 7".
+fuzz: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m parity_tests.fuzz $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -23,6 +23,7 @@ from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.surgery.fit import fit
+from hylorada_jax.terminal import one_line
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.training.data import digest, tokenize, tokenize_with_structure
@@ -121,7 +122,7 @@ class Benchmark:
             return done
         texts = self._texts[variant.structure]
         what = variant.label if variant.kind == BASE else f"{variant.label}, rate {rate:g}, seed {seed}"
-        print(f"{what} …", flush=True)
+        print(f"{one_line(what)} …", flush=True)
         try:
             model, result = self._trained(variant, rate, seed)
             result |= measure(model, texts["dev"], texts["test"], self._experiment, self._tokenizer)

@@ -26,6 +26,7 @@ from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.files import write_figure, write_whole
+from hylorada_jax.terminal import show
 
 Record = dict[str, Any]
 
@@ -70,7 +71,7 @@ def main(
     """
     rows = read(directory, rate)
     text = table(rows, against=against)
-    print(text)
+    show(text)
     write_whole(directory / ("table.md" if rate is None else f"table-rate{rate:g}.md"), text.encode())
     if rate is None:
         plot(rows, directory)

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
+from hylorada_jax.terminal import brief
 from hylorada_jax.text import shown
 
 
@@ -14,10 +15,13 @@ class HyLoRADAError(ValueError):
         rule: what must hold, as a sentence.
         received: what was found instead; shown as it prints.
         remedy: what to do about it, as a sentence.
+
+    The message is fit for a terminal whatever was received: printable, of bearable length, and no name with
+    newlines in it forges a line. The attributes keep what was given.
     """
 
     def __init__(self, rule: str, received: object, remedy: str) -> None:
-        super().__init__(f"{rule}\n  received: {received}\n  remedy:   {remedy}")
+        super().__init__(f"{brief(rule)}\n  received: {brief(received)}\n  remedy:   {brief(remedy)}")
         self.rule, self.received, self.remedy = rule, received, remedy
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:

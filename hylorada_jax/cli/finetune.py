@@ -17,6 +17,7 @@ from hylorada_jax.cli.shared import (
 )
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 
@@ -135,10 +136,9 @@ def finetune(
     trainer = HyLoRADATrainer(
         adapted, train, held_out, training, train_structure=train_structure, eval_structure=eval_structure
     )
-    print(f"model    {model}, {dtype}")
-    print(
-        f"data     {data}: {sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"
-    )
+    print(f"model    {one_line(model)}, {dtype}")
+    tokens = f"{sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"
+    print(f"data     {one_line(data)}: {tokens}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
 
@@ -146,9 +146,10 @@ def finetune(
     print(f"held-out perplexity  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
     if prompt:
         before, after = samples(adapted, prompt, tokenizer, structure)
-        print(f"\n--- sample, before ---\n{before}")
-        print(f"\n--- sample, after ----\n{after}\n")
-    print(f"adapter  {result.adapter}\nmetrics  {result.metrics}\nplot     {result.loss_plot}")
+        show(f"\n--- sample, before ---\n{before}")
+        show(f"\n--- sample, after ----\n{after}\n")
+    for name, place in (("adapter", result.adapter), ("metrics", result.metrics), ("plot", result.loss_plot)):
+        print(f"{name:<8} {one_line(place)}")
 
 
 def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:

@@ -15,6 +15,7 @@ from hylorada_jax.cli.shared import (
     unloaded,
 )
 from hylorada_jax.errors import DataError
+from hylorada_jax.terminal import show
 
 
 @puts_offline
@@ -83,4 +84,4 @@ def generate(
     (tokens,) = loaded(model, adapter, dtype).generate(
         [ids], eos_token_id=tokenizer.end_token_ids or None, rng=rng, **settings
     )
-    print(("" if chat else prompt) + tokenizer.decode_continuation(ids, tokens))
+    show(("" if chat else prompt) + tokenizer.decode_continuation(ids, tokens))

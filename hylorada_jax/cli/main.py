@@ -1,6 +1,8 @@
 """The commands by name."""
 
+import contextlib
 import io
+import os
 import sys
 import warnings
 
@@ -14,15 +16,43 @@ from hylorada_jax.cli.params import params
 from hylorada_jax.cli.parity import parity
 from hylorada_jax.cli.peft import export_peft, import_peft
 from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.terminal import brief, printable
 
 
 def main() -> None:
-    """Runs the command; bad input ends with its error alone and exit status 2, an interrupt with 130."""
+    """Runs the command and ends with what went wrong alone, in a few lines.
+
+    The exit status is 2 for bad input, 1 where memory is short, 130 for an interrupt, and 141 where nobody
+    reads the output any more, as in ``hylorada … | head``.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     before = warnings.formatwarning
     # A line, without the place in our source that it came from.
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {brief(message)}\n"
+    try:
+        _run()
+    except HyLoRADAError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except BrokenPipeError:
+        # What is left in the buffer would be written, and fail, once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(_fail("interrupted: nobody reads the output", 141))
+    except OSError as error:  # what no command has named: a file that cannot be read or written
+        sys.exit(_fail(f"error: A file could not be read or written\n  received: {brief(error)}", 2))
+    except UnicodeEncodeError as error:
+        sys.exit(_fail(f"error: A text could not be written\n  received: {brief(error)}", 2))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(_fail(f"error: There is not enough memory\n  received: {brief(error)}", 1))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(_fail(str(interrupt) or "interrupted", 130))
+    finally:
+        warnings.formatwarning = before
+
+
+def _run() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(
             {
@@ -38,18 +68,13 @@ def main() -> None:
             prog="hylorada",
             description="HyLoRADA: parameter-efficient fine-tuning of language models in JAX.",
         )
-    except HyLoRADAError as error:
-        sys.exit(_fail(f"error: {error}", 2))
-    except OSError as error:  # what no command has named: a file that cannot be read or written
-        sys.exit(_fail(f"error: A file could not be read or written\n  received: {error}", 2))
-    except KeyboardInterrupt as interrupt:
-        sys.exit(_fail(str(interrupt) or "interrupted", 130))
     finally:
-        warnings.formatwarning = before
+        print(end="", flush=True)  # what cannot be written is to be known before Python ends
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads stderr either
+        print(printable(message), file=sys.stderr)
     return status
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from hylorada_jax.cli.shared import base_of, puts_offline
+from hylorada_jax.terminal import one_line
 
 
 @puts_offline
@@ -36,4 +37,4 @@ def merge(
     refuse_taken(user_path(output))
     name = base_of(adapter, model)
     write_merged(name, adapter, output, dtype, check_weights=check_weights, progress=True)
-    print(f"merged  {output}")
+    print(f"merged  {one_line(output)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hylorada_jax.errors import ConfigError, DataError, require_packages
 from hylorada_jax.io.files import kind_of, refuse_unusable
+from hylorada_jax.terminal import one_line
 
 
 def parity(
@@ -56,6 +57,6 @@ def parity(
     if whole_models and (families := report.left_out()):
         print(f"left out: {', '.join(families)}, which need the Flax classes of transformers 4.57")
     report.write(rows, output, shlex.join(["hylorada", *sys.argv[1:]]))
-    print(f"report  {output}")
+    print(f"report  {one_line(output)}")
     if not all(row.passed for row in rows):
         sys.exit(1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from hylorada_jax.cli.shared import base_of, puts_offline, unloaded
 from hylorada_jax.errors import DataError
+from hylorada_jax.terminal import show
 
 Component = Literal["position_bias", "structure", "daa", "sparse"]
 
@@ -60,7 +61,7 @@ def export_peft(
             f"dropped {component}: the logits change by {effect(adapted, component, tokens):.2%}",
             file=sys.stderr,
         )
-    print(output)
+    show(str(output))
 
 
 @puts_offline
@@ -92,4 +93,4 @@ def import_peft(
     check_import(saved, unloaded(model), method)  # before the model is loaded
     saved.tensors()
     read(load_model(model), adapter, method=method).save_pretrained(output)
-    print(output)
+    show(str(output))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.io import hub
+from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.text_files import Document
 
 if TYPE_CHECKING:
@@ -45,11 +46,7 @@ def base_of(adapter: Path, given: str | None) -> str:
     name = base_name(adapter, given)
     if given is None:
         place = ", from the Hugging Face Hub" if is_hub_name(name) else ""
-        # repr for what a terminal would act upon: a directory may be called so.
-        print(
-            f"base model from the adapter: {name if name.isprintable() else repr(name)}{place}",
-            file=sys.stderr,
-        )
+        print(f"base model from the adapter: {one_line(name)}{place}", file=sys.stderr)
     return name
 
 
@@ -114,7 +111,7 @@ def tokens_of(
         return tokenize(texts, tokenizer), None
     found = tokenize_with_structure(texts, tokenizer, structure)
     told = f"structure: {len(found.unparsed)} of {len(texts)} documents do not parse: depth by indentation"
-    print(", ".join([told, *found.unparsed[:3]]), file=sys.stderr)
+    print(", ".join([told, *map(one_line, found.unparsed[:3])]), file=sys.stderr)
     return found.tokens, found.structure_ids
 
 
@@ -147,4 +144,4 @@ def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints a command's result: one JSON object, or the text."""
-    print(json.dumps(result) if as_json else text)
+    show(json.dumps(result) if as_json else text)

@@ -17,6 +17,8 @@ import numpy as np
 _SUITES = ("body", "orelse", "finalbody", "cases")
 _OPENING, _CLOSING = tuple("([{"), tuple(")]}")
 _BLANK = np.array([ord(character) for character in " \t\n\f"])
+# Of one name: the parser joins a module's piece by piece, which takes the square of its length.
+_MOST_DOTS = 1000
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -99,8 +101,8 @@ def character_depths(source: str) -> tuple[np.ndarray, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes like "\d" in somebody's source
+            lexed = _lex(source, starts)
             tree = ast.parse(source)
-        lexed = _lex(source, starts)
     except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError):
         return _fill_blanks(source, _by_indentation(source)), False
     changes = np.zeros(len(source) + 1, np.int32)
@@ -117,7 +119,7 @@ def character_depths(source: str) -> tuple[np.ndarray, bool]:
 
 def _lex(source: str, starts: list[int]) -> _Lexed:
     found = _Lexed([], [], [])
-    indents, at_line_start, fstrings = [0], True, 0
+    indents, at_line_start, fstrings, dots = [0], True, 0, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         kind, text, (row, column) = token.type, token.string, token.start
         if kind in _LAYOUT:  # at the end of a source these stand on a line that it does not have
@@ -139,6 +141,9 @@ def _lex(source: str, starts: list[int]) -> _Lexed:
         if at_line_start:
             found.lines.append(at)
             at_line_start = False
+        dots = dots + (text == ".") if text == "." or kind == tokenize.NAME else 0
+        if dots > _MOST_DOTS:
+            raise ValueError("a name has too many parts")
         # Until Python 3.12 an f-string is one token: what is inside does not count, so that all agree.
         if kind == tokenize.OP:
             if text in _OPENING and not fstrings:

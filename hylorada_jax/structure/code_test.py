@@ -164,6 +164,7 @@ def test_source_that_does_not_parse_gets_depth_by_indentation():
         "-" * 50_000 + "1",
         "1" + "+1" * 50_000,
         "x" + ".a" * 50_000,
+        "import x" + ".a" * 200_000,  # which Python alone would take a minute for
         "lambda:" * 10_000 + "1",
         "a\0b",
         "\ud800",

@@ -11,6 +11,8 @@ import numpy as np
 from hylorada_jax.errors import ConfigError, DataError
 
 MEASURES = ("degree", "pagerank", "core")
+MAX_BUCKETS = 1 << 20
+"""Far more than an encoder knows."""
 
 # Importance that differs by less, relatively, is equal: sums in another order differ in their last digits.
 _TIED = 1e-9
@@ -38,7 +40,7 @@ def importance_buckets(
 
     Raises:
         ConfigError: the measure is unknown, or there is no bucket.
-        DataError: the graph has no node, or networkx is not installed.
+        DataError: it is no graph, has no node, or networkx is not installed.
 
     Example:
         >>> import networkx
@@ -51,8 +53,12 @@ def importance_buckets(
         raise ConfigError(
             f"measure must be one of {', '.join(MEASURES)}", repr(measure), "Choose one of them."
         )
-    if not isinstance(num_buckets, int) or num_buckets < 1:
-        raise ConfigError("num_buckets must be an integer ≥ 1", repr(num_buckets), "Choose 64 or fewer.")
+    if not isinstance(num_buckets, int) or not 1 <= num_buckets <= MAX_BUCKETS:
+        rule = f"num_buckets must be an integer from 1 to {MAX_BUCKETS:,}"
+        raise ConfigError(rule, repr(num_buckets), "Choose 64 or fewer.")
+    if not hasattr(graph, "nbunch_iter"):
+        rule = "Nodes are ranked in a graph of networkx"
+        raise DataError(rule, f"a {type(graph).__name__}", "Make one: networkx.Graph(edges).")
     if not len(graph):
         raise DataError("A graph must have a node to be important", "an empty graph", "Give its nodes.")
     importance = _importance(graph, measure)
@@ -78,13 +84,13 @@ def node_ids(buckets: Mapping[Hashable, int], nodes: Sequence[Hashable]) -> np.n
         int32 [tokens].
 
     Raises:
-        DataError: a node is not in the graph.
+        DataError: a node is not in the graph, or can be in none.
 
     Example:
         >>> node_ids({"a": 0, "b": 5}, ["b", "a", "b"])
         array([5, 0, 5], dtype=int32)
     """
-    if missing := [node for node in nodes if node not in buckets]:
+    if missing := [node for node in nodes if not isinstance(node, Hashable) or node not in buckets]:
         raise DataError("Every node must be in the graph", repr(missing[0]), "Rank the graph that has it.")
     return np.array([buckets[node] for node in nodes], np.int32)
 

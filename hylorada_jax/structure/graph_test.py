@@ -100,16 +100,21 @@ def test_a_walk_has_the_ids_of_its_nodes():
     buckets = importance_buckets(graph)
     walk = [5, 7, 5, 59]
     assert node_ids(buckets, walk).tolist() == [buckets[node] for node in walk]
-    with pytest.raises(DataError, match="60"):
-        node_ids(buckets, [5, 60])
+    for alien in (60, [60]):
+        with pytest.raises(DataError, match="60"):
+            node_ids(buckets, [5, alien])  # type: ignore[list-item]
 
 
 def test_unusable_graphs_and_settings_are_refused(monkeypatch):
     graph = random_graph(4)
     with pytest.raises(ConfigError, match="pagerank"):
         importance_buckets(graph, "betweenness")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="num_buckets"):
-        importance_buckets(graph, num_buckets=0)
+    for number in (0, 10**30, 2.5):
+        with pytest.raises(ConfigError, match="num_buckets"):
+            importance_buckets(graph, num_buckets=number)  # type: ignore[arg-type]
+    for alien in (None, [(1, 2)], {1: [2]}, np.ones((2, 2))):
+        with pytest.raises(DataError, match="networkx"):
+            importance_buckets(alien)
     with pytest.raises(DataError, match="empty"):
         importance_buckets(networkx.Graph())
     monkeypatch.setitem(__import__("sys").modules, "networkx", None)

@@ -12,6 +12,7 @@ from hylorada_jax.errors import ConfigError, DataError
 
 _HOUR = 3_600_000_000  # microseconds
 _FIELDS = ("hour", "weekday", "month")
+_COARSE = ("Y", "M", "W", "D", "h", "m", "s", "ms")  # units of numpy that hold more years
 
 
 def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
@@ -97,11 +98,14 @@ def _weekday(days: np.ndarray) -> np.ndarray:
 
 def _times(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Timestamps as datetime64 in microseconds on one clock, that of the first."""
-    values = np.asarray(timestamps)
+    try:
+        values = np.asarray(timestamps)
+    except ValueError as error:  # rows of several lengths
+        values, found = np.empty(()), str(error)
+    else:
+        found = f"shape {values.shape}"
     if values.ndim != 1:
-        raise DataError(
-            "Timestamps must be one sequence", f"shape {values.shape}", "Give one series at a time."
-        )
+        raise DataError("Timestamps must be one sequence", found, "Give one series at a time.")
     if values.dtype.kind != "M":
         moments = [_moment(value, index) for index, value in enumerate(values.tolist())]
         zoned = [moment.utcoffset() is not None for moment in moments]
@@ -111,11 +115,24 @@ def _times(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
             raise DataError(rule, received, "Give every timestamp its time zone.")
         if any(zoned):
             shift = moments[0].utcoffset()
-            moments = [(moment - moment.utcoffset() + shift).replace(tzinfo=None) for moment in moments]  # type: ignore[operator]
+            moments = [_shifted(moment, shift, index) for index, moment in enumerate(moments)]
         values = np.array(moments, "datetime64[us]")
-    if np.isnat(values).any():
-        raise _no_time("NaT", int(np.argmax(np.isnat(values))))
-    return values.astype("datetime64[us]")
+    times = values.astype("datetime64[us]")
+    wrong = np.isnat(values)
+    if np.datetime_data(values.dtype)[0] in _COARSE:  # a year that microseconds do not reach becomes another
+        wrong |= times.astype(values.dtype) != values
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise _no_time(str(values[at]), at)
+    return times
+
+
+def _shifted(moment: datetime, shift: Any, index: int) -> datetime:
+    """A moment with a time zone on the clock of another one, which is so far from UTC."""
+    try:
+        return (moment - moment.utcoffset() + shift).replace(tzinfo=None)  # type: ignore[operator]
+    except OverflowError as error:
+        raise _no_time(str(moment), index) from error
 
 
 def _moment(value: Any, index: int) -> datetime:

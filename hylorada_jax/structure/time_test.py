@@ -85,6 +85,11 @@ def test_float32_tells_seconds_apart_after_years():
         ([0.0, 3600.0], "timestamp 0: 0.0"),
         ([datetime(2024, 1, 1), datetime(2024, 1, 2, tzinfo=UTC)], "time zone"),
         ([["2024-01-01"]], "one sequence"),
+        ([["2024-01-01"], ["2024-01-01", "2024-01-02"]], "one sequence"),
+        (None, "one sequence"),
+        (["0001-01-01T00:00+23:59", "0001-01-01T00:00+00:00"], "timestamp 0: 0001"),
+        (["9999-12-31T23:59+00:00", "9999-12-31T23:59-23:59"], "timestamp 1: 9999"),
+        (np.array(["2024", "300000"], "datetime64[Y]"), "timestamp 1: 300000"),
     ],
 )
 def test_what_is_no_series_is_named(series, said):

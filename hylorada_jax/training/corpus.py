@@ -118,7 +118,7 @@ def _files(source: str) -> list[Path]:
     source = os.path.expanduser(source)  # a quoted glob comes with its "~"; Path's method may raise
     try:
         is_file, is_dir = Path(source).is_file(), Path(source).is_dir()
-    except OSError as error:  # a name that is too long, a directory that may not be entered
+    except (OSError, ValueError) as error:  # a name too long or with a null, a directory that is closed
         raise DataError("Data must be readable", error, "Check the path.") from error
     if is_file:
         return [Path(source)]
@@ -126,8 +126,7 @@ def _files(source: str) -> list[Path]:
         raise DataError("Data must be files, not a directory", source, f'Give a glob: "{source}/**/*.txt".')
     if glob.has_magic(source):
         root, pattern = _split_glob(Path(source))
-        found = (root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
-        if files := sorted(path for path in found if path.is_file()):
+        if files := sorted({path for path in _matches(root, pattern) if path.is_file()}):
             return files
         raise DataError(
             "A glob must match at least one file", source, 'Quote it, and use "**" for subdirectories.'
@@ -139,11 +138,30 @@ def _files(source: str) -> list[Path]:
     )
 
 
-def _split_glob(source: Path) -> tuple[Path, str]:
+def _split_glob(source: Path) -> tuple[Path, Path]:
     """The directories that a glob begins with, as far as they exist by that very name, and the rest."""
     parts = source.parts
     known = next(n for n in range(len(parts) - 1, -1, -1) if os.path.isdir(Path(*parts[:n])))
-    return Path(*parts[:known]), str(Path(*parts[known:]))
+    return Path(*parts[:known]), Path(*parts[known:])
+
+
+def _matches(root: Path, pattern: Path) -> Iterator[Path]:
+    """What a glob matches, "**" with every directory once: links that lead up would multiply without end."""
+    parts = pattern.parts
+    if "**" not in parts:
+        yield from (root / name for name in glob.glob(str(pattern), root_dir=root))
+        return
+    at = parts.index("**")
+    rest = Path(*parts[at + 1 :]) if parts[at + 1 :] else Path("*")
+    for start in glob.glob(str(Path(*parts[:at])), root_dir=root) if at else ("",):
+        seen = set()
+        for name, directories, _ in os.walk(root / start, followlinks=True):
+            directories[:] = sorted(inner for inner in directories if not inner.startswith("."))
+            if (real := os.path.realpath(name)) in seen:
+                directories.clear()
+                continue
+            seen.add(real)
+            yield from _matches(Path(name), rest)
 
 
 def _hub_files(name: str) -> list[Path]:

@@ -102,6 +102,23 @@ def test_of_a_hub_dataset_only_the_training_files_are_read(monkeypatch, tmp_path
     assert [d.text for d in load_documents("owner/name")] == ["seen"]
 
 
+def test_links_that_lead_up_are_followed_once(tmp_path):
+    """Two of them make 2^40 paths; a link that leads elsewhere is followed as ever."""
+    (tmp_path / "data" / ".hidden").mkdir(parents=True)
+    (tmp_path / "data" / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("data/a.txt", "data/.hidden/b.txt", "data/deep/er/c.txt", "elsewhere/d.txt"):
+        (tmp_path / name).write_text(name)
+    for name in ("up", "over"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    expected = ["data/a.txt", "data/deep/er/c.txt", "elsewhere/d.txt"]
+    for pattern in ("data/**/*.txt", "data/**", "**/*.txt", "d*/**/[acd].txt", "**/**/*.txt"):
+        found = {document.text for document in load_documents(tmp_path / pattern)}
+        assert sorted(found) == expected, pattern
+    assert [d.text for d in load_documents(tmp_path / "data" / "**" / "er" / "*")] == [expected[1]]
+
+
 def test_a_name_that_exists_wins_over_the_pattern_that_it_is(tmp_path, monkeypatch):
     """A file, or the directories that a glob begins with: lr=[1,2]/ is one, beside lr=1/."""
     monkeypatch.chdir(tmp_path)

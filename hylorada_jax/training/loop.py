@@ -18,6 +18,7 @@ from tqdm import tqdm
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_whole
+from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.devices import shard_rows
@@ -162,7 +163,8 @@ class Loop:
     def _stop(self, step: int) -> None:
         self.checkpoints.wait()
         tqdm.write(
-            f"interrupted: step {step} is saved in {self.directory.path}; go on with resume (--resume)"
+            f"interrupted: step {step} is saved in {one_line(self.directory.path)}; go on with resume "
+            "(--resume)"
         )
         raise KeyboardInterrupt
 

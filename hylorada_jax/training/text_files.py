@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.text import parse_json, well_formed
@@ -15,8 +16,10 @@ from hylorada_jax.text import parse_json, well_formed
 COLUMN = "text"
 """The column, or the key of an object, that has a row's text."""
 
-# Bytes of one field; csv's own limit is 131,072, and this is the largest that C has on every platform.
-_FIELD_LIMIT = 2**31 - 1
+# Characters of a line or a field, and bytes of a file that is read whole. csv's own limit is 131,072.
+_LIMIT, _WHOLE = 2**26, 2**30
+# What a small parquet file may expand to, and any file per byte: one string may fill a million rows.
+_EXPANDED, _EXPANSION = 2**27, 100
 
 
 class Document(NamedTuple):
@@ -42,13 +45,16 @@ def read_documents(path: Path) -> Iterator[Document]:
         Documents that are not blank, in the file's order.
 
     Raises:
-        DataError: the file is compressed, damaged or not UTF-8, or a row has no text; it says
-            in which line.
+        DataError: the file is no regular one, compressed, damaged or not UTF-8, or a row has no text; it says
+            in which line. A line or a field of more than 2²⁶ characters, a file of more than 2³⁰ bytes that
+            is read whole, or a parquet file that expands a hundredfold.
     """
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED:
         raise DataError("A data file must not be compressed", path, f"{_COMPRESSED[suffix]} {path}")
     try:
+        if not path.is_file():  # a pipe may never end, nor a device
+            raise DataError("A data file must be a regular file", path, "Write the data into a file.")
         for name, text in _READERS.get(suffix, _read_text)(path):
             if text and text.strip():
                 yield Document(name, well_formed(text))
@@ -61,28 +67,52 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 def _undecodable(path: Path) -> str:
     """Where a file is not UTF-8."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return f"{path}:{number}"
-    return str(path)
+    number, decoder = 1, codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        try:
+            while part := file.read(1 << 20):
+                decoder.decode(part)
+                number += part.count(b"\n")
+        except UnicodeDecodeError as error:
+            number += error.object.count(b"\n", 0, error.start)
+    return f"{path}:{number}"
+
+
+def _whole(path: Path) -> str:
+    """The text of a file that is one piece."""
+    if (size := path.stat().st_size) > _WHOLE:
+        raise _too_long("A file that is no table of rows", _WHOLE, "bytes", f"{path}: {size:,}")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file, none of which can exhaust the memory."""
+    number = 1
+    while line := file.readline(_LIMIT + 1):
+        if len(line) > _LIMIT:
+            raise _too_long("A line", _LIMIT, "characters", f"{path}:{number}: more")
+        yield line
+        number += 1
+
+
+def _too_long(what: str, limit: int, unit: str, received: str) -> DataError:
+    rule = f"{what} must have at most {limit:,} {unit}"
+    return DataError(rule, received, "Divide it into documents, as the lines of a .jsonl file.")
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, str]]:
-    yield str(path), path.read_text(encoding="utf-8-sig")
+    yield str(path), _whole(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, str | None]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(_lines(file, path), start=1):
             if line.strip():
                 yield f"{path}:{number}", _text_of(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, str | None]]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = _whole(path)
     if not text.strip():
         return
     try:
@@ -128,11 +158,11 @@ def _text_of(record: Any, place: str) -> str | None:
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[str, str]]:
-    limit = csv.field_size_limit(_FIELD_LIMIT)
+    limit = csv.field_size_limit(_LIMIT)
     line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = csv.reader(_lines(file, path), delimiter=delimiter, strict=True)
             header = next(filter(_is_filled, rows), None)
             if header is None:
                 return
@@ -164,15 +194,20 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, str | None]]:
     except ImportError as error:
         rule = "Reading a parquet file takes pyarrow"
         raise DataError(rule, path, "pip install pyarrow, or convert the file to JSONL.") from error
-    number = 0
+    number = expanded = 0
+    limit = max(_EXPANDED, _EXPANSION * path.stat().st_size)
     try:
         # Opened here: by their paths pyarrow would take some files for parts of a dataset.
         with path.open("rb") as file, parquet.ParquetFile(file) as rows:
             kind = rows.schema_arrow.types[_column(rows.schema_arrow.names, path)]
             _check_is_text(kind, arrow.types, path)
-            for batch in rows.iter_batches(columns=[COLUMN]):
-                for text in batch.column(0):
-                    yield f"{path}[{number}]", text.as_py()
+            for batch in _batches(rows, path, limit):
+                for value in batch.column(0):
+                    text = value.as_py()
+                    expanded += 64 + len(text or "")  # what Python's string takes
+                    if expanded > limit:
+                        raise _expands(f"{path}[{number}]", expanded, limit)
+                    yield f"{path}[{number}]", text
                     number += 1
     except UnicodeDecodeError as error:
         rule = "Text must be UTF-8"
@@ -180,6 +215,22 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, str | None]]:
     except (arrow.ArrowException, OSError) as error:
         rule = "A parquet file must be whole"
         raise DataError(rule, f"{path}: {error}", "Copy or download it again.") from error
+
+
+def _batches(rows: Any, path: Path, limit: int) -> Iterator[Any]:
+    """The texts of a parquet file, so many at a time that they fit in memory if each is as long as can be."""
+    leaves = [rows.schema.column(n).path for n in range(len(rows.schema))]
+    for group in range(rows.num_row_groups):
+        size = rows.metadata.row_group(group).column(leaves.index(COLUMN)).total_uncompressed_size
+        if size > limit:
+            raise _expands(f"{path}, row group {group}", size, limit)
+        batch = max(1, min(1024, _EXPANDED // max(1, size)))
+        yield from rows.iter_batches(batch, row_groups=[group], columns=[COLUMN])
+
+
+def _expands(place: str, size: int, limit: int) -> DataError:
+    rule = f"A parquet file must not expand to more than {_EXPANSION} times its size"
+    return DataError(rule, f"{place}: {size:,} bytes, more than {limit:,}", "Convert it to .jsonl, in parts.")
 
 
 def _check_is_text(kind: Any, types: Any, path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from hylorada_jax.errors import DataError
+from hylorada_jax.training import text_files
 from hylorada_jax.training.corpus import load_documents
 from hylorada_jax.training.text_files import read_documents
 
@@ -142,6 +145,49 @@ def test_what_cannot_be_read_is_named_by_its_place(tmp_path, name, content, said
     assert len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", "x" * 101, "a.txt: 101"),
+        ("a.json", '["' + "x" * 100 + '"]', "a.json: 104"),
+        ("a.jsonl", '{"text": "a"}\n' + "x" * 101, "a.jsonl:2"),
+        ("a.csv", "text\na\n" + "x" * 101 + "\nb\n", "a.csv:3"),
+        ("open.csv", 'text\na\n"' + "x\n" * 60, "open.csv:3: field larger than"),
+    ],
+)
+def test_no_line_and_no_file_that_is_one_piece_exhausts_the_memory(
+    tmp_path, monkeypatch, name, content, said
+):
+    (tmp_path / name).write_text(content)
+    monkeypatch.setattr(text_files, "_LIMIT", 100)
+    monkeypatch.setattr(text_files, "_WHOLE", 100)
+    with pytest.raises(DataError) as error:
+        load_documents(tmp_path / name)
+    assert said in str(error.value)
+    (tmp_path / "long.jsonl").write_text(as_lines(["short"] * 100))  # no limit to what has many lines
+    assert len(load_documents(tmp_path / "long.jsonl")) == 100
+
+
+def test_the_line_that_is_not_utf_8_is_found_behind_many_parts(tmp_path):
+    good = ("é" * 1000 + "\n") * 1500  # 3 MB, whose parts are cut inside characters
+    (tmp_path / "a.txt").write_bytes(good.encode() + b"a \xff\n")
+    with pytest.raises(DataError, match=r"a\.txt:1501: invalid start byte"):
+        load_documents(tmp_path / "a.txt")
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "directory.csv").mkdir()
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "absent")
+    for path in (*sorted(tmp_path.iterdir()), Path(os.devnull), Path("a\0b"), Path("x" * 5000)):
+        with pytest.raises(DataError):
+            list(read_documents(path))
+        with pytest.raises(DataError):
+            load_documents(path)
+    with pytest.raises(DataError, match="match at least one"):
+        load_documents(f"{tmp_path}/*")
+
+
 def test_an_absent_file_is_not_looked_for_on_the_hub(monkeypatch):
     import huggingface_hub
 
@@ -189,6 +235,32 @@ def test_parquet_without_texts_is_refused_by_what_it_has(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="must be whole"):
             load_documents(path)
+
+
+def test_a_small_parquet_file_cannot_fill_the_memory(tmp_path, monkeypatch):
+    """A dictionary of one text for all rows; a page of one text; rows of nothing. Fewer are read as ever."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(text_files, "_EXPANDED", 2**20)
+    path = tmp_path / "a.parquet"
+    for column, whole, said in (
+        (["x" * 10_000] * 300, 90, r"a\.parquet\[\d+\]: 1,0"),
+        (["x" * 2**21], None, "a.parquet, row group 0: 2,"),
+        (arrow.nulls(20_000, arrow.string()), None, r"a\.parquet\[16384\]"),
+    ):
+        parquet.write_table(arrow.table({"n": [1] * len(column), "text": column}), path, compression="zstd")
+        assert path.stat().st_size < 10_000
+        with pytest.raises(DataError, match=said):
+            load_documents(path)
+        if whole:
+            parquet.write_table(arrow.table({"n": [1] * whole, "text": column[:whole]}), path)
+            assert len(load_documents(path)) == whole
+
+
+def test_the_text_is_found_behind_nested_columns(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"n": [{"text": 1, "a": [2]}], "text": ["one"], "o": [{"b": {"c": 1}}]}
+    parquet.write_table(arrow.table(columns), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet") == ["one"]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.face import BaseModel, require_segments, vocab_size
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.data import as_documents, as_structure, shuffled_batches
@@ -176,7 +177,7 @@ class HyLoRADATrainer:
             state, position = found
             batches.set_state(position)
         elif config.resume and directory.metrics.exists():
-            print(f"{directory.path} has no checkpoint yet: starting from the first step")
+            print(f"{one_line(directory.path)} has no checkpoint yet: starting from the first step")
         start = int(state.step)
         with MetricsLog(directory.metrics, directory.tensorboard, last_step=start) as log:
             loop = Loop(config, directory, checkpoints, log, replicate(model.frozen), self._evaluator)

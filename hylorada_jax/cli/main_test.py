@@ -1,0 +1,62 @@
+"""What ends a command, seen from outside: one message, and the exit status that shells know."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from hylorada_jax.cli import main as module
+from hylorada_jax.errors import DataError
+
+HOSTILE = "\x1b[2J\u202e\nerror: forged"
+
+
+def ends_with(error, monkeypatch, capsys):
+    """(exit status, what is reported) of a command that raises an error."""
+
+    def command():
+        sys.stderr.write(warnings.formatwarning(HOSTILE, UserWarning, "file.py", 1))
+        raise error
+
+    monkeypatch.setattr(module, "_run", command)
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DataError(HOSTILE, HOSTILE * 1000, HOSTILE), 2),
+        (OSError(5, HOSTILE, HOSTILE), 2),
+        (UnicodeEncodeError("ascii", "é", 0, 1, HOSTILE), 2),
+        (MemoryError(HOSTILE), 1),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes" + HOSTILE), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_ends_a_command_is_one_safe_message(error, status, monkeypatch, capsys):
+    code, message = ends_with(error, monkeypatch, capsys)
+    assert code == status
+    assert message.startswith("warning: \\x1b[2J\\u202e\n    error: forged\n")
+    assert not set(message) & set(map(chr, [*range(10), *range(11, 32), 127]))
+    own = [line for line in message.split("\n") if not line.startswith("    ")]
+    assert sum(line.startswith(("error: ", "interrupted")) for line in own) == 1
+    assert len(message) < 6000
+
+
+def test_what_is_our_own_fault_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(module, "_run", lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        module.main()
+
+
+def test_output_that_nobody_reads_ends_the_command_without_a_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hylorada_jax.cli.main", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "interrupted: nobody reads the output\n")
