@@ -39,7 +39,7 @@ test-transformers5: $(VENV)-transformers5/.installed
 mutate: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m parity_tests.mutate $(ARGS)
 
-# More damaged files for every reader than the suite tries: ARGS="--cases 10000 --seed 7".
+# More damaged files for every reader than the suite tries: ARGS="--cases 10000 --first 7".
 fuzz: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m parity_tests.fuzz $(ARGS)
 
