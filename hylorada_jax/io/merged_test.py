@@ -313,7 +313,7 @@ def test_an_interrupt_leaves_nothing(bases, adapted, tmp_path, monkeypatch):
     adapted("llama", "dora").save_pretrained(tmp_path / "adapter")
     seen = []
 
-    def interrupted(path, content):
+    def interrupted(files, path, content):
         seen.append(path)
         raise KeyboardInterrupt
 

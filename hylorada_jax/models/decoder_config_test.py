@@ -15,7 +15,7 @@ LLAMA = {"model_type": "llama"}
         ({"model_type": "gemma2"}, "gemma2"),
         ({"model_type": None}, "None"),
         ({"hidden_act": "xielu"}, "xielu"),
-        ({"num_attention_heads": 32, "num_key_value_heads": 5}, "32 and 5"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 5}, "num_key_value_heads=5"),
         ({"head_dim": 7}, "even"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
@@ -33,12 +33,15 @@ LLAMA = {"model_type": "llama"}
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "longrope", "type": "linear", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"factor": 2.0}}, "rope type"),
-        ({"rope_scaling": {"type": "linear"}}, "missing ['factor']"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "unknown ['beta_fast']"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1}}, "['low_freq_factor']"),
+        ({"rope_scaling": {"type": "linear"}}, "missing required field `factor`"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "unknown field `beta_fast`"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1}},
+            "unknown field `low_freq_factor`",
+        ),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 7}},
-            "unknown ['original_max_position_embeddings']",
+            "unknown field `original_max_position_embeddings`",
         ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         (
