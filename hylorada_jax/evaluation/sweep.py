@@ -78,7 +78,7 @@ class Sweep:
 def _not_finite(batch: Batch, values: np.ndarray) -> NonFiniteError:
     broken = ~np.isfinite(values)
     if "document_ids" in batch:
-        # All of them: what is masked is multiplied by 0, which leaves NaN, so that one spoils those in its row.
+        # All of them: masked values are multiplied by 0, which leaves NaN, so that one spoils its whole row.
         numbers = np.unique(batch["document_ids"][broken] + 1).tolist()
         return not_finite(f"in document {', '.join(map(str, numbers[:8]))}{' …' if numbers[8:] else ''}")
     first = int(np.argmax(broken.any(axis=tuple(range(1, broken.ndim)))))

@@ -166,8 +166,8 @@ def _check(config: DecoderConfig) -> None:
     if c.head_dim % 2 or c.head_dim < least:
         raise ModelError(
             f"rotary embeddings need an even head_dim of at least {least}",
-            f"head_dim={c.head_dim}",
-            "check head_dim, or hidden_size and num_attention_heads, in config.json",
+            f"head_dim={c.head_dim} of hidden_size={c.hidden_size} and {c.num_attention_heads} heads",
+            "check these in config.json",
         )
     if outside := [token for token in c.eos_token_ids if token >= c.vocab_size]:
         raise ModelError(

@@ -338,10 +338,10 @@ class HFFlaxModel:
             **{name: value for name, value in sampling.items() if value is not None},
         ).sequences
         rows = np.asarray(sequences)[:, width:].tolist()
-        for number, row in enumerate(rows):
-            if self.config.vocab_size in row:
-                token = row.index(self.config.vocab_size) + 1
-                raise not_finite(f"at new token {token} of prompt {number + 1}")
+        mark = self.config.vocab_size
+        if broken := [(row.index(mark) + 1, number) for number, row in enumerate(rows, 1) if mark in row]:
+            token, number = min(broken)
+            raise not_finite(f"at new token {token} of prompt {number}")
         lengths = (next((i + 1 for i, token in enumerate(row) if token in ends), None) for row in rows)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
