@@ -81,7 +81,7 @@ def test_logits_that_are_not_finite_end_generation(value, sampled):
         logits, cache = chain_decode(variables, input_ids, position_ids=position_ids, **rest)
         return jnp.where(position_ids[:, -1:] == 5, logits.at[:, 7].set(value), logits), cache
 
-    settings = {"temperature": 0.5, "top_k": 5, "rng": jax.random.key(0)} if sampled else {}
+    settings: dict[str, Any] = {"temperature": 0.5, "top_k": 5, "rng": jax.random.key(0)} if sampled else {}
     # After position 5 a prompt of one token has six new ones, and one of three tokens has four.
     for prompts, place in (([[5]], "token 6 of prompt 1"), ([[5], [7, 8, 9]], "token 4 of prompt 2")):
         calls.clear()

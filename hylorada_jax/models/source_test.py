@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -45,26 +46,19 @@ def test_shards_are_those_the_index_names(tmp_path):
         find_source(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "", "{", "[]", "3", "null", '"x"', "{}", "[" * 100_000, " " * (16 * 2**20 + 1), "\x00", "\udcff",
-        *(
-            json.dumps({"weight_map": value})
-            for value in (None, 3, "model.safetensors", [], ["model.safetensors"], True)
-        ),
-        *(
-            json.dumps({"weight_map": {"a": "model-1.safetensors", "b": shard}})
-            for shard in (
-                None, 3, True, [], {}, "", ".", "..", "private.bin", "../m/model-1.safetensors",
-                "../private.safetensors", "/etc/private.safetensors", "sub/x.safetensors", "./x.safetensors",
-                "..\\x.safetensors", "x.safetensors\0", "x.safetensors\n", "x.safetensors/",
-                "~/x.safetensors", "missing.safetensors", "x" * 10_000 + ".safetensors",
-            )
-        ),
-    ],
-    ids=lambda content: content[:60],
-)  # fmt: skip
+SHARDS: list[Any] = [
+    None, 3, True, [], {}, "", ".", "..", "private.bin", "../m/model-1.safetensors", "../private.safetensors",
+    "/etc/private.safetensors", "sub/x.safetensors", "./x.safetensors", "..\\x.safetensors",
+    "x.safetensors\0", "x.safetensors\n", "x.safetensors/", "~/x.safetensors", "missing.safetensors",
+    "x" * 10_000 + ".safetensors",
+]  # fmt: skip
+MAPS: list[Any] = [None, 3, "model.safetensors", [], ["model.safetensors"], True]
+MAPS += [{"a": "model-1.safetensors", "b": shard} for shard in SHARDS]
+INDEXES = ["", "{", "[]", "3", "null", '"x"', "{}", "[" * 100_000, " " * (16 * 2**20 + 1), "\0", "\udcff"]
+INDEXES += [json.dumps({"weight_map": weight_map}) for weight_map in MAPS]
+
+
+@pytest.mark.parametrize("content", INDEXES, ids=lambda content: content[:60])
 def test_an_index_names_plain_files_that_are_there(tmp_path, content):
     path = make_directory(tmp_path / "m", "model-1.safetensors")
     (tmp_path / "private.safetensors").write_bytes(b"")
