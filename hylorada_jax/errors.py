@@ -50,7 +50,7 @@ class CheckpointError(HyLoRADAError):
 
 
 class NonFiniteError(HyLoRADAError):
-    """A loss or a parameter became NaN or infinite."""
+    """A loss, a logit or a parameter became NaN or infinite."""
 
 
 def require_packages(rule: str, packages: Iterable[str], remedy: str) -> None:

@@ -175,9 +175,13 @@ def test_hf_flax_weights_that_do_not_fit(tmp_path):
     oracle.save_pretrained(tmp_path)
     oracle.config.n_layer = 3
     oracle.config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"missing \(12\): transformer\.h\.2\.attn\.c_attn\.bias"):
+    with pytest.raises(ModelError, match="n_layer=3, 2 in the weights"):
         load_model(tmp_path)
-    oracle.config.n_layer = 1
+    oracle.config.n_layer, oracle.config.add_cross_attention = 2, True
+    oracle.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"missing \(16\): transformer\.h\.0\.crossattention\.c_attn\.bias"):
+        load_model(tmp_path)
+    oracle.config.n_layer, oracle.config.add_cross_attention = 1, False
     oracle.config.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"no place for transformer\.h\.1\.attn\.c_attn\.bias.* \(4 more\)"):
         load_model(tmp_path)

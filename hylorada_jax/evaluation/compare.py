@@ -54,6 +54,7 @@ def compare_models(
         DataError: no document fills a window, a token id is outside a model's vocabulary, or structure ids
             do not fit the tokens.
         ConfigError: there are structure ids, and no model that reads them.
+        NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:
         base = load_model("smollm2-135m")

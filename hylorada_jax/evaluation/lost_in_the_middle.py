@@ -85,6 +85,7 @@ def evaluate_lost_in_the_middle(
         DataError: no document fills a sequence, a sequence is longer than the model's table of positions, a
             token id is outside the vocabulary, or structure ids do not fit the tokens.
         ConfigError: nothing in the model reads structure ids, or seq_len or max_tokens is not positive.
+        NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:
         held_out = tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
@@ -96,7 +97,7 @@ def evaluate_lost_in_the_middle(
     check_range((batch_size, seq_len), limit=sweep.face.base.position_limit)
     checked = as_documents(documents, sweep.face.vocab_size, "evaluation")
     told = as_structure(structure, checked, "evaluation", has_encoder=sweep.face.has_encoder)
-    windows = Rows(checked, seq_len, packing=False, structure=told)
+    windows = Rows(checked, seq_len, packing=False, structure=told, numbered=True)
     rows = [row for row in windows if row["segment_ids"].all()]
     if not rows or seq_len < BUCKETS:
         raise DataError(

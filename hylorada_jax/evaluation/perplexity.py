@@ -85,6 +85,7 @@ class PerplexityEvaluator:
             stride=max(1, seq_len // 2) if stride is None else stride,
             packing=face.base.supports_segments,
             structure=as_structure(structure, checked, "evaluation", has_encoder=face.has_encoder),
+            numbered=True,
         )
         self._batch_size, self._max_tokens = batch_size, max_tokens
 
@@ -98,6 +99,9 @@ class PerplexityEvaluator:
 
         Returns:
             Loss and number of tokens.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite; it names the document.
         """
         total, tokens = 0.0, 0
         for batch, losses in self._sweep(
@@ -145,6 +149,7 @@ def evaluate_perplexity(
             the model's table of positions, or structure ids do not fit the tokens.
         ConfigError: nothing in the model reads structure ids, or seq_len, stride or max_tokens is out of
             range.
+        NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:
         held_out = tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))

@@ -1,5 +1,6 @@
 """Oracle: every window of the definition computed on its own, with the model's plain logits."""
 
+import copy
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
+from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator, evaluate_perplexity
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
@@ -106,6 +108,18 @@ def test_without_its_adapter_a_model_is_measured_as_its_base(base):
 def test_windows_that_never_end_or_leave_tokens_out_are_refused(base, sizes, match):
     with pytest.raises(ConfigError, match=match):
         evaluate_perplexity(base, documents(), progress=False, **sizes)
+
+
+@pytest.mark.parametrize("measure", [evaluate_perplexity, evaluate_lost_in_the_middle])
+def test_the_document_whose_loss_is_not_finite_is_named(base, measure):
+    params = copy.deepcopy(base.params)
+    params["model"]["embed_tokens"]["embedding"] = (
+        base.params["model"]["embed_tokens"]["embedding"].at[29].set(np.nan)
+    )
+    # Each fills its row: there is none that another's NaN could spoil.
+    texts = [np.arange(SEQ_LEN + 1) + start for start in (0, 7, 18, 1)]
+    with pytest.raises(NonFiniteError, match="in document 3\n"):
+        measure(base.with_params(params), texts, seq_len=SEQ_LEN, batch_size=3, progress=False)
 
 
 def test_nothing_to_predict_is_refused(base):

@@ -84,6 +84,7 @@ def evaluate_retrieval(
     Raises:
         DataError: the context is too short for a fact and a question among some sentences, longer
             than the model's table of positions, or the tokenizer gives an id outside its vocabulary.
+        NonFiniteError: a logit is NaN or infinite.
 
     Example:
         evaluate_retrieval(load_model("smollm2-135m"), load_tokenizer("smollm2-135m"), samples=1).accuracy
@@ -113,8 +114,9 @@ def contexts(tokenizer: Tokenizer, seq_len: int, samples: int, seed: int = 0) ->
 
 def _found(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
     asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
-    likeliest = logits(asked, head).argmax(-1)
-    return jnp.all((likeliest == batch["answer"]) | (batch["answer"] < 0), axis=1)
+    scores = logits(asked, head)
+    found = jnp.all((scores.argmax(-1) == batch["answer"]) | (batch["answer"] < 0), axis=1)
+    return jnp.where(jnp.isfinite(scores).all((1, 2)), found, jnp.nan)  # what is not finite has no largest
 
 
 def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generator) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.evaluation import retrieval, sweep
 from hylorada_jax.evaluation.retrieval import DEPTHS, evaluate_retrieval
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -48,6 +48,13 @@ class Knowing:
         return jnp.where(self.forgets(place / SEQ_LEN)[:, None, None], -right, right)
 
 
+class Broken(Knowing):
+    """A model that computes nothing."""
+
+    def head(self, resolved, frozen):
+        return super().head(resolved, frozen) * jnp.nan
+
+
 @pytest.fixture
 def tokenizer():
     return load_tokenizer("smollm2-135m")
@@ -65,6 +72,12 @@ def test_who_knows_finds_all_and_who_forgets_the_middle_finds_the_ends(monkeypat
     found = probe(monkeypatch, tokenizer, forgetful, batch_size=7)
     assert (found.accuracy[0], found.accuracy[5], found.accuracy[-1]) == (1.0, 0.0, 1.0)
     assert found.mean == np.mean(found.accuracy)
+
+
+def test_logits_that_are_not_finite_end_the_probe(monkeypatch, tokenizer):
+    model = Broken(tokenizer.vocab_size)
+    with pytest.raises(NonFiniteError, match=r"in the text of the tokens \[\d+"):
+        probe(monkeypatch, tokenizer, model)
 
 
 def test_the_fact_stands_at_its_depth_and_the_question_at_the_end(tokenizer):

@@ -11,7 +11,9 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.faces import face_of
+from hylorada_jax.models.generate import not_finite
 from hylorada_jax.training.devices import replicate, shard_rows
 from hylorada_jax.training.packing import Batch, Rows, batches, spread
 from hylorada_jax.training.step import model_inputs, score
@@ -57,6 +59,9 @@ class Sweep:
 
         Returns:
             Every batch and the function's value of it.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; it names the document, or the row.
         """
         devices = jax.device_count()
         batch_size = -(-batch_size // devices) * devices
@@ -64,7 +69,20 @@ class Sweep:
         resolved = self._resolve(replicate(self.face.adapters()) if adapters is None else adapters, frozen)
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
-            yield batch, np.asarray(self._run(resolved, frozen, shard_rows(batch)))
+            values = np.asarray(self._run(resolved, frozen, shard_rows(batch)))
+            if not np.isfinite(values).all():
+                raise _not_finite(batch, values)
+            yield batch, values
+
+
+def _not_finite(batch: Batch, values: np.ndarray) -> NonFiniteError:
+    broken = ~np.isfinite(values)
+    if "document_ids" in batch:
+        # All of them: masked values are multiplied by 0, which leaves NaN, so that one spoils its whole row.
+        numbers = np.unique(batch["document_ids"][broken] + 1).tolist()
+        return not_finite(f"in document {', '.join(map(str, numbers[:8]))}{' …' if numbers[8:] else ''}")
+    first = int(np.argmax(broken.any(axis=tuple(range(1, broken.ndim)))))
+    return not_finite(f"in the text of the tokens {batch['input_ids'][first, :8].tolist()} …")
 
 
 def loss_sweep(model: Any) -> Sweep:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
 from hylorada_jax.io.saved_adapter import open_adapter
 from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
 from hylorada_jax.models.face import as_base
+from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import CONSTANTS, empty_model, open_weights
 from hylorada_jax.models.source import SMALL_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -60,7 +62,7 @@ def write_merged(
     Raises:
         CheckpointError: the adapter is damaged or of another model, the output is taken, or the disk is full.
         ModelError: a component has an effect that no weights can express; the model is not found or lacks a
-            tensor that is adapted; a weight is not finite in ``dtype``.
+            tensor that is adapted; a weight is not finite in ``dtype``; a file lies outside its directory.
 
     Example:
         write_merged("smollm2-135m", "runs/finetune/adapter", "merged", "bfloat16")
@@ -81,6 +83,7 @@ def write_merged(
             raise ModelError("Weights on disk are checked in one dtype.", trained, "Leave the check out.")
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, jnp.dtype(trained))})
     tokenizer = load_tokenizer(model) if source.gguf else None
+    beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
     weights = open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
     # A tied head that is written out is a copy of the embedding, which may have been trained.
@@ -100,7 +103,7 @@ def write_merged(
             if tokenizer is not None:
                 write_tokenizer(tokenizer, place)
             else:
-                _copy(source.path, place)
+                _copy(beside, source.path, place)
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:
@@ -121,8 +124,8 @@ def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:
     return rest | {"torch_dtype": dtype.name}
 
 
-def _copy(source: Path, place: Path) -> None:
-    for file in (found for pattern in SMALL_FILES for found in source.glob(pattern) if found.is_file()):
+def _copy(files: Iterable[Path], source: Path, place: Path) -> None:
+    for file in files:
         copy = place / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -314,7 +315,7 @@ def test_an_interrupt_leaves_nothing(bases, adapted, tmp_path, monkeypatch):
     adapted("llama", "dora").save_pretrained(tmp_path / "adapter")
     seen = []
 
-    def interrupted(path, content):
+    def interrupted(files, path, content):
         seen.append(path)
         raise KeyboardInterrupt
 
@@ -323,6 +324,16 @@ def test_an_interrupt_leaves_nothing(bases, adapted, tmp_path, monkeypatch):
         write_merged(bases / "llama", tmp_path / "adapter", tmp_path / "merged")
     assert seen
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_private_file_that_the_model_links_to_is_not_copied(bases, adapted, tmp_path):
+    adapted("llama", "dora").save_pretrained(tmp_path / "adapter")
+    shutil.copytree(bases / "llama", tmp_path / "base")
+    (tmp_path / "private").write_text("secret")
+    (tmp_path / "base" / "chat_template.jinja").symlink_to("../private")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja, which is .*private"):
+        write_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "private"}
 
 
 def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):

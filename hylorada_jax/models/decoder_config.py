@@ -7,57 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io.reading import checked
+from hylorada_jax.models.families import FAMILIES, REMEDY, RULE, Llama
 from hylorada_jax.models.rope_config import RopeScaling, read_rope
 
 HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-
-# What transformers' configuration classes assume for a key that config.json leaves out.
-_COMMON: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "eos_token_id": None,
-    "layer_types": None,
-}
-_QWEN: dict[str, Any] = {
-    **_COMMON,
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        **_COMMON,
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "sliding_window": None,
-        "eos_token_id": 2,
-    },
-    "mistral": {
-        **_COMMON,
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "eos_token_id": 2,
-    },
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
-}
 
 # Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all.
 _NULLS = ("num_key_value_heads", "sliding_window", "eos_token_id")
@@ -143,7 +97,8 @@ class DecoderConfig:
             The configuration of our decoder.
 
         Raises:
-            ModelError: the family, or an option that changes the computation, is not one this decoder has.
+            ModelError: the family, or an option that changes the computation, is not one this decoder has; or
+                a value is of the wrong type, out of bounds, or contradicts another.
 
         Example:
             >>> config = DecoderConfig.from_hf({"model_type": "llama", "num_key_value_heads": 8})
@@ -152,9 +107,9 @@ class DecoderConfig:
         """
         hf = {key: value for key, value in hf.items() if value is not None or key in _NULLS}
         family = hf.get("model_type")
-        if family not in _DEFAULTS:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ModelError(
-                "our decoder reads the Llama family: " + ", ".join(_DEFAULTS),
+                "our decoder reads the Llama family: " + ", ".join(FAMILIES),
                 f"model_type={family!r}",
                 "take a model of one of these families, or a model that HF has in Flax (GPT-2, OPT, …)",
             )
@@ -165,36 +120,33 @@ class DecoderConfig:
                     f"{key}={hf[key]!r}",
                     f"take a version of the model without it, or set {key} to {off!r} if the weights allow",
                 )
-        c = {**_DEFAULTS[family], **hf}
-        heads = c["num_attention_heads"]
-        kv_heads = c["num_key_value_heads"] or heads
-        head_dim = c["head_dim"] or c["hidden_size"] // heads
+        c = checked(hf, FAMILIES[family], RULE, ModelError, REMEDY)
         window, sliding = _sliding(family, c)
-        theta, scaling = read_rope(hf, c["max_position_embeddings"])
-        eos = c["eos_token_id"]
+        theta, scaling = read_rope(hf, c.max_position_embeddings)
+        eos = c.eos_token_id
         config = cls(
             model_type=family,
-            vocab_size=c["vocab_size"],
-            hidden_size=c["hidden_size"],
-            intermediate_size=c["intermediate_size"],
-            num_hidden_layers=c["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=c["max_position_embeddings"],
-            hidden_act=c["hidden_act"],
-            rms_norm_eps=float(c["rms_norm_eps"]),
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads or c.num_attention_heads,
+            head_dim=c.head_dim or c.hidden_size // c.num_attention_heads,
+            max_position_embeddings=c.max_position_embeddings,
+            hidden_act=c.hidden_act,
+            rms_norm_eps=c.rms_norm_eps,
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=c["tie_word_embeddings"],
-            qkv_bias=family == "qwen2" or (c.get("attention_bias", False) and family != "mistral"),
-            o_bias=family in ("llama", "qwen3") and c["attention_bias"],
-            mlp_bias=family == "llama" and c["mlp_bias"],
+            tie_word_embeddings=c.tie_word_embeddings,
+            qkv_bias=family == "qwen2" or (c.attention_bias and family != "mistral"),
+            o_bias=family in ("llama", "qwen3") and c.attention_bias,
+            mlp_bias=family == "llama" and c.mlp_bias,
             qk_norm=family == "qwen3",
             sliding_window=window,
             sliding_layers=sliding,
-            initializer_range=c["initializer_range"],
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+            initializer_range=c.initializer_range,
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         )
         _check(config)
         return config
@@ -206,12 +158,22 @@ def _check(config: DecoderConfig) -> None:
     if c.num_attention_heads % c.num_key_value_heads:
         raise ModelError(
             "num_attention_heads must be a multiple of num_key_value_heads",
-            f"{c.num_attention_heads} and {c.num_key_value_heads}",
+            f"num_attention_heads={c.num_attention_heads}, num_key_value_heads={c.num_key_value_heads}",
             "check config.json: each key-value head serves the same number of query heads",
         )
-    if c.head_dim % 2:
+    # Dynamic NTK raises to the power of head_dim / (head_dim - 2).
+    least = 4 if c.rope_scaling.rope_type == "dynamic" else 2
+    if c.head_dim % 2 or c.head_dim < least:
         raise ModelError(
-            "rotary embeddings need an even head_dim", c.head_dim, "check head_dim in config.json"
+            f"rotary embeddings need an even head_dim of at least {least}",
+            f"head_dim={c.head_dim} of hidden_size={c.hidden_size} and {c.num_attention_heads} heads",
+            "check these in config.json",
+        )
+    if outside := [token for token in c.eos_token_ids if token >= c.vocab_size]:
+        raise ModelError(
+            "eos_token_id must be within the vocabulary",
+            f"eos_token_id={outside[0]}, vocab_size={c.vocab_size}",
+            "correct it in config.json",
         )
     if c.hidden_act not in HIDDEN_ACTS:
         raise ModelError(
@@ -221,9 +183,9 @@ def _check(config: DecoderConfig) -> None:
         )
 
 
-def _sliding(family: str, c: Mapping[str, Any]) -> tuple[int | None, tuple[bool, ...]]:
+def _sliding(family: str, c: Llama) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and which layers have it."""
-    depth, window, types = c["num_hidden_layers"], c["sliding_window"], c["layer_types"]
+    depth, window, types = c.num_hidden_layers, c.sliding_window, c.layer_types
     if family == "llama" and window is not None:
         raise ModelError(
             "a llama model has no sliding window",
@@ -231,29 +193,27 @@ def _sliding(family: str, c: Mapping[str, Any]) -> tuple[int | None, tuple[bool,
             "set model_type to 'mistral' if the model slides, else set sliding_window to null",
         )
     if family in ("qwen2", "qwen3"):
-        window = window if c["use_sliding_window"] else None
-        implied = [window is not None and layer >= c["max_window_layers"] for layer in range(depth)]
+        window = window if c.use_sliding_window else None
+        implied = [window is not None and layer >= c.max_window_layers for layer in range(depth)]
         choose = True
     else:
         implied = [window is not None] * depth
         choose = False
-    if window is not None and window < 1:
-        raise ModelError("sliding_window must be at least 1", window, "null turns the window off")
     if types is None:
         sliding = implied
     else:
         sliding = [kind == "sliding_attention" for kind in types]
-        known = all(kind in ("full_attention", "sliding_attention") for kind in types)
-        if not known or len(types) != depth or (any(sliding) and window is None):
+        if len(types) != depth or (any(sliding) and window is None):
             raise ModelError(
                 "layer_types names 'full_attention' or, with a window, 'sliding_attention' for each layer",
-                f"layer_types={types!r}, num_hidden_layers={depth}, sliding_window={window}",
+                f"layer_types of {len(types)}, {sum(sliding)} of them sliding; num_hidden_layers={depth}, "
+                f"sliding_window={window}",
                 "check layer_types, sliding_window and use_sliding_window in config.json",
             )
         if not choose and sliding != implied:
             raise ModelError(
                 f"all layers of a {family} model attend alike (transformers ignores layer_types here)",
-                f"layer_types={types!r}, sliding_window={window}",
+                f"layer_types with {sum(sliding)} of {depth} sliding, sliding_window={window}",
                 "remove layer_types from config.json",
             )
     return (window if any(sliding) else None), tuple(sliding)

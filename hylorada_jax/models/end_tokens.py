@@ -1,19 +1,26 @@
 """The tokens at which a model's text ends."""
 
-import json
-from typing import Any
+from msgspec import Struct
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.models.families import Tokens
 from hylorada_jax.models.gguf import special_ids
+from hylorada_jax.models.inside import file_inside
 from hylorada_jax.models.source import Source
 
 
-def end_tokens(source: Source) -> tuple[int, ...]:
+class _Ends(Struct):
+    eos_token_id: Tokens = None
+
+
+def end_tokens(source: Source, vocabulary: int | None = None) -> tuple[int, ...]:
     """The tokens that end a text, as a model's files name them.
 
     Args:
         source: of a directory ``eos_token_id``, one or a list, in generation_config.json, or else in
             config.json; of a GGUF file the ends of a text, of a turn and of a message.
+        vocabulary: all must be below it; None: any. transformers writes GPT-2's 50256 beside small ones too.
 
     Returns:
         Their ids in the order of the file; none where it names none.
@@ -22,24 +29,16 @@ def end_tokens(source: Source) -> tuple[int, ...]:
         ModelError: the file is not JSON, or names what is not a token.
     """
     if source.gguf:
-        ids = special_ids(source.gguf)
-        return tuple(dict.fromkeys(ids[role] for role in ("eos", "eot", "eom") if role in ids))
-    file = source.path / "generation_config.json"
-    try:
-        named = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise ModelError(
-            "generation_config.json must be a JSON object.", f"{file}: {error}", "Download it again."
-        ) from error
-    return _ids(source.config.get("eos_token_id") if named is None else named, source)
-
-
-def _ids(named: Any, source: Source) -> tuple[int, ...]:
-    ids = () if named is None else tuple(named) if isinstance(named, list) else (named,)
-    if not all(isinstance(token, int) for token in ids):
-        raise ModelError(
-            "eos_token_id must be a token id or a list of them.",
-            f"{source.path}: {named!r}",
-            "Correct it in generation_config.json or config.json.",
-        )
+        special = special_ids(source.gguf)  # inside the vocabulary
+        return tuple(dict.fromkeys(special[role] for role in ("eos", "eot", "eom") if role in special))
+    file = file_inside(source.path, "generation_config.json")
+    settings = read_json(file, "generation_config.json must be a JSON object.", ModelError) if file else {}
+    named = settings.get("eos_token_id")
+    named = source.config.get("eos_token_id") if named is None else named
+    rule = f"eos_token_id must be a token id or a list of them: {source.path}"
+    remedy = "Correct it in generation_config.json or config.json."
+    ends = checked({"eos_token_id": named}, _Ends, rule, ModelError, remedy).eos_token_id
+    ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if vocabulary is not None and (outside := [token for token in ids if token >= vocabulary]):
+        raise ModelError(rule, f"eos_token_id {outside[0]} in a vocabulary of {vocabulary}", remedy)
     return tuple(dict.fromkeys(ids))

@@ -29,7 +29,16 @@ def test_generation_config_counts_before_config(generation, config, ends, tmp_pa
     assert end_tokens(find_source(tmp_path, config_only=True)) == ends
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [[1]]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "[" * 100_000),
+        *(
+            f'{{"eos_token_id": {value}}}'
+            for value in ('"</s>"', "[[1]]", "true", "1.5", "-1", "NaN", "{}", "[null]")
+        ),
+    ],
+)
 def test_what_names_no_token_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text(content)

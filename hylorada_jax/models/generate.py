@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
 
 # Prompt lengths and token budgets are rounded up to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
@@ -99,13 +99,14 @@ def generate(
     Raises:
         ConfigError: a setting is out of range.
         DataError: there is no prompt, or an empty one.
+        NonFiniteError: a logit is NaN or infinite; generation ends there.
     """
     check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
     lengths = np.array([len(prompt) for prompt in prompts])
     input_ids = pad_left(prompts)
     padded, budget = input_ids.shape[1], _bucket(max_new_tokens)
     greedy = is_greedy(temperature)
-    tokens, count, _ = _generate(
+    tokens, count, finite, _ = _generate(
         decode,
         variables,
         init_cache(len(prompts), padded + budget),
@@ -119,7 +120,20 @@ def generate(
         np.atleast_1d(np.array([] if eos_token_id is None else eos_token_id, np.int32)),
         None if greedy else rng,
     )
-    return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(count), strict=True)]
+    count = np.asarray(count)
+    if not np.all(finite):
+        row = int(np.argmin(finite))
+        raise not_finite(f"at new token {count[row]} of prompt {row + 1}")
+    return [row[:n].tolist() for row, n in zip(np.asarray(tokens), count, strict=True)]
+
+
+def not_finite(where: str) -> NonFiniteError:
+    """The error for logits that are NaN or infinite."""
+    return NonFiniteError(
+        "The logits of a model must be finite.",
+        f"NaN or infinite ones {where}",
+        "Compute in float32; if it stays, the weights or the adapter are damaged.",
+    )
 
 
 @partial(jax.jit, static_argnames="decode", donate_argnames="cache")
@@ -136,10 +150,11 @@ def _generate(
     top_p: Float[Array, ""] | None,
     eos: Int[Array, " eos"],
     rng: Array | None,
-) -> tuple[Int[Array, "batch budget"], Int[Array, " batch"], Any]:
-    """The prompt in one pass, then a token per turn until every row has ended: tokens, their counts, cache.
+) -> tuple[Int[Array, "batch budget"], Int[Array, " batch"], Bool[Array, " batch"], Any]:
+    """The prompt in one pass, then a token per turn until every row has ended or one is not finite.
 
-    The cache is an output so that its buffers can be donated: the loop writes into them, and none is copied.
+    Gives tokens, their counts, whether the last logits of each row were finite, and the cache. That is an
+    output so that its buffers can be donated: the loop writes into them, and none is copied.
     """
 
     def choose(logits: Float[Array, "batch vocab"], step: Int[Array, ""]) -> Int[Array, " batch"]:
@@ -148,20 +163,22 @@ def _generate(
         kept = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
         return jax.random.categorical(jax.random.fold_in(rng, step), kept).astype(jnp.int32)
 
-    def put(tokens: Array, count: Array, ended: Bool[Array, " batch"], token: Array, step: Array) -> tuple:
+    def put(tokens: Array, count: Array, ended: Bool[Array, " batch"], logits: Array, step: Array) -> tuple:
+        token = choose(logits, step)
+        finite = ended | jnp.all(jnp.isfinite(logits), axis=-1)
         tokens = lax.dynamic_update_slice(tokens, token[:, None], (0, step))
         count = count + ~ended
-        return tokens, count, ended | jnp.any(token[:, None] == eos, axis=-1)
+        return tokens, count, ended | jnp.any(token[:, None] == eos, axis=-1), finite
 
     def unfinished(state: tuple) -> Bool[Array, ""]:
-        step, _, _, ended, _ = state
-        return (step < max_new_tokens) & ~jnp.all(ended)
+        step, _, _, ended, finite, _ = state
+        return (step < max_new_tokens) & ~jnp.all(ended) & jnp.all(finite)
 
     def turn(state: tuple) -> tuple:
-        step, tokens, count, ended, cache = state
+        step, tokens, count, ended, _, cache = state
         last = lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
         logits, cache = decode(variables, last, position_ids=(lengths + step - 1)[:, None], cache=cache)
-        return step + 1, *put(tokens, count, ended, choose(logits, step), step), cache
+        return step + 1, *put(tokens, count, ended, logits, step), cache
 
     slots = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
     positions = slots - (input_ids.shape[1] - lengths[:, None])
@@ -171,9 +188,9 @@ def _generate(
     batch = input_ids.shape[0]
     empty = jnp.zeros((batch, budget.shape[0]), jnp.int32)
     zero = jnp.int32(0)
-    first = put(empty, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), choose(logits, zero), zero)
-    _, tokens, count, _, cache = lax.while_loop(unfinished, turn, (jnp.int32(1), *first, cache))
-    return tokens, count, cache
+    first = put(empty, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), logits, zero)
+    _, tokens, count, _, finite, cache = lax.while_loop(unfinished, turn, (jnp.int32(1), *first, cache))
+    return tokens, count, finite, cache
 
 
 def pad_left(rows: Sequence[Sequence[int]], *, bucket: bool = True) -> Int[np.ndarray, "batch width"]:

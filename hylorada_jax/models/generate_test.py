@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
 from hylorada_jax.models import generate as generation
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -70,6 +70,31 @@ def test_decoding_stops_when_all_rows_have_ended():
     generate(counting, chain_cache, {"weight": jnp.int32(3)}, [[5]], max_new_tokens=60, eos_token_id=eos)
     jax.effects_barrier()
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize(("value", "sampled"), [(np.nan, False), (np.inf, True), (-np.inf, False)])
+def test_logits_that_are_not_finite_end_generation(value, sampled):
+    calls = []
+
+    def breaking(variables, input_ids, *, position_ids, **rest):
+        jax.debug.callback(lambda: calls.append(1))
+        logits, cache = chain_decode(variables, input_ids, position_ids=position_ids, **rest)
+        return jnp.where(position_ids[:, -1:] == 5, logits.at[:, 7].set(value), logits), cache
+
+    settings: dict[str, Any] = {"temperature": 0.5, "top_k": 5, "rng": jax.random.key(0)} if sampled else {}
+    # After position 5 a prompt of one token has six new ones, and one of three tokens has four.
+    for prompts, place in (([[5]], "token 6 of prompt 1"), ([[5], [7, 8, 9]], "token 4 of prompt 2")):
+        calls.clear()
+        with pytest.raises(NonFiniteError, match=f"at new {place}"):
+            generate(breaking, chain_cache, {"weight": jnp.int32(3)}, prompts, max_new_tokens=60, **settings)
+        jax.effects_barrier()
+        assert len(calls) == int(place.split()[1])
+    if not sampled:  # a row that has ended no longer counts
+        eos = chain_by_hand([5], 4)[3]
+        (row,) = generate(
+            breaking, chain_cache, {"weight": jnp.int32(3)}, [[5]], max_new_tokens=60, eos_token_id=eos
+        )
+        assert row == chain_by_hand([5], 4)
 
 
 def test_nothing_is_compiled_again():

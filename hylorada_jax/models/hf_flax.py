@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
 from hylorada_jax.models.face import require_generation
-from hylorada_jax.models.generate import check_settings, is_greedy, pad_left
+from hylorada_jax.models.generate import check_settings, is_greedy, not_finite, pad_left
 from hylorada_jax.models.hf_attention import SharedAttention
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
 from hylorada_jax.models.hf_head import float32_logits
@@ -304,6 +304,7 @@ class HFFlaxModel:
             ConfigError: a setting is out of range.
             DataError: there is no prompt; one is empty, has a token id outside the vocabulary, or leaves no
                 room in the model's table of positions.
+            NonFiniteError: a logit is NaN or infinite.
         """
         require_generation(self)
         check_prompts(prompts, self.token_limit)
@@ -327,6 +328,8 @@ class HFFlaxModel:
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=not greedy,
+            num_beams=1,  # whatever the config says: each token is chosen by itself
+            logits_processor=[_flag_not_finite],
             # Hugging Face stops at one token, and for None at the config's. For several, as for none, it gets
             # one that is beyond the last, and the rows are cut below.
             eos_token_id=ends[0] if len(ends) == 1 else self.config.vocab_size,
@@ -335,6 +338,10 @@ class HFFlaxModel:
             **{name: value for name, value in sampling.items() if value is not None},
         ).sequences
         rows = np.asarray(sequences)[:, width:].tolist()
+        mark = self.config.vocab_size
+        if broken := [(row.index(mark) + 1, number) for number, row in enumerate(rows, 1) if mark in row]:
+            token, number = min(broken)
+            raise not_finite(f"at new token {token} of prompt {number}")
         lengths = (next((i + 1 for i, token in enumerate(row) if token in ends), None) for row in rows)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
@@ -367,6 +374,17 @@ class HFFlaxModel:
                 "Call the adapted model and compute your own loss from its output.",
             )
         return path
+
+
+def _flag_not_finite(sequences: Array, logits: Array, length: Array) -> Array:
+    """Logits with a column more, of a token that is chosen if and only if they are not finite.
+
+    So Hugging Face's loop, which gives out nothing but tokens, need not stop for it. −∞ is allowed: other
+    processors before this one forbid tokens by it.
+    """
+    is_finite = jnp.all(logits < jnp.inf, axis=-1, keepdims=True)
+    kept = jnp.where(is_finite, logits, -jnp.inf)
+    return jnp.concatenate([kept, jnp.where(is_finite, -jnp.inf, 0).astype(kept.dtype)], axis=-1)
 
 
 @dataclass(frozen=True)

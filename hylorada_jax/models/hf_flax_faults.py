@@ -30,17 +30,26 @@ def check_hf_flax(config: Any) -> None:
     Raises:
         ModelError: naming what is wrong and what to use instead.
     """
-    family = config.model_type
-    faults = _faults(config) if family in CHECKED else ["it is off, or was not compared with its torch model"]
-    if faults:
-        ours = family in ("llama", "mistral")
-        raise ModelError(
-            f"transformers' Flax {family} model must compute what its config says.",
-            "; ".join(faults),
-            "Load it with hylorada_jax.load_model(name), which uses our decoder."
-            if ours
-            else "Choose another model: no Flax model here computes this one.",
-        )
+    check_family(config.model_type)
+    if faults := _faults(config):
+        raise _refusal(config.model_type, faults)
+
+
+def check_family(family: str) -> None:
+    """Refuses a family whose Flax models were not held to their torch models, whatever the config."""
+    if family not in CHECKED:
+        raise _refusal(family, ["it is off, or was not compared with its torch model"])
+
+
+def _refusal(family: str, faults: list[str]) -> ModelError:
+    ours = family in ("llama", "mistral")
+    return ModelError(
+        f"transformers' Flax {family} model must compute what its config says.",
+        "; ".join(faults),
+        "Load it with hylorada_jax.load_model(name), which uses our decoder."
+        if ours
+        else "Choose another model: no Flax model here computes this one.",
+    )
 
 
 def _faults(config: Any) -> list[str]:

@@ -1,8 +1,10 @@
 """Loading Hugging Face's Flax models from PyTorch's files. The only file that imports transformers."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import transformers
@@ -11,13 +13,23 @@ from flax.traverse_util import flatten_dict
 from transformers import FlaxPreTrainedModel, PretrainedConfig
 from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tensor
 
-from hylorada_jax.errors import ModelError
+from hylorada_jax.errors import HyLoRADAError, ModelError
 from hylorada_jax.models.end_tokens import end_tokens
-from hylorada_jax.models.hf_flax_faults import check_hf_flax
+from hylorada_jax.models.hf_flax_faults import check_family, check_hf_flax
+from hylorada_jax.models.hf_flax_keys import check_keys, check_sizes
 from hylorada_jax.models.hf_t5 import REPAIRED, RepairedT5, repair_t5
+from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import CONSTANTS
 from hylorada_jax.models.source import Source
-from hylorada_jax.models.weights import Slot, TreePath, Weights, check_match, load_tree, shorten
+from hylorada_jax.models.weights import (
+    Slot,
+    TreePath,
+    Weights,
+    check_match,
+    load_tree,
+    shorten,
+    tensor_names,
+)
 
 
 def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
@@ -31,16 +43,32 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
         The model, of the Flax class that its config's `architectures` names.
 
     Raises:
-        ModelError: transformers has no such Flax class, or it computes wrongly for this config.
+        ModelError: transformers has no such Flax class, or it computes wrongly for this config, or fails; or
+            the config's sizes are out of bounds, or are not those of the weights that lie beside it.
     """
     if source.config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _no_flax_class(source)
-    config = _read_config(source)
-    architecture = (config.architectures or [""])[0]
-    flax_class = getattr(transformers, f"Flax{architecture}", None)
-    if not architecture or flax_class is None:
+    try:
+        return _made(source, dtype)
+    except HyLoRADAError:
+        raise
+    except Exception as error:  # transformers' classes raise any
+        raise ModelError(
+            "transformers must be able to make its Flax model from config.json.",
+            f"{source.path}: {type(error).__name__}: {error}",
+            "Correct config.json, or download it again.",
+        ) from error
+
+
+def _made(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
+    family, architecture = source.config["model_type"], (source.config.get("architectures") or [""])[0]
+    flax_class: Any = getattr(transformers, f"Flax{architecture}", None)
+    if getattr(flax_class, "config_class", None) is not transformers.CONFIG_MAPPING[family]:
         raise _no_flax_class(source)
+    check_family(family)
+    config = _read_config(source)
     check_hf_flax(config)
+    check_sizes(config, _layers_there(source))
     repaired = config.model_type in REPAIRED
     with repair_t5() if repaired else nullcontext():  # the constructor traces the model
         model = flax_class(config, dtype=dtype, _do_init=False)
@@ -61,9 +89,19 @@ def _read_config(source: Source) -> PretrainedConfig:
     # never for mT5; transformers 4 takes a head of its own, unscaled, for untied.
     if family in REPAIRED and not said.get("scale_decoder_outputs", family != "mt5"):
         said["tie_word_embeddings"] = False
-    config = transformers.CONFIG_MAPPING[family].from_dict(said)
+    config_class = transformers.CONFIG_MAPPING[family]
+    check_keys(said, config_class)
+    config = config_class.from_dict(said)
     config._name_or_path = source.name
     return config
+
+
+def _layers_there(source: Source) -> int | None:
+    """The largest number in the names of the tensors beside a config, counted from one; None without any."""
+    parts = (
+        part for name in tensor_names(files_inside(source.path, "*.safetensors")) for part in name.split(".")
+    )
+    return max((int(part) + 1 for part in parts if re.fullmatch("[0-9]{1,9}", part)), default=None)
 
 
 def load_hf_flax(
@@ -142,7 +180,7 @@ def _slots(leaves: Mapping[TreePath, tuple[int, ...]], weights: Weights, prefix:
     slots = {}
     for name, shape in weights.shapes.items():
         parts = tuple(name.split("."))
-        if not has_prefix and parts[0] == prefix:
+        if not has_prefix and parts[0] == prefix and len(parts) > 1:
             parts = parts[1:]
         stand_in = np.broadcast_to(np.float32(0), shape)  # only its shape is looked at; it takes no memory
         path, _ = rename_key_and_reshape_tensor(parts, stand_in, leaves, prefix)

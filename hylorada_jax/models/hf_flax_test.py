@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 
 transformers = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
 
-from hylorada_jax.errors import DataError, ModelError  # noqa: E402
+from hylorada_jax.errors import DataError, ModelError, NonFiniteError  # noqa: E402
 from hylorada_jax.models.hf_flax import HFFlaxModel  # noqa: E402
 
 # A tiny model of every family whose logits are hidden states times an embedding, by its own config's names.
@@ -234,3 +236,16 @@ def test_sampling_in_the_limit_is_greedy():
     greedy = face.generate(prompts, max_new_tokens=4)
     key = jax.random.key(1)
     assert face.generate(prompts, max_new_tokens=4, temperature=1e-38, top_p=1e-38, rng=key) == greedy
+
+
+@pytest.mark.parametrize(("value", "sampled", "ends"), [(np.nan, False, ()), (np.inf, True, (49,))])
+def test_logits_that_are_not_finite_end_generation(value, sampled, ends):
+    model = tiny("GPT2LMHeadModel")
+    table = model.params["transformer"]["wpe"]
+    table["embedding"] = table["embedding"].at[5].set(value)
+    settings: dict[str, Any] = {"temperature": 0.5, "top_k": 5, "top_p": 0.9} if sampled else {}
+    # After position 5 a prompt of two tokens has five new ones, and one of three tokens has four.
+    with pytest.raises(NonFiniteError, match="at new token 4 of prompt 2"):
+        HFFlaxModel.wrap(model).generate(
+            [[4, 5], [6, 7, 8]], max_new_tokens=8, eos_token_id=ends, rng=jax.random.key(0), **settings
+        )

@@ -20,6 +20,7 @@ from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
+from hylorada_jax.models.families import FAMILIES
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
@@ -27,7 +28,7 @@ from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weig
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
-DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DECODER_FAMILIES = tuple(FAMILIES)
 # Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.
 CONSTANTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
 
@@ -98,7 +99,7 @@ def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTra
     if source.config.get("model_type") in DECODER_FAMILIES:
         config = DecoderConfig.from_hf(source.config)
         module = DecoderLM(config, check_remat(remat))
-        ends = end_tokens(source) or config.eos_token_ids
+        ends = end_tokens(source, config.vocab_size) or config.eos_token_ids
         return CausalLM(module, param_shapes(config, dtype), config, source.name, ends)
     if remat != "none":
         raise ModelError(

@@ -9,22 +9,59 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io.reading import checked
+from hylorada_jax.models.families import REMEDY, RULE, Positions
 
-_LLAMA3 = frozenset({"factor", "low_freq_factor", "high_freq_factor"})
-_YARN = frozenset(
-    {"attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "truncate"}
-)
-# Keys of a scaling beside its type and original_max_position_embeddings: required, optional.
-_ROPE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "default": (frozenset(), frozenset()),
-    "linear": (frozenset({"factor"}), frozenset()),
-    "dynamic": (frozenset({"factor"}), frozenset()),
-    "llama3": (_LLAMA3, frozenset()),
-    "yarn": (frozenset(), _YARN),
-}
+_Theta = Annotated[float, Meta(gt=1, le=1e30)]
+_Factor = Annotated[float, Meta(gt=0, le=1e6)]
+_Perhaps = Annotated[float, Meta(ge=0, le=1e6)]  # transformers takes 0 for absent
+
+
+class _Rope(Struct):
+    """Where a config can say how a model rotates."""
+
+    rope_theta: _Theta | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    original_max_position_embeddings: Positions | None = None
+
+
+# The keys of each type of scaling, beside the type itself.
+class _Default(Struct):
+    pass
+
+
+class _Linear(Struct, forbid_unknown_fields=True):
+    factor: _Factor
+
+
+class _Llama3(Struct, forbid_unknown_fields=True):
+    factor: _Factor
+    low_freq_factor: _Factor
+    high_freq_factor: _Factor
+    original_max_position_embeddings: Positions
+
+
+class _Yarn(Struct, forbid_unknown_fields=True):
+    original_max_position_embeddings: Positions
+    factor: _Factor | None = None
+    attention_factor: _Factor | None = None
+    beta_fast: _Perhaps = 0.0
+    beta_slow: _Perhaps = 0.0
+    mscale: _Perhaps = 0.0
+    mscale_all_dim: _Perhaps = 0.0
+    truncate: bool = True
+
+
+_KINDS: dict[str, type[Struct]] = {
+    "default": _Default, "linear": _Linear, "dynamic": _Linear, "llama3": _Llama3, "yarn": _Yarn
+}  # fmt: skip
 _TYPES = ("rope_type", "type")
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -35,7 +72,7 @@ class RopeScaling:
 
     Args:
         rope_type: 'default', 'linear', 'dynamic', 'llama3' or 'yarn'.
-        factor: the stretch, >= 1.
+        factor: the stretch, > 0.
         original_max_position_embeddings: context length of pretraining, in tokens (llama3, yarn).
         low_freq_factor: llama3: wavelengths above original / low_freq_factor are stretched in full.
         high_freq_factor: llama3: wavelengths below original / high_freq_factor are left alone.
@@ -72,7 +109,8 @@ class RopeScaling:
             The scaling.
 
         Raises:
-            ModelError: the type is unknown, a key is missing, or one is not among the type's own.
+            ModelError: the type is unknown, a key is missing or is not among the type's own, or a value is of
+                the wrong type or out of bounds.
 
         Example:
             >>> RopeScaling.from_hf({"type": "linear", "factor": 4.0}, 2048).factor
@@ -96,31 +134,33 @@ class RopeScaling:
             return cls()
         types = [given.pop(key) for key in _TYPES if key in given]
         kind = types[0] if types else None
-        if kind not in _ROPE_KEYS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise ModelError(
-                "the rope type must be one of " + ", ".join(_ROPE_KEYS),
-                f"rope_scaling={dict(raw or {})!r}",
+                "the rope type must be one of " + ", ".join(_KINDS),
+                f"rope_type={kind!r}",
                 "take a version of the model with one of these, or set rope_scaling to null for short texts",
             )
-        if kind == "default":
-            return cls()
-        own = given.pop(_ORIGINAL, max_positions)
-        required, optional = _ROPE_KEYS[kind]
-        if kind in ("linear", "dynamic") and own != max_positions:
-            given[_ORIGINAL] = own  # transformers would ignore it; the same number says nothing new
-        missing, unknown = required - given.keys(), given.keys() - required - optional
-        if missing or unknown:
-            raise ModelError(
-                f"rope_scaling of type {kind} takes {sorted(required)}, and optionally {sorted(optional)}",
-                f"missing {sorted(missing)}, unknown {sorted(unknown)}",
-                "check rope_scaling in config.json",
-            )
         if kind in ("llama3", "yarn"):
-            given[_ORIGINAL] = original or own
-        if kind == "yarn":
-            given = _yarn(given, max_positions)
-            given["truncate"] = bool((raw or {}).get("truncate", True))
-        return cls(rope_type=kind, **given)
+            given[_ORIGINAL] = original or given.get(_ORIGINAL, max_positions)
+        elif given.get(_ORIGINAL) == max_positions:
+            del given[_ORIGINAL]  # says nothing new; transformers would ignore another number
+        if kind == "yarn" and "truncate" in (raw or {}):
+            given.setdefault("truncate", False)
+        takes = ", ".join(_KINDS[kind].__struct_fields__)
+        rule = f"rope_scaling of type {kind} takes {takes}, each within its bounds"
+        keys = checked(given, _KINDS[kind], rule, ModelError, "check rope_scaling in config.json")
+        scaling = cls(
+            rope_type=kind,
+            **(_yarn(keys, max_positions) if isinstance(keys, _Yarn) else msgspec.structs.asdict(keys)),
+        )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not getattr(scaling, low) < getattr(scaling, high):
+                raise ModelError(
+                    f"{low} must be below {high}",
+                    f"{low}={getattr(scaling, low)}, {high}={getattr(scaling, high)}",
+                    "check rope_scaling in config.json",
+                )
+        return scaling
 
 
 def read_rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
@@ -143,29 +183,31 @@ def read_rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
         >>> read_rope({"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}}, 2048)[0]
         500000.0
     """
-    raw = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    theta = next(
-        (value for place in (raw, hf) if (value := place.get("rope_theta")) is not None),
-        10000.0,
+    said = checked(
+        {key: hf[key] for key in _Rope.__struct_fields__ if key in hf}, _Rope, RULE, ModelError, REMEDY
     )
-    return float(theta), RopeScaling.from_hf(raw, max_positions, hf.get(_ORIGINAL))
+    raw = said.rope_scaling or said.rope_parameters or {}
+    inner = checked({"rope_theta": raw.get("rope_theta")}, _Rope, RULE, ModelError, REMEDY)
+    theta = inner.rope_theta or said.rope_theta or 10000.0
+    return theta, RopeScaling.from_hf(raw, max_positions, said.original_max_position_embeddings)
 
 
-def _yarn(given: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+def _yarn(keys: _Yarn, max_positions: int) -> dict[str, Any]:
     """YaRN's settings, with transformers' own where one is absent (or, of the two betas, zero)."""
-    factor = given.get("factor", max_positions / given[_ORIGINAL])
+    factor = keys.factor or max_positions / keys.original_max_position_embeddings
 
     def temperature(mscale: float) -> float:
         """0.1·mscale·ln(factor) + 1 (YaRN §3.4)."""
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     attention_factor = temperature(1.0)
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        attention_factor = temperature(given["mscale"]) / temperature(given["mscale_all_dim"])
+    if keys.mscale and keys.mscale_all_dim:
+        attention_factor = temperature(keys.mscale) / temperature(keys.mscale_all_dim)
     return {
-        _ORIGINAL: given[_ORIGINAL],
+        _ORIGINAL: keys.original_max_position_embeddings,
         "factor": factor,
-        "beta_fast": given.get("beta_fast") or 32.0,
-        "beta_slow": given.get("beta_slow") or 1.0,
-        "attention_factor": given.get("attention_factor", attention_factor),
+        "beta_fast": keys.beta_fast or 32.0,
+        "beta_slow": keys.beta_slow or 1.0,
+        "attention_factor": keys.attention_factor or attention_factor,
+        "truncate": keys.truncate,
     }

@@ -2,19 +2,22 @@
 
 import difflib
 import importlib.util
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io import hub
 from hylorada_jax.io.files import user_path
+from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.models.families import REMEDY, RULE
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
-from hylorada_jax.text import parse_json
+from hylorada_jax.models.inside import file_inside, files_inside
 
 PACKAGED = "smollm2-135m"
 
@@ -29,6 +32,18 @@ SMALL_FILES = (
 )  # fmt: skip
 # Named one by one: a wildcard would also fetch copies in other formats and the originals beside them.
 _WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+
+
+class _Names(Struct):
+    """What decides who reads the rest of config.json."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    tokenizer_class: str | None = None
+
+
+class _Index(Struct):
+    weight_map: dict[str, Annotated[str, Meta(pattern=r"^[^/\\\0]+\.safetensors\Z")]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,8 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
         The model's place and config.
 
     Raises:
-        ModelError: nothing is there, it cannot be reached, or its weights are in a format that is not read.
+        ModelError: nothing is there, it cannot be reached, its weights are in a format that is not read, or a
+            file is damaged or lies outside the directory.
     """
     name = str(name)
     if name == PACKAGED:
@@ -125,9 +141,9 @@ def _from_gguf(name: str, path: Path) -> Source:
 
 
 def _from_directory(name: str, path: Path, config_only: bool) -> Source:
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        ggufs = sorted(path.glob("*.gguf"))
+    config_file = file_inside(path, "config.json")
+    if config_file is None:
+        ggufs = files_inside(path, "*.gguf")
         if len(ggufs) == 1:
             return _from_gguf(name, ggufs[0])
         raise ModelError(
@@ -135,49 +151,36 @@ def _from_directory(name: str, path: Path, config_only: bool) -> Source:
             f"{path}: {_listing(path)}",
             "Give one of its .gguf files by path." if ggufs else _near(path),
         )
-    try:
-        config = parse_json(config_file.read_text("utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise ModelError(
-            "config.json must be a JSON object.", f"{config_file}: {error}", "Download it again."
-        ) from error
+    config = read_json(config_file, "config.json must be a JSON object.", ModelError)
+    checked(config, _Names, RULE, ModelError, REMEDY)
     return Source(name, path, config, () if config_only else _weight_files(path))
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
     """One safetensors file, or all shards that the index names."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
+    if single := file_inside(path, "model.safetensors"):
         return (single,)
-    if index.is_file():
-        try:
-            shards = sorted(
-                {path / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()}
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                "The index of a sharded model must be JSON with a weight_map.",
-                f"{index}: {error!r}",
-                "Download it again.",
-            ) from error
-        if missing := [shard.name for shard in shards if not shard.is_file()]:
+    if index := file_inside(path, "model.safetensors.index.json"):
+        rule = "The index of a sharded model must name a plain *.safetensors file for each tensor."
+        content = read_json(index, rule, ModelError)
+        named = checked(content, _Index, f"{rule[:-1]}: {index}", ModelError, "Download it again.").weight_map
+        shards = sorted({*named.values()})
+        if missing := [shard for shard in shards if not file_inside(path, shard)]:
             raise ModelError(
                 "Every shard that the index names must be there.",
-                f"{path}: {', '.join(missing)} missing of {len(shards)} shards",
+                f"{path}: {', '.join(missing[:8])} missing of {len(shards)} shards",
                 "Download the missing files.",
             )
-        return tuple(shards)
-    if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
+        return tuple(path / shard for shard in shards)
+    if files := files_inside(path, "*.safetensors"):
+        return tuple(files)  # under another name; a wrong or incomplete set is reported when it is read
+    if list(path.glob("pytorch_model*.bin")):
         raise ModelError(
             "Weights must be safetensors: a pickle (.bin) runs code when it is read.",
             f"{path}: {_listing(path)}",
             "Convert once with transformers: "
             "AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)",
         )
-    if files := sorted(path.glob("*.safetensors")):
-        return tuple(files)  # under another name; a wrong or incomplete set is reported when it is read
     raise ModelError(
         "A model directory must hold its weights as *.safetensors.",
         f"{path}: {_listing(path)}",
@@ -186,7 +189,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
 
 
 def _listing(path: Path) -> str:
-    names = sorted(p.name for p in path.iterdir())
+    names = sorted(os.listdir(path)) if os.access(path, os.R_OK) else []
     return ", ".join(names[:12]) + (f", … ({len(names)} files)" if len(names) > 12 else "") or "empty"
 
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -43,8 +44,26 @@ def test_shards_are_those_the_index_names(tmp_path):
     (path / names[1]).unlink()
     with pytest.raises(ModelError, match=f"{names[1]} missing of 2 shards"):
         find_source(path)
-    (path / "model.safetensors.index.json").write_text('{"weight_map"')
-    with pytest.raises(ModelError, match="index of a sharded model"):
+
+
+SHARDS: list[Any] = [
+    None, 3, True, [], {}, "", ".", "..", "private.bin", "../m/model-1.safetensors", "../private.safetensors",
+    "/etc/private.safetensors", "sub/x.safetensors", "./x.safetensors", "..\\x.safetensors",
+    "x.safetensors\0", "x.safetensors\n", "x.safetensors/", "~/x.safetensors", "missing.safetensors",
+    "x" * 10_000 + ".safetensors",
+]  # fmt: skip
+MAPS: list[Any] = [None, 3, "model.safetensors", [], ["model.safetensors"], True]
+MAPS += [{"a": "model-1.safetensors", "b": shard} for shard in SHARDS]
+INDEXES = ["", "{", "[]", "3", "null", '"x"', "{}", "[" * 100_000, " " * (16 * 2**20 + 1), "\0", "\udcff"]
+INDEXES += [json.dumps({"weight_map": weight_map}) for weight_map in MAPS]
+
+
+@pytest.mark.parametrize("content", INDEXES, ids=lambda content: content[:60])
+def test_an_index_names_plain_files_that_are_there(tmp_path, content):
+    path = make_directory(tmp_path / "m", "model-1.safetensors")
+    (tmp_path / "private.safetensors").write_bytes(b"")
+    (path / "model.safetensors.index.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(ModelError, match=r"Every shard|index of a sharded model"):
         find_source(path)
 
 

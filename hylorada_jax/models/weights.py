@@ -1,6 +1,6 @@
 """From tensors on disk to a parameter tree: one tensor at a time, and a report of all that does not fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from hylorada_jax.errors import ModelError
 
+# A hundred thousand tensors. The library itself admits 100 MB, of which Python makes more than a GiB.
+_MAX_HEADER_BYTES = 8 * 2**20
+_MAX_AXES = 8
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 TreePath = tuple[str, ...]
@@ -38,13 +41,15 @@ class SafetensorsWeights:
         files: the file, or all shards.
 
     Raises:
-        ModelError: a file is truncated or damaged, a name occurs twice, or a tensor is no float tensor.
+        ModelError: a file is truncated or damaged, its header is too large, a name occurs twice, or a tensor
+            has no values.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in files:
+            _check_header(file)
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                     view = tensors.get_slice(name)
@@ -55,7 +60,13 @@ class SafetensorsWeights:
                             "Remove the files that are left over from another download.",
                         )
                     self._files[name] = file
-                    self.shapes[name] = tuple(view.get_shape())
+                    shape = self.shapes[name] = tuple(view.get_shape())
+                    if 0 in shape or len(shape) > _MAX_AXES:
+                        raise ModelError(
+                            f"A tensor must have values, and at most {_MAX_AXES} axes.",
+                            f"{name} of shape {shape[:_MAX_AXES]} in {file}",
+                            "The file is damaged, or not of a model: download it again.",
+                        )
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -75,15 +86,38 @@ class SafetensorsWeights:
             return tensors.get_tensor(name)
 
 
+def tensor_names(files: Iterable[Path]) -> Iterator[str]:
+    """The names of the tensors in safetensors files, from their headers."""
+    for file in files:
+        _check_header(file)
+        with _open(file) as tensors:
+            yield from tensors.keys()
+
+
+def _check_header(file: Path) -> None:
+    """Raises on a header that is too large, before the library reads it."""
+    try:
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+    except OSError as error:
+        raise _damaged(file, error) from error
+    if length > _MAX_HEADER_BYTES:
+        raise _damaged(file, f"a header of {length:,} bytes, more than {_MAX_HEADER_BYTES:,}")
+
+
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            "A safetensors file must be complete and well formed.",
-            f"{file}: {error}",
-            "The file is truncated or damaged: download it again.",
-        ) from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, why: object) -> ModelError:
+    return ModelError(
+        "A safetensors file must be complete and well formed.",
+        f"{file}: {why}",
+        "The file is truncated or damaged: download it again.",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,6 @@
+import json
+import struct
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -97,10 +100,52 @@ def test_a_weight_that_is_or_becomes_infinite_is_named(tmp_path, value, dtype):
         load_tree(LEAVES, SLOTS, weights, np.dtype(dtype))
 
 
+def entry(shape: object = (2,), offsets: object = (0, 8), dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+# Of a file with eight bytes of data: its header, as JSON or as it stands, and the length that it claims.
+HEADERS: dict[str, tuple[object, int | None]] = {
+    "no JSON": (b"{{{", None),
+    "a list": ([], None),
+    "nested deeply": (b'{"a":' + b"[" * 100_000, None),
+    "no UTF-8": (b'{"\xff": 1}', None),
+    "half a character": (rb'{"\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', None),
+    "shorter than it claims": ({"a": entry()}, 10**6),
+    "longer than a file can be": ({"a": entry()}, 2**64 - 1),
+    "empty": (b"", None),
+    "too large": ({f"{i:07}" * 9: entry((0,), (0, 0)) for i in range(75_000)}, None),
+    "no such dtype": ({"a": entry(dtype="X9")}, None),
+    "a dtype that is a number": ({"a": entry(dtype=3)}, None),
+    "no tensor": ({"a": 3}, None),
+    "a negative size": ({"a": entry((-2,))}, None),
+    "no values": ({"a": entry((0,), (0, 0)), "b": entry()}, None),
+    "no values, of a size that numpy has not": ({"a": entry((2**62, 0), (0, 0)), "b": entry()}, None),
+    "sizes whose product wraps": ({"a": entry((2**33, 2**33))}, None),
+    "more axes than numpy has": ({"a": entry((1,) * 200 + (2,))}, None),
+    "overlapping": ({"a": entry(), "b": entry()}, None),
+    "a gap": ({"a": entry((1,), (4, 8))}, None),
+    "beyond the end": ({"a": entry((4,), (0, 16))}, None),
+    "the end before the beginning": ({"a": entry((2,), (8, 0))}, None),
+    "bytes left over": ({"a": entry((1,), (0, 4))}, None),
+    "metadata that is no text": ({"__metadata__": {"format": 3}, "a": entry()}, None),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_damaged_header_is_refused(tmp_path, case):
+    header, length = HEADERS[case]
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = struct.pack("<Q", len(header) if length is None else length)
+    (tmp_path / "m.safetensors").write_bytes(size + header + bytes(8))
+    with pytest.raises(ModelError, match=r"m\.safetensors"):
+        SafetensorsWeights([tmp_path / "m.safetensors"])
+
+
 def test_a_truncated_file_is_named(tmp_path):
     save_file(tensors(), tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()
-    for length in (len(whole) - 1, 20, 0):
+    for length in range(len(whole)):
         (tmp_path / "m.safetensors").write_bytes(whole[:length])
         with pytest.raises(ModelError, match=r"m\.safetensors: .*[\s\S]*download it again"):
             SafetensorsWeights([tmp_path / "m.safetensors"])
@@ -113,8 +158,11 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         SafetensorsWeights([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
 
 
-def test_quantised_weights_are_refused_by_name(tmp_path):
-    save_file(tensors() | {"norm.weight": np.ones(3, np.int8)}, tmp_path / "m.safetensors")
+@pytest.mark.parametrize(
+    ("kind", "code"), [(np.int8, "I8"), (np.bool_, "BOOL"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")]
+)
+def test_quantised_weights_are_refused_by_name(tmp_path, kind, code):
+    save_file(tensors() | {"norm.weight": np.ones(3, kind)}, tmp_path / "m.safetensors")
     weights = SafetensorsWeights([tmp_path / "m.safetensors"])
-    with pytest.raises(ModelError, match=r"norm\.weight is I8"):
+    with pytest.raises(ModelError, match=rf"norm\.weight is {code}"):
         load_tree(LEAVES, SLOTS, weights, np.dtype(jnp.float32))

@@ -112,10 +112,11 @@ class Loop:
         """Logs the held-out perplexity, if there is held-out data."""
         if self.evaluator is None:
             return
-        found = self.evaluator(state.adapters, self.frozen, progress=self.config.progress)
         step = int(state.step)
-        if not np.isfinite(found.loss):
-            raise self._not_finite(f"an evaluation loss of {found.loss} after step {step}")
+        try:
+            found = self.evaluator(state.adapters, self.frozen, progress=self.config.progress)
+        except NonFiniteError as error:
+            raise self._not_finite(f"{error.received}, in the evaluation after step {step}") from error
         result = {"eval_loss": found.loss, "eval_perplexity": found.perplexity, "eval_tokens": found.tokens}
         self.log.write({"step": step, **result})
         if self.config.progress:

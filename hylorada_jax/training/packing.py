@@ -35,7 +35,7 @@ class Rows:
     ``segment_ids``, 1, 2, 3 … for the windows in the row and 0 for padding; and ``position_ids``, which
     restart at 0 in every window. Where ``structure`` is given, it also has ``structure_ids``, those of its
     ``input_ids``, 0 for padding; where ``positions`` are, likewise ``structure_positions``, which are
-    float32; all others are int32.
+    float32; all others are int32. ``numbered`` adds ``document_ids``, the number of each token's document.
 
     Args:
         documents: token ids, one [n] int array per document; one of fewer than 2 tokens gives no row.
@@ -44,6 +44,7 @@ class Rows:
         packing: several windows may share a row. Otherwise each has its own, padded on the right.
         structure: structure ids, one [n] int array per document, or None.
         positions: structure positions, such as hours, one [n] float array per document, or None.
+        numbered: say which document a token is of, so that an error can.
 
     Raises:
         ConfigError: seq_len or stride is out of range.
@@ -67,10 +68,11 @@ class Rows:
         packing: bool = True,
         structure: Sequence[np.ndarray] | None = None,
         positions: Sequence[np.ndarray] | None = None,
+        numbered: bool = False,
     ) -> None:
         check_windows(seq_len, stride)
         self._documents, self._structure, self._positions = documents, structure, positions
-        self._seq_len = seq_len
+        self._seq_len, self._numbered = seq_len, numbered
         self._windows = [
             window
             for number, tokens in enumerate(documents)
@@ -97,6 +99,8 @@ class Rows:
             row["targets"][at : at + window.scored - window.start] = IGNORED
             row["segment_ids"][here] = segment
             row["position_ids"][here] = np.arange(len(tokens) - 1)
+            if self._numbered:
+                row["document_ids"][here] = window.document
             if self._structure is not None:
                 row["structure_ids"][here] = self._structure[window.document][window.start : window.stop]
             if self._positions is not None:
@@ -108,6 +112,8 @@ class Rows:
     def _padding(self) -> Batch:
         """A row of nothing else."""
         names = ["input_ids", "targets", "segment_ids", "position_ids"]
+        if self._numbered:
+            names.append("document_ids")
         if self._structure is not None:
             names.append("structure_ids")
         row = {name: np.zeros(self._seq_len, np.int32) for name in names}

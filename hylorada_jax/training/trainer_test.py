@@ -20,6 +20,7 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from hylorada_jax.evaluation import sweep as sweep_module
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.io import adapter_files, files
 from hylorada_jax.io.files import temporary_name, write_whole
@@ -261,6 +262,15 @@ def test_a_non_finite_state_stops_with_step_batch_and_checkpoint(tmp_path, monke
     assert batch["input_ids"].shape == (4, 16)
     assert str(batch["row"].tolist()) in message
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_evaluation_that_is_not_finite_names_its_documents_and_its_step(tmp_path, monkeypatch):
+    losses = sweep_module.nll
+    monkeypatch.setattr(sweep_module, "nll", lambda *inputs: losses(*inputs) * np.nan)
+    with pytest.raises(
+        NonFiniteError, match=r"in document 1, 2, in the evaluation after step 0[\s\S]*last good"
+    ):
+        train(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
