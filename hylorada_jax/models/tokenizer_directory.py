@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.inside import file_inside, files_inside
 from hylorada_jax.models.tokenizer_backend import read_backend, refusing
 from hylorada_jax.models.tokenizer_settings import (
     REMEDY,
@@ -105,8 +106,7 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> TokenizerFiles:
 
     Source: transformers 4.57 and 5.24, ``PreTrainedTokenizerBase._from_pretrained`` and the fast classes.
     """
-    file = path / "tokenizer.json"
-    if not file.is_file():
+    if (file := file_inside(path, "tokenizer.json")) is None:
         slow = [f for f in _SLOW_FILES if (path / f).is_file()]
         raise ModelError(
             "A tokenizer must be saved as tokenizer.json.",
@@ -118,7 +118,7 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> TokenizerFiles:
 
 
 def _read(path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> TokenizerFiles:
-    settings = read_settings(path / "tokenizer_config.json", TokenizerConfig)
+    settings = read_settings(path, "tokenizer_config.json", TokenizerConfig)
     # What was set when the tokenizer was saved would cut long texts in silence.
     backend.no_truncation()
     backend.no_padding()
@@ -164,7 +164,7 @@ def _tokens(
         }
     else:
         # Files of an older form, in which special_tokens_map.json is the last word.
-        theirs = read_settings(path / "special_tokens_map.json", SpecialTokensMap)
+        theirs = read_settings(path, "special_tokens_map.json", SpecialTokensMap)
         merged = [
             token for each in (settings, theirs) for token in each.get("additional_special_tokens") or ()
         ]
@@ -173,7 +173,7 @@ def _tokens(
         special |= {_as_token(token).content for token in merged}
         listed = {
             int(index): AddedToken(text, normalized=text not in special, special=text in special)
-            for text, index in read_settings(path / "added_tokens.json", AddedTokens).items()
+            for text, index in read_settings(path, "added_tokens.json", AddedTokens).items()
         }
         listed |= backend.get_added_tokens_decoder()
     return settings, [listed[index] for index in sorted(listed)]
@@ -251,10 +251,9 @@ def _as_token(token: Any, special: bool = True) -> AddedToken:
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     """Of files of their own, where there are any, else of tokenizer_config.json: one, or several by name."""
-    files = {"default": path / "chat_template.jinja"}
-    files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: read_text(file) for name, file in files.items() if file.is_file()}
-    if found:
+    files = files_inside(path, "chat_template.jinja", "additional_chat_templates/*.jinja")
+    if files:
+        found = {"default" if file.parent == path else file.stem: read_text(file) for file in files}
         return found["default"] if found.keys() == {"default"} else found
     template = settings.get("chat_template")
     if isinstance(template, list):

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked, read_bounded, read_json
+from hylorada_jax.models.inside import file_inside
 
 RULE = "A tokenizer's files must be complete JSON, as transformers writes them, of one that works."
 REMEDY = "Download them again, or take another model."
@@ -68,20 +69,21 @@ AddedTokens = dict[str, Annotated[int, Meta(ge=0)]]
 """added_tokens.json: ids by text."""
 
 
-def read_settings(file: Path, kind: type[Any]) -> dict[str, Any]:
+def read_settings(directory: Path, name: str, kind: type[Any]) -> dict[str, Any]:
     """What a file beside tokenizer.json says.
 
     Args:
-        file: need not be there.
+        directory: the model's.
+        name: of the file, which need not be there.
         kind: the types of its values.
 
     Returns:
         Its content; nothing of a file that is not there.
 
     Raises:
-        ModelError: it cannot be read, or has a value of another type.
+        ModelError: it cannot be read, lies elsewhere, or has a value of another type.
     """
-    if not file.is_file():
+    if (file := file_inside(directory, name)) is None:
         return {}
     found = read_json(file, RULE, ModelError, REMEDY)
     # Besides those of every model, any name may be that of a token: image_token.
