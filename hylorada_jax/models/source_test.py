@@ -49,8 +49,8 @@ def test_shards_are_those_the_index_names(tmp_path):
 SHARDS: list[Any] = [
     None, 3, True, [], {}, "", "\ud800", ".", "..", "private.bin", "../m/model-1.safetensors",
     "../private.safetensors", "/etc/private.safetensors", "sub/x.safetensors", "./x.safetensors",
-    "..\\x.safetensors", "x.safetensors\0", "x.safetensors\n", "x.safetensors/", "~/x.safetensors", "missing.safetensors",
-    "x" * 10_000 + ".safetensors",
+    "..\\x.safetensors", "x.safetensors\0", "x.safetensors\n", "x.safetensors/", "~/x.safetensors",
+    "missing.safetensors", "x" * 10_000 + ".safetensors",
 ]  # fmt: skip
 MAPS: list[Any] = [None, 3, "model.safetensors", "\ud800", [], ["model.safetensors"], True]
 MAPS += [{"a": "model-1.safetensors", "b": shard} for shard in SHARDS]
