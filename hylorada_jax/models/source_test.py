@@ -47,12 +47,12 @@ def test_shards_are_those_the_index_names(tmp_path):
 
 
 SHARDS: list[Any] = [
-    None, 3, True, [], {}, "", ".", "..", "private.bin", "../m/model-1.safetensors", "../private.safetensors",
-    "/etc/private.safetensors", "sub/x.safetensors", "./x.safetensors", "..\\x.safetensors",
-    "x.safetensors\0", "x.safetensors\n", "x.safetensors/", "~/x.safetensors", "missing.safetensors",
-    "x" * 10_000 + ".safetensors",
+    None, 3, True, [], {}, "", "\ud800", ".", "..", "private.bin", "../m/model-1.safetensors",
+    "../private.safetensors", "/etc/private.safetensors", "sub/x.safetensors", "./x.safetensors",
+    "..\\x.safetensors", "x.safetensors\0", "x.safetensors\n", "x.safetensors/", "~/x.safetensors",
+    "missing.safetensors", "x" * 10_000 + ".safetensors",
 ]  # fmt: skip
-MAPS: list[Any] = [None, 3, "model.safetensors", [], ["model.safetensors"], True]
+MAPS: list[Any] = [None, 3, "model.safetensors", "\ud800", [], ["model.safetensors"], True]
 MAPS += [{"a": "model-1.safetensors", "b": shard} for shard in SHARDS]
 INDEXES = ["", "{", "[]", "3", "null", '"x"', "{}", "[" * 100_000, " " * (16 * 2**20 + 1), "\0", "\udcff"]
 INDEXES += [json.dumps({"weight_map": weight_map}) for weight_map in MAPS]
