@@ -115,8 +115,6 @@ def checked(value: object, kind: type[T], rule: str, error: type[HyLoRADAError],
         place = place.replace("[...]", "")
         found = f"{place + ': ' if place else ''}{_at(value, place)} ({expected})"
         raise error(rule, found, remedy) from cause
-    except UnicodeEncodeError as cause:  # JSON may escape one; msgspec's texts are UTF-8
-        raise error(rule, f"half a character, {cause.object[cause.start]!r}, in a text", remedy) from cause
 
 
 def _at(value: Any, place: str) -> str:
