@@ -98,9 +98,11 @@ def _read_config(source: Source) -> PretrainedConfig:
 
 def _layers_there(source: Source) -> int | None:
     """The largest number in the names of the tensors beside a config, counted from one; None without any."""
-    parts = (
-        part for name in tensor_names(files_inside(source.path, "*.safetensors")) for part in name.split(".")
-    )
+    try:
+        names = [*tensor_names(files_inside(source.path, "*.safetensors"))]
+    except ModelError:  # damaged, which is reported when the weights are read, after the user's own mistakes
+        return None
+    parts = (part for name in names for part in name.split("."))
     return max((int(part) + 1 for part in parts if re.fullmatch("[0-9]{1,9}", part)), default=None)
 
 
