@@ -155,7 +155,7 @@ class Benchmark:
 
     def _training(self, rate: float, seed: int) -> TrainingConfig:
         return TrainingConfig(
-            output_dir=self._directory,
+            output=self._directory,
             steps=self._steps,
             batch_size=self._experiment.batch_size,
             seq_len=self._experiment.seq_len,

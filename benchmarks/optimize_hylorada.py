@@ -186,7 +186,7 @@ class Search:
         adapted = Adapted(self._base, config_of(settings["method"], chosen))
         evaluate = self._evaluator(adapted.model)
         training = TrainingConfig(
-            output_dir=self._output,
+            output=self._output,
             steps=self._steps,
             batch_size=settings["batch_size"],
             seq_len=settings["seq_len"],

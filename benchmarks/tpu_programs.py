@@ -71,7 +71,7 @@ def compile_step(
     """
     sparse = True if method == "hylorada" else None
     adapter = HyLoRADAConfig(method=method, sparse_enabled=sparse)
-    training = TrainingConfig(output_dir="unused", steps=10, batch_size=batch_size, seq_len=seq_len)
+    training = TrainingConfig(output="unused", steps=10, batch_size=batch_size, seq_len=seq_len)
     model = _model_of_shapes(config, adapter)
     optimizer = make_optimizer(model.adapters, training, adapter)
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)

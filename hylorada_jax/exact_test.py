@@ -28,7 +28,7 @@ def test_units_and_warm_up_steps_are_exact(whole):
     for text in TYPED:
         ratio = float(text)
         assert units_on(ratio, whole) == max(1, math.floor(Fraction(text) * whole)), text
-        training = TrainingConfig(output_dir="run", steps=whole, warmup_ratio=ratio)
+        training = TrainingConfig(output="run", steps=whole, warmup_ratio=ratio)
         assert training.warmup_steps == math.ceil(Fraction(text) * whole), text
 
 

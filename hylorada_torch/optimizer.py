@@ -129,7 +129,7 @@ def schedule(training: TrainingConfig) -> Callable[[int], float]:
         f, from the number of steps done to the factor on every peak rate.
 
     Example:
-        >>> factor = schedule(TrainingConfig(output_dir="run", steps=6, warmup_ratio=1 / 3))
+        >>> factor = schedule(TrainingConfig(output="run", steps=6, warmup_ratio=1 / 3))
         >>> [factor(step) for step in range(7)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """

@@ -12,7 +12,7 @@ from hylorada_torch.model import HyLoRADAModel
 from hylorada_torch.optimizer import clip_by_global_norm, make_optimizer, parameter_groups
 from hylorada_torch.structure import StructureEncoder
 
-TRAINING = TrainingConfig(output_dir="run", steps=4, learning_rate=1e-3, weight_decay=0.1, warmup_ratio=0.5)
+TRAINING = TrainingConfig(output="run", steps=4, learning_rate=1e-3, weight_decay=0.1, warmup_ratio=0.5)
 
 
 def small_model():

@@ -17,7 +17,7 @@ TYPED = [*(f"0.{digits:03d}" for digits in range(1, 1000)), "1.0", "1e-05", "0.0
 def test_floors_and_ceilings_are_exact(whole):
     for text in TYPED:
         assert floor_of(float(text), whole) == math.floor(Fraction(text) * whole), text
-        training = TrainingConfig(output_dir="run", steps=whole, warmup_ratio=float(text))
+        training = TrainingConfig(output="run", steps=whole, warmup_ratio=float(text))
         assert warmup_steps(training) == training.warmup_steps == math.ceil(Fraction(text) * whole), text
     assert all(floor_of(k / whole, whole) == k for k in range(whole + 1))
 

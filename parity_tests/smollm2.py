@@ -42,7 +42,7 @@ CONFIG = HyLoRADAConfig(
     sparse_topk_ratio=0.5,
     train_norms=True,
 )
-TRAINING = TrainingConfig(output_dir="unused", steps=20, warmup_ratio=0.1)
+TRAINING = TrainingConfig(output="unused", steps=20, warmup_ratio=0.1)
 # Rows of text in a batch, tokens in a row, and batches, which are gone through again and again.
 ROWS, LENGTH, BATCHES = 2, 32, 5
 # Of the adapters whose gradients are compared: none is fresh, and the model is one of language still.

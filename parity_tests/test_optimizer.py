@@ -43,7 +43,7 @@ CONFIG = HyLoRADAConfig(lora_plus_enabled=True, lora_plus_ratio=RATIO)
 
 def settings_of(warmup):
     return TrainingConfig(
-        output_dir="unused",
+        output="unused",
         steps=STEPS,
         learning_rate=LR,
         warmup_ratio=warmup / STEPS,

@@ -18,7 +18,7 @@ from parity_tests.trajectories import train_jax, train_torch
 
 # Rates that move the adapters far in 20 steps, a gradient norm that clips some steps and not others.
 TRAINING = TrainingConfig(
-    output_dir="unused", steps=20, learning_rate=5e-3, warmup_ratio=0.1, weight_decay=0.1, max_grad_norm=0.5
+    output="unused", steps=20, learning_rate=5e-3, warmup_ratio=0.1, weight_decay=0.1, max_grad_norm=0.5
 )
 # Every method once, the last with all that is on.
 CASES = [

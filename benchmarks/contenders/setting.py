@@ -46,7 +46,7 @@ class Setting:
     def training(self) -> TrainingConfig:
         """Rate, decay and clipping: the defaults of `TrainingConfig`."""
         return TrainingConfig(
-            output_dir="unused",
+            output="unused",
             steps=self.steps,
             batch_size=self.batch_size,
             seq_len=self.seq_len,

@@ -138,7 +138,7 @@ class Budget:
     def training(self, rows: Rows, *, steps: int, rate: float, seed: int) -> TrainingConfig:
         """How a base or an adapter is trained on some rows."""
         return TrainingConfig(
-            output_dir=".",  # nothing is written
+            output=".",  # nothing is written
             steps=steps,
             batch_size=self.batch_size,
             seq_len=rows[0]["input_ids"].size,

@@ -89,6 +89,10 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
     assert status == 0
     assert "trainable params" in out
     assert {path.name for path in output.iterdir()} >= {"adapter", "checkpoints", "metrics.jsonl", "loss.png"}
+    by_recipe = ("--recipe", output / "recipe.json", "--output", tmp_path / "repeated", "--prompt", "")
+    assert run(monkeypatch, capsys, "finetune", *by_recipe)[0] == 0
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "repeated" / weights).read_bytes() == (output / weights).read_bytes()
 
     plain, adapted = (
         json.loads(run(monkeypatch, capsys, "evaluate", *common, "--json", *adapter)[1])

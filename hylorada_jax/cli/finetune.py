@@ -1,9 +1,12 @@
 """The command that trains an adapter."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
@@ -18,44 +21,36 @@ from hylorada_jax.cli.shared import (
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.terminal import one_line, show
+from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
+
+# Without a prefix: --steps, not --training.steps.
+Training = Annotated[TrainingConfig, tyro.conf.arg(name="")]
 
 
 @puts_offline
 def finetune(
     *,
-    output: Path,
+    training: Training,
     model: str = PACKAGED_MODEL,
     data: str = PYTHON_STDLIB,
     eval_data: str | None = None,
     adapter: Adapter = DEFAULTS,
     start_from: Path | None = None,
     structure: Structure | None = None,
-    steps: int = 40,
-    batch_size: int = 4,
-    microbatches: int = 1,
-    seq_len: int = 256,
-    learning_rate: float = 5e-4,
-    seed: int = 0,
     dtype: Dtype = "float32",
     remat: Literal["none", "dots", "full"] = "none",
-    packing: bool = True,
-    eval_tokens: int | None = 8192,
-    eval_every: int | None = None,
-    checkpoint_every: int = 10,
     prompt: str = 'def read_lines(path):\n    """',
-    resume: bool = False,
-    overwrite: bool = False,
     offline: bool = False,
+    recipe: Path | None = None,
 ) -> None:
     """Fine-tune a language model: its weights stay frozen, an adapter is trained.
 
     Writes to the output directory: adapter/ (adapter_config.json, adapter_model.safetensors), checkpoints/,
-    metrics.jsonl and loss.png.
+    metrics.jsonl, loss.png, and recipe.json, which repeats the run.
 
     Args:
-        output: directory of the run; one that holds a run is not touched without --resume or --overwrite, and
-            what no run wrote is never touched.
+        training: how long, how fast, on what batches, and where the run is kept.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         data: python-stdlib (the embedded corpus), a file, a glob, or a Hub dataset; rows of .jsonl, .json,
             .csv and .parquet have their text in the column text.
@@ -63,46 +58,18 @@ def finetune(
         adapter: what is trained.
         start_from: directory of an adapter to go on training; its settings are those of the new one.
         structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
-        steps: optimizer steps.
-        batch_size: rows per step.
-        microbatches: parts that a step's rows are computed in, one after the other, to save memory.
-        seq_len: tokens per row.
-        learning_rate: peak rate of lora_A; LoRA+, on unless --no-lora-plus or a config file says otherwise,
-            trains lora_B at ten times this. DAA and sparse adapters have rates of their own, 1e-3 and 2e-4.
-        seed: of the adapter's start, of the shuffling and of dropout.
         dtype: of the frozen weights and the computation; the adapter is float32.
         remat: what the backward pass recomputes to save memory.
-        packing: let short documents share a row, isolated from each other.
-        eval_tokens: evaluate on about this many held-out tokens.
-        eval_every: steps between evaluations; by default before and after only.
-        checkpoint_every: steps between checkpoints.
         prompt: continued by the model before and after, as a sample; empty for none.
-        resume: go on with the run in the output directory.
-        overwrite: delete the run in the output directory, and nothing else.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        recipe: a file of these options by name, .json or .yaml; options beside it win.
     """
-    from hylorada_jax.training.config import TrainingConfig
     from hylorada_jax.training.run_directory import RunDirectory
 
     settings = adapter.build() if start_from is None else _settings_of(start_from, adapter)
     if structure:
         require_encoder(settings, structure)
-    training = TrainingConfig(
-        output_dir=output,
-        steps=steps,
-        batch_size=batch_size,
-        microbatches=microbatches,
-        seq_len=seq_len,
-        packing=packing,
-        learning_rate=learning_rate,
-        seed=seed,
-        eval_every=eval_every,
-        eval_tokens=eval_tokens,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    RunDirectory(output).refuse_unless(resume=resume, overwrite=overwrite)
+    RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
 
     from hylorada_jax.models.face import vocab_size
     from hylorada_jax.surgery.fit import fit
@@ -130,11 +97,19 @@ def finetune(
     check_data(train, held_out, vocab_size(empty), training)
     base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
     if start_from is None:
-        adapted = HyLoRADAModel(base, settings, seed)
+        adapted = HyLoRADAModel(base, settings, training.seed)
     else:
         adapted = HyLoRADAModel.from_pretrained(base, start_from)
+    options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
+    options |= {"structure": structure, "dtype": dtype, "remat": remat, "prompt": prompt}
     trainer = HyLoRADATrainer(
-        adapted, train, held_out, training, train_structure=train_structure, eval_structure=eval_structure
+        adapted,
+        train,
+        held_out,
+        training,
+        train_structure=train_structure,
+        eval_structure=eval_structure,
+        recipe=recipe_of(training, adapter, **options),
     )
     print(f"model    {one_line(model)}, {dtype}")
     tokens = f"{sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"

@@ -15,6 +15,7 @@ from hylorada_jax.cli.merge import merge
 from hylorada_jax.cli.params import params
 from hylorada_jax.cli.parity import parity
 from hylorada_jax.cli.peft import export_peft, import_peft
+from hylorada_jax.cli.recipe import expanded
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.terminal import brief, printable
 
@@ -65,6 +66,7 @@ def _run() -> None:
                 "import-peft": import_peft,
                 "parity": parity,
             },
+            args=expanded(sys.argv[1:]),
             prog="hylorada",
             description="HyLoRADA: parameter-efficient fine-tuning of language models in JAX.",
         )

@@ -25,7 +25,7 @@ def state_at(step, seed=5):
     adapters = {
         "q": {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in names.items()}
     }
-    optimizer = make_optimizer(adapters, TrainingConfig(output_dir="run", steps=9), HyLoRADAConfig())
+    optimizer = make_optimizer(adapters, TrainingConfig(output="run", steps=9), HyLoRADAConfig())
     state = init_state(adapters, optimizer, seed)
     _, opt_state = optimizer.update(adapters, state.opt_state, adapters)
     return state._replace(step=jnp.int32(step), opt_state=opt_state)

@@ -16,52 +16,54 @@ class TrainingConfig:
     """How long, how fast, on what batches, and where the run is kept.
 
     Args:
-        output_dir: directory of the run: adapter/, checkpoints/, metrics.jsonl, loss.png, run.json.
+        output: directory of the run; one that holds a run is not touched without resume or overwrite, and
+            what no run wrote is never touched.
         steps: optimizer steps, ≥ 1.
         batch_size: rows per optimizer step, over all microbatches and devices.
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
             More parts take less memory and, without dropout, give the same result.
         seq_len: tokens per row.
         packing: several documents share a row, isolated from each other. The model must support segments.
-        learning_rate: peak rate of lora_A and all that follows it; DAA has its own, 1e-3, and so has the
-            sparse adapter, 2e-4 (method.md, section 7).
+        learning_rate: peak rate of lora_A and all that follows it, made for LoRA+, which trains lora_B at ten
+            times this; without LoRA+ take a larger one. DAA and sparse adapters have rates of their own, 1e-3
+            and 2e-4 (method.md, section 7).
         warmup_ratio: part of the steps over which the rates rise linearly from 0; then they fall to 0 so.
         weight_decay: AdamW's decay of the leaves that decay.
         max_grad_norm: global norm to which the gradient is clipped.
-        seed: seed of the shuffling and of dropout, in [0, 2³²).
+        seed: of the shuffling and of dropout, in [0, 2³²).
         eval_every: steps between evaluations; None evaluates before the first and after the last step only.
         eval_stride: tokens between the windows of an evaluation; None takes ``seq_len``.
         eval_tokens: evaluate on about this many tokens of the held-out documents; None takes all.
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: number of newest checkpoints kept, ≥ 1.
         log_every: steps between lines of metrics.jsonl.
-        resume: go on from the newest usable checkpoint of ``output_dir`` (from the start if it has none).
-        overwrite: delete the run that ``output_dir`` holds, and nothing else.
+        resume: go on from the newest usable checkpoint of ``output`` (from the start if it has none).
+        overwrite: delete the run that ``output`` holds, and nothing else.
         progress: show progress bars on stderr, and print each held-out perplexity.
 
     Raises:
         ConfigError: a value is out of range or contradicts another.
 
     Example:
-        >>> TrainingConfig(output_dir="runs/a", steps=200).warmup_steps
+        >>> TrainingConfig(output="runs/a", steps=200).warmup_steps
         6
     """
 
-    output_dir: str | Path
-    steps: int
-    batch_size: int = 8
+    output: str | Path
+    steps: int = 40
+    batch_size: int = 4
     microbatches: int = 1
-    seq_len: int = 512
+    seq_len: int = 256
     packing: bool = True
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     warmup_ratio: float = 0.03
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     seed: int = 0
     eval_every: int | None = None
     eval_stride: int | None = None
-    eval_tokens: int | None = None
-    checkpoint_every: int = 100
+    eval_tokens: int | None = 8192
+    checkpoint_every: int = 10
     keep_checkpoints: int = 3
     log_every: int = 1
     resume: bool = False
@@ -123,7 +125,7 @@ class TrainingConfig:
         What else a run is: :mod:`hylorada_jax.training.identity`.
         """
         free = (
-            "output_dir",
+            "output",
             "resume",
             "overwrite",
             "eval_every",

@@ -9,7 +9,7 @@ from hylorada_jax.training.config import TrainingConfig
 
 
 def make(**settings: Any) -> TrainingConfig:
-    defaults: dict[str, Any] = {"output_dir": "a", "steps": 10}
+    defaults: dict[str, Any] = {"output": "a", "steps": 10}
     return TrainingConfig(**defaults | settings)
 
 
@@ -39,12 +39,12 @@ def test_a_wrong_setting_is_refused_by_name(settings, named):
 
 def test_fingerprint_has_what_changes_the_numbers_and_nothing_else():
     base = make()
-    same = make(output_dir="b", resume=True, log_every=5, checkpoint_every=3, eval_every=7)
+    same = make(output="b", resume=True, log_every=5, checkpoint_every=3, eval_every=7)
     assert base.fingerprint() == same.fingerprint()
     changes: list[dict[str, Any]] = [
         {"steps": 11},
         {"seed": 1},
-        {"batch_size": 4},
+        {"batch_size": 6},
         {"packing": False},
         {"learning_rate": 1e-3},
     ]

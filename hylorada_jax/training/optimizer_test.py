@@ -48,7 +48,7 @@ TABLE = {
     "layer/norm/bias": (3e-4, False),
 }
 TRAINING = TrainingConfig(
-    output_dir="run", steps=10, learning_rate=3e-4, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=1e9
+    output="run", steps=10, learning_rate=3e-4, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=1e9
 )
 LORA_PLUS = HyLoRADAConfig(lora_plus_enabled=True, lora_plus_ratio=16.0)
 
@@ -89,7 +89,7 @@ def test_the_gradient_is_clipped_over_all_groups_together():
     # Adam's step hardly shows the gradient's length, so look at the first moment, 0.1·g after one step.
     params = {"lora_A": jnp.zeros(2), "magnitude": jnp.zeros(1)}
     gradients = {"lora_A": jnp.array([3.0, 0.0]), "magnitude": jnp.array([4.0])}
-    training = TrainingConfig(output_dir="run", steps=10, max_grad_norm=1.0)
+    training = TrainingConfig(output="run", steps=10, max_grad_norm=1.0)
     optimizer = make_optimizer(params, training, LORA_PLUS)
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     moments = optax.tree_utils.tree_get_all_with_path(state, "mu")
@@ -103,7 +103,7 @@ def test_schedule_equals_transformers(warmup_ratio):
     torch = pytest.importorskip("torch")
     from transformers import get_linear_schedule_with_warmup
 
-    training = TrainingConfig(output_dir="run", steps=20, warmup_ratio=warmup_ratio)
+    training = TrainingConfig(output="run", steps=20, warmup_ratio=warmup_ratio)
     inner = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = get_linear_schedule_with_warmup(inner, training.warmup_steps, 20)
     factor = schedule(training)

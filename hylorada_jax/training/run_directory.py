@@ -45,6 +45,7 @@ class RunDirectory:
         deleted_run: run.json.deleted, which run.json becomes when the run is deleted, until all of it is.
         adapter: adapter/, the trained adapter.
         checkpoints: checkpoints/.
+        recipe: recipe.json, what repeats the run.
         metrics: metrics.jsonl.
         loss_plot: loss.png.
         tensorboard: tensorboard/.
@@ -57,6 +58,7 @@ class RunDirectory:
         self.deleted_run = self.path / "run.json.deleted"
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
+        self.recipe = self.path / "recipe.json"
         self.metrics = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
         self.tensorboard = self.path / "tensorboard"
@@ -67,6 +69,7 @@ class RunDirectory:
             self.checkpoints: _OF_CHECKPOINTS,
             self.path / DAMAGED: _OF_CHECKPOINTS,
             self.tensorboard: _OF_TENSORBOARD,
+            self.recipe: None,
             self.metrics: None,
             self.loss_plot: None,
             self.nonfinite_batch: None,

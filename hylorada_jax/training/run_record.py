@@ -33,8 +33,13 @@ class RunRecord(msgspec.Struct, frozen=True):
 
     def write(self, path: Path) -> None:
         """Writes run.json, whole; an OSError where that fails."""
-        text = json.dumps(msgspec.structs.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        write_whole(path, text.encode(errors="backslashreplace"))
+        write_json(path, msgspec.structs.asdict(self))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file for people and programs to read, whole; an OSError where that fails."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode(errors="backslashreplace"))
 
 
 def read_record(path: Path) -> RunRecord:

@@ -76,7 +76,7 @@ def test_step_is_the_optimizer_on_the_mean_loss_whatever_the_microbatches(config
         adapters, frozen = wide(trained(model.adapters)), wide(model.frozen)
         batch = first_batch(Rows(documents(), 16), 4)
         training = TrainingConfig(
-            output_dir="run", steps=10, batch_size=4, microbatches=microbatches, warmup_ratio=0.0
+            output="run", steps=10, batch_size=4, microbatches=microbatches, warmup_ratio=0.0
         )
         optimizer = make_optimizer(adapters, training, config)
         oracle = jax.jit(jax.value_and_grad(lambda a, frozen: plain_loss(model, a, batch, frozen)))
@@ -103,7 +103,7 @@ def test_step_is_the_optimizer_on_the_mean_loss_whatever_the_microbatches(config
 
 def test_a_bfloat16_base_trains_float32_adapters():
     batch = first_batch(Rows(documents(), 16), 4)
-    training = TrainingConfig(output_dir="run", steps=10, batch_size=4, warmup_ratio=0.0)
+    training = TrainingConfig(output="run", steps=10, batch_size=4, warmup_ratio=0.0)
     losses = []
     for dtype in (jnp.float32, jnp.bfloat16):
         model = tiny_model(dtype=dtype)
@@ -128,7 +128,7 @@ def gradients(config, dtype, batch, microbatches):
     model = tiny_model(config, vocab=128, dtype=jnp.bfloat16, num_hidden_layers=1)
     frozen = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, model.frozen)
     training = TrainingConfig(
-        output_dir="run", steps=1, batch_size=len(batch["targets"]), microbatches=microbatches
+        output="run", steps=1, batch_size=len(batch["targets"]), microbatches=microbatches
     )
     descent = optax.sgd(rate := 2.0**20)
     before = trained(model.adapters)
@@ -247,7 +247,7 @@ def test_a_step_tells_the_model_each_tokens_structure_position():
     config = HyLoRADAConfig(method="hylorada_v2", lora_rank=2, structure_encoder_type="temporal")
     model, texts = tiny_model(config), documents()
     adapters = trained(model.adapters)
-    training = TrainingConfig(output_dir="run", steps=10, batch_size=4)
+    training = TrainingConfig(output="run", steps=10, batch_size=4)
     optimizer = make_optimizer(adapters, training, config)
     step = make_train_step(model, optimizer, training)
     hours = [24.0 * np.arange(len(tokens)) + 6 for tokens in texts]
@@ -272,7 +272,7 @@ def test_dropout_masks_depend_on_seed_and_step_only():
     batch = first_batch(Rows(documents(), 16), 4)
 
     def losses(seed, steps):
-        training = TrainingConfig(output_dir="run", steps=10, batch_size=4)
+        training = TrainingConfig(output="run", steps=10, batch_size=4)
         optimizer = make_optimizer(model.adapters, training, config)
         step = make_train_step(model, optimizer, training)
         for at in steps:
@@ -286,7 +286,7 @@ def test_dropout_masks_depend_on_seed_and_step_only():
 
 def test_a_second_step_does_not_compile_again_and_holds_no_weights():
     model = tiny_model(vocab=5_000)
-    training = TrainingConfig(output_dir="run", steps=10, batch_size=4)
+    training = TrainingConfig(output="run", steps=10, batch_size=4)
     optimizer = make_optimizer(model.adapters, training, CONFIG)
     step = make_train_step(model, optimizer, training)
     state = init_state(model.adapters, optimizer)
@@ -311,7 +311,7 @@ def test_runs_that_differ_in_numbers_alone_share_one_program():
         )
         model = tiny_model(config)
         training = TrainingConfig(
-            output_dir="run", steps=10, batch_size=4, learning_rate=learning_rate, seed=seed
+            output="run", steps=10, batch_size=4, learning_rate=learning_rate, seed=seed
         )
         optimizer = make_optimizer(model.adapters, training, config)
         state = init_state(model.adapters, optimizer, seed)
@@ -332,7 +332,7 @@ def test_temporary_memory_of_the_step_does_not_grow_with_vocab(monkeypatch, tied
 
     def temporary_bytes(vocab):
         model = tiny_model(config, vocab=vocab, tie_word_embeddings=tied)
-        training = TrainingConfig(output_dir="run", steps=10, batch_size=32)
+        training = TrainingConfig(output="run", steps=10, batch_size=32)
         optimizer = make_optimizer(model.adapters, training, config)
         batch = first_batch(Rows(documents(200), 32), 32)
         step = make_train_step(model, optimizer, training)

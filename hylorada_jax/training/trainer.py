@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.packing import Rows
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
+from hylorada_jax.training.run_record import write_json
 from hylorada_jax.training.step import init_state, make_train_step
 
 
@@ -94,6 +95,7 @@ class HyLoRADATrainer:
         train_structure: structure ids of each document (:func:`tokenize_with_structure`), which
             method='hylorada_v2' reads; None for none.
         eval_structure: the same of the held-out documents.
+        recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none.
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
@@ -105,7 +107,7 @@ class HyLoRADATrainer:
             is set, or holds something else of a name that a run writes.
 
     Example:
-        >>> config = TrainingConfig(output_dir="runs/a", steps=200)
+        >>> config = TrainingConfig(output="runs/a", steps=200)
         >>> result = HyLoRADATrainer(model, train, held_out, config).train()  # doctest: +SKIP
     """
 
@@ -118,9 +120,10 @@ class HyLoRADATrainer:
         *,
         train_structure: Sequence[Any] | None = None,
         eval_structure: Sequence[Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        self._model, self._config = model, config
-        self._directory = RunDirectory(config.output_dir)
+        self._model, self._config, self._recipe = model, config, recipe
+        self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         check_training(model.base, config)
         check_groups(model.config, config)
@@ -159,6 +162,8 @@ class HyLoRADATrainer:
         try:
             recorded = circumstances(self._model)
             directory.open(self._identity, recorded, resume=config.resume, overwrite=config.overwrite)
+            if self._recipe is not None:
+                write_json(directory.recipe, self._recipe)
             with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
                 return self._train(checkpoints)
         except OSError as error:  # a full disk also meets the small files

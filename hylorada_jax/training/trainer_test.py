@@ -67,7 +67,7 @@ def texts(seed=0, count=30):
 
 def settings(directory, **changes):
     defaults = {
-        "output_dir": directory, "steps": STEPS, "batch_size": 4, "microbatches": 2, "seq_len": 16,
+        "output": directory, "steps": STEPS, "batch_size": 4, "microbatches": 2, "seq_len": 16,
         "learning_rate": 1e-2, "checkpoint_every": 2, "eval_every": 3,
     }  # fmt: skip
     return TrainingConfig(**defaults | changes)

@@ -1,0 +1,89 @@
+"""Oracle: the options that a run was given."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tyro
+
+from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.finetune import Training
+from hylorada_jax.cli.recipe import expanded, recipe_of
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.training.config import TrainingConfig
+
+ADAPTER = AdapterOptions(method="dora", rank=3, lora_plus=False, targets=("q_proj", r".*\.v_proj"))
+TRAINING = TrainingConfig(output="runs/a", steps=3, learning_rate=3e-5, packing=False, eval_tokens=None)
+PROMPT = "--a 'text'\n"
+
+
+def parsed(*arguments):
+    """What a command that has a run's options gets of a command line."""
+
+    def command(
+        *,
+        training: Training,
+        adapter: Adapter = DEFAULTS,
+        start_from: Path | None = None,
+        prompt: str = "",
+        recipe: Path | None = None,
+    ):
+        return training, adapter, start_from, prompt
+
+    return tyro.cli(command, args=expanded(["finetune", *arguments])[1:])
+
+
+def test_a_runs_recipe_gives_its_options_again_and_options_beside_it_win(tmp_path):
+    file = tmp_path / "recipe.json"
+    options = recipe_of(TRAINING, ADAPTER, start_from=Path("an adapter"), prompt=PROMPT, eval_data=None)
+    file.write_text(json.dumps(options))
+    where = ("--output", "runs/a")
+    assert parsed("--recipe", str(file), *where) == (TRAINING, ADAPTER, Path("an adapter"), PROMPT)
+    training, adapter, *_ = parsed(*where, f"--recipe={file}", "--steps", "9", "--packing", "--rank", "5")
+    assert (training.steps, training.packing, adapter.rank) == (9, True, 5)
+    assert training.learning_rate == TRAINING.learning_rate
+    # What a run is kept in is said anew.
+    assert not {"output", "resume", "overwrite"} & options.keys()
+
+
+def test_yaml_says_the_same(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "steps: 3\nlearning_rate: 3e-5  # as text in YAML 1.1\npacking: no\ntargets: [q_proj]\nrank: 3"
+    )
+    training, adapter, *_ = parsed("--recipe", str(file), "--output", "b")
+    assert (training.steps, training.learning_rate, training.packing) == (3, 3e-5, False)
+    assert (adapter.targets, adapter.rank) == (("q_proj",), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b"{", "Expecting"),
+        ("a.json", b"[1]", r"\[1\]"),
+        ("a.json", b"[" * 10**5, "nested"),
+        ("a.yaml", b"steps: [", "flow"),
+        ("a.yaml", b"[" * 10**4, "a.yaml"),
+        ("a.yaml", b"!!python/object/apply:os.getcwd []", "python/object"),
+        ("a.yaml", b"\xff", "decode"),
+        ("a.yaml", b"1: 2", "1: 2"),
+        ("a.yaml", b"steps: {a: 1}", "steps"),
+        ("a.yaml", b"targets: [[a]]", "targets"),
+        ("a.yaml", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "b: "),
+        ("a.yaml", b"steps: 2024-01-01", "steps"),
+        ("a.json", b'{"a": "' + b"x" * 2**20 + b'"}', "bytes"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(tmp_path, name, content, said):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        expanded(["finetune", "--recipe", str(file)])
+
+
+def test_a_recipe_that_is_not_there_is_refused():
+    for arguments in (["--recipe", "nowhere.json"], ["--recipe"]):
+        with pytest.raises(ConfigError, match="no such file"):
+            expanded(["finetune", *arguments])
+    assert expanded([]) == []
+    assert expanded(["merge", "--recipe", "x"]) == ["merge", "--recipe", "x"]
