@@ -13,22 +13,23 @@ import jax.numpy as jnp
 from benchmarks.contestants import contestant
 from benchmarks.experiment import BASE, Experiment, Variant, dev_loss, differences
 from benchmarks.trial import Runner, Text, measure, require_row, training_rows
+from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
+from hylorada_jax.data.documents import digest, tokenize, tokenize_with_structure
+from hylorada_jax.data.packing import Batch, Rows
+from hylorada_jax.data.text_files import Document
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
 from hylorada_jax.exact import fraction
 from hylorada_jax.io.files import refuse_unusable
-from hylorada_jax.models.face import as_base, require_segments
+from hylorada_jax.models.base_model import require_segments
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
-from hylorada_jax.training.data import digest, tokenize, tokenize_with_structure
-from hylorada_jax.training.packing import Batch, Rows
-from hylorada_jax.training.text_files import Document
 from parity_tests.environment import environment, write_record
 
 Record = dict[str, Any]

@@ -13,7 +13,7 @@ from jax import Array
 from benchmarks.experiment import BASE, Variant
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import BaseModel
+from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer, schedule
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError, near
-from hylorada_jax.training.corpus import PYTHON_STDLIB
 
 BASE, FULL = "base", "full"
 NAMES = (BASE, FULL, *METHODS)

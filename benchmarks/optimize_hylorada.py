@@ -28,10 +28,10 @@ from benchmarks.command import run
 from benchmarks.experiment import INSTALL, differences
 from benchmarks.report import draw
 from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.errors import CheckpointError, ConfigError, near, require_packages
 from hylorada_jax.exact import fraction
 from hylorada_jax.io.files import kind_of, refuse_unusable, write_whole
-from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 if TYPE_CHECKING:
     import optuna
@@ -128,13 +128,14 @@ class Search:
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
         require_packages("The search needs Optuna", ["optuna"], INSTALL)
         from benchmarks.trial import Runner, Text, require_row, training_rows
-        from hylorada_jax.models.face import as_base, require_segments
+        from hylorada_jax.data.documents import digest, tokenize
+        from hylorada_jax.data.packing import check_windows
+        from hylorada_jax.models.base_model import require_segments
         from hylorada_jax.models.loading import empty_model
         from hylorada_jax.models.positions import check_range
         from hylorada_jax.models.tokenizer import load_tokenizer
+        from hylorada_jax.models.wrapped import as_base
         from hylorada_jax.surgery.fit import fit
-        from hylorada_jax.training.data import digest, tokenize
-        from hylorada_jax.training.packing import check_windows
 
         check_windows(settings["seq_len"], tokens=settings["dev_tokens"])
         empty = as_base(empty_model(settings["model"]))

@@ -13,6 +13,8 @@ from benchmarks.benchmark import Benchmark
 from benchmarks.contestants import Full
 from benchmarks.experiment import Experiment
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
+from hylorada_jax.data.corpus import load_documents
+from hylorada_jax.data.documents import tokenize
 from hylorada_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -24,8 +26,6 @@ from hylorada_jax.errors import (
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.tokenizer import load_tokenizer
-from hylorada_jax.training.corpus import load_documents
-from hylorada_jax.training.data import tokenize
 
 pytestmark = pytest.mark.slow
 METHODS = {

@@ -20,9 +20,9 @@ from benchmarks.series.report import chosen, plot, table
 from benchmarks.series.setup import BASE, METHODS, SETTINGS, Budget, adapter, prepared_of
 from benchmarks.series.tokens import REACH, Quantiser, boundaries, prepare, pretraining_rows, windows
 from benchmarks.trial import Runner
+from hylorada_jax.data.packing import batches
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.evaluation.sweep import Sweep
-from hylorada_jax.training.packing import batches
 
 PREPARED = {name: prepared_of(setting, 64) for name, setting in SETTINGS.items()}
 

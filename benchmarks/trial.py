@@ -14,16 +14,16 @@ import numpy as np
 
 from benchmarks.contestants import Adapted, Full
 from benchmarks.experiment import Experiment
+from hylorada_jax.data.documents import shuffled_batches
+from hylorada_jax.data.packing import Batch, Rows, spread
 from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.evaluation.retrieval import evaluate_retrieval
 from hylorada_jax.evaluation.sweep import loss_sweep
-from hylorada_jax.models.face import require_segments
+from hylorada_jax.models.base_model import require_segments
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.data import shuffled_batches
-from hylorada_jax.training.packing import Batch, Rows, spread
 from hylorada_jax.training.step import init_state, make_train_step
 
 

@@ -1,14 +1,17 @@
 from .adapter_bank import AdapterBank as AdapterBank
 from .config import HyLoRADAConfig as HyLoRADAConfig
+from .data.corpus import load_documents as load_documents
+from .data.documents import tokenize as tokenize
+from .data.documents import tokenize_with_structure as tokenize_with_structure
 from .errors import HyLoRADAError as HyLoRADAError
 from .evaluation.compare import compare_models as compare_models
 from .evaluation.lost_in_the_middle import evaluate_lost_in_the_middle as evaluate_lost_in_the_middle
 from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
 from .evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
+from .exchange.merged import write_merged as write_merged
+from .exchange.peft_export import export_peft as export_peft
+from .exchange.peft_import import import_peft as import_peft
 from .io.hub import offline as offline
-from .io.merged import write_merged as write_merged
-from .io.peft_export import export_peft as export_peft
-from .io.peft_import import import_peft as import_peft
 from .model import HyLoRADAModel as HyLoRADAModel
 from .models.causal_lm import CausalLM as CausalLM
 from .models.loading import load_model as load_model
@@ -27,9 +30,6 @@ from .modules.sparse import TopKGate as TopKGate
 from .modules.structure import StructureEncoder as StructureEncoder
 from .modules.structure import TemporalStructureEncoder as TemporalStructureEncoder
 from .training.config import TrainingConfig as TrainingConfig
-from .training.corpus import load_documents as load_documents
-from .training.data import tokenize as tokenize
-from .training.data import tokenize_with_structure as tokenize_with_structure
 from .training.trainer import HyLoRADATrainer as HyLoRADATrainer
 
 __version__: str

@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array
 
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
-from hylorada_jax.io import adapter_files
-from hylorada_jax.io.saved_adapter import open_adapter
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.saved import adapter_files
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import Tree, subtree
 from hylorada_jax.text import shown
@@ -113,7 +113,7 @@ class AdapterBank:
                 "Give it a model of its own, which shares the frozen weights: "
                 "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
             )
-        adapter_files.check_keys(saved.shapes, layout.tensor_shapes(self.model.sites))
+        layout.check_keys(saved.shapes, layout.tensor_shapes(self.model.sites))
         self._trees[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
 
     def remove(self, name: str) -> None:
@@ -193,7 +193,7 @@ class AdapterBank:
         """The adapters in the structure and dtypes that the compiled programs know."""
         given, wanted = _by_name(adapters), _by_name(self._like)
         shapes = ({name: np.shape(leaf) for name, leaf in leaves.items()} for leaves in (given, wanted))
-        adapter_files.check_keys(*shapes)
+        layout.check_keys(*shapes)
         leaves = [jnp.asarray(given[name], leaf.dtype) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(self._like), leaves)
 

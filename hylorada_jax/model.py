@@ -13,16 +13,18 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
-from hylorada_jax.io import adapter_files
-from hylorada_jax.io.saved_adapter import open_adapter
+from hylorada_jax.models.base_model import vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
-from hylorada_jax.models.face import as_base, vocab_size
 from hylorada_jax.models.generate import generate, pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
+from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.saved import adapter_files
+from hylorada_jax.saved.fits import check_fits, identity
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import build, layout
-from hylorada_jax.surgery.fit import check_fits, fit, identity
+from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
 from hylorada_jax.surgery.modules import Path as TreePath

@@ -3,6 +3,7 @@
 import json
 import re
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -64,3 +65,9 @@ def shown(value: object) -> str:
         ('0.5', "'xxx", 80)
     """
     return _SHORT.repr(value)
+
+
+def short(names: Sequence[str]) -> str:
+    """The first names of a long list, and how many more there are."""
+    first = ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in names[:8])
+    return (first + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "none"

@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
-from hylorada_jax.io.adapter_files import check_base, write_adapter
-from hylorada_jax.io.base_identity import base_identity
-from hylorada_jax.io.saved_adapter import read_adapter
+from hylorada_jax.saved.adapter_files import check_base, write_adapter
+from hylorada_jax.saved.base_identity import base_identity
+from hylorada_jax.saved.saved_adapter import read_adapter
 from hylorada_torch.forward_pass import ForwardPass
 from hylorada_torch.position import check_positions, default_positions
 from hylorada_torch.surgery import attach_adapters, base_weight

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import as_base
+from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import find_modules
 from parity_tests.families import VOCAB, all_in_float64, jax_base, measuring, torch_base

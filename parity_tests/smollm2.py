@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.io.files import refuse_unusable, write_figure
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.corpus import load_documents
 from parity_tests.environment import environment, write_record
 from parity_tests.families import all_in_float64, measuring
 from parity_tests.models import Pair, errors, random_adapters

@@ -10,12 +10,12 @@ import pytest
 import hylorada_torch
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from hylorada_jax.io.saved_adapter import read_adapter
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.weights_digest import files_digest, tree_digest
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.saved.saved_adapter import read_adapter
 from parity_tests.families import FAMILIES, all_in_float64, jax_base, measuring, saved, torch_base
 from parity_tests.models import CONFIGS, build, errors, there_and_back
 from parity_tests.tolerances import MODEL

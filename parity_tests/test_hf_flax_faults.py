@@ -18,9 +18,9 @@ if not hasattr(transformers, "FlaxPreTrainedModel"):
 
 from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.models import hf_flax, hf_flax_loading
-from hylorada_jax.models.face import as_base
 from hylorada_jax.models.hf_flax_faults import CHECKED, check_hf_flax
 from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.wrapped import as_base
 from parity_tests.hf_weights import randomise
 from parity_tests.tolerances import relative_error
 

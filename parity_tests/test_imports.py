@@ -1,9 +1,21 @@
-"""What importing each package loads, seen from a fresh interpreter."""
+"""What importing each package loads, seen from a fresh interpreter; and which way imports point."""
 
+import ast
+import graphlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+JAX = Path(__file__).parents[1] / "hylorada_jax"
+# A room imports from those above it and from itself, also within its functions.
+ROOMS = [
+    "text", "terminal", "exact", "leaves", "errors", "io", "config", "math", "modules", "structure",
+    "models", "surgery", "saved", "model", "adapter_bank", "exchange", "data", "devices", "evaluation",
+    "training", "cli",
+]  # fmt: skip
 
 
 def loaded_by(statement, watched):
@@ -29,3 +41,47 @@ EVERYTHING_IN_JAX = "import hylorada_jax\n[getattr(hylorada_jax, name) for name 
 )
 def test_importing_a_package_loads_one_framework(statement, watched, loaded):
     assert loaded_by(statement, watched) == loaded
+
+
+def test_the_layers_need_nothing_of_the_tools():
+    """What docs/own_network.md says of an installation without dependencies."""
+    tools = [
+        "gguf", "google", "grain", "huggingface_hub", "jinja2", "matplotlib", "re2", "safetensors",
+        "tokenizers", "tqdm", "tyro",
+    ]  # fmt: skip
+    layers = "[getattr(hylorada_jax, name) for name in hylorada_jax.__all__ if name in LAYERS]"
+    names = (JAX / "__init__.pyi").read_text(encoding="utf-8")
+    found = set(re.findall(r"from \.modules\.\w+ import (\w+)", names)) | {"HyLoRADAConfig"}
+    assert len(found) > 10
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({tools!r}))\nLAYERS = {found!r}"
+    assert loaded_by(f"{blocked}\nimport hylorada_jax\nassert len({layers}) == len(LAYERS)", ["jax"]) == [
+        "jax"
+    ]
+
+
+def imports():
+    """{module of hylorada_jax: those of its modules that it imports anywhere}, without tests."""
+    files = [path for path in sorted(JAX.rglob("*.py")) if not path.name.endswith("_test.py")]
+    modules = {".".join(path.relative_to(JAX).with_suffix("").parts): path for path in files}
+    found: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hylorada_jax."):
+                source = str(node.module).removeprefix("hylorada_jax.")
+                names = {f"{source}.{alias.name}" for alias in node.names}
+                found[name] |= (names & modules.keys()) or {source}
+    return found
+
+
+def test_imports_point_one_way():
+    found = imports()
+    assert {name.partition(".")[0] for name in found} == {*ROOMS, "__init__"}
+    place = {room: at for at, room in enumerate(ROOMS)}
+    back = [
+        f"{name} imports {source}"
+        for name, sources in found.items()
+        for source in sources
+        if place[source.partition(".")[0]] > place[name.partition(".")[0]]
+    ]
+    assert not back
+    assert [*graphlib.TopologicalSorter(found).static_order()]  # raises where there is a cycle

@@ -16,12 +16,12 @@ from flax.traverse_util import flatten_dict
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.face import as_base
 from hylorada_jax.models.gguf_test import write_gguf
 from hylorada_jax.models.hf_flax_faults import check_hf_flax
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.models.wrapped import as_base
 from parity_tests.hf_weights import make_float64, random_torch_model
 from parity_tests.memory import needs_proc, peak_memory
 from parity_tests.tolerances import DECODER, SMOLLM2_LOGITS

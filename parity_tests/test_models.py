@@ -10,8 +10,8 @@ import pytest
 
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.face import as_base
 from hylorada_jax.models.loading import DECODER_FAMILIES
+from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.surgery.modules import ATTENTIONS
 from parity_tests.families import FAMILIES, jax_base, measuring
 from parity_tests.models import (

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from hylorada_jax.io.peft_export import effect, export_peft
-from hylorada_jax.io.peft_import import import_peft
-from hylorada_jax.io.saved_adapter import read_adapter
+from hylorada_jax.exchange.peft_export import effect, export_peft
+from hylorada_jax.exchange.peft_import import import_peft
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.saved.saved_adapter import read_adapter
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import without
 from parity_tests.families import all_in_float64, jax_base, measuring, torch_base

@@ -12,10 +12,10 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lo
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from hylorada_jax.errors import CheckpointError, ConfigError, HyLoRADAError
-from hylorada_jax.io import peft_files
-from hylorada_jax.io.adapter_files import CONFIG_NAME
-from hylorada_jax.io.peft_import import import_peft
+from hylorada_jax.exchange import peft_files
+from hylorada_jax.exchange.peft_import import import_peft
 from hylorada_jax.models.loading import load_model
+from hylorada_jax.saved.adapter_files import CONFIG_NAME
 from parity_tests.families import all_in_float64, jax_base, measuring, torch_base
 from parity_tests.models import draw_inputs, torch_inputs
 from parity_tests.test_peft_files import change, jax_logits

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import METHODS
+from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.surgery import layout
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.corpus import load_documents
 from parity_tests.families import VOCAB, measuring
 from parity_tests.models import CONFIGS, build
 from parity_tests.tolerances import TRAJECTORY

@@ -20,8 +20,9 @@ from hylorada_jax.config import QKVO, HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.scoring import score
 from hylorada_jax.training.optimizer import make_optimizer, schedule
-from hylorada_jax.training.step import init_state, make_train_step, score
+from hylorada_jax.training.step import init_state, make_train_step
 
 
 def load_base(setting: Setting) -> CausalLM:

@@ -9,10 +9,10 @@ from benchmarks.experiment import require_each_once
 from benchmarks.series.data import target_series, thinned
 from benchmarks.series.tokens import Prepared, Told, boundaries, prepare
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.packing import Rows
 
 
 class Setting(NamedTuple):

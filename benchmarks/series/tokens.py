@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from benchmarks.series.data import Series
+from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import DataError
 from hylorada_jax.exact import fraction
 from hylorada_jax.structure.time import calendar_positions
-from hylorada_jax.training.packing import Rows
 
 Told = Literal["own", "year", "asked"]
 # Values this many standard deviations from the mean and farther share the outermost bins.

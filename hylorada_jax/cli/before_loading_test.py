@@ -12,12 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from hylorada_jax.cli.cli_test import TINY, run
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError, ModelError
-from hylorada_jax.io.adapter_files import write_adapter
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
-from hylorada_jax.models.face import as_base
 from hylorada_jax.models.loading import empty_model, load_model
-from hylorada_jax.surgery.fit import fit, identity
+from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.saved.adapter_files import write_adapter
+from hylorada_jax.saved.fits import identity
+from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.trainer import HyLoRADATrainer

@@ -14,8 +14,8 @@ from hylorada_jax.cli.shared import (
     tokens_of,
     unloaded,
 )
-from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
-from hylorada_jax.training.packing import check_windows
+from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
+from hylorada_jax.data.packing import check_windows
 
 
 @puts_offline
@@ -56,11 +56,11 @@ def evaluate(
     texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
     check_adapter(adapter, structure, weights=dtype if check_weights else None)
 
+    from hylorada_jax.data.documents import as_documents
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
-    from hylorada_jax.models.face import vocab_size
+    from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.positions import check_range
     from hylorada_jax.models.tokenizer import load_tokenizer
-    from hylorada_jax.training.data import as_documents
 
     base = unloaded(model, dtype)
     vocab = vocab_size(base)

@@ -19,10 +19,10 @@ from hylorada_jax.cli.shared import (
     unloaded,
 )
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 # Without a prefix: --steps, not --training.steps.
 Training = Annotated[TrainingConfig, tyro.conf.arg(name="")]
@@ -71,7 +71,7 @@ def finetune(
         require_encoder(settings, structure)
     RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
 
-    from hylorada_jax.models.face import vocab_size
+    from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.surgery.fit import fit
     from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
 
@@ -129,7 +129,7 @@ def finetune(
 
 def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
     """The settings of a saved adapter, beside which no other are given."""
-    from hylorada_jax.io.saved_adapter import open_adapter
+    from hylorada_jax.saved.saved_adapter import open_adapter
 
     if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
         raise ConfigError(

@@ -54,7 +54,7 @@ def generate(
 
     import jax
 
-    from hylorada_jax.models.face import require_generation
+    from hylorada_jax.models.base_model import require_generation
     from hylorada_jax.models.generate import check_settings
     from hylorada_jax.models.ids import check_prompts
     from hylorada_jax.models.positions import check_range

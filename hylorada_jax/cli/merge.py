@@ -30,9 +30,9 @@ def merge(
         check_weights: refuse a model whose weights are not, bit by bit, those the adapter was trained on.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
+    from hylorada_jax.exchange.merged import write_merged
+    from hylorada_jax.exchange.shards import refuse_taken
     from hylorada_jax.io.files import user_path
-    from hylorada_jax.io.merged import write_merged
-    from hylorada_jax.io.shards import refuse_taken
 
     refuse_taken(user_path(output))
     name = base_of(adapter, model)

@@ -35,13 +35,13 @@ def export_peft(
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax import load_model
-    from hylorada_jax.io.adapter_files import refuse_existing
-    from hylorada_jax.io.peft_export import check_export, effect
-    from hylorada_jax.io.peft_export import export_peft as export
-    from hylorada_jax.io.saved_adapter import open_adapter
+    from hylorada_jax.exchange.peft_export import check_export, effect
+    from hylorada_jax.exchange.peft_export import export_peft as export
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
-    from hylorada_jax.surgery.fit import check_fits
+    from hylorada_jax.saved.adapter_files import refuse_existing
+    from hylorada_jax.saved.fits import check_fits
+    from hylorada_jax.saved.saved_adapter import open_adapter
 
     refuse_existing(output)
     name = base_of(adapter, model)
@@ -83,10 +83,10 @@ def import_peft(
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax import load_model
-    from hylorada_jax.io.adapter_files import refuse_existing
-    from hylorada_jax.io.peft_files import open_peft
-    from hylorada_jax.io.peft_import import check_import
-    from hylorada_jax.io.peft_import import import_peft as read
+    from hylorada_jax.exchange.peft_files import open_peft
+    from hylorada_jax.exchange.peft_import import check_import
+    from hylorada_jax.exchange.peft_import import import_peft as read
+    from hylorada_jax.saved.adapter_files import refuse_existing
 
     refuse_existing(output)
     saved = open_peft(adapter)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.text_files import Document
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.io import hub
 from hylorada_jax.terminal import one_line, show
-from hylorada_jax.training.text_files import Document
 
 if TYPE_CHECKING:
-    from hylorada_jax.models.face import BaseModel
+    from hylorada_jax.models.base_model import BaseModel
     from hylorada_jax.models.tokenizer import Tokenizer
 
 
@@ -40,8 +40,8 @@ def base_of(adapter: Path, given: str | None) -> str:
 
     An adapter may be a stranger's. So its user reads where its base comes from before anything is contacted.
     """
-    from hylorada_jax.io.saved_adapter import base_name
     from hylorada_jax.models.source import is_hub_name
+    from hylorada_jax.saved.saved_adapter import base_name
 
     name = base_name(adapter, given)
     if given is None:
@@ -54,8 +54,8 @@ def unloaded(model: str, dtype: str = "float32", remat: str = "none") -> "BaseMo
     """The model from its config alone: what a setting cannot do with it is reported before it is loaded."""
     import jax.numpy as jnp
 
-    from hylorada_jax.models.face import as_base
     from hylorada_jax.models.loading import empty_model
+    from hylorada_jax.models.wrapped import as_base
 
     return as_base(empty_model(model, dtype=jnp.dtype(dtype), remat=remat))
 
@@ -78,8 +78,8 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
         structure: the structure that it shall read, or None.
         weights: the dtype in which its base's weights shall be checked, or None.
     """
-    from hylorada_jax.io.adapter_files import check_weights
-    from hylorada_jax.io.saved_adapter import open_adapter
+    from hylorada_jax.saved.adapter_files import check_weights
+    from hylorada_jax.saved.saved_adapter import open_adapter
 
     saved = None if adapter is None else open_adapter(adapter)
     if structure:
@@ -93,8 +93,8 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
 
 def check_whole(adapter: Path, base: "BaseModel") -> None:
     """Reports an adapter that is damaged or does not fit its base, which may be without its weights."""
-    from hylorada_jax.io.saved_adapter import open_adapter
-    from hylorada_jax.surgery.fit import check_fits
+    from hylorada_jax.saved.fits import check_fits
+    from hylorada_jax.saved.saved_adapter import open_adapter
 
     saved = open_adapter(adapter)
     check_fits(saved, base)
@@ -105,7 +105,7 @@ def tokens_of(
     texts: list[Document], tokenizer: "Tokenizer", structure: Structure | None
 ) -> tuple[list[Any], list[Any] | None]:
     """The token ids of each document, and their structure ids where these are asked for."""
-    from hylorada_jax.training.data import tokenize, tokenize_with_structure
+    from hylorada_jax.data.documents import tokenize, tokenize_with_structure
 
     if structure is None:
         return tokenize(texts, tokenizer), None
@@ -133,8 +133,8 @@ def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool 
     import jax.numpy as jnp
 
     from hylorada_jax.model import HyLoRADAModel
-    from hylorada_jax.models.face import as_base
     from hylorada_jax.models.loading import load_model
+    from hylorada_jax.models.wrapped import as_base
 
     base = as_base(load_model(model, dtype=jnp.dtype(dtype)))
     if adapter is None:

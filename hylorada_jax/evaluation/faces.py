@@ -7,7 +7,8 @@ from typing import Any
 from jax import Array
 
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import as_base, vocab_size
+from hylorada_jax.models.base_model import vocab_size
+from hylorada_jax.models.wrapped import as_base
 
 
 def face_of(model: Any) -> AdaptedFace | BareFace:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hylorada_jax.data.documents import as_documents, as_structure
+from hylorada_jax.data.packing import Rows
 from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.models.positions import check_range
-from hylorada_jax.training.data import as_documents, as_structure
-from hylorada_jax.training.packing import Rows
 
 
 def perplexity(loss: float) -> float:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hylorada_jax.data.packing import Batch
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.math.loss import logits
 from hylorada_jax.models.ids import check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import Tokenizer
-from hylorada_jax.training.packing import Batch
 
 DEPTHS = 10
 # What the fact is hidden among: sentences without a number or a name.

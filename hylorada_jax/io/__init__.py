@@ -1,1 +1,1 @@
-"""Adapters on disk."""
+"""Paths, files read within bounds and written whole, and the Hub."""

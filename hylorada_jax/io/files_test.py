@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, models
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ModelError
-from hylorada_jax.io.adapter_files import write_files
+from hylorada_jax.exchange.merged import write_merged
 from hylorada_jax.io.files import refuse_unusable, user_path, write_whole
-from hylorada_jax.io.merged import write_merged
-from hylorada_jax.io.saved_adapter import base_name
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.saved.adapter_files import write_files
+from hylorada_jax.saved.saved_adapter import base_name
 from hylorada_jax.training.report import MetricsLog, plot_losses
 from parity_tests.report import write as write_report
 

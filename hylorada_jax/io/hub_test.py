@@ -12,15 +12,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import hylorada_jax
 from hylorada_jax.cli.cli_test import run
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.errors import DataError, HyLoRADAError, ModelError
+from hylorada_jax.exchange.peft_files_test import write
 from hylorada_jax.io import hub
-from hylorada_jax.io.adapter_files import write_adapter
-from hylorada_jax.io.base_identity import base_identity
-from hylorada_jax.io.peft_files_test import write
 from hylorada_jax.models.loading import empty_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
-from hylorada_jax.training.corpus import load_documents
+from hylorada_jax.saved.adapter_files import write_adapter
+from hylorada_jax.saved.base_identity import base_identity
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Base models: our decoder for the Llama family, and HF's Flax models behind the same face."""
+"""Base models: our decoder for the Llama family, and Hugging Face's Flax models, behind one protocol."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
-from hylorada_jax.models.face import require_generation
+from hylorada_jax.models.base_model import require_generation
 from hylorada_jax.models.generate import check_settings, is_greedy, not_finite, pad_left
 from hylorada_jax.models.hf_attention import SharedAttention
 from hylorada_jax.models.hf_flax_faults import check_hf_flax

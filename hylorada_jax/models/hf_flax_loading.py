@@ -19,9 +19,9 @@ from hylorada_jax.models.hf_flax_faults import check_family, check_hf_flax
 from hylorada_jax.models.hf_flax_keys import check_keys, check_sizes
 from hylorada_jax.models.hf_t5 import REPAIRED, RepairedT5, repair_t5
 from hylorada_jax.models.inside import files_inside
-from hylorada_jax.models.loading import CONSTANTS
 from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import (
+    CONSTANTS,
     Slot,
     TreePath,
     Weights,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
 DECODER_FAMILIES = tuple(FAMILIES)
-# Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.
-CONSTANTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
 
 _TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
 

@@ -1,5 +1,6 @@
 """From tensors on disk to a parameter tree: one tensor at a time, and a report of all that does not fit."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ _MAX_AXES = 8
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 TreePath = tuple[str, ...]
+# Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.
+CONSTANTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
 
 
 class Weights(Protocol):

@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hylorada_jax.io.adapter_files import check_keys
+from hylorada_jax.errors import CheckpointError
 from hylorada_jax.leaves import LEAVES, leaf_of
 from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
+from hylorada_jax.text import short
 
 _IN_FILE = {leaf.name: leaf.in_file for leaf in LEAVES}
 
@@ -89,3 +90,21 @@ def rank_padding(axis: int, shape: Sequence[int], rank: int) -> list[tuple[int, 
         [(0, 0), (0, 1)]
     """
     return [(0, rank - length if place == axis else 0) for place, length in enumerate(shape)]
+
+
+def check_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the tensors of a file with those the model needs, by name and shape.
+
+    Raises:
+        CheckpointError: they differ; both sides are listed.
+    """
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    shapes = [
+        f"{n} {found[n]} for {wanted[n]}" for n in sorted(set(found) & set(wanted)) if found[n] != wanted[n]
+    ]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            "The adapter's tensors must be those that the model and the config call for",
+            f"missing {short(missing)}; unexpected {short(extra)}; of another shape {short(shapes)}",
+            "Load it on the base model it was trained on.",
+        )

@@ -1,1 +1,1 @@
-"""Data, optimizer, step, checkpoints and the trainer."""
+"""Optimizer, step, checkpoints and the trainer."""

@@ -22,10 +22,10 @@ import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hylorada_jax.devices import replicated
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import kind_of
 from hylorada_jax.io.reading import MAX_JSON_BYTES
-from hylorada_jax.training.devices import replicated
 from hylorada_jax.training.step import TrainState
 
 DAMAGED = "damaged_checkpoints"

@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from hylorada_jax.data.documents import digest
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.data import digest
 
 _JAX_SETTINGS = (
     "jax_default_matmul_precision",

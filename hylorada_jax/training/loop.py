@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from hylorada_jax.data.packing import Batch
+from hylorada_jax.devices import shard_rows
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.devices import shard_rows
 from hylorada_jax.training.optimizer import schedule
-from hylorada_jax.training.packing import Batch
 from hylorada_jax.training.report import MetricsLog, Speed
 from hylorada_jax.training.run_directory import RunDirectory
 from hylorada_jax.training.step import Metrics, TrainState

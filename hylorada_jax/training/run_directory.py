@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, short
 from hylorada_jax.io.files import TEMPORARY, kind_of, refuse_unusable, user_path
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.text import short
 from hylorada_jax.training.checkpoint import DAMAGED
 from hylorada_jax.training.run_record import RunRecord, differences, read_record
 

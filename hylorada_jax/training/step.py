@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, UInt
 
-from hylorada_jax.math.loss import token_nll
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.scoring import model_inputs, score
 from hylorada_jax.training.config import TrainingConfig
 
 Metrics = dict[str, Array]
@@ -102,21 +102,6 @@ def make_train_step(
         return TrainState(state.step + 1, state.seed, adapters, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def model_inputs(model: Any, rows: Mapping[str, Array]) -> dict[str, Array]:
-    """What a model is given of some rows: segments where it knows them, else a padding mask."""
-    names = ("input_ids", "position_ids", "segment_ids", "structure_ids", "structure_positions")
-    inputs = {name: rows[name] for name in names if name in rows}
-    base = getattr(model, "base", model)
-    if not base.supports_segments:
-        inputs["attention_mask"] = (inputs.pop("segment_ids") > 0).astype(jnp.int32)
-    return inputs
-
-
-def score(hidden: Array, head: Array, targets: Array) -> Array:
-    """Negative log-likelihoods [batch, seq] of the targets; 0 where a target is ignored."""
-    return token_nll(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)).reshape(targets.shape)
 
 
 def _microbatches(x: Array, count: int) -> Array:

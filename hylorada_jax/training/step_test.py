@@ -9,14 +9,14 @@ import optax
 import pytest
 
 from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.data.packing import Rows, batches
 from hylorada_jax.math.loss import token_nll
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models import scoring
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.training import step as step_module
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
-from hylorada_jax.training.packing import Rows, batches
 from hylorada_jax.training.step import init_state, make_train_step
 
 CONFIG = HyLoRADAConfig(method="hylorada_v1", lora_rank=2)
@@ -327,7 +327,7 @@ def test_runs_that_differ_in_numbers_alone_share_one_program():
 @pytest.mark.parametrize("tied", [True, False])
 def test_temporary_memory_of_the_step_does_not_grow_with_vocab(monkeypatch, tied):
     chunk = 2**15
-    monkeypatch.setattr(step_module, "token_nll", partial(token_nll, chunk_elements=chunk))
+    monkeypatch.setattr(scoring, "token_nll", partial(token_nll, chunk_elements=chunk))
     config = HyLoRADAConfig(method="lora", lora_rank=2)  # the smallest program to compile
 
     def temporary_bytes(vocab):

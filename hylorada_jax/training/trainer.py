@@ -11,20 +11,20 @@ import jax
 import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.documents import as_documents, as_structure, shuffled_batches
+from hylorada_jax.data.packing import Rows
+from hylorada_jax.devices import replicate
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import BaseModel, require_segments, vocab_size
+from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.data import as_documents, as_structure, shuffled_batches
-from hylorada_jax.training.devices import replicate
 from hylorada_jax.training.identity import circumstances, run_identity
 from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.optimizer import make_optimizer
-from hylorada_jax.training.packing import Rows
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
 from hylorada_jax.training.run_record import write_json

@@ -19,22 +19,23 @@ import optax
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.devices import shard_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation import sweep as sweep_module
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
-from hylorada_jax.io import adapter_files, files
+from hylorada_jax.io import files
 from hylorada_jax.io.files import temporary_name, write_whole
 from hylorada_jax.io.files_test import NAMES
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.saved import adapter_files
 from hylorada_jax.training import loop as loop_module
 from hylorada_jax.training import report, run_record
 from hylorada_jax.training import trainer as trainer_module
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.devices import shard_rows
 from hylorada_jax.training.report import MetricsLog, read_metrics
 from hylorada_jax.training.step import make_train_step
 from hylorada_jax.training.trainer import HyLoRADATrainer

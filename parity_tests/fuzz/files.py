@@ -21,10 +21,10 @@ from safetensors.numpy import save
 from tokenizers import decoders, models, pre_tokenizers
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import load_model
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.training.run_directory import RunDirectory
 from parity_tests.fuzz.mutations import CANARY, File
 

@@ -14,16 +14,16 @@ import jax
 import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from hylorada_jax.io.peft_import import import_peft
+from hylorada_jax.data.corpus import load_documents
+from hylorada_jax.exchange.peft_import import import_peft
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.loading import DECODER_FAMILIES, load_model, open_weights
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.surgery.fit import fit
-from hylorada_jax.training.corpus import load_documents
 from hylorada_jax.training.report import MetricsLog
 from hylorada_jax.training.run_directory import RunDirectory
 from parity_tests.fuzz import files

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hylorada_jax.training.packing import Rows, batches, best_fit, spread
+from hylorada_jax.data.packing import Rows, batches, best_fit, spread
 
 lengths = st.lists(st.integers(0, 40), max_size=12)
 

@@ -7,7 +7,7 @@ adapter was trained on, and checksums, so that a file that was cut or altered is
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.numpy import save as dump_safetensors
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import kind_of, refuse_unusable, user_path, write_whole
+from hylorada_jax.text import short
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -97,24 +98,6 @@ def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
         raise CheckpointError("Every tensor must be finite", short(broken), "Use an older checkpoint.")
 
 
-def check_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares the tensors of a file with those the model needs, by name and shape.
-
-    Raises:
-        CheckpointError: they differ; both sides are listed.
-    """
-    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    shapes = [
-        f"{n} {found[n]} for {wanted[n]}" for n in sorted(set(found) & set(wanted)) if found[n] != wanted[n]
-    ]
-    if missing or extra or shapes:
-        raise CheckpointError(
-            "The adapter's tensors must be those that the model and the config call for",
-            f"missing {short(missing)}; unexpected {short(extra)}; of another shape {short(shapes)}",
-            "Load it on the base model it was trained on.",
-        )
-
-
 def check_base(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Compares what the adapter was trained on with the model at hand; name and weights may differ.
 
@@ -170,9 +153,3 @@ def render(body: Mapping[str, Any]) -> bytes:
         return json.dumps(body, ensure_ascii=False, **how).encode(errors="backslashreplace")
 
     return text({**body, "sha256": hashlib.sha256(text(body, sort_keys=True)).hexdigest()}, indent=2)
-
-
-def short(names: Sequence[str]) -> str:
-    """The first names of a long list, and how many more there are."""
-    first = ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in names[:8])
-    return (first + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "none"

@@ -16,14 +16,14 @@ from safetensors.numpy import save
 from hylorada_jax.adapter_bank import AdapterBank
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, HyLoRADAError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME, render, write_adapter
-from hylorada_jax.io.merged import write_merged
-from hylorada_jax.io.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter, open_adapter
+from hylorada_jax.exchange.merged import write_merged
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
-from hylorada_jax.models.face import as_base
 from hylorada_jax.models.loading import empty_model
-from hylorada_jax.surgery.fit import check_fits, identity
+from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, render, write_adapter
+from hylorada_jax.saved.fits import check_fits, identity
+from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter, open_adapter
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.errors import DataError
-from hylorada_jax.training.corpus import PYTHON_STDLIB, load_documents
 
 
 def write_jsonl(path, texts):

@@ -15,12 +15,12 @@ transformers = pytest.importorskip("transformers")
 from hylorada_jax.cli.merge import merge  # noqa: E402
 from hylorada_jax.config import HyLoRADAConfig  # noqa: E402
 from hylorada_jax.errors import CheckpointError, HyLoRADAError, ModelError  # noqa: E402
-from hylorada_jax.io.adapter_files import write_adapter  # noqa: E402
-from hylorada_jax.io.merged import write_merged  # noqa: E402
-from hylorada_jax.io.merged_tensors import cast  # noqa: E402
-from hylorada_jax.io.saved_adapter import read_adapter  # noqa: E402
+from hylorada_jax.exchange.merged import write_merged  # noqa: E402
+from hylorada_jax.exchange.merged_tensors import cast  # noqa: E402
 from hylorada_jax.model import HyLoRADAModel  # noqa: E402
 from hylorada_jax.models.loading import load_model  # noqa: E402
+from hylorada_jax.saved.adapter_files import write_adapter  # noqa: E402
+from hylorada_jax.saved.saved_adapter import read_adapter  # noqa: E402
 from hylorada_jax.surgery import layout  # noqa: E402
 from parity_tests.memory import needs_proc, peak_memory  # noqa: E402
 
@@ -319,7 +319,7 @@ def test_an_interrupt_leaves_nothing(bases, adapted, tmp_path, monkeypatch):
         seen.append(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hylorada_jax.io.merged._copy", interrupted)
+    monkeypatch.setattr("hylorada_jax.exchange.merged._copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_merged(bases / "llama", tmp_path / "adapter", tmp_path / "merged")
     assert seen
@@ -349,9 +349,9 @@ def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):
 @pytest.mark.slow
 @needs_proc
 def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
-    from hylorada_jax.models.face import as_base
     from hylorada_jax.models.loading import empty_model
-    from hylorada_jax.surgery.fit import identity
+    from hylorada_jax.models.wrapped import as_base
+    from hylorada_jax.saved.fits import identity
     from hylorada_jax.surgery.modules import find_modules
     from hylorada_jax.surgery.plan import plan
 
@@ -379,7 +379,7 @@ def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
         f"write_merged({str(base)!r}, {str(tmp_path / 'adapter')!r}, {str(tmp_path / output)!r})"
         for output in ("before", "merged")
     )
-    before = "from hylorada_jax.io.merged import write_merged\n" + before
+    before = "from hylorada_jax.exchange.merged import write_merged\n" + before
     largest = 4 * 12288 * 1024
     taken = peak_memory(before, work) - sum(tensor.nbytes for tensor in adapter.values())
     assert taken < 2 * largest, taken / largest

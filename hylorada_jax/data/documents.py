@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 import grain
 import numpy as np
 
+from hylorada_jax.data.packing import Batch, Rows
+from hylorada_jax.data.text_files import Document
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.ids import INT32, outside
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.structure.code import token_depths
-from hylorada_jax.training.packing import Batch, Rows
-from hylorada_jax.training.text_files import Document
 
 _DOCUMENTS_AT_ONCE = 64
 _ENDLESS = 2**50  # rows; more than anybody trains on

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from hylorada_jax.data import text_files
+from hylorada_jax.data.corpus import load_documents
+from hylorada_jax.data.text_files import read_documents
 from hylorada_jax.errors import DataError
-from hylorada_jax.training import text_files
-from hylorada_jax.training.corpus import load_documents
-from hylorada_jax.training.text_files import read_documents
 
 TEXTS = ["one", 'a "quoted", word', "two\nlines\r\nof text", "é 漢 😀", "x" * 200_000]
 BOM = "\ufeff"

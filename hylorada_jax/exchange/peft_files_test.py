@@ -12,12 +12,12 @@ from safetensors.numpy import save_file
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.io.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from hylorada_jax.io.peft_files import SavedPeft, open_peft
-from hylorada_jax.io.peft_import import check_import, import_peft
-from hylorada_jax.io.saved_adapter_test import CONFIG_FILES, DEEP, WEIGHTS, safetensors
+from hylorada_jax.exchange.peft_files import SavedPeft, open_peft
+from hylorada_jax.exchange.peft_import import check_import, import_peft
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.saved.saved_adapter_test import CONFIG_FILES, DEEP, WEIGHTS, safetensors
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
 TENSORS = {f"{PREFIX}lora_A.weight": np.ones((2, 8)), f"{PREFIX}lora_B.weight": np.ones((8, 2))}

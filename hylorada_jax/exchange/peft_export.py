@@ -10,8 +10,7 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
-from hylorada_jax.io.adapter_files import short
-from hylorada_jax.io.peft_files import TOKEN_EMBEDDINGS, tied_head, write_peft
+from hylorada_jax.exchange.peft_files import TOKEN_EMBEDDINGS, tied_head, write_peft
 from hylorada_jax.leaves import Part, collapsed_kind
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.surgery import layout
@@ -20,6 +19,7 @@ from hylorada_jax.surgery.merge import live_parts
 from hylorada_jax.surgery.modules import Tree, subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.targets import shortest_targets
+from hylorada_jax.text import short
 
 # PEFT's wrapper of a model; a language model's, where it is not here.
 _TASKS = {"bert": None, "t5": "SEQ_2_SEQ_LM"}

@@ -14,20 +14,27 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.io import adapter_files
+from hylorada_jax.exchange.merged_tensors import cast, changed_tensors, unchanged
+from hylorada_jax.exchange.shards import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    Tensor,
+    new_directory,
+    refuse_taken,
+    write_shards,
+)
 from hylorada_jax.io.files import user_path
-from hylorada_jax.io.merged_tensors import cast, changed_tensors, unchanged
-from hylorada_jax.io.saved_adapter import open_adapter
-from hylorada_jax.io.shards import DTYPES, MAX_SHARD_BYTES, Tensor, new_directory, refuse_taken, write_shards
-from hylorada_jax.models.face import as_base
 from hylorada_jax.models.inside import files_inside
-from hylorada_jax.models.loading import CONSTANTS, empty_model, open_weights
+from hylorada_jax.models.loading import empty_model, open_weights
 from hylorada_jax.models.source import SMALL_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
-from hylorada_jax.models.weights import Weights
+from hylorada_jax.models.weights import CONSTANTS, Weights
 from hylorada_jax.models.weights_digest import files_digest
-from hylorada_jax.surgery.fit import check_fits
+from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.saved import adapter_files
+from hylorada_jax.saved.fits import check_fits
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.merge import live_parts, refuse_live
 
 _NAMES = {dtype.name for dtype in DTYPES.values()}

@@ -8,9 +8,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from hylorada_jax.errors import ConfigError, DataError
-from hylorada_jax.models.tokenizer import Tokenizer
-from hylorada_jax.training.data import (
+from hylorada_jax.data.documents import (
     as_documents,
     as_structure,
     digest,
@@ -18,8 +16,10 @@ from hylorada_jax.training.data import (
     tokenize,
     tokenize_with_structure,
 )
-from hylorada_jax.training.packing import Rows
-from hylorada_jax.training.text_files import Document
+from hylorada_jax.data.packing import Rows
+from hylorada_jax.data.text_files import Document
+from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.models.tokenizer import Tokenizer
 
 
 def rows():

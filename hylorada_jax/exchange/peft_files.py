@@ -14,20 +14,19 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.adapter_files import (
+from hylorada_jax.io.files import user_path
+from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.io.safetensors_header import read_header
+from hylorada_jax.leaves import LEAVES
+from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_finite,
     refuse_existing,
-    short,
     write_files,
 )
-from hylorada_jax.io.files import user_path
-from hylorada_jax.io.reading import checked, read_json
-from hylorada_jax.io.safetensors_header import read_header
-from hylorada_jax.io.saved_adapter import MAX_CONFIG_BYTES
-from hylorada_jax.leaves import LEAVES
-from hylorada_jax.text import shown
+from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES
+from hylorada_jax.text import short, shown
 
 _WHOLE = f"{WEIGHTS_NAME} must be a complete safetensors file"
 _PREFIX = "base_model.model."

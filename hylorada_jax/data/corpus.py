@@ -12,9 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+from hylorada_jax.data.text_files import ROW_SUFFIXES, SUFFIXES, Document, read_documents
 from hylorada_jax.errors import DataError
 from hylorada_jax.io import hub
-from hylorada_jax.training.text_files import ROW_SUFFIXES, SUFFIXES, Document, read_documents
 
 PYTHON_STDLIB = "python-stdlib"
 """The name of the embedded corpus, which every machine that runs this package has."""
@@ -44,7 +44,7 @@ def load_documents(source: str | Path, split: Split = "all") -> list[Document]:
         source: ``"python-stdlib"``; a file; a glob (``"books/**/*.txt"``); or a dataset of the Hub
             (``"owner/name"``). The rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
             ``.parquet`` files are documents, their column ``text`` the text; any other file is one document,
-            UTF-8 (:func:`hylorada_jax.training.text_files.read_documents`). Of a Hub dataset with files
+            UTF-8 (:func:`hylorada_jax.data.text_files.read_documents`). Of a Hub dataset with files
             named "train" only those are read.
         split: ``"train"``, ``"eval"`` or ``"all"``.
 

@@ -5,15 +5,10 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.adapter_files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    check_base,
-    check_keys,
-    write_adapter,
-)
-from hylorada_jax.io.base_identity import base_identity
-from hylorada_jax.io.saved_adapter import read_adapter
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_base, write_adapter
+from hylorada_jax.saved.base_identity import base_identity
+from hylorada_jax.saved.saved_adapter import read_adapter
+from hylorada_jax.surgery.layout import check_keys
 
 TENSORS = {
     "h.0.q.lora_A": np.arange(6.0, dtype=np.float32).reshape(2, 3),

@@ -17,18 +17,11 @@ from safetensors.numpy import load as load_safetensors
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.adapter_files import (
-    CONFIG_NAME,
-    FORMAT_VERSION,
-    WEIGHTS_NAME,
-    check_finite,
-    render,
-    short,
-)
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
-from hylorada_jax.text import shown
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_finite, render
+from hylorada_jax.text import short, shown
 
 MAX_CONFIG_BYTES = 2**20
 """Of an adapter's config, ours or PEFT's: more than ten thousand layers named one by one."""

@@ -9,17 +9,20 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.adapter_files import check_keys, digest, short
-from hylorada_jax.io.peft_files import MERGE, SavedPeft, open_peft
-from hylorada_jax.io.peft_whole import check_whole, is_whole, settle_whole
+from hylorada_jax.exchange.peft_files import MERGE, SavedPeft, open_peft
+from hylorada_jax.exchange.peft_whole import check_whole, is_whole, settle_whole
 from hylorada_jax.math.linear_adapter import leaf_shapes
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.face import BaseModel, as_base
+from hylorada_jax.models.base_model import BaseModel
+from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.saved.adapter_files import digest
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import expand
+from hylorada_jax.surgery.layout import check_keys
 from hylorada_jax.surgery.modules import Modules, find_modules
 from hylorada_jax.surgery.patterns import matches
 from hylorada_jax.surgery.targets import is_head, shortest_targets
+from hylorada_jax.text import short
 
 
 def import_peft(base_model: Any, directory: str | Path, *, method: str | None = None) -> HyLoRADAModel:
@@ -60,7 +63,7 @@ def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modul
     """Checks an adapter before its tensors are read: layers, shapes, and the method that goes on from it.
 
     Args:
-        saved: from :func:`hylorada_jax.io.peft_files.open_peft`.
+        saved: from :func:`hylorada_jax.exchange.peft_files.open_peft`.
         base: the base model, which may be without its weights.
         method: as for :func:`import_peft`.
 

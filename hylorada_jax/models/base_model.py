@@ -1,4 +1,4 @@
-"""The one face that every base model shows, ours or HF's."""
+"""What every base model offers, ours or Hugging Face's."""
 
 from typing import Any, Protocol
 
@@ -6,7 +6,6 @@ import jax
 from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.models.causal_lm import CausalLM
 
 
 class BaseModel(Protocol):
@@ -106,25 +105,3 @@ def require_generation(base: BaseModel) -> None:
 def vocab_size(base: BaseModel) -> int:
     """Rows of a base model's output embedding, from its shape alone."""
     return jax.eval_shape(base.head, {"params": base.params}).shape[0]
-
-
-def as_base(model: Any) -> BaseModel:
-    """The face of a base model.
-
-    Args:
-        model: a :class:`CausalLM`, or one of HF's Flax models.
-
-    Raises:
-        ModelError: the model is neither, or is known to compute wrongly for its config.
-    """
-    if isinstance(model, CausalLM) or type(model).__name__ == "HFFlaxModel":
-        return model
-    if any(cls.__name__ == "FlaxPreTrainedModel" for cls in type(model).__mro__):
-        from hylorada_jax.models.hf_flax import HFFlaxModel  # imports transformers
-
-        return HFFlaxModel.wrap(model)
-    raise ModelError(
-        "A base model must be a CausalLM or one of HF's Flax models",
-        type(model).__name__,
-        "Load it with hylorada_jax.load_model(name).",
-    )

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.shards import Tensor, new_directory, write_shards
+from hylorada_jax.exchange.shards import Tensor, new_directory, write_shards
 
 SHAPES = {"a": (3, 5), "one": (), "none": (0, 4), "größe": (7,), "big": (40, 10), "b": (2, 2, 2), "c": (9,)}
 DTYPES = ("float32", "bfloat16", "float64", "float16", "bfloat16", "float32", "float16")

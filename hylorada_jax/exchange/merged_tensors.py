@@ -12,13 +12,13 @@ from safetensors import safe_open
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
-from hylorada_jax.io.adapter_files import short
-from hylorada_jax.io.shards import DTYPES
+from hylorada_jax.exchange.shards import DTYPES
 from hylorada_jax.leaves import leaf_of
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.models.weights import SafetensorsWeights, Weights
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.plan import Site
+from hylorada_jax.text import short
 
 # Numbers computed at a time: their float64 copies stay at a few megabytes.
 _PIECE = 1 << 19

@@ -1,0 +1,24 @@
+"""What a model is given of a batch, and how its tokens are scored: in training and in evaluation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from hylorada_jax.math.loss import token_nll
+
+
+def model_inputs(model: Any, rows: Mapping[str, Array]) -> dict[str, Array]:
+    """What a model is given of some rows: segments where it knows them, else a padding mask."""
+    names = ("input_ids", "position_ids", "segment_ids", "structure_ids", "structure_positions")
+    inputs = {name: rows[name] for name in names if name in rows}
+    base = getattr(model, "base", model)
+    if not base.supports_segments:
+        inputs["attention_mask"] = (inputs.pop("segment_ids") > 0).astype(jnp.int32)
+    return inputs
+
+
+def score(hidden: Array, head: Array, targets: Array) -> Array:
+    """Negative log-likelihoods [batch, seq] of the targets; 0 where a target is ignored."""
+    return token_nll(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)).reshape(targets.shape)

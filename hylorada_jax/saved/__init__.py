@@ -1,0 +1,1 @@
+"""The adapter's files: written, read, and compared with a base model."""
