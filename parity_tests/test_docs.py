@@ -56,9 +56,12 @@ def test_the_readmes_lines_train_a_real_model_and_a_bank_holds_it(tmp_path, monk
     assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
-)
-def test_every_link_of_a_page_leads_to_a_file(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)
+def test_what_a_page_points_to_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("https://")]
     assert [link for link in links if not (page.parent / link).exists()] == []
+    # Files by their names, from the root or from hylorada_jax.
+    files = re.findall(r"`([\w./]+\.(?:py|md|toml|txt))`", text) if page.parent == ROOT else []
+    places = (ROOT, ROOT / "hylorada_jax", ROOT / "hylorada_jax/models")
+    assert [name for name in files if not any((place / name).exists() for place in places)] == []
