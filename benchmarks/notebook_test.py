@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Its model is large enough for what LLVM takes to be given back.
+pytestmark = pytest.mark.optimized
+
 NOTEBOOK = Path(__file__).with_name("hylorada.ipynb")
 PLOTS = ("plots", "learned")
 # Rounding of thirty layers in float32, as a part of the largest logit.

@@ -46,6 +46,7 @@ def test_the_loop_of_ones_own_learns_its_batch_and_saves_the_adapter(tmp_path, c
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_the_readmes_lines_train_a_real_model_and_a_bank_holds_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope: dict = {}

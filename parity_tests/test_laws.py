@@ -102,7 +102,7 @@ def attached(config, resolved):
 
 
 def attached_linear():
-    return attached(HyLoRADAConfig(method="lora"), LORA | {DROPOUT_RATE: RATE})
+    return attached(HyLoRADAConfig(method="lora"), {"lora_A": EYE, "scaled_B": EYE, DROPOUT_RATE: RATE})
 
 
 def attached_sparse():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,8 +91,9 @@ def effect(model: HyLoRADAModel, component: str, input_ids: Any) -> float:
     """
     tensors = layout.flatten(model.sites, model.adapters)
     dropped = layout.unflatten(model.sites, without(model.sites, tensors, [component]))
+    run = jax.jit(model.apply)
     whole, rest = (
-        np.asarray(model.apply(adapters, jnp.asarray(input_ids)).logits, np.float64)
+        np.asarray(run(adapters, jnp.asarray(input_ids), frozen=model.frozen).logits, np.float64)
         for adapters in (model.adapters, dropped)
     )
     return float(np.linalg.norm(rest - whole) / np.linalg.norm(whole))

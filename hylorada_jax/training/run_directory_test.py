@@ -223,7 +223,7 @@ def test_a_damaged_run_file_is_an_error_and_marks_no_run(tmp_path, damage):
     run = a_run(tmp_path)
     run.run.write_bytes(damage(run.run.read_bytes()))
     for how in FLAGS.values():
-        assert len(refused(tmp_path, r"run\.json", **how)) < 500
+        assert len(refused(tmp_path, r"run\.json", **how).replace(str(tmp_path), "")) < 500
 
 
 def test_a_lost_run_file_is_an_error(tmp_path):

@@ -153,7 +153,6 @@ def rows_of(ids):
     [
         pytest.param(ALL_ON, id="all on"),
         pytest.param(HyLoRADAConfig(method="longlora", lora_rank=2, s2_group_size=16), id="longlora"),
-        pytest.param(HyLoRADAConfig(method="hylorada_v2", lora_rank=2), id="hylorada_v2"),
     ],
 )
 def test_a_bfloat16_base_sums_its_gradients_in_float32(config):

@@ -274,7 +274,7 @@ def test_an_evaluation_that_is_not_finite_names_its_documents_and_its_step(tmp_p
         train(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("name", [NAMES["pattern"], NAMES["signs"]], ids=["pattern", "signs"])
 def test_any_name_keeps_and_resumes_a_run(tmp_path, reference, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     directory = Path(name, "..", name, "run")
@@ -466,7 +466,7 @@ def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_c
 
     rng = np.random.default_rng(int(os.environ.get("KILL_SEED", "0")))
     directory, killed_at = tmp_path / "killed", []
-    for _ in range(5):
+    for _ in range(3):
         process = child(directory, compilation_cache, steps=steps)
         # From the first line of its log on, anything may be under way: a step, a save, a rename, the end.
         already = len(read_metrics(directory / "metrics.jsonl"))
@@ -498,6 +498,9 @@ def test_two_devices_give_the_loss_of_one(tmp_path, compilation_cache):
     np.testing.assert_allclose(losses[1][:2], losses[0][:2], rtol=1e-6)  # before and in the first step
     # Adam divides a gradient by its own size, and so carries its rounding into the following steps.
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    refusal = child(tmp_path / "odd", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, steps=3)
-    assert refusal.wait(timeout=600) != 0
-    assert "devices must divide" in errors_of(tmp_path / "odd").read_text()
+
+
+def test_a_number_of_devices_that_does_not_divide_the_rows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ConfigError, match="devices must divide"):
+        train(tmp_path)
