@@ -25,7 +25,7 @@ from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.saved.adapter_files import write_files
 from hylorada_jax.saved.saved_adapter import base_name
 from hylorada_jax.training.report import MetricsLog, plot_losses
-from parity_tests.report import write as write_report
+from parity_tests.environment import write_record
 
 # What glob, fnmatch, format, URLs, shells and printf would read; the longest name; bytes that are not UTF-8.
 NAMES = {
@@ -86,7 +86,7 @@ WRITERS = {
     "adapter_model.safetensors": lambda path: write_files(path.parent, b"new", b"new"),
     "metrics.jsonl": lambda path: MetricsLog(path, path.parent / "board", last_step=0).__exit__(*[None] * 3),
     "loss.png": lambda path: plot_losses([{"step": 1, "loss": 2.0}], path),
-    "parity.json": lambda path: write_report([], path, "hylorada parity"),
+    "parity.json": lambda path: write_record(path, {}),
 }
 
 
