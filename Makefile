@@ -4,7 +4,7 @@ PYTHON ?= python3
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(VENV)/bin/python $(INSTALL) -c constraints.txt
 
-.PHONY: finetune test test-quick test-current test-transformers5 current-python mutate fuzz lint clean
+.PHONY: finetune test test-quick test-apart test-current test-transformers5 current-python mutate fuzz lint clean
 
 finetune: $(VENV)/.installed
 	$(VENV)/bin/hylorada finetune --output runs/finetune $(ARGS)
@@ -14,10 +14,14 @@ RUN_PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 PYTEST := $(VENV)/bin/$(RUN_PYTEST)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not apart" $(ARGS)
 
 test-quick: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not apart" $(ARGS)
+
+# The notebook, README's lines, the compiler for TPUs, and the real model beside torch's: a minute or more each.
+test-apart: $(VENV)/.installed-dev
+	$(PYTEST) -m apart benchmarks parity_tests $(ARGS)
 
 # The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,
 # whose build there takes gigabytes, and without Hugging Face's Flax classes.

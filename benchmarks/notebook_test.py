@@ -61,12 +61,12 @@ def relative_differences(text):
     return [float(difference) / float(largest) for difference, largest in found]
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_adapters_start_as_the_base_model(executed):
     assert max(relative_differences(executed["identity"])) < ROUNDING
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_a_saved_adapter_comes_back_and_a_merged_or_exported_one_computes_the_same(executed):
     assert "equal logits: True" in executed["save"]
     assert "direct attention adaptation" in executed["refused"]
@@ -76,7 +76,7 @@ def test_a_saved_adapter_comes_back_and_a_merged_or_exported_one_computes_the_sa
         assert max(relative_differences(executed["torch"])) < ROUNDING
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_the_table_has_every_model(executed, kept):
     tables = (executed["compare"], text_of(kept["compare"]["outputs"]))
     for table in tables:
@@ -89,7 +89,7 @@ def test_the_table_has_every_model(executed, kept):
         assert all(1 < float(number) < math.inf for row in rows for number in row[2:])
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_generation_continues_the_prompt(executed):
     before, after = executed["generate"].split("--- after ---\n")
     assert "def read_lines(path):" in before

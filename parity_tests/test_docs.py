@@ -45,7 +45,7 @@ def test_the_loop_of_ones_own_learns_its_batch_and_saves_the_adapter(tmp_path, c
     assert not jnp.array_equal(loaded(ids).logits, base(ids).logits)
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 @pytest.mark.optimized
 def test_the_readmes_lines_train_a_real_model_and_a_bank_holds_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 from parity_tests.smollm2 import BATCHES, BOUNDS, ORACLE, measure, plot
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 @pytest.mark.optimized
 def test_smollm2(tmp_path):
     # Where there is float64, it tells the most; `python -m parity_tests.smollm2` measures float32 beside it.

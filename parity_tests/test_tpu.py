@@ -22,7 +22,7 @@ INCLUDES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_everything_compiles_for_v5e(tmp_path):
     try:
         libtpu_directory()
