@@ -77,8 +77,7 @@ def test_life_of_an_adapter(base, method, tmp_path):
     assert sum(leaf.size for leaf in jax.tree.leaves(model.adapters)) == model.num_trainable
 
 
-# All leaves are in these.
-@pytest.mark.parametrize("method", ["longlora", "sparse", "hylorada_v2", "hylorada"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_leaf_gets_a_gradient_within_two_steps(base, method):
     model = HyLoRADAModel(base, HyLoRADAConfig(method=method, lora_rank=2, detach_norm=False))
     loss = lambda adapters, frozen: jnp.mean(model.apply(adapters, IDS, frozen=frozen).logits ** 2)
