@@ -11,9 +11,9 @@ MAX_HEADER_BYTES = 4 * 2**20
 
 
 def read_header(
-    path: Path, rule: str, error: type[HyLoRADAError], remedy: str
+    path: Path, rule: str, error: type[HyLoRADAError], remedy: str, *, limit: int = MAX_HEADER_BYTES
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype and the shape of every tensor of an adapter's file.
+    """The dtype and the shape of every tensor in a file.
 
     safetensors checks that dtypes are known, and that shapes, offsets and the file's size agree without gaps.
 
@@ -22,6 +22,7 @@ def read_header(
         rule: what the file must be, for the error.
         error: the class of the error.
         remedy: for the error.
+        limit: of the header, in bytes.
 
     Returns:
         {name: (safetensors' name of the dtype, as "F32", shape)}.
@@ -34,8 +35,8 @@ def read_header(
             raise error(rule, f"{path}: no such file", remedy)
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise error(rule, f"{path}: a header of {length:,} bytes", remedy)
+        if length > limit:
+            raise error(rule, f"{path}: a header of {length:,} bytes, more than {limit:,}", remedy)
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}

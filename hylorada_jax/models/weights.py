@@ -12,10 +12,13 @@ from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io.safetensors_header import read_header
 
 # A hundred thousand tensors. The library itself admits 100 MB, of which Python makes more than a GiB.
 _MAX_HEADER_BYTES = 8 * 2**20
 _MAX_AXES = 8
+_RULE = "A safetensors file must be complete and well formed."
+_REMEDY = "The file is truncated or damaged: download it again."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 TreePath = tuple[str, ...]
@@ -52,24 +55,20 @@ class SafetensorsWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in files:
-            _check_header(file)
-            with _open(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                    view = tensors.get_slice(name)
-                    if name in self._files:
-                        raise ModelError(
-                            "A tensor must be in one shard only.",
-                            f"{name} in {self._files[name]} and {file}",
-                            "Remove the files that are left over from another download.",
-                        )
-                    self._files[name] = file
-                    shape = self.shapes[name] = tuple(view.get_shape())
-                    if 0 in shape or len(shape) > _MAX_AXES:
-                        raise ModelError(
-                            f"A tensor must have values, and at most {_MAX_AXES} axes.",
-                            f"{name} of shape {shape[:_MAX_AXES]} in {file}",
-                            "The file is damaged, or not of a model: download it again.",
-                        )
+            for name, (_, shape) in _header(file).items():
+                if name in self._files:
+                    raise ModelError(
+                        "A tensor must be in one shard only.",
+                        f"{name} in {self._files[name]} and {file}",
+                        "Remove the files that are left over from another download.",
+                    )
+                self._files[name], self.shapes[name] = file, shape
+                if 0 in shape or len(shape) > _MAX_AXES:
+                    raise ModelError(
+                        f"A tensor must have values, and at most {_MAX_AXES} axes.",
+                        f"{name} of shape {shape[:_MAX_AXES]} in {file}",
+                        "The file is damaged, or not of a model: download it again.",
+                    )
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -92,35 +91,18 @@ class SafetensorsWeights:
 def tensor_names(files: Iterable[Path]) -> Iterator[str]:
     """The names of the tensors in safetensors files, from their headers."""
     for file in files:
-        _check_header(file)
-        with _open(file) as tensors:
-            yield from tensors.keys()
+        yield from _header(file)
 
 
-def _check_header(file: Path) -> None:
-    """Raises on a header that is too large, before the library reads it."""
-    try:
-        with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-    except OSError as error:
-        raise _damaged(file, error) from error
-    if length > _MAX_HEADER_BYTES:
-        raise _damaged(file, f"a header of {length:,} bytes, more than {_MAX_HEADER_BYTES:,}")
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return read_header(file, _RULE, ModelError, _REMEDY, limit=_MAX_HEADER_BYTES)
 
 
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, why: object) -> ModelError:
-    return ModelError(
-        "A safetensors file must be complete and well formed.",
-        f"{file}: {why}",
-        "The file is truncated or damaged: download it again.",
-    )
+        raise ModelError(_RULE, f"{file}: {error}", _REMEDY) from error
 
 
 @dataclass(frozen=True)
