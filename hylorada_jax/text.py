@@ -67,7 +67,17 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def cut(text: str, length: int) -> str:
+    """The beginning of a text that is longer than a message has room for.
+
+    Example:
+        >>> cut("abc", 3), cut("abcd", 3)
+        ('abc', 'abc…')
+    """
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def short(names: Sequence[str]) -> str:
     """The first names of a long list, and how many more there are."""
-    first = ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in names[:8])
+    first = ", ".join(cut(name, 200) for name in names[:8])
     return (first + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "none"

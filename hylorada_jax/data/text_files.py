@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.text import parse_json, well_formed
+from hylorada_jax.text import cut, parse_json, well_formed
 
 COLUMN = "text"
 """The column, or the key of an object, that has a row's text."""
@@ -253,7 +253,7 @@ def _column(names: Sequence[str], path: Path) -> int:
 
 def _columns(names: Any) -> str:
     """The names of columns, as many and as much of each as a message has room for."""
-    short = [name if len(name) <= 40 else f"{name[:40]}…" for name in map(well_formed, names)]
+    short = [cut(well_formed(name), 40) for name in names]
     return ", ".join(short[:12]) + (f", … ({len(short)})" if len(short) > 12 else "")
 
 

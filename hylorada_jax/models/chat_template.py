@@ -5,6 +5,7 @@ from typing import Any
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.models.template_process import SECONDS, run_template
+from hylorada_jax.text import cut
 
 MAX_TEMPLATE = 2**18
 """The characters of a template: ten times the longest that is known."""
@@ -122,5 +123,4 @@ def _not_json(place: str, received: str) -> DataError:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return cut(repr(value), 200)

@@ -14,6 +14,7 @@ from typing import Any
 import re2  # type: ignore[import-untyped]
 
 from hylorada_jax.errors import TargetError
+from hylorada_jax.text import cut
 
 MAX_SIZE = 3000
 """The characters of a pattern, and RE2's instructions for it: the automaton's states then fit in memory."""
@@ -165,4 +166,4 @@ def _invalid(pattern: str, reason: str, remedy: str) -> TargetError:
 
 
 def _short(pattern: str) -> str:
-    return repr(pattern if len(pattern) <= 200 else pattern[:200] + "…")
+    return repr(cut(pattern, 200))
