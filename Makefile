@@ -19,7 +19,8 @@ test: $(VENV)/.installed-dev
 test-quick: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow and not apart" $(ARGS)
 
-# The notebook, README's lines, the compiler for TPUs, and the real model beside torch's: a minute or more each.
+# The notebook, README's lines, three benchmarks, the compiler for TPUs, and the real model beside torch's: a minute
+# or more each.
 test-apart: $(VENV)/.installed-dev
 	$(PYTEST) -m apart benchmarks parity_tests $(ARGS)
 

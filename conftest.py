@@ -46,6 +46,9 @@ SLOW_FILES = (
 )  # fmt: skip
 
 
+# Benchmarks that are run whole, on next to nothing: `make test-apart` runs these too.
+APART_FILES = ("optimize_hylorada_test", "step_time_test", "time_series_test")
+
 # What a user does, from loading a model to merging its adapter: `make test-current` runs these too.
 MAIN_JOB_FILES = ("cli_test", "model_test", "trainer_test")
 
@@ -55,6 +58,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+        if item.path.stem in APART_FILES:
+            item.add_marker(pytest.mark.apart)
         if item.path.stem in MAIN_JOB_FILES:
             item.add_marker(pytest.mark.main_job)
 
