@@ -1,11 +1,43 @@
-"""The output head of transformers' Flax models, which rounds its logits to the model's dtype, repaired."""
+"""The output head of transformers' Flax models: where it lies, and its logits, unrounded."""
 
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+from transformers import FlaxPreTrainedModel
 
+from hylorada_jax.errors import ModelError
 from hylorada_jax.math.loss import logits
+from hylorada_jax.models.weights import TreePath
+
+# Where a tied output embedding lies, for the families whose logits are exactly hidden · headᵀ.
+_EMBEDDINGS: dict[str, TreePath] = {
+    "gpt2": ("transformer", "wte"),
+    "gpt_neo": ("transformer", "wte"),
+    "bloom": ("transformer", "word_embeddings"),
+    "opt": ("model", "decoder", "embed_tokens"),
+    "xglm": ("model", "embed_tokens"),
+    "llama": ("model", "embed_tokens"),
+    "mistral": ("model", "embed_tokens"),
+    "gemma": ("model", "embed_tokens"),
+}
+
+
+def embedding_path(model: FlaxPreTrainedModel) -> TreePath:
+    """Where the embedding lies that a causal language model's head is tied to.
+
+    Raises:
+        ModelError: the model has another head, or none.
+    """
+    path, kind = _EMBEDDINGS.get(model.config.model_type), type(model).__name__
+    if path is None or not kind.endswith(("LMHeadModel", "ForCausalLM")):
+        raise ModelError(
+            "The built-in loss needs a causal language model whose logits are hidden states times an "
+            f"embedding: {', '.join(_EMBEDDINGS)}.",
+            kind,
+            "Call the adapted model and compute your own loss from its output.",
+        )
+    return path
 
 
 def float32_logits() -> Any:
