@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("suite")
 
 # More than twenty seconds each: whole models, most of it compilation. `make test-quick` leaves them out.
 SLOW_FILES = (
-    "adapter_bank_test", "cli_test", "decoder_test", "hf_attention_test", "hf_flax_test", "hf_t5_test",
+    "adapter_bank_test", "cli_test", "decoder_test", "hf/attention_test", "hf/base_test", "hf/t5_test",
     "merged_test", "model_test", "step_test", "surgery_test", "test_config_layouts", "test_decoder",
     "test_evaluation", "test_files", "test_fuzz", "test_hf_flax_faults", "test_loading", "test_longlora",
     "test_models", "test_peft", "test_peft_files", "test_peft_settings", "test_precision",
@@ -56,7 +56,7 @@ MAIN_JOB_FILES = ("cli_test", "model_test", "trainer_test")
 def pytest_collection_modifyitems(items):
     """Marks the tests of these files."""
     for item in items:
-        if item.path.stem in SLOW_FILES:
+        if {item.path.stem, f"{item.path.parent.name}/{item.path.stem}"} & {*SLOW_FILES}:
             item.add_marker(pytest.mark.slow)
         if item.path.stem in APART_FILES:
             item.add_marker(pytest.mark.apart)

@@ -15,6 +15,7 @@ from .io.hub import offline as offline
 from .model import HyLoRADAModel as HyLoRADAModel
 from .models.causal_lm import CausalLM as CausalLM
 from .models.loading import load_model as load_model
+from .models.module_kinds import register_linear as register_linear
 from .models.tokenizer import load_tokenizer as load_tokenizer
 from .modules.attention import DirectAttentionAdapter as DirectAttentionAdapter
 from .modules.attention import PositionalDAA as PositionalDAA

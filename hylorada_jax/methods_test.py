@@ -62,7 +62,7 @@ ROUNDING = 2e-5
 @functools.cache
 def base_model(family):
     if family == "gpt2":
-        hf = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
+        hf = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError).transformers
         # c_attn alone holds q, k and v; biases everywhere.
         config = hf.GPT2Config(
             n_layer=2, n_head=2, n_embd=8, vocab_size=VOCAB, n_positions=32, initializer_range=0.3

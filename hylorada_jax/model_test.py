@@ -30,7 +30,7 @@ def qwen2(**settings):
 
 
 def gpt2():
-    hf = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
+    hf = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError).transformers
     config = hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     model = hf.FlaxGPT2LMHeadModel(config)
     model.params = shaken(model.params)

@@ -17,8 +17,8 @@ if not hasattr(transformers, "FlaxPreTrainedModel"):
     pytest.skip("this transformers has no Flax models", allow_module_level=True)
 
 from hylorada_jax.errors import DataError, ModelError
-from hylorada_jax.models import hf_flax, hf_flax_loading
-from hylorada_jax.models.hf_flax_faults import CHECKED, check_hf_flax
+from hylorada_jax.models.hf import base, loading
+from hylorada_jax.models.hf.faults import CHECKED, check_hf_flax
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.wrapped import as_base
 from parity_tests.hf_weights import randomise
@@ -185,9 +185,9 @@ def test_what_flax_computes_otherwise_is_refused_by_name(case, tmp_path, monkeyp
         load_model(tmp_path)
     with pytest.raises(ModelError, match=message):
         check_hf_flax(model.config)
-    for module in (hf_flax, hf_flax_loading):
+    for module in (base, loading):
         monkeypatch.setattr(module, "check_hf_flax", lambda config: None)
-    monkeypatch.setattr(hf_flax_loading, "check_family", lambda family: None)
+    monkeypatch.setattr(loading, "check_family", lambda family: None)
     if case in LOUD:
         with pytest.raises(ModelError, match=LOUD[case]):
             error(model, load_model(tmp_path))

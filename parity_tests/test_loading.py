@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.gguf_test import write_gguf
-from hylorada_jax.models.hf_flax_faults import check_hf_flax
+from hylorada_jax.models.hf.faults import check_hf_flax
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer

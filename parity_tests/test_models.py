@@ -12,8 +12,7 @@ from hylorada_jax.config import METHODS
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.loading import DECODER_FAMILIES
 from hylorada_jax.models.wrapped import as_base
-from hylorada_jax.surgery.modules import ATTENTIONS
-from parity_tests.families import FAMILIES, jax_base, measuring
+from parity_tests.families import FAMILIES, HF_FLAX, jax_base, measuring
 from parity_tests.models import (
     CONFIGS,
     FULLEST,
@@ -33,10 +32,13 @@ def test_every_method_and_every_family_is_registered():
     assert {name for _, name in MATRIX} == set(CONFIGS)
     assert {family for family, _ in MATRIX} == set(FAMILIES)
     # What hylorada_jax adapts whole, attention included: the families of our decoder, and of HF's these.
-    theirs = [kind.removeprefix("Flax").lower() for kind in ATTENTIONS if kind.startswith("Flax")]
-    found = {family for family in FAMILIES for kind in theirs if kind.startswith(family)}
-    assert len(found) == len(theirs) == len(ATTENTIONS) - 1
-    assert set(FAMILIES) == {*DECODER_FAMILIES, *found}
+    assert set(FAMILIES) == {*DECODER_FAMILIES, *HF_FLAX}
+
+
+def test_every_attention_of_hugging_faces_that_is_ours_is_registered():
+    attention = pytest.importorskip("hylorada_jax.models.hf.attention", exc_type=ImportError)
+    theirs = [cls.__name__.removeprefix("Flax").lower() for cls in attention.ATTENTIONS]
+    assert [next(f for f in HF_FLAX if name.startswith(f)) for name in theirs] == list(HF_FLAX)
 
 
 # Quick where the program is small.

@@ -20,6 +20,7 @@ from hylorada_jax.math import rope
 from hylorada_jax.math.attention import Pattern, attend
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.module_kinds import register
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -70,6 +71,9 @@ class RMSNorm(nn.Module):
         return scale * normed.astype(x.dtype)
 
 
+register(RMSNorm, "norm")
+
+
 class DecoderAttention(nn.Module):
     """Grouped-query self-attention with rotary positions, and with norms over queries and keys for Qwen3."""
 
@@ -109,6 +113,9 @@ class DecoderAttention(nn.Module):
             patterns = jax.tree.map(partial(jnp.where, slides), step.patterns[1], patterns)
         attended = attend(query, key, value, patterns, daa_of(self)).reshape(*x.shape[:2], -1)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
+
+
+register(DecoderAttention, "attention")
 
 
 class MLP(nn.Module):

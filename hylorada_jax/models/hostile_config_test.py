@@ -194,19 +194,19 @@ HOSTILE_FLAX: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("key", "values", "rest"), HOSTILE_FLAX, ids=lambda row: str(row)[:60])
 def test_a_wrong_value_of_a_flax_model_is_refused_by_name(tmp_path, monkeypatch, key, values, rest):
-    pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError)
+    pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError)
     for value in values:
         refused(tmp_path, {**rest, key: value}, key, monkeypatch)
 
 
 @pytest.mark.parametrize("config", [GPT2, NEO, T5, MARIAN], ids=lambda config: config["model_type"])
 def test_these_configs_are_right_otherwise(tmp_path, config):
-    pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError)
+    pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError)
     assert empty_model(write(tmp_path, config)).config.vocab_size == 60
 
 
 def test_a_flax_model_has_no_more_layers_than_its_weights(tmp_path, monkeypatch):
-    pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError)
+    pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError)
     for layers in range(2):
         save_file({f"h.{layers}.ln_1.bias": np.ones(24)}, tmp_path / f"model-{layers}.safetensors")
     assert empty_model(write(tmp_path, GPT2)).config.vocab_size == 60

@@ -16,7 +16,6 @@ from hylorada_jax.evaluation.retrieval import evaluate_retrieval
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.hf_flax import HFFlaxModel
 from hylorada_jax.models.ids import check_tokens
 from hylorada_jax.models.tokenizer import Encoded
 
@@ -38,15 +37,15 @@ def adapted(method="hylorada_v2"):
 @functools.cache
 def hf(kind):
     """One of HF's Flax models without weights: it is asked for nothing but a refusal."""
-    transformers = pytest.importorskip("transformers", "4.57")
-    if not hasattr(transformers, f"Flax{kind}"):
-        pytest.skip("transformers without Flax models")
+    base = pytest.importorskip("hylorada_jax.models.hf.base", exc_type=ImportError)
+    import transformers
+
     configs = {
         "GPT2LMHeadModel": transformers.GPT2Config(VOCAB, 32, 16, 1, 2),
         "BertForMaskedLM": transformers.BertConfig(VOCAB, 16, 1, 2, 24),
         "BartForConditionalGeneration": transformers.BartConfig(VOCAB, 32, 1, 24, 2, 1, 24, 2, d_model=16),
     }
-    return HFFlaxModel(getattr(transformers, f"Flax{kind}")(configs[kind], _do_init=False))
+    return base.HFFlaxModel(getattr(transformers, f"Flax{kind}")(configs[kind], _do_init=False))
 
 
 def forward(kind, ids, **inputs):

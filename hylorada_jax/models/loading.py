@@ -45,7 +45,7 @@ def load_model(
 
     Returns:
         Our decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3; a Flax model of transformers for the other
-        families of ``hf_flax_faults.CHECKED`` (GPT-2, GPT-Neo, OPT, BERT, BART …).
+        families of ``hf.faults.CHECKED`` (GPT-2, GPT-Neo, OPT, BERT, BART …).
 
     Raises:
         ModelError: the model is not found, does not fit its config, is damaged, or would be computed wrongly.
@@ -110,14 +110,14 @@ def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTra
 def _hf_flax(source: Source) -> ModuleType:
     """The file that imports transformers, where that is there to be imported."""
     try:
-        from hylorada_jax.models import hf_flax_loading
+        from hylorada_jax.models.hf import loading
     except ImportError as error:
         raise ModelError(
             "Models outside the Llama family run in Flax classes of transformers 4.57, which 5 has no more.",
             f"model_type {source.config.get('model_type')!r}; {_installed('transformers')}",
             'pip install "hylorada[hf]"',
         ) from error
-    return hf_flax_loading
+    return loading
 
 
 def _installed(package: str) -> str:

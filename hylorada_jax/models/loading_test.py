@@ -112,8 +112,7 @@ def test_damaged_weights_are_named(tmp_path):
 
 def test_without_hugging_faces_flax_classes_the_error_says_which_version_has_them(tmp_path, monkeypatch):
     # As under transformers 5, whose import this file does not survive.
-    monkeypatch.setitem(sys.modules, "hylorada_jax.models.hf_flax_loading", None)
-    monkeypatch.delattr("hylorada_jax.models.hf_flax_loading", raising=False)
+    monkeypatch.setitem(sys.modules, "hylorada_jax.models.hf", None)
     path = save_model(tmp_path / "m", model_type="gpt2")
     with pytest.raises(ModelError, match=r"transformers 4\.57") as caught:
         load_model(path)
@@ -122,7 +121,7 @@ def test_without_hugging_faces_flax_classes_the_error_says_which_version_has_the
 
 
 def test_what_no_class_computes_is_refused(tmp_path):
-    pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError)
+    pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError)
     with pytest.raises(ModelError, match="model_type 'mamba'"):
         load_model(save_model(tmp_path / "m", model_type="mamba", architectures=["MambaForCausalLM"]))
     with pytest.raises(ModelError, match="model_type 'no-such'"):

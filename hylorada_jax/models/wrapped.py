@@ -6,6 +6,9 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.causal_lm import CausalLM
 
+# The files of HF's Flax models and of what wraps them, which are imported when such a model is at hand.
+_HF = ("transformers.modeling_flax_utils", "hylorada_jax.models.hf.base")
+
 
 def as_base(model: Any) -> BaseModel:
     """A base model behind the protocol of :class:`BaseModel`.
@@ -16,10 +19,10 @@ def as_base(model: Any) -> BaseModel:
     Raises:
         ModelError: the model is neither, or is known to compute wrongly for its config.
     """
-    if isinstance(model, CausalLM) or type(model).__name__ == "HFFlaxModel":
+    if isinstance(model, CausalLM):
         return model
-    if any(cls.__name__ == "FlaxPreTrainedModel" for cls in type(model).__mro__):
-        from hylorada_jax.models.hf_flax import HFFlaxModel  # imports transformers
+    if any(cls.__module__ in _HF for cls in type(model).__mro__):
+        from hylorada_jax.models.hf.base import HFFlaxModel  # imports transformers
 
         return HFFlaxModel.wrap(model)
     raise ModelError(

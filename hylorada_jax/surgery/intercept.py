@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,8 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import low_rank, position, sparse, structure
-from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, NORMS, Tree, takes_positions
+from hylorada_jax.models.module_kinds import kind_of
+from hylorada_jax.surgery.modules import Tree, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 
 COLLECTION = "hylorada"
@@ -121,24 +122,21 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
                 return next_fun(*args, **kwargs)
             finally:
                 self._pass = None
-        kind = type(module).__name__
-        if context.method_name != "__call__" or kind not in (*KERNEL_IS_OUT_IN, *NORMS, "Embed"):
+        kind = kind_of(context)
+        if kind is None or COLLECTION not in module.variables:
             return next_fun(*args, **kwargs)
-        if kind not in KERNEL_IS_OUT_IN:
-            if COLLECTION not in module.variables:
-                return next_fun(*args, **kwargs)
-            if kind == "Embed":
+        match kind.role:
+            case "linear":
+                return self._linear(next_fun, args, kwargs, context, kind.out_in)
+            case "embedding":
                 return self._embedded(module, args[0])
-            # A norm that names its dtype rounds to it by itself.
-            y = next_fun(*args, **kwargs)
-            return y if getattr(module, "dtype", None) else y.astype(args[0].dtype)
-        adapter = {
-            name: module.get_variable(COLLECTION, name)
-            for name in _RESOLVED
-            if module.has_variable(COLLECTION, name)
-        }
-        y = self._adapted(module, args[0], adapter) if "lora_A" in adapter else next_fun(*args, **kwargs)
-        return self._with_sparse(module, y, adapter) if "mask" in adapter else y
+            case "norm":  # one that names its dtype rounds to it by itself
+                y = next_fun(*args, **kwargs)
+                return y if getattr(module, "dtype", None) else y.astype(args[0].dtype)
+            case "attention":  # it reads its leaves itself
+                return next_fun(*args, **kwargs)
+            case _:
+                assert_never(kind.role)
 
     def _tokens(self, context: Any, args: Any, kwargs: Any) -> _Pass | None:
         """The pass that this call begins, if it does, and if anything depends on its positions."""
@@ -170,15 +168,32 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         rows = jnp.take(module.get_variable("params", "embedding"), ids, axis=0)
         return rows.astype(module.dtype or self._dtype or rows.dtype)
 
-    def _adapted(self, module: Any, inputs: Array, adapter: dict[str, Array]) -> Array:
-        bias = module.get_variable("params", "bias") if module.use_bias else None
+    def _linear(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any, out_in: bool
+    ) -> Any:
+        """The call of a linear module with its adapters."""
+        module = context.module
+        adapter = {
+            name: module.get_variable(COLLECTION, name)
+            for name in _RESOLVED
+            if module.has_variable(COLLECTION, name)
+        }
+        if "lora_A" in adapter:
+            x, *_ = inspect.signature(context.orig_method).bind(*args, **kwargs).args
+            y = self._adapted(module, x, adapter, out_in)
+        else:
+            y = next_fun(*args, **kwargs)
+        return self._with_sparse(module, y, adapter) if "mask" in adapter else y
+
+    def _adapted(self, module: Any, inputs: Array, adapter: dict[str, Array], out_in: bool) -> Array:
+        # Of these, a class that is not flax's has what it needs.
+        bias = module.get_variable("params", "bias", None)
+        dtype, precision = getattr(module, "dtype", None), getattr(module, "precision", None)
         x, kernel, bias = nn.dtypes.promote_dtype(
-            inputs, module.get_variable("params", "kernel"), bias, dtype=module.dtype
+            inputs, module.get_variable("params", "kernel"), bias, dtype=dtype
         )
-        contracted = 1 if KERNEL_IS_OUT_IN[type(module).__name__] else 0
-        base = jax.lax.dot_general(
-            x, kernel, (((x.ndim - 1,), (contracted,)), ((), ())), precision=module.precision
-        )
+        axes = (((x.ndim - 1,), (1 if out_in else 0,)), ((), ()))
+        base = jax.lax.dot_general(x, kernel, axes, precision=precision)
         scales_bias = self._config.magnitude_scales_bias
         if bias is not None and scales_bias:
             base = base + bias

@@ -3,23 +3,20 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
 from jax import Array
 
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.models.module_kinds import ModuleKind, kind_of
 from hylorada_jax.surgery.targets import HEADS
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
 
-# How each linear module holds its kernel. HF's FlaxConv1D is known by name: its file imports transformers.
-KERNEL_IS_OUT_IN = {"Dense": False, "FlaxConv1D": True}
-# Attention modules that read their direct adaptation from the collection "hylorada".
-ATTENTIONS = ("DecoderAttention", "FlaxGPT2Attention", "FlaxBertSelfAttention", "FlaxT5Attention")
 CROSS_ATTENTIONS = ("crossattention", "EncDecAttention")
-NORMS = ("LayerNorm", "RMSNorm", "FlaxT5LayerNorm")
 # T5's table of relative positions is an nn.Embed, but embeds no token and no position.
 NOT_EMBEDDINGS = ("relative_attention_bias", *HEADS)
 # nn.scan stacks the parameters of this submodule along a first axis, one slice per layer.
@@ -141,7 +138,11 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
             taken for the weights. It must not be jitted, or jax may answer from its cache.
 
     Returns:
-        Linear modules with a kernel of their own, self-attentions, embeddings but not the output head, norms.
+        Linear modules with a kernel of their own, self-attentions, embeddings but not the output head, norms;
+        by their classes, see :mod:`hylorada_jax.models.module_kinds`.
+
+    Raises:
+        ConfigError: a registered linear module does not hold its weight as a matrix named kernel.
 
     Example:
         >>> class Net(nn.Module):
@@ -152,42 +153,59 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
         >>> find_modules(lambda key: Net().init(key, jnp.ones((1, 2)))["params"]).linear_names
         ['fc']
     """
-    called: dict[Path, tuple[str, int]] = {}
+    called: dict[Path, tuple[nn.Module, ModuleKind]] = {}
     taking: set[Path] = set()
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        kind = type(context.module).__name__
         if takes_positions(context.orig_method):
             taking.add(context.module.path)
-        if context.method_name == "__call__":
-            heads = context.module.config.num_attention_heads if kind in ATTENTIONS else 0
-            called[context.module.path] = kind, heads
+        if (kind := kind_of(context)) is not None:
+            called[context.module.path] = context.module, kind
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
         # A function of its own: jax would answer from its cache for one that was traced before, and the
         # recorder would see nothing.
         shapes = jax.eval_shape(lambda key: init(key), jax.random.key(0))
-    found: dict[str, list[Any]] = {"linears": [], "attentions": [], "embeddings": [], "norms": []}
+    linears: list[Linear] = []
+    attentions: list[Attention] = []
+    embeddings: list[Holder] = []
+    norms: list[Holder] = []
     for path in sorted(called):
-        kind, heads = called[path]
+        module, kind = called[path]
         leaves = _leaves(shapes, path)
-        common = (path, *_names(path, leaves))
-        own = tuple(
-            (leaf[0], shape[1:] if common[-1] else shape) for leaf, shape in leaves.items() if len(leaf) == 1
+        names, stacked = _names(path, leaves)
+        own = {leaf[0]: shape[1:] if stacked else shape for leaf, shape in leaves.items() if len(leaf) == 1}
+        match kind.role:
+            case "linear":
+                # A tied head runs as a Dense on another module's kernel: it has no leaf, and is left out.
+                if "kernel" in own or (path and leaves):
+                    sizes = _sizes(module, own, kind.out_in)
+                    linears.append(Linear(path, names, stacked, *sizes, kind.out_in))
+            case "attention":
+                if path[-1] not in CROSS_ATTENTIONS and path[-2] not in CROSS_ATTENTIONS:
+                    attentions.append(Attention(path, names, stacked, module.config.num_attention_heads))
+            case "embedding":
+                if own and path[-1] not in NOT_EMBEDDINGS:
+                    embeddings.append(Holder(path, names, stacked, tuple(own.items())))
+            case "norm":
+                if own:
+                    norms.append(Holder(path, names, stacked, tuple(own.items())))
+            case _:
+                assert_never(kind.role)
+    return Modules(tuple(linears), tuple(attentions), tuple(embeddings), tuple(norms), bool(taking))
+
+
+def _sizes(module: nn.Module, own: Mapping[str, tuple[int, ...]], out_in: bool) -> tuple[int, int]:
+    """d_in and d_out of a linear module."""
+    kernel = own.get("kernel", ())
+    if len(kernel) != 2:
+        raise ConfigError(
+            "A linear module must hold its weight as a matrix, in a parameter of its own named kernel.",
+            f"{type(module).__name__} at {'.'.join(module.path)} with {dict(own)}",
+            "Name the parameter kernel, or do not register the class with register_linear.",
         )
-        # A tied head runs as a Dense on another module's kernel: it has no leaf of its own, and is left out.
-        if kind in KERNEL_IS_OUT_IN and "kernel" in dict(own):
-            out_in = KERNEL_IS_OUT_IN[kind]
-            d_in, d_out = dict(own)["kernel"][:: -1 if out_in else 1]
-            found["linears"].append(Linear(*common, d_in, d_out, out_in))
-        elif kind in ATTENTIONS and path[-1] not in CROSS_ATTENTIONS and path[-2] not in CROSS_ATTENTIONS:
-            found["attentions"].append(Attention(*common, heads))
-        elif kind == "Embed" and own and path[-1] not in NOT_EMBEDDINGS:
-            found["embeddings"].append(Holder(*common, own))
-        elif kind in NORMS and own:
-            found["norms"].append(Holder(*common, own))
-    return Modules(**{kind: tuple(modules) for kind, modules in found.items()}, take_positions=bool(taking))
+    return (kernel[1], kernel[0]) if out_in else (kernel[0], kernel[1])
 
 
 def _leaves(shapes: Any, path: Path) -> dict[Path, tuple[int, ...]]:

@@ -1,42 +1,34 @@
-"""Hugging Face's Flax models behind the face of a base model."""
+"""Hugging Face's Flax models as base models."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from transformers import FlaxPreTrainedModel, PretrainedConfig
+from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
+from transformers.models.t5.modeling_flax_t5 import FlaxT5LayerNorm
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
 from hylorada_jax.models.base_model import require_generation
-from hylorada_jax.models.generate import check_settings, is_greedy, not_finite, pad_left
-from hylorada_jax.models.hf_attention import SharedAttention
-from hylorada_jax.models.hf_flax_faults import check_hf_flax
-from hylorada_jax.models.hf_head import float32_logits
+from hylorada_jax.models.hf.bound import bind
+from hylorada_jax.models.hf.faults import check_hf_flax
+from hylorada_jax.models.hf.generate import generate
+from hylorada_jax.models.hf.head import embedding_path
 from hylorada_jax.models.ids import check_prompts, check_tokens
+from hylorada_jax.models.module_kinds import register, register_linear
 from hylorada_jax.models.positions import check_range
-from hylorada_jax.models.weights import TreePath
 
-if TYPE_CHECKING:
-    from transformers import FlaxPreTrainedModel, PretrainedConfig
-
-# Where a tied output embedding lies, for the families whose logits are exactly hidden · headᵀ.
-_EMBEDDINGS: dict[str, TreePath] = {
-    "gpt2": ("transformer", "wte"),
-    "gpt_neo": ("transformer", "wte"),
-    "bloom": ("transformer", "word_embeddings"),
-    "opt": ("model", "decoder", "embed_tokens"),
-    "xglm": ("model", "embed_tokens"),
-    "llama": ("model", "embed_tokens"),
-    "mistral": ("model", "embed_tokens"),
-    "gemma": ("model", "embed_tokens"),
-}
+# Every Flax model of transformers passes through this file before adapters attach to it.
+register_linear(FlaxConv1D, out_in=True)
+register(FlaxT5LayerNorm, "norm")
 
 # The families whose self-attention is ours and knows positions; of these, the causal ones take groups.
 _OURS = ("gpt2", "bert")
@@ -48,7 +40,7 @@ _PADDED_TABLES = ("roberta", "xlm-roberta")
 
 @dataclass(frozen=True, eq=False)
 class HFFlaxModel:
-    """A Hugging Face Flax model with the face of a base model; its weights are shared, never copied.
+    """A Hugging Face Flax model as a base model; its weights are shared, never copied.
 
     The frozen base runs deterministically, also in training: `rngs` reach the adapters, not its own dropout.
     GPT-2 and BERT count positions from the first real token, so that padding on either side changes nothing.
@@ -96,18 +88,21 @@ class HFFlaxModel:
         return () if named is None else tuple(np.atleast_1d(named).tolist())
 
     @classmethod
-    def wrap(cls, model: FlaxPreTrainedModel) -> HFFlaxModel:
-        """The face of a model.
+    def wrap(cls, model: Any) -> HFFlaxModel:
+        """A model as a base model.
 
         Args:
-            model: any Flax model of transformers that holds its weights.
+            model: any Flax model of transformers that holds its weights; one that is wrapped already is
+                given back.
 
         Returns:
-            The face.
+            The base model.
 
         Raises:
             ModelError: the model computes wrongly for its config, see `check_hf_flax`, or has no weights.
         """
+        if isinstance(model, cls):
+            return model
         check_hf_flax(model.config)
         if not model._is_initialized:
             raise ModelError(
@@ -226,7 +221,7 @@ class HFFlaxModel:
         if position_ids is None:
             position_ids = self._counted(input_ids.shape, inputs.get("attention_mask"), segment_ids)
         given = {"position_ids": position_ids, **inputs}
-        model = self._bound(variables, rngs or {}, segment_ids, groups)
+        model = bind(self.model, variables, rngs or {}, segment_ids, groups)
         return model(
             input_ids, return_dict=True, **{name: value for name, value in given.items() if value is not None}
         )
@@ -259,42 +254,20 @@ class HFFlaxModel:
         mask = None if mask is None else jnp.asarray(mask, jnp.int32)
         return default_positions(shape, attention_mask=mask, segment_ids=segment_ids)
 
-    def _bound(
-        self,
-        variables: Mapping[str, Any],
-        rngs: Mapping[str, Array],
-        segment_ids: Array | None = None,
-        groups: tuple[int, int] | None = None,
-    ) -> FlaxPreTrainedModel:
-        # HF's call prepares the inputs of each family, but hands the module nothing besides "params": so it
-        # gets a stand-in for the module, in a copy of the model, which adds the rest.
-        model = copy.copy(self.model)
-        model._module = _Bound(self.model.module, variables, rngs, segment_ids, groups)
-        return model
-
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         variables: Mapping[str, Any] | None = None,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        rng: Array | None = None,
+        **settings: Any,
     ) -> list[list[int]]:
         """Continues prompts by Hugging Face's own generation; the settings are those of our decoder's.
 
         Args:
             prompts: token ids, one list per prompt, of any lengths; what the encoder reads, if there is one.
             variables: as in `forward`; the model's own parameters when absent.
-            max_new_tokens: tokens to add at most.
-            temperature: 0 takes the most likely token.
-            top_k: sample among the k most likely.
-            top_p: sample among the most likely that together have probability p.
-            eos_token_id: the token or tokens that end a row; None: the model's own; (): none.
-            rng: a `jax.random` key, needed when temperature > 0.
+            **settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng; without eos_token_id the
+                model's own end tokens count, and with () none.
 
         Returns:
             The new tokens of every prompt, with the end token if one came.
@@ -308,42 +281,10 @@ class HFFlaxModel:
         """
         require_generation(self)
         check_prompts(prompts, self.token_limit)
-        check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
-        ends = self.end_token_ids if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
-        ids = pad_left(prompts, bucket=False)
-        mask = pad_left([[1] * len(prompt) for prompt in prompts], bucket=False)
-        width = ids.shape[1]
-        if self.config.is_encoder_decoder:
-            # An encoder may count positions from the first column; the answer begins with one start token.
-            ids, mask = (
-                np.stack([np.roll(r, sum(m)) for r, m in zip(x, mask, strict=True)]) for x in (ids, mask)
-            )
-            width = 1
-        check_range((len(prompts), width + max_new_tokens), limit=self.position_limit)
-        greedy = is_greedy(temperature)
-        sampling = {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        model = self._bound(variables or {"params": self.params}, {})
-        sequences = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=not greedy,
-            num_beams=1,  # whatever the config says: each token is chosen by itself
-            logits_processor=[_flag_not_finite],
-            # Hugging Face stops at one token, and for None at the config's. For several, as for none, it gets
-            # one that is beyond the last, and the rows are cut below.
-            eos_token_id=ends[0] if len(ends) == 1 else self.config.vocab_size,
-            pad_token_id=ends[0] if len(ends) == 1 else 0,
-            prng_key=rng,
-            **{name: value for name, value in sampling.items() if value is not None},
-        ).sequences
-        rows = np.asarray(sequences)[:, width:].tolist()
-        mark = self.config.vocab_size
-        if broken := [(row.index(mark) + 1, number) for number, row in enumerate(rows, 1) if mark in row]:
-            token, number = min(broken)
-            raise not_finite(f"at new token {token} of prompt {number}")
-        lengths = (next((i + 1 for i, token in enumerate(row) if token in ends), None) for row in rows)
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        if settings.get("eos_token_id") is None:
+            settings["eos_token_id"] = self.end_token_ids
+        model = bind(self.model, variables or {"params": self.params})
+        return generate(model, self.position_limit, prompts, **settings)
 
     def hidden(
         self, variables: Mapping[str, Any], input_ids: Int[Array, "batch seq"], **inputs: Any
@@ -352,56 +293,14 @@ class HFFlaxModel:
 
         Under `jax.jit`, XLA drops the logits that are computed beside them.
         """
-        self._embedding_path()
+        embedding_path(self.model)
         return self.forward(variables, input_ids, output_hidden_states=True, **inputs).hidden_states[-1]
 
     def head(self, variables: Mapping[str, Any]) -> Float[Array, "vocab d"]:
         """The output embedding, tied or not: logits = hidden · headᵀ."""
-        path, params = self._embedding_path(), variables["params"]
+        path, params = embedding_path(self.model), variables["params"]
         if not self.config.tie_word_embeddings:
             return params["lm_head"]["kernel"].T
         for key in path:
             params = params[key]
         return params["embedding"]
-
-    def _embedding_path(self) -> TreePath:
-        path, kind = _EMBEDDINGS.get(self.config.model_type), type(self.model).__name__
-        if path is None or not kind.endswith(("LMHeadModel", "ForCausalLM")):
-            raise ModelError(
-                "The built-in loss needs a causal language model whose logits are hidden states times an "
-                f"embedding: {', '.join(_EMBEDDINGS)}.",
-                kind,
-                "Call the adapted model and compute your own loss from its output.",
-            )
-        return path
-
-
-def _flag_not_finite(sequences: Array, logits: Array, length: Array) -> Array:
-    """Logits with a column more, of a token that is chosen if and only if they are not finite.
-
-    So Hugging Face's loop, which gives out nothing but tokens, need not stop for it. −∞ is allowed: other
-    processors before this one forbid tokens by it.
-    """
-    is_finite = jnp.all(logits < jnp.inf, axis=-1, keepdims=True)
-    kept = jnp.where(is_finite, logits, -jnp.inf)
-    return jnp.concatenate([kept, jnp.where(is_finite, -jnp.inf, 0).astype(kept.dtype)], axis=-1)
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A module whose `apply` adds to what Hugging Face's call gives it, with our attention and logits."""
-
-    module: nn.Module
-    variables: Mapping[str, Any]
-    rngs: Mapping[str, Array]
-    segment_ids: Array | None
-    groups: tuple[int, int] | None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-    def apply(self, inputs: Mapping[str, Any], *args: Any, rngs: Mapping[str, Array], **kwargs: Any) -> Any:
-        with SharedAttention(self.segment_ids, self.groups), float32_logits():
-            return self.module.apply(
-                {**inputs, **self.variables}, *args, rngs={**rngs, **self.rngs}, **kwargs
-            )

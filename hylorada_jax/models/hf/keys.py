@@ -98,7 +98,7 @@ def check_sizes(config: Any, layers: int | None) -> None:
     """Refuses sizes that do not fit together, or the weights, before a model is traced.
 
     Args:
-        config: a transformers ``PretrainedConfig`` of one of the families of ``hf_flax_faults.CHECKED``.
+        config: a transformers ``PretrainedConfig`` of one of the families of ``hf.faults.CHECKED``.
         layers: that the names of the tensors count, at most; None: no tensors are there.
 
     Raises:

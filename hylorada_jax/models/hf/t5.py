@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
 # The families whose Flax classes are T5's.
 REPAIRED = ("t5", "mt5")
@@ -82,7 +83,7 @@ def repair_t5() -> Any:
 
 def _compute_bias(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
-    if type(module).__name__ != "FlaxT5Attention" or context.method_name != "compute_bias":
+    if not isinstance(module, FlaxT5Attention) or context.method_name != "compute_bias":
         return next_fun(*args, **kwargs)
     buckets = relative_buckets(
         *args,

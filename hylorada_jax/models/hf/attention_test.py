@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-transformers = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
+transformers = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError).transformers
 
 from hylorada_jax.errors import ConfigError, ModelError  # noqa: E402
-from hylorada_jax.models.hf_flax import HFFlaxModel  # noqa: E402
+from hylorada_jax.models.hf.base import HFFlaxModel  # noqa: E402
 
 GPT2 = transformers.GPT2Config(
     vocab_size=50, n_positions=48, n_embd=16, n_layer=2, n_head=4, initializer_range=0.3
@@ -99,7 +99,7 @@ def test_head_mask_switches_heads_off():
 
 def test_daa_is_the_formula_on_the_logits():
     """One head's logits, α·S + β + bias[bucket(q − k)], written out in float64."""
-    from hylorada_jax.models.hf_attention import SharedAttention
+    from hylorada_jax.models.hf.attention import SharedAttention
 
     with jax.enable_x64(True):
         config = transformers.GPT2Config(n_embd=6, n_head=2, n_layer=1, n_positions=40, vocab_size=50)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-transformers = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
+transformers = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError).transformers
 
 from hylorada_jax.errors import ConfigError  # noqa: E402
-from hylorada_jax.models.hf_flax import HFFlaxModel  # noqa: E402
-from hylorada_jax.models.hf_t5 import RepairedT5, relative_buckets, repair_t5  # noqa: E402
+from hylorada_jax.models.hf.base import HFFlaxModel  # noqa: E402
+from hylorada_jax.models.hf.t5 import RepairedT5, relative_buckets, repair_t5  # noqa: E402
 
 # Short distances and few buckets, so that all are in use; a smooth activation, for finite differences.
 CONFIG = transformers.T5Config(

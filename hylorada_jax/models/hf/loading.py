@@ -1,4 +1,4 @@
-"""Loading Hugging Face's Flax models from PyTorch's files. The only file that imports transformers."""
+"""Loading Hugging Face's Flax models from PyTorch's files."""
 
 import re
 import warnings
@@ -15,9 +15,9 @@ from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tens
 
 from hylorada_jax.errors import HyLoRADAError, ModelError
 from hylorada_jax.models.end_tokens import end_tokens
-from hylorada_jax.models.hf_flax_faults import check_family, check_hf_flax
-from hylorada_jax.models.hf_flax_keys import check_keys, check_sizes
-from hylorada_jax.models.hf_t5 import REPAIRED, RepairedT5, repair_t5
+from hylorada_jax.models.hf.faults import check_family, check_hf_flax
+from hylorada_jax.models.hf.keys import check_keys, check_sizes
+from hylorada_jax.models.hf.t5 import REPAIRED, RepairedT5, repair_t5
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import (

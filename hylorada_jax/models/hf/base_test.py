@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-transformers = pytest.importorskip("hylorada_jax.models.hf_flax_loading", exc_type=ImportError).transformers
+transformers = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError).transformers
 
 from hylorada_jax.errors import DataError, ModelError, NonFiniteError  # noqa: E402
-from hylorada_jax.models.hf_flax import HFFlaxModel  # noqa: E402
+from hylorada_jax.models.hf.base import HFFlaxModel  # noqa: E402
 
 # A tiny model of every family whose logits are hidden states times an embedding, by its own config's names.
 TINY = {"vocab_size": 50, "max_position_embeddings": 32}

@@ -12,6 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+from transformers.models.bert.modeling_flax_bert import FlaxBertSelfAttention
+from transformers.models.gpt2.modeling_flax_gpt2 import FlaxGPT2Attention
+from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.math.attention import (
@@ -25,6 +28,7 @@ from hylorada_jax.math.attention import (
     shifted_patterns,
 )
 from hylorada_jax.models.daa import daa_of
+from hylorada_jax.models.module_kinds import called_class, register
 
 
 class SharedAttention:
@@ -55,23 +59,23 @@ class SharedAttention:
         self._context.__exit__(*error)
 
     def _intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        cls = called_class(context, ATTENTIONS)
         kind: type = type(context.module)
-        method = context.method_name
-        if method != "__call__" or not (kind.__name__ in _ATTENTIONS or _takes_tokens(kind)):
+        hands_on = context.method_name == "__call__" and _takes_tokens(kind)
+        if cls is None and not hands_on:
             return next_fun(*args, **kwargs)
         bound = inspect.signature(context.orig_method).bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
-        name = kind.__name__
-        if name not in _ATTENTIONS:
+        if cls is None:
             # The model's modules hand these to one another; the last to be called tells what attention sees.
             self._position_ids, self._attention_mask = call["position_ids"], call["attention_mask"]
             return next_fun(*args, **kwargs)
         daa = self._check(context.module, call)
         # T5 without DAA has nothing that its own code would leave out.
-        if _needs_theirs(call) or (daa is None and name == "FlaxT5Attention"):
+        if _needs_theirs(call) or (daa is None and cls is FlaxT5Attention):
             return next_fun(*args, **kwargs)
-        return _ATTENTIONS[name](self, context.module, call, daa)
+        return ATTENTIONS[cls](self, context.module, call, daa)
 
     def _check(self, module: nn.Module, call: Mapping[str, Any]) -> DAA | None:
         """The module's DAA, after refusing what Hugging Face's own attention would ignore."""
@@ -171,11 +175,13 @@ class SharedAttention:
         return module.o(module._merge_heads(attended)), bias
 
 
-_ATTENTIONS: dict[str, Callable[..., tuple[Array, ...]]] = {
-    "FlaxGPT2Attention": SharedAttention._gpt2,
-    "FlaxBertSelfAttention": SharedAttention._bert,
-    "FlaxT5Attention": SharedAttention._t5,
+ATTENTIONS: dict[type, Callable[..., tuple[Array, ...]]] = {
+    FlaxGPT2Attention: SharedAttention._gpt2,
+    FlaxBertSelfAttention: SharedAttention._bert,
+    FlaxT5Attention: SharedAttention._t5,
 }
+for _cls in ATTENTIONS:
+    register(_cls, "attention")
 
 
 @functools.cache
