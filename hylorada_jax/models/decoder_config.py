@@ -8,7 +8,7 @@ from typing import Any
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
-from hylorada_jax.models.families import FAMILIES, REMEDY, RULE, Llama
+from hylorada_jax.models.bounds import FAMILIES, REMEDY, RULE, Llama
 from hylorada_jax.models.rope_config import RopeScaling, read_rope
 
 HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
-from hylorada_jax.models.families import REMEDY, RULE, Deviation, Epsilon, Heads, Tokens, Vocabulary
+from hylorada_jax.models.bounds import REMEDY, RULE, Deviation, Epsilon, Heads, Tokens, Vocabulary
 
 # Bounds are above every model of these families: each layer is traced, a mask has positions² elements, and
 # tables of sines are made on the host.
