@@ -10,7 +10,7 @@ import pytest
 
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.loading import DECODER_FAMILIES
+from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.surgery.modules import ATTENTIONS
 from parity_tests.families import FAMILIES, jax_base, measuring
@@ -36,7 +36,7 @@ def test_every_method_and_every_family_is_registered():
     theirs = [kind.removeprefix("Flax").lower() for kind in ATTENTIONS if kind.startswith("Flax")]
     found = {family for family in FAMILIES for kind in theirs if kind.startswith(family)}
     assert len(found) == len(theirs) == len(ATTENTIONS) - 1
-    assert set(FAMILIES) == {*DECODER_FAMILIES, *found}
+    assert set(FAMILIES) == {*DECODERS, *found}
 
 
 # Quick where the program is small.

@@ -6,7 +6,6 @@ intercepting its call. Attention finds its direct adaptation in the collection `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,16 +18,7 @@ from jaxtyping import Array, Float, Int
 from hylorada_jax.math import rope
 from hylorada_jax.math.attention import Pattern, attend
 from hylorada_jax.models.daa import daa_of
-from hylorada_jax.models.decoder_config import DecoderConfig
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
+from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 
 
 class Step(NamedTuple):
@@ -71,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions, and with norms over queries and keys for Qwen3."""
+    """Grouped-query self-attention with rotary positions and, with qk_norm, norms over queries and keys."""
 
     config: DecoderConfig
 
@@ -111,6 +101,12 @@ class DecoderAttention(nn.Module):
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
 
 
+def activation(name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """An activation by HF's name."""
+    function, settings = ACTIVATIONS[name]
+    return getattr(jax.nn, function)(x, **settings)
+
+
 class MLP(nn.Module):
     """The gated feed-forward block, down(act(gate(x)) ⊙ up(x)) (SwiGLU, arXiv:2002.05202)."""
 
@@ -123,7 +119,7 @@ class MLP(nn.Module):
         gate = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="gate_proj")(x)
         up = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="up_proj")(x)
         down = nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
-        return down(ACTIVATIONS[c.hidden_act](gate) * up)
+        return down(activation(c.hidden_act, gate) * up)
 
 
 class DecoderLayer(nn.Module):

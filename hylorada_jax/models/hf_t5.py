@@ -11,9 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-# The families whose Flax classes are T5's.
-REPAIRED = ("t5", "mt5")
-
 
 def relative_buckets(
     queries: int, keys: int, *, bidirectional: bool, num_buckets: int, max_distance: int

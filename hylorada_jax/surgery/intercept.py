@@ -15,7 +15,8 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import low_rank, position, sparse, structure
-from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, NORMS, Tree, takes_positions
+from hylorada_jax.models.families import NORMS, that_can
+from hylorada_jax.surgery.modules import KERNEL_IS_OUT_IN, Tree, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 
 COLLECTION = "hylorada"
@@ -212,7 +213,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             raise ModelError(
                 "A layer whose update depends on the position needs a model that takes position_ids",
                 f"{'.'.join(module.path)} was called outside of one",
-                "Choose method='hylorada_v1', or a model of the Llama family, GPT-2 or BERT.",
+                f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
             )
         return found
 

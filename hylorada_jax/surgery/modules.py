@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from hylorada_jax.surgery.targets import HEADS
+from hylorada_jax.models.families import HEADS, NORMS, RELATIVE_POSITIONS
+from hylorada_jax.surgery.targets import is_cross
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
@@ -18,10 +19,6 @@ Tree = Mapping[str, Any]
 KERNEL_IS_OUT_IN = {"Dense": False, "FlaxConv1D": True}
 # Attention modules that read their direct adaptation from the collection "hylorada".
 ATTENTIONS = ("DecoderAttention", "FlaxGPT2Attention", "FlaxBertSelfAttention", "FlaxT5Attention")
-CROSS_ATTENTIONS = ("crossattention", "EncDecAttention")
-NORMS = ("LayerNorm", "RMSNorm", "FlaxT5LayerNorm")
-# T5's table of relative positions is an nn.Embed, but embeds no token and no position.
-NOT_EMBEDDINGS = ("relative_attention_bias", *HEADS)
 # nn.scan stacks the parameters of this submodule along a first axis, one slice per layer.
 SCANNED = "layers"
 
@@ -181,9 +178,9 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
             out_in = KERNEL_IS_OUT_IN[kind]
             d_in, d_out = dict(own)["kernel"][:: -1 if out_in else 1]
             found["linears"].append(Linear(*common, d_in, d_out, out_in))
-        elif kind in ATTENTIONS and path[-1] not in CROSS_ATTENTIONS and path[-2] not in CROSS_ATTENTIONS:
+        elif kind in ATTENTIONS and not is_cross(".".join(path)):
             found["attentions"].append(Attention(*common, heads))
-        elif kind == "Embed" and own and path[-1] not in NOT_EMBEDDINGS:
+        elif kind == "Embed" and own and path[-1] not in (*RELATIVE_POSITIONS, *HEADS):
             found["embeddings"].append(Holder(*common, own))
         elif kind in NORMS and own:
             found["norms"].append(Holder(*common, own))
