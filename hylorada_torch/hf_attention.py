@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.models.families import DECODERS
 from hylorada_torch.attention import DirectAttentionAdapter, PositionalDAA, attend, same_group
 from hylorada_torch.forward_pass import Passes
 from hylorada_torch.settings import s2_groups
 
 # Classes of transformers, by name: to import their files loads every other framework that is installed.
-CAUSAL = ("GPT2Attention", "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+CAUSAL = (
+    "GPT2Attention",
+    *(decoder.causal_lm.removesuffix("ForCausalLM") + "Attention" for decoder in DECODERS.values()),
+)
 BERT = ("BertSelfAttention", "BertSdpaSelfAttention")
 T5 = "T5Attention"
 
@@ -98,7 +102,7 @@ def check_attentions(model: Any, names: list[str], config: HyLoRADAConfig) -> No
         different = [name for name, value in plain.items() if getattr(attention, name, value) != value]
         if different or kind not in (*CAUSAL, *BERT, T5) or (kind in BERT and attention.is_decoder):
             raise ModelError(
-                "The reference adapts the attention of GPT-2, the Llama family, BERT as an encoder, and T5",
+                f"The reference adapts {', '.join(CAUSAL)}, BERT's attention as an encoder, and T5's",
                 f"{kind} {', '.join(different)}".rstrip(),
                 "Set daa_enabled and s2_attn_enabled to False for this model; a method may have them on.",
             )
@@ -115,7 +119,7 @@ def adapt_attention(model: Any, name: str, config: HyLoRADAConfig, passes: Passe
     """Give a self-attention module of a transformers model an `AdaptedAttention`, as its ``hylorada``.
 
     Args:
-        model: GPT-2, BERT, T5 or one of the Llama family; changed in place.
+        model: GPT-2, BERT, T5 or one that our decoder reads; changed in place.
         name: of the self-attention, which `check_attentions` has passed.
         config: ``daa_*`` and ``s2_*`` are read.
         passes: of the model.

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.models.families import RELATIVE_POSITIONS
 from hylorada_jax.surgery.targets import (
     layer_alphas,
     mlp_outputs,
@@ -251,7 +252,7 @@ def _unfrozen(model: nn.Module, config: HyLoRADAConfig) -> list[tuple[str, nn.Mo
         if (
             config.train_embeddings
             and isinstance(module, nn.Embedding)
-            and not name.endswith("relative_attention_bias")
+            and not name.endswith(RELATIVE_POSITIONS)
         )
         or (config.train_norms and type(module).__name__.endswith(("LayerNorm", "RMSNorm")))
     ]

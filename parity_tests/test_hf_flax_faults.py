@@ -17,8 +17,9 @@ if not hasattr(transformers, "FlaxPreTrainedModel"):
     pytest.skip("this transformers has no Flax models", allow_module_level=True)
 
 from hylorada_jax.errors import DataError, ModelError
+from hylorada_jax.models.families import FLAX
 from hylorada_jax.models.hf import base, loading
-from hylorada_jax.models.hf.faults import CHECKED, check_hf_flax
+from hylorada_jax.models.hf.faults import check_hf_flax
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.wrapped import as_base
 from parity_tests.hf_weights import randomise
@@ -169,7 +170,7 @@ def test_what_is_taken_computes_as_torch_does_up_to_the_last_position(case, tmp_
 
 def test_every_family_is_tried():
     # longt5 is refused; of llama and mistral load_model takes our own decoder, test_loading.py theirs.
-    assert set(CHECKED) - {"longt5", "llama", "mistral"} == {family for _, family, _ in RIGHT.values()}
+    assert set(FLAX) - {"longt5", "llama", "mistral"} == {family for _, family, _ in RIGHT.values()}
 
 
 @pytest.mark.parametrize("case", [*WRONG, *OTHERS])

@@ -10,7 +10,7 @@ import pytest
 
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.loading import DECODER_FAMILIES
+from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.wrapped import as_base
 from parity_tests.families import FAMILIES, HF_FLAX, jax_base, measuring
 from parity_tests.models import (
@@ -32,7 +32,7 @@ def test_every_method_and_every_family_is_registered():
     assert {name for _, name in MATRIX} == set(CONFIGS)
     assert {family for family, _ in MATRIX} == set(FAMILIES)
     # What hylorada_jax adapts whole, attention included: the families of our decoder, and of HF's these.
-    assert set(FAMILIES) == {*DECODER_FAMILIES, *HF_FLAX}
+    assert set(FAMILIES) == {*DECODERS, *HF_FLAX}
 
 
 def test_every_attention_of_hugging_faces_that_is_ours_is_registered():

@@ -14,7 +14,7 @@ import numpy as np
 
 from hylorada_jax.config import QKVO
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.loading import DECODER_FAMILIES
+from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.source import find_source
 from hylorada_jax.training.config import TrainingConfig
 
@@ -60,10 +60,9 @@ class Setting:
             ModelError: the model is not found, or our decoder does not have its family.
         """
         config = find_source(self.model, config_only=True).config
-        if config.get("model_type") not in DECODER_FAMILIES:
+        if config.get("model_type") not in DECODERS:
             raise ModelError(
-                "The contenders share a model of a family that our decoder has: "
-                + ", ".join(DECODER_FAMILIES),
+                "The contenders share a model of a family that our decoder has: " + ", ".join(DECODERS),
                 f"model_type {config.get('model_type')!r}",
                 "Choose another model.",
             )

@@ -11,9 +11,10 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
-from hylorada_jax.exchange.peft_files import TOKEN_EMBEDDINGS, tied_head, write_peft
+from hylorada_jax.exchange.peft_files import tied_head, write_peft
 from hylorada_jax.leaves import Part, collapsed_kind
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.families import TOKEN_EMBEDDINGS, family_of
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import collapse, without
 from hylorada_jax.surgery.merge import live_parts
@@ -21,9 +22,6 @@ from hylorada_jax.surgery.modules import Tree, subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.targets import shortest_targets
 from hylorada_jax.text import short
-
-# PEFT's wrapper of a model; a language model's, where it is not here.
-_TASKS = {"bert": None, "t5": "SEQ_2_SEQ_LM"}
 
 
 def export_peft(
@@ -175,10 +173,9 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
         name: scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
         for name, scale in scales.items()
     }
-    model_type = model.base.config.model_type
     return {
         "peft_type": "LORA",
-        "task_type": _TASKS.get(model_type, "CAUSAL_LM"),
+        "task_type": family_of(model.base.config.model_type).task,
         "base_model_name_or_path": model.base.name,
         "inference_mode": True,
         "r": config.lora_rank,

@@ -18,6 +18,7 @@ from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
+from hylorada_jax.models.families import family_of
 from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -33,8 +34,6 @@ _PREFIX = "base_model.model."
 _LEAVES = {leaf.name: leaf.peft for leaf in LEAVES if leaf.peft}
 # VeLoRA's, which only its backward pass reads.
 _OF_TRAINING = ".lora_velora_embed"
-# The embedding that an output head can be tied to, by the families' names of it.
-TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
 _Pattern = Annotated[str, Meta(max_length=MAX_PATTERN_LENGTH)]
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _Rank = Annotated[int, Meta(ge=1, le=MAX_SIZE)]
@@ -93,7 +92,7 @@ def peft_name(name: str) -> str:
 
 def tied_head(model_type: str) -> str:
     """The weight that a family of models can tie to its embedding."""
-    return "cls.predictions.decoder.weight" if model_type == "bert" else "lm_head.weight"
+    return f"{family_of(model_type).heads[0]}.weight"
 
 
 def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:

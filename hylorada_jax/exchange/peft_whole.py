@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.exchange.peft_files import NEW_BASE, TOKEN_EMBEDDINGS, tied_head
+from hylorada_jax.exchange.peft_files import NEW_BASE, tied_head
 from hylorada_jax.leaves import KINDS
 from hylorada_jax.models.base_model import BaseModel
+from hylorada_jax.models.families import TOKEN_EMBEDDINGS
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.modules import Holder, Modules, subtree
 from hylorada_jax.text import short

@@ -8,15 +8,26 @@ from typing import Any
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
-from hylorada_jax.models.families import FAMILIES, REMEDY, RULE, Llama
+from hylorada_jax.models.bounds import REMEDY, RULE
+from hylorada_jax.models.families import DECODERS
+from hylorada_jax.models.families.family import Options
 from hylorada_jax.models.rope_config import RopeScaling, read_rope
 
-HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+# An activation by HF's name → its name in jax.nn, and the settings there.
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "silu": ("silu", {}),
+    "swish": ("silu", {}),
+    "gelu": ("gelu", {"approximate": False}),
+    "gelu_new": ("gelu", {"approximate": True}),
+    "gelu_pytorch_tanh": ("gelu", {"approximate": True}),
+    "relu": ("relu", {}),
+}
 
 # Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all.
 _NULLS = ("num_key_value_heads", "sliding_window", "eos_token_id")
 
-# Settings that change the computation and that this decoder does not have, with the value that means "off".
+# Settings that change the computation, with the value that means "off": refused where a family's keys do not
+# have them.
 _REFUSED: dict[str, Any] = {
     "quantization_config": None,
     "attn_logit_softcapping": None,
@@ -30,13 +41,13 @@ _REFUSED: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The shape and the options of a decoder of the Llama family.
+class DecoderConfig(Options):
+    """The shape and the options of our decoder.
 
     Hashable, so that it can be a static argument of ``jax.jit``. Use ``from_hf`` to build one.
 
     Args:
-        model_type: 'llama' (SmolLM2 too), 'mistral', 'qwen2' or 'qwen3'.
+        model_type: a family of ``families.DECODERS``.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         intermediate_size: width inside the MLP.
@@ -74,12 +85,6 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: RopeScaling
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_window: int | None
-    sliding_layers: tuple[bool, ...]
     initializer_range: float
     eos_token_ids: tuple[int, ...]
 
@@ -107,21 +112,22 @@ class DecoderConfig:
         """
         hf = {key: value for key, value in hf.items() if value is not None or key in _NULLS}
         family = hf.get("model_type")
-        if not isinstance(family, str) or family not in FAMILIES:
+        if not isinstance(family, str) or family not in DECODERS:
             raise ModelError(
-                "our decoder reads the Llama family: " + ", ".join(FAMILIES),
+                "our decoder reads the families " + ", ".join(DECODERS),
                 f"model_type={family!r}",
-                "take a model of one of these families, or a model that HF has in Flax (GPT-2, OPT, …)",
+                "take a model of one of these families; load_model takes others from HF's Flax classes",
             )
+        decoder = DECODERS[family]
         for key, off in _REFUSED.items():
-            if hf.get(key, off) != off:
+            if key not in decoder.keys.__struct_fields__ and hf.get(key, off) != off:
                 raise ModelError(
                     f"{key} changes the computation, and this decoder does not have it",
                     f"{key}={hf[key]!r}",
                     f"take a version of the model without it, or set {key} to {off!r} if the weights allow",
                 )
-        c = checked(hf, FAMILIES[family], RULE, ModelError, REMEDY)
-        window, sliding = _sliding(family, c)
+        c = checked(hf, decoder.keys, RULE, ModelError, REMEDY)
+        options = decoder.options(c)
         theta, scaling = read_rope(hf, c.max_position_embeddings)
         eos = c.eos_token_id
         config = cls(
@@ -139,14 +145,9 @@ class DecoderConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=c.tie_word_embeddings,
-            qkv_bias=family == "qwen2" or (c.attention_bias and family != "mistral"),
-            o_bias=family in ("llama", "qwen3") and c.attention_bias,
-            mlp_bias=family == "llama" and c.mlp_bias,
-            qk_norm=family == "qwen3",
-            sliding_window=window,
-            sliding_layers=sliding,
             initializer_range=c.initializer_range,
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            **vars(options),
         )
         _check(config)
         return config
@@ -175,45 +176,9 @@ def _check(config: DecoderConfig) -> None:
             f"eos_token_id={outside[0]}, vocab_size={c.vocab_size}",
             "correct it in config.json",
         )
-    if c.hidden_act not in HIDDEN_ACTS:
+    if c.hidden_act not in ACTIVATIONS:
         raise ModelError(
-            "hidden_act must be one of " + ", ".join(HIDDEN_ACTS),
+            "hidden_act must be one of " + ", ".join(ACTIVATIONS),
             f"hidden_act={c.hidden_act!r}",
             "take a model with one of these activations",
         )
-
-
-def _sliding(family: str, c: Llama) -> tuple[int | None, tuple[bool, ...]]:
-    """The window, and which layers have it."""
-    depth, window, types = c.num_hidden_layers, c.sliding_window, c.layer_types
-    if family == "llama" and window is not None:
-        raise ModelError(
-            "a llama model has no sliding window",
-            f"sliding_window={window}",
-            "set model_type to 'mistral' if the model slides, else set sliding_window to null",
-        )
-    if family in ("qwen2", "qwen3"):
-        window = window if c.use_sliding_window else None
-        implied = [window is not None and layer >= c.max_window_layers for layer in range(depth)]
-        choose = True
-    else:
-        implied = [window is not None] * depth
-        choose = False
-    if types is None:
-        sliding = implied
-    else:
-        sliding = [kind == "sliding_attention" for kind in types]
-        if len(types) != depth or (any(sliding) and window is None):
-            raise ModelError(
-                "layer_types names 'full_attention' or, with a window, 'sliding_attention' for each layer",
-                f"layer_types of {len(types)}, {sum(sliding)} of them sliding; num_hidden_layers={depth}, "
-                f"sliding_window={window}",
-                "check layer_types, sliding_window and use_sliding_window in config.json",
-            )
-        if not choose and sliding != implied:
-            raise ModelError(
-                f"all layers of a {family} model attend alike (transformers ignores layer_types here)",
-                f"layer_types with {sum(sliding)} of {depth} sliding, sliding_window={window}",
-                "remove layer_types from config.json",
-            )
-    return (window if any(sliding) else None), tuple(sliding)

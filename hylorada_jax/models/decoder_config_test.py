@@ -1,10 +1,13 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.families import DECODERS
+from hylorada_jax.models.families.family import Keys
 
 LLAMA = {"model_type": "llama"}
 
@@ -47,6 +50,17 @@ def test_what_cannot_be_computed_is_refused_by_name(change, words):
     with pytest.raises(ModelError) as error:
         DecoderConfig.from_hf({**LLAMA, **change})
     assert words in str(error.value)
+
+
+def test_a_family_may_have_what_others_are_refused_for(monkeypatch):
+    class Capped(Keys, frozen=True, kw_only=True):
+        attn_logit_softcapping: float | None = None
+
+    monkeypatch.setitem(DECODERS, "capped", replace(DECODERS["llama"], keys=Capped))
+    capped = {"model_type": "capped", "attn_logit_softcapping": 50.0}
+    assert DecoderConfig.from_hf(capped).model_type == "capped"
+    with pytest.raises(ModelError, match="final_logit_softcapping"):
+        DecoderConfig.from_hf({**capped, "final_logit_softcapping": 30.0})
 
 
 def test_settings_that_mean_off_are_accepted():

@@ -6,7 +6,6 @@ intercepting its call. Attention finds its direct adaptation in the collection `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,17 +18,8 @@ from jaxtyping import Array, Float, Int
 from hylorada_jax.math import rope
 from hylorada_jax.math.attention import Pattern, attend
 from hylorada_jax.models.daa import daa_of
-from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.module_kinds import register
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
 
 
 class Step(NamedTuple):
@@ -75,7 +65,7 @@ register(RMSNorm, "norm")
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions, and with norms over queries and keys for Qwen3."""
+    """Grouped-query self-attention with rotary positions and, with qk_norm, norms over queries and keys."""
 
     config: DecoderConfig
 
@@ -118,6 +108,12 @@ class DecoderAttention(nn.Module):
 register(DecoderAttention, "attention")
 
 
+def activation(name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """An activation by HF's name."""
+    function, settings = ACTIVATIONS[name]
+    return getattr(jax.nn, function)(x, **settings)
+
+
 class MLP(nn.Module):
     """The gated feed-forward block, down(act(gate(x)) ⊙ up(x)) (SwiGLU, arXiv:2002.05202)."""
 
@@ -130,7 +126,7 @@ class MLP(nn.Module):
         gate = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="gate_proj")(x)
         up = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="up_proj")(x)
         down = nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
-        return down(ACTIVATIONS[c.hidden_act](gate) * up)
+        return down(activation(c.hidden_act, gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked, read_json
-from hylorada_jax.models.families import Tokens
+from hylorada_jax.models.bounds import Tokens
 from hylorada_jax.models.gguf import special_ids
 from hylorada_jax.models.inside import file_inside
 from hylorada_jax.models.source import Source

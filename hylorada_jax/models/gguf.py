@@ -1,4 +1,4 @@
-"""Read Llama-family models from GGUF files: metadata to HF's config, tensors to HF's names.
+"""Read our decoder's models from GGUF files: metadata to HF's config, tensors to HF's names.
 
 Reference: llama.cpp's ``convert_hf_to_gguf.py``, which this inverts.
 """
@@ -14,9 +14,16 @@ from msgspec import Meta
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
+from hylorada_jax.models.families import DECODERS
+from hylorada_jax.models.families.family import GGUF
 from hylorada_jax.models.gguf_header import REMEDY, GGUFFile
 
-_FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# llama.cpp's name of an architecture → the family's model_type, and what it is there.
+_ARCHITECTURES: dict[str, tuple[str, GGUF]] = {
+    decoder.gguf.architecture: (model_type, decoder.gguf)
+    for model_type, decoder in DECODERS.items()
+    if decoder.gguf
+}
 
 # The tensors bound the widths and the depth more tightly.
 _Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -68,8 +75,8 @@ _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "ou
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 
 
@@ -77,7 +84,7 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
     """Translate the metadata of a GGUF file into a Hugging Face config.
 
     Args:
-        gguf: a file whose architecture is llama (Mistral and SmolLM2 are that too), qwen2 or qwen3.
+        gguf: a file of an architecture that a family of ``families.DECODERS`` has there.
 
     Returns:
         What config.json would hold, as a dictionary; its depth and widths are those of the tensors.
@@ -86,14 +93,8 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
         ModelError: the architecture, one of its keys, or its rope scaling is unknown to this reader, is of
             another type or size than it must be, or does not fit the tensors.
     """
-    architecture = gguf.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _FAMILIES:
-        raise ModelError(
-            f"A GGUF model must be of the architecture {', '.join(_FAMILIES)}.",
-            f"{gguf.path}: {architecture}",
-            "Load the original Hugging Face directory instead.",
-        )
-    keys = _architecture(gguf, architecture + ".")
+    model_type, family = _family(gguf)
+    keys = _architecture(gguf, family.architecture + ".")
     head_dim = keys.embedding_length // keys.head_count if keys.key_length is None else keys.key_length
     kv_heads = keys.head_count if keys.head_count_kv is None else keys.head_count_kv
     if widths := {keys.value_length, keys.rotated} - {None, head_dim}:
@@ -104,9 +105,9 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
         )
     _check_tensors(gguf, keys, head_dim, kv_heads)
     ids = special_ids(gguf)
-    config = {
-        "model_type": architecture,
-        "architectures": [_FAMILIES[architecture]],
+    return {
+        "model_type": model_type,
+        "architectures": [DECODERS[model_type].causal_lm],
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
         "hidden_size": keys.embedding_length,
         "intermediate_size": keys.feed_forward_length,
@@ -122,11 +123,8 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "bos_token_id": ids.get("bos"),
         "eos_token_id": ids.get("eos"),
+        **{key: f"blk.0.{tensor}.bias" in gguf.tensors for key, tensor in family.biases.items()},
     }
-    if architecture == "llama":  # the others have their biases by definition
-        config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
-    return config
 
 
 def special_ids(gguf: GGUFFile) -> dict[str, int]:
@@ -152,6 +150,17 @@ def special_ids(gguf: GGUFFile) -> dict[str, int]:
             REMEDY,
         )
     return ids
+
+
+def _family(gguf: GGUFFile) -> tuple[str, GGUF]:
+    architecture = gguf.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+        raise ModelError(
+            f"A GGUF model must be of the architecture {', '.join(_ARCHITECTURES)}.",
+            f"{gguf.path}: {architecture}",
+            "Load the original Hugging Face directory instead.",
+        )
+    return _ARCHITECTURES[architecture]
 
 
 def _architecture(gguf: GGUFFile, prefix: str) -> _Architecture:
@@ -244,14 +253,16 @@ class GGUFWeights:
         gguf: the header, from `read_gguf`.
 
     Raises:
-        ModelError: a tensor is of a type that cannot be dequantised.
+        ModelError: the architecture is unknown to this reader, or a tensor is of a type that cannot be
+            dequantised.
     """
 
     def __init__(self, gguf: GGUFFile) -> None:
         self._gguf = gguf
+        _, self._family = _family(gguf)
         for kind in {entry.kind for entry in gguf.tensors.values()}:
             _check_kind(gguf, kind)
-        self._names = {_hf_name(name): name for name in gguf.tensors}
+        self._names = {_hf_name(name, self._family): name for name in gguf.tensors}
         # The rotary frequency factors are no weight: `gguf_config` reads them into rope_scaling.
         self.shapes = {
             hf_name: gguf.tensors[name].shape
@@ -280,14 +291,14 @@ class GGUFWeights:
         return self._unpermuted(own_name, tensor).reshape(entry.shape)
 
     def _unpermuted(self, own_name: str, tensor: np.ndarray) -> np.ndarray:
-        """Undo the interleaving of each head's rotary halves that llama.cpp's converter does for llama."""
-        if self._gguf.metadata["general.architecture"] != "llama":
-            return tensor
-        key = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
+        """Undo the interleaving of each head's rotary halves that llama.cpp's converter does."""
         part = own_name.split(".")[-2]
-        if part not in key:
+        if not self._family.interleaved or part not in ("attn_q", "attn_k"):
             return tensor
-        heads = self._gguf.metadata.get(key[part], self._gguf.metadata["llama.attention.head_count"])
+        key = f"{self._family.architecture}.attention.head_count"
+        heads = self._gguf.metadata[key]
+        if part == "attn_k":
+            heads = self._gguf.metadata.get(key + "_kv", heads)
         columns = tensor.shape[1] if own_name.endswith(".weight") else 1  # a bias came as one row
         return tensor.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(tensor.shape)
 
@@ -305,11 +316,12 @@ def _check_kind(gguf: GGUFFile, kind: GGMLQuantizationType) -> None:
         ) from error
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, family: GGUF) -> str:
     """Hugging Face's name of a tensor; a tensor that it does not know keeps its own and is reported later."""
+    own = {**_LAYER_TENSORS, **family.tensors}
     match name.split("."):
-        case ["blk", layer, part, suffix] if part in _LAYER_TENSORS:
-            return f"model.layers.{layer}.{_LAYER_TENSORS[part]}.{suffix}"
+        case ["blk", layer, part, suffix] if part in own:
+            return f"model.layers.{layer}.{own[part]}.{suffix}"
         case [part, suffix] if part in _TENSORS:
             return f"{_TENSORS[part]}.{suffix}"
     return name

@@ -1,4 +1,4 @@
-"""Load a base model by name: our decoder for the Llama family, Hugging Face's Flax classes for the others."""
+"""Load a base model by name: our decoder where it reads the family, else Hugging Face's Flax classes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
-from hylorada_jax.models.families import FAMILIES
+from hylorada_jax.models.families import DECODERS, either
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
-
-DECODER_FAMILIES = tuple(FAMILIES)
 
 _TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
 
@@ -44,8 +42,8 @@ def load_model(
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
 
     Returns:
-        Our decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3; a Flax model of transformers for the other
-        families of ``hf.faults.CHECKED`` (GPT-2, GPT-Neo, OPT, BERT, BART …).
+        Our decoder for the families of ``families.DECODERS`` (Llama, SmolLM2, Mistral, Qwen2, Qwen3); a Flax
+        model of transformers for the others of ``families.FLAX`` (GPT-2, GPT-Neo, OPT, BERT, BART …).
 
     Raises:
         ModelError: the model is not found, does not fit its config, is damaged, or would be computed wrongly.
@@ -93,7 +91,7 @@ def empty_model(
 
 
 def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTrainedModel:
-    if source.config.get("model_type") in DECODER_FAMILIES:
+    if source.config.get("model_type") in DECODERS:
         config = DecoderConfig.from_hf(source.config)
         module = DecoderLM(config, check_remat(remat))
         ends = end_tokens(source, config.vocab_size) or config.eos_token_ids
@@ -102,7 +100,7 @@ def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTra
         raise ModelError(
             "Rematerialisation is a feature of our decoder.",
             f"remat={remat!r} for model_type {source.config.get('model_type')!r}",
-            "Leave remat at 'none', or choose a model of the Llama family.",
+            f"Leave remat at 'none', or choose a model of type {either(DECODERS)}.",
         )
     return _hf_flax(source).empty_model(source, dtype)
 
@@ -113,7 +111,8 @@ def _hf_flax(source: Source) -> ModuleType:
         from hylorada_jax.models.hf import loading
     except ImportError as error:
         raise ModelError(
-            "Models outside the Llama family run in Flax classes of transformers 4.57, which 5 has no more.",
+            f"Models but those of type {either(DECODERS)} run in Flax classes of transformers 4.57, which 5 "
+            "has no more.",
             f"model_type {source.config.get('model_type')!r}; {_installed('transformers')}",
             'pip install "hylorada[hf]"',
         ) from error

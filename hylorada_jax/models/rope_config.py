@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
-from hylorada_jax.models.families import REMEDY, RULE, Positions
+from hylorada_jax.models.bounds import REMEDY, RULE, Positions
 
 _Theta = Annotated[float, Meta(gt=1, le=1e30)]
 _Factor = Annotated[float, Meta(gt=0, le=1e6)]

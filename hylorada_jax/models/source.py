@@ -14,7 +14,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.io import hub
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import checked, read_json
-from hylorada_jax.models.families import REMEDY, RULE
+from hylorada_jax.models.bounds import REMEDY, RULE
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
 from hylorada_jax.models.inside import file_inside, files_inside

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.families import family_of
 from hylorada_jax.models.inside import file_inside, files_inside
 from hylorada_jax.models.tokenizer_backend import read_backend, refusing
 from hylorada_jax.models.tokenizer_settings import (
@@ -58,14 +59,6 @@ _DEFAULTS: dict[str, dict[str, str]] = {
     "BertTokenizer": _BERT,
     "ElectraTokenizer": _BERT,
 }
-# The class, where no file names it.
-_CLASSES = {
-    **dict.fromkeys(("llama", "mistral"), "LlamaTokenizer"),
-    **dict.fromkeys(("gpt2", "gpt_neo", "opt"), "GPT2Tokenizer"),
-    **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
-    **{name.lower(): f"{name}Tokenizer" for name in
-       ("Gemma", "Bloom", "T5", "XGLM", "Bart", "Roberta", "Bert", "Electra")},
-}  # fmt: skip
 # The classes that heed add_bos_token and add_eos_token, and add_bos_token where only the other is given.
 _ADDING = {
     **dict.fromkeys(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"), True),
@@ -122,9 +115,8 @@ def _read(path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) 
     # What was set when the tokenizer was saved would cut long texts in silence.
     backend.no_truncation()
     backend.no_padding()
-    model_type = config.get("model_type")
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    kind = str(named or _CLASSES.get(str(model_type), "")).removesuffix("Fast")
+    kind = str(named or family_of(config.get("model_type")).tokenizer or "").removesuffix("Fast")
     prefix = settings.get("add_prefix_space", False if kind in _UNPREFIXED else None)
     if prefix is not None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         backend.pre_tokenizer.add_prefix_space = prefix

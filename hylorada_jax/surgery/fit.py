@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.models.families import that_can
 from hylorada_jax.surgery.modules import Modules, find_modules
 from hylorada_jax.surgery.plan import Site, plan
 
@@ -33,13 +34,13 @@ def fit(base: "BaseModel", config: HyLoRADAConfig) -> tuple[Modules, tuple[Site,
         raise ModelError(
             "A layer whose update depends on the position needs a model that takes position_ids",
             base.name,
-            "Choose method='hylorada_v1', or a model of the Llama family, GPT-2 or BERT.",
+            f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
         )
     if config.s2_attn_enabled and not base.supports_groups:
         raise ModelError(
             "Shifted sparse attention needs a causal model whose attention is ours",
             base.name,
-            "Leave s2_attn_enabled out, or choose a model of the Llama family or GPT-2.",
+            f"Leave s2_attn_enabled out, or choose a model of type {that_can('groups')}.",
         )
     if config.s2_attn_enabled and any(module.heads < 2 for module in modules.attentions):
         raise ConfigError(

@@ -15,6 +15,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import low_rank, position, sparse, structure
+from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
 from hylorada_jax.surgery.modules import Tree, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
@@ -227,7 +228,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             raise ModelError(
                 "A layer whose update depends on the position needs a model that takes position_ids",
                 f"{'.'.join(module.path)} was called outside of one",
-                "Choose method='hylorada_v1', or a model of the Llama family, GPT-2 or BERT.",
+                f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
             )
         return found
 

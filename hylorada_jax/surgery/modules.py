@@ -10,15 +10,13 @@ import jax
 from jax import Array
 
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
-from hylorada_jax.surgery.targets import HEADS
+from hylorada_jax.surgery.targets import is_cross
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
 
-CROSS_ATTENTIONS = ("crossattention", "EncDecAttention")
-# T5's table of relative positions is an nn.Embed, but embeds no token and no position.
-NOT_EMBEDDINGS = ("relative_attention_bias", *HEADS)
 # nn.scan stacks the parameters of this submodule along a first axis, one slice per layer.
 SCANNED = "layers"
 
@@ -183,10 +181,10 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
                     sizes = _sizes(module, own, kind.out_in)
                     linears.append(Linear(path, names, stacked, *sizes, kind.out_in))
             case "attention":
-                if path[-1] not in CROSS_ATTENTIONS and path[-2] not in CROSS_ATTENTIONS:
+                if not is_cross(".".join(path)):
                     attentions.append(Attention(path, names, stacked, module.config.num_attention_heads))
             case "embedding":
-                if own and path[-1] not in NOT_EMBEDDINGS:
+                if own and path[-1] not in (*RELATIVE_POSITIONS, *HEADS):
                     embeddings.append(Holder(path, names, stacked, tuple(own.items())))
             case "norm":
                 if own:

@@ -8,6 +8,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER, Component, Kind
 from hylorada_jax.math import linear_adapter, position, sparse, structure
+from hylorada_jax.models.families import that_can
 from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules
 from hylorada_jax.surgery.targets import layer_alphas, layer_ranks, mlp_outputs, select_targets
 
@@ -155,6 +156,6 @@ def _require(modules: Sequence, setting: str, what: str) -> Sequence:
         raise ModelError(
             f"{setting} needs {what} in the model",
             "a model without",
-            f"Set {setting}=False (a method may have it on), or choose a Llama, GPT-2 or BERT.",
+            f"Set {setting}=False (a method may have it on), or choose a model of type {that_can('daa')}.",
         )
     return modules

@@ -10,22 +10,10 @@ from typing import Any
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import TargetError
+from hylorada_jax.models.families import CROSS_ATTENTIONS, HEADS, MLP_OUTPUTS, ROLES
 from hylorada_jax.surgery.patterns import matches
 
 ALL_LINEAR = "all-linear"
-
-# The model families' own names of the attention projections; c_attn is GPT-2's fused q, k, v.
-ROLES: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", "query", "q", "attn.c_attn"),
-    "k": ("k_proj", "key", "k", "attn.c_attn"),
-    "v": ("v_proj", "value", "v", "attn.c_attn"),
-    "o": ("o_proj", "out_proj", "attention.output.dense", "o", "attn.c_proj"),
-}
-HEADS = ("lm_head", "cls.predictions.decoder", "score", "classifier")
-# The last linear layer of an MLP block, in the families' own names; BERT's attention has an output.dense too.
-MLP_OUTPUTS = ("mlp.down_proj", "mlp.c_proj", "fc2", "output.dense", "DenseReluDense.wo")
-NOT_MLP_OUTPUTS = ("attention.output.dense", "crossattention.output.dense")
-CROSS_ATTENTIONS = ("EncDecAttention", "crossattention", "crossattention.self")
 
 
 def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
@@ -86,7 +74,7 @@ def shortest_targets(selected: Sequence[str], names: Sequence[str]) -> tuple[str
     """
     for length in range(1, 4):
         endings = tuple(dict.fromkeys(".".join(name.split(".")[-length:]) for name in selected))
-        if {name for name in names if any(_ends_with(name, end) for end in endings)} == set(selected):
+        if {name for name in names if _is_one_of(name, endings)} == set(selected):
             return endings
     return tuple(selected)
 
@@ -107,11 +95,11 @@ def mlp_outputs(names: Sequence[str]) -> list[str]:
         >>> mlp_outputs(["h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"])
         ['h.0.mlp.c_proj']
     """
+    # BERT's attention ends in an output.dense too.
     found = [
         name
         for name in names
-        if any(_ends_with(name, ending) for ending in MLP_OUTPUTS)
-        and not any(_ends_with(name, ending) for ending in NOT_MLP_OUTPUTS)
+        if _is_one_of(name, MLP_OUTPUTS) and not _is_one_of(name, ROLES["o"]) and not is_cross(name)
     ]
     if not found:
         raise TargetError(
@@ -138,10 +126,8 @@ def self_attentions(names: Sequence[str]) -> list[str]:
         >>> self_attentions(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"])
         ['h.0.attn']
     """
-    owners = [
-        name.rpartition(".")[0] for name in names if any(_ends_with(name, query) for query in ROLES["q"])
-    ]
-    found = [name for name in owners if not any(_ends_with(name, cross) for cross in CROSS_ATTENTIONS)]
+    owners = [name.rpartition(".")[0] for name in names if _is_one_of(name, ROLES["q"])]
+    found = [name for name in owners if not is_cross(name)]
     if not found:
         raise TargetError(
             f"A self-attention has a query projection: {', '.join(ROLES['q'])}",
@@ -153,7 +139,12 @@ def self_attentions(names: Sequence[str]) -> list[str]:
 
 def is_head(name: str) -> bool:
     """Whether a linear layer is an output head, by its name."""
-    return any(_ends_with(name, head) for head in HEADS)
+    return _is_one_of(name, HEADS)
+
+
+def is_cross(name: str) -> bool:
+    """Whether a module is, or is part of, an attention that reads an encoder, by its name."""
+    return not {*CROSS_ATTENTIONS}.isdisjoint(name.split("."))
 
 
 def layer_index(name: str) -> int | None:
@@ -219,8 +210,7 @@ def _matching(patterns: Iterable[str], names: Sequence[str]) -> Iterator[set[str
         if pattern == ALL_LINEAR:
             yield {name for name in names if not is_head(name)}
             continue
-        aliases = ROLES.get(pattern, (pattern,))
-        found |= {name for name in names if any(_ends_with(name, alias) for alias in aliases)}
+        found |= {name for name in names if _is_one_of(name, ROLES.get(pattern, (pattern,)))}
         if not found:
             raise TargetError(
                 "Every target and exclusion must match a linear layer",
@@ -230,8 +220,8 @@ def _matching(patterns: Iterable[str], names: Sequence[str]) -> Iterator[set[str
         yield found
 
 
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
+def _is_one_of(name: str, endings: Iterable[str]) -> bool:
+    return any(f".{name}".endswith("." + ending) for ending in endings)
 
 
 def _endings(names: Sequence[str]) -> list[str]:

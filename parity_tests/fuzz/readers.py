@@ -19,7 +19,8 @@ from hylorada_jax.exchange.peft_import import import_peft
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
-from hylorada_jax.models.loading import DECODER_FAMILIES, load_model, open_weights
+from hylorada_jax.models.families import DECODERS
+from hylorada_jax.models.loading import load_model, open_weights
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
@@ -159,7 +160,7 @@ def _overwritten(path: Path) -> Any:
 
 
 def _model(path: Path) -> Any:
-    if find_source(path, config_only=True).config.get("model_type") not in DECODER_FAMILIES:
+    if find_source(path, config_only=True).config.get("model_type") not in DECODERS:
         return None  # transformers, which reads the others, takes seconds to import
     model = load_model(path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))

@@ -18,6 +18,8 @@ from transformers.models.t5.modeling_flax_t5 import FlaxT5LayerNorm
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.attention import default_positions
 from hylorada_jax.models.base_model import require_generation
+from hylorada_jax.models.families import flax_of, that_can
+from hylorada_jax.models.families.family import Flax
 from hylorada_jax.models.hf.bound import bind
 from hylorada_jax.models.hf.faults import check_hf_flax
 from hylorada_jax.models.hf.generate import generate
@@ -29,13 +31,6 @@ from hylorada_jax.models.positions import check_range
 # Every Flax model of transformers passes through this file before adapters attach to it.
 register_linear(FlaxConv1D, out_in=True)
 register(FlaxT5LayerNorm, "norm")
-
-# The families whose self-attention is ours and knows positions; of these, the causal ones take groups.
-_OURS = ("gpt2", "bert")
-_GROUPED = ("gpt2",)
-# The families without a table of positions; those whose table begins with rows for padding.
-_UNLIMITED = ("bloom", "t5", "mt5")
-_PADDED_TABLES = ("roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +48,18 @@ class HFFlaxModel:
     model: FlaxPreTrainedModel
 
     @property
+    def _family(self) -> Flax:
+        return flax_of(self.config.model_type)
+
+    @property
     def supports_segments(self) -> bool:
         """Whether it can keep packed documents apart."""
-        return self.config.model_type in _OURS
+        return "segments" in self._family.can
 
     @property
     def supports_groups(self) -> bool:
         """Whether it can attend in the groups of shifted sparse attention."""
-        return self.config.model_type in _GROUPED
+        return "groups" in self._family.can
 
     @property
     def supports_generation(self) -> bool:
@@ -70,9 +69,9 @@ class HFFlaxModel:
     @property
     def position_limit(self) -> int | None:
         """Tokens that its table of positions has rows for; None where it has no table."""
-        if self.config.model_type in _UNLIMITED:
+        if self._family.positions is None:
             return None
-        padding = self.config.pad_token_id + 1 if self.config.model_type in _PADDED_TABLES else 0
+        padding = self.config.pad_token_id + 1 if self._family.positions == "after padding" else 0
         return self.config.max_position_embeddings - padding
 
     @property
@@ -238,18 +237,19 @@ class HFFlaxModel:
             raise ModelError(
                 "Packed documents need a model that keeps them apart.",
                 f"segment_ids for {type(self.model).__name__}",
-                "Use one document per row (padding instead of packing), or a Llama, GPT-2 or BERT model.",
+                "Use one document per row (padding instead of packing), or a model of type "
+                f"{that_can('segments')}.",
             )
         if groups is not None and not self.supports_groups:
             raise ModelError(
                 "Shifted sparse attention needs a causal model whose attention is ours.",
                 f"groups={groups} for {type(self.model).__name__}",
-                "Leave groups out, or choose a model of the Llama family or GPT-2.",
+                f"Leave groups out, or choose a model of type {that_can('groups')}.",
             )
 
     def _counted(self, shape: tuple[int, ...], mask: Any, segment_ids: Array | None) -> Array | None:
         # BERT's multiple choice has three axes, and keeps Hugging Face's positions.
-        if self.config.model_type not in _OURS or len(shape) != 2 or (mask is None and segment_ids is None):
+        if not self.supports_segments or len(shape) != 2 or (mask is None and segment_ids is None):
             return None
         mask = None if mask is None else jnp.asarray(mask, jnp.int32)
         return default_positions(shape, attention_mask=mask, segment_ids=segment_ids)

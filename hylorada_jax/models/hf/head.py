@@ -8,19 +8,8 @@ from transformers import FlaxPreTrainedModel
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.loss import logits
+from hylorada_jax.models.families import family_of, flax_of, that_can
 from hylorada_jax.models.weights import TreePath
-
-# Where a tied output embedding lies, for the families whose logits are exactly hidden · headᵀ.
-_EMBEDDINGS: dict[str, TreePath] = {
-    "gpt2": ("transformer", "wte"),
-    "gpt_neo": ("transformer", "wte"),
-    "bloom": ("transformer", "word_embeddings"),
-    "opt": ("model", "decoder", "embed_tokens"),
-    "xglm": ("model", "embed_tokens"),
-    "llama": ("model", "embed_tokens"),
-    "mistral": ("model", "embed_tokens"),
-    "gemma": ("model", "embed_tokens"),
-}
 
 
 def embedding_path(model: FlaxPreTrainedModel) -> TreePath:
@@ -29,15 +18,15 @@ def embedding_path(model: FlaxPreTrainedModel) -> TreePath:
     Raises:
         ModelError: the model has another head, or none.
     """
-    path, kind = _EMBEDDINGS.get(model.config.model_type), type(model).__name__
-    if path is None or not kind.endswith(("LMHeadModel", "ForCausalLM")):
+    family, kind = family_of(model.config.model_type), type(model).__name__
+    if "loss" not in flax_of(family.model_type).can or not kind.endswith(("LMHeadModel", "ForCausalLM")):
         raise ModelError(
             "The built-in loss needs a causal language model whose logits are hidden states times an "
-            f"embedding: {', '.join(_EMBEDDINGS)}.",
+            f"embedding: one of type {that_can('loss')}.",
             kind,
             "Call the adapted model and compute your own loss from its output.",
         )
-    return path
+    return tuple(family.embedding.split("."))
 
 
 def float32_logits() -> Any:

@@ -14,7 +14,8 @@ from msgspec import Meta
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
-from hylorada_jax.models.families import REMEDY, RULE, Deviation, Epsilon, Heads, Tokens, Vocabulary
+from hylorada_jax.models.bounds import REMEDY, RULE, Deviation, Epsilon, Heads, Tokens, Vocabulary
+from hylorada_jax.models.families import flax_of
 
 # Bounds are above every model of these families: each layer is traced, a mask has positions² elements, and
 # tables of sines are made on the host.
@@ -69,11 +70,6 @@ _Keys = msgspec.defstruct(
     "_Keys", [(key, kind, None) for kind, keys in _TYPES.items() for key in keys.split()]
 )
 
-# Values in a table of sines; two families make theirs in a loop of Python's.
-_TABLE, _TABLES = 2**25, {"marian": 2**21, "pegasus": 2**21}
-# The families whose heads have a width of their own.
-_WIDE_HEADS = ("t5", "mt5", "gemma")
-
 
 def check_keys(said: Mapping[str, Any], config_class: type) -> None:
     """Refuses what a config class of transformers should not be given.
@@ -98,7 +94,7 @@ def check_sizes(config: Any, layers: int | None) -> None:
     """Refuses sizes that do not fit together, or the weights, before a model is traced.
 
     Args:
-        config: a transformers ``PretrainedConfig`` of one of the families of ``hf.faults.CHECKED``.
+        config: a transformers ``PretrainedConfig`` of a family of ``families.FLAX``.
         layers: that the names of the tensors count, at most; None: no tensors are there.
 
     Raises:
@@ -110,27 +106,20 @@ def check_sizes(config: Any, layers: int | None) -> None:
 
 def _misfits(config: Any, layers: int | None) -> Iterator[tuple[str, str]]:
     """What does not fit: the rule and what was received."""
-    family = config.model_type
+    family = flax_of(config.model_type)
     width, positions = "hidden_size", "max_position_embeddings"
-    heads, depths = ["num_attention_heads"], ["num_hidden_layers", "num_decoder_layers"]
-    if hasattr(config, "decoder_attention_heads"):
-        heads.append("decoder_attention_heads")
-        depths = ["encoder_layers", "decoder_layers"]
-    if family == "albert":  # its layers share their weights
-        depths = ["num_hidden_groups", "inner_group_num"]
 
     def said(*keys: str) -> str:
         return ", ".join(f"{config.attribute_map.get(key, key)}={getattr(config, key)}" for key in keys)
 
-    for key in heads if family not in _WIDE_HEADS else ():
+    for key in family.divisors:
         if getattr(config, width) % getattr(config, key):
             yield "The width of a model must be a multiple of its heads.", said(width, key)
-    for key in filter(partial(hasattr, config), depths if layers is not None else ()):
+    for key in filter(partial(hasattr, config), family.depths if layers is not None else ()):
         if getattr(config, key) > layers:
             yield "The weights must have every layer of the model.", f"{said(key)}, {layers} in the weights"
-    most = _TABLES.get(family, _TABLE)
-    if getattr(config, positions, 0) * getattr(config, width) > most:
-        yield f"Positions times width must be at most {most:,}.", said(positions, width)
+    if getattr(config, positions, 0) * getattr(config, width) > family.largest_table:
+        yield f"Positions times width must be at most {family.largest_table:,}.", said(positions, width)
     distance, buckets = "relative_attention_max_distance", "relative_attention_num_buckets"
     if hasattr(config, buckets) and getattr(config, distance) <= getattr(config, buckets) // 2:
         yield "The largest relative distance must be above half of the buckets.", said(distance, buckets)

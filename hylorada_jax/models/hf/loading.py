@@ -15,9 +15,10 @@ from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tens
 
 from hylorada_jax.errors import HyLoRADAError, ModelError
 from hylorada_jax.models.end_tokens import end_tokens
+from hylorada_jax.models.families import FAMILIES, either, flax_of
 from hylorada_jax.models.hf.faults import check_family, check_hf_flax
 from hylorada_jax.models.hf.keys import check_keys, check_sizes
-from hylorada_jax.models.hf.t5 import REPAIRED, RepairedT5, repair_t5
+from hylorada_jax.models.hf.t5 import RepairedT5, repair_t5
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import (
@@ -69,7 +70,7 @@ def _made(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
     config = _read_config(source)
     check_hf_flax(config)
     check_sizes(config, _layers_there(source))
-    repaired = config.model_type in REPAIRED
+    repaired = flax_of(family).repaired
     with repair_t5() if repaired else nullcontext():  # the constructor traces the model
         model = flax_class(config, dtype=dtype, _do_init=False)
     if repaired:
@@ -85,10 +86,7 @@ def _read_config(source: Source) -> PretrainedConfig:
     """transformers' config of a file. A null counts as an absent key, or says that there is no such token."""
     family = source.config["model_type"]
     said = {k: v for k, v in source.config.items() if v is not None or k.endswith("token_id")}
-    # transformers 5 writes tie_word_embeddings for every T5, and apart from it whether the logits are scaled,
-    # never for mT5; transformers 4 takes a head of its own, unscaled, for untied.
-    if family in REPAIRED and not said.get("scale_decoder_outputs", family != "mt5"):
-        said["tie_word_embeddings"] = False
+    said = flax_of(family).settings(said)
     config_class = transformers.CONFIG_MAPPING[family]
     check_keys(said, config_class)
     config = config_class.from_dict(said)
@@ -169,10 +167,10 @@ def _check_tied(heads: Iterable[str], weights: Weights) -> None:
 
 def _no_flax_class(source: Source) -> ModelError:
     return ModelError(
-        "A base model must be of the Llama family, or one that transformers has in Flax.",
+        "A base model must be one that our decoder reads, or that transformers has in Flax.",
         f"{source.path}: model_type {source.config.get('model_type')!r}, "
         f"architectures {source.config.get('architectures')}",
-        "Choose a Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-Neo, OPT, BERT, BART or T5 model.",
+        f"Choose a model of type {either(FAMILIES)}.",
     )
 
 

@@ -12,9 +12,6 @@ import numpy as np
 from jaxtyping import Int
 from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
-# The families whose Flax classes are T5's.
-REPAIRED = ("t5", "mt5")
-
 
 def relative_buckets(
     queries: int, keys: int, *, bidirectional: bool, num_buckets: int, max_distance: int

@@ -1,0 +1,195 @@
+"""What one file of this package says of a family of models.
+
+Imports neither jax nor torch: both packages read their names of layers here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.bounds import Deviation, Epsilon, Heads, Layers, Positions, Tokens, Vocabulary, Width
+
+Capability = Literal["loss", "segments", "groups", "daa"]
+"""The built-in loss, packed documents, the groups of S²-Attn, direct attention adaptation."""
+
+
+class Keys(Struct, frozen=True, kw_only=True):
+    """The keys that our decoder reads beside those of ``rope_config``; transformers' defaults for Llama."""
+
+    vocab_size: Vocabulary = 32000
+    hidden_size: Width = 4096
+    intermediate_size: Width = 11008
+    num_hidden_layers: Layers = 32
+    num_attention_heads: Heads = 32
+    num_key_value_heads: Heads | None = None
+    head_dim: Width | None = None
+    max_position_embeddings: Positions = 2048
+    hidden_act: str = "silu"
+    rms_norm_eps: Epsilon = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: Deviation = 0.02
+    eos_token_id: Tokens = 2
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    sliding_window: Positions | None = None
+    use_sliding_window: bool = False
+    max_window_layers: Annotated[int, Meta(ge=0)] = 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What families compute differently, as fields of ``DecoderConfig``, where each is explained.
+
+    A default is what a family has that does not name the field.
+    """
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None
+    sliding_layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUF:
+    """What llama.cpp makes of a family.
+
+    Attributes:
+        architecture: its name there.
+        tensors: its names of a layer's tensors, beside those of Llama's, and HF's.
+        biases: {key of config.json that turns biases on: a tensor whose bias is there then}.
+        interleaved: in the rows of q and k, the two halves that rotate against each other alternate.
+    """
+
+    architecture: str
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """How our decoder reads a family.
+
+    Attributes:
+        causal_lm: transformers' class of it in torch.
+        keys: of config.json.
+        options: the values of these keys → what it computes differently.
+        gguf: None where a GGUF file has it under another family's name, or not at all.
+    """
+
+    causal_lm: str
+    keys: type[Keys]
+    options: Callable[[Any], Options]
+    gguf: GGUF | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flax:
+    """How transformers' Flax classes of a family run here.
+
+    They were held to their torch models with every option away from its default.
+
+    Attributes:
+        can: what they can do beside linear and sparse adapters.
+        faults: its ``PretrainedConfig`` → {what the class would compute wrongly: whether it would}.
+        positions: what the table of positions holds; "after padding": first rows of padding; None: no table.
+        largest_table: the numbers that such a table may have.
+        depths: the keys that count layers whose weights are their own.
+        divisors: the keys that count heads among which the width of the model is divided.
+        repaired: it computes relative positions by ``relative_buckets``.
+        settings: the content of config.json → the same as transformers 4.57 understands it.
+    """
+
+    can: tuple[Capability, ...] = ()
+    faults: Callable[[Any], Mapping[str, bool]] = lambda config: {}
+    positions: Literal["positions", "after padding"] | None = "positions"
+    largest_table: int = 2**25
+    depths: tuple[str, ...] = ("num_hidden_layers", "num_decoder_layers")
+    divisors: tuple[str, ...] = ("num_attention_heads",)
+    repaired: bool = False
+    settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models. The defaults are the names of Llama, which most decoders have taken over.
+
+    A name is the end of a module's full name in HF's model; Flax has the same.
+
+    Attributes:
+        model_type: its name in config.json.
+        q, k, v, o: the projections of attention; one name more than once where one layer is several of them.
+        mlp_output: the last linear layer of an MLP block.
+        cross_attention: the attention that reads an encoder.
+        embedding: of tokens; its full name.
+        heads: the output layers, first the language model's.
+        relative_positions: a table that is an ``nn.Embed``, but embeds no token and no position.
+        task: PEFT's wrapper of the model; None: the plain one.
+        tokenizer: the class of its tokenizer, for a directory that names none.
+        decoder: how our decoder reads it; None: it does not.
+        flax: how transformers' Flax classes of it run here; None: not at all.
+    """
+
+    model_type: str
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    mlp_output: str = "mlp.down_proj"
+    cross_attention: str | None = None
+    embedding: str = "model.embed_tokens"
+    heads: tuple[str, ...] = ("lm_head", "score")
+    relative_positions: str | None = None
+    task: str | None = "CAUSAL_LM"
+    tokenizer: str | None = None
+    decoder: Decoder | None = None
+    flax: Flax | None = None
+
+    def can(self, capability: Capability) -> bool:
+        """Whether the model that ``load_model`` makes has a capability."""
+        return self.decoder is not None or (self.flax is not None and capability in self.flax.can)
+
+
+def sliding(
+    keys: Keys, window: int | None, implied: Sequence[bool], *, fixed: str | None = None
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and the layers that have it: ``sliding_window`` and ``sliding_layers`` of :class:`Options`.
+
+    Args:
+        keys: ``layer_types`` is read.
+        window: in tokens; None: there is none.
+        implied: for each layer, whether it slides where ``layer_types`` is absent.
+        fixed: the family, where transformers ignores ``layer_types``.
+
+    Returns:
+        The window, None where no layer has it; the layers.
+
+    Raises:
+        ModelError: ``layer_types`` is not one type per layer, asks for a window that is not there, or
+            contradicts what is implied and fixed.
+    """
+    layers, depth = tuple(implied), keys.num_hidden_layers
+    if keys.layer_types is not None:
+        layers = tuple(kind == "sliding_attention" for kind in keys.layer_types)
+        if len(layers) != depth or (any(layers) and window is None):
+            raise ModelError(
+                "layer_types names 'full_attention' or, with a window, 'sliding_attention' for each layer",
+                f"layer_types of {len(layers)}, {sum(layers)} of them sliding; num_hidden_layers={depth}, "
+                f"sliding_window={window}",
+                "check layer_types, sliding_window and use_sliding_window in config.json",
+            )
+        if fixed and layers != tuple(implied):
+            raise ModelError(
+                f"all layers of a {fixed} model attend alike (transformers ignores layer_types here)",
+                f"layer_types with {sum(layers)} of {depth} sliding, sliding_window={window}",
+                "remove layer_types from config.json",
+            )
+    return (window if any(layers) else None), layers
