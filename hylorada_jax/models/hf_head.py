@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from hylorada_jax.math.loss import logits
+from hylorada_jax.trees import COLLECTION
 
 
 def float32_logits() -> Any:
@@ -20,7 +21,7 @@ def float32_logits() -> Any:
 def _head(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
     is_head = isinstance(module, nn.Dense) and module.name == "lm_head" and context.method_name == "__call__"
-    if not is_head or module.has_variable("hylorada", "lora_A"):
+    if not is_head or module.has_variable(COLLECTION, "lora_A"):
         return next_fun(*args, **kwargs)
     hidden, kernel = nn.dtypes.promote_dtype(
         args[0], module.get_variable("params", "kernel"), dtype=module.dtype

@@ -10,13 +10,13 @@ import jax
 from jax import Array
 
 from hylorada_jax.surgery.targets import HEADS
+from hylorada_jax.trees import Params, Tree
 
 Path = tuple[str, ...]
-Tree = Mapping[str, Any]
 
 # How each linear module holds its kernel. HF's FlaxConv1D is known by name: its file imports transformers.
 KERNEL_IS_OUT_IN = {"Dense": False, "FlaxConv1D": True}
-# Attention modules that read their direct adaptation from the collection "hylorada".
+# Attention modules that read their direct adaptation from the adapters' collection.
 ATTENTIONS = ("DecoderAttention", "FlaxGPT2Attention", "FlaxBertSelfAttention", "FlaxT5Attention")
 CROSS_ATTENTIONS = ("crossattention", "EncDecAttention")
 NORMS = ("LayerNorm", "RMSNorm", "FlaxT5LayerNorm")
@@ -55,7 +55,7 @@ class Linear(Module):
     d_out: int
     kernel_is_out_in: bool
 
-    def weight(self, params: Tree, layer: Array | int = 0) -> Array:
+    def weight(self, params: Params, layer: Array | int = 0) -> Array:
         """W [d_out, d_in] of one layer, as a view of the frozen tree.
 
         Args:
