@@ -8,7 +8,7 @@ from hylorada_jax.models.causal_lm import CausalLM
 
 
 def as_base(model: Any) -> BaseModel:
-    """A base model behind the protocol of :class:`BaseModel`.
+    """A user's model as a :class:`BaseModel`.
 
     Args:
         model: a :class:`CausalLM`, or one of HF's Flax models.
