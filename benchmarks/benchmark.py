@@ -75,8 +75,8 @@ class Benchmark:
         contexts(self._tokenizer, experiment.seq_len, experiment.retrieval_samples)
         self._texts: dict[str | None, dict[str, Text]] = {None: plain}
         for structure in {variant.structure for variant in experiment.variants if variant.structure}:
-            told = {part: tokenize_with_structure(t, self._tokenizer, structure) for part, t in texts.items()}
-            self._texts[structure] = {p: Text(t.tokens, t.structure_ids) for p, t in told.items()}
+            read = {part: tokenize_with_structure(t, self._tokenizer, structure) for part, t in texts.items()}
+            self._texts[structure] = {p: Text(t.tokens, t.structure_ids) for p, t in read.items()}
         rows = len(self._rows(plain["train"]))
         self._steps = experiment.steps or math.ceil(
             fraction(experiment.epochs or 1) * rows / experiment.batch_size

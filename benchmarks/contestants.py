@@ -16,6 +16,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer, schedule
+from hylorada_jax.trees import Adapters, Frozen, Params
 
 
 def contestant(base: Any, variant: Variant) -> Adapted | Full | None:
@@ -30,35 +31,37 @@ class Adapted:
 
     def __init__(self, base: Any, config: HyLoRADAConfig) -> None:
         self.model = HyLoRADAModel(base, config)
-        self.frozen, self.parameters = self.model.frozen, self.model.num_trainable
 
-    def start(self, seed: int) -> Any:
+    def start(self, seed: int) -> Adapters:
         """Fresh adapters."""
         return self.model.init_adapters(seed)
 
-    def optimizer(self, adapters: Any, training: TrainingConfig) -> optax.GradientTransformation:
+    def optimizer(self, adapters: Adapters, training: TrainingConfig) -> optax.GradientTransformation:
         """That of the library."""
         return make_optimizer(adapters, training, self.model.config)
 
-    def trained(self, adapters: Any) -> HyLoRADAModel:
+    def trained(self, adapters: Adapters) -> HyLoRADAModel:
         """The model to evaluate."""
         self.model.adapters = adapters
         return self.model
 
 
 class Full:
-    """All weights of a base model, under the names by which a training step asks for an adapter's parts."""
+    """All weights of a base model: a contestant, and the :class:`Scorable` model that it trains."""
+
+    has_encoder, disabled = False, False
 
     def __init__(self, base: BaseModel) -> None:
         self.base, self.model = base, self
-        self.frozen: dict[str, Any] = {}
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+        self.adapters = base.params
+        self.frozen: Frozen = {}
+        self.num_trainable = sum(leaf.size for leaf in jax.tree.leaves(base.params))
 
-    def start(self, seed: int) -> Any:
+    def start(self, seed: int) -> Params:
         """The pretrained weights, in float32."""
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.base.params)
 
-    def optimizer(self, params: Any, training: TrainingConfig) -> optax.GradientTransformation:
+    def optimizer(self, params: Params, training: TrainingConfig) -> optax.GradientTransformation:
         """AdamW with the clipping and the schedule that adapters have."""
         factor = schedule(training)
 
@@ -70,21 +73,28 @@ class Full:
             optax.clip_by_global_norm(training.max_grad_norm), adamw(peak=training.learning_rate)
         )
 
-    def trained(self, params: Any) -> Any:
+    def trained(self, params: Params) -> Any:
         """The model to evaluate."""
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, self.base.params)
         return self.base.with_params(jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes))
 
-    def resolve(self, params: Any, frozen: Any) -> Any:
+    def resolve(self, adapters: Params, frozen: Frozen) -> Params:
         """The weights in the base's dtype."""
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, self.base.params)
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), adapters, self.base.params)
 
-    def hidden_resolved(
-        self, params: Any, *, frozen: Any, train: bool, rngs: Any, **inputs: Mapping[str, Array]
+    def hidden(
+        self,
+        resolved: Params,
+        input_ids: Array,
+        *,
+        frozen: Frozen,
+        train: bool = False,
+        rngs: Mapping[str, Array] | None = None,
+        **inputs: Any,
     ) -> Array:
         """The states [batch, seq, d] that the output head reads."""
-        return self.base.hidden({"params": params}, **inputs)
+        return self.base.hidden({"params": resolved}, input_ids, **inputs)
 
-    def head(self, params: Any, frozen: Any) -> Array:
+    def head(self, resolved: Params, frozen: Frozen) -> Array:
         """The output embedding [vocab, d]."""
-        return self.base.head({"params": params})
+        return self.base.head({"params": resolved})

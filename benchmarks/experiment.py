@@ -29,7 +29,7 @@ class Variant:
         label: how the table calls it.
         kind: "base" (nothing is trained), "full" (all is), or "adapter".
         config: of the adapter.
-        structure: what a structure encoder is told: "code", or None.
+        structure: what a structure encoder reads: "code", or None.
         learning_rates: of which the best is taken.
     """
 

@@ -199,7 +199,7 @@ class Search:
         def judge(step: int, adapters: Any) -> None:
             if step * EVALUATIONS // self._steps == len(losses):
                 return
-            losses.append(evaluate(adapters, adapted.frozen, progress=False).loss)
+            losses.append(evaluate(adapters, adapted.model.frozen, progress=False).loss)
             trial.report(losses[-1], step)
             if step < self._steps and trial.should_prune():
                 raise optuna.TrialPruned

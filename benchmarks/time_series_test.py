@@ -122,9 +122,9 @@ def test_the_positions_of_a_batch_are_the_hours_of_its_tokens(name):
     since = np.array([hours_of_year(time) for time in prepared.series.times.tolist()])
     own, of_year, asked = (
         np.concatenate(
-            [batch["structure_positions"] for batch in batches(windows(prepared, "dev", context, told), 8)]
+            [batch["structure_positions"] for batch in batches(windows(prepared, "dev", context, hours), 8)]
         )
-        for told in ("own", "year", "asked")
+        for hours in ("own", "year", "asked")
     )
     shift = prepared.hours[0] - elapsed[1]
     assert 0 <= shift < 7 * 24
@@ -205,25 +205,25 @@ def test_frequencies_are_those_of_the_part_to_adapt_on():
 
 
 @pytest.mark.slow
-def test_a_trained_v2_reads_the_hours_and_v1_cannot_be_told_them():
+def test_a_trained_v2_reads_the_hours_and_v1_cannot():
     prepared = prepared_of(SETTINGS["elnino-short"], TINY.bins)
     base = bases_of(TINY, "elnino")[0]
-    told = windows(prepared, "dev", 6, "own")
+    right = windows(prepared, "dev", 6, "own")
     later = windows(prepared._replace(hours=prepared.hours + 24 * 91), "dev", 6, "own")
 
     def losses(method):
         entrant = Adapted(base, adapter(METHODS[method], TINY.rank, 6))
         runner = Runner(windows(prepared, "adapt", 6, "own"))
-        training = TINY.training(told, steps=30, rate=1e-2, seed=0)
+        training = TINY.training(right, steps=30, rate=1e-2, seed=0)
         sweep = Sweep(entrant.model, last)
         adapters, _ = runner.train(entrant, training)
         return [
             np.concatenate([values[0] for _, values in sweep(rows, 64, adapters=adapters)])[: len(rows)]
-            for rows in (told, later)
+            for rows in (right, later)
         ]
 
-    as_told, a_season_later = losses("hylorada_v2, hours")
-    assert np.abs(as_told - a_season_later).max() > 1e-3
+    as_trained, a_season_later = losses("hylorada_v2, hours")
+    assert np.abs(as_trained - a_season_later).max() > 1e-3
     with pytest.raises(ConfigError, match="structure_positions"):
         losses("hylorada_v1")
 

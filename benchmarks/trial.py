@@ -82,7 +82,6 @@ class Runner:
         """
         require_segments(contestant.model.base)
         adapters = contestant.start(training.seed)
-        model: Any = contestant.model  # a Full one has what a step asks for
         optimizer = contestant.optimizer(adapters, training)
         state = init_state(adapters, optimizer, training.seed)
         batches = shuffled_batches(self.rows, training.batch_size, training.seed)
@@ -90,10 +89,10 @@ class Runner:
         for step in range(1, training.steps + 1):
             batch = {name: values for name, values in next(batches).items() if name != "row"}
             if self._compiled is None:
-                wrapped = make_train_step(model, optimizer, training)
-                self._compiled = wrapped.lower(state, contestant.frozen, batch).compile()
+                wrapped = make_train_step(contestant.model, optimizer, training)
+                self._compiled = wrapped.lower(state, contestant.model.frozen, batch).compile()
             began = time.perf_counter()
-            state, metrics = self._compiled(state, contestant.frozen, batch)
+            state, metrics = self._compiled(state, contestant.model.frozen, batch)
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - began)
             if not np.isfinite(losses[-1]):
@@ -104,7 +103,7 @@ class Runner:
                 on_step(step, state.adapters)
         step_seconds = statistics.median(seconds[1:] or seconds)  # the first one also warms up
         return state.adapters, {
-            "parameters": contestant.parameters,
+            "parameters": contestant.model.num_trainable,
             "losses": [round(loss, 5) for loss in losses],
             "seconds_per_step": step_seconds,
             "tokens_per_second": training.batch_size * training.seq_len / step_seconds,

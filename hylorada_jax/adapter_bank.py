@@ -19,8 +19,10 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import layout
-from hylorada_jax.surgery.modules import Tree, subtree
+from hylorada_jax.surgery.modules import subtree
+from hylorada_jax.surgery.split import unfrozen_paths
 from hylorada_jax.text import shown
+from hylorada_jax.trees import Adapters, Frozen, Resolved, Tree
 
 
 class AdapterBank:
@@ -57,11 +59,12 @@ class AdapterBank:
 
     def __init__(self, model: HyLoRADAModel) -> None:
         self.model = model
-        self._trees: dict[str, dict[str, Any]] = {"default": model.adapters}
+        self._trees: dict[str, Adapters] = {"default": model.adapters}
         self._active = "default"
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.adapters)
-        self._stacked: tuple[list[dict[str, Any]], Tree] = [], {}
+        self._stacked: tuple[list[Adapters], Resolved] = [], {}
         self._rows = jax.jit(functools.partial(apply_rows, model))
+        self._resolve = jax.jit(model.resolve)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,7 +76,7 @@ class AdapterBank:
         """The name of the adapter that ``model`` has."""
         return self._active
 
-    def add(self, name: str, adapters: Tree) -> None:
+    def add(self, name: str, adapters: Adapters) -> None:
         """Takes an adapter in under a new name; the active one stays.
 
         Args:
@@ -150,7 +153,7 @@ class AdapterBank:
                 calling the model.
         """
         index = None if adapters is None else self.index(adapters)
-        if index is None or not self.model._enabled:
+        if index is None or self.model.disabled:
             return self.model(input_ids, **inputs)
         # Here, because under the jit below nobody sees the values.
         check_tokens(input_ids, self.model.base.token_limit)
@@ -173,13 +176,13 @@ class AdapterBank:
         places = {name: place for place, name in enumerate((None, *self._trees))}
         return jnp.asarray(np.array([places[name] for name in adapters], np.int32))
 
-    def stack(self) -> Tree:
+    def stack(self) -> Resolved:
         """The resolved adapters for :func:`apply_rows`: first none, then all in the order of ``names``."""
         self._keep_active()
         trees = list(self._trees.values())
         # Kept until an adapter comes, goes or is trained.
         if [*map(id, trees)] != [*map(id, self._stacked[0])]:
-            resolved = [self.model._resolve(tree, self.model.frozen) for tree in trees]
+            resolved = [self._resolve(tree, self.model.frozen) for tree in trees]
             rows = no_adapter(self.model, resolved[0]), *resolved
             self._stacked = trees, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
         return self._stacked[1]
@@ -189,7 +192,7 @@ class AdapterBank:
         if self.model.adapters is not self._trees[self._active]:
             self.model.adapters = self._trees[self._active] = self._fitted(self.model.adapters)
 
-    def _fitted(self, adapters: Tree) -> dict[str, Any]:
+    def _fitted(self, adapters: Adapters) -> Adapters:
         """The adapters in the structure and dtypes that the compiled programs know."""
         given, wanted = _by_name(adapters), _by_name(self._like)
         shapes = ({name: np.shape(leaf) for name, leaf in leaves.items()} for leaves in (given, wanted))
@@ -215,11 +218,11 @@ class AdapterBank:
 
 def apply_rows(
     model: HyLoRADAModel,
-    stack: Tree,
+    stack: Resolved,
     index: Array,
     input_ids: Array,
     *,
-    frozen: Tree | None = None,
+    frozen: Frozen | None = None,
     **inputs: Array | None,
 ) -> Any:
     """The output of a batch whose rows have an adapter each, as a pure function to jit and differentiate.
@@ -254,7 +257,7 @@ def apply_rows(
             "Give one for each row.",
         )
 
-    def one(resolved: Tree, row: Array, given: Mapping[str, Array]) -> Any:
+    def one(resolved: Resolved, row: Array, given: Mapping[str, Array]) -> Any:
         alone = {name: value[None] for name, value in given.items()}
         output = model.apply_resolved(resolved, row[None], frozen=frozen, **alone)
         return jax.tree.map(lambda leaf: leaf[0], output)
@@ -263,17 +266,18 @@ def apply_rows(
     return jax.vmap(one)(gathered, jnp.asarray(input_ids), given)
 
 
-def no_adapter(model: HyLoRADAModel, resolved: Tree) -> Any:
+def no_adapter(model: HyLoRADAModel, resolved: Resolved) -> Resolved:
     """The resolved tree under which a model computes what its base does: c and α are 1, and all else 0.
 
     Args:
         model: its base has the values of the leaves that train themselves.
         resolved: of any adapter; its structure, shapes and dtypes are read.
     """
+    unfrozen = set(unfrozen_paths(model.sites))
 
     def neutral(path: Any, leaf: Array) -> Array:
         keys = tuple(entry.key for entry in path)
-        if keys in model._unfrozen:
+        if keys in unfrozen:
             return subtree(model.base.params, keys).astype(leaf.dtype)
         row = leaf_at(keys, resolved=True)
         return jnp.full_like(leaf, 0 if row is None else row.idle)

@@ -252,7 +252,7 @@ def test_four_adapters_cost_as_much_as_one():
         bank.add(name, moved(model, seed))
     names = ("c", "default", "d", "b")
     ids = tokens(config, rows=4)["input_ids"]
-    resolved, index = model._resolve(model.adapters, model.frozen), bank.index(names)
+    resolved, index = model.resolve(model.adapters), bank.index(names)
 
     @jax.jit
     def plain(frozen):

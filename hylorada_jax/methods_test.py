@@ -230,13 +230,13 @@ def test_decoding_with_a_cache_gives_the_plain_numbers(method, family):
     config = CONFIGS[method]
     model, given = adapted(config, family), inputs(config)
     prompts = [np.asarray(given["input_ids"][row, :length]).tolist() for row, length in ((0, 8), (1, 5))]
-    told = {}
+    structure = {}
     if "structure_ids" in given:
         # New tokens go on with the last id of their prompt.
         ids = np.array(given["structure_ids"])
         ids[0, 8:], ids[1, 5:] = ids[0, 7], ids[1, 4]
-        told = {"structure_ids": ids}
-    prompt_ids = {name: [ids[0, :8].tolist(), ids[1, :5].tolist()] for name, ids in told.items()}
+        structure = {"structure_ids": ids}
+    prompt_ids = {name: [ids[0, :8].tolist(), ids[1, :5].tolist()] for name, ids in structure.items()}
     model.adapters, before = moved(config, family), model.adapters
     try:
         new = model.generate(prompts, max_new_tokens=4, **prompt_ids)
@@ -245,7 +245,7 @@ def test_decoding_with_a_cache_gives_the_plain_numbers(method, family):
     rows = np.zeros((2, LENGTH), np.int32)
     for row, prompt, tokens in zip(rows, prompts, new, strict=True):
         row[: len(prompt) + 4] = prompt + tokens
-    expected = logits(config, family, moved(config, family), {"input_ids": rows} | told).argmax(-1)
+    expected = logits(config, family, moved(config, family), {"input_ids": rows} | structure).argmax(-1)
     assert new == [expected[0, 7:11].tolist(), expected[1, 4:8].tolist()]
 
 

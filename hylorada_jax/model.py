@@ -25,13 +25,12 @@ from hylorada_jax.saved.fits import check_fits, identity
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.fit import fit
-from hylorada_jax.surgery.intercept import COLLECTION, Structure, adapt
+from hylorada_jax.surgery.intercept import Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
-from hylorada_jax.surgery.modules import Path as TreePath
-from hylorada_jax.surgery.modules import Tree
-from hylorada_jax.surgery.plan import Site, count_parameters
+from hylorada_jax.surgery.plan import count_parameters
 from hylorada_jax.surgery.resolve import resolve
-from hylorada_jax.surgery.split import join, split
+from hylorada_jax.surgery.split import join, split, unfrozen_paths
+from hylorada_jax.trees import COLLECTION, Adapters, Frozen, Params, Resolved
 
 _STRUCTURE_IDS = "structure_ids"
 
@@ -45,9 +44,9 @@ class _AdaptedDecode:
     dtype: Any
 
     def __call__(self, variables: Mapping[str, Any], *arguments: Any, **inputs: Any) -> Any:
-        told = Structure(ids=variables.get(_STRUCTURE_IDS), decoding=True)
+        structure = Structure(ids=variables.get(_STRUCTURE_IDS), decoding=True)
         collections = {name: tree for name, tree in variables.items() if name != _STRUCTURE_IDS}
-        with adapt(variables[COLLECTION], self.config, dtype=self.dtype, structure=told):
+        with adapt(variables[COLLECTION], self.config, dtype=self.dtype, structure=structure):
             return self.step(collections, *arguments, **inputs)
 
 
@@ -59,11 +58,12 @@ class HyLoRADAModel:
         h + up(gelu(down(h) ⊙ mask))   after every MLP block (sparse adapter)
 
     Attributes:
-        base: the base model behind one face, ours or HF's.
+        base: the base model, ours or HF's.
         config: what is adapted.
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
-        frozen: what the adapters stand on: {"params": the base's parameters, but for those that train
-            themselves, "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
+        frozen: what does not train: {"params": the base's parameters, but for those that train themselves,
+            "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
+        disabled: calling the model, or generating with it, uses the base alone; see :meth:`disable_adapter`.
 
     Args:
         base_model: a :class:`CausalLM` from :func:`load_model`, or one of HF's Flax models.
@@ -94,15 +94,15 @@ class HyLoRADAModel:
         self._modules, self.sites = fit(self.base, config)
         params = self.base.params
         constants = build.build_constants(self.sites, params, config)
-        self._unfrozen = _leaf_paths(self.sites)
-        self.frozen: dict[str, Any] = {"params": split(params, self._unfrozen)[0], "constants": constants}
+        self._unfrozen = unfrozen_paths(self.sites)
+        self.frozen: Frozen = {"params": split(params, self._unfrozen)[0], "constants": constants}
         self.adapters = self.init_adapters(seed)
         # Where the adapters came from: a checksum of a file's tensors, or the seed of fresh ones.
         self.start = f"seed {seed}"
-        self._enabled = True
+        self.disabled = False
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
-    def init_adapters(self, seed: int) -> dict[str, Any]:
+    def init_adapters(self, seed: int) -> Adapters:
         """A tree of fresh adapters, under which the model computes what its base does.
 
         Args:
@@ -126,8 +126,8 @@ class HyLoRADAModel:
             attention_mask: 1 for tokens, 0 for padding, on either side [batch, seq].
             position_ids: int [batch, seq]; counted from the mask or the segments when absent.
             segment_ids: packed documents 1, 2, …, padding 0 [batch, seq].
-            structure_ids: what the structure encoder of hylorada_v2 is told of each token, int [batch, seq].
-            structure_positions: where each token stands for that encoder, such as hours [batch, seq];
+            structure_ids: what the structure encoder of hylorada_v2 reads of each token, int [batch, seq].
+            structure_positions: each token's place for that encoder, such as hours [batch, seq];
                 ``position_ids`` when absent.
 
         Raises:
@@ -136,24 +136,24 @@ class HyLoRADAModel:
             ConfigError: nothing in the model reads structure.
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
-        if not self._enabled:
+        if self.disabled:
             return self.base(input_ids, **inputs)
         # Here, because under the jit below nobody sees the values.
         check_tokens(input_ids, self.base.token_limit)
         check_structure_ids(structure_ids)
         input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, position_ids, self.base.position_limit)
-        told = {"structure_ids": structure_ids, "structure_positions": structure_positions}
-        return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs, **told)
+        inputs |= {"structure_ids": structure_ids, "structure_positions": structure_positions}
+        return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs)
 
     def apply(
         self,
-        adapters: Tree,
+        adapters: Adapters,
         input_ids: Array,
         *,
         train: bool = False,
         rngs: Mapping[str, Array] | None = None,
-        frozen: Tree | None = None,
+        frozen: Frozen | None = None,
         **inputs: Any,
     ) -> Any:
         """The model's output as a pure function of the adapters, to jit and differentiate.
@@ -178,7 +178,7 @@ class HyLoRADAModel:
         resolved = self.resolve(adapters, frozen)
         return self.apply_resolved(resolved, input_ids, train=train, rngs=rngs, frozen=frozen, **inputs)
 
-    def resolve(self, adapters: Tree, frozen: Tree | None = None) -> dict[str, Any]:
+    def resolve(self, adapters: Adapters, frozen: Frozen | None = None) -> Resolved:
         """What the adapters amount to that depends on weights only (A, s·B, c, …), for once per step.
 
         Args:
@@ -188,15 +188,15 @@ class HyLoRADAModel:
         frozen = self.frozen if frozen is None else frozen
         return resolve(self.sites, adapters, frozen["params"], frozen["constants"], self.config)
 
-    def apply_resolved(self, resolved: Tree, input_ids: Array, **arguments: Any) -> Any:
+    def apply_resolved(self, resolved: Resolved, input_ids: Array, **arguments: Any) -> Any:
         """As :meth:`apply`, from the result of :meth:`resolve`."""
         return self._run(self.base.forward, resolved, input_ids, **arguments)
 
-    def hidden_resolved(self, resolved: Tree, input_ids: Array, **arguments: Any) -> Array:
+    def hidden(self, resolved: Resolved, input_ids: Array, **arguments: Any) -> Array:
         """The states [batch, seq, d] that the output head reads, from the result of :meth:`resolve`."""
         return self._run(self.base.hidden, resolved, input_ids, **arguments)
 
-    def head(self, resolved: Tree | None = None, frozen: Tree | None = None) -> Array:
+    def head(self, resolved: Resolved | None = None, frozen: Frozen | None = None) -> Array:
         """The output embedding [vocab, d].
 
         Args:
@@ -211,7 +211,12 @@ class HyLoRADAModel:
         """Rows of the output embedding."""
         return vocab_size(self.base)
 
-    def _params(self, resolved: Tree | None, frozen: Tree | None) -> Tree:
+    @property
+    def has_encoder(self) -> bool:
+        """A structure encoder reads structure ids and positions."""
+        return bool(self.config.use_hylorada_v2)
+
+    def _params(self, resolved: Resolved | None, frozen: Frozen | None) -> Params:
         """The base's whole parameter tree, with the leaves that train where there are any."""
         frozen = self.frozen if frozen is None else frozen
         if not self._unfrozen:
@@ -219,37 +224,37 @@ class HyLoRADAModel:
         trained = self.base.params if resolved is None else resolved
         return join(frozen["params"], split(trained, self._unfrozen)[1])
 
-    def _dtype(self, frozen: Tree | None) -> Any:
+    def _dtype(self, frozen: Frozen | None) -> Any:
         """What the base computes in; what trains is wider."""
         return jax.tree.leaves((self.frozen if frozen is None else frozen)["params"])[0].dtype
 
     def _run(
         self,
         function: Any,
-        resolved: Tree,
+        resolved: Resolved,
         input_ids: Array,
         train: bool = False,
         rngs: Mapping[str, Array] | None = None,
-        frozen: Tree | None = None,
+        frozen: Frozen | None = None,
         structure_ids: Array | None = None,
         structure_positions: Array | None = None,
         **inputs: Any,
     ) -> Any:
         check_tokens(input_ids, self.base.token_limit)
         input_ids = jnp.asarray(input_ids)
-        told = Structure(ids=structure_ids, positions=structure_positions)
-        self._check_structure(told, input_ids.shape)
+        structure = Structure(ids=structure_ids, positions=structure_positions)
+        self._check_structure(structure, input_ids.shape)
         if train and self.config.s2_attn_enabled:
             inputs["groups"] = self.config.s2_groups(input_ids.shape[1])
         variables = {"params": self._params(resolved, frozen), COLLECTION: resolved}
-        with adapt(resolved, self.config, train=train, dtype=self._dtype(frozen), structure=told):
+        with adapt(resolved, self.config, train=train, dtype=self._dtype(frozen), structure=structure):
             return function(variables, input_ids, rngs=rngs, **inputs)
 
-    def _check_structure(self, told: Structure, shape: tuple[int, ...]) -> None:
-        for name, given in (("structure_ids", told.ids), ("structure_positions", told.positions)):
+    def _check_structure(self, structure: Structure, shape: tuple[int, ...]) -> None:
+        for name, given in (("structure_ids", structure.ids), ("structure_positions", structure.positions)):
             if given is None:
                 continue
-            if not self.config.use_hylorada_v2:
+            if not self.has_encoder:
                 raise ConfigError(
                     f"{name} are read by the structure encoder, which only method='hylorada_v2' has",
                     f"method={self.config.method!r}",
@@ -291,11 +296,12 @@ class HyLoRADAModel:
         check_prompts(prompts, self.base.token_limit)
         if settings.get("eos_token_id") is None:
             settings["eos_token_id"] = self.base.end_token_ids
-        if not self._enabled:
+        if self.disabled:
             return self.base.generate(prompts, **settings)
         resolved = self._resolve(self.adapters, self.frozen)
         variables = {"params": self._params(resolved, None), COLLECTION: resolved}
         ours = isinstance(self.base, CausalLM)
+        structure = Structure(decoding=True)
         if structure_ids is not None:
             if [len(ids) for ids in structure_ids] != [len(prompt) for prompt in prompts]:
                 raise DataError(
@@ -305,16 +311,15 @@ class HyLoRADAModel:
                 )
             for ids in structure_ids:
                 check_structure_ids(ids)
-            told = Structure(ids=jnp.asarray(pad_left(structure_ids, bucket=ours)), decoding=True)
-            self._check_structure(told, told.ids.shape)  # type: ignore[union-attr]
-        else:
-            told = Structure(decoding=True)
+            padded = jnp.asarray(pad_left(structure_ids, bucket=ours))
+            structure = Structure(ids=padded, decoding=True)
+            self._check_structure(structure, padded.shape)
         if isinstance(self.base, CausalLM):
             decode = _AdaptedDecode(DecodeStep(self.base.module), self.config, self._dtype(None))
-            if told.ids is not None:
-                variables[_STRUCTURE_IDS] = told.ids
+            if structure.ids is not None:
+                variables[_STRUCTURE_IDS] = structure.ids
             return generate(decode, self.base.init_cache, variables, prompts, **settings)
-        with adapt(resolved, self.config, dtype=self._dtype(None), structure=told):
+        with adapt(resolved, self.config, dtype=self._dtype(None), structure=structure):
             return self.base.generate(prompts, variables=variables, **settings)
 
     @property
@@ -331,11 +336,11 @@ class HyLoRADAModel:
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A context in which calling the model, or generating with it, gives exactly the base model."""
-        before, self._enabled = self._enabled, False
+        before, self.disabled = self.disabled, True
         try:
             yield
         finally:
-            self._enabled = before
+            self.disabled = before
 
     def merge_and_unload(self) -> Any:
         """The base model with the adapters folded into a copy of the adapted weights.
@@ -414,8 +419,3 @@ class HyLoRADAModel:
         model.adapters = layout.unflatten(model.sites, tensors)
         model.start = adapter_files.digest(tensors)
         return model
-
-
-def _leaf_paths(sites: Sequence[Site]) -> list[TreePath]:
-    """Where the leaves lie that move from the frozen to the trainable tree."""
-    return [(*s.module.path, leaf) for s in sites if s.component == "unfrozen" for leaf in s.leaves]

@@ -278,7 +278,7 @@ _OF_JAX = [
     *_faults(
         "temporal",
         "hylorada_jax.surgery.intercept",
-        ("the prior of token positions", "positions if stand is None else stand", "positions"),
+        ("the prior of token positions", "positions if places is None else places", "positions"),
     ),
     *_faults(
         "all on",

@@ -248,18 +248,18 @@ def torch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def torch_inputs(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """The same numbers, counts as torch has them."""
-    told = {name: torch.tensor(value) for name, value in inputs.items()}
-    return {name: value if value.is_floating_point() else value.long() for name, value in told.items()}
+    tensors = {name: torch.tensor(value) for name, value in inputs.items()}
+    return {name: value if value.is_floating_point() else value.long() for name, value in tensors.items()}
 
 
 def torch_results(
     model: torch.nn.Module, inputs: Mapping[str, np.ndarray], leaves: Mapping[str, torch.Tensor]
 ) -> dict[str, np.ndarray]:
     """ "logits" where they are scored, "loss", and its gradient with respect to each leaf, in float64."""
-    told = torch_inputs(inputs)
-    labels = told.pop("labels")
+    given = torch_inputs(inputs)
+    labels = given.pop("labels")
     with all_in_float64():
-        logits = model(**told).logits
+        logits = model(**given).logits
         loss = torch_loss(logits, labels)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
     results = {"logits": logits[labels >= 0], "loss": loss, **dict(zip(leaves, gradients, strict=True))}

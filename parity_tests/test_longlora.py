@@ -185,9 +185,9 @@ def by_definition(rows, documents, valid, positions, numbers):
 
 def pulled_back(rows, function):
     """The output, where it means something, and all gradients of a function in torch."""
-    *told, numbers, cotangent = rows.draw()
+    *constants, numbers, cotangent = rows.draw()
     leaves = {name: torch.tensor(value, requires_grad=True) for name, value in numbers.items()}
-    y = function(rows, *map(torch.tensor, told), leaves)
+    y = function(rows, *map(torch.tensor, constants), leaves)
     gradients = torch.autograd.grad(y, list(leaves.values()), torch.tensor(cotangent))
     results = {name: gradient.numpy() for name, gradient in zip(leaves, gradients, strict=True)}
     return {"y": y.detach().numpy() * (cotangent != 0), **results}
@@ -225,8 +225,7 @@ def test_whole_model(family):
         pair = build(family, config, "float64")
         tokens = {"input_ids": pair.inputs["input_ids"]}
         tokens["labels"] = np.where(documents > 0, pair.inputs["labels"].clip(0), -1)
-        told = {"segment_ids" if packed else "attention_mask": documents.astype(np.int32)}
-        pair.inputs = tokens | told
+        pair.inputs = tokens | {"segment_ids" if packed else "attention_mask": documents.astype(np.int32)}
         got = pair.got()
     base: Any = pair.reference.base_model.config
     window = base.sliding_window if family == "mistral" else None  # Qwen2's is as wide as a group
@@ -243,7 +242,7 @@ def test_whole_model(family):
     expected = torch_results(masked, tokens, leaves)
     check_model(got, expected, "float64")
 
-    # The reference has no segments: it is told what a head of the ordinary model sees.
+    # The reference has no segments: its mask says what a head of the ordinary model sees.
     length = documents.shape[1]
     whole = seen_keys(1, length, length - 1, documents, documents > 0, window) if packed else documents
     options = {"attention_mask": torch.tensor(whole), "position_ids": positions}

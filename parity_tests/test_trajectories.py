@@ -43,7 +43,7 @@ def test_every_method_is_trained():
 )
 def test_twenty_steps(family, name):
     config = dataclasses.replace(CONFIGS[name], lora_plus_enabled=True)
-    batches = [batch | told(config) for batch in text_batches()]
+    batches = [batch | structure_of(config) for batch in text_batches()]
     with measuring("float64"):
         pair = build(family, config, "float64", spread=0.0)
         start = layout.flatten(pair.model.sites, pair.adapters)
@@ -69,8 +69,8 @@ def text_batches():
     return [{"input_ids": batch[:, :-1], "labels": batch[:, 1:]} for batch in rows] * 10
 
 
-def told(config):
-    """What the method is told besides the tokens."""
+def structure_of(config):
+    """What the method reads beside the tokens."""
     return (
         {"structure_ids": np.arange(24, dtype=np.int32).reshape(2, 12) % 7} if config.use_hylorada_v2 else {}
     )

@@ -112,7 +112,7 @@ class Entry:
             training = self._budget.training(self._rows["adapt"], steps=steps, rate=rate, seed=seed)
             adapters, found = self._program.runner.train(entrant, training)
             trained = {name: found[name] for name in ("parameters", "losses")}
-            model = {"adapters": adapters, "frozen": entrant.frozen}
+            model = {"adapters": adapters, "frozen": entrant.model.frozen}
         dev_loss, _ = self._measure("dev", model)
         loss, error = self._measure("test", model)
         return {

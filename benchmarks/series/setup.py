@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.experiment import require_each_once
 from benchmarks.series.data import target_series, thinned
-from benchmarks.series.tokens import Prepared, Told, boundaries, prepare
+from benchmarks.series.tokens import Hours, Prepared, boundaries, prepare
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import ConfigError
@@ -47,12 +47,12 @@ class Method(NamedTuple):
 
     Attributes:
         name: of the method in :class:`HyLoRADAConfig`.
-        hours: what the structure encoder is told, as :func:`told` has it.
+        hours: what the structure encoder reads, as for :func:`hours_of`.
         irregular_only: with regular times it is another row of the table, but for a phase that is learned.
     """
 
     name: str
-    hours: Told | None = None
+    hours: Hours | None = None
     irregular_only: bool = False
 
 
@@ -166,7 +166,7 @@ def adapter(method: Method, rank: int, context: int) -> HyLoRADAConfig:
     Args:
         method: which.
         rank: of its update.
-        context: from whose middle positions count where no hours are told.
+        context: from whose middle positions count where there are no hours.
     """
     return HyLoRADAConfig(
         method=method.name,

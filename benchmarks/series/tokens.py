@@ -14,7 +14,7 @@ from hylorada_jax.errors import DataError
 from hylorada_jax.exact import fraction
 from hylorada_jax.structure.time import calendar_positions
 
-Told = Literal["own", "year", "asked"]
+Hours = Literal["own", "year", "asked"]
 # Values this many standard deviations from the mean and farther share the outermost bins.
 REACH = 4.0
 
@@ -126,7 +126,7 @@ def boundaries(series: Series, dev: float = 0.6, test: float = 0.75) -> tuple[np
     return series.times[math.floor(fraction(dev) * count)], series.times[math.floor(fraction(test) * count)]
 
 
-def windows(prepared: Prepared, part: str, context: int, hours: Told | None = None) -> Rows:
+def windows(prepared: Prepared, part: str, context: int, hours: Hours | None = None) -> Rows:
     """The rows of a part: for every value that is predicted, the ``context`` tokens before it.
 
     A row's last prediction is of the part and has exactly that context, which may lie before the part; the
@@ -136,7 +136,7 @@ def windows(prepared: Prepared, part: str, context: int, hours: Told | None = No
         prepared: the tokens.
         part: adapt, dev or test.
         context: tokens per row.
-        hours: what a structure encoder is told of each token, as :func:`told`; None for nothing.
+        hours: what a structure encoder reads of each token, as :func:`hours_of`; None for nothing.
 
     Raises:
         DataError: the part has not one window.
@@ -150,12 +150,12 @@ def windows(prepared: Prepared, part: str, context: int, hours: Told | None = No
             "Give a shorter context.",
         )
     pieces = [slice(last - context, last + 1) for last in range(first, stop)]
-    positions = None if hours is None else [told(prepared, hours)[piece] for piece in pieces]
+    positions = None if hours is None else [hours_of(prepared, hours)[piece] for piece in pieces]
     tokens = [prepared.tokens[piece] for piece in pieces]
     return Rows(tokens, context, packing=False, positions=positions)
 
 
-def told(prepared: Prepared, hours: Told) -> np.ndarray:
+def hours_of(prepared: Prepared, hours: Hours) -> np.ndarray:
     """A time for each token.
 
     Args:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
+    Domain,
     Dtype,
-    Structure,
     check_adapter,
     check_whole,
     loaded,
@@ -28,7 +28,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 4,
     max_tokens: int | None = None,
-    structure: Structure | None = None,
+    structure: Domain | None = None,
     dtype: Dtype = "float32",
     check_weights: bool = False,
     json: bool = False,

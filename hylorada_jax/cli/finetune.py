@@ -10,8 +10,8 @@ from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
+    Domain,
     Dtype,
-    Structure,
     check_whole,
     puts_offline,
     require_encoder,
@@ -37,7 +37,7 @@ def finetune(
     eval_data: str | None = None,
     adapter: Adapter = DEFAULTS,
     start_from: Path | None = None,
-    structure: Structure | None = None,
+    structure: Domain | None = None,
     dtype: Dtype = "float32",
     remat: Literal["none", "dots", "full"] = "none",
     prompt: str = 'def read_lines(path):\n    """',

@@ -5,8 +5,8 @@ from typing import Any
 
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
+    Domain,
     Dtype,
-    Structure,
     check_adapter,
     check_whole,
     loaded,
@@ -29,7 +29,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     chat: bool = False,
-    structure: Structure | None = None,
+    structure: Domain | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
     offline: bool = False,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hylorada_jax.cli.shared import Structure, prompt_of
+from hylorada_jax.cli.shared import Domain, prompt_of
 
 if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 _NEW_TOKENS = 64
 
 
-def samples(model: Any, prompt: str, tokenizer: "Tokenizer", structure: Structure | None) -> tuple[str, str]:
+def samples(model: Any, prompt: str, tokenizer: "Tokenizer", structure: Domain | None) -> tuple[str, str]:
     """The prompt as the base model continues it, and as the adapted one does.
 
     Where a model's positions end, a sample ends too; of a prompt that alone is longer, the end is continued.
@@ -19,21 +19,21 @@ def samples(model: Any, prompt: str, tokenizer: "Tokenizer", structure: Structur
         model: a HyLoRADAModel.
         prompt: some text.
         tokenizer: the model's.
-        structure: what the adapted model is told beside the tokens.
+        structure: whose ids the adapted model reads beside the tokens.
     """
-    ids, told = prompt_of(prompt, tokenizer, structure)
+    ids, inputs = prompt_of(prompt, tokenizer, structure)
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):
         begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]
         cut = slice(len(ids) - kept + len(begin), None)
         ids, prompt = begin + ids[cut], "…" + tokenizer.decode(ids[cut])
-        told = {name: [row[: len(begin)] + row[cut] for row in rows] for name, rows in told.items()}
+        inputs = {name: [row[: len(begin)] + row[cut] for row in rows] for name, rows in inputs.items()}
     if not ids:
         return prompt, prompt
     settings = {"max_new_tokens": new, "eos_token_id": tokenizer.end_token_ids or None}
     with model.disable_adapter():
         before = model.generate([ids], **settings)
-    after = model.generate([ids], **settings, **told)
+    after = model.generate([ids], **settings, **inputs)
     first, second = (prompt + tokenizer.decode_continuation(ids, rows[0]) for rows in (before, after))
     return first, second
 

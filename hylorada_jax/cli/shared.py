@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGED_MODEL = "smollm2-135m"
 Dtype = Literal["float32", "bfloat16"]
-Structure = Literal["code"]
+Domain = Literal["code"]
 
 
 def puts_offline(command: Callable[..., None]) -> Callable[..., None]:
@@ -102,7 +102,7 @@ def check_whole(adapter: Path, base: "BaseModel") -> None:
 
 
 def tokens_of(
-    texts: list[Document], tokenizer: "Tokenizer", structure: Structure | None
+    texts: list[Document], tokenizer: "Tokenizer", structure: Domain | None
 ) -> tuple[list[Any], list[Any] | None]:
     """The token ids of each document, and their structure ids where these are asked for."""
     from hylorada_jax.data.documents import tokenize, tokenize_with_structure
@@ -110,15 +110,15 @@ def tokens_of(
     if structure is None:
         return tokenize(texts, tokenizer), None
     found = tokenize_with_structure(texts, tokenizer, structure)
-    told = f"structure: {len(found.unparsed)} of {len(texts)} documents do not parse: depth by indentation"
-    print(", ".join([told, *map(one_line, found.unparsed[:3])]), file=sys.stderr)
+    note = f"structure: {len(found.unparsed)} of {len(texts)} documents do not parse: depth by indentation"
+    print(", ".join([note, *map(one_line, found.unparsed[:3])]), file=sys.stderr)
     return found.tokens, found.structure_ids
 
 
 def prompt_of(
-    text: str, tokenizer: "Tokenizer", structure: Structure | None, *, chat: bool = False
+    text: str, tokenizer: "Tokenizer", structure: Domain | None, *, chat: bool = False
 ) -> tuple[list[int], dict[str, list[list[int]]]]:
-    """The token ids of a prompt, and what generation is told beside them; a chat brings its bos token."""
+    """The token ids of a prompt, and generation's inputs beside them; a chat brings its bos token."""
     ids, offsets = tokenizer.encode_with_offsets(text) if chat else tokenizer.encode_prompt(text)
     if structure is None:
         return ids, {}
@@ -129,7 +129,7 @@ def prompt_of(
 
 
 def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False) -> Any:
-    """The model, with the adapter where one is named; without, behind the face that all base models show."""
+    """The model with the adapter, or the base model where no adapter is named."""
     import jax.numpy as jnp
 
     from hylorada_jax.model import HyLoRADAModel

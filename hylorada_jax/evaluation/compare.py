@@ -9,7 +9,6 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.lost_in_the_middle import LostInTheMiddle, evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import Perplexity, evaluate_perplexity
 from hylorada_jax.evaluation.sweep import loss_sweep
-from hylorada_jax.model import HyLoRADAModel
 
 
 class Measures(NamedTuple):
@@ -71,8 +70,8 @@ def compare_models(
         "progress": progress,
     }
     sweeps = {name: loss_sweep(model) for name, model in models.items()}
-    told = {name: structure if sweep.face.has_encoder else None for name, sweep in sweeps.items()}
-    if structure is not None and not any(sweep.face.has_encoder for sweep in sweeps.values()):
+    read = {name: structure if sweep.model.has_encoder else None for name, sweep in sweeps.items()}
+    if structure is not None and not any(sweep.model.has_encoder for sweep in sweeps.values()):
         raise ConfigError(
             "Structure ids are read by the structure encoder, which only hylorada_v2 has",
             ", ".join(models),
@@ -80,9 +79,9 @@ def compare_models(
         )
     return {
         name: Measures(
-            model.num_trainable if isinstance(model, HyLoRADAModel) else 0,
-            evaluate_perplexity(sweeps[name], documents, structure=told[name], **options),
-            evaluate_lost_in_the_middle(sweeps[name], documents, structure=told[name], **options),
+            sweep.model.num_trainable,
+            evaluate_perplexity(sweep, documents, structure=read[name], **options),
+            evaluate_lost_in_the_middle(sweep, documents, structure=read[name], **options),
         )
-        for name, model in models.items()
+        for name, sweep in sweeps.items()
     }

@@ -16,7 +16,7 @@ from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.model import HyLoRADAModel
 
 
-def test_each_model_is_measured_as_on_its_own_and_told_what_it_can_read(base):  # noqa: F811
+def test_each_model_is_measured_as_on_its_own_and_reads_what_it_can(base):  # noqa: F811
     models: dict[str, Any] = {"base": base}
     for method in ("lora", "hylorada_v2"):
         model = HyLoRADAModel(base, HyLoRADAConfig(method=method, lora_rank=2, structure_dim=8))
@@ -32,13 +32,13 @@ def test_each_model_is_measured_as_on_its_own_and_told_what_it_can_read(base):  
     untold = compare_models(models, texts, **options)
     assert list(found) == list(models)
     for name, model in models.items():
-        told = structure if name == "hylorada_v2" else None
-        perplexity = evaluate_perplexity(model, texts, structure=told, **options)
-        by_place = evaluate_lost_in_the_middle(model, texts, structure=told, **options)
+        ids = structure if name == "hylorada_v2" else None
+        perplexity = evaluate_perplexity(model, texts, structure=ids, **options)
+        by_place = evaluate_lost_in_the_middle(model, texts, structure=ids, **options)
         assert found[name].parameters == (0 if name == "base" else model.num_trainable)
         assert found[name].perplexity == perplexity
         np.testing.assert_array_equal(found[name].by_place.losses, by_place.losses)
-        assert (found[name].perplexity == untold[name].perplexity) is (told is None)
+        assert (found[name].perplexity == untold[name].perplexity) is (ids is None)
     assert len({measures.perplexity.loss for measures in found.values()}) == 3
     with pytest.raises(ConfigError, match="base, lora"):
         compare_models({name: models[name] for name in ("base", "lora")}, texts, structure=structure)

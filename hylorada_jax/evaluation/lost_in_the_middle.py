@@ -12,6 +12,7 @@ from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.perplexity import perplexity
 from hylorada_jax.evaluation.sweep import loss_sweep
+from hylorada_jax.models.base_model import vocab_size
 from hylorada_jax.models.positions import check_range
 
 BUCKETS = 10
@@ -94,10 +95,10 @@ def evaluate_lost_in_the_middle(
     Source: method.md, section 9; Liu et al. 2024, "Lost in the Middle".
     """
     sweep = loss_sweep(model)
-    check_range((batch_size, seq_len), limit=sweep.face.base.position_limit)
-    checked = as_documents(documents, sweep.face.vocab_size, "evaluation")
-    told = as_structure(structure, checked, "evaluation", has_encoder=sweep.face.has_encoder)
-    windows = Rows(checked, seq_len, packing=False, structure=told, numbered=True)
+    check_range((batch_size, seq_len), limit=sweep.model.base.position_limit)
+    checked = as_documents(documents, vocab_size(sweep.model.base), "evaluation")
+    ids = as_structure(structure, checked, "evaluation", has_encoder=sweep.model.has_encoder)
+    windows = Rows(checked, seq_len, packing=False, structure=ids, numbered=True)
     rows = [row for row in windows if row["segment_ids"].all()]
     if not rows or seq_len < BUCKETS:
         raise DataError(

@@ -11,7 +11,9 @@ import numpy as np
 from hylorada_jax.data.documents import as_documents, as_structure
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.evaluation.sweep import loss_sweep
+from hylorada_jax.models.base_model import vocab_size
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.trees import Adapters, Frozen
 
 
 def perplexity(loss: float) -> float:
@@ -76,20 +78,22 @@ class PerplexityEvaluator:
         structure: Sequence[Any] | None = None,
     ) -> None:
         self._sweep = loss_sweep(model)
-        face = self._sweep.face
-        check_range((batch_size, seq_len), limit=face.base.position_limit)
-        checked = as_documents(documents, face.vocab_size, "evaluation")
+        scored = self._sweep.model
+        check_range((batch_size, seq_len), limit=scored.base.position_limit)
+        checked = as_documents(documents, vocab_size(scored.base), "evaluation")
         self._rows = Rows(
             checked,
             seq_len,
             stride=max(1, seq_len // 2) if stride is None else stride,
-            packing=face.base.supports_segments,
-            structure=as_structure(structure, checked, "evaluation", has_encoder=face.has_encoder),
+            packing=scored.base.supports_segments,
+            structure=as_structure(structure, checked, "evaluation", has_encoder=scored.has_encoder),
             numbered=True,
         )
         self._batch_size, self._max_tokens = batch_size, max_tokens
 
-    def __call__(self, adapters: Any = None, frozen: Any = None, *, progress: bool = True) -> Perplexity:
+    def __call__(
+        self, adapters: Adapters | None = None, frozen: Frozen | None = None, *, progress: bool = True
+    ) -> Perplexity:
         """Evaluates once.
 
         Args:

@@ -14,6 +14,7 @@ from hylorada_jax.data.packing import Batch
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.math.loss import logits
+from hylorada_jax.models.base_model import vocab_size
 from hylorada_jax.models.ids import check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import Tokenizer
@@ -92,10 +93,11 @@ def evaluate_retrieval(
     Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
     """
     sweep = Sweep(model, _found)
-    check_range((batch_size, seq_len), limit=sweep.face.base.position_limit)
+    check_range((batch_size, seq_len), limit=sweep.model.base.position_limit)
     texts = contexts(tokenizer, seq_len, samples, seed)
+    vocab = vocab_size(sweep.model.base)
     for text in texts:
-        check_tokens(text["tokens"], sweep.face.vocab_size, "the tokenizer's")
+        check_tokens(text["tokens"], vocab, "the tokenizer's")
     width = max(len(text["answer"]) for text in texts)
     rows = [_padded(text, seq_len, width) for text in texts]
     bar = "retrieval" if progress else None
@@ -121,10 +123,10 @@ def _found(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
 
 def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generator) -> dict[str, list[int]]:
     """The tokens of a context with a fact at a depth, and those of its answer."""
-    told = {"name": _NAMES[rng.integers(len(_NAMES))], "number": int(rng.integers(10_000, 100_000))}
-    fact = tokenizer.encode(_FACT.format(**told))
-    question = tokenizer.encode(_QUESTION.format(**told))
-    answer = tokenizer.encode(f" {told['number']}")
+    name, number = _NAMES[rng.integers(len(_NAMES))], int(rng.integers(10_000, 100_000))
+    fact = tokenizer.encode(_FACT.format(name=name, number=number))
+    question = tokenizer.encode(_QUESTION.format(name=name))
+    answer = tokenizer.encode(f" {number}")
     begin = tokenizer.encode_prompt("").ids[:1]  # the bos token, where the model expects one
     begin = [] if begin != [tokenizer.bos_token_id] else begin
     room = seq_len - len(begin) - len(fact) - len(question) - len(answer)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tokenizers
 
 from hylorada_jax.errors import DataError, NonFiniteError
-from hylorada_jax.evaluation import retrieval, sweep
+from hylorada_jax.evaluation import retrieval
 from hylorada_jax.evaluation.retrieval import DEPTHS, evaluate_retrieval
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_directory import begin_and_end
@@ -20,14 +21,14 @@ SEQ_LEN = 256
 class Knowing:
     """A model whose most likely next token is the true one, but where a fact stands in the forgotten part."""
 
-    has_encoder = False
-    base = types.SimpleNamespace(supports_segments=True, position_limit=None)
+    num_trainable, has_encoder, disabled = 0, False, False
 
     def __init__(self, vocab, forgets=lambda place: jnp.zeros_like(place, bool)):
-        self.vocab_size, self.forgets, self.frozen = vocab, forgets, {}
-
-    def adapters(self):
-        return {}
+        self.embedding, self.forgets = self.code(jnp.arange(vocab)), forgets
+        self.adapters, self.frozen = {}, {}
+        self.base: Any = types.SimpleNamespace(
+            supports_segments=True, position_limit=None, params={}, head=lambda variables: self.embedding
+        )
 
     def resolve(self, adapters, frozen):
         return adapters
@@ -37,11 +38,10 @@ class Knowing:
         return 2.0 * ((ids[..., None] >> jnp.arange(16)) & 1) - 1
 
     def head(self, resolved, frozen):
-        return self.code(jnp.arange(self.vocab_size))
+        return self.embedding
 
-    def hidden(self, resolved, frozen, inputs):
-        ids = inputs["input_ids"]
-        length = inputs["segment_ids"].sum(1)
+    def hidden(self, resolved, input_ids, *, segment_ids, **inputs):
+        ids, length = input_ids, segment_ids.sum(1)
         answer = ids[jnp.arange(len(ids)), length - 2]
         place = jnp.argmax(ids == answer[:, None], axis=1)  # of the answer's last digits in the fact
         right = self.code(jnp.roll(ids, -1, axis=1))
@@ -60,24 +60,23 @@ def tokenizer():
     return load_tokenizer("smollm2-135m")
 
 
-def probe(monkeypatch, tokenizer, model, **settings):
-    monkeypatch.setattr(sweep, "face_of", lambda model: model)
+def probe(tokenizer, model, **settings):
     return evaluate_retrieval(model, tokenizer, seq_len=SEQ_LEN, samples=2, progress=False, **settings)
 
 
-def test_who_knows_finds_all_and_who_forgets_the_middle_finds_the_ends(monkeypatch, tokenizer):
+def test_who_knows_finds_all_and_who_forgets_the_middle_finds_the_ends(tokenizer):
     vocab = tokenizer.vocab_size
-    assert probe(monkeypatch, tokenizer, Knowing(vocab)).accuracy == (1.0,) * DEPTHS
+    assert probe(tokenizer, Knowing(vocab)).accuracy == (1.0,) * DEPTHS
     forgetful = Knowing(vocab, lambda place: (place > 0.3) & (place < 0.7))
-    found = probe(monkeypatch, tokenizer, forgetful, batch_size=7)
+    found = probe(tokenizer, forgetful, batch_size=7)
     assert (found.accuracy[0], found.accuracy[5], found.accuracy[-1]) == (1.0, 0.0, 1.0)
     assert found.mean == np.mean(found.accuracy)
 
 
-def test_logits_that_are_not_finite_end_the_probe(monkeypatch, tokenizer):
+def test_logits_that_are_not_finite_end_the_probe(tokenizer):
     model = Broken(tokenizer.vocab_size)
     with pytest.raises(NonFiniteError, match=r"in the text of the tokens \[\d+"):
-        probe(monkeypatch, tokenizer, model)
+        probe(tokenizer, model)
 
 
 def test_the_fact_stands_at_its_depth_and_the_question_at_the_end(tokenizer):
@@ -96,8 +95,7 @@ def test_the_fact_stands_at_its_depth_and_the_question_at_the_end(tokenizer):
     assert places[-1] > 0.8
 
 
-def test_a_context_without_room_is_refused(monkeypatch, tokenizer):
-    monkeypatch.setattr(sweep, "face_of", lambda model: model)
+def test_a_context_without_room_is_refused(tokenizer):
     with pytest.raises(DataError, match="seq_len 64"):
         evaluate_retrieval(Knowing(9), tokenizer, seq_len=64)
 

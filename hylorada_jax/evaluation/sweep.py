@@ -14,27 +14,31 @@ from tqdm import tqdm
 from hylorada_jax.data.packing import Batch, Rows, batches, spread
 from hylorada_jax.devices import replicate, shard_rows
 from hylorada_jax.errors import NonFiniteError
-from hylorada_jax.evaluation.faces import face_of
 from hylorada_jax.models.generate import not_finite
+from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.scoring import model_inputs, score
+from hylorada_jax.trees import Adapters, Frozen, Resolved
 
 
 class Sweep:
     """A function of a model's hidden states on every batch of rows, compiled once.
 
     Args:
-        model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
+        model: as for :func:`as_scorable`.
         function: (hidden states [batch, seq, d], output embedding [vocab, d], the batch) → array.
     """
 
     def __init__(self, model: Any, function: Callable[[Array, Array, Mapping[str, Array]], Array]) -> None:
-        self.face = face_of(model)
-        self._resolve = jax.jit(self.face.resolve)
+        self.model = as_scorable(model)
+        self._resolve = jax.jit(self.model.resolve)
         self._run = jax.jit(partial(self._of_batch, function))
 
-    def _of_batch(self, function: Any, resolved: Any, frozen: Any, batch: Mapping[str, Array]) -> Array:
-        hidden = self.face.hidden(resolved, frozen, model_inputs(self.face.base, batch))
-        return function(hidden, self.face.head(resolved, frozen), batch)
+    def _of_batch(
+        self, function: Any, resolved: Resolved, frozen: Frozen, batch: Mapping[str, Array]
+    ) -> Array:
+        model = self.model
+        hidden = model.hidden(resolved, **model_inputs(model.base, batch), frozen=frozen)
+        return function(hidden, model.head(resolved, frozen), batch)
 
     def __call__(
         self,
@@ -42,8 +46,8 @@ class Sweep:
         batch_size: int,
         *,
         max_tokens: int | None = None,
-        adapters: Any = None,
-        frozen: Any = None,
+        adapters: Adapters | None = None,
+        frozen: Frozen | None = None,
         progress: str | None = None,
     ) -> Iterator[tuple[Batch, np.ndarray]]:
         """Goes over the rows once.
@@ -65,8 +69,8 @@ class Sweep:
         """
         devices = jax.device_count()
         batch_size = -(-batch_size // devices) * devices
-        frozen = replicate(self.face.frozen) if frozen is None else frozen
-        resolved = self._resolve(replicate(self.face.adapters()) if adapters is None else adapters, frozen)
+        frozen = replicate(self.model.frozen) if frozen is None else frozen
+        resolved = self._resolve(replicate(self.model.adapters) if adapters is None else adapters, frozen)
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
             values = np.asarray(self._run(resolved, frozen, shard_rows(batch)))

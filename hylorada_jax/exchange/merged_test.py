@@ -87,10 +87,10 @@ def adapted(bases):
 
 def in_torch(directory, ids=IDS):
     """The logits of a checkpoint, of which transformers must know every tensor and miss none."""
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
-    assert not any(told.values())
+    assert not any(loading.values())
     with torch.no_grad():
         return model.eval()(torch.from_numpy(ids)).logits.numpy()
 

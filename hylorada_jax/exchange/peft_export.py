@@ -18,10 +18,11 @@ from hylorada_jax.models.families import TOKEN_EMBEDDINGS, family_of
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import collapse, without
 from hylorada_jax.surgery.merge import live_parts
-from hylorada_jax.surgery.modules import Tree, subtree
+from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.targets import shortest_targets
 from hylorada_jax.text import short
+from hylorada_jax.trees import Params
 
 
 def export_peft(
@@ -101,7 +102,7 @@ def check_export(
     sites: Sequence[Site],
     tensors: Mapping[str, np.ndarray],
     config: HyLoRADAConfig,
-    params: Tree,
+    params: Params,
     drop: Collection[str] = (),
     share: Callable[[str], str] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -130,7 +131,7 @@ def check_export(
 def _refuse_inexpressible(
     sites: Sequence[Site],
     config: HyLoRADAConfig,
-    params: Tree,
+    params: Params,
     live: Mapping[Part, str],
     share: Callable[[str], str] | None,
 ) -> None:
@@ -155,10 +156,10 @@ def _refuse_inexpressible(
         )
     if not live:
         return
-    told = [f"{component}: {found}{share(component) if share else ''}" for component, found in live.items()]
+    parts = [f"{component}: {found}{share(component) if share else ''}" for component, found in live.items()]
     raise ModelError(
         "PEFT's LoRA and DoRA are updates of weights, the same for every token",
-        "\n            ".join(told),
+        "\n            ".join(parts),
         f"Drop it deliberately: drop={list(live)}, on the command line --drop {' '.join(live)}; or train "
         "without.",
     )

@@ -17,6 +17,7 @@ from hylorada_jax.models.families import TOKEN_EMBEDDINGS
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.modules import Holder, Modules, subtree
 from hylorada_jax.text import short
+from hylorada_jax.trees import Params
 
 Tensors = dict[str, np.ndarray]
 _RULE = "modules_to_save can be all embeddings, all norms, both or none"
@@ -125,7 +126,7 @@ def _without_tied_head(tensors: Tensors, config: Any) -> Tensors:
     return rest
 
 
-def _values(holders: Iterable[Holder], params: Any) -> dict[str, np.ndarray]:
+def _values(holders: Iterable[Holder], params: Params) -> dict[str, np.ndarray]:
     """The base model's own embeddings or norms, by the names that a file has for them."""
     values = {}
     for holder in holders:

@@ -6,6 +6,7 @@ import jax
 from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.trees import Params
 
 
 class BaseModel(Protocol):
@@ -44,8 +45,8 @@ class BaseModel(Protocol):
         """The Linen module."""
 
     @property
-    def params(self) -> Any:
-        """The frozen tree."""
+    def params(self) -> Params:
+        """The parameters."""
 
     @property
     def dtype(self) -> Any:
@@ -59,10 +60,10 @@ class BaseModel(Protocol):
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text, as the model's files name them."""
 
-    def init_params(self, rng: Array) -> Any:
+    def init_params(self, rng: Array) -> Params:
         """Fresh random parameters; traced to learn the model's modules and shapes."""
 
-    def with_params(self, params: Any) -> Any:
+    def with_params(self, params: Params) -> Any:
         """The model, as the user gave it, with other parameters."""
 
     # (*args: Any, **kwargs: Any) is how a protocol leaves the arguments to the two implementations.

@@ -1,4 +1,4 @@
-"""A base model behind one face: a Linen module, its parameters, and pure functions of both."""
+"""Our base model: a Linen module, its parameters, and pure functions of both."""
 
 from __future__ import annotations
 

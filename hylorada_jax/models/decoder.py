@@ -24,6 +24,7 @@ from hylorada_jax.math.attention import Pattern, causal_mask, full_pattern, shif
 from hylorada_jax.math.loss import logits
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import DecoderLayer, RMSNorm, Step, Stream
+from hylorada_jax.trees import COLLECTION
 
 # What the backward pass keeps of a layer's inside. 'dots' keeps the projections (matrix products without a
 # batch axis) and computes attention again, whose logits grow with the square of the length.
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         )
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0, "hylorada": 0},
+            variable_axes={"params": 0, COLLECTION: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=c.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""What a model is given of a batch, and how its tokens are scored: in training and in evaluation."""
+"""What a model gets of a batch, and how its tokens are scored: in training and in evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.math.loss import token_nll
+from hylorada_jax.models.base_model import BaseModel
 
 
-def model_inputs(model: Any, rows: Mapping[str, Array]) -> dict[str, Array]:
-    """What a model is given of some rows: segments where it knows them, else a padding mask."""
+def model_inputs(base: BaseModel, rows: Mapping[str, Array]) -> dict[str, Any]:
+    """The inputs that rows hold for a model: segments where it reads them, else a padding mask."""
     names = ("input_ids", "position_ids", "segment_ids", "structure_ids", "structure_positions")
     inputs = {name: rows[name] for name in names if name in rows}
-    base = getattr(model, "base", model)
     if not base.supports_segments:
         inputs["attention_mask"] = (inputs.pop("segment_ids") > 0).astype(jnp.int32)
     return inputs

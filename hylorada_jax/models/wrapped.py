@@ -11,7 +11,7 @@ _HF = ("transformers.modeling_flax_utils", "hylorada_jax.models.hf.base")
 
 
 def as_base(model: Any) -> BaseModel:
-    """A base model behind the protocol of :class:`BaseModel`.
+    """A user's model as a :class:`BaseModel`.
 
     Args:
         model: a :class:`CausalLM`, or one of HF's Flax models.

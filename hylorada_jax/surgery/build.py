@@ -1,4 +1,4 @@
-"""The trees of a plan: the constants it stands on, and the fresh adapters."""
+"""The trees of a plan: its constants, and fresh adapters."""
 
 import zlib
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.leaves import Kind, leaf_of
 from hylorada_jax.math import linear_adapter, low_rank, sparse, structure
 from hylorada_jax.surgery.layout import rank_padding
-from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
+from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
+from hylorada_jax.trees import Adapters, Constants, Params
 
 
-def build_constants(sites: Sequence[Site], params: Tree, config: HyLoRADAConfig) -> dict[str, Any]:
-    """The numbers that adapters stand on and that do not train.
+def build_constants(sites: Sequence[Site], params: Params, config: HyLoRADAConfig) -> Constants:
+    """The numbers that adapters need and that do not train.
 
     Numbers, and not parts of a compiled program: models that differ in them alone share one.
 
@@ -36,20 +37,18 @@ def build_constants(sites: Sequence[Site], params: Tree, config: HyLoRADAConfig)
     linears = [site for site in sites if site.component == "linear"]
 
     @jax.jit
-    def norms(params: Tree) -> list[Array]:
+    def norms(params: Params) -> list[Array]:
         return [map_layers(site, lambda layer, s=site: _norm(s, params, layer)) for site in linears]
 
     dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
-    tree: dict[str, Any] = (
-        {DROPOUT_RATE: jnp.asarray(config.lora_dropout, dtype)} if config.lora_dropout else {}
-    )
+    tree: Constants = {DROPOUT_RATE: jnp.asarray(config.lora_dropout, dtype)} if config.lora_dropout else {}
     for site, norm in zip(linears, norms(params), strict=True):
         scales = jnp.asarray(site.scales if site.module.stacked else site.scales[0], norm.dtype)
         tree = with_leaves(tree, site.module.path, {"norm": norm, "scale": scales})
     return tree
 
 
-def _norm(site: Site, params: Tree, layer: Array) -> Array:
+def _norm(site: Site, params: Params, layer: Array) -> Array:
     return low_rank.row_norm_squared(site.linear.weight(params, layer))
 
 
@@ -72,8 +71,8 @@ def map_layers(site: Site, function: Any, *arguments: Any) -> Any:
 
 
 def build_adapters(
-    sites: Sequence[Site], constants: Tree, params: Tree, config: HyLoRADAConfig, seed: int = 0
-) -> dict[str, Any]:
+    sites: Sequence[Site], constants: Constants, params: Params, config: HyLoRADAConfig, seed: int = 0
+) -> Adapters:
     """The trainable tree of fresh adapters, under which the model computes what it did before.
 
     A layer's random leaves depend on the seed and on the layer's name alone, not on which other layers are
@@ -91,7 +90,7 @@ def build_adapters(
         Nested dict with the model's paths; leaves named as in method.md, in at least float32.
     """
     dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
-    tree: dict[str, Any] = {}
+    tree: Adapters = {}
     for site in sites:
         if site.component == "unfrozen":
             node = subtree(params, site.module.path)

@@ -13,8 +13,9 @@ from hylorada_jax.leaves import KINDS, LEAVES, PARTS
 from hylorada_jax.math import linear_adapter
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.merge import acting_leaves
-from hylorada_jax.surgery.modules import Tree, subtree
+from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
+from hylorada_jax.trees import Constants, Params
 
 _CARRIED = [leaf.name for leaf in LEAVES if leaf.rank_axis is not None]
 Tensors = Mapping[str, np.ndarray]
@@ -48,7 +49,9 @@ def without(sites: Sequence[Site], tensors: Tensors, parts: Collection[str]) -> 
     return result
 
 
-def collapse(sites: Sequence[Site], tensors: Tensors, params: Tree, constants: Tree) -> dict[str, np.ndarray]:
+def collapse(
+    sites: Sequence[Site], tensors: Tensors, params: Params, constants: Constants
+) -> dict[str, np.ndarray]:
     """The LoRA or DoRA tensors of every adapted linear layer, which compute the same where p = 1.
 
     Args:
@@ -70,7 +73,7 @@ def collapse(sites: Sequence[Site], tensors: Tensors, params: Tree, constants: T
 
 
 def expand(
-    sites: Sequence[Site], tensors: Tensors, params: Tree, constants: Tree, config: HyLoRADAConfig
+    sites: Sequence[Site], tensors: Tensors, params: Params, constants: Constants, config: HyLoRADAConfig
 ) -> dict[str, np.ndarray]:
     """The HyLoRADA v1 tensors that compute what DoRA's do; the inverse of :func:`collapse`.
 
@@ -106,8 +109,8 @@ def _by_layer(
     function: Callable[..., dict[str, Any]],
     sites: Sequence[Site],
     tensors: Tensors,
-    params: Tree,
-    constants: Tree,
+    params: Params,
+    constants: Constants,
     read: Sequence[str],
 ) -> dict[str, np.ndarray]:
     """(leaves, W, n₀², s) → leaves, for each layer of the linear adapters."""

@@ -16,7 +16,7 @@ def fit(base: "BaseModel", config: HyLoRADAConfig) -> tuple[Modules, tuple[Site,
     """What a config adapts in a base model.
 
     Args:
-        base: the base model; its weights are not looked at, so
+        base: the base model; its weights are not read, so
             :func:`hylorada_jax.models.loading.empty_model` does.
         config: what is adapted, and how.
 

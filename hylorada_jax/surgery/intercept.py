@@ -17,10 +17,10 @@ from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import low_rank, position, sparse, structure
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
-from hylorada_jax.surgery.modules import Tree, takes_positions
+from hylorada_jax.surgery.modules import takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
+from hylorada_jax.trees import COLLECTION, Resolved
 
-COLLECTION = "hylorada"
 DROPOUT_RNG = "dropout"
 _RESOLVED = tuple(
     leaf.resolved for leaf in LEAVES if leaf.component in ("linear", "sparse") and leaf.resolved
@@ -29,11 +29,11 @@ _RESOLVED = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What the structure encoder is told of the tokens, [batch, seq] each, or None.
+    """What the structure encoder reads of the tokens, [batch, seq] each, or None.
 
     Attributes:
         ids: what the domain knows, such as a syntax tree's depth.
-        positions: where the tokens stand in the domain; None: the model's own position ids.
+        positions: the tokens' places in the domain; None: the model's own position ids.
         decoding: the arrays are the prompt's; a token that is generated goes on with the last of them.
     """
 
@@ -81,7 +81,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         config: ``sparse_dropout``, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
         train: apply dropout, where ``resolved`` has a rate of it; needs an rng named "dropout".
         dtype: of the base, to which an embedding that trains is rounded; read where the module names none.
-        structure: what the structure encoder is told.
+        structure: what the structure encoder reads.
 
     Example:
         >>> dense, x = nn.Dense(4, use_bias=False), jnp.ones((1, 3))
@@ -95,7 +95,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
     def __init__(
         self,
-        resolved: Tree,
+        resolved: Resolved,
         config: HyLoRADAConfig,
         *,
         train: bool = False,
@@ -154,12 +154,12 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         if self._bias is not None:
             found.position = position.position_factor(self._bias, positions)
         if self._encoder is not None:
-            told = self._structure
-            stand = told.of(told.positions, shape)
+            domain = self._structure
+            places = domain.of(domain.positions, shape)
             found.prior = structure.structure_prior(
                 self._encoder,
-                positions if stand is None else stand,
-                told.of(told.ids, shape),
+                positions if places is None else places,
+                domain.of(domain.ids, shape),
                 self._config.structure_seq_len,
             )
         return found

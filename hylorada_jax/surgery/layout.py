@@ -8,9 +8,10 @@ import numpy as np
 
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.leaves import LEAVES, leaf_of
-from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
+from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.text import short
+from hylorada_jax.trees import Adapters
 
 _IN_FILE = {leaf.name: leaf.in_file for leaf in LEAVES}
 
@@ -35,7 +36,7 @@ def tensor_name(name: str, leaf: str) -> str:
     return f"{name}.{_IN_FILE[leaf]}".removeprefix(".")
 
 
-def flatten(sites: Sequence[Site], adapters: Tree) -> dict[str, np.ndarray]:
+def flatten(sites: Sequence[Site], adapters: Adapters) -> dict[str, np.ndarray]:
     """The adapters as tensors on the host: stacks taken apart, rank padding removed.
 
     Args:
@@ -57,7 +58,7 @@ def flatten(sites: Sequence[Site], adapters: Tree) -> dict[str, np.ndarray]:
     return tensors
 
 
-def unflatten(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def unflatten(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> Adapters:
     """The trainable tree of tensors by name; the inverse of :func:`flatten`.
 
     Args:
@@ -68,7 +69,7 @@ def unflatten(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict[
         CheckpointError: their names or shapes are others; both sides are listed.
     """
     check_keys({name: tensor.shape for name, tensor in tensors.items()}, tensor_shapes(sites))
-    tree: dict[str, Any] = {}
+    tree: Adapters = {}
     for site in sites:
         stacks = {leaf: _stack(site, leaf, tensors) for leaf in site.leaves}
         tree = with_leaves(tree, site.module.path, stacks)

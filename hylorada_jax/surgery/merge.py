@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, assert_never
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import PARTS, Leaf, Part, leaf_of
 from hylorada_jax.math import low_rank
 from hylorada_jax.surgery.layout import flatten, tensor_name
-from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
+from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
+from hylorada_jax.trees import Adapters, Params, Resolved, Tree
 
 
 def acting_leaves(sites: Sequence[Site]) -> Iterator[tuple[Part, Leaf, str]]:
@@ -45,7 +46,7 @@ def live_parts(sites: Sequence[Site], tensors: Mapping[str, np.ndarray]) -> dict
     return live
 
 
-def check_mergeable(sites: Sequence[Site], adapters: Tree) -> None:
+def check_mergeable(sites: Sequence[Site], adapters: Adapters) -> None:
     """Refuses adapters that no weights can express: a token's own update, attention's, an MLP's.
 
     Args:
@@ -70,7 +71,7 @@ def refuse_live(live: Mapping[Part, str]) -> None:
         )
 
 
-def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAConfig) -> dict[str, Any]:
+def merge(sites: Sequence[Site], resolved: Resolved, params: Params, config: HyLoRADAConfig) -> Params:
     """The parameter tree of an ordinary model that computes what the adapted one does.
 
         W' = c ⊙ (W + s·B A)          (and bias' = c ⊙ bias when the magnitude scales the bias)
@@ -87,7 +88,7 @@ def merge(sites: Sequence[Site], resolved: Tree, params: Tree, config: HyLoRADAC
 
     Source: method.md §1, Merging.
     """
-    merged: dict[str, Any] = dict(params)
+    merged: Params = dict(params)
     for site in sites:
         path = site.module.path
         match site.component:

@@ -13,9 +13,9 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
 from hylorada_jax.surgery.targets import is_cross
+from hylorada_jax.trees import Params, Tree
 
 Path = tuple[str, ...]
-Tree = Mapping[str, Any]
 
 # nn.scan stacks the parameters of this submodule along a first axis, one slice per layer.
 SCANNED = "layers"
@@ -50,7 +50,7 @@ class Linear(Module):
     d_out: int
     kernel_is_out_in: bool
 
-    def weight(self, params: Tree, layer: Array | int = 0) -> Array:
+    def weight(self, params: Params, layer: Array | int = 0) -> Array:
         """W [d_out, d_in] of one layer, as a view of the frozen tree.
 
         Args:

@@ -11,13 +11,14 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.math import linear_adapter, sparse
 from hylorada_jax.surgery.build import map_layers
-from hylorada_jax.surgery.modules import Tree, subtree, with_leaves
+from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
+from hylorada_jax.trees import Adapters, Constants, Params, Resolved, Tree
 
 
 def resolve(
-    sites: Sequence[Site], adapters: Tree, params: Tree, constants: Tree, config: HyLoRADAConfig
-) -> dict[str, Any]:
+    sites: Sequence[Site], adapters: Adapters, params: Params, constants: Constants, config: HyLoRADAConfig
+) -> Resolved:
     """The resolved tree: all of the adapters that depends on weights only, which the forward pass reads.
 
         c = (1−β)·m/‖W + s·B A‖ + β          (absent for LoRA, where c = 1)
@@ -40,7 +41,7 @@ def resolve(
 
     Source: method.md §1, §4.
     """
-    tree: dict[str, Any] = {}
+    tree: Resolved = {}
     if DROPOUT_RATE in constants:
         tree[DROPOUT_RATE] = constants[DROPOUT_RATE]
     for site in sites:
@@ -60,7 +61,7 @@ def resolve(
 
 
 def _linear(
-    site: Site, leaves: dict[str, Array], params: Tree, constants: Tree, config: HyLoRADAConfig
+    site: Site, leaves: dict[str, Array], params: Params, constants: Tree, config: HyLoRADAConfig
 ) -> dict[str, Array]:
     def one(layer: Array, leaves: Any, norm: Array, scale: Array) -> dict[str, Array]:
         weight = site.linear.weight(params, layer)

@@ -1,9 +1,16 @@
 """Moving leaves between the frozen and the trainable tree."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from hylorada_jax.surgery.modules import Path, Tree
+from hylorada_jax.surgery.modules import Path
+from hylorada_jax.surgery.plan import Site
+from hylorada_jax.trees import Tree
+
+
+def unfrozen_paths(sites: Sequence[Site]) -> list[Path]:
+    """The paths of the leaves that move from the frozen to the trainable tree."""
+    return [(*s.module.path, leaf) for s in sites if s.component == "unfrozen" for leaf in s.leaves]
 
 
 def split(tree: Tree, paths: Collection[Path]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -27,10 +27,11 @@ from hylorada_jax.training.optimizer import schedule
 from hylorada_jax.training.report import MetricsLog, Speed
 from hylorada_jax.training.run_directory import RunDirectory
 from hylorada_jax.training.step import Metrics, TrainState
+from hylorada_jax.trees import Frozen
 
 
 class _Pending(NamedTuple):
-    """A step that was started and not yet looked at."""
+    """A step that was started, and whose metrics are still to be read."""
 
     step: int
     batch: Batch
@@ -54,7 +55,7 @@ class Loop:
     directory: RunDirectory
     checkpoints: Checkpoints
     log: MetricsLog
-    frozen: Any
+    frozen: Frozen
     evaluator: PerplexityEvaluator | None
     _speed: Speed = dataclasses.field(default_factory=Speed)
 
@@ -124,7 +125,7 @@ class Loop:
         self._speed.restart()
 
     def _look_at(self, done: _Pending | None, bar: tqdm) -> None:
-        """Waits for a step, checks and reports it; nothing if it was looked at before."""
+        """Waits for a step, checks and reports it; nothing where there is none."""
         if done is None:
             return
         values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}

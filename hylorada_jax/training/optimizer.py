@@ -14,6 +14,7 @@ from hylorada_jax import leaves
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.trees import Adapters
 
 
 class Group(NamedTuple):
@@ -36,7 +37,7 @@ GROUPS: dict[leaves.Group, Group] = {
 }
 
 
-def label_tree(adapters: Any) -> Any:
+def label_tree(adapters: Adapters) -> Any:
     """The group of every trainable leaf.
 
     Args:
@@ -112,7 +113,7 @@ def peak_rates(training: TrainingConfig, config: HyLoRADAConfig) -> dict[leaves.
 
 
 def make_optimizer(
-    adapters: Any, training: TrainingConfig, config: HyLoRADAConfig
+    adapters: Adapters, training: TrainingConfig, config: HyLoRADAConfig
 ) -> optax.GradientTransformation:
     """AdamW per group, after clipping by the global norm over all leaves.
 

@@ -45,7 +45,7 @@ class _Evaluation(msgspec.Struct):
 class Speed:
     """Tokens per second over the last steps.
 
-    Steps are looked at while the next one already runs, so that the time between two looks says little;
+    A step is reported while the next one already runs, so that the time between two reports says little;
     over several it evens out.
     """
 

@@ -198,16 +198,16 @@ class RunDirectory:
         differing = differences(there.identity, run.identity)
         moved = differences(there.recorded, run.recorded)
         was = "; ".join(f"{key}: {then} in {self.run}, {now} now" for key, then, now in differing)
-        told = "; ".join(f"{key} {then}, now {now}" for key, then, now in moved if key != "model")
+        changed = "; ".join(f"{key} {then}, now {now}" for key, then, now in moved if key != "model")
         if was:
             raise CheckpointError(
                 "A run is resumed with the base model, the settings and the data it was started with",
                 was,
                 "Resume with what it was started with, or choose another output directory.",
             )
-        if told:
+        if changed:
             warnings.warn(
-                f"{self.path} was started with {told}: "
+                f"{self.path} was started with {changed}: "
                 "the last bits may differ from those of a run without interruption",
                 stacklevel=4,
             )

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, UInt
 
-from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.scorable import Scorable
 from hylorada_jax.models.scoring import model_inputs, score
 from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.trees import Adapters, Frozen, Resolved
 
 Metrics = dict[str, Array]
 
@@ -29,22 +30,22 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     seed: UInt[Array, ""]
-    adapters: Any
+    adapters: Adapters
     opt_state: Any
 
 
-def init_state(adapters: Any, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
+def init_state(adapters: Adapters, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
     """The state before the first step; the adapters are copied, for the step consumes its argument."""
 
     @jax.jit  # one program, not one for every shape of a leaf
-    def init(adapters: Any, seed: Array) -> TrainState:
+    def init(adapters: Adapters, seed: Array) -> TrainState:
         return TrainState(jnp.int32(0), seed, jax.tree.map(jnp.copy, adapters), optimizer.init(adapters))
 
     return init(adapters, jnp.uint32(seed))
 
 
 def make_train_step(
-    model: HyLoRADAModel, optimizer: optax.GradientTransformation, config: TrainingConfig
+    model: Scorable, optimizer: optax.GradientTransformation, config: TrainingConfig
 ) -> jax.stages.Wrapped:
     """A function that does one optimizer step.
 
@@ -55,7 +56,7 @@ def make_train_step(
     the number of microbatches does not change them (with dropout it changes the masks).
 
     Args:
-        model: the adapted model; its frozen tree is an argument of the step, not a constant of the program.
+        model: what trains; its frozen tree is an argument of the step, not a constant of the program.
         optimizer: from :func:`make_optimizer`.
         config: microbatches are read.
 
@@ -66,15 +67,14 @@ def make_train_step(
         (scored).
     """
 
-    def step(state: TrainState, frozen: Any, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Frozen, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
         resolved, pull = jax.vjp(lambda adapters: model.resolve(adapters, frozen), state.adapters)
         step_key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
-        def loss_sum(resolved: Any, rows: Mapping[str, Array], key: Array) -> Array:
+        def loss_sum(resolved: Resolved, rows: Mapping[str, Array], key: Array) -> Array:
             rngs = {"dropout": key}
-            hidden = model.hidden_resolved(
-                resolved, **model_inputs(model, rows), frozen=frozen, train=True, rngs=rngs
-            )
+            inputs = model_inputs(model.base, rows)
+            hidden = model.hidden(resolved, **inputs, frozen=frozen, train=True, rngs=rngs)
             return score(hidden, model.head(resolved, frozen), rows["targets"]).sum()
 
         def add_microbatch(total: Any, numbered: tuple[Array, Mapping[str, Array]]) -> tuple[Any, None]:

@@ -211,7 +211,7 @@ def test_embeddings_and_norms_that_train_leave_a_bfloat16_base_as_it_is(tied):
         for trains in (False, True)
     )
     assert jnp.array_equal(plain(**batch).logits, own(**batch).logits)
-    hidden = own.hidden_resolved(own.resolve(own.adapters), **batch)
+    hidden = own.hidden(own.resolve(own.adapters), **batch)
     assert hidden.dtype == jnp.bfloat16
     assert own.generate([[1, 2, 3]], max_new_tokens=8) == plain.generate([[1, 2, 3]], max_new_tokens=8)
     merged = own.merge_and_unload().params

@@ -227,7 +227,7 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
     """Refuses settings that a model cannot be trained with, as far as its shapes and the devices tell.
 
     Args:
-        base: the base model; its weights are not looked at, so
+        base: the base model; its weights are not read, so
             :func:`hylorada_jax.models.loading.empty_model` does.
         config: the settings.
 

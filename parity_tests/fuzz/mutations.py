@@ -74,13 +74,13 @@ def damage(path: Path, file: File, random: Random) -> str:
 
 def _saying(path: Path, file: File, random: Random) -> str:
     """Changes what the file says."""
-    told, content = [], b""
+    done, content = [], b""
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         mutated, how = _MUTATED.get(file.form, _mutated_bytes)(file, random)
-        told.append(how)
+        done.append(how)
         file, content = mutated, bytes(mutated)
     path.write_bytes(content)
-    return "; ".join(told)
+    return "; ".join(done)
 
 
 def _bytes(path: Path, file: File, random: Random) -> str:

@@ -10,6 +10,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.math.loss import logits
 from hylorada_jax.models.families import family_of, flax_of, that_can
 from hylorada_jax.models.weights import TreePath
+from hylorada_jax.trees import COLLECTION
 
 
 def embedding_path(model: FlaxPreTrainedModel) -> TreePath:
@@ -41,7 +42,7 @@ def float32_logits() -> Any:
 def _head(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
     is_head = isinstance(module, nn.Dense) and module.name == "lm_head" and context.method_name == "__call__"
-    if not is_head or module.has_variable("hylorada", "lora_A"):
+    if not is_head or module.has_variable(COLLECTION, "lora_A"):
         return next_fun(*args, **kwargs)
     hidden, kernel = nn.dtypes.promote_dtype(
         args[0], module.get_variable("params", "kernel"), dtype=module.dtype

@@ -1,0 +1,28 @@
+"""The trees of an adapted model: nested dicts of arrays, whose paths are those of the base's parameters.
+
+To a type checker they are all dicts: the names say which of them a signature expects.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+COLLECTION = "hylorada"
+"""The Flax collection beside ``params`` in which a module finds its slice of the resolved tree."""
+
+Tree: TypeAlias = Mapping[str, Any]
+"""A nested mapping of any kind, or one node of a tree."""
+
+Params: TypeAlias = dict[str, Any]
+"""The base's parameters: W, biases, embeddings, norms."""
+
+Adapters: TypeAlias = dict[str, Any]
+"""The leaves that train, those of :mod:`hylorada_jax.leaves`: lora_A, lora_B (without s), magnitude, …"""
+
+Constants: TypeAlias = dict[str, Any]
+"""What the base's weights and the config determine: ‖W‖² and s of each adapted layer, the dropout rate."""
+
+Frozen: TypeAlias = dict[str, Any]
+"""All that does not train: {"params": Params without the leaves that train, "constants": Constants}."""
+
+Resolved: TypeAlias = dict[str, Any]
+"""What the forward pass reads, a function of weights alone: lora_A, scaled_B = s·B, column_scale = c, …"""
