@@ -21,7 +21,7 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved import adapter_files
-from hylorada_jax.saved.fits import check_fits, identity
+from hylorada_jax.saved.opening import check_fits, identity
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.fit import fit

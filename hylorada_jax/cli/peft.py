@@ -40,7 +40,7 @@ def export_peft(
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
     from hylorada_jax.saved.adapter_files import refuse_existing
-    from hylorada_jax.saved.fits import check_fits
+    from hylorada_jax.saved.opening import check_fits
     from hylorada_jax.saved.saved_adapter import open_adapter
 
     refuse_existing(output)

@@ -93,7 +93,7 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
 
 def check_whole(adapter: Path, base: "BaseModel") -> None:
     """Reports an adapter that is damaged or does not fit its base, which may be without its weights."""
-    from hylorada_jax.saved.fits import check_fits
+    from hylorada_jax.saved.opening import check_fits
     from hylorada_jax.saved.saved_adapter import open_adapter
 
     saved = open_adapter(adapter)

@@ -33,7 +33,7 @@ from hylorada_jax.models.weights import CONSTANTS, Weights
 from hylorada_jax.models.weights_digest import files_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved import adapter_files
-from hylorada_jax.saved.fits import check_fits
+from hylorada_jax.saved.opening import check_fits
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.merge import live_parts, refuse_live
 

@@ -351,7 +351,7 @@ def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):
 def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
     from hylorada_jax.models.loading import empty_model
     from hylorada_jax.models.wrapped import as_base
-    from hylorada_jax.saved.fits import identity
+    from hylorada_jax.saved.opening import identity
     from hylorada_jax.surgery.modules import find_modules
     from hylorada_jax.surgery.plan import plan
 

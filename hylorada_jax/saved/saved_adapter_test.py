@@ -22,7 +22,7 @@ from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import empty_model
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, render, write_adapter
-from hylorada_jax.saved.fits import check_fits, identity
+from hylorada_jax.saved.opening import check_fits, identity
 from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter, open_adapter
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.surgery.modules import find_modules
