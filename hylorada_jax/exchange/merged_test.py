@@ -20,7 +20,7 @@ from hylorada_jax.exchange.merged_tensors import cast  # noqa: E402
 from hylorada_jax.model import HyLoRADAModel  # noqa: E402
 from hylorada_jax.models.loading import load_model  # noqa: E402
 from hylorada_jax.saved.adapter_files import write_adapter  # noqa: E402
-from hylorada_jax.saved.saved_adapter import read_adapter  # noqa: E402
+from hylorada_jax.saved.saved_adapter import open_adapter  # noqa: E402
 from hylorada_jax.surgery import layout  # noqa: E402
 from parity_tests.memory import needs_proc, peak_memory  # noqa: E402
 
@@ -182,7 +182,7 @@ def test_each_weight_is_the_float64_result_rounded_once(bases, adapted, tmp_path
     found, dtype = load_file(merged / "model.safetensors"), jnp.dtype(written or source)
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert found.keys() == stored.keys()
-    leaves = read_adapter(tmp_path / "adapter")[0]
+    leaves = open_adapter(tmp_path / "adapter").tensors()
     adapted_tensors: set[str] = set()
     for site in model.sites:
         for name, scale in zip(site.names, site.scales, strict=True):

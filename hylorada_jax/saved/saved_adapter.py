@@ -124,23 +124,6 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
     return SavedAdapter(directory, config, body["base_model"], shapes, body["weights_sha256"])
 
 
-def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADAConfig, dict[str, Any]]:
-    """Reads an adapter that :func:`write_adapter` wrote, whole or not at all.
-
-    Args:
-        directory: holds the two files.
-
-    Returns:
-        The tensors, the settings, and what identifies the base model.
-
-    Raises:
-        CheckpointError: a file is missing, cut, altered, of another version, or holds non-finite values.
-        ConfigError: a setting is refused.
-    """
-    saved = open_adapter(directory)
-    return saved.tensors(), saved.config, saved.base
-
-
 def base_name(directory: str | Path, given: str | None = None) -> str:
     """The name of the base model that an adapter belongs to.
 

@@ -23,8 +23,8 @@ from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import empty_model
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, render, write_adapter
-from hylorada_jax.saved.opening import check_fits, identity
-from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter, open_adapter
+from hylorada_jax.saved.opening import identity, open_on
+from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan
@@ -94,9 +94,7 @@ def without(changed):
 
 
 def read(saved, base):
-    adapter = open_adapter(saved)
-    check_fits(adapter, base)
-    return adapter.tensors()
+    return open_on(base, saved).saved.tensors()
 
 
 def refused(saved, base, said):
@@ -343,15 +341,26 @@ def vast(saved):
     return saved
 
 
-def test_no_path_reads_tensors_that_do_not_fit(vast, model, base, tmp_path, monkeypatch):
+# Also the order: of an adapter of another base, nothing else is looked at.
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, r"\(268435456, 8\) for \(2, 8\)"),
+        ({"base_model": {"config_sha256": "0" * 64}}, "fits only the base model"),
+        ({"base_model": {"model_type": "gpt2"}, "config": {"target_modules": ["c_attn"]}}, "'gpt2', model"),
+    ],
+    ids=["tensors", "base", "base and plan"],
+)
+def test_no_path_reads_tensors_that_do_not_fit(changes, said, vast, model, base, tmp_path, monkeypatch):
+    rewrite(vast, **changes)
     trained = HyLoRADAModel(CausalLM.from_config(base.config, jax.random.key(0)), CONFIG)
     monkeypatch.setattr(SavedAdapter, "tensors", lambda *_: pytest.fail("read"))
-    monkeypatch.setattr(HyLoRADAModel, "__init__", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(HyLoRADAModel, "_set_up", lambda *_: pytest.fail("built"))
     for load in (
         lambda: HyLoRADAModel.from_pretrained(trained.base, vast),
         lambda: AdapterBank(trained).load("vast", vast),
         lambda: write_merged(model, vast, tmp_path / "merged"),
     ):
-        with pytest.raises(CheckpointError, match=r"\(268435456, 8\) for \(2, 8\)"):
+        with pytest.raises(CheckpointError, match=said):
             load()
     assert not (tmp_path / "merged").exists()
