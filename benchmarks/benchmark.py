@@ -21,7 +21,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
 from hylorada_jax.exact import fraction
-from hylorada_jax.io.files import refuse_unusable
+from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.models.base_model import require_segments
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.positions import check_range
@@ -30,7 +30,7 @@ from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.config import TrainingConfig
-from parity_tests.environment import environment, write_record
+from parity_tests.environment import environment
 
 Record = dict[str, Any]
 
@@ -138,7 +138,7 @@ class Benchmark:
             "result": result,
         }
         self._directory.mkdir(parents=True, exist_ok=True)
-        write_record(self._file(variant, rate, seed), record)
+        write_json(self._file(variant, rate, seed), record)
         return record
 
     def _trained(self, variant: Variant, rate: float, seed: int) -> tuple[Any, Record]:

@@ -31,7 +31,7 @@ from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.errors import CheckpointError, ConfigError, near, require_packages
 from hylorada_jax.exact import fraction
-from hylorada_jax.io.files import kind_of, refuse_unusable, write_whole
+from hylorada_jax.io.files import kind_of, refuse_unusable, write_json, write_whole
 
 if TYPE_CHECKING:
     import optuna
@@ -232,7 +232,7 @@ class Search:
         Args:
             command: that trains with the best settings, for the user to go on with.
         """
-        from parity_tests.environment import environment, write_record
+        from parity_tests.environment import environment
 
         best = self._study.best_trial
         path = self._output / "best.json"
@@ -245,7 +245,7 @@ class Search:
                 for trial in self._study.trials
             ],
         }
-        write_record(self._output / "trials.json", record)
+        write_json(self._output / "trials.json", record)
         draw(self._output / "history.png", lambda axes: _history(axes, self._study))
         draw(self._output / "importance.png", lambda axes: _importance(axes, self._study))
         print(f"best of {len(self._study.trials)} trials: held-out loss {best.value:.4f}")

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.io.files import refuse_unusable
+from hylorada_jax.io.files import refuse_unusable, write_json
 
 if TYPE_CHECKING:
     from benchmarks.contenders.setting import Contender, Setting
@@ -79,7 +79,7 @@ def main(
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
     from benchmarks.contenders import roster
     from benchmarks.contenders.setting import WARMUP, Setting
-    from parity_tests.environment import environment, write_record
+    from parity_tests.environment import environment
 
     setting = Setting(model, batch_size, seq_len, dtype, WARMUP + rounds, threads or cores())
     roster.check(contenders, setting, rounds)
@@ -92,7 +92,7 @@ def main(
     device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"step-time-{device}.json"
-    write_record(path, record)
+    write_json(path, record)
     print(table(record["contenders"]))
     print(path)
 

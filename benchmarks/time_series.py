@@ -39,7 +39,7 @@ from benchmarks.series.entry import Entry, Program, bases_of
 from benchmarks.series.report import plot, table
 from benchmarks.series.setup import BASE, METHODS, SETTINGS, Budget, Setting, prepared_of
 from benchmarks.series.tokens import Prepared
-from hylorada_jax.io.files import refuse_unusable
+from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.models.causal_lm import CausalLM
 
 Record = dict[str, Any]
@@ -54,12 +54,11 @@ def main(budget: tyro.conf.OmitArgPrefixes[Budget] = DEFAULTS, *, output: Path =
         budget: how much is computed.
         output: directory of time-series.json and time-series.png.
     """
-    from parity_tests.environment import write_record
 
     refuse_unusable(output)
     found = run(budget)
     output.mkdir(parents=True, exist_ok=True)
-    write_record(output / f"{NAME}.json", found)
+    write_json(output / f"{NAME}.json", found)
     plot(found, output / f"{NAME}.png")
     print(table(found))
 

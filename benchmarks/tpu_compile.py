@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.io.files import refuse_unusable
+from hylorada_jax.io.files import refuse_unusable, write_json
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 MODEL = "smollm2-135m"
@@ -77,7 +77,7 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
     from benchmarks import tpu_programs
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source
-    from parity_tests.environment import environment, write_record
+    from parity_tests.environment import environment
 
     config = DecoderConfig.from_hf(SMALL if small else find_source(MODEL, config_only=True).config)
     rows = {"batch_size": 4, "seq_len": 64 if small else 1024}
@@ -105,7 +105,7 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
             f"steps_on_{len(devices)}_devices": {"hylorada": on_all},
         }
         # After each, for a topology takes minutes.
-        write_record(output / "tpu-compile.json", record)
+        write_json(output / "tpu-compile.json", record)
 
 
 def _reported(what: str, programs: Iterable[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -16,8 +16,7 @@ from hylorada_jax.leaves import leaf_at
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
-from hylorada_jax.saved import adapter_files
-from hylorada_jax.saved.saved_adapter import open_adapter
+from hylorada_jax.saved.opening import open_on
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.split import unfrozen_paths
@@ -102,8 +101,7 @@ class AdapterBank:
             CheckpointError: the adapter is damaged, was trained on another base, or has another config.
         """
         self._check_new(name)
-        saved = open_adapter(directory)
-        adapter_files.check_base(saved.base, self.model.identity())
+        saved = open_on(self.model.base, directory, self.model.modules).saved
         theirs, ours = saved.config.to_dict(), self.model.config.to_dict()
         if differing := [
             f"{key}: adapter {shown(theirs[key])}, model {shown(ours[key])}"
@@ -116,7 +114,6 @@ class AdapterBank:
                 "Give it a model of its own, which shares the frozen weights: "
                 "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
             )
-        layout.check_keys(saved.shapes, layout.tensor_shapes(self.model.sites))
         self._trees[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
 
     def remove(self, name: str) -> None:

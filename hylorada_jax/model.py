@@ -13,7 +13,7 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
-from hylorada_jax.models.base_model import vocab_size
+from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import generate, pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
@@ -21,13 +21,14 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved import adapter_files
-from hylorada_jax.saved.fits import check_fits, identity
-from hylorada_jax.saved.saved_adapter import open_adapter
+from hylorada_jax.saved.opening import identity, open_on
+from hylorada_jax.saved.saved_adapter import SavedAdapter
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.intercept import Structure, adapt
 from hylorada_jax.surgery.merge import check_mergeable, merge
-from hylorada_jax.surgery.plan import count_parameters
+from hylorada_jax.surgery.modules import Modules
+from hylorada_jax.surgery.plan import Site, count_parameters
 from hylorada_jax.surgery.resolve import resolve
 from hylorada_jax.surgery.split import join, split, unfrozen_paths
 from hylorada_jax.trees import COLLECTION, Adapters, Frozen, Params, Resolved
@@ -60,6 +61,8 @@ class HyLoRADAModel:
     Attributes:
         base: the base model, ours or HF's.
         config: what is adapted.
+        modules: the modules of the base that can be adapted.
+        sites: those that are, and with what.
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
         frozen: what does not train: {"params": the base's parameters, but for those that train themselves,
             "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
@@ -89,16 +92,20 @@ class HyLoRADAModel:
     """
 
     def __init__(self, base_model: Any, config: HyLoRADAConfig, seed: int = 0) -> None:
-        self.base = as_base(base_model)
-        self.config = config
-        self._modules, self.sites = fit(self.base, config)
-        params = self.base.params
-        constants = build.build_constants(self.sites, params, config)
-        self._unfrozen = unfrozen_paths(self.sites)
-        self.frozen: Frozen = {"params": split(params, self._unfrozen)[0], "constants": constants}
+        base = as_base(base_model)
+        self._set_up(base, config, *fit(base, config))
         self.adapters = self.init_adapters(seed)
         # Where the adapters came from: a checksum of a file's tensors, or the seed of fresh ones.
         self.start = f"seed {seed}"
+
+    def _set_up(
+        self, base: BaseModel, config: HyLoRADAConfig, modules: Modules, sites: tuple[Site, ...]
+    ) -> None:
+        """All that there is beside the adapters."""
+        self.base, self.config, self.modules, self.sites = base, config, modules, sites
+        constants = build.build_constants(sites, base.params, config)
+        self._unfrozen = unfrozen_paths(sites)
+        self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
@@ -361,7 +368,7 @@ class HyLoRADAModel:
     @property
     def linear_names(self) -> list[str]:
         """The full names of all linear layers that can be adapted."""
-        return self._modules.linear_names
+        return self.modules.linear_names
 
     def identity(self, *, weights: bool = False) -> dict[str, Any]:
         """What tells the base model from others, as :func:`base_identity` gives it.
@@ -369,7 +376,7 @@ class HyLoRADAModel:
         Args:
             weights: with their "dtype" and their :func:`tree_digest`, which takes about a second for 2 GB.
         """
-        return identity(self.base, self._modules) | (self._weights if weights else {})
+        return identity(self.base, self.modules) | (self._weights if weights else {})
 
     @functools.cached_property
     def _weights(self) -> dict[str, str]:
@@ -396,13 +403,13 @@ class HyLoRADAModel:
 
     @classmethod
     def from_pretrained(
-        cls, base_model: Any, directory: str | Path, *, check_weights: bool = False
+        cls, base_model: Any, directory: str | Path | SavedAdapter, *, check_weights: bool = False
     ) -> "HyLoRADAModel":
         """The model with a saved adapter on it.
 
         Args:
             base_model: the base model the adapter was trained on.
-            directory: what :meth:`save_pretrained` wrote.
+            directory: what :meth:`save_pretrained` wrote, or what :func:`open_adapter` gave of it.
             check_weights: refuse a base model whose weights are others than those it was trained on, bit by
                 bit and in their dtype; the adapter must have recorded them, as that of a run has.
 
@@ -410,12 +417,14 @@ class HyLoRADAModel:
             CheckpointError: the adapter is damaged, or does not fit the base model.
             ConfigError: a setting of the adapter's is refused.
         """
-        saved, base = open_adapter(directory), as_base(base_model)
-        check_fits(saved, base)  # before its tensors are read, and others like them made
-        tensors = saved.tensors()
-        model = cls(base, saved.config)
+        base = as_base(base_model)
+        opened = open_on(base, directory)
+        saved = opened.saved
+        model = cls.__new__(cls)  # without fresh adapters, which the constructor makes
+        model._set_up(base, saved.config, opened.modules, opened.sites)
         if check_weights:
             adapter_files.check_weights(saved.base, model.identity(weights=True))
+        tensors = saved.tensors()
         model.adapters = layout.unflatten(model.sites, tensors)
         model.start = adapter_files.digest(tensors)
         return model

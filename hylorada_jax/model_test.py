@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from hylorada_jax import HyLoRADAConfig, HyLoRADAModel
 from hylorada_jax.errors import CheckpointError, ModelError, TargetError
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.surgery import layout
+from hylorada_jax.saved import opening
+from hylorada_jax.surgery import build, fit, layout
 
 IDS = jnp.asarray(np.random.default_rng(9).integers(0, 40, (2, 6)))
 METHODS = ("lora", "dora", "hylorada_v1")
@@ -119,6 +121,23 @@ def test_the_frozen_tree_is_neither_copied_nor_cast():
         a is b
         for a, b in zip(jax.tree.leaves(base.params), jax.tree.leaves(model.frozen["params"]), strict=True)
     )
+
+
+def test_a_saved_adapter_is_opened_and_planned_once_and_no_fresh_one_is_made(tmp_path, monkeypatch):
+    HyLoRADAModel(qwen2(), HyLoRADAConfig(lora_rank=2)).save_pretrained(tmp_path)
+    calls = {}
+    for module, name in ((opening, "open_adapter"), (fit, "plan"), (build, "build_adapters")):
+        calls[name] = mock.Mock(wraps=getattr(module, name))
+        monkeypatch.setattr(module, name, calls[name])
+    calls["find_modules"] = mock.Mock(wraps=fit.find_modules)
+    for module in (opening, fit):
+        monkeypatch.setattr(module, "find_modules", calls["find_modules"])
+
+    HyLoRADAModel.from_pretrained(qwen2(), tmp_path)
+    counts = {name: call.call_count for name, call in calls.items()}
+    assert counts == {"open_adapter": 1, "find_modules": 1, "plan": 1, "build_adapters": 0}
+    HyLoRADAModel(qwen2(), HyLoRADAConfig(lora_rank=2))
+    assert calls["build_adapters"].call_count == 1
 
 
 def test_trainable_parameters_are_printed(capsys):

@@ -13,7 +13,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
 from hylorada_jax.saved.adapter_files import check_base, write_adapter
 from hylorada_jax.saved.base_identity import base_identity
-from hylorada_jax.saved.saved_adapter import read_adapter
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_torch.forward_pass import ForwardPass
 from hylorada_torch.position import check_positions, default_positions
 from hylorada_torch.surgery import attach_adapters, base_weight
@@ -181,9 +181,10 @@ class HyLoRADAModel(nn.Module):
         Raises:
             CheckpointError: the adapter is damaged, or is another model's.
         """
-        tensors, config, base = read_adapter(directory)
-        check_base(base, _identity(base_model))
-        model = cls(base_model, config)
+        saved = open_adapter(directory)
+        check_base(saved.base, _identity(base_model))
+        tensors = saved.tensors()
+        model = cls(base_model, saved.config)
         model.load_adapters({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
         return model
 

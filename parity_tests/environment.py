@@ -1,16 +1,12 @@
-"""Records of measurements: what a number must be told with (versions, commit, device), and their file."""
+"""What a number that was measured must be told with: versions, commit, device."""
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-
-from hylorada_jax.io.files import write_whole
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
@@ -32,16 +28,6 @@ def environment() -> dict[str, object]:
         "cpu": _cpu(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-
-
-def write_record(path: Path, record: Mapping[str, object]) -> None:
-    """Writes a record as JSON, whole.
-
-    Args:
-        path: in a directory that exists.
-        record: JSON-able.
-    """
-    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _commit() -> str | None:

@@ -20,7 +20,8 @@ import pytest
 import tyro
 
 import conftest  # noqa: F401 - says in the environment where jax keeps compiled programs
-from parity_tests.environment import environment, write_record
+from hylorada_jax.io.files import write_json
+from parity_tests.environment import environment
 from parity_tests.faults import FAULTS, Fault
 
 # What takes seconds to import, and has no fault: the process that all runs are forked from imports it once.
@@ -83,7 +84,7 @@ def main(*, only: tuple[str, ...] = (), jobs: int = 2, output: Path | None = Non
     if output is not None:
         table = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
         record = {"command": "python -m parity_tests.mutate", **environment(), "faults": table}
-        write_record(output, record)
+        write_json(output, record)
     sys.exit(bool(missed))
 
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hylorada_jax.io.files import write_json
 from parity_tests import models
-from parity_tests.environment import environment, write_record
+from parity_tests.environment import environment
 from parity_tests.families import FAMILIES, runs_in_jax
 from parity_tests.layers import LAYERS
 from parity_tests.measure import DTYPES, measure_layer, measured_in
@@ -128,4 +129,4 @@ def write(rows: Iterable[Row], path: Path, command: str) -> None:
     record["rows"] = [
         dataclasses.asdict(row) | {"error": finite(row.error), "passed": row.passed} for row in rows
     ]
-    write_record(path, record)
+    write_json(path, record)

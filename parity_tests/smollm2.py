@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import load_documents
-from hylorada_jax.io.files import refuse_unusable, write_figure
+from hylorada_jax.io.files import refuse_unusable, write_figure, write_json
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.training.config import TrainingConfig
-from parity_tests.environment import environment, write_record
+from parity_tests.environment import environment
 from parity_tests.families import all_in_float64, measuring
 from parity_tests.models import Pair, errors, random_adapters
 from parity_tests.trajectories import train_jax, train_torch
@@ -175,7 +175,7 @@ def main(*, output: Path, dtypes: tuple[str, ...] = ("float64", "float32")) -> N
         **measured,
     }
     path = output / f"parity-smollm2-{device}.json"
-    write_record(path, record)
+    write_json(path, record)
     plot(measured["losses"], path.with_suffix(".png"))
     for dtype, found in measured["errors"].items():
         print(

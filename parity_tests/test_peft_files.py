@@ -16,7 +16,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
 from hylorada_jax.exchange.peft_export import effect, export_peft
 from hylorada_jax.exchange.peft_import import import_peft
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from hylorada_jax.saved.saved_adapter import read_adapter
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import without
 from parity_tests.families import all_in_float64, jax_base, measuring, torch_base
@@ -173,7 +173,7 @@ def test_a_dora_adapter_starts_a_hylorada_run_from_its_function(case, saved, tmp
         model.save_pretrained(tmp_path / "ours")
         export_peft(model, tmp_path / "back")
     assert relative_error(peft_logits(family, tmp_path / "back"), peft_logits(family, theirs)) <= 1e-12
-    assert read_adapter(tmp_path / "ours")[1] == model.config
+    assert open_adapter(tmp_path / "ours").config == model.config
 
 
 UNSUPPORTED: dict[str, Any] = {
@@ -234,7 +234,7 @@ def test_files_that_do_not_fit_are_refused(saved):
     with pytest.raises(CheckpointError, match="pickle"):
         import_peft(base, theirs)
     with pytest.raises(CheckpointError, match="import-peft"):
-        read_adapter(theirs)
+        open_adapter(theirs)
 
 
 def adapted(family, config, dtype="float64"):

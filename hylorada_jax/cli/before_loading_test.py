@@ -17,7 +17,7 @@ from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved.adapter_files import write_adapter
-from hylorada_jax.saved.fits import identity
+from hylorada_jax.saved.opening import identity
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.training.config import TrainingConfig

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -19,6 +20,8 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import _slots
+from hylorada_jax.saved import opening, saved_adapter
+from hylorada_jax.saved.saved_adapter import open_adapter
 
 TINY = {
     "model_type": "llama",
@@ -139,7 +142,12 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
         same = json.loads(run(monkeypatch, capsys, "evaluate", *where, "--json")[1])
         assert same["perplexity"] == pytest.approx(adapted["perplexity"], rel=1e-5)
     on = (*train[:5], *train[5:7], "--output", again, *train[9:], "--start-from", ours, "--prompt", "")
-    assert run(monkeypatch, capsys, *on)[0] == 0
+    with monkeypatch.context() as watched:
+        opened = mock.Mock(wraps=open_adapter)
+        for module in (saved_adapter, opening):
+            watched.setattr(module, "open_adapter", opened)
+        assert run(monkeypatch, capsys, *on)[0] == 0
+    opened.assert_called_once_with(ours)
     first = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     second = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
     assert second[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-5)

@@ -1,7 +1,7 @@
 """The command that trains an adapter."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -18,11 +18,13 @@ from hylorada_jax.cli.shared import (
     tokens_of,
     unloaded,
 )
-from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from hylorada_jax.saved.saved_adapter import SavedAdapter
 
 # Without a prefix: --steps, not --training.steps.
 Training = Annotated[TrainingConfig, tyro.conf.arg(name="")]
@@ -66,7 +68,8 @@ def finetune(
     """
     from hylorada_jax.training.run_directory import RunDirectory
 
-    settings = adapter.build() if start_from is None else _settings_of(start_from, adapter)
+    saved = None if start_from is None else _opened(start_from, adapter)
+    settings = adapter.build() if saved is None else saved.config
     if structure:
         require_encoder(settings, structure)
     RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
@@ -77,9 +80,10 @@ def finetune(
 
     # All that the config can tell is reported before data and weights are read.
     empty = unloaded(model, dtype, remat)
-    if start_from is not None:
-        check_whole(start_from, empty)
-    fit(empty, settings)
+    if saved is None:
+        fit(empty, settings)
+    else:
+        check_whole(saved, empty)
     check_training(empty, training)
     check_groups(settings, training)
     train_texts = load_documents(data, "all" if eval_data else "train")
@@ -96,10 +100,10 @@ def finetune(
     held_out, eval_structure = tokens_of(eval_texts, tokenizer, structure)
     check_data(train, held_out, vocab_size(empty), training)
     base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
-    if start_from is None:
+    if saved is None:
         adapted = HyLoRADAModel(base, settings, training.seed)
     else:
-        adapted = HyLoRADAModel.from_pretrained(base, start_from)
+        adapted = HyLoRADAModel.from_pretrained(base, saved)
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
     options |= {"structure": structure, "dtype": dtype, "remat": remat, "prompt": prompt}
     trainer = HyLoRADATrainer(
@@ -127,8 +131,8 @@ def finetune(
         print(f"{name:<8} {one_line(place)}")
 
 
-def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
-    """The settings of a saved adapter, beside which no other are given."""
+def _opened(adapter: Path, given: AdapterOptions) -> "SavedAdapter":
+    """A saved adapter, beside whose settings no other are given."""
     from hylorada_jax.saved.saved_adapter import open_adapter
 
     if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
@@ -137,4 +141,4 @@ def _settings_of(adapter: Path, given: AdapterOptions) -> HyLoRADAConfig:
             f"--start-from {adapter} {' '.join(named)}",
             "Give one.",
         )
-    return open_adapter(adapter).config
+    return open_adapter(adapter)

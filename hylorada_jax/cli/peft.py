@@ -40,21 +40,21 @@ def export_peft(
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
     from hylorada_jax.saved.adapter_files import refuse_existing
-    from hylorada_jax.saved.fits import check_fits
-    from hylorada_jax.saved.saved_adapter import open_adapter
+    from hylorada_jax.saved.opening import open_on
 
     refuse_existing(output)
     name = base_of(adapter, model)
-    empty, saved = unloaded(name), open_adapter(adapter)
-    sites = check_fits(saved, empty)
+    empty = unloaded(name)
+    opened = open_on(empty, adapter)
+    saved = opened.saved
     if sample is None:  # otherwise a refusal says more, and takes the model for it
-        check_export(sites, saved.tensors(), saved.config, empty.params, drop)
+        check_export(opened.sites, saved.tensors(), saved.config, empty.params, drop)
     tokens = None
     if sample is not None:
         if not (ids := load_tokenizer(name).encode_prompt(sample).ids):
             raise DataError("A sample must have at least one token", repr(sample), "Give some text.")
         tokens = [ids]
-    adapted = HyLoRADAModel.from_pretrained(load_model(name), adapter)
+    adapted = HyLoRADAModel.from_pretrained(load_model(name), saved)
     export(adapted, output, drop=drop, sample=tokens)
     for component in drop if tokens else ():
         print(

@@ -17,6 +17,7 @@ from hylorada_jax.terminal import one_line, show
 if TYPE_CHECKING:
     from hylorada_jax.models.base_model import BaseModel
     from hylorada_jax.models.tokenizer import Tokenizer
+    from hylorada_jax.saved.saved_adapter import SavedAdapter
 
 
 PACKAGED_MODEL = "smollm2-135m"
@@ -91,14 +92,11 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
         check_weights(saved.base, {"dtype": weights})
 
 
-def check_whole(adapter: Path, base: "BaseModel") -> None:
+def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
     """Reports an adapter that is damaged or does not fit its base, which may be without its weights."""
-    from hylorada_jax.saved.fits import check_fits
-    from hylorada_jax.saved.saved_adapter import open_adapter
+    from hylorada_jax.saved.opening import open_on
 
-    saved = open_adapter(adapter)
-    check_fits(saved, base)
-    saved.tensors()
+    open_on(base, adapter).saved.tensors()
 
 
 def tokens_of(

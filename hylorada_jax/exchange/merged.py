@@ -1,6 +1,5 @@
 """An adapter merged into a checkpoint, tensor by tensor: the model itself is never built."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -23,7 +22,7 @@ from hylorada_jax.exchange.shards import (
     refuse_taken,
     write_shards,
 )
-from hylorada_jax.io.files import user_path
+from hylorada_jax.io.files import user_path, write_json
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import empty_model, open_weights
 from hylorada_jax.models.source import SMALL_FILES, Source, find_source
@@ -33,7 +32,7 @@ from hylorada_jax.models.weights import CONSTANTS, Weights
 from hylorada_jax.models.weights_digest import files_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved import adapter_files
-from hylorada_jax.saved.fits import check_fits
+from hylorada_jax.saved.opening import open_on
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.merge import live_parts, refuse_live
 
@@ -79,8 +78,9 @@ def write_merged(
     output = user_path(output)
     refuse_taken(output)
     target = None if dtype is None else _float_dtype(dtype)
-    saved, base = open_adapter(adapter), as_base(empty_model(model))
-    sites, leaves = check_fits(saved, base), saved.tensors()
+    saved = open_adapter(adapter)  # before the model is looked for
+    base = as_base(empty_model(model))
+    sites, leaves = open_on(base, saved).sites, saved.tensors()
     refuse_live(live_parts(sites, leaves))
 
     source = find_source(model)
@@ -105,8 +105,7 @@ def write_merged(
             tensors.append(Tensor(name, weights.shapes[name], kept, rounded))
         with new_directory(output) as place:
             write_shards(place, tensors, max_shard_bytes=max_shard_bytes)
-            text = json.dumps(_config(source, target), indent=2, ensure_ascii=False) + "\n"
-            (place / "config.json").write_text(text, "utf-8")
+            write_json(place / "config.json", _config(source, target))
             if tokenizer is not None:
                 write_tokenizer(tokenizer, place)
             else:

@@ -20,7 +20,7 @@ from hylorada_jax.exchange.merged_tensors import cast  # noqa: E402
 from hylorada_jax.model import HyLoRADAModel  # noqa: E402
 from hylorada_jax.models.loading import load_model  # noqa: E402
 from hylorada_jax.saved.adapter_files import write_adapter  # noqa: E402
-from hylorada_jax.saved.saved_adapter import read_adapter  # noqa: E402
+from hylorada_jax.saved.saved_adapter import open_adapter  # noqa: E402
 from hylorada_jax.surgery import layout  # noqa: E402
 from parity_tests.memory import needs_proc, peak_memory  # noqa: E402
 
@@ -182,7 +182,7 @@ def test_each_weight_is_the_float64_result_rounded_once(bases, adapted, tmp_path
     found, dtype = load_file(merged / "model.safetensors"), jnp.dtype(written or source)
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert found.keys() == stored.keys()
-    leaves = read_adapter(tmp_path / "adapter")[0]
+    leaves = open_adapter(tmp_path / "adapter").tensors()
     adapted_tensors: set[str] = set()
     for site in model.sites:
         for name, scale in zip(site.names, site.scales, strict=True):
@@ -351,7 +351,7 @@ def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):
 def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
     from hylorada_jax.models.loading import empty_model
     from hylorada_jax.models.wrapped import as_base
-    from hylorada_jax.saved.fits import identity
+    from hylorada_jax.saved.opening import identity
     from hylorada_jax.surgery.modules import find_modules
     from hylorada_jax.surgery.plan import plan
 

@@ -2,9 +2,11 @@
 
 import errno
 import io
+import json
 import os
 import secrets
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -118,6 +120,21 @@ def write_whole(path: Path, content: bytes) -> None:
 def temporary_name() -> str:
     """A name that nobody can foresee; not after the target's, which can be as long as a name can be."""
     return f".hylorada-{secrets.token_hex(8)}"
+
+
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Writes a JSON file for people and programs to read, by :func:`write_whole`.
+
+    Args:
+        path: in a directory that exists.
+        value: of JSON's types.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Names of files may have bytes that are not UTF-8: surrogates to Python, and escaped in JSON.
+    write_whole(path, text.encode(errors="backslashreplace"))
 
 
 def write_figure(path: Path, figure: "Figure") -> None:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ModelError
 from hylorada_jax.exchange.merged import write_merged
-from hylorada_jax.io.files import refuse_unusable, user_path, write_whole
+from hylorada_jax.io.files import refuse_unusable, user_path, write_json, write_whole
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
@@ -25,7 +25,6 @@ from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.saved.adapter_files import write_files
 from hylorada_jax.saved.saved_adapter import base_name
 from hylorada_jax.training.report import MetricsLog, plot_losses
-from parity_tests.environment import write_record
 
 # What glob, fnmatch, format, URLs, shells and printf would read; the longest name; bytes that are not UTF-8.
 NAMES = {
@@ -86,7 +85,7 @@ WRITERS = {
     "adapter_model.safetensors": lambda path: write_files(path.parent, b"new", b"new"),
     "metrics.jsonl": lambda path: MetricsLog(path, path.parent / "board", last_step=0).__exit__(*[None] * 3),
     "loss.png": lambda path: plot_losses([{"step": 1, "loss": 2.0}], path),
-    "parity.json": lambda path: write_record(path, {}),
+    "parity.json": lambda path: write_json(path, {}),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as dump_safetensors
 
+from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import kind_of, refuse_unusable, user_path, write_whole
@@ -54,6 +55,7 @@ def write_adapter(
     body = {
         "format": "hylorada",
         "format_version": FORMAT_VERSION,
+        "hylorada_version": __version__,
         "base_model": dict(base),
         "config": config.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),

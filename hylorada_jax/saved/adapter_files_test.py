@@ -7,7 +7,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_base, write_adapter
 from hylorada_jax.saved.base_identity import base_identity
-from hylorada_jax.saved.saved_adapter import read_adapter
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.layout import check_keys
 
 TENSORS = {
@@ -24,8 +24,9 @@ def saved(tmp_path):
 
 
 def test_what_is_written_is_read_bit_for_bit(saved):
-    tensors, config, base = read_adapter(saved)
-    assert (config, base) == (HyLoRADAConfig(), BASE)
+    adapter = open_adapter(saved)
+    tensors = adapter.tensors()
+    assert (adapter.config, adapter.base) == (HyLoRADAConfig(), BASE)
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         np.testing.assert_array_equal(tensors[name], tensor, strict=True)
@@ -35,7 +36,7 @@ def test_nothing_is_overwritten_unasked(saved):
     with pytest.raises(CheckpointError, match="overwrit"):
         write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE)
     write_adapter(saved, TENSORS, HyLoRADAConfig(lora_rank=4), BASE, overwrite=True)
-    assert read_adapter(saved)[1].lora_rank == 4
+    assert open_adapter(saved).config.lora_rank == 4
 
 
 def test_non_finite_tensors_are_not_written(tmp_path):
@@ -48,7 +49,7 @@ def test_non_finite_tensors_are_not_written(tmp_path):
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=name):
-        read_adapter(saved)
+        open_adapter(saved).tensors()
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
@@ -63,7 +64,7 @@ def test_truncations_and_bit_flips_anywhere_are_refused(saved, name):
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
-            read_adapter(saved)
+            open_adapter(saved).tensors()
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ def test_what_is_no_adapter_is_refused_with_a_checksum_that_is_right(saved, tens
     write_adapter(saved, tensors, HyLoRADAConfig(), BASE, overwrite=True)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=message):
-        read_adapter(saved)
+        open_adapter(saved).tensors()
 
 
 def test_another_format_version_is_refused(saved):
     body = json.loads((saved / CONFIG_NAME).read_text())
     (saved / CONFIG_NAME).write_text(json.dumps(body | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="99"):
-        read_adapter(saved)
+        open_adapter(saved).tensors()
 
 
 def test_keys_and_bases_are_compared_both_ways():

@@ -3,7 +3,6 @@
 Imports neither jax nor torch: both packages name their bases here, and name the same base alike.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,26 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.surgery.targets import is_head
 
-# Settings that change no number of a trained model's evaluation.
+# The fields of DecoderConfig, and of its RopeScaling, that config_sha256 has always covered. They are file
+# format: with one more, no adapter that was ever saved would know its base.
+HASHED = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "hidden_act",
+    "rms_norm_eps", "rope_theta", "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
+    "sliding_window", "sliding_layers",
+)  # fmt: skip
+HASHED_ROPE = (
+    "rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    "beta_fast", "beta_slow", "truncate", "attention_factor",
+)  # fmt: skip
+# A later field goes here, with the value under which a model computes what it did before there was the field:
+# another value alone enters the hash.
+LATER: dict[str, Any] = {}
+LATER_ROPE: dict[str, Any] = {}
+# Or here, where they change no number of a trained model's evaluation.
+UNHASHED = ("initializer_range", "eos_token_ids")
+
+# The same in transformers' configs: parts of names.
 _IDLE = ("initializer", "dropout", "pdrop", "use_cache", "token_id", "summary_", "gradient_checkpointing")
 # What transformers 4.57 keeps in every config and no family computes with. Written out, for version 5 moved
 # half of it elsewhere, and a file that was saved under one version is read under the other.
@@ -62,19 +80,30 @@ def base_identity(
 
 def _settings(config: Any) -> dict[str, Any]:
     """What of a config decides the numbers, alike whether our decoder or transformers has read it."""
+    if config is None:
+        return {}
     if isinstance(config, DecoderConfig):
-        settings = dataclasses.asdict(config)
-    elif config is None:
-        settings = {}
-    else:
-        settings = config.to_dict()
-        try:
-            return _settings(DecoderConfig.from_hf(settings))
-        except ModelError:  # not of our decoder's families
-            said = {key: value for key, value in settings.items() if value is not None}
-            settings = {key: value for key, value in _as_of_4_57(said).items() if key not in _GENERAL}
-    said = {key: value for key, value in settings.items() if value is not None}
-    return {key: value for key, value in said.items() if not any(idle in key for idle in _IDLE)}
+        settings = _covered(config, HASHED, LATER)
+        return _stated(settings | {"rope_scaling": _covered(config.rope_scaling, HASHED_ROPE, LATER_ROPE)})
+    settings = config.to_dict()
+    try:
+        return _settings(DecoderConfig.from_hf(settings))
+    except ModelError:  # not of our decoder's families
+        settings = _stated(_as_of_4_57(_stated(settings)))
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in _GENERAL and not any(idle in key for idle in _IDLE)
+    }
+
+
+def _covered(part: Any, hashed: Iterable[str], later: Mapping[str, Any]) -> dict[str, Any]:
+    on = [name for name, off in later.items() if getattr(part, name) != off]
+    return {name: getattr(part, name) for name in (*hashed, *on)}
+
+
+def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _as_of_4_57(settings: Mapping[str, Any]) -> dict[str, Any]:

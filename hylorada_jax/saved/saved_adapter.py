@@ -6,7 +6,9 @@ value has its type and its bound.
 
 import dataclasses
 import hashlib
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +17,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
+from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError
+from hylorada_jax.errors import CheckpointError, HyLoRADAError
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
@@ -45,11 +48,12 @@ class _Base(msgspec.Struct, forbid_unknown_fields=True):
     weights_sha256: _Name | msgspec.UnsetType = msgspec.UNSET
 
 
-class _Body(msgspec.Struct, forbid_unknown_fields=True):
+class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A config file."""
 
     format: Literal["hylorada"]
     format_version: int
+    hylorada_version: _Name | msgspec.UnsetType = msgspec.UNSET  # files of the first days have none
     base_model: _Base
     config: dict[str, Any]
     weights_sha256: _Sha256
@@ -105,36 +109,19 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
         directory: holds the two files.
 
     Raises:
-        CheckpointError: a file is missing, cut, altered, of another version or of other types.
-        ConfigError: a setting is refused.
+        CheckpointError: a file is missing, cut, altered, of another format version or of other types.
+        ConfigError: a setting is unknown or refused. Where a newer version of this library may have meant
+            something by it, the remedy names both versions.
     """
     directory = user_path(directory)
-    body = _read_config(directory / CONFIG_NAME)
+    body, config = _read_config(directory / CONFIG_NAME)
     header = read_header(directory / WEIGHTS_NAME, _RULE, CheckpointError, _REMEDY)
     if alien := [f"{name} {dtype}" for name, (dtype, _) in header.items() if dtype not in _FLOATS]:
         raise CheckpointError(
             "An adapter holds float32 or float64 tensors", short(alien), "Save it with save_pretrained."
         )
     shapes = {name: shape for name, (_, shape) in header.items()}
-    config = HyLoRADAConfig.from_dict(body["config"])
     return SavedAdapter(directory, config, body["base_model"], shapes, body["weights_sha256"])
-
-
-def read_adapter(directory: str | Path) -> tuple[dict[str, np.ndarray], HyLoRADAConfig, dict[str, Any]]:
-    """Reads an adapter that :func:`write_adapter` wrote, whole or not at all.
-
-    Args:
-        directory: holds the two files.
-
-    Returns:
-        The tensors, the settings, and what identifies the base model.
-
-    Raises:
-        CheckpointError: a file is missing, cut, altered, of another version, or holds non-finite values.
-        ConfigError: a setting is refused.
-    """
-    saved = open_adapter(directory)
-    return saved.tensors(), saved.config, saved.base
 
 
 def base_name(directory: str | Path, given: str | None = None) -> str:
@@ -155,27 +142,52 @@ def base_name(directory: str | Path, given: str | None = None) -> str:
     return name
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
     body = read_json(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
     rule = f"{CONFIG_NAME} must be what save_pretrained wrote"
     if "format" not in body and "peft_type" in body:
         remedy = "Read it with `hylorada import-peft`, or import_peft."
         raise CheckpointError(rule, f"{path}, which PEFT wrote", remedy)
     if (version := body.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
-        raise CheckpointError(
+        error = CheckpointError(
             f"The adapter must be of format version {FORMAT_VERSION}",
             f"{path}: {shown(version)}",
             "Load it with the version of hylorada that wrote it.",
         )
-    checked(body, _Body, f"{rule}: {path}", CheckpointError, "Copy it again.")
-    try:
-        # Byte by byte, so that nothing at all is altered unnoticed.
-        rest = {key: value for key, value in body.items() if key != "sha256"}
-        intact = render(rest) == read_bounded(path, rule, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
-    except RecursionError:  # nested as deeply as can just be read
-        intact = False
-    if not intact:
+        raise _with_versions(error, body)
+    if not _is_intact(path, body):  # before its keys: what a damaged file says, no version has said
         raise CheckpointError(
             rule, f"{path}, whose checksum differs", "It was cut or altered: copy it again."
         )
-    return body
+    try:
+        checked(body, _Body, f"{rule}: {path}", CheckpointError, "Copy it again.")
+        return body, HyLoRADAConfig.from_dict(body["config"])
+    except HyLoRADAError as error:
+        raise _with_versions(error, body) from error
+
+
+def _is_intact(path: Path, body: Mapping[str, Any]) -> bool:
+    """Whether a config file is, byte for byte, what is written of its values, so that nothing is altered."""
+    rest = {key: value for key, value in body.items() if key != "sha256"}
+    try:
+        return render(rest) == read_bounded(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+    except RecursionError:  # nested as deeply as can just be read
+        return False
+
+
+def _with_versions(error: HyLoRADAError, body: Mapping[str, Any]) -> HyLoRADAError:
+    """The error about what this version does not take, with the version that wrote it and the way out."""
+    theirs, form = body.get("hylorada_version"), body.get("format_version")
+    writer = "one that it does not name" if theirs is None else shown(theirs)
+    versions = f"{writer} wrote it, and this is {__version__!r}"
+    if _numbers(theirs) > _numbers(__version__) or (isinstance(form, int) and form > FORMAT_VERSION):
+        remedy = f"Upgrade hylorada, for it was written by a newer version: {versions}."
+    else:
+        remedy = f"{error.remedy} If a newer version wrote it, upgrade hylorada: {versions}."
+    return type(error)(error.rule, error.received, remedy)
+
+
+def _numbers(version: object) -> tuple[int, ...]:
+    """(0, 1, 0) of "0.1.0"; () of what is not a version, which is before all that are."""
+    found = re.match(r"\d{1,9}(\.\d{1,9}){0,2}", version, re.ASCII) if isinstance(version, str) else None
+    return tuple(map(int, found[0].split("."))) if found else ()

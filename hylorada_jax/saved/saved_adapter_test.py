@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from hylorada_jax import __version__
 from hylorada_jax.adapter_bank import AdapterBank
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, HyLoRADAError
@@ -22,8 +23,8 @@ from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import empty_model
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, render, write_adapter
-from hylorada_jax.saved.fits import check_fits, identity
-from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter, open_adapter
+from hylorada_jax.saved.opening import identity, open_on
+from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.surgery.modules import find_modules
 from hylorada_jax.surgery.plan import plan
@@ -93,9 +94,7 @@ def without(changed):
 
 
 def read(saved, base):
-    adapter = open_adapter(saved)
-    check_fits(adapter, base)
-    return adapter.tensors()
+    return open_on(base, saved).saved.tensors()
 
 
 def refused(saved, base, said):
@@ -117,6 +116,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"format_version": 99}, "99"),
     ({"format_version": None}, "None"),
     ({"format_version": json.loads(DEEP)}, "[[["),
+    ({"hylorada_version": 1}, "hylorada_version: 1"),
+    ({"hylorada_version": None}, "hylorada_version: None"),
     ({"weights_sha256": "0"}, "weights_sha256: '0'"),
     ({"next_year": 1}, "next_year"),
     ({"\ud83d": 1}, "ud83d"),
@@ -172,6 +173,49 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 def test_a_config_of_other_types_or_sizes_is_refused_by_key_and_value(changes, said, saved, base):
     rewrite(saved, **changes)
     refused(saved, base, [said])
+
+
+def test_an_adapter_says_which_version_wrote_it_and_need_not(saved, base):
+    assert json.loads((saved / CONFIG_NAME).read_text())["hylorada_version"] == __version__
+    before = read(saved, base)
+    rewrite(saved, hylorada_version=...)
+    assert read(saved, base).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": {"quantized": "nf4"}},
+        {"config": {"method": "hylorada_v3"}},
+        {"config": {"lora_alpha": "auto"}},
+        {"next_year": 1},
+        {"base_model": {"revision": "main"}},
+        {"weights_sha256": "blake3:0"},
+    ],
+    ids=str,
+)
+def test_what_only_a_newer_version_knows_is_said_to_be_of_one(changes, saved, base):
+    rewrite(saved, hylorada_version="10.0.0.dev1", **changes)
+    upgrade = "Upgrade hylorada, for it was written by a newer version: '10.0.0.dev1' wrote it, and this is"
+    refused(saved, base, [upgrade, repr(__version__)])
+    for version in (__version__, "0.0.9", "", "no version"):  # then who knows
+        rewrite(saved, hylorada_version=version)
+        refused(saved, base, [f"If a newer version wrote it, upgrade hylorada: {version!r} wrote it"])
+    rewrite(saved, hylorada_version=...)
+    refused(saved, base, ["upgrade hylorada: one that it does not name wrote it", __version__])
+
+
+def test_a_newer_format_is_of_a_newer_version_whoever_wrote_it(saved, base):
+    rewrite(saved, format_version=2)
+    refused(saved, base, [f"Upgrade hylorada, for it was written by a newer version: {__version__!r}"])
+    rewrite(saved, format_version=0)
+    refused(saved, base, ["Load it with the version of hylorada that wrote it. If a newer"])
+
+
+def test_what_was_altered_is_not_taken_for_a_newer_versions(saved, base):
+    content = (saved / CONFIG_NAME).read_text()
+    (saved / CONFIG_NAME).write_text(content.replace("lora_rank", "lora_rang"))
+    refused(saved, base, ["checksum differs", "copy it again"])
 
 
 CONFIG_FILES = {
@@ -297,15 +341,26 @@ def vast(saved):
     return saved
 
 
-def test_no_path_reads_tensors_that_do_not_fit(vast, model, base, tmp_path, monkeypatch):
+# Also the order: of an adapter of another base, nothing else is looked at.
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, r"\(268435456, 8\) for \(2, 8\)"),
+        ({"base_model": {"config_sha256": "0" * 64}}, "fits only the base model"),
+        ({"base_model": {"model_type": "gpt2"}, "config": {"target_modules": ["c_attn"]}}, "'gpt2', model"),
+    ],
+    ids=["tensors", "base", "base and plan"],
+)
+def test_no_path_reads_tensors_that_do_not_fit(changes, said, vast, model, base, tmp_path, monkeypatch):
+    rewrite(vast, **changes)
     trained = HyLoRADAModel(CausalLM.from_config(base.config, jax.random.key(0)), CONFIG)
     monkeypatch.setattr(SavedAdapter, "tensors", lambda *_: pytest.fail("read"))
-    monkeypatch.setattr(HyLoRADAModel, "__init__", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(HyLoRADAModel, "_set_up", lambda *_: pytest.fail("built"))
     for load in (
         lambda: HyLoRADAModel.from_pretrained(trained.base, vast),
         lambda: AdapterBank(trained).load("vast", vast),
         lambda: write_merged(model, vast, tmp_path / "merged"),
     ):
-        with pytest.raises(CheckpointError, match=r"\(268435456, 8\) for \(2, 8\)"):
+        with pytest.raises(CheckpointError, match=said):
             load()
     assert not (tmp_path / "merged").exists()

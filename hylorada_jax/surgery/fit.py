@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from hylorada_jax.models.base_model import BaseModel
 
 
-def fit(base: "BaseModel", config: HyLoRADAConfig) -> tuple[Modules, tuple[Site, ...]]:
+def fit(
+    base: "BaseModel", config: HyLoRADAConfig, modules: Modules | None = None
+) -> tuple[Modules, tuple[Site, ...]]:
     """What a config adapts in a base model.
 
     Args:
         base: the base model; its weights are not read, so
             :func:`hylorada_jax.models.loading.empty_model` does.
         config: what is adapted, and how.
+        modules: the model's, where they are known already.
 
     Returns:
         The model's modules, and the sites of :func:`hylorada_jax.surgery.plan.plan`.
@@ -28,7 +31,7 @@ def fit(base: "BaseModel", config: HyLoRADAConfig) -> tuple[Modules, tuple[Site,
         ModelError: the model has nothing that a component could attach to, or cannot do what it asks for.
         ConfigError: shifted sparse attention is on, and a layer has a single head.
     """
-    modules = find_modules(base.init_params)
+    modules = find_modules(base.init_params) if modules is None else modules
     sites = plan(modules, config)
     if (config.position_bias_enabled or config.use_hylorada_v2) and not modules.take_positions:
         raise ModelError(

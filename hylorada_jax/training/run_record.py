@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import write_whole
+from hylorada_jax.io.files import write_json
 from hylorada_jax.io.reading import checked, read_json
 
 
@@ -34,12 +33,6 @@ class RunRecord(msgspec.Struct, frozen=True):
     def write(self, path: Path) -> None:
         """Writes run.json, whole; an OSError where that fails."""
         write_json(path, msgspec.structs.asdict(self))
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file for people and programs to read, whole; an OSError where that fails."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, text.encode(errors="backslashreplace"))
 
 
 def read_record(path: Path) -> RunRecord:

@@ -16,6 +16,7 @@ from hylorada_jax.data.packing import Rows
 from hylorada_jax.devices import replicate
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
+from hylorada_jax.io.files import write_json
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
 from hylorada_jax.models.positions import check_range
@@ -27,7 +28,6 @@ from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
-from hylorada_jax.training.run_record import write_json
 from hylorada_jax.training.step import init_state, make_train_step
 
 

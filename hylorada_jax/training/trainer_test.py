@@ -32,7 +32,7 @@ from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.training import loop as loop_module
-from hylorada_jax.training import report, run_record
+from hylorada_jax.training import report
 from hylorada_jax.training import trainer as trainer_module
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
@@ -299,7 +299,7 @@ def test_a_full_disk_at_any_file_is_an_error_and_resume_ends_bit_equal(
         write_whole(path, content)
 
     with monkeypatch.context() as full:
-        for module in (adapter_files, files, report, run_record):
+        for module in (adapter_files, files, report):
             full.setattr(module, "write_whole", write_unless)
         with pytest.raises(CheckpointError, match="No space left on device"):
             train(tmp_path / "run")
