@@ -30,6 +30,11 @@ def test_an_adapter_in_a_network_of_ones_own_learns_the_change():
         "position_bias": {"position_bias"},
     }
     assert all("position_scale" in trained[name] for name in "qkv")
+    # The network that is adapted as it is: a fresh adapter changes nothing, and every layer can learn.
+    plain = scope["network"].apply({"params": scope["frozen"]}, scope["x"])
+    assert jnp.allclose(scope["output"](scope["adapters"], scope["x"]), plain, rtol=1e-5, atol=1e-6)
+    assert set(scope["gradient"]) == {"up", "down"}
+    assert all(jnp.any(leaves["lora_B"] != 0) for leaves in scope["gradient"].values())
 
 
 def test_the_loop_of_ones_own_learns_its_batch_and_saves_the_adapter(tmp_path, capsys):

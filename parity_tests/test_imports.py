@@ -85,3 +85,36 @@ def test_imports_point_one_way():
     ]
     assert not back
     assert [*graphlib.TopologicalSorter(found).static_order()]  # raises where there is a cycle
+
+
+def test_two_places_import_what_is_tied_to_an_old_transformers():
+    places = {
+        name
+        for name, sources in imports().items()
+        if not name.startswith("models.hf.") and any(source.startswith("models.hf") for source in sources)
+    }
+    assert places == {"models.loading", "models.wrapped"}
+
+
+WITHOUT = """
+import runpy
+import sys
+
+sys.modules["hylorada_jax.models.hf"] = None
+import jax
+from hylorada_jax import CausalLM, HyLoRADAModel
+from hylorada_jax.models.decoder_config import DecoderConfig
+
+loop, directory = sys.argv[1:]
+shape = {"model_type": "llama", "vocab_size": 29, "hidden_size": 8, "num_hidden_layers": 1}
+shape |= {"num_attention_heads": 2, "intermediate_size": 12, "initializer_range": 0.3}
+base = CausalLM.from_config(DecoderConfig.from_hf(shape), jax.random.key(0))
+ids = jax.numpy.arange(12)[None]
+runpy.run_path(loop)["train"](base, ids, directory, steps=1)
+assert (HyLoRADAModel.from_pretrained(base, directory)(ids).logits != base(ids).logits).any()
+"""
+
+
+def test_a_model_is_trained_saved_and_loaded_without_them(tmp_path):
+    loop = JAX.parent / "examples/own_loop.py"
+    subprocess.run([sys.executable, "-c", WITHOUT, loop, tmp_path / "adapter"], check=True, timeout=240)

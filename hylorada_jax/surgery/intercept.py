@@ -126,14 +126,22 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         kind = kind_of(context)
         if kind is None or COLLECTION not in module.variables:
             return next_fun(*args, **kwargs)
+        x, *_ = inspect.signature(context.orig_method).bind(*args, **kwargs).args
         match kind.role:
             case "linear":
-                return self._linear(next_fun, args, kwargs, context, kind.out_in)
+                adapter = {
+                    name: module.get_variable(COLLECTION, name)
+                    for name in _RESOLVED
+                    if module.has_variable(COLLECTION, name)
+                }
+                adapted = "lora_A" in adapter
+                y = self._adapted(module, x, adapter, kind.out_in) if adapted else next_fun(*args, **kwargs)
+                return self._with_sparse(module, y, adapter) if "mask" in adapter else y
             case "embedding":
-                return self._embedded(module, args[0])
+                return self._embedded(module, x)
             case "norm":  # one that names its dtype rounds to it by itself
                 y = next_fun(*args, **kwargs)
-                return y if getattr(module, "dtype", None) else y.astype(args[0].dtype)
+                return y if getattr(module, "dtype", None) else y.astype(x.dtype)
             case "attention":  # it reads its leaves itself
                 return next_fun(*args, **kwargs)
             case _:
@@ -168,23 +176,6 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         """What ``nn.Embed`` gives, rounded after the lookup: rounded before, its gradient would be too."""
         rows = jnp.take(module.get_variable("params", "embedding"), ids, axis=0)
         return rows.astype(module.dtype or self._dtype or rows.dtype)
-
-    def _linear(
-        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any, out_in: bool
-    ) -> Any:
-        """The call of a linear module with its adapters."""
-        module = context.module
-        adapter = {
-            name: module.get_variable(COLLECTION, name)
-            for name in _RESOLVED
-            if module.has_variable(COLLECTION, name)
-        }
-        if "lora_A" in adapter:
-            x, *_ = inspect.signature(context.orig_method).bind(*args, **kwargs).args
-            y = self._adapted(module, x, adapter, out_in)
-        else:
-            y = next_fun(*args, **kwargs)
-        return self._with_sparse(module, y, adapter) if "mask" in adapter else y
 
     def _adapted(self, module: Any, inputs: Array, adapter: dict[str, Array], out_in: bool) -> Array:
         # Of these, a class that is not flax's has what it needs.

@@ -9,6 +9,7 @@ transformers = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=Im
 
 from hylorada_jax.errors import DataError, ModelError, NonFiniteError  # noqa: E402
 from hylorada_jax.models.hf.base import HFFlaxModel  # noqa: E402
+from hylorada_jax.surgery.modules import find_modules  # noqa: E402
 
 # A tiny model of every family whose logits are hidden states times an embedding, by its own config's names.
 TINY = {"vocab_size": 50, "max_position_embeddings": 32}
@@ -249,3 +250,14 @@ def test_logits_that_are_not_finite_end_generation(value, sampled, ends):
         HFFlaxModel.wrap(model).generate(
             [[4, 5], [6, 7, 8]], max_new_tokens=8, eos_token_id=ends, rng=jax.random.key(0), **settings
         )
+
+
+def test_adapters_find_the_layers_of_hugging_faces_own_classes():
+    gpt2, opt = (
+        find_modules(HFFlaxModel.wrap(tiny(name)).init_params)
+        for name in ("GPT2LMHeadModel", "OPTForCausalLM")
+    )
+    assert {module.kernel_is_out_in for module in gpt2.linears} == {True}
+    assert len(gpt2.linears) == 4 * len(gpt2.attentions) == 8
+    # OPT's table of positions is a subclass of nn.Embed that reads from its third row on.
+    assert [module.path[-1] for module in opt.embeddings] == ["embed_positions", "embed_tokens"]
