@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.math.loss import token_nll
+from hylorada_jax.models.batch import KEYS
 
 
 def model_inputs(model: Any, rows: Mapping[str, Array]) -> dict[str, Array]:
     """What a model is given of some rows: segments where it knows them, else a padding mask."""
-    names = ("input_ids", "position_ids", "segment_ids", "structure_ids", "structure_positions")
-    inputs = {name: rows[name] for name in names if name in rows}
+    inputs = {name: rows[name] for name, key in KEYS.items() if key.reader == "model" and name in rows}
     base = getattr(model, "base", model)
     if not base.supports_segments:
         inputs["attention_mask"] = (inputs.pop("segment_ids") > 0).astype(jnp.int32)
