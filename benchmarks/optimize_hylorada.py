@@ -127,9 +127,10 @@ class Search:
             rule = "The settings that are searched are HyLoRADA's"
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
         require_packages("The search needs Optuna", ["optuna"], INSTALL)
-        from benchmarks.trial import Runner, Text, require_row, training_rows
-        from hylorada_jax.data.documents import digest, tokenize
+        from benchmarks.trial import Runner, require_row, training_rows
+        from hylorada_jax.data.document import digest
         from hylorada_jax.data.packing import check_windows
+        from hylorada_jax.data.tokenization import tokenize
         from hylorada_jax.models.base_model import require_segments
         from hylorada_jax.models.loading import empty_model
         from hylorada_jax.models.positions import check_range
@@ -146,9 +147,9 @@ class Search:
         train, self._dev = (
             tokenize(load_documents(settings["data"], split), tokenizer) for split in ("train", "eval")
         )
-        require_row("training", Text(train, None), settings["seq_len"])
-        require_row("held-out", Text(self._dev, None), settings["seq_len"])
-        rows = training_rows(Text(train, None), settings["seq_len"], settings["train_tokens"])
+        require_row("training", train, settings["seq_len"])
+        require_row("held-out", self._dev, settings["seq_len"])
+        rows = training_rows(train, settings["seq_len"], settings["train_tokens"])
         self._steps = max(
             EVALUATIONS, math.ceil(fraction(settings["epochs"]) * len(rows) / settings["batch_size"])
         )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.data.text_files import Document
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.io import hub
 from hylorada_jax.terminal import one_line, show
@@ -97,20 +96,6 @@ def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
     from hylorada_jax.saved.opening import open_on
 
     open_on(base, adapter).saved.tensors()
-
-
-def tokens_of(
-    texts: list[Document], tokenizer: "Tokenizer", structure: Domain | None
-) -> tuple[list[Any], list[Any] | None]:
-    """The token ids of each document, and their structure ids where these are asked for."""
-    from hylorada_jax.data.documents import tokenize, tokenize_with_structure
-
-    if structure is None:
-        return tokenize(texts, tokenizer), None
-    found = tokenize_with_structure(texts, tokenizer, structure)
-    note = f"structure: {len(found.unparsed)} of {len(texts)} documents do not parse: depth by indentation"
-    print(", ".join([note, *map(one_line, found.unparsed[:3])]), file=sys.stderr)
-    return found.tokens, found.structure_ids
 
 
 def prompt_of(

@@ -98,5 +98,5 @@ def check_structure_ids(ids: Any) -> None:
     """
     if ids is not None and (wrong := outside(ids, INT32)):
         raise DataError(
-            "Structure ids must be integers ≥ 0", wrong, "Give what tokenize_with_structure(…) makes."
+            "Structure ids must be integers ≥ 0", wrong, 'Give those of tokenize(…, structure="code").'
         )

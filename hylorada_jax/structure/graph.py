@@ -74,7 +74,7 @@ def importance_buckets(
 
 
 def node_ids(buckets: Mapping[Hashable, int], nodes: Sequence[Hashable]) -> np.ndarray:
-    """The structure ids of a sequence of nodes, such as a walk over the graph.
+    """The ``structure_ids`` of a sequence of nodes, such as a walk over the graph.
 
     Args:
         buckets: from :func:`importance_buckets`.

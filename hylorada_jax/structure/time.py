@@ -16,7 +16,7 @@ _COARSE = ("Y", "M", "W", "D", "h", "m", "s", "ms")  # units of numpy that hold 
 
 
 def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Where each timestamp stands in the calendar, as ``TemporalStructureEncoder`` takes positions.
+    """Where each timestamp stands in the calendar: the ``structure_positions`` of a ``TokenizedDocument``.
 
         position_i = hours from Monday 00:00 of the week of timestamp 0 to timestamp i
 
@@ -60,7 +60,7 @@ def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
 def calendar_ids(
     timestamps: Sequence[Any] | np.ndarray, field: Literal["hour", "weekday", "month"]
 ) -> np.ndarray:
-    """A field of the calendar as structure ids: what no period in hours says, such as the month.
+    """A field of the calendar as ``structure_ids``: what no period in hours says, such as the month.
 
     Args:
         timestamps: as in :func:`calendar_positions`, in any order.
