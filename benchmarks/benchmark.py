@@ -67,7 +67,7 @@ class Benchmark:
                 fit(empty, variant.config)
         if experiment.seq_len < BUCKETS:
             raise ConfigError(
-                f"seq_len must have a token for each of {BUCKETS} places", experiment.seq_len, "Give more."
+                f"seq_len must have a token for each of {BUCKETS} places.", experiment.seq_len, "Give more."
             )
         self._tokenizer = load_tokenizer(experiment.model)
         texts = _texts(experiment, data_dir)
@@ -178,7 +178,7 @@ class Benchmark:
         record = json.loads(file.read_text("utf-8"))
         if changed := differences(record["settings"], self._settings_of(variant, rate, seed)):
             raise CheckpointError(
-                "A directory holds the runs of one experiment",
+                "A directory holds the runs of one experiment.",
                 f"{file}: {changed}",
                 "Choose another --name or --output, or remove the directory.",
             )
@@ -206,7 +206,7 @@ def _texts(experiment: Experiment, data_dir: Path | None) -> dict[str, list[Docu
         return {"train": train, "dev": held_out, "test": load_documents(source(experiment.test_data))}
     if len(held_out) < 2:
         raise ConfigError(
-            "Without test data, half of the held-out documents are tested on",
+            "Without test data, half of the held-out documents are tested on.",
             f"{experiment.train_data}: {len(held_out)} held out",
             "Give --test-data.",
         )

@@ -124,9 +124,9 @@ class Search:
         refuse_unusable(output)
         searched = [name for name, implied in METHODS.items() if implied.get("use_hylorada")]
         if settings["method"] not in searched:
-            rule = "The settings that are searched are HyLoRADA's"
+            rule = "The settings that are searched are HyLoRADA's."
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
-        require_packages("The search needs Optuna", ["optuna"], INSTALL)
+        require_packages("The search needs Optuna.", ["optuna"], INSTALL)
         from benchmarks.trial import Runner, require_row, training_rows
         from hylorada_jax.data.document import digest
         from hylorada_jax.data.packing import check_windows
@@ -260,7 +260,7 @@ def _study(output: Path, settings: dict[str, Any]) -> optuna.Study:
     output.mkdir(parents=True, exist_ok=True)
     file = output / "study.db"
     if kind_of(file) not in (None, "file"):  # SQLite would write where a link leads
-        raise CheckpointError("A study is a file", file, "Choose another --output.")
+        raise CheckpointError("A study is a file.", file, "Choose another --output.")
     with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
         # A trial that was killed with its process stops beating, and is then no longer taken for under way.
         storage = optuna.storages.RDBStorage(f"sqlite:///{file}", heartbeat_interval=HEARTBEAT)
@@ -274,7 +274,7 @@ def _study(output: Path, settings: dict[str, Any]) -> optuna.Study:
         study.set_user_attr("settings", settings)
     elif changed := differences(theirs, settings):
         raise CheckpointError(
-            "A study goes on with the settings that it began with",
+            "A study goes on with the settings that it began with.",
             f"{file}: {changed}",
             "Choose another --output, or remove the study.",
         )

@@ -32,7 +32,7 @@ def require_row(name: str, documents: Sequence[TokenizedDocument], seq_len: int)
     """Raises a DataError for documents none of which has a row and a token more, its last target."""
     if (longest := max(map(len, documents))) <= seq_len:
         raise DataError(
-            f"The {name} data must have a document of a row and a token more",
+            f"The {name} data must have a document of a row and a token more.",
             f"seq_len {seq_len}, and the longest document has {longest} tokens",
             "Give longer documents, or a smaller seq_len.",
         )
@@ -94,7 +94,7 @@ class Runner:
             seconds.append(time.perf_counter() - began)
             if not np.isfinite(losses[-1]):
                 raise NonFiniteError(
-                    "A loss must be finite", f"{losses[-1]} at step {step}", "Take a smaller learning rate."
+                    "A loss must be finite.", f"{losses[-1]} at step {step}", "Take a smaller learning rate."
                 )
             if on_step is not None:
                 on_step(step, state.adapters)

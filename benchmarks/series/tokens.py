@@ -146,7 +146,7 @@ def windows(prepared: Prepared, part: str, context: int, hours: Hours | None = N
     first = max(start, context)
     if first >= stop:
         raise DataError(
-            f"The part to {part} must be longer than the context",
+            f"The part to {part} must be longer than the context.",
             f"{stop - start} values of {prepared.series.name}, context {context}",
             "Give a shorter context.",
         )
@@ -208,5 +208,5 @@ def pretraining_rows(
                 pieces += list(np.lib.stride_tricks.sliding_window_view(tokens, context + 1))
     if not pieces:
         names = ", ".join(one.name for one in series)
-        raise DataError("A series must be longer than the context", names, "Give a shorter context.")
+        raise DataError("A series must be longer than the context.", names, "Give a shorter context.")
     return Rows([TokenizedDocument(piece) for piece in pieces], context, packing=False)

@@ -130,7 +130,7 @@ def _opened(adapter: Path, given: AdapterOptions) -> "SavedAdapter":
 
     if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
         raise ConfigError(
-            "An adapter that is trained on keeps its settings",
+            "An adapter that is trained on keeps its settings.",
             f"--start-from {adapter} {' '.join(named)}",
             "Give one.",
         )

@@ -64,7 +64,7 @@ def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
     """Refuses structure for what cannot read it: a base model, or another method than hylorada_v2."""
     if config is None or not config.use_hylorada_v2:
         raise ConfigError(
-            "Structure is read by the structure encoder, which only method hylorada_v2 has",
+            "Structure is read by the structure encoder, which only method hylorada_v2 has.",
             f"--structure {structure} for " + ("no adapter" if config is None else f"method {config.method}"),
             "Choose hylorada_v2, or leave --structure out.",
         )
@@ -85,7 +85,7 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
     if structure:
         require_encoder(None if saved is None else saved.config, structure)
     if weights and saved is None:
-        rule = "Weights are checked against those that an adapter was trained on"
+        rule = "Weights are checked against those that an adapter was trained on."
         raise ConfigError(rule, "--check-weights for no adapter", "Give --adapter, or leave it out.")
     if weights and saved is not None:
         check_weights(saved.base, {"dtype": weights})

@@ -107,7 +107,7 @@ def as_documents(data: Sequence[Any], vocab: int, what: str, *, has_encoder: boo
             raise DataError(rule, f"{having} of {len(documents)} documents", "Give each of them its own.")
     predicted = [document for document in documents if len(document) > 1]
     if not predicted:
-        rule = f"The {what} data must have a document of at least two tokens"
+        rule = f"The {what} data must have a document of at least two tokens."
         raise DataError(rule, f"{len(documents)} documents, none of two tokens", "Give more text.")
     if not any(document.scored is None or document.scored[1:].any() for document in predicted):
         rule = f"The {what} data must have a scored token that has another one before it."
@@ -118,11 +118,11 @@ def as_documents(data: Sequence[Any], vocab: int, what: str, *, has_encoder: boo
 def _checked(document: TokenizedDocument, number: int, vocab: int, what: str) -> TokenizedDocument:
     ids = _array(document.tokens)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        rule = f"Every document of the {what} data must be a sequence of token ids"
+        rule = f"Every document of the {what} data must be a sequence of token ids."
         received = f"document {number}: {ids.dtype} of shape {ids.shape}"
         raise DataError(rule, received, "Tokenize texts first: tokenize(load_documents(…), tokenizer).")
     if ids.size and (wrong := outside(ids, vocab)):
-        rule = f"Every token id of the {what} data must be in the model's vocabulary, 0 … {vocab - 1}"
+        rule = f"Every token id of the {what} data must be in the model's vocabulary, 0 … {vocab - 1}."
         raise DataError(rule, f"document {number}: {wrong}", "Use the model's own tokenizer.")
 
     def field(name: str, dtype: type, kind: str, fault: Callable[[np.ndarray], str]) -> np.ndarray | None:
@@ -149,7 +149,7 @@ def _checked(document: TokenizedDocument, number: int, vocab: int, what: str) ->
 
 
 def _not_finite(values: np.ndarray) -> str:
-    """What of some values is no number that float32 has; "" where all are."""
+    """What of some values is not a number that float32 has; "" where all are."""
     if values.dtype.kind not in "iuf":
         return str(values.dtype)
     beyond = ~(np.abs(values) <= np.finfo(np.float32).max)  # NaN is not less than anything

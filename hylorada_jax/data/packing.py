@@ -111,16 +111,16 @@ def check_windows(
 ) -> None:
     """Raises a ConfigError for windows that never end or leave tokens out, for no tokens, or for no rows."""
     if seq_len < 1:
-        raise ConfigError("A window must have a token", f"seq_len {seq_len}", "Give at least 1.")
+        raise ConfigError("A window must have a token.", f"seq_len {seq_len}", "Give at least 1.")
     if stride is not None and not 1 <= stride <= seq_len:
         received = f"stride {stride}, seq_len {seq_len}"
         raise ConfigError(
-            "Windows must start every 1 … seq_len tokens, or some are left out", received, "Correct it."
+            "Windows must start every 1 … seq_len tokens, or some are left out.", received, "Correct it."
         )
     if tokens is not None and tokens < 1:
-        raise ConfigError("A part of the tokens must have one", f"{tokens} tokens", "Give at least 1.")
+        raise ConfigError("A part of the tokens must have one.", f"{tokens} tokens", "Give at least 1.")
     if batch_size < 1:
-        raise ConfigError("A batch must have a row", f"batch_size {batch_size}", "Give at least 1.")
+        raise ConfigError("A batch must have a row.", f"batch_size {batch_size}", "Give at least 1.")
 
 
 def spread(rows: Sequence[Batch] | Rows, tokens: int) -> list[Batch]:

@@ -97,7 +97,7 @@ def test_every_packed_token_has_the_structure_id_of_its_source(lengths, seq_len,
 
 @given(lengths, st.integers(1, 9), st.data(), st.booleans())
 def test_every_packed_token_has_the_structure_position_of_its_source(lengths, seq_len, data, packing):
-    # Like an id above; a half is no integer, and a float32 has it exactly.
+    # Like an id above; a half is not an integer, and a float32 has it exactly.
     documents = numbered(lengths, structure_positions=lambda tokens: tokens * 7 + 0.5)
     stride = data.draw(st.integers(1, seq_len))
     rows = Rows(documents, seq_len, stride=stride, packing=packing)

@@ -75,7 +75,7 @@ def compare_models(
     has_structure = any(document.has_structure for document in structured)
     if has_structure and not any(sweep.model.has_encoder for sweep in sweeps.values()):
         raise ConfigError(
-            "Structure is read by the structure encoder, which only hylorada_v2 has",
+            "Structure is read by the structure encoder, which only hylorada_v2 has.",
             ", ".join(models),
             "Leave it out of the documents.",
         )

@@ -109,7 +109,7 @@ def evaluate_lost_in_the_middle(
     rows = [row for row in Rows(checked, seq_len, packing=False) if row["segment_ids"].all()]
     if not rows or seq_len < BUCKETS:
         raise DataError(
-            f"A document must fill a sequence, of at least {BUCKETS} tokens",
+            f"A document must fill a sequence, of at least {BUCKETS} tokens.",
             f"seq_len {seq_len}, which needs a token more; the longest has {max(map(len, checked))}",
             "Give longer documents, or another seq_len.",
         )

@@ -138,7 +138,7 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
             sentences.append(sentence)
     if len(sentences) < DEPTHS - 1:
         raise DataError(
-            f"A context must have room for {DEPTHS - 1} sentences beside the fact and the question",
+            f"A context must have room for {DEPTHS - 1} sentences beside the fact and the question.",
             f"seq_len {seq_len}: {len(sentences)} sentences",
             "Take a larger seq_len.",
         )

@@ -155,7 +155,7 @@ class Loop:
     def _not_finite(self, what: str) -> NonFiniteError:
         self.checkpoints.wait()
         return NonFiniteError(
-            "Loss, gradient and adapters must be finite",
+            "Loss, gradient and adapters must be finite.",
             what,
             f"The last good state is {self.checkpoints.last}. Use a smaller learning_rate, more warm-up or "
             "float32, and look at the batch.",

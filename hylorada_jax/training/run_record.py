@@ -44,7 +44,7 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         CheckpointError: it is damaged, of another form, or of another version.
     """
-    rule = f"{path.name} must be what a run of this version of hylorada wrote"
+    rule = f"{path.name} must be what a run of this version of hylorada wrote."
     remedy = "Put an intact copy in its place, or choose another output directory."
     body = read_json(path, rule, CheckpointError, remedy)
     return checked(body, RunRecord, f"{rule}, in {path.parent}", CheckpointError, remedy)

@@ -127,7 +127,7 @@ ROUNDING = 2.0**-9
 
 
 def gradients(config, dtype, batch, microbatches):
-    """By a step of plain descent, so long that its rounding is no part of it; bfloat16 holds the weights."""
+    """By a step of plain descent, so long that its rounding is not part of it; bfloat16 holds the weights."""
     model = tiny_model(config, vocab=128, dtype=jnp.bfloat16, num_hidden_layers=1)
     frozen = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, model.frozen)
     training = TrainingConfig(

@@ -82,7 +82,7 @@ def check_data(
     if (tokens := sum(map(len, documents))) <= config.seq_len:
         received = f"{tokens} tokens for a seq_len of {config.seq_len}"
         raise DataError(
-            "The training data must fill a row", received, "Give more text, or a smaller seq_len."
+            "The training data must fill a row.", received, "Give more text, or a smaller seq_len."
         )
     if eval_data is None:
         return documents, None
@@ -159,7 +159,7 @@ class HyLoRADATrainer:
                 return self._train(checkpoints)
         except OSError as error:  # a full disk also meets the small files
             raise CheckpointError(
-                "The output directory must be writable",
+                "The output directory must be writable.",
                 f"{directory.path}: {error}",
                 "Free some space, then go on with resume (--resume).",
             ) from error
@@ -234,7 +234,7 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
     rows, devices = config.batch_size // config.microbatches, jax.device_count()
     if rows % devices:
         raise ConfigError(
-            "The number of devices must divide batch_size / microbatches",
+            "The number of devices must divide batch_size / microbatches.",
             f"{config.batch_size} / {config.microbatches} = {rows} rows, {devices} devices",
             f"Choose a batch_size that is a multiple of {devices * config.microbatches}.",
         )
@@ -252,7 +252,7 @@ def check_groups(adapter: HyLoRADAConfig, config: TrainingConfig) -> None:
     """
     if adapter.s2_attn_enabled and (adapter.s2_group_size or 0) > config.seq_len:
         raise ConfigError(
-            "A group of shifted sparse attention must not be longer than a row",
+            "A group of shifted sparse attention must not be longer than a row.",
             f"s2_group_size={adapter.s2_group_size} for rows of {config.seq_len} tokens",
             "Choose longer rows, or smaller groups; without s2_group_size they are a quarter of the row.",
         )

@@ -55,7 +55,7 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
         raise
     except Exception as error:  # transformers' classes raise any
         raise ModelError(
-            "transformers must be able to make its Flax model from config.json.",
+            "The Flax model must be one that transformers can make from config.json.",
             f"{source.path}: {type(error).__name__}: {error}",
             "Correct config.json, or download it again.",
         ) from error
@@ -182,7 +182,7 @@ def _slots(leaves: Mapping[TreePath, tuple[int, ...]], weights: Weights, prefix:
         parts = tuple(name.split("."))
         if not has_prefix and parts[0] == prefix and len(parts) > 1:
             parts = parts[1:]
-        stand_in = np.broadcast_to(np.float32(0), shape)  # only its shape is looked at; it takes no memory
+        stand_in = np.broadcast_to(np.float32(0), shape)  # only its shape is read; it takes no memory
         path, _ = rename_key_and_reshape_tensor(parts, stand_in, leaves, prefix)
         if path not in leaves:
             path = (prefix, *path)
