@@ -46,7 +46,7 @@ def test_rules_and_remedies_are_sentences():
         for end in ends_of(node)
     ]
     assert len(found) > 500
-    # The name of a directory of weights, and near matches, which are sentences themselves.
+    # Near matches and the like, which are sentences themselves.
     assert sum(end == "a value" for end, _ in found) <= 3
     wrong = [where for end, where in found if not end.endswith((".", "?", "!", "a value"))]
     assert not wrong, "\n".join(wrong)
