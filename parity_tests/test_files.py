@@ -1,6 +1,7 @@
 """Adapter files: what either package writes, both read; and a base model has one identity on both sides."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import hylorada_torch
+from hylorada_jax import __version__
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.model import HyLoRADAModel
@@ -82,6 +84,7 @@ def test_torch_refuses_what_is_another_models(tmp_path, monkeypatch):
     with all_in_float64():
         model = hylorada_torch.HyLoRADAModel(torch_base("llama", "float64"), CONFIGS["dora"])
         model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / CONFIG_NAME).read_text())["hylorada_version"] == __version__
         monkeypatch.setattr(SavedAdapter, "tensors", lambda *_: pytest.fail("read"))
         with pytest.raises(CheckpointError, match="layers_sha256"):
             hylorada_torch.HyLoRADAModel.from_pretrained(torch_base("qwen2", "float64"), tmp_path)
