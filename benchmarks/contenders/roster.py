@@ -13,7 +13,7 @@ from benchmarks.experiment import INSTALL, require_each_once
 from hylorada_jax.errors import HyLoRADAError, require_packages
 from hylorada_jax.models.causal_lm import CausalLM
 
-# What is not the same in all by their nature: it is told with the figures.
+# What differs between them by their nature: it is recorded beside the figures.
 DIFFERENCES = (
     "Loss: lora, dora, hylorada_v1, hylorada and qwix lora share one that never holds the logits of all "
     "tokens and takes its gradient on the way; peft's is torch's cross-entropy of all float32 logits.",
@@ -64,7 +64,7 @@ def build(name: str, setting: Setting, base: CausalLM | None = None) -> Contende
 
 
 def build_all(names: Iterable[str], setting: Setting) -> dict[str, Contender]:
-    """The contenders by name, each told of when it is ready; those of JAX share their base's weights."""
+    """The contenders by name, each announced when it is ready; those of JAX share their base's weights."""
     base, found = None, {}
     for name in names:
         if base is None and not in_torch(name):

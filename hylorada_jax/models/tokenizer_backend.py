@@ -66,7 +66,7 @@ def read_backend(file: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json.
 
     What would exhaust the process while it is read, or at the first text, is refused before the library has
-    it, and the library gets what was looked at, so that both read the same of a key that occurs twice.
+    it, and the library gets what was checked, so that both read the same of a key that occurs twice.
 
     Args:
         file: of a tokenizer.

@@ -85,7 +85,7 @@ def refuse_existing(directory: str | Path) -> None:
         raise CheckpointError(
             "An adapter is not overwritten unasked",
             directory,
-            "Choose another directory; save_pretrained can be told to with overwrite=True.",
+            "Choose another directory, or call save_pretrained with overwrite=True.",
         )
 
 

@@ -178,7 +178,7 @@ class RunDirectory:
         contents = self._contents(read_record(held[0]))
         held[0].rename(self.deleted_run)
         for path in contents:
-            # What was put into a directory since it was looked at keeps the directory, with an error.
+            # What was put into a directory since it was read keeps the directory, with an error.
             path.rmdir() if kind_of(path) == "directory" else path.unlink()
         self.deleted_run.unlink()
 

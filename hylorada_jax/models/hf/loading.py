@@ -182,7 +182,7 @@ def _slots(leaves: Mapping[TreePath, tuple[int, ...]], weights: Weights, prefix:
         parts = tuple(name.split("."))
         if not has_prefix and parts[0] == prefix and len(parts) > 1:
             parts = parts[1:]
-        stand_in = np.broadcast_to(np.float32(0), shape)  # only its shape is looked at; it takes no memory
+        stand_in = np.broadcast_to(np.float32(0), shape)  # only its shape is read; it takes no memory
         path, _ = rename_key_and_reshape_tensor(parts, stand_in, leaves, prefix)
         if path not in leaves:
             path = (prefix, *path)
