@@ -12,17 +12,19 @@ import jax.numpy as jnp
 
 from benchmarks.contestants import contestant
 from benchmarks.experiment import BASE, Experiment, Variant, dev_loss, differences
-from benchmarks.trial import Runner, Text, measure, require_row, training_rows
+from benchmarks.trial import Runner, measure, require_row, training_rows
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
-from hylorada_jax.data.documents import digest, tokenize, tokenize_with_structure
-from hylorada_jax.data.packing import Batch, Rows
+from hylorada_jax.data.document import TokenizedDocument, digest
+from hylorada_jax.data.packing import Rows
 from hylorada_jax.data.text_files import Document
+from hylorada_jax.data.tokenization import tokenize
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
 from hylorada_jax.exact import fraction
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.models.base_model import require_segments
+from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -65,18 +67,19 @@ class Benchmark:
                 fit(empty, variant.config)
         if experiment.seq_len < BUCKETS:
             raise ConfigError(
-                f"seq_len must have a token for each of {BUCKETS} places", experiment.seq_len, "Give more."
+                f"seq_len must have a token for each of {BUCKETS} places.", experiment.seq_len, "Give more."
             )
         self._tokenizer = load_tokenizer(experiment.model)
         texts = _texts(experiment, data_dir)
-        plain = {part: Text(tokenize(found, self._tokenizer), None) for part, found in texts.items()}
-        for part, text in plain.items():
-            require_row(part, text, experiment.seq_len)
+        plain = {part: tokenize(found, self._tokenizer) for part, found in texts.items()}
+        for part, documents in plain.items():
+            require_row(part, documents, experiment.seq_len)
         contexts(self._tokenizer, experiment.seq_len, experiment.retrieval_samples)
-        self._texts: dict[str | None, dict[str, Text]] = {None: plain}
+        self._texts: dict[str | None, dict[str, list[TokenizedDocument]]] = {None: plain}
         for structure in {variant.structure for variant in experiment.variants if variant.structure}:
-            read = {part: tokenize_with_structure(t, self._tokenizer, structure) for part, t in texts.items()}
-            self._texts[structure] = {p: Text(t.tokens, t.structure_ids) for p, t in read.items()}
+            self._texts[structure] = {
+                part: tokenize(found, self._tokenizer, structure) for part, found in texts.items()
+            }
         rows = len(self._rows(plain["train"]))
         self._steps = experiment.steps or math.ceil(
             fraction(experiment.epochs or 1) * rows / experiment.batch_size
@@ -93,8 +96,8 @@ class Benchmark:
             "retrieval_samples": experiment.retrieval_samples,
             "train_data": experiment.train_data,
             "test_data": experiment.test_data,
-            "sha256": {part: digest(text.tokens) for part, text in plain.items()},
-            "tokens": {part: sum(map(len, text.tokens)) for part, text in plain.items()},
+            "sha256": {part: digest(documents) for part, documents in plain.items()},
+            "tokens": {part: sum(map(len, documents)) for part, documents in plain.items()},
         }
         for variant in experiment.variants:
             for rate in variant.learning_rates:
@@ -143,12 +146,12 @@ class Benchmark:
 
     def _trained(self, variant: Variant, rate: float, seed: int) -> tuple[Any, Record]:
         """A contestant after training, and what the table says of that."""
-        experiment, text = self._experiment, self._texts[variant.structure]["train"]
+        experiment, documents = self._experiment, self._texts[variant.structure]["train"]
         if self._base is None:
             self._base = load_model(experiment.model, dtype=jnp.dtype(experiment.dtype))
         if self._runner is None:
             self._contestant = contestant(self._base, variant)
-            self._runner = Runner(self._rows(text))
+            self._runner = Runner(self._rows(documents))
         if self._contestant is None:
             return self._base, {"parameters": 0}
         trained, result = self._runner.train(self._contestant, self._training(rate, seed))
@@ -164,8 +167,8 @@ class Benchmark:
             seed=seed,
         )
 
-    def _rows(self, text: Text) -> Rows | list[Batch]:
-        return training_rows(text, self._experiment.seq_len, self._experiment.train_tokens)
+    def _rows(self, documents: list[TokenizedDocument]) -> Rows | list[Batch]:
+        return training_rows(documents, self._experiment.seq_len, self._experiment.train_tokens)
 
     def _done(self, variant: Variant, rate: float, seed: int) -> Record | None:
         """The record of a run that was done, whose settings must be those of this one."""
@@ -175,7 +178,7 @@ class Benchmark:
         record = json.loads(file.read_text("utf-8"))
         if changed := differences(record["settings"], self._settings_of(variant, rate, seed)):
             raise CheckpointError(
-                "A directory holds the runs of one experiment",
+                "A directory holds the runs of one experiment.",
                 f"{file}: {changed}",
                 "Choose another --name or --output, or remove the directory.",
             )
@@ -203,7 +206,7 @@ def _texts(experiment: Experiment, data_dir: Path | None) -> dict[str, list[Docu
         return {"train": train, "dev": held_out, "test": load_documents(source(experiment.test_data))}
     if len(held_out) < 2:
         raise ConfigError(
-            "Without test data, half of the held-out documents are tested on",
+            "Without test data, half of the held-out documents are tested on.",
             f"{experiment.train_data}: {len(held_out)} held out",
             "Give --test-data.",
         )

@@ -100,14 +100,18 @@ class Experiment:
         for name in ("learning_rates", "seeds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ConfigError("name becomes a directory's", repr(self.name), "Use letters, digits, - and _.")
+            raise ConfigError(
+                "A name must be one that a directory can have.",
+                repr(self.name),
+                "Use letters, digits, - and _.",
+            )
         if (self.epochs is None) == (self.steps is None):
             received = f"epochs={self.epochs}, steps={self.steps}"
-            raise ConfigError("A budget is either epochs or steps", received, "Give one of the two.")
+            raise ConfigError("A budget is either epochs or steps.", received, "Give one of the two.")
         for name in ("epochs", "steps", "batch_size", "train_tokens", "dev_tokens", "test_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be positive", repr(value), "Correct it.")
+                raise ConfigError(f"{name} must be positive.", repr(value), "Correct it.")
         for name in ("learning_rates", "seeds", "methods"):
             require_each_once(name, getattr(self, name))
         _ = self.variants
@@ -121,9 +125,9 @@ class Experiment:
         own = {name: settings.pop(name) for name in _OWN if name in settings}
         name = settings.setdefault("method", label)
         if name not in NAMES:
-            raise ConfigError(f"A method is one of {', '.join(NAMES)}", repr(name), near(str(name), NAMES))
+            raise ConfigError(f"A method is one of {', '.join(NAMES)}.", repr(name), near(str(name), NAMES))
         if own.get("structure", "code") != "code":
-            raise ConfigError('Beside the adapter\'s settings: "structure": "code"', own, "Correct it.")
+            raise ConfigError('Beside the adapter\'s settings: "structure": "code".', own, "Correct it.")
         if "lora_A" in settings:
             settings["lora_A_init"] = settings.pop("lora_A")
         rates = tuple(own.get("learning_rates", self.learning_rates))
@@ -139,7 +143,7 @@ class Experiment:
         structure = own.get("structure")
         if structure and not (config and config.use_hylorada_v2):
             received = f"{label}: structure {structure}"
-            raise ConfigError("Only hylorada_v2 reads structure", received, "Leave it out there.")
+            raise ConfigError("Only hylorada_v2 reads structure.", received, "Leave it out there.")
         return Variant(
             label=label,
             kind=kind,
@@ -164,13 +168,13 @@ class Experiment:
             known = [field.name for field in dataclasses.fields(cls)]
             unknown = sorted(set(settings) - set(known))
         except (OSError, ValueError, TypeError) as error:
-            rule = "An experiment is a JSON object in a file"
+            rule = "An experiment is a JSON object in a file."
             raise ConfigError(
                 rule, f"{path}: {error}", "Check the path, or take one of experiments/."
             ) from error
         if unknown:
             remedy = " ".join(near(name, known) for name in unknown)
-            raise ConfigError(f"{path} must have known settings", ", ".join(unknown), remedy)
+            raise ConfigError(f"{path} must have known settings.", ", ".join(unknown), remedy)
         if changes.keys() & {"epochs", "steps"}:
             settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
         return cls(**(settings | changes))
@@ -179,7 +183,7 @@ class Experiment:
 def require_each_once(name: str, values: Collection[Any]) -> None:
     """Raises a ConfigError for a list that is empty or names something twice."""
     if not values or len(set(values)) < len(values):
-        raise ConfigError(f"{name} must be there, each once", list(values), "Correct the list.")
+        raise ConfigError(f"{name} must be there, each once.", list(values), "Correct the list.")
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -61,7 +61,7 @@ def program_cost(text: str) -> Cost:
     total = cost(entry)
     if reached != (loops := text.count(" while(")):
         raise DataError(
-            "Every loop of the program is run by its entry, or by the body of such a loop",
+            "Every loop of the program is run by its entry, or by the body of such a loop.",
             f"{reached} of {loops} loops",
             "Let program_cost follow the operation that runs the others.",
         )
@@ -73,7 +73,7 @@ def _trips(condition: str) -> int:
     limits = re.findall(r" constant\((\d+)\)", condition)
     if len(limits) != 1 or "direction=LT" not in condition:
         raise DataError(
-            "A loop's condition is `counter < constant`", condition, "Let program_cost read this one too."
+            "A loop's condition is `counter < constant`.", condition, "Let program_cost read this one too."
         )
     return int(limits[0])
 

@@ -124,12 +124,13 @@ class Search:
         refuse_unusable(output)
         searched = [name for name, implied in METHODS.items() if implied.get("use_hylorada")]
         if settings["method"] not in searched:
-            rule = "The settings that are searched are HyLoRADA's"
+            rule = "The settings that are searched are HyLoRADA's."
             raise ConfigError(rule, f"method {settings['method']!r}", near(settings["method"], searched))
-        require_packages("The search needs Optuna", ["optuna"], INSTALL)
-        from benchmarks.trial import Runner, Text, require_row, training_rows
-        from hylorada_jax.data.documents import digest, tokenize
+        require_packages("The search needs Optuna.", ["optuna"], INSTALL)
+        from benchmarks.trial import Runner, require_row, training_rows
+        from hylorada_jax.data.document import digest
         from hylorada_jax.data.packing import check_windows
+        from hylorada_jax.data.tokenization import tokenize
         from hylorada_jax.models.base_model import require_segments
         from hylorada_jax.models.loading import empty_model
         from hylorada_jax.models.positions import check_range
@@ -146,9 +147,9 @@ class Search:
         train, self._dev = (
             tokenize(load_documents(settings["data"], split), tokenizer) for split in ("train", "eval")
         )
-        require_row("training", Text(train, None), settings["seq_len"])
-        require_row("held-out", Text(self._dev, None), settings["seq_len"])
-        rows = training_rows(Text(train, None), settings["seq_len"], settings["train_tokens"])
+        require_row("training", train, settings["seq_len"])
+        require_row("held-out", self._dev, settings["seq_len"])
+        rows = training_rows(train, settings["seq_len"], settings["train_tokens"])
         self._steps = max(
             EVALUATIONS, math.ceil(fraction(settings["epochs"]) * len(rows) / settings["batch_size"])
         )
@@ -259,7 +260,7 @@ def _study(output: Path, settings: dict[str, Any]) -> optuna.Study:
     output.mkdir(parents=True, exist_ok=True)
     file = output / "study.db"
     if kind_of(file) not in (None, "file"):  # SQLite would write where a link leads
-        raise CheckpointError("A study is a file", file, "Choose another --output.")
+        raise CheckpointError("A study is a file.", file, "Choose another --output.")
     with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
         # A trial that was killed with its process stops beating, and is then no longer taken for under way.
         storage = optuna.storages.RDBStorage(f"sqlite:///{file}", heartbeat_interval=HEARTBEAT)
@@ -273,7 +274,7 @@ def _study(output: Path, settings: dict[str, Any]) -> optuna.Study:
         study.set_user_attr("settings", settings)
     elif changed := differences(theirs, settings):
         raise CheckpointError(
-            "A study goes on with the settings that it began with",
+            "A study goes on with the settings that it began with.",
             f"{file}: {changed}",
             "Choose another --output, or remove the study.",
         )

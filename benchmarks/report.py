@@ -93,12 +93,12 @@ def read(directory: Path, rate: float | None = None) -> list[Row]:
     records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
     if not records:
         raise CheckpointError(
-            "A benchmark must have runs", f"none in {directory}", "Run run_benchmark.py first."
+            "A benchmark must have runs.", f"none in {directory}", "Run run_benchmark.py first."
         )
     shared = {json.dumps(_shared(record), sort_keys=True) for record in records}
     if len(shared) > 1:
         raise CheckpointError(
-            "The runs of a table have the same data and budget", f"{len(shared)} kinds", "Separate them."
+            "The runs of a table have the same data and budget.", f"{len(shared)} kinds", "Separate them."
         )
     by_label: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["settings"]["seed"]):
@@ -115,7 +115,7 @@ def read(directory: Path, rate: float | None = None) -> list[Row]:
             rows.append(Row(label, chosen, ended, len(own) - len(ended), len(grid)))
     if not any(row.runs for row in rows):
         received = f"{directory}, learning rate {rate}" if rate else directory
-        raise CheckpointError("Some run must have ended", received, "Look into its files, or run others.")
+        raise CheckpointError("Some run must have ended.", received, "Look into its files, or run others.")
     # Infinite where none ended: those come first.
     return sorted(rows, key=lambda row: -_mean(row.values("perplexity")))
 
@@ -144,7 +144,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
     labels = {row.label: row for row in rows}
     if against is not None and against not in labels:
         raise ConfigError(
-            f"A method of the table is one of {', '.join(labels)}", repr(against), "Choose one."
+            f"A method of the table is one of {', '.join(labels)}.", repr(against), "Choose one."
         )
     probed = all("retrieval" in run["result"] for row in rows for run in row.runs)
     heads = ["method", "parameters", "rate", "PPL"]
@@ -221,10 +221,10 @@ def _rates(rows: Sequence[Row]) -> str:
     trained = [row for row in rows if not (row.runs and _is_base(row.runs))]
     if len(rates := {row.rate for row in trained}) == 1:
         return f"all with the learning rate {rates.pop():g}"
-    rule = "each method with the learning rate that was best for it on held-out training data"
+    chosen = "each method with the learning rate that was best for it on held-out training data"
     usual = statistics.mode(row.rates for row in trained)
     others = "".join(f", {row.label} of {row.rates}" for row in trained if row.rates != usual)
-    return f"{rule}, of {usual} rates{others}"
+    return f"{chosen}, of {usual} rates{others}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -277,7 +277,7 @@ def replaced(text: str, name: str, table: str) -> str:
     found = re.search(f"{re.escape(start)}.*?{re.escape(end)}", text, re.DOTALL)
     if found is None:
         raise ConfigError(
-            f"The text must have {start} and {end}", "neither", "Put them where the table goes."
+            f"The text must have {start} and {end}.", "neither", "Put them where the table goes."
         )
     return f"{text[: found.start()]}{start}\n{table}{end}{text[found.end() :]}"
 

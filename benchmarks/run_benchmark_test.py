@@ -14,7 +14,7 @@ from benchmarks.contestants import Full
 from benchmarks.experiment import Experiment
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.data.corpus import load_documents
-from hylorada_jax.data.documents import tokenize
+from hylorada_jax.data.tokenization import tokenize
 from hylorada_jax.errors import (
     CheckpointError,
     ConfigError,

@@ -189,7 +189,7 @@ def check_agreement(losses: Mapping[str, float], agreement: float) -> None:
     middle = statistics.median(losses.values())
     if not all(abs(loss - middle) <= agreement * abs(middle) for loss in losses.values()):
         raise HyLoRADAError(
-            f"All contenders start at the base model: their first losses agree to {agreement:g}",
+            f"All contenders start at the base model: their first losses agree to {agreement:g}.",
             ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()),
             "Find which one has other weights or another computation; times of two things tell nothing.",
         )

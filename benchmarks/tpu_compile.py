@@ -51,9 +51,9 @@ def libtpu_directory() -> Path:
     found = importlib.machinery.PathFinder.find_spec("libtpu", [*sys.path, str(apart)])
     if found is None or found.origin is None:
         raise HyLoRADAError(
-            "Compiling for a TPU needs the package libtpu, though no TPU",
+            "Compiling for a TPU needs the package libtpu, though no TPU.",
             f"no libtpu on the module path, nor in {apart}",
-            f"make test installs it; else: pip install --no-deps --target {apart} -c constraints.txt libtpu",
+            f"Run `make test`, or `pip install --no-deps --target {apart} -c constraints.txt libtpu`.",
         )
     return Path(found.origin).parents[1]
 

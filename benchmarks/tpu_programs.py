@@ -11,7 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo_cost import program_cost
 from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.data.document import TokenizedDocument
+from hylorada_jax.data.packing import Rows
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -75,9 +78,10 @@ def compile_step(
     model = _model_of_shapes(config, adapter)
     optimizer = make_optimizer(model.adapters, training, adapter)
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
-    names = ["input_ids", "targets", "segment_ids", "position_ids"]
-    names += ["structure_ids"] if adapter.use_hylorada_v2 else []
-    batch = {name: jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32) for name in names}
+    ids = np.zeros(seq_len + 1, np.int32)
+    document = TokenizedDocument(ids, structure_ids=ids if adapter.use_hylorada_v2 else None)
+    (row,) = Rows([document], seq_len)
+    batch = {n: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for n, x in computed(row).items()}
     mesh = _mesh(devices)
     step = make_train_step(model, optimizer, training)
     lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))

@@ -7,45 +7,42 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from benchmarks.contestants import Adapted, Full
 from benchmarks.experiment import Experiment
-from hylorada_jax.data.documents import shuffled_batches
-from hylorada_jax.data.packing import Batch, Rows, spread
+from hylorada_jax.data.document import TokenizedDocument
+from hylorada_jax.data.loading import shuffled_batches
+from hylorada_jax.data.packing import Rows, spread
 from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.evaluation.retrieval import evaluate_retrieval
 from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.models.base_model import require_segments
+from hylorada_jax.models.batch import Batch, computed
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.step import init_state, make_train_step
 
 
-class Text(NamedTuple):
-    """Tokenized documents: token ids, and structure ids or None."""
-
-    tokens: Sequence[np.ndarray]
-    structure: Sequence[np.ndarray] | None
-
-
-def require_row(name: str, text: Text, seq_len: int) -> None:
-    """Raises a DataError for a text none of whose documents has a row and a token more, its last target."""
-    if (longest := max(map(len, text.tokens))) <= seq_len:
+def require_row(name: str, documents: Sequence[TokenizedDocument], seq_len: int) -> None:
+    """Raises a DataError for documents none of which has a row and a token more, its last target."""
+    if (longest := max(map(len, documents))) <= seq_len:
         raise DataError(
-            f"The {name} data must have a document of a row and a token more",
+            f"The {name} data must have a document of a row and a token more.",
             f"seq_len {seq_len}, and the longest document has {longest} tokens",
             "Give longer documents, or a smaller seq_len.",
         )
 
 
-def training_rows(text: Text, seq_len: int, tokens: int | None) -> Rows | list[Batch]:
-    """The rows of a text, or some of about so many tokens, spread evenly."""
-    rows = Rows(text.tokens, seq_len, structure=text.structure)
+def training_rows(
+    documents: Sequence[TokenizedDocument], seq_len: int, tokens: int | None
+) -> Rows | list[Batch]:
+    """The rows of documents, or some of about so many tokens, spread evenly."""
+    rows = Rows(documents, seq_len)
     return rows if tokens is None else spread(rows, tokens)
 
 
@@ -87,7 +84,7 @@ class Runner:
         batches = shuffled_batches(self.rows, training.batch_size, training.seed)
         losses, seconds = [], []
         for step in range(1, training.steps + 1):
-            batch = {name: values for name, values in next(batches).items() if name != "row"}
+            batch = computed(next(batches))
             if self._compiled is None:
                 wrapped = make_train_step(contestant.model, optimizer, training)
                 self._compiled = wrapped.lower(state, contestant.model.frozen, batch).compile()
@@ -97,7 +94,7 @@ class Runner:
             seconds.append(time.perf_counter() - began)
             if not np.isfinite(losses[-1]):
                 raise NonFiniteError(
-                    "A loss must be finite", f"{losses[-1]} at step {step}", "Take a smaller learning rate."
+                    "A loss must be finite.", f"{losses[-1]} at step {step}", "Take a smaller learning rate."
                 )
             if on_step is not None:
                 on_step(step, state.adapters)
@@ -114,7 +111,11 @@ class Runner:
 
 
 def measure(
-    model: Any, dev: Text, test: Text, experiment: Experiment, tokenizer: Tokenizer
+    model: Any,
+    dev: Sequence[TokenizedDocument],
+    test: Sequence[TokenizedDocument],
+    experiment: Experiment,
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """What the table says of a model.
 
@@ -135,16 +136,11 @@ def measure(
     }
     sweep = loss_sweep(model)
     on_dev = evaluate_perplexity(
-        sweep,
-        dev.tokens,
-        structure=dev.structure,
-        stride=experiment.seq_len,
-        max_tokens=experiment.dev_tokens,
-        **options,
+        sweep, dev, stride=experiment.seq_len, max_tokens=experiment.dev_tokens, **options
     )
-    on_test = {"structure": test.structure, "max_tokens": experiment.test_tokens, **options}
-    perplexity = evaluate_perplexity(sweep, test.tokens, **on_test)
-    by_place = evaluate_lost_in_the_middle(sweep, test.tokens, **on_test)
+    on_test = {"max_tokens": experiment.test_tokens, **options}
+    perplexity = evaluate_perplexity(sweep, test, **on_test)
+    by_place = evaluate_lost_in_the_middle(sweep, test, **on_test)
     result = {
         "dev_loss": on_dev.loss,
         "perplexity": perplexity.perplexity,

@@ -1,8 +1,8 @@
 from .adapter_bank import AdapterBank as AdapterBank
 from .config import HyLoRADAConfig as HyLoRADAConfig
 from .data.corpus import load_documents as load_documents
-from .data.documents import tokenize as tokenize
-from .data.documents import tokenize_with_structure as tokenize_with_structure
+from .data.document import TokenizedDocument as TokenizedDocument
+from .data.tokenization import tokenize as tokenize
 from .errors import HyLoRADAError as HyLoRADAError
 from .evaluation.compare import compare_models as compare_models
 from .evaluation.lost_in_the_middle import evaluate_lost_in_the_middle as evaluate_lost_in_the_middle

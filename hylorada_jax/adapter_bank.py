@@ -109,7 +109,7 @@ class AdapterBank:
             if theirs[key] != ours[key]
         ]:
             raise CheckpointError(
-                "The adapters of a bank have the config of its model",
+                "The adapters of a bank have the config of its model.",
                 "; ".join(differing),
                 "Give it a model of its own, which shares the frozen weights: "
                 "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
@@ -120,7 +120,7 @@ class AdapterBank:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
         self._check_known(name)
         if name == self._active:
-            raise ConfigError("The active adapter is not removed", repr(name), "Switch to another one first.")
+            raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
         del self._trees[name]
 
     def switch(self, name: str) -> None:
@@ -163,7 +163,7 @@ class AdapterBank:
         """The place of each row's adapter in :meth:`stack`, int [batch]; errors as in calling the bank."""
         if isinstance(adapters, str):
             raise DataError(
-                "The adapters of a batch are a name for each row",
+                "The adapters of a batch are a name for each row.",
                 repr(adapters),
                 "Give a list of names, or switch to the adapter.",
             )
@@ -200,14 +200,14 @@ class AdapterBank:
     def _check_new(self, name: str) -> None:
         if name in self._trees:
             raise ConfigError(
-                "An adapter is not replaced unasked", repr(name), "Choose another name, or remove it first."
+                "An adapter is not replaced unasked.", repr(name), "Choose another name, or remove it first."
             )
 
     def _check_known(self, name: str) -> None:
         if name not in self._trees:
             near = difflib.get_close_matches(str(name), self.names)
             raise ConfigError(
-                f"An adapter must be in the bank, which has {', '.join(self.names)}",
+                f"An adapter must be in the bank, which has {', '.join(self.names)}.",
                 repr(name),
                 f"Did you mean {' or '.join(near)}?" if near else "Add or load it first.",
             )
@@ -249,7 +249,7 @@ def apply_rows(
     counts = {name: jnp.shape(value)[:1] for name, value in {"adapters": index, **given}.items()}
     if any(count != jnp.shape(input_ids)[:1] for count in counts.values()):
         raise DataError(
-            "A batch has an adapter, and a row of each input, for each row of input_ids",
+            "A batch has an adapter, and a row of each input, for each row of input_ids.",
             f"{counts} for input_ids {jnp.shape(input_ids)}",
             "Give one for each row.",
         )

@@ -241,16 +241,16 @@ class HyLoRADAConfig:
             self._set("method", self._method_of_switches())
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise ConfigError(
-                f"method must be one of {', '.join(METHODS)}", shown(self.method), near(self.method, METHODS)
+                f"method must be one of {', '.join(METHODS)}.", shown(self.method), near(self.method, METHODS)
             )
         implied = METHODS[self.method]
         for name in _SWITCHES:
             given, default = getattr(self, name), implied.get(name, False)
             if given is not None and not isinstance(given, bool):
-                raise ConfigError(f"{name} must be True, False or None", shown(given), "Give a bool.")
+                raise ConfigError(f"{name} must be True, False or None.", shown(given), "Give a bool.")
             if name in _LINEAR_SWITCHES and given not in (None, default):
                 raise ConfigError(
-                    f"{name} must agree with the method: {self.method!r} has {name}={default}",
+                    f"{name} must agree with the method: {self.method!r} has {name}={default}.",
                     given,
                     f"Leave {name} out, or choose another method.",
                 )
@@ -281,7 +281,7 @@ class HyLoRADAConfig:
         if fraction(self.s2_shift_ratio).denominator > _MAX_SHIFT_UNIT:
             near_ratio = fraction(self.s2_shift_ratio).limit_denominator(_MAX_SHIFT_UNIT)
             raise ConfigError(
-                f"s2_shift_ratio must be a fraction k/n, n ≤ {_MAX_SHIFT_UNIT}, for a shift of whole tokens",
+                f"s2_shift_ratio must be a fraction k/n, n ≤ {_MAX_SHIFT_UNIT}, for a shift of whole tokens.",
                 self.s2_shift_ratio,
                 f"Take {near_ratio}, {float(near_ratio)}.",
             )
@@ -302,23 +302,23 @@ class HyLoRADAConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}", shown(value), near(value, allowed)
+                    f"{name} must be one of {', '.join(allowed)}.", shown(value), near(value, allowed)
                 )
         if self.position_bias_enabled and (self.use_hylorada_v2 or not self.use_hylorada):
             raise ConfigError(
-                "position_bias_enabled acts in the Unified layer, which only method='hylorada' has",
+                "position_bias_enabled acts in the Unified layer, which only method='hylorada' has.",
                 f"method={self.method!r}, position_bias_enabled=True",
                 "Choose method='hylorada', or leave position_bias_enabled out.",
             )
         if self.daa_position_bias and not self.daa_enabled:
             raise ConfigError(
-                "daa_position_bias is a part of direct attention adaptation",
+                "daa_position_bias is a part of direct attention adaptation.",
                 f"daa_position_bias=True, daa_enabled={self.daa_enabled}",
                 "Set daa_enabled=True too, or leave daa_position_bias out.",
             )
         if self.method == "sparse" and self.target_modules is not None:
             raise ConfigError(
-                "method='sparse' adapts no linear layer",
+                "method='sparse' adapts no linear layer.",
                 f"target_modules={shown(self.target_modules)}",
                 "Choose a method with a linear adapter and set sparse_enabled=True.",
             )
@@ -366,7 +366,7 @@ class HyLoRADAConfig:
         if size < 1 or size % unit:
             raise ConfigError(
                 f"s2_group_size must be a positive multiple of {unit}, so that s2_shift_ratio={ratio} of it "
-                "is a whole number of tokens",
+                "is a whole number of tokens.",
                 size,
                 f"Take {unit * max(1, round(size / unit))}, or another s2_shift_ratio.",
             )
@@ -438,7 +438,7 @@ class HyLoRADAConfig:
         if unknown := sorted(set(settings) - set(known)):
             received = ", ".join(f"{shown(name)}: {shown(settings[name])}" for name in unknown[:8])
             remedy = " ".join(dict.fromkeys(near(name, known) for name in unknown[:8]))
-            raise ConfigError("Every key must be a setting of HyLoRADAConfig", received, remedy)
+            raise ConfigError("Every key must be a setting of HyLoRADAConfig.", received, remedy)
         return cls(**settings)
 
     @classmethod
@@ -452,18 +452,18 @@ class HyLoRADAConfig:
             settings = parse_json(text)
         except ValueError as error:
             raise ConfigError(
-                "A config must be JSON", error, "Write it with HyLoRADAConfig.to_json()."
+                "A config must be JSON.", error, "Write it with HyLoRADAConfig.to_json()."
             ) from error
         if not isinstance(settings, dict):
             raise ConfigError(
-                "A config must be a JSON object", type(settings).__name__, "Write it with to_json()."
+                "A config must be a JSON object.", type(settings).__name__, "Write it with to_json()."
             )
         return cls.from_dict(settings)
 
     @classmethod
     def load(cls, path: str | Path) -> HyLoRADAConfig:
         """The config of a JSON file in UTF-8; a ConfigError where there is none at ``path``."""
-        rule = "A config file must be a JSON object of settings, in UTF-8"
+        rule = "A config file must be a JSON object of settings, in UTF-8."
         return cls.from_dict(read_json(Path(path), rule, ConfigError, "Check the path and the file."))
 
     @classmethod
@@ -486,7 +486,7 @@ class HyLoRADAConfig:
             16
         """
         if name not in PRESETS:
-            raise ConfigError(f"A preset is one of {', '.join(PRESETS)}", repr(name), near(name, PRESETS))
+            raise ConfigError(f"A preset is one of {', '.join(PRESETS)}.", repr(name), near(name, PRESETS))
         preset = PRESETS[name] | settings
         if settings.get("method") == "sparse" and "target_modules" not in settings:
             preset.pop("target_modules", None)  # it has no linear adapters to target
@@ -506,7 +506,7 @@ def check_lora_a(init: object, gain: object) -> None:
         ConfigError: saying which.
     """
     if init is not None and init not in LORA_A_INITS:
-        rule = f"lora_A_init must be one of {', '.join(LORA_A_INITS)}, or None"
+        rule = f"lora_A_init must be one of {', '.join(LORA_A_INITS)}, or None."
         raise ConfigError(rule, shown(init), near(init, LORA_A_INITS))
     _require(_is_positive(gain), f"lora_A_gain must be > 0, and at most {MAX_NUMBER:,.0f}", gain)
 
@@ -516,7 +516,7 @@ def _names(name: str, value: object) -> tuple[str, ...]:
     names: tuple[Any, ...] = tuple(value) if several else (value,)  # type: ignore[arg-type]
     if not all(_is_name(item) for item in names) or (not names and name == "target_modules"):
         raise ConfigError(
-            f"{name} must be non-empty strings", shown(value), 'For example ("q_proj", "v_proj").'
+            f"{name} must be non-empty strings.", shown(value), 'For example ("q_proj", "v_proj").'
         )
     _check_length(name, names)
     return names
@@ -534,7 +534,7 @@ def _pattern(name: str, value: object, is_valid: Callable[[Any], bool]) -> tuple
             f"ranks, 1 … {MAX_SIZE:,}" if name == "rank_pattern" else f"numbers > 0, up to {MAX_NUMBER:,.0f}"
         )
         received = shown(dict(wrong)) if pairs[0][0] else shown(value)
-        raise ConfigError(f"{name} must map layer names to {kind}", received, 'For example {"v_proj": 4}.')
+        raise ConfigError(f"{name} must map layer names to {kind}.", received, 'For example {"v_proj": 4}.')
     _check_length(name, [pattern for pattern, _ in pairs])
     return pairs
 
@@ -542,7 +542,7 @@ def _pattern(name: str, value: object, is_valid: Callable[[Any], bool]) -> tuple
 def _check_length(name: str, patterns: Sequence[str]) -> None:
     if len(patterns) > MAX_PATTERNS or sum(map(len, patterns)) > MAX_PATTERN_LENGTH:
         raise ConfigError(
-            f"{name} must be at most {MAX_PATTERNS:,} patterns, of {MAX_PATTERN_LENGTH:,} characters in all",
+            f"{name} must be at most {MAX_PATTERNS:,} patterns, of {MAX_PATTERN_LENGTH:,} characters in all.",
             f"{len(patterns):,} of {sum(map(len, patterns)):,}",
             "Say it with fewer regular expressions.",
         )

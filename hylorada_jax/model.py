@@ -263,7 +263,7 @@ class HyLoRADAModel:
                 continue
             if not self.has_encoder:
                 raise ConfigError(
-                    f"{name} are read by the structure encoder, which only method='hylorada_v2' has",
+                    f"{name} are read by the structure encoder, which only method='hylorada_v2' has.",
                     f"method={self.config.method!r}",
                     f"Choose method='hylorada_v2', or leave {name} out.",
                 )
@@ -271,7 +271,7 @@ class HyLoRADAModel:
                 check_structure_ids(given)
             if given.shape != shape:
                 raise DataError(
-                    f"{name} must have one value per token, [batch, seq]",
+                    f"{name} must have one value per token, [batch, seq].",
                     f"{given.shape} for tokens {shape}",
                     "Give them in the shape of input_ids.",
                 )
@@ -312,7 +312,7 @@ class HyLoRADAModel:
         if structure_ids is not None:
             if [len(ids) for ids in structure_ids] != [len(prompt) for prompt in prompts]:
                 raise DataError(
-                    "structure_ids must have one value per token of each prompt",
+                    "structure_ids must have one value per token of each prompt.",
                     f"lengths {[len(i) for i in structure_ids]} for {[len(p) for p in prompts]}",
                     "Give a list like each prompt.",
                 )

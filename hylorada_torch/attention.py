@@ -40,7 +40,7 @@ class DirectAttentionAdapter(nn.Module):
     def __init__(self, num_heads: int, per_head: bool = True, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if num_heads < 1:
-            raise ConfigError("num_heads must be ≥ 1", num_heads, "Give the number of query heads.")
+            raise ConfigError("num_heads must be ≥ 1.", num_heads, "Give the number of query heads.")
         self.columns = num_heads if per_head else 1
         self.alpha = nn.Parameter(torch.ones(self.columns, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(self.columns, dtype=dtype))
@@ -53,7 +53,7 @@ class DirectAttentionAdapter(nn.Module):
         """
         if self.columns not in (1, scores.shape[1]):
             raise ConfigError(
-                "DAA has one value per query head, or one for all",
+                "DAA has one value per query head, or one for all.",
                 f"{self.columns} values for {scores.shape[1]} heads",
                 f"Make it with num_heads={scores.shape[1]}.",
             )
@@ -108,7 +108,7 @@ class PositionalDAA(DirectAttentionAdapter):
             query_positions = key_positions = default_positions(batch, keys)
         if query_positions is None or key_positions is None:
             raise DataError(
-                "PositionalDAA needs the positions of queries and keys, or of neither in self-attention",
+                "PositionalDAA needs the positions of queries and keys, or of neither in self-attention.",
                 f"{queries} queries, {keys} keys, positions of {'no' if query_positions is None else 'the'} "
                 f"queries and {'no' if key_positions is None else 'the'} keys",
                 "Pass both; with a KV cache the queries stand after the keys of earlier tokens.",
@@ -198,7 +198,7 @@ def same_group(heads: int, seq: int, group_size: int, shift: int) -> Tensor:
     """
     if heads < 2:
         raise ConfigError(
-            "Shifted sparse attention halves the heads of a layer", f"{heads} head", "Use full attention."
+            "Shifted sparse attention halves the heads of a layer.", f"{heads} head", "Use full attention."
         )
     slots = torch.arange(seq)
     plain, shifted = slots // group_size, (slots - shift) // group_size
@@ -266,7 +266,7 @@ class ShiftedSparseAttention(nn.Module):
         for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):
             if given is not None and given.shape != (batch, seq):
                 raise DataError(
-                    f"{name} is [batch, seq]",
+                    f"{name} is [batch, seq].",
                     f"{tuple(given.shape)} for {(batch, seq)}",
                     "Correct the shape.",
                 )

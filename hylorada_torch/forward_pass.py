@@ -48,7 +48,7 @@ class Passes:
         """
         if self._current is None:
             raise ModelError(
-                "Layers that read positions or a structure prior get them from HyLoRADAModel",
+                "Layers that read positions or a structure prior get them from HyLoRADAModel.",
                 "a call of the base model, outside a forward pass of HyLoRADAModel",
                 "Call the HyLoRADAModel itself.",
             )

@@ -102,14 +102,14 @@ def check_attentions(model: Any, names: list[str], config: HyLoRADAConfig) -> No
         different = [name for name, value in plain.items() if getattr(attention, name, value) != value]
         if different or kind not in (*CAUSAL, *BERT, T5) or (kind in BERT and attention.is_decoder):
             raise ModelError(
-                f"The reference adapts {', '.join(CAUSAL)}, BERT's attention as an encoder, and T5's",
+                f"The reference adapts {', '.join(CAUSAL)}, BERT's attention as an encoder, and T5's.",
                 f"{kind} {', '.join(different)}".rstrip(),
                 "Set daa_enabled and s2_attn_enabled to False for this model; a method may have them on.",
             )
         heads = model.config.num_attention_heads
         if config.s2_attn_enabled and (heads < 2 or kind not in CAUSAL):
             raise ConfigError(
-                "Shifted sparse attention is for causal models, and halves the heads of a layer",
+                "Shifted sparse attention is for causal models, and halves the heads of a layer.",
                 f"{kind} of {heads} heads",
                 "Leave s2_attn_enabled out.",
             )
@@ -170,7 +170,7 @@ def _interface_forward(
 
 def _no_cache() -> ModelError:
     return ModelError(
-        "DAA in T5 does not go with a cache", "a forward pass with a cache", "Pass use_cache=False."
+        "DAA in T5 does not go with a cache.", "a forward pass with a cache", "Pass use_cache=False."
     )
 
 

@@ -86,7 +86,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if min(in_features, out_features, rank) < 1:
             raise ConfigError(
-                f"{type(self).__name__}: in_features, out_features and rank must be ≥ 1",
+                f"{type(self).__name__}: in_features, out_features and rank must be ≥ 1.",
                 f"{in_features}, {out_features}, {rank}",
                 "Give the sizes of the frozen layer, and a rank of 1 or more.",
             )
@@ -127,7 +127,7 @@ class LoRALinear(nn.Module):
         """
         if structure_prior is not None:
             raise ConfigError(
-                "Only HyLoRADAv2Linear reads a structure prior",
+                "Only HyLoRADAv2Linear reads a structure prior.",
                 f"a structure_prior for {type(self).__name__}",
                 "Use HyLoRADAv2Linear (method='hylorada_v2'), or leave structure_prior out.",
             )
@@ -143,7 +143,7 @@ class LoRALinear(nn.Module):
         """
         if base_weight.shape != (self.out_features, self.in_features):
             raise DataError(
-                f"{type(self).__name__}: base_weight is [out_features, in_features]",
+                f"{type(self).__name__}: base_weight is [out_features, in_features].",
                 f"{tuple(base_weight.shape)} for in_features={self.in_features}, "
                 f"out_features={self.out_features}",
                 "Pass the weight of an nn.Linear as it is, and that of a Conv1D transposed.",
@@ -322,7 +322,7 @@ class HyLoRADAv2Linear(HyLoRADALinear):
         expected = (*x.shape[:-1], len(self.scale_from_structure))
         if structure_prior.shape != expected:
             raise DataError(
-                "structure_prior is [batch, seq, structure_dim], one row for every token of x",
+                "structure_prior is [batch, seq, structure_dim], one row for every token of x.",
                 f"structure_prior {tuple(structure_prior.shape)}, expected {expected}",
                 "Give the encoder the positions of the same tokens, and hidden_size=structure_dim.",
             )

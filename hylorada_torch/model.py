@@ -106,7 +106,7 @@ class HyLoRADAModel(nn.Module):
             return positions
         if not hasattr(past, "position_ids"):
             raise ModelError(
-                "A cache goes on from a forward pass of HyLoRADAModel, which keeps its keys' positions there",
+                "A cache goes on from a forward pass of HyLoRADAModel, which keeps its keys' positions.",
                 "a cache of another origin",
                 "Make it by calling the HyLoRADAModel with use_cache=True.",
             )
@@ -120,7 +120,7 @@ class HyLoRADAModel(nn.Module):
             return self.structure_encoder(where, structure_ids, seq_len=self.config.structure_seq_len)
         if structure_ids is not None or structure_positions is not None:
             raise ConfigError(
-                "Only a model with a structure encoder takes structure_ids and structure_positions",
+                "Only a model with a structure encoder takes structure_ids and structure_positions.",
                 f"method={self.config.method!r}",
                 "Choose method='hylorada_v2', or leave them out.",
             )
@@ -149,7 +149,7 @@ class HyLoRADAModel(nn.Module):
         ]
         if problems:
             raise CheckpointError(
-                "Adapter values must fit the model's adapters, name by name",
+                "Adapter values must fit the model's adapters, name by name.",
                 "; ".join(problems),
                 "Build the model with the config that the adapters were trained with.",
             )

@@ -79,7 +79,7 @@ def label(name: str, parameter: nn.Parameter) -> str:
     if leaf not in LABEL_OF_LEAF:
         raise ConfigError(
             f"Every trainable parameter belongs to a group: {', '.join(LABEL_OF_LEAF)}, weight, bias, or a "
-            f"place {', '.join(LABEL_OF_PLACE)}",
+            f"place {', '.join(LABEL_OF_PLACE)}.",
             name,
             "Add the leaf to the table in hylorada_torch/optimizer.py.",
         )

@@ -103,7 +103,7 @@ def check_positions(positions: Tensor, batch: int, seq: int) -> None:
         wrong = f"a position of {positions.min().item()}"
     if wrong:
         raise DataError(
-            "Position ids are integers ≥ 0 of shape [batch, seq]",
+            "Position ids are integers ≥ 0 of shape [batch, seq].",
             wrong,
             "Count the tokens of every document from 0; give padding 0.",
         )
@@ -156,7 +156,7 @@ class PositionBias(nn.Module):
     def __init__(self, num_buckets: int = BUCKETS, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if not 2 <= num_buckets <= MAX_DISTANCE:
-            rule = f"PositionBias: num_buckets is 2 to {MAX_DISTANCE}"
+            rule = f"PositionBias: num_buckets is 2 to {MAX_DISTANCE}."
             raise ConfigError(rule, num_buckets, f"The default is {BUCKETS}.")
         self.position_bias = nn.Parameter(torch.zeros(num_buckets, dtype=dtype))
 

@@ -59,7 +59,7 @@ class StructureEncoder(nn.Module):
         super().__init__()
         if min(hidden_size, encoding_dim, num_buckets - 1, max_structure_types) < 1 or encoding_dim % 2:
             raise ConfigError(
-                "hidden_size and max_structure_types must be ≥ 1, num_buckets ≥ 2, encoding_dim even and ≥ 2",
+                "hidden_size and max_structure_types must be ≥ 1, num_buckets ≥ 2, encoding_dim even, ≥ 2.",
                 f"{hidden_size}, {max_structure_types}, {num_buckets}, {encoding_dim}",
                 "Correct these settings.",
             )
@@ -176,7 +176,7 @@ class TemporalStructureEncoder(StructureEncoder):
         )
         if not 1 <= num_periods <= len(PERIODS):
             raise ConfigError(
-                f"num_periods must be 1 to {len(PERIODS)}", num_periods, f"They are of {PERIODS}."
+                f"num_periods must be 1 to {len(PERIODS)}.", num_periods, f"They are of {PERIODS}."
             )
         self.periods = nn.Parameter(torch.tensor(PERIODS[:num_periods], dtype=dtype))
         self.period_weight = nn.Parameter(torch.empty(encoding_dim, 2 * num_periods, dtype=dtype))
@@ -192,7 +192,7 @@ class TemporalStructureEncoder(StructureEncoder):
 def _check_inputs(positions: Tensor, structure_ids: Tensor | None) -> None:
     if positions.ndim != 2:
         raise DataError(
-            "An encoder's positions are [batch, seq]", tuple(positions.shape), "Give one for every token."
+            "An encoder's positions are [batch, seq].", tuple(positions.shape), "Give one for every token."
         )
     if not positions.is_floating_point():
         check_positions(positions, *positions.shape)
@@ -200,7 +200,7 @@ def _check_inputs(positions: Tensor, structure_ids: Tensor | None) -> None:
         return
     if structure_ids.shape != positions.shape or structure_ids.is_floating_point():
         raise DataError(
-            "structure_ids are integers of the positions' shape [batch, seq]",
+            "structure_ids are integers of the positions' shape [batch, seq].",
             f"{structure_ids.dtype} {tuple(structure_ids.shape)} for positions {tuple(positions.shape)}",
             "Give one structure id for every token.",
         )

@@ -135,11 +135,11 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
     """
     if any(isinstance(part, (AdaptedLinear, AdaptedAttention, SparseAdapter)) for part in model.modules()):
         raise ModelError(
-            "A model is adapted once", "a model with adapters attached", "Load the base model afresh."
+            "A model is adapted once.", "a model with adapters attached", "Load the base model afresh."
         )
     if config.use_hylorada_v2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ConfigError(
-            "A structure prior belongs to one sequence of tokens",
+            "A structure prior belongs to one sequence of tokens.",
             "method='hylorada_v2' for an encoder-decoder model",
             "Choose another method.",
         )
@@ -259,7 +259,7 @@ def _unfrozen(model: nn.Module, config: HyLoRADAConfig) -> list[tuple[str, nn.Mo
     narrow = {p.dtype for _, module in found for p in module.parameters()} - {torch.float32, torch.float64}
     if narrow:
         raise ModelError(
-            "Embeddings and norms train in place, in float32 at least",
+            "Embeddings and norms train in place, in float32 at least.",
             f"{', '.join(map(str, narrow))}",
             "Load the model in float32.",
         )

@@ -105,7 +105,7 @@ def jax_side(case: Case, dtype: str) -> tuple[Callable[..., Results], tuple[Resu
 
 
 def cotangent(case: Case, dtype: str) -> np.ndarray:
-    """What is pulled back: along with the output, so that the gradient of a scalar is no sum that cancels."""
+    """What is pulled back: along with the output, so that a scalar's gradient is not a sum that cancels."""
     reference, inputs = _in_torch(case, dtype)
     with torch.no_grad():
         y = reference(**inputs).numpy() * np.asarray(case.keep)

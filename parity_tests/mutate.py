@@ -31,7 +31,7 @@ PRELOADED = [
     "torch",
     *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("bert", "gpt2", "llama", "qwen2", "t5")),
 ]
-# These say that the edited text is no program: such a fault would be caught by anything.
+# These say that the edited text is not a program: such a fault would be caught by anything.
 NO_PROGRAM = ("NameError", "UnboundLocalError", "AttributeError", "ImportError", "SyntaxError")
 
 

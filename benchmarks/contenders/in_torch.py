@@ -29,7 +29,7 @@ def torch_device() -> str:
     if backend == "gpu" and torch.cuda.is_available():
         return "cuda"
     raise HyLoRADAError(
-        "All contenders run on one device",
+        "All contenders run on one device.",
         f"JAX computes on {backend}, which this torch ({torch.__version__}) does not have",
         "Install a torch for that device, set JAX_PLATFORMS=cpu, or leave peft out of --contenders.",
     )

@@ -36,7 +36,7 @@ def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
         contender = build(name, setting)
     for _ in range(WARMUP):
         contender.step()
-    # What loading and compiling had for a while is no part of a step: compiling SmolLM2's leaves 180 MB.
+    # What loading and compiling had for a while is not part of a step: compiling SmolLM2's leaves 180 MB.
     gc.collect()
     _trim()
     _reset_peak()

@@ -13,7 +13,7 @@ from benchmarks.experiment import INSTALL, require_each_once
 from hylorada_jax.errors import HyLoRADAError, require_packages
 from hylorada_jax.models.causal_lm import CausalLM
 
-# What differs between them by their nature: it is recorded beside the figures.
+# What is not the same in all by their nature: it is stated with the figures.
 DIFFERENCES = (
     "Loss: lora, dora, hylorada_v1, hylorada and qwix lora share one that never holds the logits of all "
     "tokens and takes its gradient on the way; peft's is torch's cross-entropy of all float32 logits.",
@@ -64,7 +64,7 @@ def build(name: str, setting: Setting, base: CausalLM | None = None) -> Contende
 
 
 def build_all(names: Iterable[str], setting: Setting) -> dict[str, Contender]:
-    """The contenders by name, each announced when it is ready; those of JAX share their base's weights."""
+    """The contenders by name, each told of when it is ready; those of JAX share their base's weights."""
     base, found = None, {}
     for name in names:
         if base is None and not in_torch(name):
@@ -96,12 +96,12 @@ def check(names: Sequence[str], setting: Setting, rounds: int) -> None:
         ModelError: the model is not found, or our decoder does not have its family.
     """
     if unknown := [name for name in names if name not in CONTENDERS]:
-        rule = f"A contender must be one of {', '.join(CONTENDERS)}"
+        rule = f"A contender must be one of {', '.join(CONTENDERS)}."
         raise HyLoRADAError(rule, ", ".join(unknown), "Choose among them.")
     require_each_once("contenders", names)
     for name in names:
         require_packages(
-            f"The contender {name!r} needs the packages {', '.join(packages(name))}",
+            f"The contender {name!r} needs the packages {', '.join(packages(name))}.",
             packages(name),
             f"{INSTALL}; or leave it out of --contenders.",
         )
@@ -112,7 +112,7 @@ def check(names: Sequence[str], setting: Setting, rounds: int) -> None:
         "threads": setting.torch_threads,
     }
     if wrong := {number: value for number, value in numbers.items() if value < 1}:
-        rule = ", ".join(numbers) + " must be ≥ 1"
+        rule = ", ".join(numbers) + " must be ≥ 1."
         raise HyLoRADAError(
             rule, ", ".join(f"{number}={value}" for number, value in wrong.items()), "Correct it."
         )

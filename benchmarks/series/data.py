@@ -36,7 +36,7 @@ def require_statsmodels() -> None:
     Raises:
         ConfigError: it is not.
     """
-    require_packages("The series of this experiment come with statsmodels", ["statsmodels"], INSTALL)
+    require_packages("The series of this experiment come with statsmodels.", ["statsmodels"], INSTALL)
 
 
 def statsmodels_version() -> str:

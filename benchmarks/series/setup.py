@@ -107,13 +107,13 @@ class Budget:
         for name in ("settings", "seeds", "learning_rates"):
             require_each_once(name, getattr(self, name))
         if unknown := [name for name in self.settings if name not in SETTINGS]:
-            raise ConfigError(f"A setting is one of {', '.join(SETTINGS)}", unknown, "Choose of these.")
+            raise ConfigError(f"A setting is one of {', '.join(SETTINGS)}.", unknown, "Choose of these.")
         for name in ("pretrain_steps", "steps", "batch_size", "layers", "rank", "bins"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive", getattr(self, name), "Correct it.")
+                raise ConfigError(f"{name} must be positive.", getattr(self, name), "Correct it.")
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ConfigError(
-                "hidden_size must be a multiple of 8: four heads of even width",
+                "hidden_size must be a multiple of 8: four heads of even width.",
                 self.hidden_size,
                 "Correct it.",
             )

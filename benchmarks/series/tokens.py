@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from benchmarks.series.data import Series
+from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import DataError
 from hylorada_jax.exact import fraction
@@ -145,14 +146,17 @@ def windows(prepared: Prepared, part: str, context: int, hours: Hours | None = N
     first = max(start, context)
     if first >= stop:
         raise DataError(
-            f"The part to {part} must be longer than the context",
+            f"The part to {part} must be longer than the context.",
             f"{stop - start} values of {prepared.series.name}, context {context}",
             "Give a shorter context.",
         )
+    times = None if hours is None else hours_of(prepared, hours)
     pieces = [slice(last - context, last + 1) for last in range(first, stop)]
-    positions = None if hours is None else [hours_of(prepared, hours)[piece] for piece in pieces]
-    tokens = [prepared.tokens[piece] for piece in pieces]
-    return Rows(tokens, context, packing=False, positions=positions)
+    documents = [
+        TokenizedDocument(prepared.tokens[piece], structure_positions=None if times is None else times[piece])
+        for piece in pieces
+    ]
+    return Rows(documents, context, packing=False)
 
 
 def hours_of(prepared: Prepared, hours: Hours) -> np.ndarray:
@@ -204,5 +208,5 @@ def pretraining_rows(
                 pieces += list(np.lib.stride_tricks.sliding_window_view(tokens, context + 1))
     if not pieces:
         names = ", ".join(one.name for one in series)
-        raise DataError("A series must be longer than the context", names, "Give a shorter context.")
-    return Rows(pieces, context, packing=False)
+        raise DataError("A series must be longer than the context.", names, "Give a shorter context.")
+    return Rows([TokenizedDocument(piece) for piece in pieces], context, packing=False)

@@ -86,7 +86,7 @@ class AdapterOptions:
         file = given.pop("config", None)
         if file is not None and self.method is not None:
             received = f"--config {file} --method {self.method}"
-            raise ConfigError("A config file names its method", received, "Give one.")
+            raise ConfigError("A config file names its method.", received, "Give one.")
         if file is None:
             # Of the method only what is not named: hylorada_v1, or with --position-bias hylorada.
             given = {"use_hylorada": None if self.method else True, "lora_plus_enabled": True} | given

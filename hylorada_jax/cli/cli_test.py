@@ -344,16 +344,15 @@ def test_structure_of_code_goes_through_training_evaluation_and_generation(
         (tmp_path / f"{number}.py").write_text(f"def f{number}(x):\n    return [x, {number}]\n" * 12)
     (tmp_path / "broken.py").write_text("def f(:\n  pass\n" * 12)
     data, output = tmp_path / "*.py", tmp_path / "run"
-    status, out, err = run(
-        monkeypatch,
-        capsys,
-        *("finetune", "--model", tiny, "--data", data, "--eval-data", data, "--output", output),
-        *("--method", "hylorada_v2", "--structure", "code", "--steps", 4, "--batch-size", 2),
-        *("--seq-len", 32, "--learning-rate", 1e-2, "--prompt", "def f(x):"),
-    )
+    with pytest.warns(UserWarning, match=r"structure: 1 of 7 documents do not parse.*broken\.py"):
+        status, out, err = run(
+            monkeypatch,
+            capsys,
+            *("finetune", "--model", tiny, "--data", data, "--eval-data", data, "--output", output),
+            *("--method", "hylorada_v2", "--structure", "code", "--steps", 4, "--batch-size", 2),
+            *("--seq-len", 32, "--learning-rate", 1e-2, "--prompt", "def f(x):"),
+        )
     assert status == 0, err
-    assert "structure: 1 of 7 documents do not parse" in err
-    assert "broken.py" in err
     adapter = ("--model", tiny, "--adapter", output / "adapter")
     losses = [
         json.loads(run(monkeypatch, capsys, "evaluate", *adapter, *common, "--json")[1])["loss"]

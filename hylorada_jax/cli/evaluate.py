@@ -11,7 +11,6 @@ from hylorada_jax.cli.shared import (
     loaded,
     print_result,
     puts_offline,
-    tokens_of,
     unloaded,
 )
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
@@ -56,7 +55,8 @@ def evaluate(
     texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
     check_adapter(adapter, structure, weights=dtype if check_weights else None)
 
-    from hylorada_jax.data.documents import as_documents
+    from hylorada_jax.data.document import as_documents
+    from hylorada_jax.data.tokenization import tokenize
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.positions import check_range
@@ -68,13 +68,11 @@ def evaluate(
     if adapter is not None:
         check_whole(adapter, base)
 
-    tokenizer = load_tokenizer(model)
-    tokens, structure_ids = tokens_of(texts, tokenizer, structure)
-    tokens = as_documents(tokens, vocab, "evaluation")
+    tokens = tokenize(texts, load_tokenizer(model), structure)
+    documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
         loaded(model, adapter, dtype, check_weights=check_weights),
-        tokens,
-        structure=structure_ids,
+        documents,
         seq_len=seq_len,
         stride=stride,
         batch_size=batch_size,

@@ -15,7 +15,6 @@ from hylorada_jax.cli.shared import (
     check_whole,
     puts_offline,
     require_encoder,
-    tokens_of,
     unloaded,
 )
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
@@ -74,6 +73,7 @@ def finetune(
         require_encoder(settings, structure)
     RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
 
+    from hylorada_jax.data.tokenization import tokenize
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.surgery.fit import fit
     from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
@@ -96,9 +96,8 @@ def finetune(
     from hylorada_jax.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    train, train_structure = tokens_of(train_texts, tokenizer, structure)
-    held_out, eval_structure = tokens_of(eval_texts, tokenizer, structure)
-    check_data(train, held_out, vocab_size(empty), training)
+    train, held_out = (tokenize(texts, tokenizer, structure) for texts in (train_texts, eval_texts))
+    check_data(train, held_out, vocab_size(empty), settings, training)
     base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
     if saved is None:
         adapted = HyLoRADAModel(base, settings, training.seed)
@@ -107,13 +106,7 @@ def finetune(
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
     options |= {"structure": structure, "dtype": dtype, "remat": remat, "prompt": prompt}
     trainer = HyLoRADATrainer(
-        adapted,
-        train,
-        held_out,
-        training,
-        train_structure=train_structure,
-        eval_structure=eval_structure,
-        recipe=recipe_of(training, adapter, **options),
+        adapted, train, held_out, training, recipe=recipe_of(training, adapter, **options)
     )
     print(f"model    {one_line(model)}, {dtype}")
     tokens = f"{sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"
@@ -137,7 +130,7 @@ def _opened(adapter: Path, given: AdapterOptions) -> "SavedAdapter":
 
     if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
         raise ConfigError(
-            "An adapter that is trained on keeps its settings",
+            "An adapter that is trained on keeps its settings.",
             f"--start-from {adapter} {' '.join(named)}",
             "Give one.",
         )

@@ -68,7 +68,7 @@ def generate(
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
     ids, structure_ids = prompt_of(text, tokenizer, structure, chat=chat)
     if not ids:
-        raise DataError("A prompt must have at least one token", repr(prompt), "Give some text.")
+        raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
 
     rng = jax.random.key(seed)
     check_settings([ids], max_new_tokens, temperature, top_k, top_p, rng)

@@ -28,21 +28,21 @@ def parity(
         overwrite: replace an output file that exists.
     """
     require_packages(
-        "Parity is measured against the PyTorch reference and transformers' models",
+        "Parity is measured against the PyTorch reference and transformers' models.",
         ("torch", "transformers"),
-        'pip install "hylorada[torch]".',
+        'Install it: `pip install "hylorada[torch]"`.',
     )
     refuse_unusable(output.parent)
     if not output.parent.is_dir():
-        raise DataError("A report is written into a directory that exists", str(output.parent), "Make it.")
+        raise DataError("A report is written into a directory that exists.", str(output.parent), "Make it.")
     remedy = "Give another --output."
     try:
         if output.exists() and not output.is_file():
-            raise DataError("A report is a file", f"{output}, which is none", remedy)
+            raise DataError("A report is a file.", f"{output}, which is none", remedy)
         if kind_of(output) and not overwrite:
-            raise DataError("A report is not overwritten", str(output), f"{remedy[:-1]}, or --overwrite.")
+            raise DataError("A report is not overwritten.", str(output), f"{remedy[:-1]}, or --overwrite.")
     except OSError as error:
-        raise DataError("A report is a file that can be written", error, remedy) from error
+        raise DataError("A report is a file that can be written.", error, remedy) from error
 
     from tqdm import tqdm
 
@@ -51,7 +51,7 @@ def parity(
     subjects = report.subjects(only, whole_models=whole_models)
     if not subjects:
         known = ", ".join(dict.fromkeys(subject.name for subject in report.subjects()))
-        raise ConfigError("A pattern of --only matches a name", " ".join(only), f"Choose among: {known}.")
+        raise ConfigError("A pattern of --only matches a name.", " ".join(only), f"Choose among: {known}.")
     rows = [row for subject in tqdm(subjects, "parity") for row in report.measure(subject)]
     print(report.table(rows))
     if whole_models and (families := report.left_out()):

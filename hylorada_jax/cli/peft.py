@@ -52,7 +52,7 @@ def export_peft(
     tokens = None
     if sample is not None:
         if not (ids := load_tokenizer(name).encode_prompt(sample).ids):
-            raise DataError("A sample must have at least one token", repr(sample), "Give some text.")
+            raise DataError("A sample must have at least one token.", repr(sample), "Give some text.")
         tokens = [ids]
     adapted = HyLoRADAModel.from_pretrained(load_model(name), saved)
     export(adapted, output, drop=drop, sample=tokens)

@@ -17,7 +17,7 @@ from hylorada_jax.training.config import TrainingConfig
 _OPTION = "--recipe"
 _RULE = "A recipe must be a file of options by name, in JSON or YAML."
 _MAX_BYTES = 2**20
-# Where a run is kept, and what becomes of one that is there, is no part of what repeats it.
+# Where a run is kept, and what becomes of one that is there, is not part of what repeats it.
 _NOT_REPEATED = ("output", "resume", "overwrite")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.data.text_files import Document
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.io import hub
 from hylorada_jax.terminal import one_line, show
@@ -65,7 +64,7 @@ def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
     """Refuses structure for what cannot read it: a base model, or another method than hylorada_v2."""
     if config is None or not config.use_hylorada_v2:
         raise ConfigError(
-            "Structure is read by the structure encoder, which only method hylorada_v2 has",
+            "Structure is read by the structure encoder, which only method hylorada_v2 has.",
             f"--structure {structure} for " + ("no adapter" if config is None else f"method {config.method}"),
             "Choose hylorada_v2, or leave --structure out.",
         )
@@ -86,7 +85,7 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
     if structure:
         require_encoder(None if saved is None else saved.config, structure)
     if weights and saved is None:
-        rule = "Weights are checked against those that an adapter was trained on"
+        rule = "Weights are checked against those that an adapter was trained on."
         raise ConfigError(rule, "--check-weights for no adapter", "Give --adapter, or leave it out.")
     if weights and saved is not None:
         check_weights(saved.base, {"dtype": weights})
@@ -97,20 +96,6 @@ def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
     from hylorada_jax.saved.opening import open_on
 
     open_on(base, adapter).saved.tensors()
-
-
-def tokens_of(
-    texts: list[Document], tokenizer: "Tokenizer", structure: Domain | None
-) -> tuple[list[Any], list[Any] | None]:
-    """The token ids of each document, and their structure ids where these are asked for."""
-    from hylorada_jax.data.documents import tokenize, tokenize_with_structure
-
-    if structure is None:
-        return tokenize(texts, tokenizer), None
-    found = tokenize_with_structure(texts, tokenizer, structure)
-    note = f"structure: {len(found.unparsed)} of {len(texts)} documents do not parse: depth by indentation"
-    print(", ".join([note, *map(one_line, found.unparsed[:3])]), file=sys.stderr)
-    return found.tokens, found.structure_ids
 
 
 def prompt_of(

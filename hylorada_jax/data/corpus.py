@@ -66,7 +66,7 @@ def load_documents(source: str | Path, split: Split = "all") -> list[Document]:
     else:
         documents = [document for path in _files(source) for document in read_documents(path)]
     if not documents:
-        raise DataError("Data must have text in it", source, "Give files that are not empty.")
+        raise DataError("Data must have text in it.", source, "Give files that are not empty.")
     if split == "all":
         return documents
     train, held_out = _divide(documents)
@@ -96,7 +96,7 @@ def _cut_tail(document: Document) -> tuple[list[Document], list[Document]]:
     at = document.text.rfind("\n", at // 2, at) + 1 or at
     head, tail = document.text[:at], document.text[at:]
     if not head.strip() or not tail.strip():
-        rule = "Data must be long enough to hold a part of it out"
+        rule = "Data must be long enough to hold a part of it out."
         raise DataError(rule, f"{document.name}: {len(document.text)} characters", "Give more text.")
     return [Document(document.name, head)], [Document(f"{document.name} (held-out end)", tail)]
 
@@ -119,22 +119,22 @@ def _files(source: str) -> list[Path]:
     try:
         is_file, is_dir = Path(source).is_file(), Path(source).is_dir()
     except (OSError, ValueError) as error:  # a name too long or with a null, a directory that is closed
-        raise DataError("Data must be readable", error, "Check the path.") from error
+        raise DataError("Data must be readable.", error, "Check the path.") from error
     if is_file:
         return [Path(source)]
     if is_dir:
-        raise DataError("Data must be files, not a directory", source, f'Give a glob: "{source}/**/*.txt".')
+        raise DataError("Data must be files, not a directory.", source, f'Give a glob: "{source}/**/*.txt".')
     if glob.has_magic(source):
         root, pattern = _split_glob(Path(source))
         if files := sorted({path for path in _matches(root, pattern) if path.is_file()}):
             return files
         raise DataError(
-            "A glob must match at least one file", source, 'Quote it, and use "**" for subdirectories.'
+            "A glob must match at least one file.", source, 'Quote it, and use "**" for subdirectories.'
         )
     if _HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
         return _hub_files(source)
     raise DataError(
-        "Data must be a file, a glob, a Hub dataset (owner/name) or python-stdlib", source, "Check the path."
+        "Data must be a file, a glob, a Hub dataset (owner/name) or python-stdlib.", source, "Check the path."
     )
 
 
@@ -172,8 +172,8 @@ def _hub_files(name: str) -> list[Path]:
     except Exception as error:  # the client raises many kinds: no network, no such dataset, no permission
         if hub.is_offline():
             remedy = f"Fetch it once: `hf download --repo-type dataset {name}`, or go online."
-            raise DataError("Offline, a Hub dataset must be in the local cache", name, remedy) from error
-        rule = f"The Hub dataset {name!r} must be reachable, or downloaded before"
+            raise DataError("Offline, a Hub dataset must be in the local cache.", name, remedy) from error
+        rule = f"The Hub dataset {name!r} must be reachable, or downloaded before."
         raise DataError(rule, error, "Check the name and the network, or give files of your own.") from error
     files = sorted(
         path
@@ -182,6 +182,6 @@ def _hub_files(name: str) -> list[Path]:
     )
     if not files:
         raise DataError(
-            f"A Hub dataset must have {', '.join(suffixes)} files", name, "Convert it, and give the files."
+            f"A Hub dataset must have {', '.join(suffixes)} files.", name, "Convert it, and give the files."
         )
     return [path for path in files if "train" in path.relative_to(root).as_posix()] or files

@@ -45,24 +45,26 @@ def read_documents(path: Path) -> Iterator[Document]:
         Documents that are not blank, in the file's order.
 
     Raises:
-        DataError: the file is no regular one, compressed, damaged or not UTF-8, or a row has no text; it says
-            in which line. A line or a field of more than 2²⁶ characters, a file of more than 2³⁰ bytes that
-            is read whole, or a parquet file that expands a hundredfold.
+        DataError: the file is not a regular one, compressed, damaged or not UTF-8, or a row has no text; it
+            says in which line. A line or a field of more than 2²⁶ characters, a file of more than 2³⁰ bytes
+            that is read whole, or a parquet file that expands a hundredfold.
     """
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED:
-        raise DataError("A data file must not be compressed", path, f"{_COMPRESSED[suffix]} {path}")
+        raise DataError(
+            "A data file must not be compressed.", path, f"Unpack it: `{_COMPRESSED[suffix]} {path}`."
+        )
     try:
         if not path.is_file():  # a pipe may never end, nor a device
-            raise DataError("A data file must be a regular file", path, "Write the data into a file.")
+            raise DataError("A data file must be a regular file.", path, "Write the data into a file.")
         for name, text in _READERS.get(suffix, _read_text)(path):
             if text and text.strip():
                 yield Document(name, well_formed(text))
     except UnicodeDecodeError as error:
         received = f"{_undecodable(path)}: {error.reason}"
-        raise DataError("Text must be UTF-8", received, "Convert the file to UTF-8, with iconv.") from error
+        raise DataError("Text must be UTF-8.", received, "Convert the file to UTF-8, with iconv.") from error
     except OSError as error:
-        raise DataError("A data file must be readable", f"{path}: {error}", "Check the file.") from error
+        raise DataError("A data file must be readable.", f"{path}: {error}", "Check the file.") from error
 
 
 def _undecodable(path: Path) -> str:
@@ -81,7 +83,7 @@ def _undecodable(path: Path) -> str:
 def _whole(path: Path) -> str:
     """The text of a file that is one piece."""
     if (size := path.stat().st_size) > _WHOLE:
-        raise _too_long("A file that is no table of rows", _WHOLE, "bytes", f"{path}: {size:,}")
+        raise _too_long("A file that is not a table of rows", _WHOLE, "bytes", f"{path}: {size:,}")
     return path.read_text(encoding="utf-8-sig")
 
 
@@ -96,7 +98,7 @@ def _lines(file: TextIO, path: Path) -> Iterator[str]:
 
 
 def _too_long(what: str, limit: int, unit: str, received: str) -> DataError:
-    rule = f"{what} must have at most {limit:,} {unit}"
+    rule = f"{what} must have at most {limit:,} {unit}."
     return DataError(rule, received, "Divide it into documents, as the lines of a .jsonl file.")
 
 
@@ -137,7 +139,7 @@ def _parsed(line: str, place: str) -> Any:
 
 def _not_json(received: str) -> DataError:
     return DataError(
-        "JSON must be well formed, and JSON lines must be so on every line",
+        "JSON must be well formed, and JSON lines must be so on every line.",
         received,
         "Correct or remove the line.",
     )
@@ -151,7 +153,7 @@ def _text_of(record: Any, place: str) -> str | None:
     else:
         found = _columns(record) if isinstance(record, dict) else f"a {type(record).__name__}"
     raise DataError(
-        f"A row must be an object with a string {COLUMN!r}",
+        f"A row must be an object with a string {COLUMN!r}.",
         f"{place}: {found}",
         f"Rename the field that has the text to {COLUMN}.",
     )
@@ -170,14 +172,14 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[str, str]]:
             line = rows.line_num + 1
             for row in rows:
                 if _is_filled(row) and len(row) != len(header):
-                    rule = "A row of a CSV file must have as many fields as its header"
+                    rule = "A row of a CSV file must have as many fields as its header."
                     received = f"{path}:{line}: {len(row)} fields, header {_columns(header)}"
                     raise DataError(rule, received, 'Put text with a delimiter in it in quotes: "a, b".')
                 if _is_filled(row):
                     yield f"{path}:{line}", row[at]
                 line = rows.line_num + 1
     except csv.Error as error:
-        rule = 'A CSV file must quote its fields as RFC 4180 does: "a ""word"", and more"'
+        rule = 'A CSV file must quote its fields as RFC 4180 does: "a ""word"", and more".'
         raise DataError(rule, f"{path}:{line}: {error}", "Correct or remove the row.") from error
     finally:
         csv.field_size_limit(limit)
@@ -192,8 +194,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, str | None]]:
         arrow: Any = importlib.import_module("pyarrow")  # optional, and slow to import
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        rule = "Reading a parquet file takes pyarrow"
-        raise DataError(rule, path, "pip install pyarrow, or convert the file to JSONL.") from error
+        rule = "Reading a parquet file takes pyarrow."
+        raise DataError(
+            rule, path, "Install it, `pip install pyarrow`, or convert the file to JSONL."
+        ) from error
     number = expanded = 0
     limit = max(_EXPANDED, _EXPANSION * path.stat().st_size)
     try:
@@ -210,10 +214,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, str | None]]:
                     yield f"{path}[{number}]", text
                     number += 1
     except UnicodeDecodeError as error:
-        rule = "Text must be UTF-8"
+        rule = "Text must be UTF-8."
         raise DataError(rule, f"{path}[{number}]: {error.reason}", "Correct the row.") from error
     except (arrow.ArrowException, OSError) as error:
-        rule = "A parquet file must be whole"
+        rule = "A parquet file must be whole."
         raise DataError(rule, f"{path}: {error}", "Copy or download it again.") from error
 
 
@@ -229,14 +233,14 @@ def _batches(rows: Any, path: Path, limit: int) -> Iterator[Any]:
 
 
 def _expands(place: str, size: int, limit: int) -> DataError:
-    rule = f"A parquet file must not expand to more than {_EXPANSION} times its size"
+    rule = f"A parquet file must not expand to more than {_EXPANSION} times its size."
     return DataError(rule, f"{place}: {size:,} bytes, more than {limit:,}", "Convert it to .jsonl, in parts.")
 
 
 def _check_is_text(kind: Any, types: Any, path: Path) -> None:
     plain = kind.value_type if types.is_dictionary(kind) else kind
     if not any(is_kind(plain) for is_kind in (types.is_string, types.is_large_string, types.is_null)):
-        rule = f"The column {COLUMN} of a parquet file must hold strings"
+        rule = f"The column {COLUMN} of a parquet file must hold strings."
         raise DataError(rule, f"{path}: {kind}", "Convert the column, or rename the one that has the text.")
 
 
@@ -244,7 +248,7 @@ def _column(names: Sequence[str], path: Path) -> int:
     """The place of the text's column."""
     if names.count(COLUMN) != 1:
         raise DataError(
-            f"A file of rows must have one column {COLUMN}",
+            f"A file of rows must have one column {COLUMN}.",
             f"{path}: columns {_columns(names)}",
             f"Rename the column that has the text to {COLUMN}; a CSV file begins with its header.",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hylorada_jax.data.document import as_record
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.lost_in_the_middle import LostInTheMiddle, evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import Perplexity, evaluate_perplexity
@@ -32,27 +33,26 @@ def compare_models(
     seq_len: int = 1024,
     batch_size: int = 8,
     max_tokens: int | None = None,
-    structure: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Measures]:
     """Perplexity and LiM perplexity of several models on the same windows.
 
     Args:
         models: by name; each a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
-        documents: token ids of each document, of a tokenizer that all the models share.
+        documents: a :class:`TokenizedDocument` or a sequence of token ids per document, of a tokenizer that
+            all the models share. Their structure is for those of the models that have a structure encoder.
         seq_len: tokens per window.
         batch_size: rows at a time.
         max_tokens: evaluate on about this many tokens, the same for all; None takes all.
-        structure: structure ids of each document, for those of the models that have a structure encoder.
         progress: show progress bars on stderr.
 
     Returns:
         The measures of each model, by its name.
 
     Raises:
-        DataError: no document fills a window, a token id is outside a model's vocabulary, or structure ids
-            do not fit the tokens.
-        ConfigError: there are structure ids, and no model that reads them.
+        DataError: no document fills a window, a token id is outside a model's vocabulary, or a field of a
+            document does not fit its tokens.
+        ConfigError: there is structure, and no model that reads it.
         NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:
@@ -70,18 +70,21 @@ def compare_models(
         "progress": progress,
     }
     sweeps = {name: loss_sweep(model) for name, model in models.items()}
-    read = {name: structure if sweep.model.has_encoder else None for name, sweep in sweeps.items()}
-    if structure is not None and not any(sweep.model.has_encoder for sweep in sweeps.values()):
+    structured = [as_record(document) for document in documents]
+    plain = [document.without_structure() for document in structured]
+    has_structure = any(document.has_structure for document in structured)
+    if has_structure and not any(sweep.model.has_encoder for sweep in sweeps.values()):
         raise ConfigError(
-            "Structure ids are read by the structure encoder, which only hylorada_v2 has",
+            "Structure is read by the structure encoder, which only hylorada_v2 has.",
             ", ".join(models),
-            "Leave structure out.",
+            "Leave it out of the documents.",
         )
+    texts = {name: structured if sweep.model.has_encoder else plain for name, sweep in sweeps.items()}
     return {
         name: Measures(
             sweep.model.num_trainable,
-            evaluate_perplexity(sweep, documents, structure=read[name], **options),
-            evaluate_lost_in_the_middle(sweep, documents, structure=read[name], **options),
+            evaluate_perplexity(sweep, texts[name], **options),
+            evaluate_lost_in_the_middle(sweep, texts[name], **options),
         )
         for name, sweep in sweeps.items()
     }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.compare import compare_models
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
@@ -27,21 +28,21 @@ def test_each_model_is_measured_as_on_its_own_and_reads_what_it_can(base):  # no
         )
     texts = documents()
     options: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 2, "progress": False}
-    structure = [tokens % 7 for tokens in texts]
-    found = compare_models(models, texts, structure=structure, **options)
+    structured = [TokenizedDocument(tokens, structure_ids=tokens % 7) for tokens in texts]
+    found = compare_models(models, structured, **options)
     untold = compare_models(models, texts, **options)
     assert list(found) == list(models)
     for name, model in models.items():
-        ids = structure if name == "hylorada_v2" else None
-        perplexity = evaluate_perplexity(model, texts, structure=ids, **options)
-        by_place = evaluate_lost_in_the_middle(model, texts, structure=ids, **options)
+        read = structured if name == "hylorada_v2" else texts
+        perplexity = evaluate_perplexity(model, read, **options)
+        by_place = evaluate_lost_in_the_middle(model, read, **options)
         assert found[name].parameters == (0 if name == "base" else model.num_trainable)
         assert found[name].perplexity == perplexity
         np.testing.assert_array_equal(found[name].by_place.losses, by_place.losses)
-        assert (found[name].perplexity == untold[name].perplexity) is (ids is None)
+        assert (found[name].perplexity == untold[name].perplexity) is (read is texts)
     assert len({measures.perplexity.loss for measures in found.values()}) == 3
     with pytest.raises(ConfigError, match="base, lora"):
-        compare_models({name: models[name] for name in ("base", "lora")}, texts, structure=structure)
+        compare_models({name: models[name] for name in ("base", "lora")}, structured)
 
 
 def test_measures_of_one_model_share_what_is_compiled(base):  # noqa: F811

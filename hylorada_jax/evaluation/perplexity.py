@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hylorada_jax.data.documents import as_documents, as_structure
+from hylorada_jax.data.document import as_documents
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.models.base_model import vocab_size
@@ -43,25 +43,24 @@ class PerplexityEvaluator:
 
         PPL = exp(Σ_t nll_t / T)
 
-    over the T predictions of all documents. A window of ``seq_len`` tokens starts every ``stride`` tokens. A
-    token counts only in the first window that predicts it: none counts twice, and past the beginning of its
-    document each has at least seq_len - stride tokens of context.
+    over the T predictions of all documents, those of scored tokens where documents say which are. A window
+    of ``seq_len`` tokens starts every ``stride`` tokens. A token counts only in the first window that
+    predicts it: none counts twice, and past the beginning of its document each has at least
+    seq_len - stride tokens of context.
 
     Args:
         model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models; or what
             :func:`loss_sweep` makes of it, to compile once for several measures.
-        documents: token ids of each document.
+        documents: a :class:`TokenizedDocument` or a sequence of token ids per document.
         seq_len: tokens per window.
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
         batch_size: rows at a time; rounded up to a multiple of the devices.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
-        structure: structure ids of each document, for a model with a structure encoder; None for none.
 
     Raises:
         DataError: there is nothing to predict, a token id is outside the vocabulary, a window is longer than
-            the model's table of positions, or structure ids do not fit the tokens.
-        ConfigError: nothing in the model reads structure ids, or seq_len, stride or max_tokens is out of
-            range.
+            the model's table of positions, or a field of a document does not fit its tokens.
+        ConfigError: nothing in the model reads structure, or seq_len, stride or max_tokens is out of range.
 
     Source: method.md, section 9; the Hugging Face guide "Perplexity of fixed-length models".
     """
@@ -75,19 +74,16 @@ class PerplexityEvaluator:
         stride: int | None = None,
         batch_size: int = 8,
         max_tokens: int | None = None,
-        structure: Sequence[Any] | None = None,
     ) -> None:
         self._sweep = loss_sweep(model)
         scored = self._sweep.model
         check_range((batch_size, seq_len), limit=scored.base.position_limit)
-        checked = as_documents(documents, vocab_size(scored.base), "evaluation")
+        vocab = vocab_size(scored.base)
         self._rows = Rows(
-            checked,
+            as_documents(documents, vocab, "evaluation", has_encoder=scored.has_encoder),
             seq_len,
             stride=max(1, seq_len // 2) if stride is None else stride,
             packing=scored.base.supports_segments,
-            structure=as_structure(structure, checked, "evaluation", has_encoder=scored.has_encoder),
-            numbered=True,
         )
         self._batch_size, self._max_tokens = batch_size, max_tokens
 
@@ -129,7 +125,6 @@ def evaluate_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
-    structure: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity of a model on documents: :class:`PerplexityEvaluator`, once.
@@ -137,12 +132,11 @@ def evaluate_perplexity(
     Args:
         model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models; or what
             :func:`loss_sweep` makes of it, to compile once for several measures.
-        documents: token ids of each document.
+        documents: a :class:`TokenizedDocument` or a sequence of token ids per document.
         seq_len: tokens per window.
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
         batch_size: rows at a time.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
-        structure: structure ids of each document, for a model with a structure encoder; None for none.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -150,9 +144,8 @@ def evaluate_perplexity(
 
     Raises:
         DataError: there is nothing to predict, a token id is outside the vocabulary, a window is longer than
-            the model's table of positions, or structure ids do not fit the tokens.
-        ConfigError: nothing in the model reads structure ids, or seq_len, stride or max_tokens is out of
-            range.
+            the model's table of positions, or a field of a document does not fit its tokens.
+        ConfigError: nothing in the model reads structure, or seq_len, stride or max_tokens is out of range.
         NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:
@@ -168,6 +161,5 @@ def evaluate_perplexity(
         stride=stride,
         batch_size=batch_size,
         max_tokens=max_tokens,
-        structure=structure,
     )
     return evaluator(progress=progress)

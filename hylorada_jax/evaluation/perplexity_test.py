@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator, evaluate_perplexity
@@ -32,7 +33,7 @@ def documents(seed=0):
     return [rng.integers(0, VOCAB, n) for n in (40, 7, 1, 12, 13, 25)]
 
 
-def direct_loss(logits_of, stride):
+def direct_loss(logits_of, stride, is_scored=lambda tokens: np.ones(len(tokens), bool)):
     """The definition, one window at a time: a token counts in the first window that predicts it."""
     total, count = 0.0, 0
     for tokens in documents():
@@ -44,7 +45,8 @@ def direct_loss(logits_of, stride):
             logits = np.asarray(logits_of(window[None]), np.float64)[0, : stop - start]
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             nll = -log_p[np.arange(stop - start), tokens[start + 1 : stop + 1]]
-            total, count = total + nll[scored - start :].sum(), count + stop - scored
+            counts = is_scored(tokens)[scored + 1 : stop + 1]
+            total, count = total + nll[scored - start :][counts].sum(), count + counts.sum()
             start, scored = start + stride, stop
     return total / count, count
 
@@ -58,6 +60,17 @@ def test_perplexity_of_a_base_model_is_the_definition(base, stride):
     assert found.tokens == count == sum(len(d) - 1 for d in documents())
     assert found.loss == pytest.approx(loss, rel=1e-6)  # float32 logits
     assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
+
+
+def test_perplexity_is_that_of_the_scored_tokens(base):
+    def is_scored(tokens):
+        return tokens % 3 == 0
+
+    texts = [TokenizedDocument(tokens, is_scored(tokens)) for tokens in documents()]
+    found = evaluate_perplexity(base, texts, seq_len=SEQ_LEN, stride=5, batch_size=2, progress=False)
+    loss, count = direct_loss(lambda ids: base(ids).logits, 5, is_scored)
+    assert found.tokens == count
+    assert found.loss == pytest.approx(loss, rel=1e-6)  # float32 logits
 
 
 def test_adapters_change_what_is_evaluated_and_nothing_compiles_twice(base):
@@ -135,20 +148,20 @@ def test_structure_ids_reach_the_model_beside_their_tokens(base):
     model.adapters = jax.tree.map(lambda x: x + rng.normal(0, 0.5, x.shape).astype(x.dtype), model.adapters)
     of_token = rng.integers(0, 60, VOCAB)
 
-    def loss(structure):
-        found = evaluate_perplexity(
-            model, documents(), seq_len=SEQ_LEN, stride=5, batch_size=2, structure=structure, progress=False
-        )
+    structured = [TokenizedDocument(tokens, structure_ids=of_token[tokens]) for tokens in documents()]
+
+    def loss(texts):
+        found = evaluate_perplexity(model, texts, seq_len=SEQ_LEN, stride=5, batch_size=2, progress=False)
         return found.loss
 
     def logits(ids):
         return model(ids, structure_ids=of_token[ids]).logits
 
-    found = loss([of_token[tokens] for tokens in documents()])
+    found = loss(structured)
     assert found == pytest.approx(direct_loss(logits, 5)[0], rel=1e-6)
-    assert abs(found - loss(None)) > 1e-3
+    assert abs(found - loss(documents())) > 1e-3
     with pytest.raises(ConfigError, match="encoder"):
-        evaluate_perplexity(base, documents(), seq_len=SEQ_LEN, structure=documents())
+        evaluate_perplexity(base, structured, seq_len=SEQ_LEN)
 
 
 @pytest.mark.slow

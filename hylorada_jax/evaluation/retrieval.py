@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hylorada_jax.data.packing import Batch
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.sweep import Sweep
-from hylorada_jax.math.loss import logits
+from hylorada_jax.math.loss import IGNORED, logits
 from hylorada_jax.models.base_model import vocab_size
+from hylorada_jax.models.batch import Batch, padding
 from hylorada_jax.models.ids import check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
             sentences.append(sentence)
     if len(sentences) < DEPTHS - 1:
         raise DataError(
-            f"A context must have room for {DEPTHS - 1} sentences beside the fact and the question",
+            f"A context must have room for {DEPTHS - 1} sentences beside the fact and the question.",
             f"seq_len {seq_len}: {len(sentences)} sentences",
             "Take a larger seq_len.",
         )
@@ -150,14 +150,11 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
 def _padded(text: dict[str, list[int]], seq_len: int, width: int) -> Batch:
     """A row of a context; each token of the answer is predicted at the place before it."""
     length, asked = len(text["tokens"]), len(text["answer"])
-    parts: list[tuple[str, Any, int, int]] = [
-        ("input_ids", text["tokens"], seq_len, 0),
-        ("segment_ids", np.ones(length), seq_len, 0),
-        ("position_ids", np.arange(length), seq_len, 0),
-        ("places", np.arange(length - asked, length) - 1, width, 0),
-        ("answer", text["answer"], width, -1),
-    ]
-    return {
-        name: np.pad(np.asarray(values, np.int32), (0, size - len(values)), constant_values=fill)
-        for name, values, size, fill in parts
-    }
+    row = padding(["input_ids", "segment_ids", "position_ids"], seq_len)
+    row["input_ids"][:length] = text["tokens"]
+    row["segment_ids"][:length] = 1
+    row["position_ids"][:length] = np.arange(length)
+    places, answer = np.zeros(width, np.int32), np.full(width, IGNORED, np.int32)
+    places[:asked] = np.arange(length - asked, length) - 1
+    answer[:asked] = text["answer"]
+    return row | {"places": places, "answer": answer}

@@ -11,9 +11,10 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from hylorada_jax.data.packing import Batch, Rows, batches, spread
+from hylorada_jax.data.packing import Rows, batches, spread
 from hylorada_jax.devices import replicate, shard_rows
 from hylorada_jax.errors import NonFiniteError
+from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.generate import not_finite
 from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.scoring import model_inputs, score

@@ -76,7 +76,7 @@ def changed_tensors(
                 put(f"{name}.bias", (linear.d_out,), _merged_bias, bias, *arguments)
     if missing:
         raise ModelError(
-            "Every adapted tensor must be in the checkpoint, in the model's own shape",
+            "Every adapted tensor must be in the checkpoint, in the model's own shape.",
             f"missing or of another shape: {short(missing)}",
             "Check that the download is complete and of this architecture.",
         )

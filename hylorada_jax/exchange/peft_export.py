@@ -137,7 +137,7 @@ def _refuse_inexpressible(
 ) -> None:
     if not any(site.component == "linear" for site in sites):
         raise ModelError(
-            "PEFT's files carry adapters of linear layers",
+            "PEFT's files carry adapters of linear layers.",
             f"method={config.method!r}, which adapts none",
             "Keep the adapter beside the model.",
         )
@@ -150,7 +150,7 @@ def _refuse_inexpressible(
     ]
     if biased:
         raise ModelError(
-            "DoRA in PEFT scales no bias",
+            "DoRA in PEFT scales no bias.",
             f"magnitude_scales_bias=True, and biases in {short(biased)}",
             "Merge the adapter instead: `hylorada merge`.",
         )
@@ -158,7 +158,7 @@ def _refuse_inexpressible(
         return
     parts = [f"{component}: {found}{share(component) if share else ''}" for component, found in live.items()]
     raise ModelError(
-        "PEFT's LoRA and DoRA are updates of weights, the same for every token",
+        "PEFT's LoRA and DoRA are updates of weights, the same for every token.",
         "\n            ".join(parts),
         f"Drop it deliberately: drop={list(live)}, on the command line --drop {' '.join(live)}; or train "
         "without.",

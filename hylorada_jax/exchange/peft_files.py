@@ -151,8 +151,8 @@ def open_peft(directory: str | Path) -> SavedPeft:
         directory: holds adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        CheckpointError: a file is missing or damaged, has values of other types, or what is no tensor of LoRA
-            or DoRA.
+        CheckpointError: a file is missing or damaged, has values of other types, or has a tensor that LoRA
+            and DoRA do not have.
         ConfigError: a setting asks for what this library does not have; it is named.
     """
     directory = user_path(directory)
@@ -161,35 +161,35 @@ def open_peft(directory: str | Path) -> SavedPeft:
     if not path.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
         raise CheckpointError(
-            f"An adapter of PEFT holds its tensors in {WEIGHTS_NAME}",
+            f"An adapter of PEFT holds its tensors in {WEIGHTS_NAME}.",
             f"{directory}: {'adapter_model.bin, a pickle, which runs code when read' if pickled else 'none'}",
             "Save it with PEFT's save_pretrained(directory, safe_serialization=True).",
         )
     header = read_header(path, _WHOLE, CheckpointError, "Copy it again.")
     theirs = {name: known for name, known in header.items() if not name.endswith(_OF_TRAINING)}
     if alien := [f"{name} {dtype}" for name, (dtype, _) in theirs.items() if dtype not in _FLOATS]:
-        raise CheckpointError("An adapter holds floating-point tensors", short(alien), "Save it with PEFT.")
+        raise CheckpointError("An adapter holds floating-point tensors.", short(alien), "Save it with PEFT.")
     names = {_our_name(name, path): name for name in theirs}
     if twice := sorted(theirs.keys() - names.values()):
-        raise CheckpointError("An adapter holds a tensor once", short(twice), "Save it with PEFT.")
+        raise CheckpointError("An adapter holds a tensor once.", short(twice), "Save it with PEFT.")
     return SavedPeft(path, settings, {ours: theirs[name][1] for ours, name in names.items()}, names)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """What the config says, for what we read; refuses the rest where it says something."""
-    rule = f"An adapter of PEFT has an {CONFIG_NAME}"
+    rule = f"An adapter of PEFT has an {CONFIG_NAME}."
     found = read_json(path, rule, CheckpointError, "Check the path.", limit=MAX_CONFIG_BYTES)
     if found.get("format") == "hylorada":
         raise CheckpointError(
-            "An adapter of PEFT is to be read", f"{path}, one of this library's", "Use it as it is."
+            "An adapter of PEFT is to be read.", f"{path}, one of this library's", "Use it as it is."
         )
     if (kind := found.get("peft_type")) != "LORA":
         raise ConfigError(
-            "PEFT's LoRA and DoRA can be read", f"peft_type {shown(kind)}", "Train a LoRA adapter."
+            "PEFT's LoRA and DoRA can be read.", f"peft_type {shown(kind)}", "Train a LoRA adapter."
         )
-    # To PEFT, null is no setting, but for the two numbers without which there is no adapter.
+    # To PEFT, null is not a setting, but for the two numbers without which there is no adapter.
     said = {key: value for key, value in found.items() if value is not None or key in ("r", "lora_alpha")}
-    rule = f"{CONFIG_NAME} must be what PEFT's save_pretrained wrote: {path}"
+    rule = f"{CONFIG_NAME} must be what PEFT's save_pretrained wrote: {path}."
     settings = msgspec.structs.asdict(checked(said, _Settings, rule, CheckpointError, "Save it again."))
     unknown = {key: value for key, value in said.items() if key not in (*settings, *_IDLE) and value}
     if settings["bias"] != "none":
@@ -198,7 +198,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         unknown["init_lora_weights"] = settings["init_lora_weights"]
     if unknown:
         raise ConfigError(
-            "Every setting of PEFT's that changes the function must be one this library has",
+            "Every setting of PEFT's that changes the function must be one this library has.",
             short([f"{key}={shown(value)}" for key, value in unknown.items()]),
             _remedy(unknown),
         )
@@ -225,7 +225,7 @@ def _our_name(theirs: str, path: Path) -> str:
                 return name.removesuffix(known) + ours
     if name == theirs or not name.endswith((".weight", ".bias")) or ".lora_" in name:
         raise CheckpointError(
-            "Every tensor must be LoRA's or DoRA's of a linear layer, or a module's that was saved whole",
+            "Every tensor must be LoRA's or DoRA's of a linear layer, or a module's that was saved whole.",
             f"{short([theirs])} in {path}",
             f"{MERGE} Where it adapts an embedding that is tied to the head: train one of linear layers.",
         )

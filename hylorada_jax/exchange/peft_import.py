@@ -40,7 +40,7 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     Raises:
         CheckpointError: the files are damaged, or fit another model.
         ConfigError: the adapter uses what this library does not have, or cannot start that method.
-        TargetError: a key of its patterns is no regular expression of bounded cost.
+        TargetError: a key of its patterns is not a regular expression of bounded cost.
 
     Example:
         model = import_peft(load_model("smollm2-135m"), "runs/peft", method="hylorada_v1")
@@ -77,26 +77,26 @@ def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modul
     settings, theirs = saved.settings, _theirs(saved.settings)
     if (method or theirs) not in ({"lora"} if theirs == "lora" else {"dora", "hylorada_v1"}):
         raise ConfigError(
-            "LoRA goes on as lora, DoRA as dora or hylorada_v1",
+            "LoRA goes on as lora, DoRA as dora or hylorada_v1.",
             f"method={method!r} for an adapter of {theirs}",
             "Choose one of these.",
         )
     ranks = _ranks(saved.shapes)
     if heads := [name for name in ranks if is_head(name)]:
         raise ConfigError(
-            "An output head is not adapted here", short(heads), f"{MERGE} A tied head: train one without it."
+            "An output head is not adapted here.", short(heads), f"{MERGE} A tied head: train one without it."
         )
     modules = find_modules(base.init_params)
     if alien := sorted(set(ranks) - set(modules.linear_names)):
         raise CheckpointError(
-            "The adapter's layers must be linear layers of the model",
+            "The adapter's layers must be linear layers of the model.",
             f"{short(alien)}; the model has {short(modules.linear_names)}",
             "Load the base model that the adapter was trained on.",
         )
     stated = _by_pattern(settings, "rank_pattern", "r", [*ranks])
     if wrong := [f"{name}: {ranks[name]}, not {r}" for name, r in stated.items() if r != ranks[name]]:
         raise CheckpointError(
-            "The tensors must have the ranks of their config", short(wrong), "Save it again."
+            "The tensors must have the ranks of their config.", short(wrong), "Save it again."
         )
     sizes = {name: (module.d_in, module.d_out) for module in modules.linears for name in module.names}
     wanted = {

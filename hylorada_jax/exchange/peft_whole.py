@@ -20,7 +20,7 @@ from hylorada_jax.text import short
 from hylorada_jax.trees import Params
 
 Tensors = dict[str, np.ndarray]
-_RULE = "modules_to_save can be all embeddings, all norms, both or none"
+_RULE = "modules_to_save can be all embeddings, all norms, both or none."
 
 
 def is_whole(tensor: str) -> bool:
@@ -53,7 +53,7 @@ def check_whole(shapes: Mapping[str, tuple[int, ...]], base: BaseModel, modules:
         known = [own[name]] if name in own else [size for size in own.values() if len(size) == 2]
         if shape not in known:
             raise ConfigError(
-                "A module that an adapter holds whole must have the base model's shape",
+                "A module that an adapter holds whole must have the base model's shape.",
                 f"{name} {shape} for {' or '.join(map(str, known))}",
                 f"Resize the base as for training, base.resize_token_embeddings({sum(shape[:1])}). "
                 + NEW_BASE,
@@ -95,7 +95,7 @@ def settle_whole(
     whole -= idle
     if head in whole:
         raise ConfigError(
-            "An output head is not trained here", f"{head}, which differs from the base model's", NEW_BASE
+            "An output head is not trained here.", f"{head}, which differs from the base model's", NEW_BASE
         )
     embeddings, norms = (bool(group.keys() & whole) for group in groups)
     if odd := whole ^ ({*groups[0]} if embeddings else set()) ^ ({*groups[1]} if norms else set()):
@@ -118,7 +118,7 @@ def _without_tied_head(tensors: Tensors, config: Any) -> Tensors:
     if twin is None or not any(np.array_equal(tensor, twin) for tensor in embeddings.values()):
         untouched = f"{head} is {'another' if head in tensors else 'untouched'}"
         raise ConfigError(
-            "The head of this model is its embedding: both are trained, or none",
+            "The head of this model is its embedding: both are trained, or none.",
             f"{', '.join(embeddings) or 'no embedding'}; {untouched}",
             "Train both with the same numbers, or untie them: model.config.tie_word_embeddings = False. "
             + NEW_BASE,

@@ -61,7 +61,7 @@ def refuse_taken(directory: Path) -> None:
     if directory.is_dir():
         if any(directory.iterdir()):
             raise CheckpointError(
-                "The output must be a new or an empty directory", directory, "Choose another directory."
+                "The output must be a new or an empty directory.", directory, "Choose another directory."
             )
         refuse_unusable(directory.resolve().parent)  # where the directory is made that takes its place
 
@@ -94,7 +94,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise CheckpointError(
-            "The output directory must be writable, and the disk must have room for the model",
+            "The output directory must be writable, and the disk must have room for the model.",
             f"{directory}: {error}",
             "Free some space, or choose another directory.",
         ) from error

@@ -88,7 +88,7 @@ def refuse_unusable(directory: Path) -> None:
             return
     except OSError as error:
         found = f"{directory}: {error.strerror}"
-    rule = "The output must be a directory that can be written, or made"
+    rule = "The output must be a directory that can be written, or made."
     raise CheckpointError(rule, found, "Choose another output directory.")
 
 

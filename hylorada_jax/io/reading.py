@@ -33,7 +33,7 @@ def read_bounded(
         All of it.
 
     Raises:
-        HyLoRADAError: of the class given: it is larger, is no regular file, or cannot be read.
+        HyLoRADAError: of the class given: it is larger, is not a regular file, or cannot be read.
     """
     try:
         if not path.is_file():  # a directory, a pipe that never ends

@@ -28,7 +28,7 @@ def read_header(
         {name: (safetensors' name of the dtype, as "F32", shape)}.
 
     Raises:
-        HyLoRADAError: of the class given: it cannot be read, or is no complete safetensors file.
+        HyLoRADAError: of the class given: it cannot be read, or is not a complete safetensors file.
     """
     try:
         if not path.is_file():  # a directory, a pipe that never ends

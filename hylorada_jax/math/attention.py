@@ -184,7 +184,7 @@ def attention(
         if daa.position_bias is not None:
             if query_positions is None or key_positions is None:
                 raise ConfigError(
-                    "DAA's position bias needs the positions of queries and keys",
+                    "DAA's position bias needs the positions of queries and keys.",
                     f"query_positions={query_positions}, key_positions={key_positions}",
                     "Pass the model's position ids.",
                 )
@@ -208,7 +208,7 @@ def _check_heads(daa: DAA, heads: int) -> None:
     given = {name: leaf.shape for name, leaf in daa._asdict().items() if leaf is not None}
     if any(shape[-1] not in (1, heads) for shape in given.values()):
         raise ConfigError(
-            "DAA has one value per query head, or one for all",
+            "DAA has one value per query head, or one for all.",
             f"{given} for {heads} heads",
             f"Make it for num_heads={heads}.",
         )
@@ -267,7 +267,7 @@ def shifted_patterns(
     """
     if not 0 < shift < group_size:
         raise ConfigError(
-            "Shifted groups begin inside a group: 0 < shift < group_size",
+            "Shifted groups begin inside a group: 0 < shift < group_size.",
             f"shift={shift}, group_size={group_size}",
             "Half of an even group_size is LongLoRA's choice.",
         )
@@ -313,7 +313,7 @@ def attend(
         return _over(patterns[0], query, key, value, daa)
     if heads < 2:
         raise ConfigError(
-            "Shifted sparse attention halves the heads of a layer", f"{heads} head", "Use full attention."
+            "Shifted sparse attention halves the heads of a layer.", f"{heads} head", "Use full attention."
         )
     if daa is not None:
         _check_heads(daa, heads)

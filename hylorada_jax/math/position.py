@@ -142,7 +142,7 @@ def check_positions(positions: Array | np.ndarray, shape: tuple[int, ...] | None
             wrong = f"a position of {lowest if lowest < 0 else highest}"
     if wrong:
         raise DataError(
-            "Position ids are integers ≥ 0, below 2³¹, of shape [batch, seq]",
+            "Position ids are integers ≥ 0, below 2³¹, of shape [batch, seq].",
             wrong,
             "Count the tokens of every document from 0; give padding 0.",
         )

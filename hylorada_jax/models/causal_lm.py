@@ -330,7 +330,7 @@ def _inputs(
     position_ids: Int[Array, "batch seq"] | None,
     segment_ids: Int[Array, "batch seq"] | None,
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """The module's arguments: positions filled in, and which keys are no padding."""
+    """The module's arguments: positions filled in, and which keys are not padding."""
     # Users bring numpy arrays too.
     input_ids = jnp.asarray(input_ids)
     position_ids, attention_mask, segment_ids = (

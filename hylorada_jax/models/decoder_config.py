@@ -116,15 +116,15 @@ class DecoderConfig(Options):
             raise ModelError(
                 "our decoder reads the families " + ", ".join(DECODERS),
                 f"model_type={family!r}",
-                "take a model of one of these families; load_model takes others from HF's Flax classes",
+                "Take a model of one of these families; load_model takes others from HF's Flax classes.",
             )
         decoder = DECODERS[family]
         for key, off in _REFUSED.items():
             if key not in decoder.keys.__struct_fields__ and hf.get(key, off) != off:
                 raise ModelError(
-                    f"{key} changes the computation, and this decoder does not have it",
+                    f"{key} changes the computation, and this decoder does not have it.",
                     f"{key}={hf[key]!r}",
-                    f"take a version of the model without it, or set {key} to {off!r} if the weights allow",
+                    f"Take a version of the model without it, or set {key} to {off!r} if the weights allow.",
                 )
         c = checked(hf, decoder.keys, RULE, ModelError, REMEDY)
         options = decoder.options(c)
@@ -158,27 +158,27 @@ def _check(config: DecoderConfig) -> None:
     c = config
     if c.num_attention_heads % c.num_key_value_heads:
         raise ModelError(
-            "num_attention_heads must be a multiple of num_key_value_heads",
+            "num_attention_heads must be a multiple of num_key_value_heads.",
             f"num_attention_heads={c.num_attention_heads}, num_key_value_heads={c.num_key_value_heads}",
-            "check config.json: each key-value head serves the same number of query heads",
+            "Check config.json: each key-value head serves the same number of query heads.",
         )
     # Dynamic NTK raises to the power of head_dim / (head_dim - 2).
     least = 4 if c.rope_scaling.rope_type == "dynamic" else 2
     if c.head_dim % 2 or c.head_dim < least:
         raise ModelError(
-            f"rotary embeddings need an even head_dim of at least {least}",
+            f"Rotary embeddings need an even head_dim of at least {least}.",
             f"head_dim={c.head_dim} of hidden_size={c.hidden_size} and {c.num_attention_heads} heads",
-            "check these in config.json",
+            "Check these in config.json.",
         )
     if outside := [token for token in c.eos_token_ids if token >= c.vocab_size]:
         raise ModelError(
-            "eos_token_id must be within the vocabulary",
+            "eos_token_id must be within the vocabulary.",
             f"eos_token_id={outside[0]}, vocab_size={c.vocab_size}",
-            "correct it in config.json",
+            "Correct it in config.json.",
         )
     if c.hidden_act not in ACTIVATIONS:
         raise ModelError(
             "hidden_act must be one of " + ", ".join(ACTIVATIONS),
             f"hidden_act={c.hidden_act!r}",
-            "take a model with one of these activations",
+            "Take a model with one of these activations.",
         )

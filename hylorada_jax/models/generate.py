@@ -231,9 +231,9 @@ def check_settings(
     """Raises on settings that cannot be meant."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise DataError(
-            "every prompt needs at least one token",
+            "Every prompt needs at least one token.",
             f"lengths {[len(prompt) for prompt in prompts]}",
-            "begin an empty text with the tokenizer's begin-of-text token",
+            "Begin an empty text with the tokenizer's begin-of-text token.",
         )
     for wrong, rule, received in (
         (not max_new_tokens >= 1, "max_new_tokens must be at least 1", max_new_tokens),
@@ -246,6 +246,6 @@ def check_settings(
         (top_p is not None and not 0 < top_p <= 1, "top_p must be in (0, 1]", top_p),
     ):
         if wrong:
-            raise ConfigError(rule, received, "choose a value in this range; None turns top_k and top_p off")
+            raise ConfigError(rule, received, "Choose a value in this range; None turns top_k and top_p off.")
     if temperature > 0 and rng is None:
-        raise ConfigError("sampling needs a random key", "rng=None", "pass rng=jax.random.key(seed)")
+        raise ConfigError("Sampling needs a random key.", "rng=None", "Pass rng=jax.random.key(seed).")

@@ -234,7 +234,7 @@ def _llama3_scaling(gguf: GGUFFile, theta: float, head_dim: int) -> dict[str, An
     }
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    with np.errstate(all="ignore"):  # of factors that are no numbers
+    with np.errstate(all="ignore"):  # of factors that are not numbers
         expected = 1 / ((1 - smooth) / factor + smooth)
     # The tensor is float32; the converter computes it in float32 from a wavelength with 7 digits.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
@@ -263,7 +263,7 @@ class GGUFWeights:
         for kind in {entry.kind for entry in gguf.tensors.values()}:
             _check_kind(gguf, kind)
         self._names = {_hf_name(name, self._family): name for name in gguf.tensors}
-        # The rotary frequency factors are no weight: `gguf_config` reads them into rope_scaling.
+        # The rotary frequency factors are not a weight: `gguf_config` reads them into rope_scaling.
         self.shapes = {
             hf_name: gguf.tensors[name].shape
             for hf_name, name in self._names.items()

@@ -181,7 +181,7 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
             "Merge the parts with llama.cpp's `llama-gguf-split --merge`.",
         )
     if (alignment := general.alignment) & (alignment - 1):
-        raise _DamagedError(f"general.alignment {alignment}, which is no power of two")
+        raise _DamagedError(f"general.alignment {alignment}, which is not a power of two")
     tensors: dict[str, TensorEntry] = {}
     for _ in range(tensor_count):
         _once(tensors, name := cursor.string(), "tensor")
@@ -212,7 +212,7 @@ def _entry(name: str, cursor: _Cursor, alignment: int) -> TensorEntry:
     if 0 in shape or shape[-1] % block:
         raise _DamagedError(f"tensor {name!r} of type {kind.name} has the shape {shape}")
     if offset % alignment:
-        raise _DamagedError(f"tensor {name!r} begins at {offset}, which is no multiple of {alignment}")
+        raise _DamagedError(f"tensor {name!r} begins at {offset}, which is not a multiple of {alignment}")
     return TensorEntry(shape, kind, offset, math.prod(shape) // block * block_bytes)
 
 

@@ -79,8 +79,8 @@ WRONG: dict[str, bytes] = {
     "'t' runs past the end": header([], [tensor(axes=(2**32, 2**32))]),
     "'t' runs past the end of": header([], [tensor(axes=(2**16,) * 4)]),
     "'t' runs past the end of the": header([], [tensor(offset=2**63)]),
-    "begins at 4, which is no multiple of 32": header([], [tensor(offset=4)]),
-    "begins at 32, which is no multiple of 64": header([aligned(64)], [tensor(offset=32)]),
+    "begins at 4, which is not a multiple of 32": header([], [tensor(offset=4)]),
+    "begins at 32, which is not a multiple of 64": header([aligned(64)], [tensor(offset=32)]),
     "'t' runs past the beginning of 'u'": header([], [tensor(b"u", offset=96), tensor()]),
 }
 

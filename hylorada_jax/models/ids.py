@@ -57,7 +57,7 @@ def check_tokens(ids: Any, limit: int | None, what: str = "input_ids") -> None:
     """
     if limit is not None and (wrong := outside(ids, limit)):
         raise DataError(
-            f"Every token id must be an integer of the model's vocabulary, 0 … {limit - 1}",
+            f"Every token id must be an integer of the model's vocabulary, 0 … {limit - 1}.",
             f"{what}: {wrong}",
             "Use the model's own tokenizer.",
         )
@@ -79,7 +79,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str) or not np.iterable(prompt):
             raise DataError(
-                "Prompts are lists of token ids, a list for each",
+                "Prompts are lists of token ids, a list for each.",
                 f"prompt {number}: {prompt!r}",
                 "Encode each text first: [tokenizer.encode(text)].",
             )
@@ -98,5 +98,5 @@ def check_structure_ids(ids: Any) -> None:
     """
     if ids is not None and (wrong := outside(ids, INT32)):
         raise DataError(
-            "Structure ids must be integers ≥ 0", wrong, "Give what tokenize_with_structure(…) makes."
+            "Structure ids must be integers ≥ 0.", wrong, 'Give those of tokenize(…, structure="code").'
         )

@@ -114,7 +114,7 @@ def _hf_flax(source: Source) -> ModuleType:
             f"Models but those of type {either(DECODERS)} run in Flax classes of transformers 4.57, which 5 "
             "has no more.",
             f"model_type {source.config.get('model_type')!r}; {_installed('transformers')}",
-            'pip install "hylorada[hf]"',
+            'Install it: `pip install "hylorada[hf]"`.',
         ) from error
     return loading
 

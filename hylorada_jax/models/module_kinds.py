@@ -88,8 +88,7 @@ def kind_of(context: Any) -> ModuleKind | None:
 def called_class(context: Any, classes: Collection[type]) -> type | None:
     """The first of a module's classes, in Python's order, that is one of these; None where there is none.
 
-    None also where the call is not of this class's own ``__call__``: a subclass may do more around it, and
-    a class with the same name may compute anything.
+    None also where the call is not of this class's own ``__call__``: a subclass may do more around it.
 
     Args:
         context: of an interceptor (``nn.intercept_methods``).

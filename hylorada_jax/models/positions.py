@@ -34,7 +34,7 @@ def check_range(
             beyond = f"a position of {largest}"
     if beyond:
         raise DataError(
-            f"Positions of this model lie below {limit}, the length of its table",
+            f"Positions of this model lie below {limit}, the length of its table.",
             beyond,
             f"Cut the rows to {limit} tokens, or choose a model with a longer context.",
         )

@@ -119,15 +119,15 @@ class RopeScaling:
         given = {key: value for key, value in (raw or {}).items() if value is not None}
         if layered := [key for key, value in given.items() if isinstance(value, Mapping)]:
             raise ModelError(
-                "all layers of a model of our decoder share their rope_parameters",
+                "All layers of a model of our decoder share their rope_parameters.",
                 f"rope_parameters for each of {', '.join(layered)}",
-                "take a model whose layers share them; transformers reads no others in these families",
+                "Take a model whose layers share them; transformers reads no others in these families.",
             )
         if given.pop("partial_rotary_factor", 1.0) != 1.0:
             raise ModelError(
-                "this decoder rotates whole heads",
+                "This decoder rotates whole heads.",
                 f"partial_rotary_factor={raw['partial_rotary_factor']!r} among the rope parameters",  # type: ignore[index]
-                "take a version of the model without it",
+                "Take a version of the model without it.",
             )
         given.pop("rope_theta", None)
         if not given:
@@ -138,7 +138,7 @@ class RopeScaling:
             raise ModelError(
                 "the rope type must be one of " + ", ".join(_KINDS),
                 f"rope_type={kind!r}",
-                "take a version of the model with one of these, or set rope_scaling to null for short texts",
+                "Take a version of the model with one of these, or set rope_scaling to null for short texts.",
             )
         if kind in ("llama3", "yarn"):
             given[_ORIGINAL] = original or given.get(_ORIGINAL, max_positions)
@@ -147,8 +147,8 @@ class RopeScaling:
         if kind == "yarn" and "truncate" in (raw or {}):
             given.setdefault("truncate", False)
         takes = ", ".join(_KINDS[kind].__struct_fields__)
-        rule = f"rope_scaling of type {kind} takes {takes}, each within its bounds"
-        keys = checked(given, _KINDS[kind], rule, ModelError, "check rope_scaling in config.json")
+        rule = f"rope_scaling of type {kind} takes {takes}, each within its bounds."
+        keys = checked(given, _KINDS[kind], rule, ModelError, "Check rope_scaling in config.json")
         scaling = cls(
             rope_type=kind,
             **(_yarn(keys, max_positions) if isinstance(keys, _Yarn) else msgspec.structs.asdict(keys)),
@@ -156,9 +156,9 @@ class RopeScaling:
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(scaling, low) < getattr(scaling, high):
                 raise ModelError(
-                    f"{low} must be below {high}",
+                    f"{low} must be below {high}.",
                     f"{low}={getattr(scaling, low)}, {high}={getattr(scaling, high)}",
-                    "check rope_scaling in config.json",
+                    "Check rope_scaling in config.json.",
                 )
         return scaling
 

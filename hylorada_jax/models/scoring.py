@@ -8,12 +8,12 @@ from jax import Array
 
 from hylorada_jax.math.loss import token_nll
 from hylorada_jax.models.base_model import BaseModel
+from hylorada_jax.models.batch import KEYS
 
 
 def model_inputs(base: BaseModel, rows: Mapping[str, Array]) -> dict[str, Any]:
     """The inputs that rows hold for a model: segments where it reads them, else a padding mask."""
-    names = ("input_ids", "position_ids", "segment_ids", "structure_ids", "structure_positions")
-    inputs = {name: rows[name] for name in names if name in rows}
+    inputs = {name: rows[name] for name, key in KEYS.items() if key.reader == "model" and name in rows}
     if not base.supports_segments:
         inputs["attention_mask"] = (inputs.pop("segment_ids") > 0).astype(jnp.int32)
     return inputs

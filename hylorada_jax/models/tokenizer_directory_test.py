@@ -23,7 +23,7 @@ TEXTS = ["ab" * 20, "a" * 60 + "!", "é \ud800\0<s>"]
 
 
 def write(path: Path, tokenizer: Any = SMALL, config: Any = ENDS, **others: Any) -> Path:
-    """A model directory; what is no bytes is written as JSON."""
+    """A model directory; what is not a bytes is written as JSON."""
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config, "config.json": {}, **others}
     for name, content in files.items():
         (path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
@@ -112,7 +112,7 @@ UNREADABLE: dict[str, Any] = {
     "model null": {"model": None},
     "a version of another type": step(version=[1]),
     "vocabulary of another type": model(vocab=["a"]),
-    "an id that is no number": model(vocab={"a": "0"}),
+    "an id that is not a number": model(vocab={"a": "0"}),
     "an id below": model(vocab={"a": -1}),
     "an id beyond 32 bits": model(vocab={"a": 2**32}),
     "a merge of one": model(merges=["ab"]),

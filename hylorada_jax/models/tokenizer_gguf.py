@@ -114,11 +114,11 @@ def _fault(keys: _Keys, types: Any) -> str:
     if len(set(keys.tokens)) < len(keys.tokens):
         return f"the token {Counter(keys.tokens).most_common(1)[0][0]!r} occurs twice"
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu":
-        return f"{_TYPES} is no array of integers"
+        return f"{_TYPES} is not an array of integers"
     if len(types) != len(keys.tokens):
         return f"{len(keys.tokens):,} tokens, and {len(types):,} types in {_TYPES}"
     wrong = [merge for merge in keys.merges if merge.count(" ") != 1]
-    return f"{wrong[0]!r} is no merge" if wrong else ""
+    return f"{wrong[0]!r} is not a merge" if wrong else ""
 
 
 def _backend(keys: _Keys, types: list[int], pre: str) -> tokenizers.Tokenizer:

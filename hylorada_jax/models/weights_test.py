@@ -128,7 +128,7 @@ HEADERS: dict[str, tuple[object, int | None]] = {
     "beyond the end": ({"a": entry((4,), (0, 16))}, None),
     "the end before the beginning": ({"a": entry((2,), (8, 0))}, None),
     "bytes left over": ({"a": entry((1,), (0, 4))}, None),
-    "metadata that is no text": ({"__metadata__": {"format": 3}, "a": entry()}, None),
+    "metadata that is not a text": ({"__metadata__": {"format": 3}, "a": entry()}, None),
 }
 
 

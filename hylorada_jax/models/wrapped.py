@@ -26,7 +26,7 @@ def as_base(model: Any) -> BaseModel:
 
         return HFFlaxModel.wrap(model)
     raise ModelError(
-        "A base model must be a CausalLM or one of HF's Flax models",
+        "A base model must be a CausalLM or one of HF's Flax models.",
         type(model).__name__,
         "Load it with hylorada_jax.load_model(name).",
     )

@@ -57,7 +57,7 @@ class DirectAttentionAdapter(nn.Module):
     def _adapted(self, scores: Array) -> Array:
         if scores.ndim != 4 or scores.shape[1] != self.num_heads:
             raise ConfigError(
-                f"{type(self).__name__}: scores are [batch, num_heads, query, key]",
+                f"{type(self).__name__}: scores are [batch, num_heads, query, key].",
                 f"scores {scores.shape}, num_heads={self.num_heads}",
                 "Give num_heads the number of query heads.",
             )
@@ -77,7 +77,7 @@ class PositionalDAA(DirectAttentionAdapter):
 
     Raises:
         ConfigError: the scores have another number of heads.
-        DataError: positions are no integers ≥ 0 of the scores' shape, or missing where queries and keys are
+        DataError: positions are not integers ≥ 0 of the scores' shape, or missing where queries and keys are
             not the same tokens.
 
     Example:
@@ -105,7 +105,7 @@ class PositionalDAA(DirectAttentionAdapter):
             query_positions = key_positions = jnp.broadcast_to(jnp.arange(keys), (batch, keys))
         elif query_positions is None or key_positions is None:
             raise DataError(
-                "PositionalDAA needs the positions of queries and keys, or of neither in self-attention",
+                "PositionalDAA needs the positions of queries and keys, or of neither in self-attention.",
                 f"{queries} queries, {keys} keys, query_positions={query_positions}, "
                 f"key_positions={key_positions}",
                 "Pass both; with a KV cache the queries stand after the keys of earlier tokens.",
@@ -166,7 +166,7 @@ class ShiftedSparseAttention(nn.Module):
         check_positions(positions, tokens)
         for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):
             if given is not None and jnp.shape(given) != tokens:
-                raise DataError(f"{name} is [batch, seq]", f"{jnp.shape(given)} for {tokens}", "Make it so.")
+                raise DataError(f"{name} is [batch, seq].", f"{jnp.shape(given)} for {tokens}", "Make it so.")
         # Its settings are the config's, which knows which of them fit.
         settings = HyLoRADAConfig(
             method="longlora", s2_group_size=self.group_size, s2_shift_ratio=self.shift_ratio
@@ -188,9 +188,9 @@ def _check_heads(query: Array, key: Array, value: Array) -> None:
         or (*query.shape[:2], query.shape[3]) != (*key.shape[:2], key.shape[-1])
     ):
         raise DataError(
-            "query is [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim]",
+            "query is [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim].",
             shapes,
             "Split the heads before the call.",
         )
     if query.shape[2] % key.shape[2]:
-        raise ConfigError("The query heads are a multiple of the key-value heads", shapes, "Repeat none.")
+        raise ConfigError("The query heads are a multiple of the key-value heads.", shapes, "Repeat none.")

@@ -85,7 +85,7 @@ class _LinearAdapter(nn.Module):
         layer = type(self).__name__
         if min(self.in_features, self.out_features, self.rank) < 1:
             raise ConfigError(
-                f"{layer}: in_features, out_features and rank must be ≥ 1",
+                f"{layer}: in_features, out_features and rank must be ≥ 1.",
                 f"{self.in_features}, {self.out_features}, {self.rank}",
                 "Give the sizes of the frozen layer, and a rank of 1 or more.",
             )
@@ -95,7 +95,7 @@ class _LinearAdapter(nn.Module):
         if (x.shape, base_output.shape, base_weight.shape) != expected:
             raise ConfigError(
                 f"{layer}({d_in}, {d_out}): x is [..., {d_in}], base_output [..., {d_out}] and base_weight "
-                f"[{d_out}, {d_in}]",
+                f"[{d_out}, {d_in}].",
                 f"x {x.shape}, base_output {base_output.shape}, base_weight {base_weight.shape}",
                 "Give the sizes of the frozen layer, and kernel.T of an nn.Dense as base_weight.",
             )
@@ -240,7 +240,7 @@ class HyLoRADALinear(DoRALinear):
         """The adapted layer's output, in base_output's dtype."""
         if structure_prior is not None:
             raise ConfigError(
-                "HyLoRADALinear (v1) takes no structure prior",
+                "HyLoRADALinear (v1) takes no structure prior.",
                 getattr(structure_prior, "shape", structure_prior),
                 "Use HyLoRADAv2Linear, which reads it by its scale_from_structure.",
             )
@@ -311,7 +311,7 @@ class HyLoRADAv2Linear(HyLoRADALinear):
             prior, expected = jnp.asarray(structure_prior), (*jnp.shape(x)[:-1], self.structure_dim)
             if prior.shape != expected:
                 raise DataError(
-                    "structure_prior is [*tokens, structure_dim], one row for every token of x",
+                    "structure_prior is [*tokens, structure_dim], one row for every token of x.",
                     f"structure_prior {prior.shape}, expected {expected}",
                     "Give the encoder the positions of the same tokens, and hidden_size=structure_dim.",
                 )
@@ -340,7 +340,7 @@ class HyLoRADAUnified(HyLoRADALinear):
     Parameters: HyLoRADALinear's, and the scalar position_scale 0.
 
     Raises:
-        DataError: the positions are no integers ≥ 0, or not one for every token of x.
+        DataError: the positions are not integers ≥ 0, or not one for every token of x.
 
     Example:
         >>> import jax, jax.numpy as jnp

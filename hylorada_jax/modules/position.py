@@ -21,7 +21,7 @@ class PositionBias(nn.Module):
 
     Raises:
         ConfigError: num_buckets is out of range.
-        DataError: the positions are no integers ≥ 0.
+        DataError: the positions are not integers ≥ 0.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -37,7 +37,7 @@ class PositionBias(nn.Module):
     def __call__(self, positions: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """The factor t in (−1, 1) of every position."""
         if not 2 <= self.num_buckets <= MAX_DISTANCE:
-            rule = f"PositionBias: num_buckets is 2 … {MAX_DISTANCE}"
+            rule = f"PositionBias: num_buckets is 2 … {MAX_DISTANCE}."
             raise ConfigError(rule, self.num_buckets, f"The default is {NUM_BUCKETS}.")
         positions = jnp.asarray(positions)
         check_positions(positions)

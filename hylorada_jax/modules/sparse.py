@@ -104,7 +104,7 @@ class SparseAdapter(nn.Module):
 def _check_settings(layer: nn.Module, adapter_dim: int, topk_ratio: float, temperature: float) -> None:
     if adapter_dim < 1 or not 0 < topk_ratio <= 1 or not temperature > 0:
         raise ConfigError(
-            f"{type(layer).__name__}: adapter_dim ≥ 1, 0 < topk_ratio ≤ 1 and temperature > 0",
+            f"{type(layer).__name__}: adapter_dim ≥ 1, 0 < topk_ratio ≤ 1 and temperature > 0.",
             f"adapter_dim={adapter_dim}, topk_ratio={topk_ratio}, temperature={temperature}",
             "The defaults are 128, 0.1 and 1.",
         )

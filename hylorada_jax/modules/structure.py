@@ -84,7 +84,7 @@ class StructureEncoder(nn.Module):
     ) -> Array:
         if self.encoding_dim < 2 or self.encoding_dim % 2 or self.num_buckets < 2 or self.hidden_size < 1:
             raise ConfigError(
-                f"{type(self).__name__}: encoding_dim is even and ≥ 2, num_buckets ≥ 2, hidden_size ≥ 1",
+                f"{type(self).__name__}: encoding_dim is even and ≥ 2, num_buckets ≥ 2, hidden_size ≥ 1.",
                 f"encoding_dim={self.encoding_dim}, num_buckets={self.num_buckets}, "
                 f"hidden_size={self.hidden_size}",
                 "The defaults are 32, 64 and 32.",
@@ -147,7 +147,7 @@ class TemporalStructureEncoder(StructureEncoder):
         """The prior, at least float32; ``seq_len`` as in :class:`StructureEncoder`."""
         if not 1 <= self.num_periods <= len(structure.PERIODS):
             raise ConfigError(
-                f"num_periods is 1 … {len(structure.PERIODS)}, of the periods {structure.PERIODS}",
+                f"num_periods is 1 … {len(structure.PERIODS)}, of the periods {structure.PERIODS}.",
                 self.num_periods,
                 "Leave it out for all of them.",
             )
@@ -158,12 +158,12 @@ def _check_tokens(positions: Array, structure_ids: Array | None) -> None:
     if jnp.issubdtype(positions.dtype, jnp.integer) and positions.ndim == 2:
         check_positions(positions)
     elif positions.ndim != 2:
-        raise DataError("positions are [batch, seq]", positions.shape, "Give one position to every token.")
+        raise DataError("positions are [batch, seq].", positions.shape, "Give one position to every token.")
     if structure_ids is None:
         return
     if structure_ids.shape != positions.shape or not jnp.issubdtype(structure_ids.dtype, jnp.integer):
         raise DataError(
-            "structure_ids are integers [batch, seq], one for every position",
+            "structure_ids are integers [batch, seq], one for every position.",
             f"structure_ids {structure_ids.dtype} {structure_ids.shape}, positions {positions.shape}",
             "Make them from the same tokens as the positions.",
         )

@@ -71,7 +71,7 @@ def write_files(directory: Path, weights: bytes, config: bytes) -> None:
         write_whole(directory / CONFIG_NAME, config)
     except OSError as error:
         raise CheckpointError(
-            "The adapter's directory must be writable",
+            "The adapter's directory must be writable.",
             f"{directory}: {error}",
             "Free some space, or choose another directory.",
         ) from error
@@ -83,9 +83,9 @@ def refuse_existing(directory: str | Path) -> None:
     refuse_unusable(directory)
     if any(kind_of(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
         raise CheckpointError(
-            "An adapter is not overwritten unasked",
+            "An adapter is not overwritten unasked.",
             directory,
-            "Choose another directory, or call save_pretrained with overwrite=True.",
+            "Choose another directory, or overwrite this one: save_pretrained(directory, overwrite=True).",
         )
 
 
@@ -97,7 +97,7 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
 def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
     """Raises a CheckpointError that names the tensors with values that are not finite, if there are any."""
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise CheckpointError("Every tensor must be finite", short(broken), "Use an older checkpoint.")
+        raise CheckpointError("Every tensor must be finite.", short(broken), "Use an older checkpoint.")
 
 
 def check_base(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ def check_base(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise CheckpointError(
-            "An adapter fits only the base model it was trained on",
+            "An adapter fits only the base model it was trained on.",
             "; ".join(
                 f"{key}: adapter {saved.get(key)!r}, model {given.get(key)!r}" for key in ("name", *differing)
             ),
@@ -131,13 +131,13 @@ def check_weights(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """
     if not set(WEIGHTS) <= set(saved):
         raise CheckpointError(
-            "Weights can be checked where the adapter says which it was trained on",
+            "Weights can be checked where the adapter says which it was trained on.",
             f"an adapter of {saved.get('name')!r} that does not",
             "Leave the check out. A run records its weights, and so does save_pretrained with weights=True.",
         )
     if differing := [key for key in WEIGHTS if key in given and saved[key] != given[key]]:
         raise CheckpointError(
-            "The base's weights and their dtype must be those that the adapter was trained on",
+            "The base's weights and their dtype must be those that the adapter was trained on.",
             "; ".join(f"{key}: adapter {saved[key]}, model {given[key]}" for key in differing),
             f"Load {saved.get('name')!r} in {saved['dtype']} and as it was then, or leave the check out.",
         )

@@ -29,7 +29,7 @@ from hylorada_jax.text import short, shown
 MAX_CONFIG_BYTES = 2**20
 """Of an adapter's config, ours or PEFT's: more than ten thousand layers named one by one."""
 _FLOATS = ("F32", "F64")
-_RULE = f"An adapter directory holds two files, whole: {CONFIG_NAME} and {WEIGHTS_NAME}"
+_RULE = f"An adapter directory holds two files, whole: {CONFIG_NAME} and {WEIGHTS_NAME}."
 _REMEDY = "Check the path; train with `hylorada finetune`, or save with save_pretrained."
 
 _Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -88,7 +88,7 @@ class SavedAdapter:
         raw = read_bounded(path, _RULE, CheckpointError, _REMEDY, limit=sys.maxsize)
         if hashlib.sha256(raw).hexdigest() != self.weights_sha256:
             raise CheckpointError(
-                f"{WEIGHTS_NAME} must be the file that {CONFIG_NAME} describes",
+                f"{WEIGHTS_NAME} must be the file that {CONFIG_NAME} describes.",
                 f"{path}, {len(raw)} bytes, whose checksum differs",
                 "The file was cut or altered: copy it again, or use an older checkpoint.",
             )
@@ -96,7 +96,7 @@ class SavedAdapter:
             tensors = load_safetensors(raw)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                "An adapter must be a safetensors file", f"{path}: {error}", "Save it again."
+                "An adapter must be a safetensors file.", f"{path}: {error}", "Save it again."
             ) from error
         check_finite(tensors)
         return tensors
@@ -118,7 +118,7 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
     header = read_header(directory / WEIGHTS_NAME, _RULE, CheckpointError, _REMEDY)
     if alien := [f"{name} {dtype}" for name, (dtype, _) in header.items() if dtype not in _FLOATS]:
         raise CheckpointError(
-            "An adapter holds float32 or float64 tensors", short(alien), "Save it with save_pretrained."
+            "An adapter holds float32 or float64 tensors.", short(alien), "Save it with save_pretrained."
         )
     shapes = {name: shape for name, (_, shape) in header.items()}
     return SavedAdapter(directory, config, body["base_model"], shapes, body["weights_sha256"])
@@ -137,20 +137,20 @@ def base_name(directory: str | Path, given: str | None = None) -> str:
     name = given or open_adapter(directory).base["name"]
     if not name:
         raise CheckpointError(
-            "An adapter or the user must name the base model", f"{directory} names none", "Give --model."
+            "An adapter or the user must name the base model.", f"{directory} names none", "Give --model."
         )
     return name
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
     body = read_json(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
-    rule = f"{CONFIG_NAME} must be what save_pretrained wrote"
+    rule = f"{CONFIG_NAME} must be what save_pretrained wrote."
     if "format" not in body and "peft_type" in body:
         remedy = "Read it with `hylorada import-peft`, or import_peft."
         raise CheckpointError(rule, f"{path}, which PEFT wrote", remedy)
     if (version := body.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
         error = CheckpointError(
-            f"The adapter must be of format version {FORMAT_VERSION}",
+            f"The adapter must be of format version {FORMAT_VERSION}.",
             f"{path}: {shown(version)}",
             "Load it with the version of hylorada that wrote it.",
         )

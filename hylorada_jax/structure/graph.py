@@ -40,7 +40,7 @@ def importance_buckets(
 
     Raises:
         ConfigError: the measure is unknown, or there is no bucket.
-        DataError: it is no graph, has no node, or networkx is not installed.
+        DataError: it is not a graph, has no node, or networkx is not installed.
 
     Example:
         >>> import networkx
@@ -51,16 +51,16 @@ def importance_buckets(
     """
     if measure not in MEASURES:
         raise ConfigError(
-            f"measure must be one of {', '.join(MEASURES)}", repr(measure), "Choose one of them."
+            f"measure must be one of {', '.join(MEASURES)}.", repr(measure), "Choose one of them."
         )
     if not isinstance(num_buckets, int) or not 1 <= num_buckets <= MAX_BUCKETS:
-        rule = f"num_buckets must be an integer from 1 to {MAX_BUCKETS:,}"
+        rule = f"num_buckets must be an integer from 1 to {MAX_BUCKETS:,}."
         raise ConfigError(rule, repr(num_buckets), "Choose 64 or fewer.")
     if not hasattr(graph, "nbunch_iter"):
-        rule = "Nodes are ranked in a graph of networkx"
+        rule = "Nodes are ranked in a graph of networkx."
         raise DataError(rule, f"a {type(graph).__name__}", "Make one: networkx.Graph(edges).")
     if not len(graph):
-        raise DataError("A graph must have a node to be important", "an empty graph", "Give its nodes.")
+        raise DataError("A graph must have a node to be important.", "an empty graph", "Give its nodes.")
     importance = _importance(graph, measure)
     nodes = list(graph)
     values = np.array([importance[node] for node in nodes], np.float64)
@@ -74,7 +74,7 @@ def importance_buckets(
 
 
 def node_ids(buckets: Mapping[Hashable, int], nodes: Sequence[Hashable]) -> np.ndarray:
-    """The structure ids of a sequence of nodes, such as a walk over the graph.
+    """The ``structure_ids`` of a sequence of nodes, such as a walk over the graph.
 
     Args:
         buckets: from :func:`importance_buckets`.
@@ -91,7 +91,7 @@ def node_ids(buckets: Mapping[Hashable, int], nodes: Sequence[Hashable]) -> np.n
         array([5, 0, 5], dtype=int32)
     """
     if missing := [node for node in nodes if not isinstance(node, Hashable) or node not in buckets]:
-        raise DataError("Every node must be in the graph", repr(missing[0]), "Rank the graph that has it.")
+        raise DataError("Every node must be in the graph.", repr(missing[0]), "Rank the graph that has it.")
     return np.array([buckets[node] for node in nodes], np.int32)
 
 
@@ -101,8 +101,8 @@ def _importance(graph: Any, measure: str) -> Mapping[Hashable, float]:
     try:
         networkx: Any = importlib.import_module("networkx")  # optional, and slow to import
     except ImportError as error:
-        rule = f"Measuring {measure} takes networkx"
-        raise DataError(rule, "it is not installed", "pip install networkx scipy") from error
+        rule = f"Measuring {measure} takes networkx."
+        raise DataError(rule, "it is not installed", "Install them: `pip install networkx scipy`.") from error
     if measure == "pagerank":
         # Far closer than its default, so that what is left of the iteration decides no rank.
         return networkx.pagerank(graph, tol=1e-12, max_iter=1000, weight=None)

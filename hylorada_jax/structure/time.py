@@ -16,7 +16,7 @@ _COARSE = ("Y", "M", "W", "D", "h", "m", "s", "ms")  # units of numpy that hold 
 
 
 def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Where each timestamp stands in the calendar, as ``TemporalStructureEncoder`` takes positions.
+    """Where each timestamp stands in the calendar: the ``structure_positions`` of a ``TokenizedDocument``.
 
         position_i = hours from Monday 00:00 of the week of timestamp 0 to timestamp i
 
@@ -34,8 +34,8 @@ def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
         Hours, float64 [n], ≥ 0.
 
     Raises:
-        DataError: a value is no time (NaT, None, a number), some have a time zone and others not, or one is
-            before its predecessor.
+        DataError: a value is not a time (NaT, None, a number), some have a time zone and others not, or one
+            is before its predecessor.
 
     Example:
         >>> calendar_positions(["2024-05-01T06:00", "2024-05-01T07:30"])  # a Wednesday
@@ -48,7 +48,7 @@ def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
     if backwards.any():
         at = int(np.argmax(backwards)) + 1
         raise DataError(
-            "A time series must not go back in time",
+            "A time series must not go back in time.",
             f"timestamp {at} is {times[at]}, after {times[at - 1]}",
             "Sort it; give local times across the end of summer time with their time zone, or in UTC.",
         )
@@ -60,7 +60,7 @@ def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
 def calendar_ids(
     timestamps: Sequence[Any] | np.ndarray, field: Literal["hour", "weekday", "month"]
 ) -> np.ndarray:
-    """A field of the calendar as structure ids: what no period in hours says, such as the month.
+    """A field of the calendar as ``structure_ids``: what no period in hours says, such as the month.
 
     Args:
         timestamps: as in :func:`calendar_positions`, in any order.
@@ -70,7 +70,7 @@ def calendar_ids(
         int32 [n].
 
     Raises:
-        DataError: a value is no time, or some have a time zone and others not.
+        DataError: a value is not a time, or some have a time zone and others not.
         ConfigError: the calendar has no such field here.
 
     Example:
@@ -78,7 +78,7 @@ def calendar_ids(
         array([ 4, 11], dtype=int32)
     """
     if field not in _FIELDS:
-        raise ConfigError(f"field must be one of {', '.join(_FIELDS)}", repr(field), "Choose one of them.")
+        raise ConfigError(f"field must be one of {', '.join(_FIELDS)}.", repr(field), "Choose one of them.")
     times = _times(timestamps)
     days = times.astype("datetime64[D]")
     if field == "weekday":
@@ -105,12 +105,12 @@ def _times(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
     else:
         found = f"shape {values.shape}"
     if values.ndim != 1:
-        raise DataError("Timestamps must be one sequence", found, "Give one series at a time.")
+        raise DataError("Timestamps must be one sequence.", found, "Give one series at a time.")
     if values.dtype.kind != "M":
         moments = [_moment(value, index) for index, value in enumerate(values.tolist())]
         zoned = [moment.utcoffset() is not None for moment in moments]
         if any(zoned) and not all(zoned):
-            rule = "All timestamps of a series must have a time zone, or none"
+            rule = "All timestamps of a series must have a time zone, or none."
             received = f"{moments[zoned.index(True)]} and {moments[zoned.index(False)]}"
             raise DataError(rule, received, "Give every timestamp its time zone.")
         if any(zoned):
@@ -148,7 +148,7 @@ def _moment(value: Any, index: int) -> datetime:
 
 def _no_time(received: str, index: int) -> DataError:
     return DataError(
-        "Every timestamp must be a time: a datetime, a datetime64 or a string in ISO 8601",
+        "Every timestamp must be a time: a datetime, a datetime64 or a string in ISO 8601.",
         f"timestamp {index}: {received}",
         "Fill or drop missing times, and convert numbers: np.array(seconds, 'datetime64[s]').",
     )

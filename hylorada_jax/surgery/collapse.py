@@ -37,7 +37,7 @@ def without(sites: Sequence[Site], tensors: Tensors, parts: Collection[str]) -> 
     """
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ConfigError(
-            f"A component that can be dropped is one of {', '.join(PARTS)}",
+            f"A component that can be dropped is one of {', '.join(PARTS)}.",
             ", ".join(unknown),
             "Correct its name.",
         )
@@ -98,7 +98,7 @@ def expand(
     made = _by_layer(one, sites, tensors, params, constants, KINDS["dora"])
     if not all(np.all(np.isfinite(made[name])) for name in made if name.endswith(".magnitude")):
         raise ConfigError(
-            "A magnitude has an effect only where g = σ(gate_init) and 1−β = σ(−residual_init) are not 0",
+            "A magnitude has an effect only where g = σ(gate_init) and 1−β = σ(−residual_init) are not 0.",
             f"gate_init={config.gate_init}, residual_init={config.residual_init}",
             "Take values nearer to 0.",
         )

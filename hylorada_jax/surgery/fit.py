@@ -35,19 +35,19 @@ def fit(
     sites = plan(modules, config)
     if (config.position_bias_enabled or config.use_hylorada_v2) and not modules.take_positions:
         raise ModelError(
-            "A layer whose update depends on the position needs a model that takes position_ids",
+            "A layer whose update depends on the position needs a model that takes position_ids.",
             base.name,
             f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
         )
     if config.s2_attn_enabled and not base.supports_groups:
         raise ModelError(
-            "Shifted sparse attention needs a causal model whose attention is ours",
+            "Shifted sparse attention needs a causal model whose attention is ours.",
             base.name,
             f"Leave s2_attn_enabled out, or choose a model of type {that_can('groups')}.",
         )
     if config.s2_attn_enabled and any(module.heads < 2 for module in modules.attentions):
         raise ConfigError(
-            "Shifted sparse attention halves the heads of a layer",
+            "Shifted sparse attention halves the heads of a layer.",
             "1 head",
             "Leave s2_attn_enabled out, or choose a model of more heads.",
         )

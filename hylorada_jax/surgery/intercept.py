@@ -103,7 +103,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         structure: Structure = Structure(),
     ) -> None:
         self._bias, self._encoder = resolved.get(POSITION_BIAS), resolved.get(STRUCTURE_ENCODER)
-        # Resolved leaves are differentiated, and this one is no parameter.
+        # Resolved leaves are differentiated, and this one is not a parameter.
         self._rate = jax.lax.stop_gradient(resolved.get(DROPOUT_RATE))
         self._config, self._train, self._dtype, self._structure = config, train, dtype, structure
         self._pass: _Pass | None = None
@@ -207,7 +207,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             return None
         if scale.shape != x.shape[:-1]:
             raise ModelError(
-                "A layer whose update depends on the token must see the model's tokens, [batch, seq, d_in]",
+                "A layer whose update depends on the token must see the model's tokens, [batch, seq, d_in].",
                 f"{'.'.join(module.path)} sees {x.shape}, the tokens are {scale.shape}",
                 "Exclude the layer: exclude_modules=[its name].",
             )
@@ -217,7 +217,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         found = getattr(self._pass, name, None)
         if found is None:
             raise ModelError(
-                "A layer whose update depends on the position needs a model that takes position_ids",
+                "A layer whose update depends on the position needs a model that takes position_ids.",
                 f"{'.'.join(module.path)} was called outside of one",
                 f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
             )

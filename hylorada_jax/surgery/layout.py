@@ -105,7 +105,7 @@ def check_keys(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
     ]
     if missing or extra or shapes:
         raise CheckpointError(
-            "The adapter's tensors must be those that the model and the config call for",
+            "The adapter's tensors must be those that the model and the config call for.",
             f"missing {short(missing)}; unexpected {short(extra)}; of another shape {short(shapes)}",
             "Load it on the base model it was trained on.",
         )

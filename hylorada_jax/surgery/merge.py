@@ -65,7 +65,7 @@ def refuse_live(live: Mapping[Part, str]) -> None:
     """Raises the error that names every part of :func:`live_parts`, if there is one."""
     if live:
         raise ModelError(
-            "Only an update of the weights themselves can be merged into them",
+            "Only an update of the weights themselves can be merged into them.",
             "; ".join(f"{PARTS[part]}: {found}" for part, found in live.items()),
             "Keep the adapter beside the model, or train without this component.",
         )

@@ -59,8 +59,8 @@ def matches(patterns: Iterable[str], names: Sequence[str], *, endings: bool = Fa
         The names that the next pattern matches.
 
     Raises:
-        TargetError: a pattern is no regular expression, is too long, or has what takes more than linear time;
-            or all together are more than a model needs.
+        TargetError: a pattern is not a regular expression, is too long, or may take more than linear time; or
+            all together are more than a model needs.
 
     Example:
         >>> [sorted(found) for found in matches([r"(?!h\.0).*c_\w+"], ["h.0.c_fc", "h.1.c_fc", "h.1.ln"])]
@@ -161,7 +161,7 @@ def _flags(flags: int) -> str:
 
 
 def _invalid(pattern: str, reason: str, remedy: str) -> TargetError:
-    rule = "A target must be a layer name or a regular expression that takes linear time"
+    rule = "A target must be a layer name or a regular expression that takes linear time."
     return TargetError(rule, f"{_short(pattern)} ({reason})", remedy)
 
 

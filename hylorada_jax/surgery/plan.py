@@ -154,7 +154,7 @@ def _daa_shapes(module: Attention, config: HyLoRADAConfig) -> Shapes:
 def _require(modules: Sequence, setting: str, what: str) -> Sequence:
     if not modules:
         raise ModelError(
-            f"{setting} needs {what} in the model",
+            f"{setting} needs {what} in the model.",
             "a model without",
             f"Set {setting}=False (a method may have it on), or choose a model of type {that_can('daa')}.",
         )

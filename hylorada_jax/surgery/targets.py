@@ -31,7 +31,7 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
         The selected names.
 
     Raises:
-        TargetError: a pattern matches nothing, is no regular expression of bounded cost, names the output
+        TargetError: a pattern matches nothing, is not a regular expression of bounded cost, names the output
             head, or nothing is left.
 
     Example:
@@ -44,13 +44,13 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
     chosen -= set().union(*_matching(config.exclude_modules, names))
     if heads := sorted(filter(is_head, chosen)):
         raise TargetError(
-            "The output head is not adapted: the loss reads its weight directly, in chunks of the vocabulary",
+            "The output head is not adapted: the loss reads its weight itself, in chunks of the vocabulary.",
             ", ".join(heads),
             f"Exclude it: exclude_modules={heads}.",
         )
     if targets and not chosen:
         raise TargetError(
-            "At least one layer must be left to adapt",
+            "At least one layer must be left to adapt.",
             f"targets {list(targets)} less exclusions {list(config.exclude_modules)}",
             "Exclude fewer layers.",
         )
@@ -103,7 +103,7 @@ def mlp_outputs(names: Sequence[str]) -> list[str]:
     ]
     if not found:
         raise TargetError(
-            f"A sparse adapter follows the last linear layer of an MLP block: {', '.join(MLP_OUTPUTS)}",
+            f"A sparse adapter follows the last linear layer of an MLP block: {', '.join(MLP_OUTPUTS)}.",
             f"linear layers {_endings(names)}",
             "Leave sparse_enabled out for this model.",
         )
@@ -130,7 +130,7 @@ def self_attentions(names: Sequence[str]) -> list[str]:
     found = [name for name in owners if not is_cross(name)]
     if not found:
         raise TargetError(
-            f"A self-attention has a query projection: {', '.join(ROLES['q'])}",
+            f"A self-attention has a query projection: {', '.join(ROLES['q'])}.",
             f"linear layers {_endings(names)}",
             "Set daa_enabled and s2_attn_enabled to False for this model; a method may have them on.",
         )
@@ -213,7 +213,7 @@ def _matching(patterns: Iterable[str], names: Sequence[str]) -> Iterator[set[str
         found |= {name for name in names if _is_one_of(name, ROLES.get(pattern, (pattern,)))}
         if not found:
             raise TargetError(
-                "Every target and exclusion must match a linear layer",
+                "Every target and exclusion must match a linear layer.",
                 repr(pattern),
                 _suggestion(pattern, names),
             )

@@ -160,7 +160,7 @@ class Checkpoints:
         if not damage:
             return None
         raise CheckpointError(
-            f"One of the checkpoints in {self._directory} must be readable and of this run",
+            f"One of the checkpoints in {self._directory} must be readable and of this run.",
             "; ".join(f"step {step}: {what}" for step, what in damage.items()),
             "Start again with overwrite (--overwrite), or put an intact copy in its place.",
         )
@@ -206,7 +206,7 @@ class Checkpoints:
 
     def _unwritten(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            "A checkpoint must be written completely",
+            "A checkpoint must be written completely.",
             self._in_words(error),
             f"Free some space, then go on with resume (--resume) from {self.last}.",
         )

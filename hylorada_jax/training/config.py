@@ -91,25 +91,25 @@ class TrainingConfig:
         self._require_number("warmup_ratio", positive=False)
         if self.warmup_ratio > 1:
             raise ConfigError(
-                "warmup_ratio must be in [0, 1]", self.warmup_ratio, "Give a part of the steps, as 0.03."
+                "warmup_ratio must be in [0, 1].", self.warmup_ratio, "Give a part of the steps, as 0.03."
             )
         if self.seed >= 2**32:
-            raise ConfigError("seed must be below 2³²", self.seed, "Choose a smaller seed.")
+            raise ConfigError("seed must be below 2³².", self.seed, "Choose a smaller seed.")
         if self.batch_size % self.microbatches:
             raise ConfigError(
-                "microbatches must divide batch_size",
+                "microbatches must divide batch_size.",
                 f"batch_size={self.batch_size}, microbatches={self.microbatches}",
                 "Choose a batch_size that is a multiple of microbatches.",
             )
         if self.eval_stride is not None and self.eval_stride > self.seq_len:
             raise ConfigError(
-                "eval_stride must not exceed seq_len, or tokens would be left out",
+                "eval_stride must not exceed seq_len, or tokens would be left out.",
                 f"eval_stride={self.eval_stride}, seq_len={self.seq_len}",
                 "Choose a smaller stride.",
             )
         if self.resume and self.overwrite:
             raise ConfigError(
-                "resume goes on with a run and overwrite deletes it",
+                "A run is either resumed or overwritten.",
                 "both",
                 "Choose one of resume and overwrite.",
             )
@@ -139,11 +139,13 @@ class TrainingConfig:
     def _require_int(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} must be an integer ≥ {least}", repr(value), "Correct this setting.")
+            raise ConfigError(f"{name} must be an integer ≥ {least}.", repr(value), "Correct this setting.")
 
     def _require_number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or value < 0 or (positive and value == 0):
             bound = "> 0" if positive else "≥ 0"
-            raise ConfigError(f"{name} must be a finite number {bound}", repr(value), "Correct this setting.")
+            raise ConfigError(
+                f"{name} must be a finite number {bound}.", repr(value), "Correct this setting."
+            )

@@ -2,8 +2,8 @@
 
 Part of its identity, so that a run which differs in it is another run and is not resumed: the base model
 (its layers, its config, every bit of its weights and their dtype), the adapter's settings and where it
-started, the training settings that decide numbers, the tokens and structure of both data sets (so the
-tokenizer and the order of documents), and jax's own settings of precision and random numbers.
+started, the training settings that decide numbers, both data sets: tokens, which of them are scored,
+structure and order (so the tokenizer too), and jax's own settings of precision and random numbers.
 
 Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
 ``XLA_FLAGS`` and rematerialisation. They may change the last bits, and a run must be able to move to another
@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from hylorada_jax.data.documents import digest
+from hylorada_jax.data.document import TokenizedDocument, digest
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.training.config import TrainingConfig
 
@@ -36,40 +35,33 @@ _JAX_SETTINGS = (
 )
 _PACKAGES = ("hylorada", "jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
-Ids = Sequence[np.ndarray] | None
-
 
 def run_identity(
     model: HyLoRADAModel,
     config: TrainingConfig,
     *,
-    train_data: Ids,
-    eval_data: Ids,
-    train_structure: Ids,
-    eval_structure: Ids,
+    train_data: Sequence[TokenizedDocument],
+    eval_data: Sequence[TokenizedDocument] | None,
 ) -> dict[str, Any]:
     """What decides the numbers that a run computes.
 
     Args:
         model: before the first step.
         config: the settings.
-        train_data: token ids of each document.
-        eval_data: the same of the held-out documents.
-        train_structure: structure ids of each document.
-        eval_structure: the same of the held-out documents.
+        train_data: from :func:`as_documents`.
+        eval_data: the held-out documents.
 
     Returns:
         Plain JSON types.
     """
     base = {key: value for key, value in model.identity(weights=True).items() if key != "name"}
-    data = {"train_data": train_data, "eval_data": eval_data}
-    data |= {"train_structure": train_structure, "eval_structure": eval_structure}
     return {
         "base": base,
         "adapter": model.config.to_dict(),
         "start": model.start,
         "training": config.fingerprint(),
-        **{name: ids and digest(ids) for name, ids in data.items()},
+        "train_data": digest(train_data),
+        "eval_data": eval_data and digest(eval_data),
         "jax": {"dtype": str(model.base.dtype)} | {name: getattr(jax.config, name) for name in _JAX_SETTINGS},
     }
 

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hylorada_jax.data.packing import Batch
 from hylorada_jax.devices import shard_rows
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_whole
+from hylorada_jax.models.batch import Batch, computed
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
@@ -91,8 +91,7 @@ class Loop:
             self._speed.restart()
             for step in range(start + 1, config.steps + 1):
                 batch = next(batches)
-                rows = shard_rows({name: values for name, values in batch.items() if name != "row"})
-                state, metrics = train_step(state, self.frozen, rows)
+                state, metrics = train_step(state, self.frozen, shard_rows(computed(batch)))
                 self._look_at(pending, bar)
                 pending = _Pending(step, batch, metrics)
                 last = step == config.steps
@@ -156,7 +155,7 @@ class Loop:
     def _not_finite(self, what: str) -> NonFiniteError:
         self.checkpoints.wait()
         return NonFiniteError(
-            "Loss, gradient and adapters must be finite",
+            "Loss, gradient and adapters must be finite.",
             what,
             f"The last good state is {self.checkpoints.last}. Use a smaller learning_rate, more warm-up or "
             "float32, and look at the batch.",

@@ -119,7 +119,7 @@ def read_metrics(path: Path) -> list[Record]:
         "Remove the damaged line.",
     )
     if not path.is_file():  # a pipe never ends
-        raise CheckpointError(rule, f"{path} is no file", "Move it away.")
+        raise CheckpointError(rule, f"{path} is not a file", "Move it away.")
     records: list[Record] = []
     with path.open("rb") as file:
         # Line by line, and no line longer than any that is written: the file may be of any size.

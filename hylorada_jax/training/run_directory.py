@@ -96,18 +96,18 @@ class RunDirectory:
             if overwrite and record is not None:
                 self._contents(record)
         except OSError as error:
-            rule = "The output directory must be readable"
+            rule = "The output directory must be readable."
             raise CheckpointError(rule, error, "Choose another output directory.") from error
         if held and not (resume or overwrite):
             raise CheckpointError(
-                "A run is never overwritten unasked",
+                "A run is never overwritten unasked.",
                 f"{self.path} holds a run",
                 "Go on with it by resume (--resume), delete it by overwrite (--overwrite), or choose another "
                 "directory.",
             )
         if held == [self.deleted_run] and resume:
             raise CheckpointError(
-                "A run that is resumed must be whole",
+                "A run that is resumed must be whole.",
                 f"{self.path}, where the deletion of a run was cut short",
                 "Start again with overwrite (--overwrite), which deletes the rest.",
             )
@@ -178,7 +178,7 @@ class RunDirectory:
         contents = self._contents(read_record(held[0]))
         held[0].rename(self.deleted_run)
         for path in contents:
-            # What was put into a directory since it was read keeps the directory, with an error.
+            # What was put into a directory since it was checked keeps the directory, with an error.
             path.rmdir() if kind_of(path) == "directory" else path.unlink()
         self.deleted_run.unlink()
 
@@ -188,7 +188,7 @@ class RunDirectory:
             return
         found = [f"{path.relative_to(self.path)} (a {kind_of(path)})" for path in alien]
         raise CheckpointError(
-            "What no run wrote is never overwritten or deleted",
+            "What no run wrote is never overwritten or deleted.",
             f"{self.path} holds {short(found)}" + ("" if self._held() else ", and no run.json"),
             "Move that away, or choose another directory.",
         )
@@ -201,7 +201,7 @@ class RunDirectory:
         changed = "; ".join(f"{key} {then}, now {now}" for key, then, now in moved if key != "model")
         if was:
             raise CheckpointError(
-                "A run is resumed with the base model, the settings and the data it was started with",
+                "A run is resumed with the base model, the settings and the data it was started with.",
                 was,
                 "Resume with what it was started with, or choose another output directory.",
             )

@@ -44,14 +44,14 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         CheckpointError: it is damaged, of another form, or of another version.
     """
-    rule = f"{path.name} must be what a run of this version of hylorada wrote"
+    rule = f"{path.name} must be what a run of this version of hylorada wrote."
     remedy = "Put an intact copy in its place, or choose another output directory."
     body = read_json(path, rule, CheckpointError, remedy)
     return checked(body, RunRecord, f"{rule}, in {path.parent}", CheckpointError, remedy)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What differs between two trees of plain JSON types.
+    """What differs between two trees of plain JSON types; a value that is None might as well be absent.
 
     Args:
         then: of run.json.
@@ -61,12 +61,13 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
         (name, then, now) of each value that differs, by name.
 
     Example:
-        >>> differences({"training": {"seed": 0}}, {"training": {"seed": 3}})
+        >>> differences({"training": {"seed": 0, "old": None}}, {"training": {"seed": 3}})
         [('training.seed', 0, 3)]
     """
     absent, before, after = "(absent)", _flat(then), _flat(now)
     both = ((key, before.get(key, absent), after.get(key, absent)) for key in sorted({*before, *after}))
-    return [(key, old, new) for key, old, new in both if old != new]
+    off = (None, absent)
+    return [(key, old, new) for key, old, new in both if old != new and not (old in off and new in off)]
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

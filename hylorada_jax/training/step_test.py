@@ -1,5 +1,6 @@
 """Oracle: jax.grad of the plain mean cross-entropy over full logits, in float64."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows, batches
 from hylorada_jax.math.loss import token_nll
 from hylorada_jax.model import HyLoRADAModel
@@ -33,7 +35,8 @@ def tiny_model(config=CONFIG, vocab=37, dtype=jnp.float32, **shape):
 
 def documents(count=12, vocab=37, seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab, n, dtype=np.int32) for n in rng.integers(3, 30, count)]
+    lengths = rng.integers(3, 30, count)
+    return [TokenizedDocument(rng.integers(0, vocab, n, dtype=np.int32)) for n in lengths]
 
 
 def trained(adapters, seed=1):
@@ -124,7 +127,7 @@ ROUNDING = 2.0**-9
 
 
 def gradients(config, dtype, batch, microbatches):
-    """By a step of plain descent, so long that its rounding is no part of it; bfloat16 holds the weights."""
+    """By a step of plain descent, so long that its rounding is not part of it; bfloat16 holds the weights."""
     model = tiny_model(config, vocab=128, dtype=jnp.bfloat16, num_hidden_layers=1)
     frozen = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, model.frozen)
     training = TrainingConfig(
@@ -249,8 +252,8 @@ def test_a_step_tells_the_model_each_tokens_structure_position():
     training = TrainingConfig(output="run", steps=10, batch_size=4)
     optimizer = make_optimizer(adapters, training, config)
     step = make_train_step(model, optimizer, training)
-    hours = [24.0 * np.arange(len(tokens)) + 6 for tokens in texts]
-    batch = first_batch(Rows(texts, 16, positions=hours), 4)
+    texts = [dataclasses.replace(text, structure_positions=24.0 * np.arange(len(text)) + 6) for text in texts]
+    batch = first_batch(Rows(texts, 16), 4)
     _, metrics = step(init_state(adapters, optimizer), model.frozen, batch)
     names = ("input_ids", "position_ids", "segment_ids", "structure_positions")
     log_p = jax.nn.log_softmax(

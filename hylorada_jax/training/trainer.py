@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.data.documents import as_documents, as_structure, shuffled_batches
+from hylorada_jax.data.document import TokenizedDocument, as_documents
+from hylorada_jax.data.loading import shuffled_batches
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.devices import replicate
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
@@ -55,29 +55,38 @@ class TrainingResult:
 
 
 def check_data(
-    train_data: Sequence[Any], eval_data: Sequence[Any] | None, vocab: int, config: TrainingConfig
-) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    """Tokenized documents as int32 arrays, checked as far as they can be without the model.
+    train_data: Sequence[Any],
+    eval_data: Sequence[Any] | None,
+    vocab: int,
+    adapter: HyLoRADAConfig,
+    config: TrainingConfig,
+) -> tuple[list[TokenizedDocument], list[TokenizedDocument] | None]:
+    """Tokenized documents, checked as far as they can be without the model.
 
     Args:
-        train_data: token ids of each document.
+        train_data: a :class:`TokenizedDocument` or a sequence of token ids per document.
         eval_data: the same of the held-out documents, or None.
         vocab: number of ids the model has.
+        adapter: what is trained.
         config: ``seq_len`` is read.
 
     Returns:
         The training and the held-out documents.
 
     Raises:
-        DataError: there is too little data, or a token id is outside the vocabulary.
+        DataError: there is too little data, or :func:`as_documents` finds a fault.
+        ConfigError: nothing in the adapter reads structure.
     """
-    documents = as_documents(train_data, vocab, "training")
+    has_encoder = bool(adapter.use_hylorada_v2)
+    documents = as_documents(train_data, vocab, "training", has_encoder=has_encoder)
     if (tokens := sum(map(len, documents))) <= config.seq_len:
         received = f"{tokens} tokens for a seq_len of {config.seq_len}"
         raise DataError(
-            "The training data must fill a row", received, "Give more text, or a smaller seq_len."
+            "The training data must fill a row.", received, "Give more text, or a smaller seq_len."
         )
-    return documents, None if eval_data is None else as_documents(eval_data, vocab, "evaluation")
+    if eval_data is None:
+        return documents, None
+    return documents, as_documents(eval_data, vocab, "evaluation", has_encoder=has_encoder)
 
 
 class HyLoRADATrainer:
@@ -89,19 +98,17 @@ class HyLoRADATrainer:
 
     Args:
         model: what is trained; at the end it has the trained adapters.
-        train_data: token ids of each document (:func:`load_documents`, then :func:`tokenize`).
+        train_data: a :class:`TokenizedDocument` per document (:func:`load_documents`, then :func:`tokenize`),
+            or a sequence of token ids.
         eval_data: the same of the held-out documents, or None.
         config: the settings.
-        train_structure: structure ids of each document (:func:`tokenize_with_structure`), which
-            method='hylorada_v2' reads; None for none.
-        eval_structure: the same of the held-out documents.
         recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none.
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
-            rows, or nothing in the model reads structure ids.
+            rows, or nothing in the model reads structure.
         DataError: there is too little data, a token id is outside the vocabulary, a row is longer than the
-            model's table of positions, or structure ids do not fit the tokens.
+            model's table of positions, or a field of a document does not fit its tokens.
         ModelError: the model has no output head that the built-in loss can read.
         CheckpointError: the output directory cannot be written, holds a run and neither resume nor overwrite
             is set, or holds something else of a name that a run writes.
@@ -118,8 +125,6 @@ class HyLoRADATrainer:
         eval_data: Sequence[Any] | None,
         config: TrainingConfig,
         *,
-        train_structure: Sequence[Any] | None = None,
-        eval_structure: Sequence[Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
         self._model, self._config, self._recipe = model, config, recipe
@@ -127,24 +132,10 @@ class HyLoRADATrainer:
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         check_training(model.base, config)
         check_groups(model.config, config)
-        documents, held_out = check_data(train_data, eval_data, model.vocab_size, config)
-        has_encoder = bool(model.config.use_hylorada_v2)
-        structure = as_structure(train_structure, documents, "training", has_encoder=has_encoder)
-        held_out_structure = as_structure(
-            eval_structure, held_out or [], "evaluation", has_encoder=has_encoder
-        )
-        self._rows = Rows(documents, config.seq_len, packing=config.packing, structure=structure)
-        self._evaluator = None
-        if held_out is not None:
-            self._evaluator = _evaluator(model, held_out, held_out_structure, config)
-        self._identity = run_identity(
-            model,
-            config,
-            train_data=documents,
-            eval_data=held_out,
-            train_structure=structure,
-            eval_structure=held_out_structure,
-        )
+        documents, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
+        self._rows = Rows(documents, config.seq_len, packing=config.packing)
+        self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
+        self._identity = run_identity(model, config, train_data=documents, eval_data=held_out)
 
     def train(self) -> TrainingResult:
         """Runs to the last step, from the start or from the newest usable checkpoint.
@@ -168,7 +159,7 @@ class HyLoRADATrainer:
                 return self._train(checkpoints)
         except OSError as error:  # a full disk also meets the small files
             raise CheckpointError(
-                "The output directory must be writable",
+                "The output directory must be writable.",
                 f"{directory.path}: {error}",
                 "Free some space, then go on with resume (--resume).",
             ) from error
@@ -206,12 +197,11 @@ class HyLoRADATrainer:
 
 
 def _evaluator(
-    model: HyLoRADAModel, documents: Sequence[Any], structure: Sequence[Any] | None, config: TrainingConfig
+    model: HyLoRADAModel, documents: Sequence[TokenizedDocument], config: TrainingConfig
 ) -> PerplexityEvaluator:
     return PerplexityEvaluator(
         model,
         documents,
-        structure=structure,
         seq_len=config.seq_len,
         stride=config.eval_stride or config.seq_len,
         batch_size=config.batch_size // config.microbatches,
@@ -244,7 +234,7 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
     rows, devices = config.batch_size // config.microbatches, jax.device_count()
     if rows % devices:
         raise ConfigError(
-            "The number of devices must divide batch_size / microbatches",
+            "The number of devices must divide batch_size / microbatches.",
             f"{config.batch_size} / {config.microbatches} = {rows} rows, {devices} devices",
             f"Choose a batch_size that is a multiple of {devices * config.microbatches}.",
         )
@@ -262,7 +252,7 @@ def check_groups(adapter: HyLoRADAConfig, config: TrainingConfig) -> None:
     """
     if adapter.s2_attn_enabled and (adapter.s2_group_size or 0) > config.seq_len:
         raise ConfigError(
-            "A group of shifted sparse attention must not be longer than a row",
+            "A group of shifted sparse attention must not be longer than a row.",
             f"s2_group_size={adapter.s2_group_size} for rows of {config.seq_len} tokens",
             "Choose longer rows, or smaller groups; without s2_group_size they are a quarter of the row.",
         )

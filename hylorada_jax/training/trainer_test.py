@@ -19,6 +19,7 @@ import optax
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.devices import shard_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation import sweep as sweep_module
@@ -74,9 +75,9 @@ def settings(directory, **changes):
     return TrainingConfig(**defaults | changes)
 
 
-def train(directory, model=None, train_data=None, **changes):
-    model = model or tiny_model()
-    trainer = HyLoRADATrainer(model, train_data or texts(), texts(1, 4), settings(directory, **changes))
+def train(directory, model=None, train_data=None, eval_data=None, **changes):
+    model, eval_data = model or tiny_model(), eval_data or texts(1, 4)
+    trainer = HyLoRADATrainer(model, train_data or texts(), eval_data, settings(directory, **changes))
     return model, trainer.train()
 
 
@@ -384,17 +385,16 @@ def test_the_same_weights_under_another_name_are_the_same_run(tmp_path, referenc
         train(reference[0], moved, resume=True)
 
 
+def document_of(tokens, kinds):
+    return TokenizedDocument(tokens, structure_ids=kinds and tokens % kinds)
+
+
 def test_structure_ids_train_and_are_part_of_what_a_run_is(tmp_path):
     def run(directory, structure, **changes):
         model = tiny_model(method="hylorada_v2")
-        trainer = HyLoRADATrainer(
-            model,
-            texts(),
-            texts(1, 4),
-            settings(directory, **changes),
-            train_structure=structure and [tokens % 3 for tokens in texts()],
-            eval_structure=structure and [tokens % structure for tokens in texts(1, 4)],
-        )
+        train_data = [document_of(tokens, structure and 3) for tokens in texts()]
+        eval_data = [document_of(tokens, structure) for tokens in texts(1, 4)]
+        trainer = HyLoRADATrainer(model, train_data, eval_data, settings(directory, **changes))
         return trainer.train(), model.adapters["structure_encoder"]["structure_embeddings"]
 
     with_ids, trained = run(tmp_path / "a", 3)
@@ -403,36 +403,61 @@ def test_structure_ids_train_and_are_part_of_what_a_run_is(tmp_path):
     moved = np.any(np.asarray(trained) != np.asarray(untouched), axis=1)
     assert moved[:3].all()  # the rows of the ids in the data
     assert not moved[3:].any()
-    with pytest.raises(CheckpointError, match="eval_structure"):
+    with pytest.raises(CheckpointError, match="eval_data"):
         run(tmp_path / "a", 2, resume=True)
+
+
+def test_a_step_learns_the_mean_nll_of_the_scored_tokens_and_the_mask_is_part_of_what_a_run_is(tmp_path):
+    model, rng = tiny_model(), np.random.default_rng(0)
+    plain = [text[:17] for text in texts(0, 5)]  # a row each
+    masks = [rng.random(len(text)) < 0.5 for text in plain[:4]] + [np.zeros(len(plain[4]), bool)]
+    documents = [TokenizedDocument(text, mask) for text, mask in zip(plain, masks, strict=True)]
+    padded = np.array([np.pad(text, (0, 17 - len(text))) for text in plain])  # it changes nothing before it
+    logits = np.asarray(model(padded).logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = [
+        -log_p[row, i - 1, text[i]]
+        for row, (text, mask) in enumerate(zip(plain, masks, strict=True))
+        for i in range(1, len(text))
+        if mask[i]
+    ]
+    _, result = train(tmp_path / "run", model, documents, eval_data=documents, packing=False)
+    first = next(record for record in read_metrics(result.metrics) if "loss" in record)
+    assert first["tokens"] == len(nll)  # all of them: four rows, and none of what scores nothing
+    assert first["loss"] == pytest.approx(np.mean(nll), rel=1e-6)  # float32 logits
+    assert result.perplexity_before == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+    for named, train_data, eval_data in (("train_data", plain, documents), ("eval_data", documents, plain)):
+        with pytest.raises(CheckpointError, match=named):
+            train(tmp_path / "run", None, train_data, eval_data, packing=False, resume=True)
 
 
 def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
     model = tiny_model()
 
-    def refused(kind, match, train_data=None, eval_data=None, model=model, structure=(None, None), **changes):
-        train_structure, eval_structure = structure
+    def refused(kind, match, train_data=None, eval_data=None, model=model, **changes):
         with pytest.raises(kind, match=match):
-            HyLoRADATrainer(
-                model,
-                train_data or texts(),
-                eval_data,
-                settings(tmp_path / "run", **changes),
-                train_structure=train_structure,
-                eval_structure=eval_structure,
-            )
+            HyLoRADATrainer(model, train_data or texts(), eval_data, settings(tmp_path / "run", **changes))
         assert not (tmp_path / "run").exists()
 
     refused(DataError, "fill a row", [np.arange(9)])
     refused(DataError, "vocabulary", [np.arange(40)])
     refused(DataError, "Tokenize", ["some text"])
     refused(DataError, "two tokens", eval_data=[[1]])
-    refused(ConfigError, "structure encoder", structure=(texts(), None))
-    refused(ConfigError, "structure encoder", eval_data=texts(), structure=(None, texts()))
+    structured = [document_of(tokens, 3) for tokens in texts()]
+    refused(ConfigError, "structure encoder", structured)
+    refused(ConfigError, "structure encoder", eval_data=structured)
     reads = tiny_model(method="hylorada_v2")
-    refused(DataError, "for 30 documents", model=reads, structure=(texts()[1:], None))
-    refused(DataError, "document 0", model=reads, structure=([np.append(ids, 0) for ids in texts()], None))
-    refused(DataError, "for 0 documents", model=reads, structure=(None, texts()))
+    refused(DataError, "29 of 30 documents", [texts()[0], *structured[1:]], model=reads)
+    refused(
+        DataError,
+        "document 0",
+        [TokenizedDocument(ids, structure_ids=ids[1:]) for ids in texts()],
+        None,
+        reads,
+    )
+    unscored = [TokenizedDocument(ids, np.zeros(len(ids), bool)) for ids in texts()]
+    refused(DataError, "scored token", unscored)
+    refused(DataError, "scored token", eval_data=unscored)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="must be a directory"):
         HyLoRADATrainer(model, texts(), None, settings(tmp_path / "file"))

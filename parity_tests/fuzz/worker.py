@@ -151,7 +151,7 @@ def _digest(root: Path, name: str) -> str:
 def main() -> None:
     """Answers every line "reader seed" of stdin with two: what is damaged, and how it ended."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is not an answer
     os.dup2(1, 2)
 
     def answer(what: Any) -> None:

@@ -181,15 +181,15 @@ def sliding(
         layers = tuple(kind == "sliding_attention" for kind in keys.layer_types)
         if len(layers) != depth or (any(layers) and window is None):
             raise ModelError(
-                "layer_types names 'full_attention' or, with a window, 'sliding_attention' for each layer",
+                "layer_types names 'full_attention' or, with a window, 'sliding_attention' for each layer.",
                 f"layer_types of {len(layers)}, {sum(layers)} of them sliding; num_hidden_layers={depth}, "
                 f"sliding_window={window}",
-                "check layer_types, sliding_window and use_sliding_window in config.json",
+                "Check layer_types, sliding_window and use_sliding_window in config.json.",
             )
         if fixed and layers != tuple(implied):
             raise ModelError(
-                f"all layers of a {fixed} model attend alike (transformers ignores layer_types here)",
+                f"All layers of a {fixed} model attend alike (transformers ignores layer_types here).",
                 f"layer_types with {sum(layers)} of {depth} sliding, sliding_window={window}",
-                "remove layer_types from config.json",
+                "Remove layer_types from config.json.",
             )
     return (window if any(layers) else None), layers

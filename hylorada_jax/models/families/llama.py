@@ -11,9 +11,9 @@ def options(keys: Keys) -> Options:
     """Biases where the config says so, and no window."""
     if keys.sliding_window is not None:
         raise ModelError(
-            "a llama model has no sliding window",
+            "A llama model has no sliding window.",
             f"sliding_window={keys.sliding_window}",
-            "set model_type to 'mistral' if the model slides, else set sliding_window to null",
+            "Set model_type to 'mistral' if the model slides, else set sliding_window to null.",
         )
     window, layers = sliding(keys, None, [False] * keys.num_hidden_layers, fixed="llama")
     return Options(

@@ -85,7 +85,7 @@ class SharedAttention:
         asked = {"direct attention adaptation": daa is not None, "segment_ids": packed, "groups": grouped}
         if theirs and any(asked.values()):
             raise ConfigError(
-                "Direct adaptation, packed documents and groups act in self-attention that is ours",
+                "Direct adaptation, packed documents and groups act in self-attention that is ours.",
                 f"{', '.join(n for n, is_asked in asked.items() if is_asked)} at {'.'.join(module.path)} "
                 f"with {theirs}",
                 f"Leave {theirs} out, or what is to act there.",
@@ -121,7 +121,7 @@ class SharedAttention:
         mask, segments = jnp.asarray(self._attention_mask), self._segment_ids
         if mask.shape != (batch, keys):
             raise ModelError(
-                "The attention mask must have a column per key",
+                "The attention mask must have a column per key.",
                 f"a mask {mask.shape} for {keys} keys",
                 "Generate with a model that has a KV cache: BERT has one with add_cross_attention=True only.",
             )

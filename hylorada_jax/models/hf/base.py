@@ -91,8 +91,7 @@ class HFFlaxModel:
         """A model as a base model.
 
         Args:
-            model: any Flax model of transformers that holds its weights; one that is wrapped already is
-                given back.
+            model: any Flax model of transformers that holds its weights, wrapped already or not.
 
         Returns:
             The base model.
@@ -255,11 +254,7 @@ class HFFlaxModel:
         return default_positions(shape, attention_mask=mask, segment_ids=segment_ids)
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        variables: Mapping[str, Any] | None = None,
-        **settings: Any,
+        self, prompts: Sequence[Sequence[int]], *, variables: Mapping[str, Any] | None = None, **settings: Any
     ) -> list[list[int]]:
         """Continues prompts by Hugging Face's own generation; the settings are those of our decoder's.
 

@@ -39,7 +39,7 @@ def check_family(family: str) -> None:
 
 def _refusal(family: str, faults: list[str]) -> ModelError:
     return ModelError(
-        f"transformers' Flax {family} model must compute what its config says.",
+        f"The Flax {family} model of transformers must compute what its config says.",
         "; ".join(faults),
         "Load it with hylorada_jax.load_model(name), which uses our decoder."
         if family in DECODERS

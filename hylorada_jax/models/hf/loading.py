@@ -55,7 +55,7 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
         raise
     except Exception as error:  # transformers' classes raise any
         raise ModelError(
-            "transformers must be able to make its Flax model from config.json.",
+            "The Flax model must be one that transformers can make from config.json.",
             f"{source.path}: {type(error).__name__}: {error}",
             "Correct config.json, or download it again.",
         ) from error
