@@ -48,7 +48,7 @@ DEFAULTS = Budget()
 
 
 def main(budget: tyro.conf.OmitArgPrefixes[Budget] = DEFAULTS, *, output: Path = Path("runs")) -> None:
-    """Adapt small models to real series, told the hours and not, and print the table.
+    """Adapt small models to real series, with the hours and without, and print the table.
 
     Args:
         budget: how much is computed.

@@ -135,7 +135,7 @@ def test_a_fresh_adapter_changes_nothing(method, family):
 
 
 def components(model):
-    """{component: its leaves' paths}; what a leaf is for is told by its name and place."""
+    """{component: its leaves' paths}; a leaf's name and place say what it is for."""
     found: dict[str, list] = {}
     for site in model.sites:
         for leaf in site.leaves:

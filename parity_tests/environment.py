@@ -1,4 +1,4 @@
-"""What a number that was measured must be told with: versions, commit, device."""
+"""What belongs beside a number that was measured: versions, commit, device."""
 
 import datetime
 import importlib.metadata

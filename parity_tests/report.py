@@ -123,7 +123,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def write(rows: Iterable[Row], path: Path, command: str) -> None:
-    """Writes the rows as JSON, with what they must be told with."""
+    """Writes the rows as JSON, with what belongs beside them."""
     record: dict[str, Any] = {"command": command, **environment()}
     finite = lambda value: value if math.isfinite(value) else None  # JSON has no infinity
     record["rows"] = [

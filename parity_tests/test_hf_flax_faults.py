@@ -149,8 +149,8 @@ def error(model: Any, loaded: Any) -> float:
         inputs["decoder_input_ids"] = ANSWER
     with torch.no_grad():
         expected = model(torch.from_numpy(ids), **{key: torch.from_numpy(v) for key, v in inputs.items()})
-    face = as_base(loaded)
-    got = face.forward({"params": face.params}, ids, **{key: jnp.asarray(v) for key, v in inputs.items()})
+    ours = as_base(loaded)
+    got = ours.forward({"params": ours.params}, ids, **{key: jnp.asarray(v) for key, v in inputs.items()})
     real = np.ones_like(ANSWER, bool) if model.config.is_encoder_decoder else MASK > 0
     kind = "logits" if "logits" in expected else "last_hidden_state"
     return relative_error(np.asarray(got[kind])[real], expected[kind].numpy()[real])
@@ -161,11 +161,11 @@ def test_what_is_taken_computes_as_torch_does_up_to_the_last_position(case, tmp_
     model = saved(*RIGHT[case], tmp_path)
     loaded = load_model(tmp_path)
     assert error(model, loaded) <= LOGITS
-    face = as_base(loaded)
-    assert face.position_limit in (None, POSITIONS)
-    if face.position_limit:
+    ours = as_base(loaded)
+    assert ours.position_limit in (None, POSITIONS)
+    if ours.position_limit:
         with pytest.raises(DataError, match="received: 21 tokens"):
-            face(np.zeros((1, POSITIONS + 1), np.int32))
+            ours(np.zeros((1, POSITIONS + 1), np.int32))
 
 
 def test_every_family_is_tried():

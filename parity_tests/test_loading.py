@@ -130,9 +130,9 @@ def test_our_attention_in_hf_flax_models_in_float64(architecture, tmp_path):
     make_float64(oracle)
     lengths = (12, 20)
     with jax.enable_x64(True):
-        face = as_base(load_model(tmp_path, dtype=jnp.float64))
+        ours = as_base(load_model(tmp_path, dtype=jnp.float64))
         mask = jnp.arange(20)[None] < jnp.array(lengths)[:, None]
-        logits = face(IDS, attention_mask=mask.astype(int)).logits
+        logits = ours(IDS, attention_mask=mask.astype(int)).logits
     for row, ids, length in zip(logits, np.array(IDS), lengths, strict=True):
         with torch.no_grad():
             expected = oracle(torch.from_numpy(ids[None, :length])).logits[0].numpy()

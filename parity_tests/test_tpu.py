@@ -29,7 +29,7 @@ def test_everything_compiles_for_v5e(tmp_path):
     except HyLoRADAError as missing:
         pytest.skip(str(missing))
     command = ["-m", "benchmarks.tpu_compile", "--small", "--topologies", "v5e:2x2", "--output"]
-    # A process of its own: once libtpu can be imported, JAX looks for a TPU wherever it is not told not to.
+    # A process of its own: once libtpu can be imported, JAX looks for a TPU unless that is forbidden.
     run = subprocess.run(
         [sys.executable, *command, tmp_path], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )

@@ -26,7 +26,7 @@ def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
     Returns:
         "libraries_resident_bytes": what the process held before it loaded the model; "peak_resident_bytes":
         what it held beyond that in a step, at most; "peak_device_bytes": what was allocated on a GPU at most,
-        by torch in a step, by JAX since its start, which includes loading. None where it cannot be told.
+        by torch in a step, by JAX since its start, which includes loading. None where it cannot be known.
     """
     for package in packages(name):
         importlib.import_module(package)

@@ -8,7 +8,7 @@ from hylorada_jax.cli.cli_test import run
 from hylorada_jax.io.files_test import plant
 from hylorada_jax.training.run_directory_test import snapshot
 
-# Nothing of it is there: whatever is read before the output is looked at gives another error.
+# Nothing of it is there: whatever is read before the output is checked gives another error.
 COMMANDS = {
     "finetune": ("--model", "./missing", "--data", "missing.txt"),
     "finetune --overwrite": ("--model", "./missing", "--data", "missing.txt"),

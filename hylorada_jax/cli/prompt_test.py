@@ -40,7 +40,7 @@ def llama2(path):
 
 
 class Answering:
-    """A model that writes what it is told to, and keeps what it was given."""
+    """A model that writes what it was made to, and keeps what it was given."""
 
     def __init__(self, *tokens):
         self.tokens, self.asked = list(tokens), []

@@ -24,15 +24,15 @@ def checked(*documents, has_encoder=True):
 
 def test_records_and_bare_ids_become_records_of_arrays():
     fields = {"scored": [False, True, False], "structure_ids": [0, 1, 2], "structure_positions": [0.5, 1, 54]}
-    told, empty = checked(
+    full, empty = checked(
         record([1, 2, 3], **fields, name="a.py"),
         record([], **{name: [] for name in FIELDS}),
     )
-    assert (told.name, len(told), len(empty)) == ("a.py", 3, 0)
-    for document, lists in ((told, {"tokens": [1, 2, 3], **fields}), (empty, {name: [] for name in fields})):
+    assert (full.name, len(full), len(empty)) == ("a.py", 3, 0)
+    for document, lists in ((full, {"tokens": [1, 2, 3], **fields}), (empty, {name: [] for name in fields})):
         for name, values in lists.items():
             assert getattr(document, name).tolist() == values
-    dtypes = [getattr(document, name).dtype for document in (told, empty) for name in ("tokens", *FIELDS)]
+    dtypes = [getattr(document, name).dtype for document in (full, empty) for name in ("tokens", *FIELDS)]
     assert dtypes == [np.int32, np.bool_, np.int32, np.float32] * 2
     for (bare,) in (checked([1, 2]), checked(np.array([1, 2], np.uint8)), checked(record([1, 2]))):
         assert (bare.tokens.tolist(), bare.tokens.dtype) == ([1, 2], np.int32)

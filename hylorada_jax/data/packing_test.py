@@ -109,8 +109,8 @@ def test_every_packed_token_has_the_structure_position_of_its_source(lengths, se
 
 
 def test_rows_and_what_fills_them_up_are_as_the_table_of_keys_says():
-    told = {name: lambda tokens: tokens + 1 for name in ("structure_ids", "structure_positions")}
-    (batch,) = batches(Rows(numbered([3, 2], **told), 4), 3)
+    fields = {name: lambda tokens: tokens + 1 for name in ("structure_ids", "structure_positions")}
+    (batch,) = batches(Rows(numbered([3, 2], **fields), 4), 3)
     assert batch.keys() == KEYS.keys() - {"row"}
     for name, values in batch.items():
         assert values.dtype == KEYS[name].dtype

@@ -148,7 +148,7 @@ def test_structure_ids_reach_the_model_beside_their_tokens(base):
     model.adapters = jax.tree.map(lambda x: x + rng.normal(0, 0.5, x.shape).astype(x.dtype), model.adapters)
     of_token = rng.integers(0, 60, VOCAB)
 
-    told = [TokenizedDocument(tokens, structure_ids=of_token[tokens]) for tokens in documents()]
+    structured = [TokenizedDocument(tokens, structure_ids=of_token[tokens]) for tokens in documents()]
 
     def loss(texts):
         found = evaluate_perplexity(model, texts, seq_len=SEQ_LEN, stride=5, batch_size=2, progress=False)
@@ -157,11 +157,11 @@ def test_structure_ids_reach_the_model_beside_their_tokens(base):
     def logits(ids):
         return model(ids, structure_ids=of_token[ids]).logits
 
-    found = loss(told)
+    found = loss(structured)
     assert found == pytest.approx(direct_loss(logits, 5)[0], rel=1e-6)
     assert abs(found - loss(documents())) > 1e-3
     with pytest.raises(ConfigError, match="encoder"):
-        evaluate_perplexity(base, told, seq_len=SEQ_LEN)
+        evaluate_perplexity(base, structured, seq_len=SEQ_LEN)
 
 
 @pytest.mark.slow

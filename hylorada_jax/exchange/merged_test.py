@@ -35,7 +35,7 @@ LLAMA = {
     "initializer_range": 0.2,
 }
 FAMILIES = {
-    # Conv1D, biases everywhere, tied; c_proj and wpe are square: their orientation cannot be told by shape.
+    # Conv1D, biases everywhere, tied; c_proj and wpe are square: no shape shows their orientation.
     "gpt2": transformers.GPT2Config(
         vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=16, n_positions=16, initializer_range=0.2
     ),

@@ -341,7 +341,7 @@ def vast(saved):
     return saved
 
 
-# Also the order: of an adapter of another base, nothing else is looked at.
+# Also the order: of an adapter of another base, nothing else is read.
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

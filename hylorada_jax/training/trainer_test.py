@@ -385,15 +385,15 @@ def test_the_same_weights_under_another_name_are_the_same_run(tmp_path, referenc
         train(reference[0], moved, resume=True)
 
 
-def told(tokens, kinds):
+def document_of(tokens, kinds):
     return TokenizedDocument(tokens, structure_ids=kinds and tokens % kinds)
 
 
 def test_structure_ids_train_and_are_part_of_what_a_run_is(tmp_path):
     def run(directory, structure, **changes):
         model = tiny_model(method="hylorada_v2")
-        train_data = [told(tokens, structure and 3) for tokens in texts()]
-        eval_data = [told(tokens, structure) for tokens in texts(1, 4)]
+        train_data = [document_of(tokens, structure and 3) for tokens in texts()]
+        eval_data = [document_of(tokens, structure) for tokens in texts(1, 4)]
         trainer = HyLoRADATrainer(model, train_data, eval_data, settings(directory, **changes))
         return trainer.train(), model.adapters["structure_encoder"]["structure_embeddings"]
 
@@ -443,7 +443,7 @@ def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
     refused(DataError, "vocabulary", [np.arange(40)])
     refused(DataError, "Tokenize", ["some text"])
     refused(DataError, "two tokens", eval_data=[[1]])
-    structured = [told(tokens, 3) for tokens in texts()]
+    structured = [document_of(tokens, 3) for tokens in texts()]
     refused(ConfigError, "structure encoder", structured)
     refused(ConfigError, "structure encoder", eval_data=structured)
     reads = tiny_model(method="hylorada_v2")

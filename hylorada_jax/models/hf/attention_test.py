@@ -35,7 +35,7 @@ ROUNDING: Any = {"atol": 3e-5, "rtol": 1e-5}
 
 
 @functools.cache
-def face(name: str) -> HFFlaxModel:
+def wrapped(name: str) -> HFFlaxModel:
     kind, config = CONFIGS[name]
     model = kind(config, seed=1)
     if name == "gpt2":
@@ -59,12 +59,12 @@ def adapted(name: str, *leaves: str) -> dict[str, Any]:
         for key in path:
             node = node.setdefault(key, {})
         node |= {leaf: jnp.asarray(value, jnp.float32) for leaf, value in daa.items()}
-    return {"params": face(name).params, "hylorada": tree}
+    return {"params": wrapped(name).params, "hylorada": tree}
 
 
 @functools.cache
 def compiled(name: str, groups: tuple[int, int] | None = None):
-    return jax.jit(lambda v, ids, **inputs: face(name).forward(v, ids, groups=groups, **inputs).logits)
+    return jax.jit(lambda v, ids, **inputs: wrapped(name).forward(v, ids, groups=groups, **inputs).logits)
 
 
 LEAVES = ("alpha", "beta", "position_bias")
@@ -74,7 +74,7 @@ with_and_without_daa = pytest.mark.parametrize("leaves", [(), LEAVES], ids=["pla
 
 @every_model
 def test_without_daa_the_output_is_that_of_hugging_faces_own_attention(name):
-    model = face(name)
+    model = wrapped(name)
     # Padding on the right and in the middle, in positions that the caller gives.
     mask = jnp.ones_like(IDS).at[0, 9:].set(0).at[1, 4].set(0)
     positions = jnp.arange(14)[None] + jnp.array([[0], [5]])
@@ -90,7 +90,7 @@ def test_without_daa_the_output_is_that_of_hugging_faces_own_attention(name):
 
 
 def test_head_mask_switches_heads_off():
-    model, heads = face("bert"), jnp.array([[1, 0, 1, 1], [0, 1, 1, 0]])
+    model, heads = wrapped("bert"), jnp.array([[1, 0, 1, 1], [0, 1, 1, 0]])
     expected = model.model(IDS, head_mask=heads).logits
     logits = model.forward({"params": model.params}, IDS, head_mask=heads).logits
     np.testing.assert_allclose(logits, expected, **ROUNDING)
@@ -133,7 +133,7 @@ def test_daa_is_the_formula_on_the_logits():
 
 @every_model
 def test_alpha_and_the_position_bias_act_and_beta_alone_does_not(name):
-    plain = compiled(name)({"params": face(name).params}, IDS)
+    plain = compiled(name)({"params": wrapped(name).params}, IDS)
     for leaf in LEAVES:
         moved = np.abs(compiled(name)(adapted(name, leaf), IDS) - plain).max()
         # The softmax does not see what is added to a whole row.
@@ -169,10 +169,10 @@ def test_padding_on_either_side_equals_the_plain_sequence(name, leaves):
 def test_generation_with_the_cache_is_the_argmax_of_the_full_forward_pass(name, leaves):
     variables = adapted(name, *leaves)
     prompts = [IDS[0, :9].tolist(), IDS[1, :4].tolist()]
-    answers = face(name).generate(prompts, variables=variables, max_new_tokens=6)
+    answers = wrapped(name).generate(prompts, variables=variables, max_new_tokens=6)
     for prompt, answer in zip(prompts, answers, strict=True):
         row = jnp.array([[*prompt, *answer]])
-        logits = face(name).forward(variables, row).logits[0, len(prompt) - 1 : -1]
+        logits = wrapped(name).forward(variables, row).logits[0, len(prompt) - 1 : -1]
         best = np.sort(logits, axis=-1)
         assert (best[:, -1] - best[:, -2] > 1e-3).all()  # no tie that rounding could break
         assert answer == logits.argmax(axis=-1).tolist()
@@ -245,7 +245,7 @@ def test_gradients_under_jit_are_the_finite_differences():
 
 
 def test_what_hugging_faces_attention_would_ignore_is_refused():
-    model, variables = face("gpt2"), adapted("gpt2")
+    model, variables = wrapped("gpt2"), adapted("gpt2")
     with pytest.raises(ConfigError, match=r"attention adaptation at transformer\.h\.0\.attn with output_att"):
         model.forward(variables, IDS, output_attentions=True)
     plain = {"params": model.params}
@@ -253,7 +253,7 @@ def test_what_hugging_faces_attention_would_ignore_is_refused():
     with pytest.raises(ConfigError, match=r"segment_ids, groups at [\s\S]*own dropout"):
         model.forward(plain, IDS, segment_ids=jnp.ones_like(IDS), groups=(4, 2), **training)
     with pytest.raises(ModelError, match=r"received: groups=\(4, 2\) for FlaxBertForMaskedLM"):
-        face("bert").forward({"params": face("bert").params}, IDS, groups=(4, 2))
+        wrapped("bert").forward({"params": wrapped("bert").params}, IDS, groups=(4, 2))
     three = {"transformer": {"h": {"0": {"attn": {"alpha": jnp.ones(3), "beta": jnp.ones(3)}}}}}
     with pytest.raises(ConfigError, match="for 4 heads"):
         model.forward({**plain, "hylorada": three}, IDS)

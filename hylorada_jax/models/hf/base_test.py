@@ -54,14 +54,14 @@ def tiny(name: str):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forward_is_the_models_own_call_and_hidden_times_head_is_its_logits(name):
     model = tiny(name)
-    face = HFFlaxModel.wrap(model)
+    ours = HFFlaxModel.wrap(model)
     mask = jnp.ones_like(IDS).at[0, 5:].set(0)
     expected = model(IDS, attention_mask=mask).logits
-    variables = {"params": face.params}
-    forward = jax.jit(lambda v: face.forward(v, IDS, attention_mask=mask).logits)
-    hidden = jax.jit(lambda v: face.hidden(v, IDS, attention_mask=mask) @ face.head(v).T)
+    variables = {"params": ours.params}
+    forward = jax.jit(lambda v: ours.forward(v, IDS, attention_mask=mask).logits)
+    hidden = jax.jit(lambda v: ours.hidden(v, IDS, attention_mask=mask) @ ours.head(v).T)
     # float32 with logits of order 1; jit and the transposed head round differently from HF's eager call.
-    for logits in (forward(variables), hidden(variables), face(IDS, attention_mask=mask).logits):
+    for logits in (forward(variables), hidden(variables), ours(IDS, attention_mask=mask).logits):
         # Padding's own logits mean nothing, and depend on where it is said to stand.
         np.testing.assert_allclose(logits[mask > 0], expected[mask > 0], atol=2e-6, rtol=2e-6)
 
@@ -80,34 +80,34 @@ def test_position_ids_reach_the_model():
 def test_hidden_computes_no_logits():
     # A vocabulary so large that its logits would dominate the work.
     config = transformers.GPT2Config(vocab_size=50000, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    face = HFFlaxModel.wrap(transformers.FlaxGPT2LMHeadModel(config))
+    ours = HFFlaxModel.wrap(transformers.FlaxGPT2LMHeadModel(config))
 
     def flops(function):
-        return jax.jit(function).lower({"params": face.params}, IDS).compile().cost_analysis()["flops"]  # type: ignore[index]
+        return jax.jit(function).lower({"params": ours.params}, IDS).compile().cost_analysis()["flops"]  # type: ignore[index]
 
-    assert flops(face.hidden) < flops(lambda v, ids: face.forward(v, ids).logits) / 50
+    assert flops(ours.hidden) < flops(lambda v, ids: ours.forward(v, ids).logits) / 50
 
 
 def test_the_weights_are_an_argument_and_shared():
     model = tiny("GPT2LMHeadModel")
-    face = HFFlaxModel.wrap(model)
-    assert face.params is model.params
+    ours = HFFlaxModel.wrap(model)
+    assert ours.params is model.params
     doubled = jax.tree.map(lambda leaf: 2 * leaf, model.params)
-    other = face.with_params(doubled)
+    other = ours.with_params(doubled)
     assert type(other) is type(model)
     # float32; doubled weights make logits of order 10.
     np.testing.assert_allclose(
-        face.forward({"params": doubled}, IDS).logits, other(IDS).logits, atol=2e-5, rtol=2e-5
+        ours.forward({"params": doubled}, IDS).logits, other(IDS).logits, atol=2e-5, rtol=2e-5
     )
-    assert model.params["transformer"]["wte"]["embedding"] is face.params["transformer"]["wte"]["embedding"]
-    shapes = jax.eval_shape(face.init_params, jax.random.key(0))
+    assert model.params["transformer"]["wte"]["embedding"] is ours.params["transformer"]["wte"]["embedding"]
+    shapes = jax.eval_shape(ours.init_params, jax.random.key(0))
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, model.params)
 
 
 def test_other_collections_and_rngs_reach_the_modules():
     import flax.linen as nn
 
-    face = HFFlaxModel.wrap(tiny("GPT2LMHeadModel"))
+    ours = HFFlaxModel.wrap(tiny("GPT2LMHeadModel"))
     seen = []
 
     def interceptor(next_fun, args, kwargs, context):
@@ -128,11 +128,11 @@ def test_other_collections_and_rngs_reach_the_modules():
         tree = {key: tree}
     rngs = {"dropout": jax.random.PRNGKey(0)}
     with nn.intercept_methods(interceptor):
-        shifted = face.forward({"params": face.params, "extra": tree}, IDS, rngs=rngs).logits
+        shifted = ours.forward({"params": ours.params, "extra": tree}, IDS, rngs=rngs).logits
     # The oracle: the same shift in the layer's own bias. float32, logits of order 1.
-    params = jax.tree.map(lambda leaf: leaf, face.params)
+    params = jax.tree.map(lambda leaf: leaf, ours.params)
     params["transformer"]["h"]["1"]["mlp"]["c_fc"]["bias"] += shift
-    np.testing.assert_allclose(shifted, face.forward({"params": params}, IDS).logits, atol=1e-6)
+    np.testing.assert_allclose(shifted, ours.forward({"params": params}, IDS).logits, atol=1e-6)
     assert seen == [path]
 
 
@@ -141,30 +141,30 @@ def test_families_without_a_plain_head_still_run():
         **TINY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
     )
     model = transformers.FlaxBertForMaskedLM(bert)
-    face = HFFlaxModel.wrap(model)
-    np.testing.assert_allclose(face(IDS).logits, model(IDS).logits, atol=2e-6, rtol=2e-6)
+    ours = HFFlaxModel.wrap(model)
+    np.testing.assert_allclose(ours(IDS).logits, model(IDS).logits, atol=2e-6, rtol=2e-6)
     with pytest.raises(ModelError, match=r"received: FlaxBertForMaskedLM"):
-        face.hidden({"params": face.params}, IDS)
+        ours.hidden({"params": ours.params}, IDS)
     with pytest.raises(ModelError, match=r"from left to right[\s\S]*FlaxBertForMaskedLM"):
-        face.generate([[1]], max_new_tokens=2)
+        ours.generate([[1]], max_new_tokens=2)
 
     bart = transformers.BartConfig(**BART)
     model = transformers.FlaxBartForConditionalGeneration(bart)
-    face = HFFlaxModel.wrap(model)
-    logits = face.forward({"params": face.params}, IDS, decoder_input_ids=IDS[:, :3]).logits
+    ours = HFFlaxModel.wrap(model)
+    logits = ours.forward({"params": ours.params}, IDS, decoder_input_ids=IDS[:, :3]).logits
     np.testing.assert_array_equal(logits, model(IDS, decoder_input_ids=IDS[:, :3]).logits)
     with pytest.raises(ModelError, match="FlaxGPT2Model"):
         HFFlaxModel.wrap(transformers.FlaxGPT2Model(FAMILIES["GPT2LMHeadModel"])).head({})
 
 
 def test_what_cannot_be_done_is_refused():
-    face = HFFlaxModel.wrap(tiny("GPTNeoForCausalLM"))
+    ours = HFFlaxModel.wrap(tiny("GPTNeoForCausalLM"))
     with pytest.raises(ModelError, match="Packed documents"):
-        face(IDS, segment_ids=jnp.ones_like(IDS))
+        ours(IDS, segment_ids=jnp.ones_like(IDS))
     with pytest.raises(ModelError, match=r"received: groups=\(4, 2\) for FlaxGPTNeoForCausalLM"):
-        face.forward({"params": face.params}, IDS, groups=(4, 2))
-    assert not face.supports_segments
-    assert not face.supports_groups
+        ours.forward({"params": ours.params}, IDS, groups=(4, 2))
+    assert not ours.supports_segments
+    assert not ours.supports_groups
     empty = transformers.FlaxGPT2LMHeadModel(FAMILIES["GPT2LMHeadModel"], _do_init=False)
     with pytest.raises(ModelError, match="_do_init"):
         HFFlaxModel.wrap(empty)
@@ -182,24 +182,24 @@ def test_the_name_is_where_it_came_from_or_the_class():
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoForCausalLM", "OPTForCausalLM"])
 def test_positions_beyond_the_table_are_refused(name):
-    face = HFFlaxModel.wrap(tiny(name))
-    assert face.position_limit == 32
-    face(jnp.zeros((1, 32), jnp.int32))
+    ours = HFFlaxModel.wrap(tiny(name))
+    assert ours.position_limit == 32
+    ours(jnp.zeros((1, 32), jnp.int32))
     with pytest.raises(DataError, match=r"below 32[\s\S]*received: 33 tokens"):
-        jax.eval_shape(face, jnp.zeros((1, 33), jnp.int32))
+        jax.eval_shape(ours, jnp.zeros((1, 33), jnp.int32))
     with pytest.raises(DataError, match=r"received: 33 tokens"):
-        face.generate([[1] * 30, [1]], max_new_tokens=3)
+        ours.generate([[1] * 30, [1]], max_new_tokens=3)
 
 
 def test_position_ids_that_the_model_does_not_have_are_refused():
-    face = HFFlaxModel.wrap(tiny("GPT2LMHeadModel"))
+    ours = HFFlaxModel.wrap(tiny("GPT2LMHeadModel"))
     first = jnp.zeros_like(IDS)
     with pytest.raises(DataError, match="received: a position of 32"):
-        face(IDS, position_ids=first.at[1, 2].set(32))
+        ours(IDS, position_ids=first.at[1, 2].set(32))
     with pytest.raises(DataError, match="a position of -1"):
-        face(IDS, position_ids=first.at[1, 2].set(-1))
+        ours(IDS, position_ids=first.at[1, 2].set(-1))
     with pytest.raises(DataError, match=r"shape \(1, 7\) for tokens \(2, 7\)"):
-        face(IDS, position_ids=first[:1])
+        ours(IDS, position_ids=first[:1])
     assert HFFlaxModel.wrap(tiny("BloomForCausalLM")).position_limit is None
 
 
@@ -223,20 +223,20 @@ def test_logits_of_a_bfloat16_model_are_not_rounded():
     model = tiny("GPT2LMHeadModel")
     model = type(model)(model.config, dtype=jnp.bfloat16)
     model.params = model.to_bf16(model.params)
-    face = HFFlaxModel.wrap(model)
-    variables = {"params": face.params}
-    hidden, head = (np.asarray(x, np.float64) for x in (face.hidden(variables, IDS), face.head(variables)))
-    logits = face(IDS).logits
+    ours = HFFlaxModel.wrap(model)
+    variables = {"params": ours.params}
+    hidden, head = (np.asarray(x, np.float64) for x in (ours.hidden(variables, IDS), ours.head(variables)))
+    logits = ours(IDS).logits
     assert logits.dtype == jnp.float32
     # One product of bfloat16 operands, exact in float32 but for the order of a sum of a few terms.
     np.testing.assert_allclose(logits, hidden @ head.T, rtol=0, atol=1e-6 * np.abs(hidden @ head.T).max())
 
 
 def test_sampling_in_the_limit_is_greedy():
-    face, prompts = HFFlaxModel.wrap(tiny("GPT2LMHeadModel")), [[5, 9, 11], [8, 3]]
-    greedy = face.generate(prompts, max_new_tokens=4)
+    ours, prompts = HFFlaxModel.wrap(tiny("GPT2LMHeadModel")), [[5, 9, 11], [8, 3]]
+    greedy = ours.generate(prompts, max_new_tokens=4)
     key = jax.random.key(1)
-    assert face.generate(prompts, max_new_tokens=4, temperature=1e-38, top_p=1e-38, rng=key) == greedy
+    assert ours.generate(prompts, max_new_tokens=4, temperature=1e-38, top_p=1e-38, rng=key) == greedy
 
 
 @pytest.mark.parametrize(("value", "sampled", "ends"), [(np.nan, False, ()), (np.inf, True, (49,))])

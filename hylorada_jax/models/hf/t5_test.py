@@ -27,7 +27,7 @@ ROUNDING: Any = {"atol": 2e-4, "rtol": 1e-5}
 
 
 @functools.cache
-def face() -> HFFlaxModel:
+def wrapped() -> HFFlaxModel:
     with repair_t5():
         model = transformers.FlaxT5ForConditionalGeneration(CONFIG, seed=1)
     model._module = RepairedT5(model.module)
@@ -46,12 +46,12 @@ def adapted(*leaves: str) -> dict[str, Any]:
             leaves32 = {leaf: jnp.asarray(value, jnp.float32) for leaf, value in daa.items()}
             blocks[str(layer)] = {"layer": {"0": {"SelfAttention": leaves32}}}
         tree[stack] = {"block": blocks}
-    return {"params": face().params, "hylorada": tree}
+    return {"params": wrapped().params, "hylorada": tree}
 
 
 @jax.jit
 def run(variables, ids, answer, **inputs):
-    return face().forward(variables, ids, decoder_input_ids=answer, **inputs).logits
+    return wrapped().forward(variables, ids, decoder_input_ids=answer, **inputs).logits
 
 
 LEAVES = ("alpha", "beta", "position_bias")
@@ -81,22 +81,22 @@ def test_buckets_are_those_of_the_loop_over_integers(bidirectional):
 
 
 def test_a_repaired_model_can_be_called_initialised_and_copied():
-    model = face().model
+    model = wrapped().model
     expected = model(IDS, decoder_input_ids=ANSWER).logits
     again = copy.deepcopy(model)
     np.testing.assert_array_equal(again(IDS, decoder_input_ids=ANSWER).logits, expected)
-    shapes = jax.eval_shape(face().init_params, jax.random.key(0))
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, face().params)
+    shapes = jax.eval_shape(wrapped().init_params, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, wrapped().params)
 
 
 def test_daa_at_its_start_gives_hugging_faces_own_output():
     mask = jnp.ones_like(IDS).at[0, 7:].set(0).at[1, :3].set(0)
-    expected = run({"params": face().params}, IDS, ANSWER, attention_mask=mask)
+    expected = run({"params": wrapped().params}, IDS, ANSWER, attention_mask=mask)
     np.testing.assert_allclose(run(adapted(), IDS, ANSWER, attention_mask=mask), expected, **ROUNDING)
 
 
 def test_alpha_and_the_position_bias_act_and_beta_alone_does_not():
-    plain = run({"params": face().params}, IDS, ANSWER)
+    plain = run({"params": wrapped().params}, IDS, ANSWER)
     for leaf in LEAVES:
         moved = np.abs(run(adapted(leaf), IDS, ANSWER) - plain).max()
         assert moved < 2e-4 if leaf == "beta" else moved > 0.1, leaf
@@ -105,7 +105,7 @@ def test_alpha_and_the_position_bias_act_and_beta_alone_does_not():
 def test_daa_is_on_q_k_before_the_relative_bias():
     """α scales q kᵀ alone: the same as scaled queries. A bias per bucket of T5's own is T5's own table."""
     alpha = jnp.array([0.5, 2.0, -1.0, 1.5])
-    variables, params = adapted(), jax.tree.map(lambda leaf: leaf, face().params)
+    variables, params = adapted(), jax.tree.map(lambda leaf: leaf, wrapped().params)
     for stack in STACKS:
         for layer in range(2):
             place = ("block", str(layer), "layer", "0", "SelfAttention")
@@ -131,10 +131,10 @@ def test_padding_and_later_tokens_change_nothing():
 
 @pytest.mark.parametrize("leaves", [(), LEAVES], ids=["plain", "daa"])
 def test_generation_with_the_cache_is_the_argmax_of_the_full_forward_pass(leaves):
-    variables = adapted(*leaves) if leaves else {"params": face().params}
+    variables = adapted(*leaves) if leaves else {"params": wrapped().params}
     prompts = [IDS[0].tolist(), IDS[1, :5].tolist()]
     for prompt, answer in zip(
-        prompts, face().generate(prompts, variables=variables, max_new_tokens=6), strict=True
+        prompts, wrapped().generate(prompts, variables=variables, max_new_tokens=6), strict=True
     ):
         logits = run(variables, jnp.array([prompt]), jnp.array([[0, *answer[:-1]]]))[0]
         best = np.sort(logits, axis=-1)
@@ -146,8 +146,8 @@ def test_gradients_under_jit_are_the_finite_differences():
     """Along a random direction through all of DAA, in float64 but for the norms, which stay in float32."""
     with jax.enable_x64(True):
         with repair_t5():
-            module = type(face().module.module)(CONFIG, dtype=jnp.float64)
-        model = copy.copy(face().model)
+            module = type(wrapped().module.module)(CONFIG, dtype=jnp.float64)
+        model = copy.copy(wrapped().model)
         model._module = RepairedT5(module)
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), adapted(*LEAVES))
         rng = np.random.default_rng(5)
@@ -172,4 +172,4 @@ def test_daa_in_cross_attention_is_refused():
     daa = {"alpha": jnp.ones(4), "beta": jnp.zeros(4)}
     cross = {"decoder": {"block": {"0": {"layer": {"1": {"EncDecAttention": daa}}}}}}
     with pytest.raises(ConfigError, match=r"EncDecAttention with cross-attention"):
-        run({"params": face().params, "hylorada": cross}, IDS, ANSWER)
+        run({"params": wrapped().params, "hylorada": cross}, IDS, ANSWER)
