@@ -37,7 +37,8 @@ current-python:
 
 # The torch reference, and JAX against it, beside the newest transformers.
 test-transformers5: $(VENV)-transformers5/.installed
-	$(VENV)-transformers5/bin/$(RUN_PYTEST) hylorada_torch parity_tests/test_models.py parity_tests/test_files.py $(ARGS)
+	$(VENV)-transformers5/bin/$(RUN_PYTEST) hylorada_torch parity_tests/test_models.py parity_tests/test_files.py \
+		parity_tests/test_fixtures.py $(ARGS)
 	$(VENV)-transformers5/bin/python -m hylorada_jax.cli.main parity --only "topk_gate" "qwen2, hylorada_v1" \
 		--output $(VENV)-transformers5/parity.json --overwrite
 
