@@ -40,8 +40,8 @@ hypothesis.settings.load_profile("suite")
 SLOW_FILES = (
     "adapter_bank_test", "cli_test", "decoder_test", "hf/attention_test", "hf/base_test", "hf/t5_test",
     "merged_test", "model_test", "step_test", "surgery_test", "test_config_layouts", "test_decoder",
-    "test_evaluation", "test_files", "test_fixtures", "test_fuzz", "test_hf_flax_faults", "test_loading", "test_longlora",
-    "test_models", "test_peft", "test_peft_files", "test_peft_settings", "test_precision",
+    "test_evaluation", "test_files", "test_fixtures", "test_fuzz", "test_hf_flax_faults", "test_loading",
+    "test_longlora", "test_models", "test_peft", "test_peft_files", "test_peft_settings", "test_precision",
     "test_trajectories", "trainer_test",
 )  # fmt: skip
 
