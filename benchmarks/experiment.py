@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError, near
+from hylorada_jax.structure.code import Domain
 
 BASE, FULL = "base", "full"
 NAMES = (BASE, FULL, *METHODS)
@@ -36,7 +37,7 @@ class Variant:
     label: str
     kind: Literal["base", "full", "adapter"]
     config: HyLoRADAConfig | None
-    structure: Literal["code"] | None
+    structure: Domain | None
     learning_rates: tuple[float, ...]
 
     def settings(self) -> dict[str, Any]:

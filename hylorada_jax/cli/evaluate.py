@@ -4,7 +4,6 @@ from pathlib import Path
 
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
-    Domain,
     Dtype,
     check_adapter,
     check_whole,
@@ -15,6 +14,7 @@ from hylorada_jax.cli.shared import (
 )
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.data.packing import check_windows
+from hylorada_jax.structure.code import Domain
 
 
 @puts_offline

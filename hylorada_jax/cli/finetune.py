@@ -10,7 +10,6 @@ from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
-    Domain,
     Dtype,
     check_whole,
     puts_offline,
@@ -19,6 +18,7 @@ from hylorada_jax.cli.shared import (
 )
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.config import TrainingConfig
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
-    Domain,
     Dtype,
     check_adapter,
     check_whole,
@@ -15,6 +14,7 @@ from hylorada_jax.cli.shared import (
     unloaded,
 )
 from hylorada_jax.errors import DataError
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import show
 
 

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hylorada_jax.cli.shared import Domain, prompt_of
+from hylorada_jax.cli.shared import prompt_of
+from hylorada_jax.structure.code import Domain
 
 if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer

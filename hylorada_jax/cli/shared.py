@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.io import hub
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, show
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 PACKAGED_MODEL = "smollm2-135m"
 Dtype = Literal["float32", "bfloat16"]
-Domain = Literal["code"]
 
 
 def puts_offline(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -12,14 +11,14 @@ from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.text_files import Document
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.tokenizer import Tokenizer
-from hylorada_jax.structure.code import token_depths
+from hylorada_jax.structure.code import Domain, token_depths
 from hylorada_jax.text import short
 
 _DOCUMENTS_AT_ONCE = 64
 
 
 def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, structure: Literal["code"] | None = None
+    documents: Sequence[Document], tokenizer: Tokenizer, structure: Domain | None = None
 ) -> list[TokenizedDocument]:
     """The tokens of each document, with what the tokenizer's template adds and the token that ends a text.
 

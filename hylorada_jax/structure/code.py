@@ -9,9 +9,11 @@ import tokenize
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+Domain = Literal["code"]  # whose structure is read off a text; other domains bring their ids
 
 # Lists of a syntax node that stand one level deeper than the node itself.
 _SUITES = ("body", "orelse", "finalbody", "cases")
