@@ -212,7 +212,9 @@ class Uncalled(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("cls", [nn.Dense(3), Uncalled, dict, jnp.dot], ids=str)
+@pytest.mark.parametrize(
+    "cls", [nn.Dense(3), Uncalled, dict, jnp.dot], ids=["module", "uncalled", "dict", "function"]
+)
 def test_what_is_no_class_of_callable_modules_is_not_registered(cls):
     with pytest.raises(ConfigError, match=r"class of Linen modules with a __call__"):
         register_linear(cls)
