@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused_and_the_bank_stays_as_it_was(tmp_path):
         bank.add("tall", adapters)
     with pytest.raises(ConfigError, match="not replaced unasked"):
         bank.load("small", tmp_path / "own")
-    with pytest.raises(ConfigError, match=r"default, tall, small\n.*'tal'\n.*Did you mean tall"):
+    with pytest.raises(ConfigError, match=r"default, tall, small\.\n.*'tal'\n.*Did you mean tall"):
         bank.switch("tal")
     with pytest.raises(ConfigError, match="Add or load it first"):
         bank.remove("zzz")
