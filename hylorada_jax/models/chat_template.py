@@ -1,10 +1,11 @@
 """Conversations as text: a model's chat template in jinja2, rendered as transformers renders it."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.models.template_process import SECONDS, run_template
+from hylorada_jax.models.template_process import SECONDS, Rendered, run_template
 from hylorada_jax.text import cut
 
 MAX_TEMPLATE = 2**18
@@ -13,24 +14,26 @@ MAX_TEMPLATE = 2**18
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render(
-    template: str | Mapping[str, str] | None,
-    messages: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    seconds: float = SECONDS,
-) -> str:
-    """The text of a conversation.
+class Request(NamedTuple):
+    """A conversation to render.
 
-    The template may be of any origin: it is rendered in a process of its own, with limits.
-
-    Args:
-        template: the model's, or its templates by name: "tool_use" is taken where there are tools, else
-            "default".
+    Attributes:
         messages: [{"role": "user", "content": "…"}, …]; a value of None counts as absent.
         variables: what else the template knows.
         tools: JSON schemas of what the assistant may call.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+def render(template: str | Mapping[str, str] | None, request: Request, *, seconds: float = SECONDS) -> str:
+    """The text of a conversation: :func:`render_each` of one.
+
+    Args:
+        template: the model's, or its templates by name.
+        request: the conversation.
         seconds: to render it in.
 
     Returns:
@@ -42,28 +45,90 @@ def render(
 
     Example:
         >>> render("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
-        ...        [{"role": "user", "content": "Hi"}], {})
+        ...        Request([{"role": "user", "content": "Hi"}], {}))
         '[user] Hi'
+    """
+    (found,) = render_each(template, [request], seconds=seconds)
+    if isinstance(found, DataError):
+        raise found
+    return found.text
+
+
+def render_each(
+    template: str | Mapping[str, str] | None, requests: Sequence[Request], *, seconds: float = SECONDS
+) -> list[Rendered | DataError]:
+    """The texts of conversations, and what of them the template says an assistant wrote.
+
+    The template may be of any origin: it is rendered in a process of its own, with limits.
+
+    Args:
+        template: the model's, or its templates by name: "tool_use" is taken where there are tools, else
+            "default".
+        requests: the conversations.
+        seconds: to render one in.
+
+    Returns:
+        For each, what is rendered or the error: there are no messages, they hold what JSON does not have,
+        the template refuses them, or it exceeds a limit.
+
+    Raises:
+        DataError: there is no such template.
 
     Source: transformers 5.24, ``utils/chat_template_utils.py``.
     """
-    source = _choose(template, tools)
+    found: list[Rendered | DataError | None] = [None] * len(requests)
+    by_source: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, request in enumerate(requests):
+        source = _choose(template, request.tools)
+        try:
+            by_source.setdefault(source, {})[number] = _variables(request)
+        except DataError as error:
+            found[number] = error
+    for source, given in by_source.items():
+        for number, result in zip(given, run_template(source, [*given.values()], seconds), strict=True):
+            if isinstance(result, DataError):
+                roles = _short([message.get("role") for message in requests[number].messages])
+                result = DataError(result.rule, f"{roles}: {result.received}", result.remedy)
+            found[number] = result
+    return [result for result in found if result is not None]
+
+
+def marks_generation(template: str | Mapping[str, str] | None, tools: Any = None) -> bool:
+    """Whether a template says itself what an assistant writes, by the block ``{% generation %}``.
+
+    Args:
+        template: the model's, or its templates by name.
+        tools: with which it would be rendered.
+
+    Raises:
+        DataError: there is no such template.
+
+    Example:
+        >>> marks_generation("{% generation %}{{ messages[0].content }}{% endgeneration %}")
+        True
+    """
+    return re.search(r"\{%[-+]?\s*generation\b", _choose(template, tools)) is not None
+
+
+def _variables(request: Request) -> dict[str, Any]:
+    """All that the template knows, in JSON's types."""
+    messages = request.messages
     if not _is_conversation(messages):
         raise DataError(
             "A conversation must be a sequence of messages, each a mapping with a role and a content.",
             _short(messages),
             'Give at least one: [{"role": "user", "content": "…"}].',
         )
-    given = {"documents": None, **variables, "messages": [*map(_message, messages)], "tools": tools}
+    given = {
+        "documents": None,
+        **request.variables,
+        "messages": [*map(_message, messages)],
+        "tools": request.tools,
+    }
     try:
-        plain = {name: _plain(value, name) for name, value in given.items()}
+        return {name: _plain(value, name) for name, value in given.items()}
     except RecursionError as error:
         raise _not_json("a message", "a mapping or list that is nested too deeply") from error
-    try:
-        return run_template(source, plain, seconds)
-    except DataError as error:
-        roles = _short([message.get("role") for message in messages])
-        raise DataError(error.rule, f"{roles}: {error.received}", error.remedy) from error
 
 
 def _is_conversation(messages: Any) -> bool:

@@ -5,6 +5,7 @@ made to fill the memory. The process has nothing that is worth having: no enviro
 """
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from hylorada_jax.errors import DataError
 
@@ -29,43 +31,75 @@ _KEPT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _Process: TypeAlias = "subprocess.Popen[bytes]"
 
 
-def run_template(template: str, variables: dict[str, Any], seconds: float = SECONDS) -> str:
-    """The text that a template renders, within limits of time, memory and length.
+class Rendered(NamedTuple):
+    """What a template renders.
+
+    Attributes:
+        text: the whole of it.
+        generated: the characters [start, stop) of each part that stands in ``{% generation %}``, in order.
+    """
+
+    text: str
+    generated: list[tuple[int, int]]
+
+
+def run_template(
+    template: str, requests: Sequence[dict[str, Any]], seconds: float = SECONDS
+) -> list[Rendered | DataError]:
+    """What a template renders for each of several requests, within limits of time, memory and length.
 
     The process is started by the first call, takes one call at a time, and ends with this one. It is killed
-    where a template exceeds a limit; the next call starts another. A fork starts its own.
+    where a request exceeds a limit; the next one starts another. A fork starts its own.
 
     Args:
         template: in jinja2, of any origin.
-        variables: JSON's types.
-        seconds: to render it in.
+        requests: the variables of each, of JSON's types.
+        seconds: to render a request in.
 
     Returns:
-        The text.
+        What is rendered for each request, or the error where the template raises something or exceeds a
+        limit.
 
     Raises:
-        DataError: the template raises something or exceeds a limit.
+        DataError: the process does not start.
 
     Example:
-        >>> run_template("{{ 6 * n }}", {"n": 7})
-        '42'
+        >>> run_template("{{ 6 * n }}", [{"n": 7}])
+        [Rendered(text='42', generated=[])]
     """
-    try:
-        kind, text = _worker.ask([template, variables, seconds], seconds)
-    except (TimeoutError, EOFError) as error:
-        raise DataError(
-            f"A chat template must render at most {LONGEST:,} characters, within {seconds:g} seconds and "
-            f"{MEMORY // 2**20} MiB.",
-            str(error),
-            "Shorten the conversation. If it is short, do not trust this model's template.",
-        ) from error
-    if kind == "text":
-        return text
-    raise DataError(
+    found: list[Rendered | DataError] = []
+    while len(found) < len(requests):
+        try:
+            found += map(_result, _worker.ask(template, requests[len(found) :], seconds))
+        except _EndedError as ended:
+            found += map(_result, ended.answers)
+            found.append(
+                DataError(
+                    f"A chat template must render at most {LONGEST:,} characters, within {seconds:g} seconds "
+                    f"and {MEMORY // 2**20} MiB.",
+                    str(ended),
+                    "Shorten the conversation. If it is short, do not trust this model's template.",
+                )
+            )
+    return found
+
+
+def _result(answer: Rendered | str) -> Rendered | DataError:
+    if isinstance(answer, Rendered):
+        return answer
+    return DataError(
         "The messages must be what the model's chat template accepts.",
-        text,
+        answer,
         "Check the roles, their order, and that each message has a content.",
     )
+
+
+class _EndedError(Exception):
+    """The process has ended, or was ended, at the request after the answers."""
+
+    def __init__(self, why: str, answers: list[Rendered | str]) -> None:
+        super().__init__(why)
+        self.answers = answers
 
 
 class _Worker:
@@ -73,20 +107,22 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: _Process | None = None
 
-    def ask(self, request: Any, seconds: float) -> tuple[str, str]:
-        """The answer; EOFError where the process dies of the question, TimeoutError where it takes longer."""
-        line = json.dumps(request).encode() + b"\n"
+    def ask(self, template: str, requests: Sequence[dict[str, Any]], seconds: float) -> list[Rendered | str]:
+        """What is rendered, or what the template raises; an _EndedError where a limit is exceeded."""
+        line = json.dumps([template, requests, seconds]).encode() + b"\n"
+        answers: list[Rendered | str] = []
         with self._lock:
             try:
                 if self._process is None or self._process.poll() is not None:
                     self.stop()
                     self._process = _start()
-                match _parsed(_exchange(self._process, line, seconds)):
-                    case [("text" | "error") as kind, str(text)]:
-                        return kind, text
-                    case ["limit", str(text)]:
-                        raise EOFError(text)
-                raise EOFError("its process dies")
+                with contextlib.closing(_exchange(self._process, line, seconds)) as lines:
+                    for _ in requests:
+                        answers.append(_parsed(next(lines)))
+                return answers
+            except (TimeoutError, EOFError) as error:
+                self.stop()
+                raise _EndedError(str(error), answers) from error
             except BaseException:  # KeyboardInterrupt too: the next answer would be to this question
                 self.stop()
                 raise
@@ -118,8 +154,9 @@ def _start() -> _Process:
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in _KEPT if name in os.environ},
         )
-        _exchange(process, b"", _STARTING)
-    except (OSError, EOFError) as error:
+        with contextlib.closing(_exchange(process, b"", _STARTING)) as lines:
+            next(lines)
+    except (OSError, EOFError) as error:  # TimeoutError too
         if process is not None:
             _end(process)
         raise DataError(
@@ -136,37 +173,57 @@ def _places() -> list[str]:
     return [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
 
 
-def _exchange(process: _Process, line: bytes, seconds: float) -> bytes:
-    """Writes a line and reads one."""
+def _exchange(process: _Process, line: bytes, seconds: float) -> Generator[bytes]:
+    """Writes a line and reads lines, until it is closed; the process is killed where one takes longer."""
     assert process.stdin is not None
     assert process.stdout is not None
-    start, rest, answer = time.monotonic(), memoryview(line), b""
-    timer = threading.Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
+    deadline, over = time.monotonic() + seconds, threading.Event()
+
+    def watch() -> None:
+        while (left := deadline - time.monotonic()) > 0:
+            if over.wait(left):
+                return
+        process.kill()
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    rest, read = memoryview(line), b""
     try:
-        while rest:
-            rest = rest[process.stdin.write(rest) :]
-        while not answer.endswith(b"\n") and len(answer) < 8 * LONGEST:
-            if not (chunk := process.stdout.read(2**16)):
-                break
-            answer += chunk
-    except BrokenPipeError:  # it is gone
-        pass
+        while True:
+            while rest:
+                rest = rest[process.stdin.write(rest) :]
+            parts = [read]
+            while b"\n" not in parts[-1] and sum(map(len, parts)) < 8 * LONGEST:
+                if not (chunk := process.stdout.read(2**16)):
+                    break
+                parts.append(chunk)
+            answer, end, read = b"".join(parts).partition(b"\n")
+            if time.monotonic() >= deadline:
+                raise TimeoutError("it takes longer")
+            if not end:
+                raise EOFError("its process dies")
+            yield answer
+            deadline = time.monotonic() + seconds
+    except BrokenPipeError as error:
+        raise EOFError("its process dies") from error
     finally:
-        timer.cancel()
-    if time.monotonic() - start >= seconds:
-        raise TimeoutError("it takes longer")
-    if not answer.endswith(b"\n"):
-        raise EOFError("its process dies")
-    return answer
+        over.set()
+        watching.join()
 
 
-def _parsed(answer: bytes) -> Any:
+def _parsed(answer: bytes) -> Rendered | str:
+    """What is rendered, or what the template raised; an EOFError for anything else."""
     try:
-        return json.loads(answer)
-    except (ValueError, RecursionError):  # the process is not trusted
-        return None
+        match json.loads(answer):
+            case ["text", str(text), list(marked)]:
+                return Rendered(text, [(int(start), int(stop)) for start, stop in marked])
+            case ["error", str(raised)]:
+                return raised
+            case ["limit", str(exceeded)]:
+                raise EOFError(exceeded)
+    except (ValueError, TypeError, RecursionError):  # the process is not trusted
+        pass
+    raise EOFError("its process dies")
 
 
 def _end(process: _Process) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.models import template_process
-from hylorada_jax.models.template_process import run_template
+from hylorada_jax.models.template_process import Rendered, run_template
 
 FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE = {
@@ -73,14 +73,15 @@ REFUSED = {
 
 
 def small():
-    assert run_template("{{ 1 + n }}", {"n": 1}, seconds=20) == "2"
+    assert run_template("{{ 1 + n }}", [{"n": 1}], seconds=20) == [Rendered("2", [])]
 
 
 def expect(template, match, seconds=0.5):
     start = time.monotonic()
-    with pytest.raises(DataError, match=match) as error:
-        run_template(template, {"messages": [{"role": "user", "content": "Hi"}]}, seconds)
-    assert len(str(error.value)) < 1000
+    (error,) = run_template(template, [{"messages": [{"role": "user", "content": "Hi"}]}], seconds)
+    assert isinstance(error, DataError)
+    assert re.search(match, str(error))
+    assert len(str(error)) < 1000
     return time.monotonic() - start
 
 
@@ -122,17 +123,37 @@ def test_an_interrupt_leaves_no_answer_behind():
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_template(FOREVER, {}, seconds=20)
+            run_template(FOREVER, [{}], seconds=20)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert run_template("{{ 1 }}", {}, seconds=3) == "1"
+    assert run_template("{{ 1 }}", [{}], seconds=3) == [Rendered("1", [])]
+
+
+def test_one_request_that_takes_too_much_leaves_the_others_alone():
+    template = "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}{{ 1 // (n - 1) }}"
+    found = run_template(template, [{"n": n} for n in (2, 99999, 1, 3)], seconds=0.5)
+    assert (found[0], found[3]) == (Rendered("1", []), Rendered("0", []))
+    assert re.search("takes longer", str(found[1]))
+    assert re.search("ZeroDivisionError", str(found[2]))
+
+
+def test_what_generation_marks_is_told_apart_whatever_the_messages_say():
+    template = (
+        "{% for m in messages %}<{{ m }}>{% generation %}{{ m }}{% generation %}!{% endgeneration %}"
+        "{% endgeneration %}-{% endfor %}"
+    )
+    messages = ["a", "\x02(", "ü😀", ""]
+    (found,) = run_template(template, [{"messages": messages}], seconds=20)
+    assert isinstance(found, Rendered)
+    assert found.text == "".join(f"<{m}>{m}!-" for m in messages)
+    assert [found.text[start:stop] for start, stop in found.generated] == [f"{m}!" for m in messages]
 
 
 def test_threads_take_turns():
     texts: list[str] = []
     threads = [
         threading.Thread(
-            target=lambda n=n: texts.extend(run_template("{{ n }}", {"n": n}, 20) for _ in range(20))
+            target=lambda n=n: texts.extend(str(run_template("{{ n }}", [{"n": n}], 20)) for _ in range(20))
         )
         for n in range(4)
     ]
@@ -140,7 +161,7 @@ def test_threads_take_turns():
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(texts) == sorted(str(n) for n in range(4) for _ in range(20))
+    assert sorted(texts) == sorted(str([Rendered(str(n), [])]) for n in range(4) for _ in range(20))
 
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="asks Linux")
@@ -172,7 +193,7 @@ def test_a_python_that_does_not_start_it_is_named(monkeypatch):
     for wrong in ("/nowhere/python", "/bin/false"):
         monkeypatch.setattr(sys, "executable", wrong)
         with pytest.raises(DataError, match=f"'{wrong}' does not start it"):
-            run_template("x", {})
+            run_template("x", [{}])
     monkeypatch.undo()
     small()
 
@@ -183,7 +204,7 @@ from hylorada_jax.models import template_process
 from hylorada_jax.models.template_process import run_template
 
 def process_id():
-    assert run_template("{{ 1 }}", {}, 20) == "1"
+    assert run_template("{{ 1 }}", [{}], 20)[0].text == "1"
     return template_process._worker._process.pid
 
 ids = [process_id()]
@@ -223,7 +244,7 @@ def test_a_fork_has_its_own_process_and_an_end_leaves_none():
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux")
 def test_a_process_whose_parent_was_killed_ends_too():
     script = (
-        SCRIPT.split("ids =")[0] + f"print(process_id(), flush=True); run_template({FOREVER!r}, {{}}, 0.5)"
+        SCRIPT.split("ids =")[0] + f"print(process_id(), flush=True); run_template({FOREVER!r}, [{{}}], 0.5)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert parent.stdout is not None

@@ -1,13 +1,16 @@
 """The program of the process that renders chat templates; `template_process` starts it.
 
-A line of standard input is [template, its variables, seconds] in JSON. The answer is a line too: ["text", the
-text], ["error", what the template raised] or ["limit", what it exceeded]. Imports nothing of this package.
+A line of standard input is [template, a list of its variables, seconds] in JSON. The answer is a line for
+each of the list: ["text", the text, what of it {% generation %} marks], ["error", what the template raised]
+or ["limit", what it exceeded]. Imports nothing of this package.
 """
 
 import datetime
 import functools
 import importlib
 import json
+import re
+import secrets
 import signal
 import sys
 import time
@@ -27,6 +30,11 @@ _LATE = (
 )  # fmt: skip
 
 
+# Written around what {% generation %} marks, and taken out again. No message can know it.
+_MARK = f"\x02{secrets.token_hex(16)}"
+_OPEN, _CLOSE = f"{_MARK}(", f"{_MARK})"
+
+
 class _Generation(Extension):
     """The block {% generation %}: it marks what an assistant wrote, and renders as what stands in it."""
 
@@ -35,7 +43,10 @@ class _Generation(Extension):
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        begin, end = (
+            jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line) for mark in (_OPEN, _CLOSE)
+        )
+        return jinja2.nodes.Scope([begin, *body, end], lineno=line)
 
 
 @functools.lru_cache(maxsize=16)
@@ -88,19 +99,32 @@ def _confine(memory: int) -> None:
             continue
 
 
-def _answer(line: bytes, longest: int) -> tuple[str, str]:
+def _answer(template: str, variables: Any, seconds: float, longest: int) -> list[Any]:
+    if hasattr(signal, "setitimer"):  # should the parent be gone when time is up
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
     try:
-        template, variables, seconds = json.loads(line)
-        if hasattr(signal, "setitimer"):  # should the parent be gone when time is up
-            signal.setitimer(signal.ITIMER_REAL, seconds + 1)
-        text = _compiled(template).render(variables)
+        text, marked = _without_marks(_compiled(template).render(variables))
     except MemoryError:
-        return "limit", "it takes more memory"
+        return ["limit", "it takes more memory"]
     except Exception as error:  # the template is code, and may raise anything
-        return "error", f"{type(error).__name__}: {error}"[:500]
+        return ["error", f"{type(error).__name__}: {error}".replace(_MARK, "")[:500]]
     if len(text) > longest:
-        return "limit", f"it writes {len(text):,} characters"
-    return "text", text
+        return ["limit", f"it writes {len(text):,} characters"]
+    return ["text", text, marked]
+
+
+def _without_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the characters [start, stop) of each outermost part that was marked."""
+    parts = re.split(f"{_MARK}([()])", text)
+    at, depth, start, marked = len(parts[0]), 0, 0, []
+    for mark, part in zip(parts[1::2], parts[2::2], strict=True):
+        depth += 1 if mark == "(" else -1
+        if (mark, depth) == ("(", 1):
+            start = at
+        elif (mark, depth) == (")", 0):
+            marked.append((start, at))
+        at += len(part)
+    return "".join(parts[::2]), marked
 
 
 def main(memory: int, longest: int) -> None:
@@ -114,9 +138,11 @@ def main(memory: int, longest: int) -> None:
     sys.stdout.buffer.write(b"\n")  # ready
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
-        answer = json.dumps(_answer(line, longest), ensure_ascii=False)
-        sys.stdout.buffer.write(answer.encode("utf-8", "surrogatepass") + b"\n")
-        sys.stdout.buffer.flush()
+        template, requests, seconds = json.loads(line)
+        for variables in requests:
+            answer = json.dumps(_answer(template, variables, seconds, longest), ensure_ascii=False)
+            sys.stdout.buffer.write(answer.encode("utf-8", "surrogatepass") + b"\n")
+            sys.stdout.buffer.flush()
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -1,5 +1,6 @@
 """Text to token ids and back, from a model directory or from the metadata of a GGUF file."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from hylorada_jax.models.chat_template import render
+from hylorada_jax.models.chat_template import Request, render
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer_backend import refusing
@@ -75,6 +76,12 @@ class Tokenizer:
         """The number of tokens, added ones included; the model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The special tokens, which decoding can leave out."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token for token, added in added.items() if added.special)
+
     def _special_id(self, role: str) -> int | None:
         text = self.special_tokens.get(role)
         return None if text is None else self.backend.token_to_id(text)
@@ -101,6 +108,16 @@ class Tokenizer:
         with refusing():
             encoding = self.backend.encode(well_formed(text), add_special_tokens=False)
         return Encoded(encoding.ids, encoding.offsets)
+
+    def encode_each(self, texts: Sequence[str]) -> list[Encoded]:
+        """What :meth:`encode_with_offsets` gives for each of several texts.
+
+        Args:
+            texts: any texts; they are encoded in parallel.
+        """
+        with refusing():
+            encodings = self.backend.encode_batch([*map(well_formed, texts)], add_special_tokens=False)
+        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def encode_prompt(self, text: str) -> Encoded:
         """Token ids of a text that a model is to continue: with the bos token where the model expects one.
@@ -193,7 +210,7 @@ class Tokenizer:
             DataError: the model has no chat template, or the template refuses the messages.
         """
         given = {**self.special_tokens, "add_generation_prompt": add_generation_prompt, **variables}
-        return render(self.chat_template, messages, given, tools)
+        return render(self.chat_template, Request(messages, given, tools))
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
