@@ -4,10 +4,13 @@ PYTHON ?= python3
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(VENV)/bin/python $(INSTALL) -c constraints.txt
 
-.PHONY: finetune test test-quick test-apart test-current test-transformers5 current-python mutate fuzz lint clean
+.PHONY: finetune finetune-chat test test-quick test-apart test-current test-transformers5 current-python mutate fuzz lint clean
 
 finetune: $(VENV)/.installed
 	$(VENV)/bin/hylorada finetune --output runs/finetune $(ARGS)
+
+finetune-chat: $(VENV)/.installed
+	$(VENV)/bin/hylorada finetune --recipe examples/docstrings.yaml --output runs/chat $(ARGS)
 
 # A file's tests share models and compiled programs, so they run in one process.
 RUN_PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder

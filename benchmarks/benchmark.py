@@ -15,8 +15,8 @@ from benchmarks.experiment import BASE, Experiment, Variant, dev_loss, differenc
 from benchmarks.trial import Runner, measure, require_row, training_rows
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.data.document import TokenizedDocument, digest
+from hylorada_jax.data.examples import Document
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.data.text_files import Document
 from hylorada_jax.data.tokenization import tokenize
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
@@ -201,9 +201,13 @@ def _texts(experiment: Experiment, data_dir: Path | None) -> dict[str, list[Docu
         return data if data_dir is None or data == PYTHON_STDLIB else str(data_dir / data)
 
     train_data = source(experiment.train_data)
-    train, held_out = (load_documents(train_data, split) for split in ("train", "eval"))
+    train, held_out = (load_documents(train_data, split, form="text") for split in ("train", "eval"))
     if experiment.test_data is not None:
-        return {"train": train, "dev": held_out, "test": load_documents(source(experiment.test_data))}
+        return {
+            "train": train,
+            "dev": held_out,
+            "test": load_documents(source(experiment.test_data), form="text"),
+        }
     if len(held_out) < 2:
         raise ConfigError(
             "Without test data, half of the held-out documents are tested on.",

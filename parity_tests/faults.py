@@ -38,6 +38,8 @@ TESTS = {
     "one layer": _model("llama-hylorada_v1, one layer, bias scaled"),
     "temporal": _model("qwen2-hylorada_v2, temporal"),
     "optimizer": _tests("optimizer"),
+    "answers": _tests("answers"),
+    "rows": ("hylorada_jax/data/packing_test.py",),
 }
 
 
@@ -355,6 +357,38 @@ _OF_JAX = [
         ("decay one step early", "(total - step) /", "(total - step - 1) /"),
         ("no clipping", "optax.clip_by_global_norm(training.max_grad_norm)", "optax.identity()"),
         ("ε of AdamW", "weight_decay=weight_decay)", "weight_decay=weight_decay, eps=1e-7)"),
+    ),
+    *_faults(
+        "answers",
+        "hylorada_jax.data.answers",
+        (
+            "turns of a history that changed",
+            "prompt.ids[: len(parts[-1].ids)] == parts[-1].ids",
+            "prompt.ids",
+        ),
+        (
+            "what follows the end of a turn counts",
+            "return Encoded(ids[: ends[0] + 1], answer.offsets[: ends[0] + 1])",
+            "return answer",
+        ),
+        (
+            "the last end of a turn",
+            "if token in tokenizer.end_token_ids][:1]",
+            "if token in tokenizer.end_token_ids][-1:]",
+        ),
+        ("a mark's last token", "first < stop and last > start", "first < stop - 1 and last > start"),
+        ("prompts without their opening", "number, opening=True", "number"),
+        ("completions without an end", "end is not None and answer", "end is None and answer"),
+        ("the prompt's tokens in the whole", "if whole.ids[:size] == prompt.ids:", "if whole.ids:"),
+    ),
+    *_faults(
+        "rows",
+        "hylorada_jax.data.packing",
+        (
+            "a token's score at its neighbour",
+            "document.scored[predicted]",
+            "document.scored[predicted][::-1]",
+        ),
     ),
 ]
 

@@ -113,7 +113,9 @@ def torch_smollm2() -> torch.nn.Module:
 
 def text_batches() -> list[dict[str, np.ndarray]]:
     """The beginning of the embedded corpus, in tokens."""
-    text = "".join(document.text for document in itertools.islice(load_documents("python-stdlib"), 10))
+    text = "".join(
+        document.text for document in itertools.islice(load_documents("python-stdlib", form="text"), 10)
+    )
     count = BATCHES * ROWS * (LENGTH + 1)
     tokens = np.array(load_tokenizer(NAME).encode(text)[:count], np.int32)
     rows = tokens.reshape(BATCHES, ROWS, LENGTH + 1)

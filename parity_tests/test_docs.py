@@ -71,3 +71,16 @@ def test_what_a_page_points_to_is_there(page):
     files = re.findall(r"`([\w./]+\.(?:py|md|toml|txt))`", text) if page.parent == ROOT else []
     places = (ROOT, ROOT / "hylorada_jax", ROOT / "hylorada_jax/models")
     assert [name for name in files if not any((place / name).exists() for place in places)] == []
+
+
+def test_the_lines_on_data_count_the_answers(capsys):
+    (code,) = blocks("docs/data.md")
+    scope: dict = {}
+    exec(code, scope)
+    # An answer is its number and the end of the turn; of a hundred conversations about five are held out.
+    documents, counts = scope["documents"], scope["counts"]
+    answers = [len(scope["load_tokenizer"]("smollm2-135m").encode(str(2 * n))) + 1 for n in range(100)]
+    assert counts.scored == sum(int(document.scored.sum()) for document in documents)
+    assert 85 <= len(documents) == counts.rows < 100
+    assert min(answers) * len(documents) <= counts.scored <= sum(answers)
+    assert capsys.readouterr().out == f"{counts.scored} of {counts.tokens} tokens count\n"

@@ -62,7 +62,9 @@ def test_twenty_steps(family, name):
 @functools.cache
 def text_batches():
     """Twenty batches of two rows of characters: two in turn, learnt by heart, so that the loss must fall."""
-    text = (character for document in load_documents("python-stdlib") for character in document.text)
+    text = (
+        character for document in load_documents("python-stdlib", form="text") for character in document.text
+    )
     codes = np.array([ord(character) for character in itertools.islice(text, 2 * 2 * 13)], np.int32)
     assert codes.max() < VOCAB
     rows = codes.reshape(2, 2, 13)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hylorada_jax.cli.adapter import AdapterOptions
 from hylorada_jax.cli.main import main
@@ -252,7 +253,7 @@ def test_a_full_disk_and_damage_print_our_message_alone(tiny, tmp_path):
     assert found.returncode == 0, found.stderr
     # Without the progress bars.
     lines = [line for line in found.stderr.split("\n") if line.strip(" \x1b[A") and "%|" not in line]
-    assert lines[0] == "error: A checkpoint must be written completely"
+    assert lines[0] == "error: A checkpoint must be written completely."
     assert lines[1].startswith("  received: ")
     assert "File too large" in lines[1]
     assert lines[2:4] == [
@@ -410,3 +411,98 @@ def test_help_explains_every_option(command, monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, command, "--help")
     assert status == 0
     assert "--model" in out
+
+
+def chats(number):
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {word}"},
+                {"role": "assistant", "content": f"{word}!"},
+                {"role": "user", "content": "again"},
+                {"role": "assistant", "content": word, "train": False},
+            ]
+        }
+        for word in (f"w{n}" for n in range(number))
+    ]
+
+
+@pytest.fixture(scope="module")
+def chatting(tiny, tmp_path_factory):
+    """The model with a chat template, and a file of conversations."""
+    path = tmp_path_factory.mktemp("chatting")
+    shutil.copytree(tiny, path, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    settings = {"eos_token": "<end>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats(40)))
+    return path
+
+
+def test_conversations_are_shown_trained_on_and_evaluated_by_their_answers(
+    chatting, tmp_path, monkeypatch, capsys
+):
+    common = ("--model", chatting, "--data", chatting / "chats.jsonl", "--seq-len", 48)
+    status, out, _ = run(monkeypatch, capsys, "data", *common, "--rows", 1)
+    assert status == 0
+    # The last turn is not to be trained on, and nothing comes after the other one's end. A byte is a token.
+    scored = sum(len(f"w{n}!") + 1 for n in range(40))
+    tokens = scored + sum(len(f"user: say w{n}\nassistant: ") + 1 for n in range(40))
+    assert out.splitlines()[0] == f"data     conversations: 40 rows, {tokens:,} tokens, {scored} scored"
+    assert "user: say w0<end>\nassistant: ⟦w0!<end>⟧\n" in out.replace("\n\n", "\n") + "\n"
+    train = ("finetune", *common, "--output", tmp_path / "run", "--steps", 12, "--learning-rate", 1e-2)
+    status, out, err = run(monkeypatch, capsys, *train, "--batch-size", 4, "--prompt", "say w3")
+    assert status == 0, err
+    assert "train    conversations: " in out
+    assert "say w3\n\n" in out
+    assert "held-out perplexity of the answers  before " in out
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["score"] == "answers"
+    plain, adapted = (
+        json.loads(run(monkeypatch, capsys, "evaluate", *common, "--json", *adapter)[1])
+        for adapter in ((), ("--adapter", tmp_path / "run" / "adapter"))
+    )
+    assert plain["tokens"] == adapted["tokens"] == scored
+    assert adapted["perplexity"] < 0.7 * plain["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ('{"messages": [{"role": "user"}]}', (), r"data\.jsonl:3: messages\[0\]: a message of user"),
+        ("{", (), r"data\.jsonl:3: Expecting property name"),
+        ('{"body": 1}', (), r"data\.jsonl:3: columns body"),
+        ("", ("--format", "alpaca"), r"column instruction[\s\S]*data\.jsonl:1: columns messages"),
+        ("", ("--columns", "content"), r"--columns content"),
+        ("", ("--score", "first"), "invalid choice"),
+        ("", ("--columns", "content=says"), r"content or tool_calls"),
+        ("", ("--overlength", "error", "--seq-len", "8"), r"must fit into 8 tokens[\s\S]*data\.jsonl:\d+: "),
+        ("", ("--overlength", "drop", "--seq-len", "8"), "must have a scored token|at least two tokens"),
+    ],
+)
+def test_a_bad_row_is_named_before_the_model_is_loaded(
+    chatting, tmp_path, monkeypatch, capsys, row, options, said
+):
+    monkeypatch.setattr("hylorada_jax.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    lines = [json.dumps(chat) for chat in chats(6)]
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines[:2], row, *lines[2:]]))
+    common = ("--model", chatting, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "run")
+    status, _, err = run(monkeypatch, capsys, "finetune", *common, *options)
+    assert status == 2
+    assert re.search(said, err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_skipped_and_listed_where_that_is_asked_for(chatting, tmp_path, monkeypatch, capsys):
+    refused = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<end>c"}]}
+    lines = ["{", json.dumps({"messages": []}), json.dumps(refused), *map(json.dumps, chats(5))]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    common = ("--model", chatting, "--data", tmp_path / "data.jsonl", "--skip-bad-rows")
+    status, out, err = run(monkeypatch, capsys, "data", *common)
+    assert status == 0
+    assert [re.findall(r"data\.jsonl:(\d)", line) for line in err.splitlines()] == [["1"], ["2"], ["3"]]
+    assert "conversations: 6 rows" in out

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hylorada_jax.cli.reading import AS_IT_IS, Reading
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
@@ -12,7 +13,7 @@ from hylorada_jax.cli.shared import (
     puts_offline,
     unloaded,
 )
-from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
+from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
 from hylorada_jax.data.packing import check_windows
 from hylorada_jax.structure.code import Domain
 
@@ -23,6 +24,7 @@ def evaluate(
     model: str = PACKAGED_MODEL,
     adapter: Path | None = None,
     data: str = PYTHON_STDLIB,
+    reading: Reading = AS_IT_IS,
     seq_len: int = 512,
     stride: int | None = None,
     batch_size: int = 4,
@@ -38,8 +40,9 @@ def evaluate(
     Args:
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         adapter: directory of a trained adapter.
-        data: a file, a glob or a Hub dataset, read whole, as by finetune; of python-stdlib, the held-out
-            files.
+        data: a file, a glob or a Hub dataset, read whole, as by finetune; of the embedded data, the
+            held-out part.
+        reading: how the data are read, and what of them counts.
         seq_len: tokens per window.
         stride: tokens between windows [half a window]; no token is scored twice.
         batch_size: windows at a time.
@@ -52,11 +55,10 @@ def evaluate(
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     check_windows(seq_len, stride, max_tokens, batch_size)
-    texts = load_documents(data, "eval" if data == PYTHON_STDLIB else "all")
+    rows = reading.load(data, "eval" if data in (PYTHON_STDLIB, PYTHON_DOCSTRINGS) else "all")
     check_adapter(adapter, structure, weights=dtype if check_weights else None)
 
     from hylorada_jax.data.document import as_documents
-    from hylorada_jax.data.tokenization import tokenize
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.positions import check_range
@@ -68,7 +70,7 @@ def evaluate(
     if adapter is not None:
         check_whole(adapter, base)
 
-    tokens = tokenize(texts, load_tokenizer(model), structure)
+    tokens = reading.prepare(rows, load_tokenizer(model), seq_len, structure, None if json else "data")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
         loaded(model, adapter, dtype, check_weights=check_weights),

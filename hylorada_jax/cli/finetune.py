@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.reading import AS_IT_IS, Reading
 from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
@@ -16,7 +17,8 @@ from hylorada_jax.cli.shared import (
     require_encoder,
     unloaded,
 )
-from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
+from hylorada_jax.data.corpus import PYTHON_STDLIB
+from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, show
@@ -36,6 +38,7 @@ def finetune(
     model: str = PACKAGED_MODEL,
     data: str = PYTHON_STDLIB,
     eval_data: str | None = None,
+    reading: Reading = AS_IT_IS,
     adapter: Adapter = DEFAULTS,
     start_from: Path | None = None,
     structure: Domain | None = None,
@@ -53,15 +56,16 @@ def finetune(
     Args:
         training: how long, how fast, on what batches, and where the run is kept.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
-        data: python-stdlib (the embedded corpus), a file, a glob, or a Hub dataset; rows of .jsonl, .json,
-            .csv and .parquet have their text in the column text.
+        data: python-stdlib or python-docstrings (embedded), a file, a glob, or a Hub dataset: texts, prompts
+            with completions, or conversations, as the columns of .jsonl, .json, .csv and .parquet files tell.
         eval_data: held-out data; by default about 5 % of the data is held out, by document.
+        reading: how the data are read, and what of them counts.
         adapter: what is trained.
         start_from: directory of an adapter to go on training; its settings are those of the new one.
         structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
         dtype: of the frozen weights and the computation; the adapter is float32.
         remat: what the backward pass recomputes to save memory.
-        prompt: continued by the model before and after, as a sample; empty for none.
+        prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
         recipe: a file of these options by name, .json or .yaml; options beside it win.
     """
@@ -73,7 +77,6 @@ def finetune(
         require_encoder(settings, structure)
     RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
 
-    from hylorada_jax.data.tokenization import tokenize
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.surgery.fit import fit
     from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
@@ -86,8 +89,8 @@ def finetune(
         check_whole(saved, empty)
     check_training(empty, training)
     check_groups(settings, training)
-    train_texts = load_documents(data, "all" if eval_data else "train")
-    eval_texts = load_documents(eval_data) if eval_data else load_documents(data, "eval")
+    train_rows = reading.load(data, "all" if eval_data else "train")
+    eval_rows = reading.load(eval_data) if eval_data else reading.load(data, "eval")
 
     import jax.numpy as jnp
 
@@ -96,7 +99,11 @@ def finetune(
     from hylorada_jax.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    train, held_out = (tokenize(texts, tokenizer, structure) for texts in (train_texts, eval_texts))
+    print(f"data     {one_line(data)}")
+    train, held_out = (
+        reading.prepare(rows, tokenizer, training.seq_len, structure, what)
+        for rows, what in ((train_rows, "train"), (eval_rows, "held out"))
+    )
     check_data(train, held_out, vocab_size(empty), settings, training)
     base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
     if saved is None:
@@ -106,18 +113,18 @@ def finetune(
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
     options |= {"structure": structure, "dtype": dtype, "remat": remat, "prompt": prompt}
     trainer = HyLoRADATrainer(
-        adapted, train, held_out, training, recipe=recipe_of(training, adapter, **options)
+        adapted, train, held_out, training, recipe=recipe_of(training, adapter, reading, **options)
     )
     print(f"model    {one_line(model)}, {dtype}")
-    tokens = f"{sum(map(len, train)):,} tokens to train on, {sum(map(len, held_out)):,} held out"
-    print(f"data     {one_line(data)}: {tokens}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
 
     result = trainer.train()
-    print(f"held-out perplexity  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
+    what = "held-out perplexity" + ("" if reading.counts_all(eval_rows) else " of the answers")
+    print(f"{what}  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
     if prompt:
-        before, after = samples(adapted, prompt, tokenizer, structure)
+        chat = isinstance(train_rows[0], Conversation)
+        before, after = samples(adapted, prompt, tokenizer, structure, chat=chat)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")
     for name, place in (("adapter", result.adapter), ("metrics", result.metrics), ("plot", result.loss_plot)):

@@ -8,6 +8,7 @@ import warnings
 
 import tyro
 
+from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
 from hylorada_jax.cli.generate import generate
@@ -58,6 +59,7 @@ def _run() -> None:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "finetune": finetune,
+                "data": data,
                 "evaluate": evaluate,
                 "generate": generate,
                 "params": params,

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from hylorada_jax.cli.adapter import AdapterOptions
+from hylorada_jax.cli.reading import DataOptions
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import read_bounded
@@ -21,12 +22,15 @@ _MAX_BYTES = 2**20
 _NOT_REPEATED = ("output", "resume", "overwrite")
 
 
-def recipe_of(training: TrainingConfig, adapter: AdapterOptions, **options: Any) -> dict[str, Any]:
+def recipe_of(
+    training: TrainingConfig, adapter: AdapterOptions, reading: DataOptions, **options: Any
+) -> dict[str, Any]:
     """What repeats a run, by the names of the command's options.
 
     Args:
         training: its settings.
         adapter: what it trains, as given.
+        reading: how its data are read.
         options: the command's others.
 
     Returns:
@@ -34,6 +38,7 @@ def recipe_of(training: TrainingConfig, adapter: AdapterOptions, **options: Any)
     """
     given = {name: value for name, value in {**options, **vars(adapter)}.items() if value is not None}
     settings = {n: v for n, v in dataclasses.asdict(training).items() if n not in _NOT_REPEATED}
+    settings |= {name: value for name, value in vars(reading).items() if value not in (None, ())}
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in {**given, **settings}.items()

@@ -8,12 +8,14 @@ import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
 from hylorada_jax.cli.finetune import Training
+from hylorada_jax.cli.reading import AS_IT_IS, DataOptions, Reading
 from hylorada_jax.cli.recipe import expanded, recipe_of
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
 
 ADAPTER = AdapterOptions(method="dora", rank=3, lora_plus=False, targets=("q_proj", r".*\.v_proj"))
 TRAINING = TrainingConfig(output="runs/a", steps=3, learning_rate=3e-5, packing=False, eval_tokens=None)
+READING = DataOptions(columns=("text=body",), score="last", skip_bad_rows=True)
 PROMPT = "--a 'text'\n"
 
 
@@ -24,21 +26,24 @@ def parsed(*arguments):
         *,
         training: Training,
         adapter: Adapter = DEFAULTS,
+        reading: Reading = AS_IT_IS,
         start_from: Path | None = None,
         prompt: str = "",
         recipe: Path | None = None,
     ):
-        return training, adapter, start_from, prompt
+        return training, adapter, reading, start_from, prompt
 
     return tyro.cli(command, args=expanded(["finetune", *arguments])[1:])
 
 
 def test_a_runs_recipe_gives_its_options_again_and_options_beside_it_win(tmp_path):
     file = tmp_path / "recipe.json"
-    options = recipe_of(TRAINING, ADAPTER, start_from=Path("an adapter"), prompt=PROMPT, eval_data=None)
+    options = recipe_of(
+        TRAINING, ADAPTER, READING, start_from=Path("an adapter"), prompt=PROMPT, eval_data=None
+    )
     file.write_text(json.dumps(options))
     where = ("--output", "runs/a")
-    assert parsed("--recipe", str(file), *where) == (TRAINING, ADAPTER, Path("an adapter"), PROMPT)
+    assert parsed("--recipe", str(file), *where) == (TRAINING, ADAPTER, READING, Path("an adapter"), PROMPT)
     training, adapter, *_ = parsed(*where, f"--recipe={file}", "--steps", "9", "--packing", "--rank", "5")
     assert (training.steps, training.packing, adapter.rank) == (9, True, 5)
     assert training.learning_rate == TRAINING.learning_rate

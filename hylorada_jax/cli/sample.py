@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 _NEW_TOKENS = 64
 
 
-def samples(model: Any, prompt: str, tokenizer: "Tokenizer", structure: Domain | None) -> tuple[str, str]:
-    """The prompt as the base model continues it, and as the adapted one does.
+def samples(
+    model: Any, prompt: str, tokenizer: "Tokenizer", structure: Domain | None, *, chat: bool = False
+) -> tuple[str, str]:
+    """The prompt as the base model continues or answers it, and as the adapted one does.
 
     Where a model's positions end, a sample ends too; of a prompt that alone is longer, the end is continued.
 
@@ -21,8 +23,11 @@ def samples(model: Any, prompt: str, tokenizer: "Tokenizer", structure: Domain |
         prompt: some text.
         tokenizer: the model's.
         structure: whose ids the adapted model reads beside the tokens.
+        chat: the prompt is a user's message, given by the model's chat template.
     """
-    ids, inputs = prompt_of(prompt, tokenizer, structure)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
+    ids, inputs = prompt_of(text, tokenizer, structure, chat=chat)
+    prompt += "\n\n" if chat else ""
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):
         begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]

@@ -106,9 +106,10 @@ def prompt_of(
     if structure is None:
         return ids, {}
 
-    from hylorada_jax.structure.code import token_depths
+    from hylorada_jax.structure.code import fenced_depths, token_depths
 
-    return ids, {"structure_ids": [token_depths(text, offsets)[0].tolist()]}
+    depths, _ = fenced_depths(text, offsets) if chat else token_depths(text, offsets)
+    return ids, {"structure_ids": [depths.tolist()]}
 
 
 def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False) -> Any:

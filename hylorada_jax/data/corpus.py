@@ -1,23 +1,29 @@
-"""Texts to train on: files, globs, datasets of the Hub, and the source of Python's own library."""
+"""Data to train on: files, globs, datasets of the Hub, rows of one's own, and Python's own library."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, overload
 
-from hylorada_jax.data.text_files import ROW_SUFFIXES, SUFFIXES, Document, read_documents
+from hylorada_jax.data.docstrings import docstring_rows
+from hylorada_jax.data.examples import Document, Example
+from hylorada_jax.data.formats import COLUMNS, Format, read_row, recognise
+from hylorada_jax.data.rows import ROW_SUFFIXES, SUFFIXES, Row, as_row, read_rows
 from hylorada_jax.errors import DataError
 from hylorada_jax.io import hub
 
 PYTHON_STDLIB = "python-stdlib"
-"""The name of the embedded corpus, which every machine that runs this package has."""
+"""The embedded texts, which every machine that runs this package has: the source of Python's library."""
+PYTHON_DOCSTRINGS = "python-docstrings"
+"""The embedded conversations, made of it: :func:`hylorada_jax.data.docstrings.docstring_rows`."""
 
 Split = Literal["train", "eval", "all"]
 
@@ -32,27 +38,60 @@ _NOT_LIBRARY = {
 }  # fmt: skip
 
 
-def load_documents(source: str | Path, split: Split = "all") -> list[Document]:
+Rows = Iterable[Mapping[str, Any]]
+
+
+@overload
+def load_documents(
+    source: str | Path | Rows,
+    split: Split = ...,
+    *,
+    form: Literal["text"],
+    columns: Mapping[str, str] | None = ...,
+    skipped: list[DataError] | None = ...,
+) -> list[Document]: ...
+@overload
+def load_documents(
+    source: str | Path | Rows,
+    split: Split = ...,
+    *,
+    form: Format | None = ...,
+    columns: Mapping[str, str] | None = ...,
+    skipped: list[DataError] | None = ...,
+) -> list[Example]: ...
+def load_documents(
+    source: str | Path | Rows,
+    split: Split = "all",
+    *,
+    form: Format | None = None,
+    columns: Mapping[str, str] | None = None,
+    skipped: list[DataError] | None = None,
+) -> Any:
     """The documents of a source, or one side of its split into training and held-out documents.
 
     The side is decided by a hash of a document's content: about 5 % are held out, the choice does not depend
     on the machine or on the other documents, and two copies of one text are always on the same side. Where
-    that would leave a side empty, the document of the smallest hash is held out; a single document gives
-    its last lines, about 5 % of its text.
+    that would leave a side empty, the document of the smallest hash is held out; a single text gives its
+    last lines, about 5 % of it. Of ``"python-docstrings"`` whole modules are held out.
 
     Args:
-        source: ``"python-stdlib"``; a file; a glob (``"books/**/*.txt"``); or a dataset of the Hub
-            (``"owner/name"``). The rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
-            ``.parquet`` files are documents, their column ``text`` the text; any other file is one document,
-            UTF-8 (:func:`hylorada_jax.data.text_files.read_documents`). Of a Hub dataset with files
-            named "train" only those are read.
+        source: ``"python-stdlib"`` or ``"python-docstrings"``; a file; a glob (``"books/**/*.txt"``); a
+            dataset of the Hub (``"owner/name"``); or rows, as a list of dictionaries or a
+            ``datasets.Dataset``. Rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
+            ``.parquet`` files are documents of the format that their columns tell
+            (:func:`hylorada_jax.data.formats.recognise`); any other file is one text
+            (:func:`hylorada_jax.data.rows.read_rows`). Of a Hub dataset with files named "train" only those
+            are read.
         split: ``"train"``, ``"eval"`` or ``"all"``.
+        form: the format; None recognises it by the columns of the first row.
+        columns: other names of the format's columns, as {"text": "body"}.
+        skipped: gets the errors of malformed rows, which are left out; None raises the first.
 
     Returns:
-        Documents that are not blank, ordered by name.
+        Documents ordered by name; texts that are null or blank are left out.
 
     Raises:
-        DataError: nothing is found, a file cannot be read, a row has no column ``text``, or no document has
+        DataError: nothing is found, a file cannot be read, a row is not of the format, or no document has
             any text. File and line are named.
 
     Example:
@@ -60,22 +99,57 @@ def load_documents(source: str | Path, split: Split = "all") -> list[Document]:
         >>> len(train) > 10 * len(held_out) > 0
         True
     """
-    source = str(source)
-    if source == PYTHON_STDLIB:
-        documents = [document for document in _standard_library() if document.text.strip()]
-    else:
-        documents = [document for path in _files(source) for document in read_documents(path)]
+    documents = list(_examples(_rows(source, columns or {}), form, columns or {}, skipped))
     if not documents:
-        raise DataError("Data must have text in it.", source, "Give files that are not empty.")
+        raise DataError(
+            "Data must have text in it.",
+            source if isinstance(source, str | Path) else f"{type(source).__name__} without any",
+            "Give files that are not empty.",
+        )
     if split == "all":
         return documents
-    train, held_out = _divide(documents)
+    by = _module if str(source) == PYTHON_DOCSTRINGS else _content
+    train, held_out = _divide(documents, by)
     return train if split == "train" else held_out
 
 
-def _divide(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, neither empty."""
-    hashes = [hashlib.sha256(document.text.encode()).digest() for document in documents]
+def _rows(source: str | Path | Rows, columns: Mapping[str, str]) -> Iterator[Row | DataError]:
+    if not isinstance(source, str | Path):
+        for number, values in enumerate(source):
+            yield as_row(values, f"row {number}")
+    elif str(source) == PYTHON_STDLIB:
+        yield from _standard_library()
+    elif str(source) == PYTHON_DOCSTRINGS:
+        yield from docstring_rows(_standard_library())
+    else:
+        for path in _files(str(source)):
+            yield from read_rows(path, {*COLUMNS, *columns.values()})
+
+
+def _examples(
+    rows: Iterable[Row | DataError],
+    form: Format | None,
+    columns: Mapping[str, str],
+    skipped: list[DataError] | None,
+) -> Iterator[Example]:
+    for row in rows:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            form = form or recognise([*row.values, *columns], row.place)
+            example = read_row(row.values, row.place, form, columns)
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(error)
+        else:
+            if example is not None:
+                yield example
+
+
+def _divide(documents: list[Example], by: Callable[[Example], str]) -> tuple[list[Example], list[Example]]:
+    """Training and held-out documents, neither empty, divided by a hash of what ``by`` gives."""
+    hashes = [hashlib.sha256(by(document).encode()).digest() for document in documents]
     distinct = set(hashes)
     if len(distinct) == 1:
         return _cut_tail(documents[0])
@@ -83,15 +157,31 @@ def _divide(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     chosen = {digest for digest in distinct if digest[:8] < limit}
     if not chosen or chosen == distinct:
         chosen = {min(distinct)}
-    train: list[Document] = []
-    held_out: list[Document] = []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for document, digest in zip(documents, hashes, strict=True):
         (held_out if digest in chosen else train).append(document)
     return train, held_out
 
 
-def _cut_tail(document: Document) -> tuple[list[Document], list[Document]]:
-    """One document's head and tail, cut at a line where there is one near."""
+def _content(document: Example) -> str:
+    """What a document says, whatever it is called."""
+    return (
+        document.text
+        if isinstance(document, Document)
+        else json.dumps(document[1:], sort_keys=True, default=str)
+    )
+
+
+def _module(document: Example) -> str:
+    return document.name.partition(":")[0]
+
+
+def _cut_tail(document: Example) -> tuple[list[Example], list[Example]]:
+    """One text's head and tail, cut at a line where there is one near."""
+    if not isinstance(document, Document):
+        rule = "Data must have two rows at least, to hold one of them out."
+        raise DataError(rule, f"{document.name} alone", "Give more rows, or held-out ones by --eval-data.")
     at = int(len(document.text) * (1 - _HELD_OUT))
     at = document.text.rfind("\n", at // 2, at) + 1 or at
     head, tail = document.text[:at], document.text[at:]
@@ -101,14 +191,14 @@ def _cut_tail(document: Document) -> tuple[list[Document], list[Document]]:
     return [Document(document.name, head)], [Document(f"{document.name} (held-out end)", tail)]
 
 
-def _standard_library() -> Iterator[Document]:
+def _standard_library() -> Iterator[Row]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         # _sysconfigdata describes the machine that built Python: no two would train on the same text.
         if _NOT_LIBRARY.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             try:
-                yield Document(name.as_posix(), path.read_text(encoding="utf-8-sig"))
+                yield Row(name.as_posix(), {"text": path.read_text(encoding="utf-8-sig")})
             except UnicodeDecodeError:
                 continue
 
@@ -134,7 +224,9 @@ def _files(source: str) -> list[Path]:
     if _HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
         return _hub_files(source)
     raise DataError(
-        "Data must be a file, a glob, a Hub dataset (owner/name) or python-stdlib.", source, "Check the path."
+        "Data must be a file, a glob, a Hub dataset (owner/name), python-stdlib or python-docstrings.",
+        source,
+        "Check the path.",
     )
 
 

@@ -1,10 +1,18 @@
+import ast
+import inspect
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
+from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, Split, load_documents
+from hylorada_jax.data.examples import Conversation, Document
 from hylorada_jax.errors import DataError
+
+
+def load_texts(source: str | Path, split: Split = "all") -> list[Document]:
+    return load_documents(source, split, form="text")
 
 
 def write_jsonl(path, texts):
@@ -13,7 +21,7 @@ def write_jsonl(path, texts):
 
 
 def test_standard_library_is_divided_by_file_without_overlap():
-    train, held_out, both = (load_documents(PYTHON_STDLIB, split) for split in ("train", "eval", "all"))
+    train, held_out, both = (load_texts(PYTHON_STDLIB, split) for split in ("train", "eval", "all"))
     names = [{document.name for document in side} for side in (train, held_out, both)]
     assert names[0] | names[1] == names[2]
     assert not names[0] & names[1]
@@ -29,8 +37,8 @@ def test_standard_library_is_divided_by_file_without_overlap():
 def test_documents_come_from_files_globs_and_jsonl(tmp_path):
     for name in ("b.txt", "a.txt", "blank.txt"):
         (tmp_path / name).write_text("" if name == "blank.txt" else f"text of {name}")
-    assert [d.text for d in load_documents(tmp_path / "b.txt")] == ["text of b.txt"]
-    assert [d.text for d in load_documents(f"{tmp_path}/*.txt")] == ["text of a.txt", "text of b.txt"]
+    assert [d.text for d in load_texts(tmp_path / "b.txt")] == ["text of b.txt"]
+    assert [d.text for d in load_texts(f"{tmp_path}/*.txt")] == ["text of a.txt", "text of b.txt"]
     jsonl = write_jsonl(tmp_path / "c.jsonl", ["one", "", "two"])
     assert load_documents(jsonl) == [(f"{jsonl}:1", "one"), (f"{jsonl}:3", "two")]
 
@@ -38,17 +46,17 @@ def test_documents_come_from_files_globs_and_jsonl(tmp_path):
 def test_copies_of_one_text_stay_on_one_side_and_the_side_ignores_order(tmp_path):
     texts = [f"record {i}" for i in range(200)]
     jsonl = write_jsonl(tmp_path / "a.jsonl", texts + texts)
-    train, held_out = ({d.text for d in load_documents(jsonl, split)} for split in ("train", "eval"))
+    train, held_out = ({d.text for d in load_texts(jsonl, split)} for split in ("train", "eval"))
     assert not train & held_out
     assert train | held_out == set(texts)
     backwards = write_jsonl(tmp_path / "b.jsonl", texts[::-1])
-    assert {d.text for d in load_documents(backwards, "eval")} == held_out
+    assert {d.text for d in load_texts(backwards, "eval")} == held_out
 
 
 @pytest.mark.parametrize("texts", [["x", "y"], ["x", "y", "z"], [f"line {i}\n" * 50 for i in range(4)]])
 def test_neither_side_is_empty(tmp_path, texts):
     jsonl = write_jsonl(tmp_path / "a.jsonl", texts)
-    sides = [[d.text for d in load_documents(jsonl, split)] for split in ("train", "eval")]
+    sides = [[d.text for d in load_texts(jsonl, split)] for split in ("train", "eval")]
     assert all(sides)
     assert sorted(sides[0] + sides[1]) == sorted(texts)
 
@@ -56,7 +64,7 @@ def test_neither_side_is_empty(tmp_path, texts):
 def test_a_single_file_holds_out_its_last_lines(tmp_path):
     text = "".join(f"line {i}\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
-    (train,), (held_out,) = (load_documents(tmp_path / "a.txt", split) for split in ("train", "eval"))
+    (train,), (held_out,) = (load_texts(tmp_path / "a.txt", split) for split in ("train", "eval"))
     assert train.text + held_out.text == text
     assert train.text.endswith("\n")
     assert 0.04 < len(held_out.text) / len(text) < 0.06
@@ -99,7 +107,7 @@ def test_of_a_hub_dataset_only_the_training_files_are_read(monkeypatch, tmp_path
     (tmp_path / "train" / "dataset_info.json").parent.mkdir()
     (tmp_path / "train" / "dataset_info.json").write_text('{"features": {}}')
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
-    assert [d.text for d in load_documents("owner/name")] == ["seen"]
+    assert [d.text for d in load_texts("owner/name")] == ["seen"]
 
 
 def test_links_that_lead_up_are_followed_once(tmp_path):
@@ -114,9 +122,9 @@ def test_links_that_lead_up_are_followed_once(tmp_path):
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
     expected = ["data/a.txt", "data/deep/er/c.txt", "elsewhere/d.txt"]
     for pattern in ("data/**/*.txt", "data/**", "**/*.txt", "d*/**/[acd].txt", "**/**/*.txt"):
-        found = {document.text for document in load_documents(tmp_path / pattern)}
+        found = {document.text for document in load_texts(tmp_path / pattern)}
         assert sorted(found) == expected, pattern
-    assert [d.text for d in load_documents(tmp_path / "data" / "**" / "er" / "*")] == [expected[1]]
+    assert [d.text for d in load_texts(tmp_path / "data" / "**" / "er" / "*")] == [expected[1]]
 
 
 def test_a_name_that_exists_wins_over_the_pattern_that_it_is(tmp_path, monkeypatch):
@@ -127,7 +135,7 @@ def test_a_name_that_exists_wins_over_the_pattern_that_it_is(tmp_path, monkeypat
         Path(name).write_text(name)
 
     def found(source):
-        return [document.text for document in load_documents(source)]
+        return [document.text for document in load_texts(source)]
 
     assert found("lr=[1,2]/*.txt") == found(tmp_path / "lr=[1,2]" / "**" / "*.txt") == ["lr=[1,2]/a.txt"]
     assert found("lr=[1]/*.txt") == ["lr=1/b.txt"]
@@ -135,3 +143,24 @@ def test_a_name_that_exists_wins_over_the_pattern_that_it_is(tmp_path, monkeypat
     assert found("e*.txt") == ["e*.txt"]
     assert found("[ce]?.txt") == ["cd.txt", "e*.txt", "ef.txt"]
     assert found("x/[!y].txt") == ["x/[!y].txt"]
+
+
+def test_functions_of_the_library_are_asked_for_their_docstrings_by_module():
+    train, held_out = (
+        [chat for chat in load_documents(PYTHON_DOCSTRINGS, split) if isinstance(chat, Conversation)]
+        for split in ("train", "eval")
+    )
+    modules = [{document.name.partition(":")[0] for document in side} for side in (train, held_out)]
+    assert not modules[0] & modules[1]
+    assert len(train) > 10 * len(held_out) > 100
+    chats = {chat.name.partition(":")[0] + chat.messages[1]["content"]: chat for chat in [*train, *held_out]}
+    expected = inspect.cleandoc(textwrap.dedent.__doc__ or "")
+    asked = chats["textwrap.py" + expected].messages[0]["content"]
+    code = asked.partition("```python\n")[2].removesuffix("\n```")
+    (function,) = ast.parse(code).body
+    assert isinstance(function, ast.FunctionDef)
+    # Python's own: the same function, less its docstring.
+    (original,) = ast.parse(inspect.getsource(textwrap.dedent)).body
+    assert isinstance(original, ast.FunctionDef)
+    assert [*map(ast.unparse, function.body)] == [*map(ast.unparse, original.body[1:])]
+    assert "Remove any common leading whitespace" not in code

@@ -1,39 +1,77 @@
-"""Texts as tokens."""
+"""Texts, completions and conversations as tokens, and which of these count."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from hylorada_jax.data.answers import Score, Scored, score_answers
 from hylorada_jax.data.document import TokenizedDocument
-from hylorada_jax.data.text_files import Document
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.data.examples import Conversation, Document, Example
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.tokenizer import Tokenizer
-from hylorada_jax.structure.code import Domain, token_depths
+from hylorada_jax.structure.code import Domain, fenced_depths, token_depths
 from hylorada_jax.text import short
+
+Overlength = Literal["truncate", "drop", "error"]
 
 _DOCUMENTS_AT_ONCE = 64
 
 
+class Counts(NamedTuple):
+    """What became of the rows of a data set.
+
+    Attributes:
+        rows: those that were read.
+        documents: what they gave: one each, or several where a template parts the turns of a conversation.
+        tokens: of the documents.
+        scored: tokens that count where they are predicted.
+        dropped: rows with nothing to score, or too long.
+        truncated: documents that were cut.
+    """
+
+    rows: int
+    documents: int
+    tokens: int
+    scored: int
+    dropped: int
+    truncated: int
+
+
 def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, structure: Domain | None = None
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    structure: Domain | None = None,
+    score: Score = "answers",
+    *,
+    skipped: list[DataError] | None = None,
 ) -> list[TokenizedDocument]:
-    """The tokens of each document, with what the tokenizer's template adds and the token that ends a text.
+    """The tokens of each document, and which of them count.
+
+    A text has all that the tokenizer's template adds and the token that ends it, and counts whole. Of
+    completions and conversations the answers count (:func:`hylorada_jax.data.answers.score_answers`).
 
     Args:
-        documents: from :func:`load_documents`.
+        examples: from :func:`load_documents`.
         tokenizer: the model's, from :func:`load_tokenizer`; truncation and padding are switched off in it.
         structure: the documents' domain, for a model with a structure encoder: "code", Python source, whose
             ``structure_ids`` are nesting depths (:func:`hylorada_jax.structure.code.character_depths`), 0 for
-            a token that stands for no character; None for no structure.
+            a token that stands for no character, and in a conversation for all but its blocks of code; None
+            for no structure.
+        score: "answers", "last" or "all".
+        skipped: gets the errors of rows that cannot be tokenized, which are left out; None raises the first.
 
     Returns:
-        A record per document.
+        The records, in the order of the examples. One has a record, none where nothing in it counts, or
+        several where a template parts the turns of a conversation.
 
     Raises:
         ConfigError: the domain is unknown.
+        DataError: conversations for a model without a chat template, or one that its template refuses.
 
     Warns:
         UserWarning: documents do not parse, so that their depths are those of their indentation; it names
@@ -42,33 +80,131 @@ def tokenize(
     Example:
         tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
     """
+    return [d for each in _tokenized(examples, tokenizer, structure, score, skipped) for d in each]
+
+
+def prepare(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    *,
+    structure: Domain | None = None,
+    score: Score = "answers",
+    overlength: Overlength = "truncate",
+    skipped: list[DataError] | None = None,
+) -> tuple[list[TokenizedDocument], Counts]:
+    """Documents for rows of a length: :func:`tokenize`, and what becomes of those that are longer.
+
+    Args:
+        examples: from :func:`load_documents`.
+        tokenizer: the model's.
+        seq_len: tokens of a row.
+        structure, score, skipped: as in :func:`tokenize`.
+        overlength: of a completion or conversation with more than seq_len + 1 tokens, the last of which is
+            only predicted: "truncate" leaves out what is behind them, "drop" the row, and "error" raises.
+            Texts are cut into windows, and none is too long.
+
+    Returns:
+        The records, and the counts of what happened.
+
+    Raises:
+        ConfigError, DataError: as :func:`tokenize`; or a row is too long.
+
+    Example:
+        prepare(load_documents("chats.jsonl"), load_tokenizer("smollm2-135m"), seq_len=512)
+    """
+    kept: list[TokenizedDocument] = []
+    dropped = truncated = 0
+    bad: list[DataError] = []
+    found = _tokenized(examples, tokenizer, structure, score, bad if skipped is not None else None)
+    for example, documents in zip(examples, found, strict=True):
+        long = [d for d in documents if len(d) > seq_len + 1 and not isinstance(example, Document)]
+        if long and overlength == "error":
+            raise DataError(
+                f"A row must fit into {seq_len} tokens.",
+                f"{long[0].name}: {len(long[0]) - 1}",
+                "Take a larger seq_len, or truncate or drop what is longer.",
+            )
+        if overlength == "drop" and long:
+            documents = []
+        if long and documents:
+            documents = [_cut(d, seq_len + 1) if d in long else d for d in documents]
+            truncated += len(long)
+        documents = [d for d in documents if _scored(d)]
+        dropped += not documents
+        kept += documents
+    if skipped is not None:
+        skipped += bad
+    return kept, Counts(
+        len(examples), len(kept), sum(map(len, kept)), sum(map(_scored, kept)), dropped - len(bad), truncated
+    )
+
+
+def _scored(document: TokenizedDocument) -> int:
+    """The predictions of a document that count."""
+    return max(0, len(document) - 1) if document.scored is None else int(document.scored[1:].sum())
+
+
+def _cut(document: TokenizedDocument, length: int) -> TokenizedDocument:
+    fields = {
+        name: values[:length] for name, values in vars(document).items() if isinstance(values, np.ndarray)
+    }
+    return TokenizedDocument(**fields, name=document.name)
+
+
+def _tokenized(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    structure: Domain | None,
+    score: Score,
+    skipped: list[DataError] | None,
+) -> Iterator[list[TokenizedDocument]]:
+    """The records of each example."""
     if structure not in (None, "code"):
         remedy = "Make the ids of other domains yourself: TokenizedDocument(tokens, structure_ids=…)."
         raise ConfigError("structure must be code.", repr(structure), remedy)
-    found, unparsed = [], []
-    for document, ids, offsets in _encode(documents, tokenizer):
-        depths = None
-        if structure == "code":
-            depths, parses = token_depths(document.text, offsets)
-            if not parses:
-                unparsed.append(document.name)
-        tokens = np.array(ids, np.int32)
-        found.append(TokenizedDocument(tokens, structure_ids=depths, name=document.name))
-    if unparsed:
-        count = f"{len(unparsed)} of {len(documents)} documents do not parse: depth by indentation"
-        warnings.warn(f"structure: {count}, {short(unparsed)}", stacklevel=2)
-    return found
-
-
-def _encode(
-    documents: Sequence[Document], tokenizer: Tokenizer
-) -> Iterator[tuple[Document, list[int], list[tuple[int, int]]]]:
-    """Each document with its token ids and the characters [start, stop) that they stand for."""
     # Many tokenizer.json files carry the truncation of somebody's training run.
     tokenizer.backend.no_truncation()
     tokenizer.backend.no_padding()
-    for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        batch = documents[first : first + _DOCUMENTS_AT_ONCE]
+    texts = _texts([example for example in examples if isinstance(example, Document)], tokenizer)
+    answers = score_answers([e for e in examples if not isinstance(e, Document)], tokenizer, score)
+    unparsed: list[str] = []
+    for example in examples:
+        found = next(texts if isinstance(example, Document) else answers)
+        if isinstance(found, DataError):
+            if skipped is None:
+                raise found
+            skipped.append(found)
+            found = []
+        yield [
+            _record(example, scored, "" if len(found) == 1 else f", part {part}", structure, unparsed)
+            for part, scored in enumerate(found, start=1)
+        ]
+    if unparsed:
+        count = f"{len(unparsed)} of {len(examples)} documents do not parse: depth by indentation"
+        warnings.warn(f"structure: {count}, {short(unparsed)}", stacklevel=3)
+
+
+def _texts(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[Scored]]:
+    remaining = iter(documents)
+    while batch := list(islice(remaining, _DOCUMENTS_AT_ONCE)):
         encoded = tokenizer.encode_documents([document.text for document in batch])
         for document, (ids, offsets) in zip(batch, encoded, strict=True):
-            yield document, ids, offsets
+            yield [Scored(ids, [True] * len(ids), offsets, document.text)]
+
+
+def _record(
+    example: Example, scored: Scored, part: str, structure: str | None, unparsed: list[str]
+) -> TokenizedDocument:
+    depths = None
+    if structure == "code":
+        depths_of = fenced_depths if isinstance(example, Conversation) else token_depths
+        depths, parses = depths_of(scored.text, scored.offsets)
+        if not parses:
+            unparsed.append(example.name)
+    return TokenizedDocument(
+        np.array(scored.ids, np.int32),
+        scored=None if all(scored.scored) else np.array(scored.scored, bool),
+        structure_ids=depths,
+        name=f"{example.name}{part}",
+    )

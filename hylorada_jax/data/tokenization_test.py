@@ -6,7 +6,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from hylorada_jax.data.text_files import Document
+from hylorada_jax.data.examples import Document
 from hylorada_jax.data.tokenization import tokenize
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.tokenizer import Tokenizer

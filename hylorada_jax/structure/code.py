@@ -23,6 +23,13 @@ _BLANK = np.array([ord(character) for character in " \t\n\f"])
 _MOST_DOTS = 1000
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
+# One that is not closed reaches to the end.
+_BLOCK = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)"
+    r"(?:^ {0,3}(?P=fence)[ \t]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+
 
 class _Lexed(NamedTuple):
     """What the tokens of a source tell, positions as numbers of characters.
@@ -54,11 +61,44 @@ def token_depths(source: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.nd
         (array([0, 0, 0, 1, 2, 1], dtype=int32), True)
     """
     depths, parses = character_depths(source)
+    return _at_their_ends(depths, offsets), parses
+
+
+def fenced_depths(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, bool]:
+    """The nesting depth of every token of a conversation: that of the blocks of Python in it, 0 elsewhere.
+
+    Args:
+        text: with blocks of code in Markdown's fences. Those of ``python``, ``py`` or ``python3`` count, and
+            those without a language that parse.
+        offsets: the characters [start, stop) of each token.
+
+    Returns:
+        The depths, int32 [tokens], and whether every block that says it is Python parses.
+
+    Example:
+        >>> text = "Try:\\n```python\\nif a:\\n  b\\n```"
+        >>> fenced_depths(text, [(0, 14), (14, 20), (20, 24), (24, 27)])
+        (array([0, 0, 1, 0], dtype=int32), True)
+
+    Source: CommonMark 0.31, section 4.5.
+    """
+    depths, all_parse = np.zeros(len(text), np.int32), True
+    for block in _BLOCK.finditer(text):
+        named = block["language"].lower() in ("python", "py", "python3")
+        if named or not block["language"]:
+            inner, parses = character_depths(block["code"])
+            all_parse &= parses or not named
+            if parses or named:
+                depths[block.start("code") : block.end("code")] = inner
+    return _at_their_ends(depths, offsets), all_parse
+
+
+def _at_their_ends(depths: np.ndarray, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     spans = np.asarray(offsets, np.int64).reshape(-1, 2)
     filled = spans[:, 1] > spans[:, 0]
     found = np.zeros(len(spans), np.int32)
     found[filled] = depths[spans[filled, 1] - 1]
-    return found, parses
+    return found
 
 
 def character_depths(source: str) -> tuple[np.ndarray, bool]:

@@ -201,13 +201,23 @@ def recipe(random: Random) -> Files:
 
 
 def documents(random: Random) -> Files:
-    """Texts in one of the formats of data."""
+    """Texts or conversations in one of the formats of data."""
     rows = [{"text": "one", "n": 1}, {"text": None, "n": [2]}, {"text": 'a "quoted"\nword, é 漢', "n": {}}]
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [{"role": "user", "content": "é"}, {"role": "assistant", "tool_calls": [call], "train": True}]
+    speakers = [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f"}'}]
+    chats = {"messages": turns, "tools": "[]", "chat_template_kwargs": {"day": 1}}
+    alpaca = {"instruction": "a", "input": "", "output": "b", "history": [["c", "d"]]}
     table = 'n,text\r\n1,one\r\n2,"a ""quoted""\nword, é"\r\n'
     return random.choice(
         (
             {"a.jsonl": File("jsonl", rows)},
             {"a.json": File("json", rows)},
+            {"chats.jsonl": File("jsonl", [chats, chats])},
+            {"alpaca.json": File("json", [alpaca, alpaca])},
+            {"shared.jsonl": File("jsonl", [{"conversations": speakers, "system": "s"}] * 2)},
+            {"completions.jsonl": File("jsonl", [{"prompt": "a", "completion": "b"}] * 2)},
+            {"turns.json": File("json", [{"prompt": turns, "completion": turns}])},
             {"a.csv": File("text", table)},
             {"a.tsv": File("text", table.replace(",", "\t"))},
             {"a.txt": File("text", "one\ntwo é 漢 😀\n" * 20)},

@@ -15,6 +15,7 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import load_documents
+from hylorada_jax.data.examples import Document
 from hylorada_jax.exchange.peft_import import import_peft
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -136,7 +137,11 @@ def _settings(config: HyLoRADAConfig) -> Any:
 
 def _documents(path: Path) -> Any:
     found = [document for file in sorted(path.iterdir()) for document in load_documents(file)]
-    assert all(document.text.strip() and document.text.encode() for document in found)
+    assert all(
+        document.text.strip() and document.text.encode()
+        for document in found
+        if isinstance(document, Document)
+    )
     return found
 
 

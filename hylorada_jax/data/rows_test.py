@@ -1,6 +1,7 @@
 """Oracles: what Python's own json and csv write is read back; a fault in a file is named by its place."""
 
 import csv
+import gzip
 import json
 import os
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hylorada_jax.data import text_files
+from hylorada_jax.data import rows
 from hylorada_jax.data.corpus import load_documents
-from hylorada_jax.data.text_files import read_documents
+from hylorada_jax.data.examples import Conversation
+from hylorada_jax.data.rows import read_rows
 from hylorada_jax.errors import DataError
 
 TEXTS = ["one", 'a "quoted", word', "two\nlines\r\nof text", "é 漢 😀", "x" * 200_000]
@@ -31,7 +33,7 @@ def write_csv(path, texts, **form):
 
 
 def texts_of(path):
-    return [document.text for document in read_documents(path)]
+    return [document.text for document in load_documents(path, form="text")]
 
 
 @pytest.mark.parametrize("mark", ["", BOM])
@@ -74,7 +76,7 @@ def test_a_document_is_named_by_its_place(tmp_path):
     names = [
         document.name.removeprefix(f"{tmp_path}/")
         for name in ("a.jsonl", "a.csv", "a.json", "one.json")
-        for document in read_documents(tmp_path / name)
+        for document in load_documents(tmp_path / name)
     ]
     assert names == ["a.jsonl:1", "a.jsonl:4", "a.csv:2", "a.csv:6", "a.json[0]", "a.json[2]", "one.json[0]"]
 
@@ -83,7 +85,7 @@ def test_a_lone_surrogate_becomes_the_replacement_character(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"text": "cut emoji \ud83d"}) + '\n{"text": "\\udc00, whole \\ud83d\\ude00"}'
     )
-    documents = load_documents(tmp_path / "a.jsonl")
+    documents = load_documents(tmp_path / "a.jsonl", form="text")
     assert [document.text for document in documents] == ["cut emoji \ufffd", "\ufffd, whole 😀"]
     for split in ("train", "eval"):  # which hash the text
         assert len(load_documents(tmp_path / "a.jsonl", split)) == 1
@@ -102,7 +104,11 @@ def test_files_without_a_text_are_refused_together_and_passed_over_among_others(
     with pytest.raises(DataError, match="text in it"):
         load_documents(tmp_path / name)
     (tmp_path / "b.txt").write_text("b")
-    assert [document.text for document in load_documents(f"{tmp_path}/*")] == ["b"]
+    assert [document.text for document in load_documents(f"{tmp_path}/*", form="text")] == ["b"]
+
+
+def packed(content):
+    return gzip.compress(content, mtime=0)  # a test's name holds the content, the same in every process
 
 
 DEEP, LONG = "[" * 100_000 + "]" * 100_000, "9" * 5000
@@ -120,12 +126,12 @@ DEEP, LONG = "[" * 100_000 + "]" * 100_000, "9" * 5000
         ("word.jsonl", '{"text": "a"}\nword\n', "word.jsonl:2"),
         ("list.jsonl", '["a"]\n', "list.jsonl:1: a list"),
         ("words.json", '["a"]\n', "words.json[0]: a str"),
-        ("number.jsonl", '{"text": 5}\n', "number.jsonl:1: 'text' is of type int"),
-        ("renamed.jsonl", '{"text": "a"}\n{"body": "a", "n": 1}\n', "renamed.jsonl:2: body, n"),
-        ("data.json", '{"data": [{"text": "a"}]}', "data.json[0]: data"),
-        ("renamed.csv", "id,body\n1,a\n", "renamed.csv: columns id, body"),
-        ("headless.csv", f"1,{'word ' * 50}\n", "headless.csv: columns 1, word word"),
-        ("semicolon.csv", "id;text\n1;a\n", "semicolon.csv: columns id;text"),
+        ("number.jsonl", '{"text": 5}\n', "number.jsonl:1: 5 of type int"),
+        ("renamed.jsonl", '{"text": "a"}\n{"body": "a", "n": 1}\n', "renamed.jsonl:2: columns body, n"),
+        ("data.json", '{"data": [{"text": "a"}]}', "data.json[0]: columns data"),
+        ("renamed.csv", "id,body\n1,a\n", "renamed.csv:2: columns id, body"),
+        ("headless.csv", f"1,{'word ' * 50}\n2,b\n", "headless.csv:2: columns 1, word word"),
+        ("semicolon.csv", "id;text\n1;a\n", "semicolon.csv:2: columns id;text"),
         ("twice.csv", "text,text\na,b\n", "twice.csv: columns text, text"),
         ("comma.csv", 'n,text\n1,"a\nb"\n2,a, b\n', "comma.csv:4: 3 fields"),
         ("short.csv", "n,text\n1\n", "short.csv:2: 1 fields"),
@@ -133,7 +139,13 @@ DEEP, LONG = "[" * 100_000 + "]" * 100_000, "9" * 5000
         ("latin.csv", "n,text\n1,a\n2,é\n".encode("latin-1"), "latin.csv:3"),
         ("latin.txt", "a\né\n".encode("latin-1"), "latin.txt:2"),
         ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), "utf16.jsonl:1"),
-        ("a.jsonl.gz", b"\x1f\x8b", "gunzip -k"),
+        ("cut.jsonl.gz", packed(b'{"text": "a"}\n' * 9)[:-9], "cut.jsonl.gz: Compressed file ended"),
+        ("not.json.gz", b"{}", "not.json.gz: Not a gzipped file"),
+        ("broken.csv.gz", packed(b"text\na\n")[:10] + b"\xff" * 20, "broken.csv.gz: Error -3"),
+        ("word.jsonl.gz", packed(b'{"text": "a"}\nword\n'), "word.jsonl.gz:2"),
+        ("latin.txt.gz", packed("a\né\n".encode("latin-1")), "latin.txt.gz:2"),
+        ("a.parquet.gz", b"", "gunzip -k"),
+        ("a.jsonl.bz2", b"BZ", "bunzip2 -k"),
         ("a.csv.ZIP", b"PK", "unzip"),
     ],
 )
@@ -159,8 +171,8 @@ def test_no_line_and_no_file_that_is_one_piece_exhausts_the_memory(
     tmp_path, monkeypatch, name, content, said
 ):
     (tmp_path / name).write_text(content)
-    monkeypatch.setattr(text_files, "_LIMIT", 100)
-    monkeypatch.setattr(text_files, "_WHOLE", 100)
+    monkeypatch.setattr(rows, "_LIMIT", 100)
+    monkeypatch.setattr(rows, "_WHOLE", 100)
     with pytest.raises(DataError) as error:
         load_documents(tmp_path / name)
     assert said in str(error.value)
@@ -181,7 +193,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "absent")
     for path in (*sorted(tmp_path.iterdir()), Path(os.devnull), Path("a\0b"), Path("x" * 5000)):
         with pytest.raises(DataError):
-            list(read_documents(path))
+            list(read_rows(path))
         with pytest.raises(DataError):
             load_documents(path)
     with pytest.raises(DataError, match="match at least one"):
@@ -218,10 +230,10 @@ def test_parquet_without_texts_is_refused_by_what_it_has(tmp_path):
         arrow.string(), 2, [None, arrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), arrow.py_buffer(b"a\xff")]
     )
     for columns, said in (
-        ({"text": [1, 2]}, "int64"),
-        ({"text": [["a"], ["b"]]}, "list<"),
-        ({"text": [b"a"]}, "binary"),
-        ({"text": [{"a": "b"}]}, "struct<"),
+        ({"text": [1, 2]}, r"\[0\]: 1 of type int"),
+        ({"text": [["a"], ["b"]]}, "of type list"),
+        ({"text": [b"a"]}, "of type bytes"),
+        ({"text": [{"a": "b"}]}, "of type dict"),
         ({"text": arrow.nulls(2)}, "text in it"),
         ({"body": ["a"], "n": [1]}, "columns body, n"),
         ({"text": cut}, r"a\.parquet\[1\]: invalid start byte"),
@@ -240,12 +252,12 @@ def test_parquet_without_texts_is_refused_by_what_it_has(tmp_path):
 def test_a_small_parquet_file_cannot_fill_the_memory(tmp_path, monkeypatch):
     """A dictionary of one text for all rows; a page of one text; rows of nothing. Fewer are read as ever."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(text_files, "_EXPANDED", 2**20)
+    monkeypatch.setattr(rows, "_EXPANDED", 2**20)
     path = tmp_path / "a.parquet"
     for column, whole, said in (
         (["x" * 10_000] * 300, 90, r"a\.parquet\[\d+\]: 1,0"),
         (["x" * 2**21], None, "a.parquet, row group 0: 2,"),
-        (arrow.nulls(20_000, arrow.string()), None, r"a\.parquet\[16384\]"),
+        (arrow.nulls(20_000, arrow.string()), None, r"a\.parquet\[\d+\]: 1,0"),
     ):
         parquet.write_table(arrow.table({"n": [1] * len(column), "text": column}), path, compression="zstd")
         assert path.stat().st_size < 10_000
@@ -268,3 +280,39 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     with pytest.raises(DataError, match="pip install pyarrow"):
         load_documents(tmp_path / "a.parquet")
+
+
+def test_rows_are_read_of_gzip_files_and_no_small_one_fills_the_memory(tmp_path, monkeypatch):
+    for name, write in (("a.jsonl.gz", as_lines), ("B.JSON.GZ", as_array), ("c.txt.gz", "".join)):
+        (tmp_path / name).write_bytes(gzip.compress(write(TEXTS).encode()))
+        found = texts_of(tmp_path / name)
+        assert found == (TEXTS if "txt" not in name else ["".join(TEXTS).replace("\r\n", "\n")])
+    monkeypatch.setattr(rows, "_EXPANDED", 2**20)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(as_lines(["x" * 100] * 20_000).encode()))
+    with pytest.raises(DataError, match=r"bomb\.jsonl\.gz: 1,\d{3},\d{3} bytes"):
+        load_documents(tmp_path / "bomb.jsonl.gz")
+
+
+def test_conversations_are_read_of_every_kind_of_file(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    chats: list[list[dict[str, object]]] = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": str(number)}]
+        for number in range(3)
+    ]
+    call = {"name": "f", "arguments": {"a": 1}}
+    # Of one column, arrow gives every struct the fields of all.
+    chats[1][1] = {"role": "assistant", "tool_calls": [call]}
+    lines = [json.dumps({"messages": chat, "id": 1}) for chat in chats]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text(f"[{','.join(lines)}]")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "messages"], *([1, json.dumps(chat)] for chat in chats)])
+    parquet.write_table(arrow.table({"id": [1, 2, 3], "messages": chats}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        expected = [
+            Conversation(chat.name, messages, [False, True])
+            for chat, messages in zip(load_documents(tmp_path / name), chats, strict=True)
+        ]
+        assert load_documents(tmp_path / name) == expected
+    rows = load_documents([{"messages": chat} for chat in chats])
+    assert rows == [Conversation(f"row {n}", chat, [False, True]) for n, chat in enumerate(chats)]

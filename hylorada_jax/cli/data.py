@@ -1,0 +1,65 @@
+"""The command that shows data as a model is trained on them."""
+
+import sys
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from hylorada_jax.cli.reading import AS_IT_IS, Reading
+from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline
+from hylorada_jax.data.corpus import PYTHON_STDLIB
+from hylorada_jax.data.packing import check_windows
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.terminal import one_line, printable
+
+if TYPE_CHECKING:
+    from hylorada_jax.models.tokenizer import Tokenizer
+
+
+@puts_offline
+def data(
+    *,
+    data: str = PYTHON_STDLIB,
+    model: str = PACKAGED_MODEL,
+    reading: Reading = AS_IT_IS,
+    seq_len: int = 512,
+    rows: int = 3,
+    offline: bool = False,
+) -> None:
+    """Show the first rows of data with the scored tokens marked, in colour or in ⟦brackets⟧, and the counts.
+
+    Args:
+        data: python-stdlib or python-docstrings (embedded), a file, a glob, or a Hub dataset, as by finetune.
+        model: whose tokenizer and chat template are used; its weights are not read.
+        reading: how the data are read.
+        seq_len: tokens per row.
+        rows: how many are shown.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+    """
+    check_windows(seq_len)
+    if rows < 1:
+        raise ConfigError("At least one row must be shown.", f"--rows {rows}", "Leave it out for three.")
+    examples = reading.load(data)
+
+    from hylorada_jax.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    documents = reading.prepare(examples, tokenizer, seq_len, None, "data")
+    for document in documents[:rows]:
+        print(f"\n--- {one_line(document.name)}: {len(document):,} tokens")
+        counts = [True] * len(document) if document.scored is None else document.scored.tolist()
+        scored = [False, *counts[1:]]  # the first token follows nothing: it is never predicted
+        print(_marked(tokenizer, document.tokens.tolist(), scored))
+
+
+def _marked(tokenizer: "Tokenizer", ids: list[int], scored: list[bool]) -> str:
+    """The text of tokens, special ones written out, with marks around what is scored."""
+    in_colour = sys.stdout.isatty()
+    start, stop = ("\x1b[32m", "\x1b[0m") if in_colour else ("⟦", "⟧")
+    parts, at = [], 0
+    for counts, run in groupby(scored):
+        size = len([*run])
+        text = tokenizer.decode_continuation(ids[:at], ids[at : at + size], skip_special_tokens=False)
+        text = printable(text) if in_colour else text  # its own escapes are not obeyed
+        parts.append(f"{start}{text}{stop}" if counts else text)
+        at += size
+    return "".join(parts)

@@ -1,0 +1,222 @@
+"""Conversations and completions as tokens, and which of them are an answer that a model is scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Literal, NamedTuple
+
+from hylorada_jax.data.examples import Completion, Conversation
+from hylorada_jax.errors import DataError
+from hylorada_jax.models.chat_template import Request, marks_generation, render_each
+from hylorada_jax.models.template_process import Rendered
+from hylorada_jax.models.tokenizer import Encoded, Tokenizer
+
+Score = Literal["answers", "last", "all"]
+"""What counts: every answer (of the assistant, or a completion), the last one, or all that a row says."""
+
+_AT_ONCE = 256
+
+
+class Scored(NamedTuple):
+    """Tokens, which of them are scored, the characters of a text that each stands for, and the text."""
+
+    ids: list[int]
+    scored: list[bool]
+    offsets: list[tuple[int, int]]
+    text: str
+
+
+def score_answers(
+    examples: Sequence[Completion | Conversation], tokenizer: Tokenizer, score: Score = "answers"
+) -> Iterator[list[Scored] | DataError]:
+    """The tokens of conversations and completions, and which of them are scored.
+
+    An answer is what the model writes: the tokens that follow those of its prompt, as inference gives them,
+    up to the token that ends it. What a template says itself, by ``{% generation %}``, is taken from it.
+    Otherwise a turn is what rendering with it adds to the prompt, which is rendered without it and ends with
+    the opening of the turn. Where a later prompt does not begin with the earlier turns as they were, as
+    where a template takes out what was thought, each turn that this parts is an example of its own.
+
+    Args:
+        examples: from :func:`hylorada_jax.data.formats.read_row`.
+        tokenizer: the model's.
+        score: "answers": what the assistant says, or completions; "last": the last answer of a conversation;
+            "all": every token.
+
+    Yields:
+        What each example gives; nothing where it has no answer. Or the error: the template refuses the
+        messages, or neither marks the assistant's turns nor renders them as what follows a prompt, or a turn
+        has no end.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+
+    Example:
+        tokenizer = load_tokenizer("smollm2-135m")
+        chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+        next(score_answers([Conversation("a", chat, [False, True])], tokenizer))
+
+    Source: transformers 5.24, ``apply_chat_template(…, return_assistant_tokens_mask=True)``, for templates
+    that mark what is generated.
+    """
+    remaining = iter(examples)
+    while batch := list(islice(remaining, _AT_ONCE)):
+        texts = [example for example in batch if isinstance(example, Completion)]
+        chats = [example for example in batch if isinstance(example, Conversation)]
+        found = {
+            Completion: _completions(texts, tokenizer, score),
+            Conversation: _conversations(chats, tokenizer, score),
+        }
+        for example in batch:
+            scored = next(found[type(example)])
+            if isinstance(scored, DataError):
+                yield DataError(scored.rule, f"{example.name}: {scored.received}", scored.remedy)
+            else:
+                yield [each for each in scored if any(each.scored[1:])]
+
+
+def _completions(
+    examples: Sequence[Completion], tokenizer: Tokenizer, score: Score
+) -> Iterator[list[Scored] | DataError]:
+    wholes = tokenizer.encode_documents([prompt + completion for _, prompt, completion in examples])
+    for example, whole in zip(examples, wholes, strict=True):
+        prompt = tokenizer.encode_prompt(example.prompt)
+        try:
+            answer = _continuation(tokenizer, prompt, whole, example.prompt, example.completion)
+        except DataError as error:
+            yield error
+            continue
+        end = tokenizer.eos_token_id
+        if end is not None and answer.ids[-1:] != [end]:
+            answer = Encoded([*answer.ids, end], [*answer.offsets, (0, 0)])
+        past = Scored(prompt.ids, [score == "all"] * len(prompt.ids), prompt.offsets, example.prompt)
+        yield [_followed(past, answer, example.prompt + example.completion)]
+
+
+def _followed(past: Scored, answer: Encoded, text: str) -> Scored:
+    """What was there, and an answer behind it."""
+    return Scored(
+        past.ids + answer.ids, past.scored + [True] * len(answer.ids), past.offsets + answer.offsets, text
+    )
+
+
+def _conversations(
+    examples: Sequence[Conversation], tokenizer: Tokenizer, score: Score
+) -> Iterator[list[Scored] | DataError]:
+    whole = [score == "all" or marks_generation(tokenizer.chat_template, each.tools) for each in examples]
+    turns = [[] if at_once else _answers(each, score) for each, at_once in zip(examples, whole, strict=True)]
+    requests = []
+    for example, at_once, numbers in zip(examples, whole, turns, strict=True):
+        if at_once:
+            requests.append(_request(example, tokenizer, len(example.messages)))
+        for number in numbers:
+            requests.append(_request(example, tokenizer, number, opening=True))
+            requests.append(_request(example, tokenizer, number + 1))
+    rendered = render_each(tokenizer.chat_template, requests)
+    encoded = iter(
+        tokenizer.encode_each(["" if isinstance(each, DataError) else each.text for each in rendered])
+    )
+    pairs = zip(rendered, encoded, strict=True)
+    for example, at_once, numbers in zip(examples, whole, turns, strict=True):
+        taken: list[tuple[Rendered, Encoded]] = []
+        try:
+            for each, tokens in [*islice(pairs, 1 if at_once else 2 * len(numbers))]:
+                if isinstance(each, DataError):
+                    raise each
+                taken.append((each, tokens))
+            yield _marked(example, *taken[0], score) if at_once else _grown(tokenizer, taken)
+        except DataError as error:
+            yield error
+
+
+def _request(example: Conversation, tokenizer: Tokenizer, stop: int, *, opening: bool = False) -> Request:
+    variables = {**tokenizer.special_tokens, "add_generation_prompt": opening, **example.variables}
+    return Request(example.messages[:stop], variables, example.tools)
+
+
+def _answers(example: Conversation, score: Score) -> list[int]:
+    """The numbers of the messages that are scored; one that begins a conversation answers no prompt."""
+    numbers = [number for number, answer in enumerate(example.answers) if answer and number]
+    return numbers[-1:] if score == "last" else numbers
+
+
+def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: Score) -> list[Scored]:
+    """A conversation whose template says what the assistant writes."""
+    turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
+    spans, wanted = rendered.generated, [example.answers[number] for number in turns]
+    if score != "all" and not all(wanted):
+        if len(spans) != len(turns):
+            raise DataError(
+                "A template must mark each turn of the assistant once, where not all of them are scored.",
+                f"{len(spans)} parts in {{% generation %}} for {len(turns)} turns",
+                "Leave `train` out of the messages, or give a template that does.",
+            )
+        spans = [span for span, want in zip(spans, wanted, strict=True) if want]
+    if score == "last":
+        spans = spans[-1:]
+    scored = [score == "all"] * len(encoded.ids)
+    for start, stop in spans:
+        for number, (first, last) in enumerate(encoded.offsets):
+            scored[number] |= first < stop and last > start
+    return [Scored(encoded.ids, scored, encoded.offsets, rendered.text)]
+
+
+def _grown(tokenizer: Tokenizer, rendered: Sequence[tuple[Rendered, Encoded]]) -> list[Scored]:
+    """A conversation as it grows: prompts and what each becomes with its answer, by turns."""
+    parts: list[Scored] = []
+    for (before, prompt), (after, whole) in zip(rendered[::2], rendered[1::2], strict=True):
+        added = _added(before, after)
+        answer = _to_its_end(tokenizer, _continuation(tokenizer, prompt, whole, before.text, added))
+        scored: list[bool] = []
+        if parts and prompt.ids[: len(parts[-1].ids)] == parts[-1].ids:
+            scored = parts.pop().scored  # the history is what the model wrote
+        scored = scored + [False] * (len(prompt.ids) - len(scored))
+        past = Scored(prompt.ids, scored, prompt.offsets, before.text)
+        parts.append(_followed(past, answer, after.text))
+    return parts
+
+
+def _added(before: Rendered, after: Rendered) -> str:
+    """What a turn adds to its prompt."""
+    if after.text.startswith(before.text):
+        return after.text[len(before.text) :]
+    pairs = zip(before.text, after.text, strict=False)
+    at = next((n for n, (one, other) in enumerate(pairs) if one != other), len(after.text))
+    start = max(0, at - 20)
+    raise DataError(
+        "A template must render a turn of the assistant as what follows its prompt.",
+        f"a prompt with {before.text[start : at + 20]!r}, and with the turn {after.text[start : at + 20]!r}",
+        "Give a template that marks what the assistant writes by {% generation %}.",
+    )
+
+
+def _continuation(tokenizer: Tokenizer, prompt: Encoded, whole: Encoded, before: str, text: str) -> Encoded:
+    """The tokens of a text behind a prompt that is tokenized without it, as inference does."""
+    size = len(prompt.ids)
+    if whole.ids[:size] == prompt.ids:
+        return Encoded(whole.ids[size:], whole.offsets[size:])
+    # A token of the whole stands across the boundary.
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    if tokenizer.decode_continuation(prompt.ids, ids, skip_special_tokens=False) != text:
+        raise DataError(
+            "An answer must be tokens of its own behind its prompt.",
+            f"{text[:20]!r}, whose first token the prompt would have to share",
+            "Move blanks from the end of the prompt to the beginning of the answer.",
+        )
+    return Encoded(ids, [(start + len(before), stop + len(before)) for start, stop in offsets])
+
+
+def _to_its_end(tokenizer: Tokenizer, answer: Encoded) -> Encoded:
+    """A turn up to the token that ends it, which is scored; what a template writes after it is not."""
+    ids = answer.ids
+    ends = [n for n, token in enumerate(ids) if token in tokenizer.end_token_ids][:1]
+    # A base model's own end may not be the one of its template.
+    ends = ends or [n for n, token in enumerate(ids) if token in tokenizer.special_ids][-1:]
+    if not ends or tokenizer.decode(ids[ends[0] + 1 :]).strip():
+        raise DataError(
+            "A turn of the assistant must end with a special token, and have none inside.",
+            f"the turn {tokenizer.decode(ids[-20:], skip_special_tokens=False)!r}",
+            "Take such tokens out of the messages, or give a template that ends its turns.",
+        )
+    return Encoded(ids[: ends[0] + 1], answer.offsets[: ends[0] + 1])

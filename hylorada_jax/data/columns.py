@@ -1,0 +1,161 @@
+"""The values of a row by its columns, each of the kind that a format expects or an error that names it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from hylorada_jax.data.examples import Conversation
+from hylorada_jax.errors import DataError, near
+from hylorada_jax.text import cut, parse_json, shown, well_formed
+
+
+def names(columns: Collection[str]) -> str:
+    """The names of columns, as many and as much of each as a message has room for."""
+    short = [cut(well_formed(str(name)), 40) for name in columns]
+    return ", ".join(short[:12]) + (f", … ({len(short)})" if len(short) > 12 else "")
+
+
+def _renamed(message: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    kept = {name: value for name, value in message.items() if name not in {*columns, *columns.values()}}
+    return kept | {ours: message[theirs] for ours, theirs in columns.items() if theirs in message}
+
+
+class RowReader(NamedTuple):
+    """A row, how its errors call it, and other names of its columns."""
+
+    row: Mapping[str, Any]
+    place: str
+    columns: Mapping[str, str]
+
+    def called(self, column: str) -> str:
+        """The column's name in this row."""
+        return self.columns.get(column, column)
+
+    def error(self, column: str, expected: str, found: object) -> DataError:
+        """The error that names the row, the column, what it must hold, and what it holds."""
+        return DataError(
+            f"The column {self.called(column)} must hold {expected}.",
+            f"{self.place}: {found}",
+            "Correct the row.",
+        )
+
+    def value(self, column: str) -> Any:
+        """What a column holds; an error where the row does not have it."""
+        called = self.called(column)
+        if called not in self.row:
+            raise DataError(
+                f"A row must have the column {called}.",
+                f"{self.place}: columns {names(self.row)}",
+                near(called, map(str, self.row)) if self.row else "Remove the row.",
+            )
+        return self.row[called]
+
+    def text(self, column: str, *, null: bool = False) -> str | None:
+        """The text of a column, which may be null where that is said."""
+        value = self.value(column)
+        if value is None and null:
+            return None
+        if not isinstance(value, str):
+            raise self.error(column, "text", kind_of(value))
+        return well_formed(value)
+
+    def optional(self, column: str) -> str:
+        """The text of a column that may be absent or null; then it is empty."""
+        return (self.text(column, null=True) or "") if self.called(column) in self.row else ""
+
+    def json(self, column: str, kind: type, expected: str) -> Any:
+        """A list or mapping, or JSON of one; None where the row has none."""
+        value = self.row.get(self.called(column))
+        if isinstance(value, str) and value.strip():
+            try:
+                value = parse_json(value)
+            except ValueError as error:
+                raise self.error(column, expected, f"{column}: {error}") from error
+        if value is None or value == "":
+            return None
+        if not isinstance(value, kind):
+            raise self.error(column, expected, kind_of(value))
+        return value
+
+    def listed(self, column: str) -> list[dict[str, Any]]:
+        """The mappings of a column that lists them."""
+        expected = "a list of messages"
+        given = self.value(column)
+        values = self.json(column, list, expected)
+        if not values or not all(isinstance(value, Mapping) for value in values):
+            raise self.error(column, expected, shown(values) if values else kind_of(given))
+        return [_renamed(value, self.columns) for value in values]
+
+    def messages(self, column: str) -> list[dict[str, Any]]:
+        """The messages of a column, each with a role, and with a content or calls of tools."""
+        return [self._message(given, f"{column}[{n}]") for n, given in enumerate(self.listed(column))]
+
+    def _message(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        message = {key: value for key, value in given.items() if value is not None}
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            found = f"{where}: {kind_of(role) if 'role' in message else f'keys {names(message)}'}"
+            raise self.error(where.partition("[")[0], "messages with a role", found)
+        if "content" in message:
+            message["content"] = self._content(message["content"], where)
+        if "tool_calls" in message:
+            message["tool_calls"] = self._calls(message["tool_calls"], where)
+        if not message.get("tool_calls"):
+            message.pop("tool_calls", None)
+            if "content" not in message:
+                found = f"{where}: a message of {role} with neither"
+                raise self.error(where.partition("[")[0], "messages with a content or tool_calls", found)
+        return message
+
+    def _content(self, content: Any, where: str) -> str:
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        given = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+        texts = [text for text in given if isinstance(text, str)]
+        if len(texts) != len(parts):
+            found = f"{where}.content: {shown(content)}"
+            raise self.error(where.partition("[")[0], "messages of text", found)
+        return well_formed("".join(texts))
+
+    def _calls(self, calls: Any, where: str) -> list[Any]:
+        """The calls, with mappings for arguments: a template would quote OpenAI's JSON once more."""
+        expected = "tool_calls as a list of mappings, or JSON of it"
+        column = where.partition("[")[0]
+        calls = RowReader({column: calls}, self.place, {}).json(column, list, expected) or []
+        for call in calls:
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping):
+                raise self.error(column, expected, f"{where}.tool_calls: {shown(call)}")
+        return [with_arguments(call) for call in calls]
+
+    def conversation(self, messages: list[dict[str, Any]], first: int = 0) -> Conversation:
+        """The conversation; its answers are the assistant's from a message on, but for ``train: false``."""
+        trains = [message.pop("train", True) for message in messages]
+        for number, train in enumerate(trains):
+            if not isinstance(train, bool):
+                raise self.error("train", "true or false in a message", f"message {number}: {shown(train)}")
+        answers = [
+            message["role"] == "assistant" and train and number >= first
+            for number, (message, train) in enumerate(zip(messages, trains, strict=True))
+        ]
+        tools = self.json("tools", list, "a list of tools, or JSON of it")
+        variables = self.json("chat_template_kwargs", dict, "a mapping, or JSON of it")
+        return Conversation(self.place, messages, answers, tools or None, variables or {})
+
+
+def with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of a tool; its arguments are a mapping also where they were written as JSON."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # what is not JSON is the model's own text
+            parsed = parse_json(arguments)
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else {**function}
+
+
+def kind_of(value: object) -> str:
+    """A value as an error shows it, with its type."""
+    return "null" if value is None else f"{shown(value)} of type {type(value).__name__}"

@@ -1,0 +1,152 @@
+"""The formats of data, by the columns of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+from hylorada_jax.data.columns import RowReader, kind_of, names, with_arguments
+from hylorada_jax.data.examples import Completion, Document, Example
+from hylorada_jax.errors import DataError
+from hylorada_jax.text import parse_json, shown, well_formed
+
+Format = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
+
+
+# The columns by which a format is recognised, the most telling first.
+_TELLING: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+COLUMNS = frozenset(
+    {column for telling in _TELLING.values() for column in telling}
+    | {"tools", "chat_template_kwargs", "system", "input", "history"}
+)
+"""All that a format reads."""
+# Of sharegpt's "from".
+_SPEAKERS = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "assistant": "assistant", "bot": "assistant", "function_call": "assistant", "observation": "tool",
+    "tool": "tool",
+}  # fmt: skip
+
+
+def recognise(columns: Collection[str], place: str) -> Format:
+    """The format of a table, by the names of its columns.
+
+    Args:
+        columns: their names.
+        place: where the table is, for the error.
+
+    Returns:
+        "messages" for a column ``messages``; "sharegpt" for ``conversations``; "prompt-completion" for
+        ``prompt`` and ``completion``; "alpaca" for ``instruction`` and ``output``; "text" for ``text``.
+
+    Raises:
+        DataError: the columns are none of these.
+
+    Example:
+        >>> recognise(["id", "prompt", "completion"], "data.jsonl")
+        'prompt-completion'
+    """
+    for form, telling in _TELLING.items():
+        if set(telling) <= set(columns):
+            return form
+    known = "; ".join(f"{' and '.join(telling)} ({form})" for form, telling in _TELLING.items())
+    raise DataError(
+        f"Data must have the columns of a format: {known}.",
+        f"{place}: columns {names(columns)}",
+        "Rename the columns, or say which they are, as in --columns text=body.",
+    )
+
+
+def read_row(
+    row: Mapping[str, Any], place: str, form: Format, columns: Mapping[str, str] | None = None
+) -> Example | None:
+    """What a row says.
+
+    Args:
+        row: its values by column; where JSON is meant, a string of JSON serves as well.
+        place: where the row is: its name, and what an error calls it.
+        form: the format.
+        columns: other names of the format's columns and of a message's keys, {"content": "answer"}.
+
+    Returns:
+        A text, a completion or a conversation; None for a text that is null or blank.
+
+    Raises:
+        DataError: a column is missing or holds something else; it names the row, the column, and what was
+            expected.
+
+    Example:
+        >>> row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+        >>> [message["content"] for message in read_row(row, "data.json[0]", "alpaca").messages]
+        ['Add.\\n\\n1 2', '3']
+    """
+    read = RowReader(row, place, columns or {})
+    match form:
+        case "text":
+            text = read.text("text", null=True)
+            return Document(place, text) if text and text.strip() else None
+        case "prompt-completion":
+            if isinstance(read.value("prompt"), str):
+                return Completion(place, read.text("prompt") or "", read.text("completion") or "")
+            prompt, completion = (read.messages(column) for column in ("prompt", "completion"))
+            return read.conversation(prompt + completion, first=len(prompt))
+        case "messages":
+            return read.conversation(read.messages("messages"))
+        case "alpaca":
+            return read.conversation(_alpaca(read))
+        case "sharegpt":
+            return read.conversation(_sharegpt(read))
+
+
+def _alpaca(row: RowReader) -> list[dict[str, Any]]:
+    messages = []
+    if system := row.optional("system"):
+        messages.append({"role": "system", "content": system})
+    for pair in row.json("history", list, "a list of pairs, or JSON of it") or []:
+        if not isinstance(pair, Sequence) or [type(part) for part in pair] != [str, str]:
+            raise row.error("history", "pairs of an instruction and its answer", shown(pair))
+        messages += _exchange(*map(well_formed, pair))
+    asked = "\n\n".join(filter(None, (row.text("instruction"), row.optional("input"))))
+    return messages + _exchange(asked, row.text("output") or "")
+
+
+def _exchange(user: str, assistant: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _sharegpt(row: RowReader) -> list[dict[str, Any]]:
+    messages = []
+    if system := row.optional("system"):
+        messages.append({"role": "system", "content": system})
+    for number, given in enumerate(row.listed("conversations")):
+        speaker, value = given.get("from", given.get("role")), given.get("value", given.get("content"))
+        where = f"conversations[{number}]"
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise row.error(
+                "conversations", f"messages from {', '.join(_SPEAKERS)}", f"{where}: {shown(speaker)}"
+            )
+        if not isinstance(value, str):
+            raise row.error("conversations", "messages whose value is text", f"{where}: {kind_of(value)}")
+        message: dict[str, Any] = {"role": _SPEAKERS[speaker], "content": well_formed(value)}
+        if speaker == "function_call":
+            message = {"role": "assistant", "tool_calls": _called(row, value, where)}
+        messages.append(message | ({"train": given["train"]} if "train" in given else {}))
+    return messages
+
+
+def _called(row: RowReader, value: str, where: str) -> list[dict[str, Any]]:
+    expected = "a function_call as JSON with a name and arguments"
+    try:
+        parsed = parse_json(value)
+    except ValueError as error:
+        raise row.error("conversations", expected, f"{where}: {error}") from error
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise row.error("conversations", expected, f"{where}: {shown(value)}")
+    return [{"type": "function", "function": with_arguments(call)} for call in calls]
