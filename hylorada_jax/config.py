@@ -219,7 +219,7 @@ class HyLoRADAConfig:
         for name, limit in _SIZES.items():
             value = getattr(self, name)
             if not (value is None and name == "s2_group_size"):
-                _require(_is_size(value, limit), f"{name} must be an integer from 1 to {limit:,}", value)
+                _require(_is_size(value, limit), f"{name} must be an integer from 1 to {limit:,}.", value)
         if self.target_modules is not None:
             self._set("target_modules", _names("target_modules", self.target_modules))
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules))
@@ -268,16 +268,16 @@ class HyLoRADAConfig:
         return "hylorada_v1" if self.use_hylorada and not self.position_bias_enabled else "hylorada"
 
     def _check(self) -> None:
-        _require(self.lora_alpha > 0, "lora_alpha must be > 0", self.lora_alpha)
-        _require(0 <= self.lora_dropout < 1, "lora_dropout must be in [0, 1)", self.lora_dropout)
+        _require(self.lora_alpha > 0, "lora_alpha must be > 0.", self.lora_alpha)
+        _require(0 <= self.lora_dropout < 1, "lora_dropout must be in [0, 1).", self.lora_dropout)
         check_lora_a(self.lora_A_init, self.lora_A_gain)
-        _require(self.lora_plus_ratio > 0, "lora_plus_ratio must be > 0", self.lora_plus_ratio)
+        _require(self.lora_plus_ratio > 0, "lora_plus_ratio must be > 0.", self.lora_plus_ratio)
         _require(
-            0 < self.sparse_topk_ratio <= 1, "sparse_topk_ratio must be in (0, 1]", self.sparse_topk_ratio
+            0 < self.sparse_topk_ratio <= 1, "sparse_topk_ratio must be in (0, 1].", self.sparse_topk_ratio
         )
-        _require(self.sparse_temperature > 0, "sparse_temperature must be > 0", self.sparse_temperature)
-        _require(0 <= self.sparse_dropout < 1, "sparse_dropout must be in [0, 1)", self.sparse_dropout)
-        _require(0 < self.s2_shift_ratio < 1, "s2_shift_ratio must be in (0, 1)", self.s2_shift_ratio)
+        _require(self.sparse_temperature > 0, "sparse_temperature must be > 0.", self.sparse_temperature)
+        _require(0 <= self.sparse_dropout < 1, "sparse_dropout must be in [0, 1).", self.sparse_dropout)
+        _require(0 < self.s2_shift_ratio < 1, "s2_shift_ratio must be in (0, 1).", self.s2_shift_ratio)
         if fraction(self.s2_shift_ratio).denominator > _MAX_SHIFT_UNIT:
             near_ratio = fraction(self.s2_shift_ratio).limit_denominator(_MAX_SHIFT_UNIT)
             raise ConfigError(
@@ -294,7 +294,7 @@ class HyLoRADAConfig:
             "lora_plus_enabled",
             "daa_per_head",
         ):
-            _require(isinstance(getattr(self, name), bool), f"{name} must be a bool", getattr(self, name))
+            _require(isinstance(getattr(self, name), bool), f"{name} must be a bool.", getattr(self, name))
         for name, allowed in (
             ("rank_strategy", RANK_STRATEGIES),
             ("structure_encoder_type", STRUCTURE_ENCODERS),
@@ -508,7 +508,7 @@ def check_lora_a(init: object, gain: object) -> None:
     if init is not None and init not in LORA_A_INITS:
         rule = f"lora_A_init must be one of {', '.join(LORA_A_INITS)}, or None."
         raise ConfigError(rule, shown(init), near(init, LORA_A_INITS))
-    _require(_is_positive(gain), f"lora_A_gain must be > 0, and at most {MAX_NUMBER:,.0f}", gain)
+    _require(_is_positive(gain), f"lora_A_gain must be > 0, and at most {MAX_NUMBER:,.0f}.", gain)
 
 
 def _names(name: str, value: object) -> tuple[str, ...]:
@@ -566,7 +566,7 @@ def _is_positive(value: object) -> bool:
 
 def _number(name: str, value: object) -> float:
     _require(
-        _is_number(value), f"{name} must be a number between -{MAX_NUMBER:,.0f} and {MAX_NUMBER:,.0f}", value
+        _is_number(value), f"{name} must be a number between -{MAX_NUMBER:,.0f} and {MAX_NUMBER:,.0f}.", value
     )
     return float(value)  # type: ignore[arg-type]
 

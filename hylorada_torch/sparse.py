@@ -40,9 +40,9 @@ def topk_mask(gate_scores: Tensor, topk_ratio: float, temperature: float) -> Ten
 
 def _check(adapter_dim: int, topk_ratio: float, temperature: float) -> None:
     for holds, rule, value in (
-        (adapter_dim >= 1, "adapter_dim must be ≥ 1", adapter_dim),
-        (0 < topk_ratio <= 1, "topk_ratio must be in (0, 1]", topk_ratio),
-        (temperature > 0, "temperature must be > 0", temperature),
+        (adapter_dim >= 1, "adapter_dim must be ≥ 1.", adapter_dim),
+        (0 < topk_ratio <= 1, "topk_ratio must be in (0, 1].", topk_ratio),
+        (temperature > 0, "temperature must be > 0.", temperature),
     ):
         if not holds:
             raise ConfigError(rule, value, "Correct this setting.")

@@ -29,7 +29,7 @@ from hylorada_jax.saved.adapter_files import (
 from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES
 from hylorada_jax.text import short, shown
 
-_WHOLE = f"{WEIGHTS_NAME} must be a complete safetensors file"
+_WHOLE = f"{WEIGHTS_NAME} must be a complete safetensors file."
 _PREFIX = "base_model.model."
 _LEAVES = {leaf.name: leaf.peft for leaf in LEAVES if leaf.peft}
 # VeLoRA's, which only its backward pass reads.

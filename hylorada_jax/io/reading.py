@@ -80,15 +80,18 @@ def read_json(
     return value
 
 
-def checked(value: object, kind: type[T], rule: str, error: type[HyLoRADAError], remedy: str) -> T:
+def checked(
+    value: object, kind: type[T], rule: str, error: type[HyLoRADAError], remedy: str, where: object = ""
+) -> T:
     """A value from a file as the type that it must be; nothing is converted, but an int to a float.
 
     Args:
         value: plain JSON types.
         kind: what msgspec takes, as a ``msgspec.Struct`` with bounds in ``Annotated[int, Meta(ge=1)]``.
-        rule: what the value must be, for the error; it names the file.
+        rule: what the value must be, for the error.
         error: the class of the error.
         remedy: for the error.
+        where: the file, or the place in it, for the error.
 
     Returns:
         The value; a Struct with its defaults, without the keys that it does not have.
@@ -98,22 +101,24 @@ def checked(value: object, kind: type[T], rule: str, error: type[HyLoRADAError],
 
     Example:
         >>> from hylorada_jax.errors import ModelError
-        >>> checked([4, True], list[int], "Depths are integers", ModelError, "Correct it.")
+        >>> checked([4, True], list[int], "Depths are integers.", ModelError, "Correct it.", "a.json")
         Traceback (most recent call last):
-        hylorada_jax.errors.ModelError: Depths are integers
-          received: [1]: True (Expected `int`, got `bool`)
+        hylorada_jax.errors.ModelError: Depths are integers.
+          received: a.json: [1]: True (Expected `int`, got `bool`)
           remedy:   Correct it.
     """
+    file = f"{where}: " if where else ""
     try:
         return msgspec.convert(value, kind)
     except UnicodeEncodeError as cause:
-        raise error(rule, f"{cause.object!r}: half a character, which has no UTF-8", remedy) from cause
+        found = f"{file}{cause.object!r}: half a character, which has no UTF-8"
+        raise error(rule, found, remedy) from cause
     except msgspec.ValidationError as cause:
         expected, _, path = str(cause).partition(" - at `")
         # "[...]" is some value of a dict, "key` in `…" one of its keys.
         place = path.removeprefix("key` in `").removesuffix("`").removeprefix("$").removeprefix(".")
         place = place.replace("[...]", "")
-        found = f"{place + ': ' if place else ''}{_at(value, place)} ({expected})"
+        found = f"{file}{place + ': ' if place else ''}{_at(value, place)} ({expected})"
         raise error(rule, found, remedy) from cause
 
 

@@ -57,7 +57,7 @@ def check_remat(remat: str) -> str:
     """The policy's name, where there is such a one; a ConfigError otherwise."""
     if remat not in REMAT_POLICIES:
         raise ConfigError(
-            "remat must be one of " + ", ".join(REMAT_POLICIES), f"remat={remat!r}", "Choose one of them."
+            f"remat must be one of {', '.join(REMAT_POLICIES)}.", f"remat={remat!r}", "Choose one of them."
         )
     return remat
 

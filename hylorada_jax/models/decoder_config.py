@@ -114,7 +114,7 @@ class DecoderConfig(Options):
         family = hf.get("model_type")
         if not isinstance(family, str) or family not in DECODERS:
             raise ModelError(
-                "our decoder reads the families " + ", ".join(DECODERS),
+                f"Our decoder reads the families {', '.join(DECODERS)}.",
                 f"model_type={family!r}",
                 "Take a model of one of these families; load_model takes others from HF's Flax classes.",
             )
@@ -178,7 +178,7 @@ def _check(config: DecoderConfig) -> None:
         )
     if c.hidden_act not in ACTIVATIONS:
         raise ModelError(
-            "hidden_act must be one of " + ", ".join(ACTIVATIONS),
+            f"hidden_act must be one of {', '.join(ACTIVATIONS)}.",
             f"hidden_act={c.hidden_act!r}",
             "Take a model with one of these activations.",
         )

@@ -35,10 +35,12 @@ def end_tokens(source: Source, vocabulary: int | None = None) -> tuple[int, ...]
     settings = read_json(file, "generation_config.json must be a JSON object.", ModelError) if file else {}
     named = settings.get("eos_token_id")
     named = source.config.get("eos_token_id") if named is None else named
-    rule = f"eos_token_id must be a token id or a list of them: {source.path}."
+    rule = "eos_token_id must be a token id or a list of them."
     remedy = "Correct it in generation_config.json or config.json."
-    ends = checked({"eos_token_id": named}, _Ends, rule, ModelError, remedy).eos_token_id
+    ends = checked({"eos_token_id": named}, _Ends, rule, ModelError, remedy, source.path).eos_token_id
     ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if vocabulary is not None and (outside := [token for token in ids if token >= vocabulary]):
-        raise ModelError(rule, f"eos_token_id {outside[0]} in a vocabulary of {vocabulary}", remedy)
+        raise ModelError(
+            rule, f"{source.path}: eos_token_id {outside[0]} in a vocabulary of {vocabulary}", remedy
+        )
     return tuple(dict.fromkeys(ids))

@@ -236,14 +236,14 @@ def check_settings(
             "Begin an empty text with the tokenizer's begin-of-text token.",
         )
     for wrong, rule, received in (
-        (not max_new_tokens >= 1, "max_new_tokens must be at least 1", max_new_tokens),
+        (not max_new_tokens >= 1, "max_new_tokens must be at least 1.", max_new_tokens),
         (
             not 0 <= temperature < float("inf"),
-            "temperature must be 0 (greedy) or a positive number",
+            "temperature must be 0 (greedy) or a positive number.",
             temperature,
         ),
-        (top_k is not None and not top_k >= 1, "top_k must be at least 1", top_k),
-        (top_p is not None and not 0 < top_p <= 1, "top_p must be in (0, 1]", top_p),
+        (top_k is not None and not top_k >= 1, "top_k must be at least 1.", top_k),
+        (top_p is not None and not 0 < top_p <= 1, "top_p must be in (0, 1].", top_p),
     ):
         if wrong:
             raise ConfigError(rule, received, "Choose a value in this range; None turns top_k and top_p off.")

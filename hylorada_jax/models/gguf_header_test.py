@@ -64,7 +64,7 @@ WRONG: dict[str, bytes] = {
     "1,000,000 strings at byte 49": header([key(b"a", ARRAY, array(STRING, 10**6))], []),
     "bytes of a string": header([text(b"a", 2**64 - 1)], []),
     "goes on past": header([key(b"a", U64, b"")], [], 4),
-    "no power of two": header([aligned(24)], []),
+    "not a power of two": header([aligned(24)], []),
     r"alignment: 0 \(Expected `int` >= 1\)": header([aligned(0)], []),
     r"alignment: '32' \(Expected `int`": header([key(b"general.alignment", STRING, text(b"32"))], []),
     r"alignment: True \(Expected `int`": header([key(b"general.alignment", BOOL, b"\x01")], []),

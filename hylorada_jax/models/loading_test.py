@@ -117,7 +117,7 @@ def test_without_hugging_faces_flax_classes_the_error_says_which_version_has_the
     with pytest.raises(ModelError, match=r"transformers 4\.57") as caught:
         load_model(path)
     assert "model_type 'gpt2'" in str(caught.value.received)
-    assert caught.value.remedy == 'pip install "hylorada[hf]"'
+    assert caught.value.remedy == 'Install it: `pip install "hylorada[hf]"`.'
 
 
 def test_what_no_class_computes_is_refused(tmp_path):

@@ -136,7 +136,7 @@ class RopeScaling:
         kind = types[0] if types else None
         if not isinstance(kind, str) or kind not in _KINDS:
             raise ModelError(
-                "the rope type must be one of " + ", ".join(_KINDS),
+                f"The rope type must be one of {', '.join(_KINDS)}.",
                 f"rope_type={kind!r}",
                 "Take a version of the model with one of these, or set rope_scaling to null for short texts.",
             )
@@ -148,7 +148,7 @@ class RopeScaling:
             given.setdefault("truncate", False)
         takes = ", ".join(_KINDS[kind].__struct_fields__)
         rule = f"rope_scaling of type {kind} takes {takes}, each within its bounds."
-        keys = checked(given, _KINDS[kind], rule, ModelError, "Check rope_scaling in config.json")
+        keys = checked(given, _KINDS[kind], rule, ModelError, "Check rope_scaling in config.json.")
         scaling = cls(
             rope_type=kind,
             **(_yarn(keys, max_positions) if isinstance(keys, _Yarn) else msgspec.structs.asdict(keys)),

@@ -163,7 +163,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     if index := file_inside(path, "model.safetensors.index.json"):
         rule = "The index of a sharded model must name a plain *.safetensors file for each tensor."
         content = read_json(index, rule, ModelError)
-        named = checked(content, _Index, f"{rule[:-1]}: {index}", ModelError, "Download it again.").weight_map
+        named = checked(content, _Index, rule, ModelError, "Download it again.", index).weight_map
         shards = sorted({*named.values()})
         if missing := [shard for shard in shards if not file_inside(path, shard)]:
             raise ModelError(

@@ -89,9 +89,7 @@ def read_settings(directory: Path, name: str, kind: type[Any]) -> dict[str, Any]
     # Besides those of every model, any name may be that of a token: image_token.
     tokens = {role: token for role, token in found.items() if names_token(role, token)}
     for value, types in ((found, kind), (tokens, dict[str, _Named])):
-        checked(
-            value, types, f"The settings of a tokenizer must be of their types: {file}.", ModelError, REMEDY
-        )
+        checked(value, types, "The settings of a tokenizer must be of their types.", ModelError, REMEDY, file)
     return found
 
 

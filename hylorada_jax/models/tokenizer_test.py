@@ -158,7 +158,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "Token `ba` out of vocabulary": {MERGES: ["b a"]},
     "Token `` out of vocabulary": {MERGES: [" a"]},
     "4 tokens, and 3 types": {TYPES: np.array([1, 1, 1])},
-    "no array of integers": {TYPES: np.ones(4, np.float32)},
+    "not an array of integers": {TYPES: np.ones(4, np.float32)},
     "token_type is not an array": {TYPES: ["1", "1", "1", "1"]},
     r"'tokenizer.ggml.eos_token_id': 4}, of 4 tokens": {"tokenizer.ggml.eos_token_id": 4},
     r"'tokenizer.ggml.bos_token_id': -1}": {"tokenizer.ggml.bos_token_id": -1},

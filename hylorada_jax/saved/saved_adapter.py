@@ -160,7 +160,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
             rule, f"{path}, whose checksum differs", "It was cut or altered: copy it again."
         )
     try:
-        checked(body, _Body, f"{rule}: {path}", CheckpointError, "Copy it again.")
+        checked(body, _Body, rule, CheckpointError, "Copy it again.", path)
         return body, HyLoRADAConfig.from_dict(body["config"])
     except HyLoRADAError as error:
         raise _with_versions(error, body) from error

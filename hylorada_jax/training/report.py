@@ -114,23 +114,21 @@ def read_metrics(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    rule, remedy = (
-        "Every line of metrics.jsonl must be JSON, a step and its numbers",
-        "Remove the damaged line.",
-    )
+    rule = "Every line of metrics.jsonl must be JSON, a step and its numbers."
+    remedy = "Remove the damaged line."
     if not path.is_file():  # a pipe never ends
         raise CheckpointError(rule, f"{path} is not a file", "Move it away.")
     records: list[Record] = []
     with path.open("rb") as file:
         # Line by line, and no line longer than any that is written: the file may be of any size.
         while (line := file.readline(_MAX_LINE)).endswith(b"\n"):
-            place = f"{rule}, line {len(records) + 1} of {path}"
+            place = f"{path}:{len(records) + 1}"
             try:
                 record = parse_json(line.decode())
             except ValueError as error:
-                raise CheckpointError(place, error, remedy) from error
+                raise CheckpointError(rule, f"{place}: {error}", remedy) from error
             kind = _Evaluation if isinstance(record, dict) and "eval_loss" in record else _Training
-            checked(record, kind, place, CheckpointError, remedy)
+            checked(record, kind, rule, CheckpointError, remedy, place)
             records.append(record)
     if len(line) == _MAX_LINE:
         raise CheckpointError(rule, f"{path}: a line of {_MAX_LINE:,} bytes and more", remedy)

@@ -53,7 +53,7 @@ def test_a_line_that_no_run_wrote_is_an_error_of_ours(tmp_path, line):
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_metrics_that_are_no_file_are_an_error_of_ours(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
-    with pytest.raises(CheckpointError, match="no file"):
+    with pytest.raises(CheckpointError, match="not a file"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

@@ -47,7 +47,7 @@ def read_record(path: Path) -> RunRecord:
     rule = f"{path.name} must be what a run of this version of hylorada wrote."
     remedy = "Put an intact copy in its place, or choose another output directory."
     body = read_json(path, rule, CheckpointError, remedy)
-    return checked(body, RunRecord, f"{rule}, in {path.parent}", CheckpointError, remedy)
+    return checked(body, RunRecord, rule, CheckpointError, remedy, path)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

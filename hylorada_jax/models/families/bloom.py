@@ -7,7 +7,7 @@ from hylorada_jax.models.families.family import Family, Flax
 
 def _faults(config: Any) -> dict[str, bool]:
     heads = config.n_head
-    odd = f"for {heads} heads, no power of two, it calls jnp.cat, which jax does not have"
+    odd = f"for {heads} heads, not a power of two, it calls jnp.cat, which jax does not have"
     return {
         "it ignores slow_but_exact": config.slow_but_exact and config.pretraining_tp > 1,
         odd: bool(heads & (heads - 1)),
