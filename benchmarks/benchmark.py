@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from hylorada_jax.data.tokenization import tokenize
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
-from hylorada_jax.exact import fraction
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.models.base_model import require_segments
 from hylorada_jax.models.batch import Batch
@@ -81,9 +79,8 @@ class Benchmark:
                 part: tokenize(found, self._tokenizer, structure) for part, found in texts.items()
             }
         rows = len(self._rows(plain["train"]))
-        self._steps = experiment.steps or math.ceil(
-            fraction(experiment.epochs or 1) * rows / experiment.batch_size
-        )
+        length = TrainingConfig(output="", epochs=experiment.epochs or 1, batch_size=experiment.batch_size)
+        self._steps = experiment.steps or length.for_rows(rows).steps
         self._settings = {
             "model": experiment.model,
             "dtype": experiment.dtype,

@@ -1,5 +1,6 @@
 """LoRA+ and the parameter groups: which leaf learns at which rate, and which leaves decay."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_torch.settings import warmup_steps
+from hylorada_torch.settings import rising_steps
 
 
 class Group(NamedTuple):
@@ -118,12 +119,13 @@ def parameter_groups(
 
 
 def schedule(training: TrainingConfig) -> Callable[[int], float]:
-    """Linear warm-up, then linear decay to 0, as a part of the peak rate.
+    """Linear warm-up, then a decay to 0 or none, as a part of the peak rate.
 
-    f(t) = t / w  for t < w,  else (T − t) / (T − w)
+    f(t) = t / w  for t < w,  else with p = (t − w) / (T − w)
+           1 − p  (linear),  (1 + cos(π p)) / 2  (cosine),  or  1  (constant)
 
     Args:
-        training: ``steps`` is T, and `warmup_steps` of it is w.
+        training: ``steps`` is T, `rising_steps` of it is w, and ``schedule`` the shape.
 
     Returns:
         f, from the number of steps done to the factor on every peak rate.
@@ -133,12 +135,15 @@ def schedule(training: TrainingConfig) -> Callable[[int], float]:
         >>> [factor(step) for step in range(7)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    total, warmup = training.steps, warmup_steps(training)
+    total, warmup = training.steps, rising_steps(training)
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return max(total - step, 0) / max(total - warmup, 1)
+        if training.schedule == "constant":
+            return 1.0
+        left = max(total - step, 0) / max(total - warmup, 1)
+        return left if training.schedule == "linear" else (1 + math.cos(math.pi * (1 - left))) / 2
 
     return factor
 

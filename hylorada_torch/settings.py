@@ -34,8 +34,10 @@ def floor_of(part: float, whole: int) -> int:
     return round(part * whole) if is_whole(part, whole) else math.floor(Fraction(part) * whole)
 
 
-def warmup_steps(training: TrainingConfig) -> int:
-    """⌈warmup_ratio · steps⌉."""
+def rising_steps(training: TrainingConfig) -> int:
+    """``warmup_steps``, or ⌈warmup_ratio · steps⌉."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
     return -floor_of(-training.warmup_ratio, training.steps)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.surgery import targets
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_torch.settings import floor_of, layer_ranks, s2_groups, warmup_steps
+from hylorada_torch.settings import floor_of, layer_ranks, rising_steps, s2_groups
 
 TYPED = [*(f"0.{digits:03d}" for digits in range(1, 1000)), "1.0", "1e-05", "0.0000123"]
 
@@ -18,7 +18,7 @@ def test_floors_and_ceilings_are_exact(whole):
     for text in TYPED:
         assert floor_of(float(text), whole) == math.floor(Fraction(text) * whole), text
         training = TrainingConfig(output="run", steps=whole, warmup_ratio=float(text))
-        assert warmup_steps(training) == training.warmup_steps == math.ceil(Fraction(text) * whole), text
+        assert rising_steps(training) == training.rising_steps == math.ceil(Fraction(text) * whole), text
     assert all(floor_of(k / whole, whole) == k for k in range(whole + 1))
 
 

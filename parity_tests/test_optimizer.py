@@ -17,7 +17,8 @@ import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.optimizer import GROUPS, label_tree, make_optimizer
+from hylorada_jax.training.optimizer import GROUPS, label_tree, make_optimizer, schedule
+from hylorada_torch.optimizer import schedule as reference_schedule
 from parity_tests.measure import precision
 from parity_tests.tolerances import STEP
 
@@ -41,10 +42,11 @@ PEAK = {name: rate for rate, _, leaves in TABLE for name in leaves}
 CONFIG = HyLoRADAConfig(lora_plus_enabled=True, lora_plus_ratio=RATIO)
 
 
-def settings_of(warmup):
+def settings_of(warmup, shape="linear"):
     return TrainingConfig(
         output="unused",
         steps=STEPS,
+        schedule=shape,
         learning_rate=LR,
         warmup_ratio=warmup / STEPS,
         weight_decay=DECAY,
@@ -178,3 +180,13 @@ def check(got, expected, dtype):
     assert set(got) == set(expected)
     errors = {name: np.abs(got[name] - expected[name]).max() / PEAK[name] for name in expected}
     assert max(errors.values()) <= STEP[dtype], errors
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 3, STEPS])
+def test_both_schedules_have_one_shape(shape, warmup):
+    training = settings_of(warmup, shape)
+    ours, reference = schedule(training), reference_schedule(training)
+    with jax.enable_x64(True):
+        found = [float(ours(step)) for step in range(STEPS + 3)]
+    np.testing.assert_allclose(found, [reference(step) for step in range(STEPS + 3)], rtol=0, atol=1e-15)

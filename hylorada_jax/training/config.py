@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.exact import fraction
+
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,7 @@ class TrainingConfig:
         output: directory of the run; one that holds a run is not touched without resume or overwrite, and
             what no run wrote is never touched.
         steps: optimizer steps, ≥ 1.
+        epochs: passes over the rows of the training data, which decide ``steps`` where they are given.
         batch_size: rows per optimizer step, over all microbatches and devices.
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
             More parts take less memory and, without dropout, give the same result.
@@ -27,7 +30,9 @@ class TrainingConfig:
         learning_rate: peak rate of lora_A and all that follows it, made for LoRA+, which trains lora_B at ten
             times this; without LoRA+ take a larger one. DAA and sparse adapters have rates of their own, 1e-3
             and 2e-4 (method.md, section 7).
-        warmup_ratio: part of the steps over which the rates rise linearly from 0; then they fall to 0 so.
+        schedule: how the rates go on after they have risen: "linear" or "cosine" down to 0, or "constant".
+        warmup_ratio: part of the steps over which the rates rise linearly from 0.
+        warmup_steps: the steps themselves, in place of their part.
         weight_decay: AdamW's decay of the leaves that decay.
         max_grad_norm: global norm to which the gradient is clipped.
         seed: of the shuffling and of dropout, in [0, 2³²).
@@ -45,18 +50,21 @@ class TrainingConfig:
         ConfigError: a value is out of range or contradicts another.
 
     Example:
-        >>> TrainingConfig(output="runs/a", steps=200).warmup_steps
+        >>> TrainingConfig(output="runs/a", steps=200).rising_steps
         6
     """
 
     output: str | Path
     steps: int = 40
+    epochs: float | None = None
     batch_size: int = 4
     microbatches: int = 1
     seq_len: int = 256
     packing: bool = True
     learning_rate: float = 5e-4
+    schedule: Schedule = "linear"
     warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -82,6 +90,17 @@ class TrainingConfig:
             self._require_int(name, 1)
         self._require_int("seq_len", 2)
         self._require_int("seed", 0)
+        if self.warmup_steps is not None:
+            self._require_int("warmup_steps", 0)
+        if self.epochs is not None:
+            self._require_number("epochs", positive=True)
+        if self.schedule not in get_args(Schedule):
+            known = get_args(Schedule)
+            raise ConfigError(
+                f"schedule must be one of {', '.join(known)}.",
+                repr(self.schedule),
+                near(self.schedule, known),
+            )
         for name in ("eval_every", "eval_stride", "eval_tokens"):
             if getattr(self, name) is not None:
                 self._require_int(name, 1)
@@ -115,9 +134,25 @@ class TrainingConfig:
             )
 
     @property
-    def warmup_steps(self) -> int:
-        """Steps over which the rates rise: ⌈warmup_ratio · steps⌉."""
+    def rising_steps(self) -> int:
+        """Steps over which the rates rise: ``warmup_steps``, or ⌈warmup_ratio · steps⌉."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
         return math.ceil(fraction(self.warmup_ratio) * self.steps)
+
+    def for_rows(self, rows: int) -> TrainingConfig:
+        """The settings with the steps that the epochs come to: ⌈epochs · rows / batch_size⌉.
+
+        Args:
+            rows: those of the training data.
+
+        Example:
+            >>> TrainingConfig(output="runs/a", epochs=0.3, batch_size=4).for_rows(100).steps
+            8
+        """
+        if self.epochs is None:
+            return self
+        return dataclasses.replace(self, steps=math.ceil(fraction(self.epochs) * rows / self.batch_size))
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide which numbers a run computes: two runs that differ here are two runs.

@@ -24,6 +24,9 @@ def make(**settings: Any) -> TrainingConfig:
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"epochs": 0}, "epochs"),
+        ({"schedule": "cosin"}, "cosine"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"eval_every": 0}, "eval_every"),
@@ -47,8 +50,23 @@ def test_fingerprint_has_what_changes_the_numbers_and_nothing_else():
         {"batch_size": 6},
         {"packing": False},
         {"learning_rate": 1e-3},
+        {"schedule": "cosine"},
+        {"warmup_steps": 3},
     ]
     assert all(make(**change).fingerprint() != base.fingerprint() for change in changes)
+
+
+def test_epochs_decide_the_steps_exactly():
+    for epochs, rows, batch, steps in (
+        (1, 8, 4, 2),
+        (1, 9, 4, 3),
+        (0.29, 100, 1, 29),
+        (1 / 3, 9, 1, 3),
+        (2, 3, 8, 1),
+    ):
+        assert make(epochs=epochs, batch_size=batch).for_rows(rows).steps == steps
+    assert make(steps=7).for_rows(100).steps == 7
+    assert make(warmup_steps=4, warmup_ratio=0.5).rising_steps == 4
 
 
 def test_config_imports_neither_jax_nor_numpy():

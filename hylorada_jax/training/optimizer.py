@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -70,26 +70,38 @@ def label_tree(adapters: Adapters) -> Any:
 
 
 def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""] | int], Float[Array, ""]]:
-    """Linear warm-up, then linear decay to 0, as a part of the peak rate.
+    """Linear warm-up, then what ``config.schedule`` names, as a part of the peak rate.
 
-        f(t) = t / w  for t < w,   else (T - t) / (T - w)
+        f(t) = t / w                   for t < w
+               p = (T - t) / (T - w)   linear
+               (1 - cos(π p)) / 2      cosine
+               1                       constant
 
     Args:
-        config: ``steps`` is T, ``warmup_steps`` is w.
+        config: ``steps`` is T, ``rising_steps`` is w.
 
     Returns:
         f, from the number of steps done to the factor on every peak rate.
 
-    Source: the schedule of Devlin et al. 2019 (BERT), appendix A.2.
+    Source: Devlin et al. 2019 (BERT), appendix A.2; Loshchilov and Hutter 2017 (SGDR), equation 5.
     """
-    total, warmup = config.steps, config.warmup_steps
+    total, warmup = config.steps, config.rising_steps
 
     def factor(step: Int[Array, ""] | int) -> Float[Array, ""]:
         # jax divides int32 in float32 also where float64 is in use.
         step = jnp.asarray(step, jnp.result_type(float))
         rising = step / max(warmup, 1)
-        falling = (total - step) / max(total - warmup, 1)
-        return jnp.clip(jnp.where(step < warmup, rising, falling), 0, 1)
+        left = jnp.clip((total - step) / max(total - warmup, 1), 0, 1)
+        match config.schedule:
+            case "linear":
+                then = left
+            case "cosine":
+                then = (1 - jnp.cos(jnp.pi * left)) / 2
+            case "constant":
+                then = jnp.ones_like(left)
+            case _:
+                assert_never(config.schedule)
+        return jnp.where(step < warmup, rising, then)
 
     return factor
 

@@ -127,13 +127,14 @@ class HyLoRADATrainer:
         *,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        self._model, self._config, self._recipe = model, config, recipe
+        self._model, self._recipe = model, recipe
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         check_training(model.base, config)
         check_groups(model.config, config)
         documents, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
         self._rows = Rows(documents, config.seq_len, packing=config.packing)
+        self._config = config = config.for_rows(len(self._rows))
         self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
         self._identity = run_identity(model, config, train_data=documents, eval_data=held_out)
 
