@@ -19,7 +19,8 @@ import optax
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.data.document import TokenizedDocument
+from hylorada_jax.data.document import TokenizedDocument, as_documents
+from hylorada_jax.data.packing import Rows
 from hylorada_jax.devices import shard_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation import sweep as sweep_module
@@ -113,6 +114,13 @@ def reference(tmp_path_factory):
     """A run that nothing disturbs."""
     directory = tmp_path_factory.mktemp("reference") / "run"
     return directory, *train(directory)
+
+
+def test_epochs_pass_over_the_rows(tmp_path):
+    data = texts(count=6)
+    rows = len(Rows(as_documents(data, 29, "training", has_encoder=False), 16))
+    _, result = train(tmp_path / "run", train_data=data, epochs=2, eval_every=None)
+    assert result.steps == len(result.losses) == -(-2 * rows // 4)
 
 
 def test_a_run_learns_and_leaves_its_files(reference):
