@@ -506,3 +506,26 @@ def test_bad_rows_are_skipped_and_listed_where_that_is_asked_for(chatting, tmp_p
     assert status == 0
     assert [re.findall(r"data\.jsonl:(\d)", line) for line in err.splitlines()] == [["1"], ["2"], ["3"]]
     assert "conversations: 6 rows" in out
+
+
+def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, monkeypatch, capsys):
+    rows = [{"messages": [{"role": "user", "content": f"say w{n}"}]} for n in (3, 12, 5)]
+    rows[1]["messages"] += [{"role": "assistant", "content": "w12!"}]  # which is answered anew
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("generate", "--model", chatting, "--max-new-tokens", 5)
+    asked = (*command, "--messages", tmp_path / "asked.jsonl", "--batch-size", 2)
+    assert run(monkeypatch, capsys, *asked, "--output", tmp_path / "said.jsonl")[0] == 0
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    status, out, _ = run(monkeypatch, capsys, *asked)
+    assert [json.loads(line) for line in out.splitlines()] == said
+    for row, answered in zip(rows, said, strict=True):
+        *before, last = answered["messages"]
+        assert before == row["messages"][:1]
+        prompt = before[0]["content"]
+        assert last["content"] + "\n" == run(monkeypatch, capsys, *command, "--prompt", prompt, "--chat")[1]
+    status, _, err = run(monkeypatch, capsys, *asked, "--output", tmp_path / "said.jsonl")
+    assert (status, "new file" in err) == (2, True)
+    for wrong in (("--prompt", "a", "--messages", tmp_path / "asked.jsonl"), ()):
+        assert "Either a prompt or messages" in run(monkeypatch, capsys, *command, *wrong)[2]
+    status, _, err = run(monkeypatch, capsys, *command, "--messages", chatting / "texts.txt")
+    assert (status, "rows are documents" in err) == (2, True)

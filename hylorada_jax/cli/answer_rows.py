@@ -1,0 +1,114 @@
+"""The rows of a file of conversations, each answered by a model."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from hylorada_jax.data.corpus import load_documents
+from hylorada_jax.data.examples import Conversation
+from hylorada_jax.errors import CheckpointError, DataError
+from hylorada_jax.io.files import kind_of, refuse_unusable
+from hylorada_jax.models.chat_template import Request, render_each
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    from hylorada_jax.models.tokenizer import Tokenizer
+
+
+def asked(source: str) -> list[Conversation]:
+    """The conversations of a source, each without an answer that ends it.
+
+    Args:
+        source: as of :func:`load_documents`.
+
+    Raises:
+        DataError: it cannot be read, or has texts or completions.
+    """
+    rows = load_documents(source)
+    chats = [row for row in rows if isinstance(row, Conversation)]
+    if len(chats) < len(rows):
+        raise DataError(
+            "What is answered must be conversations.",
+            f"{source}, whose rows are {type(rows[0]).__name__.lower()}s",
+            "Give rows of messages.",
+        )
+    return [_asked(chat) for chat in chats]
+
+
+def _asked(chat: Conversation) -> Conversation:
+    *before, last = chat.messages
+    return chat._replace(messages=before) if last["role"] == "assistant" and before else chat
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises a CheckpointError where a file cannot be written, or is there already."""
+    refuse_unusable(output.parent)
+    if kind := kind_of(output):
+        raise CheckpointError(
+            "Answers are written into a new file.", f"{output}, a {kind}", "Choose another name."
+        )
+
+
+def prompts_of(chats: Sequence[Conversation], tokenizer: "Tokenizer") -> list[list[int]]:
+    """The tokens that ask for an answer to each conversation.
+
+    Raises:
+        DataError: the model's chat template refuses one; it is named.
+    """
+    given = {**tokenizer.special_tokens, "add_generation_prompt": True}
+    requests = [Request(chat.messages, {**given, **chat.variables}, chat.tools) for chat in chats]
+    texts = []
+    for chat, rendered in zip(chats, render_each(tokenizer.chat_template, requests), strict=True):
+        if isinstance(rendered, DataError):
+            raise DataError(rendered.rule, f"{chat.name}: {rendered.received}", rendered.remedy)
+        texts.append(rendered.text)
+    return [encoded.ids for encoded in tokenizer.encode_each(texts)]
+
+
+def answers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: "Tokenizer",
+    batch_size: int,
+    rng: "Array",
+    **settings: Any,
+) -> Iterator[str]:
+    """The answers, generated several at a time, with a progress bar.
+
+    Args:
+        model: what generates.
+        prompts: token ids.
+        tokenizer: the model's.
+        batch_size: prompts at a time.
+        rng: of the sampling; each batch has a key of its own.
+        settings: of ``model.generate``.
+    """
+    import jax
+
+    with tqdm(total=len(prompts), desc="answering", unit="row") as bar:
+        for first in range(0, len(prompts), batch_size):
+            some = prompts[first : first + batch_size]
+            found = model.generate(some, rng=jax.random.fold_in(rng, first), **settings)
+            for prompt, tokens in zip(some, found, strict=True):
+                yield tokenizer.decode_continuation(prompt, tokens)
+            bar.update(len(some))
+
+
+def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | None) -> None:
+    """A JSON line for each conversation with its answer as the last message, as it comes.
+
+    Args:
+        chats: what was asked.
+        found: the answers.
+        output: a new file, or None for stdout.
+    """
+    with contextlib.nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
+        for chat, text in zip(chats, found, strict=True):
+            row = {"messages": [*chat.messages, {"role": "assistant", "content": text}]}
+            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
