@@ -22,10 +22,10 @@ test: $(VENV)/.installed-dev
 test-quick: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow and not apart" $(ARGS)
 
-# The notebook, README's lines, three benchmarks, the compiler for TPUs, and the real model beside torch's: a minute
-# or more each.
+# The notebook, README's lines, three benchmarks, the compiler for TPUs, the real model beside torch's, and Hugging
+# Face's Flax classes: a minute or more each.
 test-apart: $(VENV)/.installed-dev
-	$(PYTEST) -m apart benchmarks parity_tests $(ARGS)
+	$(PYTEST) -m apart benchmarks parity_tests hylorada_jax/models/hf $(ARGS)
 
 # The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,
 # whose build there takes gigabytes, and without Hugging Face's Flax classes.

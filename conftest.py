@@ -46,8 +46,8 @@ SLOW_FILES = (
 )  # fmt: skip
 
 
-# Benchmarks that are run whole, on next to nothing: `make test-apart` runs these too.
-APART_FILES = ("optimize_hylorada_test", "step_time_test", "time_series_test")
+# Benchmarks that are run whole, on next to nothing, and what transformers 4.57 alone has: `make test-apart`.
+APART_FILES = ("hf", "optimize_hylorada_test", "step_time_test", "test_hf_flax_faults", "time_series_test")
 
 # What a user does, from loading a model to merging its adapter: `make test-current` runs these too.
 MAIN_JOB_FILES = ("cli_test", "model_test", "trainer_test")
@@ -56,11 +56,12 @@ MAIN_JOB_FILES = ("cli_test", "model_test", "trainer_test")
 def pytest_collection_modifyitems(items):
     """Marks the tests of these files."""
     for item in items:
-        if {item.path.stem, f"{item.path.parent.name}/{item.path.stem}"} & {*SLOW_FILES}:
+        stem, directory = item.path.stem, item.path.parent.name
+        if {stem, f"{directory}/{stem}"} & {*SLOW_FILES}:
             item.add_marker(pytest.mark.slow)
-        if item.path.stem in APART_FILES:
+        if {stem, directory} & {*APART_FILES}:
             item.add_marker(pytest.mark.apart)
-        if item.path.stem in MAIN_JOB_FILES:
+        if stem in MAIN_JOB_FILES:
             item.add_marker(pytest.mark.main_job)
 
 
