@@ -29,7 +29,7 @@ def test_units_and_warm_up_steps_are_exact(whole):
         ratio = float(text)
         assert units_on(ratio, whole) == max(1, math.floor(Fraction(text) * whole)), text
         training = TrainingConfig(output="run", steps=whole, warmup_ratio=ratio)
-        assert training.warmup_steps == math.ceil(Fraction(text) * whole), text
+        assert training.rising_steps == math.ceil(Fraction(text) * whole), text
 
 
 @pytest.mark.parametrize("strategy", ["importance", "decreasing"])
