@@ -136,7 +136,8 @@ class Loop:
                 f"{found} at step {done.step}, on rows {done.batch['row'].tolist()} of the training data, "
                 f"{self._save_batch(done.batch)}"
             )
-        speed = self._speed.add(values["tokens"])
+        # All that were computed with: in a conversation few are scored.
+        speed = self._speed.add(int((done.batch["segment_ids"] > 0).sum()))
         if done.step % self.config.log_every == 0 or done.step == self.config.steps:
             self.log.write({"step": done.step, **values, "tokens_per_second": round(speed, 1)})
         bar.update()

@@ -38,7 +38,7 @@ from hylorada_jax.training import report
 from hylorada_jax.training import trainer as trainer_module
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.report import MetricsLog, read_metrics
+from hylorada_jax.training.report import MetricsLog, Speed, read_metrics
 from hylorada_jax.training.step import make_train_step
 from hylorada_jax.training.trainer import HyLoRADATrainer
 
@@ -121,6 +121,18 @@ def test_epochs_pass_over_the_rows(tmp_path):
     rows = len(Rows(as_documents(data, 29, "training", has_encoder=False), 16))
     _, result = train(tmp_path / "run", train_data=data, epochs=2, eval_every=None)
     assert result.steps == len(result.losses) == -(-2 * rows // 4)
+
+
+def test_speed_counts_what_is_computed_and_not_what_is_scored(tmp_path, monkeypatch):
+    counted: list[int] = []
+    monkeypatch.setattr(Speed, "add", lambda self, tokens: counted.append(tokens) or 1.0)
+    data = [np.arange(16) % 29 for _ in range(8)]  # a row each, but for the last token, which follows
+    half = [TokenizedDocument(ids, scored=np.arange(16) % 2 == 0) for ids in data]
+    for name, documents in (("all", data), ("half", half)):
+        _, result = train(tmp_path / name, train_data=documents, steps=2, eval_every=None)
+        tokens = [record["tokens"] for record in read_metrics(result.metrics) if "loss" in record]
+        assert tokens == ([60, 60] if name == "all" else [28, 28])
+    assert counted == [60] * 4
 
 
 def test_a_run_learns_and_leaves_its_files(reference):
