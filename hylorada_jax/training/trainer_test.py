@@ -125,7 +125,12 @@ def test_epochs_pass_over_the_rows(tmp_path):
 
 def test_speed_counts_what_is_computed_and_not_what_is_scored(tmp_path, monkeypatch):
     counted: list[int] = []
-    monkeypatch.setattr(Speed, "add", lambda self, tokens: counted.append(tokens) or 1.0)
+
+    def add(self, tokens):
+        counted.append(tokens)
+        return 1.0
+
+    monkeypatch.setattr(Speed, "add", add)
     data = [np.arange(16) % 29 for _ in range(8)]  # a row each, but for the last token, which follows
     half = [TokenizedDocument(ids, scored=np.arange(16) % 2 == 0) for ids in data]
     for name, documents in (("all", data), ("half", half)):
