@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 from collections.abc import Iterable
+from typing import Self
 
 from hylorada_jax.terminal import brief
 from hylorada_jax.text import shown
@@ -23,6 +24,10 @@ class HyLoRADAError(ValueError):
     def __init__(self, rule: str, received: object, remedy: str) -> None:
         super().__init__(f"{brief(rule)}\n  received: {brief(received)}\n  remedy:   {brief(remedy)}")
         self.rule, self.received, self.remedy = rule, received, remedy
+
+    def at(self, place: str) -> Self:
+        """The same error, with the place in front of what was received."""
+        return type(self)(self.rule, f"{place}: {self.received}", self.remedy)
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
         # Exception's default would call the constructor with one argument and fail to unpickle.

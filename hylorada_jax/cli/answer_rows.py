@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from hylorada_jax.data.answers import request_of
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import CheckpointError, DataError
 from hylorada_jax.io.files import kind_of, refuse_unusable
-from hylorada_jax.models.chat_template import Request, render_each
+from hylorada_jax.models.chat_template import render_each
 
 if TYPE_CHECKING:
     from jax import Array
@@ -61,12 +62,11 @@ def prompts_of(chats: Sequence[Conversation], tokenizer: "Tokenizer") -> list[li
     Raises:
         DataError: the model's chat template refuses one; it is named.
     """
-    given = {**tokenizer.special_tokens, "add_generation_prompt": True}
-    requests = [Request(chat.messages, {**given, **chat.variables}, chat.tools) for chat in chats]
+    requests = [request_of(chat, tokenizer, opening=True) for chat in chats]
     texts = []
     for chat, rendered in zip(chats, render_each(tokenizer.chat_template, requests), strict=True):
         if isinstance(rendered, DataError):
-            raise DataError(rendered.rule, f"{chat.name}: {rendered.received}", rendered.remedy)
+            raise rendered.at(chat.name)
         texts.append(rendered.text)
     return [encoded.ids for encoded in tokenizer.encode_each(texts)]
 

@@ -89,8 +89,7 @@ def finetune(
         check_whole(saved, empty)
     check_training(empty, training)
     check_groups(settings, training)
-    train_rows = reading.load(data, "all" if eval_data else "train")
-    eval_rows = reading.load(eval_data) if eval_data else reading.load(data, "eval")
+    train_rows, eval_rows = reading.load_both(data, eval_data)
 
     import jax.numpy as jnp
 

@@ -91,8 +91,7 @@ def generate(
     inputs: dict[str, Any] = {}
     if chats is None:
         assert prompt is not None
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
-        ids, inputs = prompt_of(text, tokenizer, structure, chat=chat)
+        ids, inputs = prompt_of(prompt, tokenizer, structure, chat=chat)
         if not ids:
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
         prompts = [ids]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from hylorada_jax.data.corpus import Split, load_documents
+from hylorada_jax.data.corpus import Split, divide, load_documents
 from hylorada_jax.data.examples import Completion, Conversation, Document, Example
 from hylorada_jax.data.formats import Format
 from hylorada_jax.errors import ConfigError, DataError
@@ -58,6 +58,11 @@ class DataOptions:
         rows = load_documents(source, split, form=self.format, columns=self.names(), skipped=skipped)
         _list(skipped)
         return rows
+
+    def load_both(self, source: str, held_out: str | None) -> tuple[list[Example], list[Example]]:
+        """The rows to train on, and those that are held out: of a source of their own, or a part."""
+        rows = self.load(source)
+        return (rows, self.load(held_out)) if held_out else divide(rows, source)
 
     def prepare(
         self,

@@ -25,8 +25,7 @@ def samples(
         structure: whose ids the adapted model reads beside the tokens.
         chat: the prompt is a user's message, given by the model's chat template.
     """
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
-    ids, inputs = prompt_of(text, tokenizer, structure, chat=chat)
+    ids, inputs = prompt_of(prompt, tokenizer, structure, chat=chat)
     prompt += "\n\n" if chat else ""
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):

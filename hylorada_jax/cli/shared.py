@@ -101,7 +101,9 @@ def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
 def prompt_of(
     text: str, tokenizer: "Tokenizer", structure: Domain | None, *, chat: bool = False
 ) -> tuple[list[int], dict[str, list[list[int]]]]:
-    """The token ids of a prompt, and generation's inputs beside them; a chat brings its bos token."""
+    """The token ids of a prompt, or of what asks for an answer to it, and generation's inputs beside them."""
+    if chat:  # which brings its bos token
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ids, offsets = tokenizer.encode_with_offsets(text) if chat else tokenizer.encode_prompt(text)
     if structure is None:
         return ids, {}

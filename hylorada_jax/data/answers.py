@@ -71,7 +71,7 @@ def score_answers(
         for example in batch:
             scored = next(found[type(example)])
             if isinstance(scored, DataError):
-                yield DataError(scored.rule, f"{example.name}: {scored.received}", scored.remedy)
+                yield scored.at(example.name)
             else:
                 yield [each for each in scored if any(each.scored[1:])]
 
@@ -109,10 +109,10 @@ def _conversations(
     requests = []
     for example, at_once, numbers in zip(examples, whole, turns, strict=True):
         if at_once:
-            requests.append(_request(example, tokenizer, len(example.messages)))
+            requests.append(request_of(example, tokenizer))
         for number in numbers:
-            requests.append(_request(example, tokenizer, number, opening=True))
-            requests.append(_request(example, tokenizer, number + 1))
+            requests.append(request_of(example, tokenizer, number, opening=True))
+            requests.append(request_of(example, tokenizer, number + 1))
     rendered = render_each(tokenizer.chat_template, requests)
     encoded = iter(
         tokenizer.encode_each(["" if isinstance(each, DataError) else each.text for each in rendered])
@@ -130,7 +130,10 @@ def _conversations(
             yield error
 
 
-def _request(example: Conversation, tokenizer: Tokenizer, stop: int, *, opening: bool = False) -> Request:
+def request_of(
+    example: Conversation, tokenizer: Tokenizer, stop: int | None = None, *, opening: bool = False
+) -> Request:
+    """What renders a conversation up to a message, with the opening of an answer where that is asked for."""
     variables = {**tokenizer.special_tokens, "add_generation_prompt": opening, **example.variables}
     return Request(example.messages[:stop], variables, example.tools)
 

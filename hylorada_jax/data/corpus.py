@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -108,8 +108,7 @@ def load_documents(
         )
     if split == "all":
         return documents
-    by = _module if str(source) == PYTHON_DOCSTRINGS else _content
-    train, held_out = _divide(documents, by)
+    train, held_out = divide(documents, source)
     return train if split == "train" else held_out
 
 
@@ -147,8 +146,18 @@ def _examples(
                 yield example
 
 
-def _divide(documents: list[Example], by: Callable[[Example], str]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out documents, neither empty, divided by a hash of what ``by`` gives."""
+def divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[Example], list[Example]]:
+    """Training and held-out documents, neither empty: both sides of what :func:`load_documents` splits.
+
+    Args:
+        documents: all of a source.
+        source: where they are from.
+
+    Raises:
+        DataError: there are too few, or too little text.
+    """
+    embedded = isinstance(source, str | Path) and str(source) == PYTHON_DOCSTRINGS
+    by = _module if embedded else _content  # rows of one's own are not turned into text to be asked
     hashes = [hashlib.sha256(by(document).encode()).digest() for document in documents]
     distinct = set(hashes)
     if len(distinct) == 1:

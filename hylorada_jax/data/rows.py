@@ -47,14 +47,14 @@ def read_rows(path: Path, columns: Collection[str] = ("text",)) -> Iterator[Row 
         JSON, a row is not an object, or a CSV row has other fields than its header.
 
     Raises:
-        DataError: the file is no regular one, damaged or not UTF-8, has a line or a field of more than 2²⁶
+        DataError: the file is not a regular one, damaged or not UTF-8, has a line or a field of more than 2²⁶
             characters, has more than 2³⁰ bytes and is read whole, or expands a hundredfold.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = suffixes[-1:] == [".gz"]
     suffix = suffixes[-1 - packed] if len(suffixes) > packed else ""
     if suffix in _COMPRESSED or (packed and suffix == ".parquet"):
-        remedy = f"{_COMPRESSED['.gz' if packed else suffix]} {path}."
+        remedy = f"Unpack it: `{_COMPRESSED['.gz' if packed else suffix]} {path}`."
         raise DataError("A data file must not be compressed but by gzip.", path, remedy)
     try:
         if not path.is_file():  # a pipe may never end, nor a device
@@ -107,11 +107,11 @@ def _undecodable(path: Path) -> str:
 def _whole(path: Path) -> str:
     """The text of a file that is one piece."""
     if (size := path.stat().st_size) > _WHOLE:
-        raise _too_long("A file that is no table of rows", _WHOLE, "bytes", f"{path}: {size:,}")
+        raise _too_long("A file that is not a table of rows", _WHOLE, "bytes", f"{path}: {size:,}")
     with _open_text(path) as file:
         text = file.read(_WHOLE + 1)
     if len(text) > _WHOLE:
-        raise _too_long("A file that is no table of rows", _WHOLE, "characters", f"{path}: more")
+        raise _too_long("A file that is not a table of rows", _WHOLE, "characters", f"{path}: more")
     return text
 
 

@@ -1,5 +1,6 @@
 """Conversations as text: a model's chat template in jinja2, rendered as transformers renders it."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -87,8 +88,7 @@ def render_each(
     for source, given in by_source.items():
         for number, result in zip(given, run_template(source, [*given.values()], seconds), strict=True):
             if isinstance(result, DataError):
-                roles = _short([message.get("role") for message in requests[number].messages])
-                result = DataError(result.rule, f"{roles}: {result.received}", result.remedy)
+                result = result.at(_short([message.get("role") for message in requests[number].messages]))
             found[number] = result
     return [result for result in found if result is not None]
 
@@ -107,7 +107,12 @@ def marks_generation(template: str | Mapping[str, str] | None, tools: Any = None
         >>> marks_generation("{% generation %}{{ messages[0].content }}{% endgeneration %}")
         True
     """
-    return re.search(r"\{%[-+]?\s*generation\b", _choose(template, tools)) is not None
+    return _marks(_choose(template, tools))
+
+
+@functools.lru_cache(maxsize=16)  # asked for every conversation
+def _marks(source: str) -> bool:
+    return re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
 
 def _variables(request: Request) -> dict[str, Any]:
