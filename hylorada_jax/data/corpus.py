@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -108,7 +108,7 @@ def load_documents(
         )
     if split == "all":
         return documents
-    train, held_out = divide(documents, source)
+    ((train, held_out),) = divide([(documents, source)])
     return train if split == "train" else held_out
 
 
@@ -146,16 +146,35 @@ def _examples(
                 yield example
 
 
-def divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[Example], list[Example]]:
+def divide(
+    sources: Sequence[tuple[list[Example], str | Path | Rows]],
+) -> list[tuple[list[Example], list[Example]]]:
     """Training and held-out documents, neither empty: both sides of what :func:`load_documents` splits.
 
+    What is held out of one source is trained on in none.
+
     Args:
-        documents: all of a source.
-        source: where they are from.
+        sources: all documents of each, and where they are from.
+
+    Returns:
+        Both sides of each source.
 
     Raises:
-        DataError: there are too few, or too little text.
+        DataError: there are too few, or too little text; or all of a source is held out of others.
     """
+    sides = [_divide(documents, source) for documents, source in sources]
+    if len(sides) == 1:
+        return sides
+    held = {_content(document) for _, held_out in sides for document in held_out}
+    kept = [[document for document in train if _content(document) not in held] for train, _ in sides]
+    for train, (_, source) in zip(kept, sources, strict=True):
+        if not train:
+            rule = "A source must have a row that is not held out of another one."
+            raise DataError(rule, source, "Leave it out, or give held-out rows by --eval-data.")
+    return [(train, held_out) for train, (_, held_out) in zip(kept, sides, strict=True)]
+
+
+def _divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[Example], list[Example]]:
     embedded = isinstance(source, str | Path) and str(source) == PYTHON_DOCSTRINGS
     by = _module if embedded else _content  # rows of one's own are not turned into text to be asked
     hashes = [hashlib.sha256(by(document).encode()).digest() for document in documents]
