@@ -38,7 +38,9 @@ def data(
     check_windows(seq_len)
     if rows < 1:
         raise ConfigError("At least one row must be shown.", f"--rows {rows}", "Leave it out for three.")
-    sources = [source._replace(train=reading.load(source.name)) for source in sources_of(data)]
+    sources = [
+        source._replace(train=reading.load(source.name)) for source in sources_of(data, split=reading.split)
+    ]
 
     from hylorada_jax.models.tokenizer import load_tokenizer
 

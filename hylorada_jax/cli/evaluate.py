@@ -59,7 +59,7 @@ def evaluate(
     check_windows(seq_len, stride, max_tokens, batch_size)
     sources = [
         source._replace(held_out=reading.load(source.name, "eval" if source.name in _EMBEDDED else "all"))
-        for source in sources_of(data, weights=False)
+        for source in sources_of(data, weights=False, split=reading.split)
     ]
     check_adapter(adapter, structure, weights=dtype if check_weights else None)
 

@@ -73,7 +73,7 @@ def finetune(
     """
     from hylorada_jax.training.run_directory import RunDirectory
 
-    sources = sources_of(data)
+    sources = sources_of(data, split=reading.split)
     own = sources_of(eval_data, weights=False) if eval_data else []
     saved = None if start_from is None else _opened(start_from, adapter)
     settings = adapter.build() if saved is None else saved.config

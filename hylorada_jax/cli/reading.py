@@ -12,6 +12,7 @@ import tyro
 from hylorada_jax.data.corpus import Split, divide, load_documents
 from hylorada_jax.data.examples import Completion, Conversation, Document, Example
 from hylorada_jax.data.formats import Format
+from hylorada_jax.data.hub_rows import hub_dataset
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.io.files import user_path
 from hylorada_jax.structure.code import Domain
@@ -46,7 +47,7 @@ class Source(NamedTuple):
         print(f"data     {one_line(self.name)}{weight}")
 
 
-def sources_of(given: Sequence[str], *, weights: bool = True) -> list[Source]:
+def sources_of(given: Sequence[str], *, weights: bool = True, split: str | None = None) -> list[Source]:
     """Sources by their names, in which a weight may stand behind the last ``=``.
 
     What follows it is a weight where it is a number, unless there is a file of the whole name.
@@ -54,9 +55,11 @@ def sources_of(given: Sequence[str], *, weights: bool = True) -> list[Source]:
     Args:
         given: values of an option, "chats.jsonl" or "chats.jsonl=0.7".
         weights: whether they can have any.
+        split: of the Hub datasets that name none.
 
     Raises:
-        ConfigError: there are none, some have a weight and others not, or a weight has no meaning.
+        ConfigError: there are none, some have a weight and others not, or a weight or the split has no
+            meaning.
 
     Example:
         >>> [(source.name, source.weight) for source in sources_of(["lr=1/a.txt=0.7", "python-stdlib=0.3"])]
@@ -77,7 +80,19 @@ def sources_of(given: Sequence[str], *, weights: bool = True) -> list[Source]:
         raise ConfigError("Data must have a source.", "none", "Name a file, a glob or a Hub dataset.")
     if wrong := [weight for weight in weighted if not 0 < weight < math.inf]:
         raise ConfigError("A weight must be a positive number.", wrong[0], "Leave out what has no share.")
-    return sources
+    return sources if split is None else _split(sources, split)
+
+
+def _split(sources: Sequence[Source], split: str) -> list[Source]:
+    datasets = [hub_dataset(source.name) for source in sources]
+    if not any(datasets):
+        names = " ".join(source.name for source in sources)
+        rule = "A split is one of a Hub dataset."
+        raise ConfigError(rule, f"--split {split} for {names}", "Leave it out, or name the dataset.")
+    return [
+        source._replace(name=str(dataset._replace(split=split))) if dataset and not dataset.split else source
+        for source, dataset in zip(sources, datasets, strict=True)
+    ]
 
 
 def _source(text: str) -> Source:
@@ -95,6 +110,8 @@ class DataOptions:
 
     Args:
         format: text, prompt-completion, messages, alpaca or sharegpt [as the columns tell].
+        split: of the Hub datasets that are read, as test or train[:1000] [train]; one may name its own, as
+            owner/name:config:test.
         columns: other names of columns and of a message's keys, as text=body content=answer.
         score: what counts: the answers (what the assistant says, or completions), the last of them, or all.
             Texts count whole.
@@ -104,6 +121,7 @@ class DataOptions:
     """
 
     format: Format | None = None
+    split: str | None = None
     columns: tuple[str, ...] = ()
     score: Literal["answers", "last", "all"] = "answers"
     overlength: Literal["truncate", "drop", "error"] = "truncate"

@@ -1,6 +1,7 @@
 import ast
 import inspect
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def test_unusable_data_is_refused_by_name(tmp_path, source, content, said):
 def test_an_unreachable_hub_dataset_is_a_data_error(monkeypatch):
     import huggingface_hub
 
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
     def offline(*args, **kwargs):
         raise ConnectionError("no route")
 
@@ -118,6 +121,7 @@ def test_an_unreachable_hub_dataset_is_a_data_error(monkeypatch):
 def test_of_a_hub_dataset_only_the_training_files_are_read(monkeypatch, tmp_path):
     import huggingface_hub
 
+    monkeypatch.setitem(sys.modules, "datasets", None)
     write_jsonl(tmp_path / "train.jsonl", ["seen"])
     write_jsonl(tmp_path / "test.jsonl", ["unseen"])
     (tmp_path / "train" / "dataset_info.json").parent.mkdir()
