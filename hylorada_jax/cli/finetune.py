@@ -103,6 +103,9 @@ def finetune(
 
     tokenizer = load_tokenizer(model)
     train, held_out = reading.prepare_both(sources, tokenizer, training.seq_len, structure)
+    what = f"held-out perplexity{reading.counted(sources)}"
+    chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
+    del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, training)
     base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
     if saved is None:
@@ -119,10 +122,8 @@ def finetune(
     adapted.print_trainable_parameters()
 
     result = trainer.train()
-    what = f"held-out perplexity{reading.counted(sources)}"
     print(f"{what}  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
     if prompt:
-        chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
         before, after = samples(adapted, prompt, tokenizer, structure, chat=chat)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")

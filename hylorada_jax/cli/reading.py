@@ -181,6 +181,7 @@ class DataOptions:
             score=self.score,
             overlength=self.overlength,
             skipped=skipped,
+            keep=True,
         )
         _list(skipped)
         said = [f"{counts.rows:,} rows", f"{counts.tokens:,} tokens", f"{counts.scored:,} scored"]

@@ -142,10 +142,10 @@ def _checked(document: TokenizedDocument, number: int, vocab: int, what: str) ->
             rule = f"{name} of the {what} data must be {kind}, one for each token."
             received = f"document {number}: {wrong}, for {len(ids)} tokens"
             raise DataError(rule, received, "Make it from the same text as the tokens.")
-        return values.astype(dtype)
+        return values.astype(dtype, copy=False)
 
     return TokenizedDocument(
-        ids.astype(np.int32),
+        ids.astype(np.int32, copy=False),  # there is no second copy of all data
         field("scored", np.bool_, "bools", lambda values: "" if values.dtype == bool else str(values.dtype)),
         field("structure_ids", np.int32, "integers ≥ 0", lambda values: outside(values, INT32)),
         field("structure_positions", np.float32, "finite numbers", _not_finite),
