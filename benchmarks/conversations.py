@@ -12,7 +12,7 @@ once, and each round begins with another one. Of a contender, conversations-<dev
                                 on which slow phases of the machine tell less; of a step: per token
     conversations_per_second, tokens_per_second     medians; padding is no token, and what both predict alone
                                 counts on both sides
-    peak_resident_bytes, result_bytes   of a preparation: see benchmarks/contenders/chats.py
+    peak_resident_bytes, result_bytes   of the first preparation: see benchmarks/contenders/chats.py
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from benchmarks.command import run
 from benchmarks.experiment import INSTALL
 from benchmarks.report import device, markdown, replaced
 from benchmarks.step_time import AGREEMENT, cores, rotated, time_steps
-from hylorada_jax.errors import HyLoRADAError, require_packages
+from hylorada_jax.errors import ConfigError, HyLoRADAError, require_packages
 from hylorada_jax.io.files import refuse_unusable, write_json, write_whole
+from hylorada_jax.io.reading import read_bounded
 from hylorada_jax.terminal import show
 
 if TYPE_CHECKING:
@@ -46,19 +47,6 @@ if TYPE_CHECKING:
     from benchmarks.contenders.setting import Contender, Setting
 
 PACKAGES = ("trl", "datasets", "peft", "transformers", "torch")
-DIFFERENCES = (
-    "Template: SmolLM2's does not mark what the assistant writes, which TRL needs. All have it restated with "
-    "{% generation %}, but for “template as packaged”, where we find the same tokens without marks.",
-    "Preparation: ours tokenizes with the threads of the tokenizers library, and renders templates in a "
-    "process of their own, within limits; TRL does both in one process, as is its default.",
-    "Result: ours is arrays in memory, TRL's a table of datasets, also in memory.",
-    "Step: ours is one compiled program. TRL's is a step of its own loop as Trainer.train() runs it, without "
-    "gradient checkpointing and bfloat16, its defaults; that it reports entropy and accuracy is part of it.",
-    "Loss: on a CPU both sides score a part of the rows at a time; neither holds all logits.",
-    "Packed: both pack best fit, TRL's then as one row without padding (bfd); attention keeps the "
-    "conversations apart on both sides, by masks.",
-    "“padded to the longest” is TRL's default: a batch is as wide as its longest row, not seq_len.",
-)
 
 
 def main(
@@ -72,7 +60,7 @@ def main(
     rounds: int = 8,
     threads: int | None = None,
 ) -> None:
-    """Measure preparing conversations and training on them beside TRL, and write conversations-<device>.json.
+    """Measure preparing chats and training on them beside TRL, and write conversations-<device>.json.
 
     Args:
         output: the directory that it is written to.
@@ -90,12 +78,14 @@ def main(
     )
     if conversations < 1:
         raise HyLoRADAError("conversations must be ≥ 1.", conversations, "Correct it.")
+    if page is not None:
+        _filled(page, "")
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL reports every trainer that is made
     from benchmarks.contenders import roster
-    from benchmarks.contenders.chats import made_up, pieces
+    from benchmarks.contenders.chats import DIFFERENCES, made_up, pieces
     from benchmarks.contenders.setting import WARMUP, Setting, describe
     from parity_tests.environment import environment
 
@@ -107,12 +97,8 @@ def main(
         "command": shlex.join(["python", "benchmarks/conversations.py", *sys.argv[1:]]),
         "environment": about | {"versions": versions},
         "settings": describe(setting)
-        | {
-            "tokens": "made-up conversations",
-            "conversations": conversations,
-            "rounds": rounds,
-            "cores": cores(),
-        },
+        | {"tokens": "made-up conversations", "conversations": conversations}
+        | {"rounds": rounds, "cores": cores()},
         "differences": list(DIFFERENCES),
         "preparation": measure_preparation(model, seq_len, of, conversations, rounds),
         "step": measure_steps(setting, made_up(of, 16 * batch_size), rounds),
@@ -122,8 +108,14 @@ def main(
     write_json(path, record)
     show(text := table(record))
     if page is not None:
-        write_whole(page, replaced(page.read_text("utf-8"), "conversations", text).encode())
+        write_whole(page, _filled(page, text))
     print(path)
+
+
+def _filled(page: Path, table: str) -> bytes:
+    """A page with another table, not yet written."""
+    text = read_bounded(page, "A page must be a Markdown file.", ConfigError, "Check its path.").decode()
+    return replaced(text, "conversations", table).encode()
 
 
 def measure_preparation(
@@ -158,14 +150,12 @@ def measure_preparation(
         name: {
             **summary(seconds[name], seconds["ours"]),
             "conversations_per_second": statistics.median(count / took for took in seconds[name]),
-            "tokens": measured[0]["tokens"],
-            "scored": measured[0]["scored"],
+            **{
+                key: found[name][0][key]
+                for key in ("tokens", "scored", "peak_resident_bytes", "result_bytes")
+            },
         }
-        | {
-            key: None if measured[0][key] is None else statistics.median(one[key] for one in measured)
-            for key in ("peak_resident_bytes", "result_bytes")
-        }
-        for name, measured in found.items()
+        for name in found
     }
 
 
@@ -275,23 +265,20 @@ def table(record: Mapping[str, Any]) -> str:
     settings, about = record["settings"], record["environment"]
     prepared = [["preparing", "conversations/s", "time, to ours", "memory beside the result, MB"]]
     for name, one in record["preparation"].items():
-        beside = (
-            None if one["peak_resident_bytes"] is None else one["peak_resident_bytes"] - one["result_bytes"]
-        )
-        memory = "" if beside is None else f"{beside / 1e6:,.0f}"
-        prepared.append(
-            [name, f"{one['conversations_per_second']:,.0f}", f"{one['paired_ratio']:.2f}", memory]
-        )
+        peak, result = one["peak_resident_bytes"], one["result_bytes"]
+        memory = "" if peak is None else f"{(peak - result) / 1e6:,.0f}"
+        speed = f"{one['conversations_per_second']:,.0f}"
+        prepared.append([name, speed, f"{one['paired_ratio']:.2f}", memory])
     steps = [["step", "tokens/s", "time per token, to ours"]]
     for name, one in record["step"].items():
         steps.append([name, f"{one['tokens_per_second']:,.0f}", f"{one['paired_ratio']:.2f}"])
     for lines in (prepared, steps):
         lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "torch", *PACKAGES[:4]))
-    first = next(iter(record["preparation"].values()))
+    tokens = record["preparation"]["ours"]["tokens"]
     return (
         f"{markdown(prepared)}\n\n{markdown(steps)}\n\n"
-        f"{settings['model']}; {settings['conversations']:,} conversations of {first['tokens']:,} tokens; "
+        f"{settings['model']}; {settings['conversations']:,} conversations of {tokens:,} tokens; "
         f"steps of {settings['batch_size']} × {settings['seq_len']}, {settings['dtype']}, "
         f"rank {settings['rank']} on q, k, v, o. Medians of {settings['rounds']} rounds, ratios within each, "
         f"on {settings['cores']} cores of {device(about)}; {versions}. Commit {about['commit']}.\n"

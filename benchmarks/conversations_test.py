@@ -103,4 +103,10 @@ def test_what_is_not_installed_is_said_before_anything_is_measured(monkeypatch, 
     monkeypatch.setattr(conversations, "PACKAGES", ())
     with pytest.raises(HyLoRADAError, match="conversations must be"):
         main(output=tmp_path / "results", conversations=0)
+    for page, said in (
+        (tmp_path / "nowhere.md", "no such file"),
+        (ROOT / "README.md", "results:conversations"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            main(output=tmp_path / "results", page=page)
     assert not (tmp_path / "results").exists()

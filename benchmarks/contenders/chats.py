@@ -22,6 +22,22 @@ from hylorada_jax.data.tokenization import prepare
 from hylorada_jax.models.batch import Batch, computed
 from hylorada_jax.models.tokenizer import Tokenizer, load_tokenizer
 
+# What is not the same on both sides: it is stated with the figures.
+DIFFERENCES = (
+    "Template: SmolLM2's does not mark what the assistant writes, which TRL needs. All have it restated with "
+    "{% generation %}, but for “template as packaged”, where we find the same tokens without marks.",
+    "Preparation: ours tokenizes with the threads of the tokenizers library, and renders templates in a "
+    "process of their own, within limits; TRL does both in one process, as is its default.",
+    "Result: ours is arrays in memory, TRL's a table of datasets, also in memory.",
+    "Step: ours is one compiled program. TRL's is a step of its own loop as Trainer.train() runs it, without "
+    "gradient checkpointing and bfloat16, its defaults; that it reports entropy and accuracy is part of it.",
+    "Loss: both sides score a part of the tokens at a time; neither holds all logits.",
+    "Optimizer: AdamW after clipping by the global norm; ours has a rate and a decay per kind of parameter "
+    "(LoRA+). DoRA: ours resolves its column scales once a step, PEFT in every forward pass.",
+    "Packed: both pack best fit, TRL's then as one row without padding (bfd); attention keeps the "
+    "conversations apart on both sides, by masks.",
+    "“padded to the longest” is TRL's default: a batch is as wide as its longest row, not seq_len.",
+)
 Row = dict[str, list[dict[str, str]]]
 """A conversation as people keep it: {"messages": [{"role": …, "content": …}, …]}."""
 
