@@ -91,7 +91,7 @@ def main(
 
     setting = Setting(model, batch_size, seq_len, "float32", WARMUP + rounds, threads or cores())
     roster.check(("lora", "peft lora"), setting, rounds)
-    about, of = environment(), pieces()
+    about, of, before = environment(), pieces(), _load()
     versions = about["versions"] | {name: importlib.metadata.version(name) for name in PACKAGES}  # type: ignore[operator]
     record = {
         "command": shlex.join(["python", "benchmarks/conversations.py", *sys.argv[1:]]),
@@ -102,6 +102,8 @@ def main(
         "differences": list(DIFFERENCES),
         "preparation": measure_preparation(model, seq_len, of, conversations, rounds),
         "step": measure_steps(setting, made_up(of, 16 * batch_size), rounds),
+        # Of other work too: threads that wait for one another then lose more than those that do not.
+        "load_per_core": [before, _load()],
     }
     path = output / f"conversations-{re.sub(r'[^a-z0-9]+', '-', str(about['device']).lower())}.json"
     output.mkdir(parents=True, exist_ok=True)
@@ -110,6 +112,11 @@ def main(
     if page is not None:
         write_whole(page, _filled(page, text))
     print(path)
+
+
+def _load() -> float:
+    """How much this machine has to do, all that runs on it, per core."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def _filled(page: Path, table: str) -> bytes:
@@ -275,13 +282,14 @@ def table(record: Mapping[str, Any]) -> str:
     for lines in (prepared, steps):
         lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "torch", *PACKAGES[:4]))
-    tokens = record["preparation"]["ours"]["tokens"]
+    tokens, load = record["preparation"]["ours"]["tokens"], record["load_per_core"]
     return (
         f"{markdown(prepared)}\n\n{markdown(steps)}\n\n"
         f"{settings['model']}; {settings['conversations']:,} conversations of {tokens:,} tokens; "
         f"steps of {settings['batch_size']} × {settings['seq_len']}, {settings['dtype']}, "
         f"rank {settings['rank']} on q, k, v, o. Medians of {settings['rounds']} rounds, ratios within each, "
-        f"on {settings['cores']} cores of {device(about)}; {versions}. Commit {about['commit']}.\n"
+        f"on {settings['cores']} cores of {device(about)}, at a load of {min(load):.1f} to {max(load):.1f} "
+        f"per core; {versions}. Commit {about['commit']}.\n"
     )
 
 
