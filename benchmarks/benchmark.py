@@ -9,8 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from benchmarks.contestants import contestant
 from benchmarks.experiment import BASE, Experiment, Variant, dev_loss, differences
+from benchmarks.trainables import trainable
 from benchmarks.trial import Runner, measure, require_row, training_rows
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
 from hylorada_jax.data.document import TokenizedDocument, digest
@@ -147,12 +147,12 @@ class Benchmark:
         if self._base is None:
             self._base = load_model(experiment.model, dtype=jnp.dtype(experiment.dtype))
         if self._runner is None:
-            self._contestant = contestant(self._base, variant)
+            self._trainable = trainable(self._base, variant)
             self._runner = Runner(self._rows(documents))
-        if self._contestant is None:
+        if self._trainable is None:
             return self._base, {"parameters": 0}
-        trained, result = self._runner.train(self._contestant, self._training(rate, seed))
-        return self._contestant.trained(trained), result
+        trained, result = self._runner.train(self._trainable, self._training(rate, seed))
+        return self._trainable.trained(trained), result
 
     def _training(self, rate: float, seed: int) -> TrainingConfig:
         return TrainingConfig(

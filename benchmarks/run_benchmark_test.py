@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import command, report, run_benchmark, trial
 from benchmarks.benchmark import Benchmark
-from benchmarks.contestants import Full
 from benchmarks.experiment import Experiment
+from benchmarks.trainables import Full
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.tokenization import tokenize
@@ -108,11 +108,11 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
     trained: list[object] = []
     train = trial.Runner.train
 
-    def dies(self, contestant, training):
+    def dies(self, trainable, training):
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(training)
-        return train(self, contestant, training)
+        return train(self, trainable, training)
 
     changes = {"methods": {name: METHODS[name] for name in ("base", "lora")}}
     with monkeypatch.context() as patch:
@@ -133,10 +133,10 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
 def test_a_rate_that_diverges_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch):  # noqa: F811
     train = trial.Runner.train
 
-    def diverges(self, contestant, training):
+    def diverges(self, trainable, training):
         if training.learning_rate == 1e-2:
             raise NonFiniteError("A loss must be finite", "nan at step 2", "")
-        return train(self, contestant, training)
+        return train(self, trainable, training)
 
     monkeypatch.setattr(trial.Runner, "train", diverges)
     run(tiny, tmp_path, methods={"lora": {}})
@@ -148,10 +148,10 @@ def test_a_rate_that_diverges_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch
 def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch):  # noqa: F811
     train = trial.Runner.train
 
-    def diverges(self, contestant, training):
-        if isinstance(contestant, Full):
+    def diverges(self, trainable, training):
+        if isinstance(trainable, Full):
             raise NonFiniteError("A loss must be finite", "nan at step 2", "")
-        return train(self, contestant, training)
+        return train(self, trainable, training)
 
     monkeypatch.setattr(trial.Runner, "train", diverges)
     run(tiny, tmp_path, methods={"full": {}, "lora": {}}, learning_rates=[1e-2])
@@ -168,8 +168,8 @@ def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch
 def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkeypatch):  # noqa: F811
     train = trial.Runner.train
 
-    def breaks(self, contestant, training):
-        adapters, result = train(self, contestant, training)
+    def breaks(self, trainable, training):
+        adapters, result = train(self, trainable, training)
         return jax.tree.map(lambda x: x * float("nan"), adapters), result
 
     monkeypatch.setattr(trial.Runner, "train", breaks)
@@ -309,11 +309,11 @@ def test_the_command_ends_with_the_table_and_the_plots(tiny, tmp_path, monkeypat
 
 
 def test_a_model_that_lets_packed_documents_see_each_other_is_refused():
-    contestant = SimpleNamespace(
+    trainable = SimpleNamespace(
         model=SimpleNamespace(base=SimpleNamespace(name="opt", supports_segments=False))
     )
     with pytest.raises(ConfigError, match="opt knows no segment_ids"):
-        trial.Runner([]).train(contestant, None)  # type: ignore[arg-type]
+        trial.Runner([]).train(trainable, None)  # type: ignore[arg-type]
 
 
 def test_runs_of_other_settings_are_not_overwritten(done, tiny):  # noqa: F811

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestants import Adapted, Full
 from benchmarks.experiment import Experiment
+from benchmarks.trainables import Adapted, Full
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.loading import shuffled_batches
 from hylorada_jax.data.packing import Rows, spread
@@ -48,7 +48,7 @@ def training_rows(
 
 @dataclasses.dataclass
 class Runner:
-    """Trains contestants that differ in numbers alone: their step is compiled once.
+    """Trains what differs in numbers alone: their step is compiled once.
 
     Attributes:
         rows: of the training data.
@@ -59,14 +59,14 @@ class Runner:
 
     def train(
         self,
-        contestant: Adapted | Full,
+        trainable: Adapted | Full,
         training: TrainingConfig,
         on_step: Callable[[int, Any], None] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Trains one from its start of the seed.
 
         Args:
-            contestant: of the method and shapes that the first one had.
+            trainable: of the method and shapes that the first one had.
             training: steps, batches, rates and seed; rates and seed may differ from run to run.
             on_step: called after each step with its number and the trainable tree.
 
@@ -77,19 +77,19 @@ class Runner:
             NonFiniteError: a loss became NaN or infinite.
             ConfigError: the model cannot keep the documents of a row apart.
         """
-        require_segments(contestant.model.base)
-        adapters = contestant.start(training.seed)
-        optimizer = contestant.optimizer(adapters, training)
+        require_segments(trainable.model.base)
+        adapters = trainable.start(training.seed)
+        optimizer = trainable.optimizer(adapters, training)
         state = init_state(adapters, optimizer, training.seed)
         batches = shuffled_batches(self.rows, training.batch_size, training.seed)
         losses, seconds = [], []
         for step in range(1, training.steps + 1):
             batch = computed(next(batches))
             if self._compiled is None:
-                wrapped = make_train_step(contestant.model, optimizer, training)
-                self._compiled = wrapped.lower(state, contestant.model.frozen, batch).compile()
+                wrapped = make_train_step(trainable.model, optimizer, training)
+                self._compiled = wrapped.lower(state, trainable.model.frozen, batch).compile()
             began = time.perf_counter()
-            state, metrics = self._compiled(state, contestant.model.frozen, batch)
+            state, metrics = self._compiled(state, trainable.model.frozen, batch)
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - began)
             if not np.isfinite(losses[-1]):
@@ -100,7 +100,7 @@ class Runner:
                 on_step(step, state.adapters)
         step_seconds = statistics.median(seconds[1:] or seconds)  # the first one also warms up
         return state.adapters, {
-            "parameters": contestant.model.num_trainable,
+            "parameters": trainable.model.num_trainable,
             "losses": [round(loss, 5) for loss in losses],
             "seconds_per_step": step_seconds,
             "tokens_per_second": training.batch_size * training.seq_len / step_seconds,

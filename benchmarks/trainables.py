@@ -19,7 +19,7 @@ from hylorada_jax.training.optimizer import make_optimizer, schedule
 from hylorada_jax.trees import Adapters, Frozen, Params
 
 
-def contestant(base: Any, variant: Variant) -> Adapted | Full | None:
+def trainable(base: Any, variant: Variant) -> Adapted | Full | None:
     """What a row of the table trains on a base model; None for the base itself."""
     if variant.config is not None:
         return Adapted(base, variant.config)
@@ -47,7 +47,7 @@ class Adapted:
 
 
 class Full:
-    """All weights of a base model: a contestant, and the :class:`Scorable` model that it trains."""
+    """All weights of a base model; also the :class:`Scorable` model that trains."""
 
     has_encoder, disabled = False, False
 
