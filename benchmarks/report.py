@@ -11,52 +11,21 @@ of --steps; all of them are compared by benchmarks/budgets.py.
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.command import run
-from benchmarks.experiment import BASE, dev_loss
-from hylorada_jax.errors import CheckpointError, ConfigError
+from benchmarks.rows import Record, Row, mean, read
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.io.files import write_figure, write_whole
 from hylorada_jax.terminal import show
-
-Record = dict[str, Any]
-
-
-class Row(NamedTuple):
-    """What the table says of one method: its runs with one value of each setting.
-
-    Attributes:
-        label: the method's.
-        point: the settings that were searched, with the values of these runs.
-        runs: those that ended, in the order of the seeds.
-        failed: how many did not.
-        tried: how many combinations of settings it was tried with.
-    """
-
-    label: str
-    point: dict[str, Any]
-    runs: list[Record]
-    failed: int
-    tried: int
-
-    @property
-    def rate(self) -> float:
-        """The learning rate."""
-        return self.point["learning_rate"]
-
-    def values(self, name: str) -> list[float]:
-        """A result of every run, in the order of the seeds."""
-        return [run["result"][name] for run in self.runs]
 
 
 def main(
@@ -85,92 +54,6 @@ def main(
         plot(rows, directory)
     if page is not None:
         write_whole(page, replaced(page.read_text("utf-8"), directory.name, text).encode())
-
-
-def records(directory: Path) -> list[Record]:
-    """The runs of a benchmark, in the order of the seeds.
-
-    Raises:
-        CheckpointError: there are none, or they are not of one experiment.
-    """
-    found = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
-    if not found:
-        raise CheckpointError(
-            "A benchmark must have runs.", f"none in {directory}", "Run run_benchmark.py first."
-        )
-    shared = {json.dumps(_shared(record), sort_keys=True) for record in found}
-    if len(shared) > 1:
-        raise CheckpointError(
-            "The runs of a table have the same data.", f"{len(shared)} kinds", "Separate them."
-        )
-    return sorted(found, key=lambda record: record["settings"]["seed"])
-
-
-def budgets(runs: Sequence[Record]) -> list[int]:
-    """The steps of a benchmark's runs, the fewest first."""
-    return sorted({run["settings"]["steps"] for run in runs if run["settings"]["kind"] != BASE})
-
-
-def read(directory: Path, rate: float | None = None, steps: int | None = None) -> list[Row]:
-    """The rows of a benchmark, the least perplexity last, but for what did not end.
-
-    Args:
-        directory: of the runs.
-        rate: of the runs to take. None takes those of the settings with the least held-out loss on the seed
-            that all were tried with, for each method.
-        steps: the budget; None takes the largest.
-
-    Raises:
-        CheckpointError: there are no runs, or they are not of one experiment.
-    """
-    found = records(directory)
-    if steps is None:
-        steps = max(budgets(found), default=0)
-    by_label: dict[str, list[Record]] = {}
-    for record in found:
-        if _is_base([record]) or record["settings"]["steps"] == steps:
-            by_label.setdefault(record["settings"]["label"], []).append(record)
-    rows = [row for label, runs in by_label.items() if (row := _row(label, runs, rate))]
-    if not any(row.runs for row in rows):
-        received = (
-            f"{directory}, {steps} steps, learning rate {rate}" if rate else f"{directory}, {steps} steps"
-        )
-        raise CheckpointError("Some run must have ended.", received, "Look into its files, or run others.")
-    # Infinite where none ended: those come first.
-    return sorted(rows, key=lambda row: -_mean(row.values("perplexity")))
-
-
-def _row(label: str, runs: list[Record], rate: float | None) -> Row | None:
-    """That of a method's runs, in the order of their seeds; None where none has the rate."""
-    if rate is not None and not _is_base(runs):
-        runs = [run for run in runs if run["settings"]["learning_rate"] == rate]
-    grid = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
-    if not grid:
-        return None
-    best = point(min(grid, key=dev_loss))
-    own = [run for run in runs if point(run) == best]
-    ended = [run for run in own if "dev_loss" in run["result"]]
-    return Row(label, best, ended, len(own) - len(ended), len(grid))
-
-
-def point(record: Record) -> dict[str, Any]:
-    """The values of a run for the settings that were searched."""
-    settings = record["settings"]  # at first the learning rate alone was searched
-    return {"learning_rate": settings["learning_rate"], **settings.get("point", {})}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.mean(values) if values else math.inf
-
-
-def _is_base(runs: Sequence[Record]) -> bool:
-    return runs[0]["settings"]["kind"] == BASE
-
-
-def _shared(record: Record) -> Record:
-    # Records from before the start of lora_A was a setting of the config have "kaiming".
-    own = ("label", "learning_rate", "point", "steps", "seed", "kind", "config", "kaiming", "structure")
-    return {key: value for key, value in record["settings"].items() if key not in own}
 
 
 def table(rows: Sequence[Row], *, against: str | None = None) -> str:
@@ -202,7 +85,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
             blank = [""] * (len(heads) - 4 - len(searched))
             lines.append([row.label, "", f"{row.rate:g}", *chosen, "did not end", *blank])
             continue
-        trained = not _is_base(row.runs)
+        trained = row.trained
         short = f"{len(row.runs)} of {seeds} seeds" if trained and len(row.runs) < seeds else ""
         lost = f"{row.failed} did not end" if row.failed else ""
         notes = ", ".join(note for note in (short, lost) if note)
@@ -214,7 +97,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
             plus_minus(row.values("perplexity"), 2),
             *([_difference(row, labels[against])] if against is not None else []),
             *(_places(row) if placed else []),
-            *([plus_minus([_mean(found) for found in row.values("retrieval")], 2)] if probed else []),  # type: ignore[arg-type]
+            *([plus_minus([mean(found) for found in row.values("retrieval")], 2)] if probed else []),  # type: ignore[arg-type]
             *(
                 f"{scale * statistics.median(row.values(name)):,.{digits}f}" if trained else ""
                 for name, scale, digits in (
@@ -270,7 +153,7 @@ def _devices(rows: Sequence[Row]) -> str:
 
 def _rates(rows: Sequence[Row]) -> str:
     """How the settings were come by, in words."""
-    trained = [row for row in rows if not (row.runs and _is_base(row.runs))]
+    trained = [row for row in rows if row.trained]
     alone = all(list(row.point) == ["learning_rate"] for row in trained)
     if alone and len(rates := {row.rate for row in trained}) == 1:
         return f"all with the learning rate {rates.pop():g}"
@@ -307,9 +190,9 @@ def _difference(row: Row, other: Row) -> str:
     if row is other:
         return ""
     ours, theirs = ({r["settings"]["seed"]: r["result"]["perplexity"] for r in x.runs} for x in (row, other))
-    if _is_base(row.runs):  # has no seed
+    if not row.trained:  # has no seed
         ours = dict.fromkeys(theirs, row.values("perplexity")[0])
-    if other.runs and _is_base(other.runs):
+    if not other.trained:
         theirs = dict.fromkeys(ours, other.values("perplexity")[0])
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return plus_minus(differences, 2) if differences else ""
@@ -342,15 +225,9 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
         rows: from :func:`read`.
         directory: of loss.png, by_place.png and parameters.png.
     """
-    from cycler import cycler
-    from matplotlib import rcParams  # imported late: it takes a second
-
     rows = [row for row in rows if row.runs]
-    # A method looks the same in all three. There are ten colours, and tables of more methods.
-    forms = cycler(linestyle=["-", "--"], marker=["o", "s"])
-    styles = itertools.cycle(forms * rcParams["axes.prop_cycle"])
-    style = {row.label: {"label": row.label, **next(styles)} for row in rows}
-    trained = [row for row in rows if not _is_base(row.runs)]
+    style = styles([row.label for row in rows])
+    trained = [row for row in rows if row.trained]
 
     def losses(axes: Any) -> None:
         for row in trained:
@@ -381,6 +258,17 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
     if all("lim_buckets" in run["result"] for row in rows for run in row.runs):
         draw(directory / "by_place.png", by_place)
     draw(directory / "parameters.png", parameters)
+
+
+def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each method looks, in all of the plots."""
+    from cycler import cycler
+    from matplotlib import rcParams  # imported late: it takes a second
+
+    # There are ten colours, and tables of more methods.
+    forms = cycler(linestyle=["-", "--"], marker=["o", "s"])
+    looks = itertools.cycle(forms * rcParams["axes.prop_cycle"])
+    return {label: {"label": label, **next(looks)} for label in labels}
 
 
 def draw(path: Path, fill: Callable[[Any], None]) -> None:

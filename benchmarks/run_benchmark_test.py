@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from benchmarks import command, report, run_benchmark, trial
+from benchmarks import budgets, command, report, run_benchmark, trial
 from benchmarks.benchmark import Benchmark
 from benchmarks.experiment import Experiment
+from benchmarks.rows import read
 from benchmarks.trainables import Full
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.data.corpus import load_documents
@@ -75,7 +76,7 @@ def records(directory):
 def test_every_method_tries_each_rate_and_goes_on_with_its_best(done):
     found = records(done)
     assert len(found) == 1 + 2 + 3 * 3
-    for row in report.read(done):
+    for row in read(done):
         if row.label in ("lora", "orthogonal", "kaiming"):
             losses = {
                 rate: found[f"{row.label}-3steps-learning_rate{rate:g}-seed3.json"]["result"]["dev_loss"]
@@ -156,7 +157,7 @@ def test_a_run_that_does_not_end_is_kept_and_not_chosen(tiny, tmp_path, monkeypa
     run(tiny, tmp_path, methods={"lora": {}})
     failed = records(tmp_path / "tiny")["lora-3steps-learning_rate0.01-seed3.json"]
     assert failed["result"] == kept
-    (row,) = report.read(tmp_path / "tiny")
+    (row,) = read(tmp_path / "tiny")
     assert (row.label, row.rate, len(row.runs)) == ("lora", 1e-4, 2)
 
 
@@ -175,7 +176,7 @@ HALVING = {
 
 @pytest.fixture(scope="module")
 def halved(tiny, held_back, tmp_path_factory):  # noqa: F811
-    """The runs of two budgets, and how many steps were compiled."""
+    """The directory of a benchmark of two budgets, and how many steps were compiled."""
     output = tmp_path_factory.mktemp("halving")
     compiled: list[object] = []
     make = trial.make_train_step
@@ -187,15 +188,16 @@ def halved(tiny, held_back, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "make_train_step", counted)
         run(tiny, output, **HALVING)
-    return list(records(output / "tiny").values()), len(compiled)
+    return output / "tiny", len(compiled)
 
 
 def test_the_better_half_of_the_settings_goes_on_to_the_next_budget(halved):
+    found = records(halved[0]).values()
     for label, tried in (("lora", 4), ("hylorada_v1", 8)):
         losses, seeds = {}, {}
         for steps in (2, 4):
             own = {"label": label, "steps": steps}
-            runs = [run for run in halved[0] if own.items() <= run["settings"].items()]
+            runs = [run for run in found if own.items() <= run["settings"].items()]
             point = {id(run): tuple(run["settings"]["point"].items()) for run in runs}
             losses[steps] = {
                 point[id(run)]: run["result"]["dev_loss"] for run in runs if run["settings"]["seed"] == 3
@@ -214,7 +216,7 @@ def test_at_a_constant_rate_a_short_run_is_the_beginning_of_a_long_one(halved):
     short, long = (
         {
             (run["settings"]["label"], str(run["settings"]["point"]), run["settings"]["seed"]): run["result"]
-            for run in halved[0]
+            for run in records(halved[0]).values()
             if run["settings"]["steps"] == steps
         }
         for steps in (2, 4)
@@ -226,6 +228,28 @@ def test_at_a_constant_rate_a_short_run_is_the_beginning_of_a_long_one(halved):
         assert list(long[key]["held_out"]) == ["2", "4"]
         assert long[key]["held_out"]["2"] == pytest.approx(short[key]["dev_loss"], rel=1e-6)  # float32
         assert long[key]["held_out"]["4"] == long[key]["dev_loss"]
+
+
+def test_the_budgets_table_has_the_differences_of_the_runs(halved):
+    directory, _ = halved
+    budgets.main(directory, against="lora")
+    lines = (directory / "budgets.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("| hylorada_v1"))
+    for at, steps in ((2, 2), (4, 4)):
+        perplexities = {row.label: row.values("perplexity") for row in read(directory, steps=steps)}
+        expected = statistics.mean(
+            a - b for a, b in zip(perplexities["hylorada_v1"], perplexities["lora"], strict=True)
+        )
+        assert float(line.split("|")[at + 1].split()[0]) == pytest.approx(expected, abs=0.006)
+    tried = (directory / "search.md").read_text()
+    assert tried.count("| learning_rate") == 4 + 8
+    assert tried.count(" |  |\n") == 2 + 4  # were dropped
+    for name in ("budgets.png", "held_out.png"):
+        assert (directory / name).stat().st_size > 5_000
+    with pytest.raises(ConfigError, match="hylorada_v1"):
+        budgets.main(directory, against="dora")
+    with pytest.raises(CheckpointError, match="passage"):
+        budgets.main(EXPERIMENTS[0].parents[1] / "results" / "wikitext-2", against="lora")
 
 
 def test_of_completions_the_answers_count(tiny, tmp_path):  # noqa: F811
@@ -245,7 +269,7 @@ def test_of_completions_the_answers_count(tiny, tmp_path):  # noqa: F811
     assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
     assert found["scored_tokens"] == expected.tokens
     assert sum(tokens for _, _, tokens in found["passages"]) == expected.tokens
-    assert "LiM" not in report.table(report.read(tmp_path / "tiny"))
+    assert "LiM" not in report.table(read(tmp_path / "tiny"))
 
 
 def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -258,14 +282,14 @@ def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(trial.Runner, "train", diverges)
     run(tiny, tmp_path, methods={"full": {}, "lora": {}}, grid={"learning_rate": [1e-2]})
-    text = report.table(report.read(tmp_path / "tiny"), against="full")
+    text = report.table(read(tmp_path / "tiny"), against="full")
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert "| full |  | 0.01 | did not end |" in text
     report.main(tmp_path / "tiny", against="lora")
     for file in (tmp_path / "tiny").glob("lora*.json"):
         file.unlink()
     with pytest.raises(CheckpointError, match="ended"):
-        report.read(tmp_path / "tiny")
+        read(tmp_path / "tiny")
 
 
 def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -282,7 +306,7 @@ def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkey
 
 
 def test_all_can_be_compared_at_one_rate(done):
-    rows = {row.label: row for row in report.read(done, rate=1e-4)}
+    rows = {row.label: row for row in read(done, rate=1e-4)}
     assert {row.rate for label, row in rows.items() if label != "base"} == {1e-4}
     for row in rows.values():
         for found in row.runs:
@@ -292,7 +316,7 @@ def test_all_can_be_compared_at_one_rate(done):
 
 
 def test_differences_to_the_base_model_are_those_of_every_seed(done):
-    rows = {row.label: row for row in report.read(done)}
+    rows = {row.label: row for row in read(done)}
     base, lora = (rows[label].values("perplexity") for label in ("base", "lora"))
     for text, ours, theirs in (
         (report._difference(rows["lora"], rows["base"]), lora, base * 2),
@@ -303,14 +327,14 @@ def test_differences_to_the_base_model_are_those_of_every_seed(done):
 
 
 def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
-    text = report.table(report.read(done), against="lora")
-    runs = next(row.runs for row in report.read(done) if row.label == "orthogonal")
+    text = report.table(read(done), against="lora")
+    runs = next(row.runs for row in read(done) if row.label == "orthogonal")
     values = [run["result"]["perplexity"] for run in runs]
     line = next(line for line in text.splitlines() if line.startswith("| orthogonal |"))
     assert f"{statistics.mean(values):,.2f} ± {statistics.stdev(values):.2f}" in line
     lora = {
         run["settings"]["seed"]: run["result"]["perplexity"]
-        for row in report.read(done)
+        for row in read(done)
         if row.label == "lora"
         for run in row.runs
     }
@@ -320,7 +344,7 @@ def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
 
 
 def test_a_table_of_several_machines_says_which_method_ran_on_which(done):
-    rows = report.read(done)
+    rows = read(done)
     assert f"medians on {report.device(rows[0].runs[0]['environment'])}, at" in report.caption(rows)
     for row in rows:
         for record in row.runs:
@@ -437,10 +461,10 @@ def test_runs_of_other_settings_are_not_overwritten(done, tiny):  # noqa: F811
 def test_the_command_reads_a_file_and_what_is_given_beside_it(tmp_path, monkeypatch, capsys):
     file = tmp_path / "experiment.json"
     file.write_text(json.dumps(experiment("tiny")))
-    read = run_benchmark._experiment(file, {"epochs": 2.0, "methods": ("base", "dora")})
-    assert (read.epochs, read.steps, list(read.methods)) == (2.0, None, ["base", "dora"])
-    read = run_benchmark._experiment(file, {"learning_rates": (0.5,), "steps": (2, 8)})
-    assert (read.grid, read.steps) == ({"learning_rate": (0.5,)}, (2, 8))
+    found = run_benchmark._experiment(file, {"epochs": 2.0, "methods": ("base", "dora")})
+    assert (found.epochs, found.steps, list(found.methods)) == (2.0, None, ["base", "dora"])
+    found = run_benchmark._experiment(file, {"learning_rates": (0.5,), "steps": (2, 8)})
+    assert (found.grid, found.steps) == ({"learning_rate": (0.5,)}, (2, 8))
     monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--methods", "lorra"])
     with pytest.raises(SystemExit) as stop:
         command.run(run_benchmark.main)
