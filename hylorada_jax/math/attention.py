@@ -291,6 +291,8 @@ def attend(
     value: Float[Array, "batch key kv_heads head_dim"],
     patterns: tuple[Pattern, ...],
     daa: DAA | None = None,
+    *,
+    scale: float | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """:func:`attention` over the pattern of a forward pass: the one call of every self-attention layer.
 
@@ -301,6 +303,7 @@ def attend(
         patterns: one pattern for all heads (:func:`full_pattern`), or two, the second for the last half of
             the heads (:func:`shifted_patterns`).
         daa: direct attention adaptation of this layer.
+        scale: of the logits; None takes 1/√head_dim.
 
     Returns:
         The attended values in query's dtype.
@@ -310,7 +313,7 @@ def attend(
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     if len(patterns) == 1:
-        return _over(patterns[0], query, key, value, daa)
+        return _over(patterns[0], query, key, value, daa, scale)
     if heads < 2:
         raise ConfigError(
             "Shifted sparse attention halves the heads of a layer.", f"{heads} head", "Use full attention."
@@ -326,7 +329,7 @@ def attend(
         read = range(first // per_kv, last // per_kv) if shared else [h // per_kv for h in range(first, last)]
         half = jax.tree.map(lambda leaf, own=slice(first, last): _heads(leaf, own), daa)
         own = np.asarray(read)
-        outputs.append(_over(pattern, query[:, :, first:last], key[:, :, own], value[:, :, own], half))
+        outputs.append(_over(pattern, query[:, :, first:last], key[:, :, own], value[:, :, own], half, scale))
     return jnp.concatenate(outputs, axis=2)
 
 
@@ -335,10 +338,13 @@ def _heads(leaf: Array, own: slice) -> Array:
     return leaf if leaf.shape[-1] == 1 else leaf[..., own]
 
 
-def _over(pattern: Pattern, query: Array, key: Array, value: Array, daa: DAA | None) -> Array:
+def _over(
+    pattern: Pattern, query: Array, key: Array, value: Array, daa: DAA | None, scale: float | None
+) -> Array:
     def run(query: Array, key: Array, value: Array) -> Array:
         at, keys_at = pattern.query_positions, pattern.key_positions
-        return attention(query, key, value, pattern.mask, daa=daa, query_positions=at, key_positions=keys_at)
+        where = {"query_positions": at, "key_positions": keys_at}
+        return attention(query, key, value, pattern.mask, daa=daa, scale=scale, **where)
 
     if pattern.front is None:
         return run(query, key, value)

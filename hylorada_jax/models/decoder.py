@@ -15,15 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.math import rope
 from hylorada_jax.math.attention import Pattern, causal_mask, full_pattern, shifted_patterns
 from hylorada_jax.math.loss import logits
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.decoder_layer import DecoderLayer, RMSNorm, Step, Stream
+from hylorada_jax.models.decoder_layer import DecoderLayer, Step, Stream, norm, scaled
+from hylorada_jax.models.rotation import rotary_tables
 from hylorada_jax.trees import COLLECTION
 
 # What the backward pass keeps of a layer's inside. 'dots' keeps the projections (matrix products without a
@@ -86,7 +85,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_hidden_layers,
         )(c)
-        self.norm = RMSNorm(c.rms_norm_eps)
+        self.norm = norm(c)
 
     def __call__(
         self,
@@ -99,14 +98,8 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
-        x = self.embed_tokens(input_ids)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        cos, sin = rope.rope_tables(
-            position_ids,
-            _frequencies(c, position_ids, dtype),
-            attention_factor=c.rope_scaling.attention_factor,
-            dtype=dtype,
-        )
+        x = scaled(self.embed_tokens(input_ids), c.embedding_scale)
+        cos, sin, rotations = rotary_tables(c, position_ids, jnp.promote_types(x.dtype, jnp.float32))
         start = jnp.int32(0) if cache is None else cache.length
         slots = start + jnp.arange(length, dtype=jnp.int32)
         key_slots, key_positions = slots, position_ids
@@ -128,44 +121,12 @@ class Decoder(nn.Module):
         patterns = tuple(pattern(window) for window in sorted(windows, key=lambda w: w is not None))
 
         stream = Stream(x, None if cache is None else (cache.keys, cache.values))
-        step = Step(cos, sin, patterns, start)
+        step = Step(cos, sin, rotations, patterns, start)
         stream, _ = self.layers(stream, jnp.arange(c.num_hidden_layers, dtype=jnp.int32), step)
         if stream.cache is not None and key_valid is not None:
             keys, values = stream.cache
             cache = KVCache(keys, values, key_positions, key_valid, start + length)
-        return self.norm(stream.x), cache
-
-
-def _frequencies(config: DecoderConfig, position_ids: Int[Array, "batch query"], dtype: DTypeLike):
-    """The rotary frequencies that the config asks for."""
-    s, base = config.rope_scaling, (config.head_dim, config.rope_theta, dtype)
-    match s.rope_type:
-        case "linear":
-            return rope.linear_frequencies(*base, factor=s.factor)
-        case "dynamic":
-            length = config.max_position_embeddings
-            return rope.dynamic_frequencies(
-                *base, factor=s.factor, max_positions=length, positions=position_ids
-            )
-        case "llama3":
-            return rope.llama3_frequencies(
-                *base,
-                factor=s.factor,
-                low_freq_factor=s.low_freq_factor,
-                high_freq_factor=s.high_freq_factor,
-                original=s.original_max_position_embeddings,
-            )
-        case "yarn":
-            return rope.yarn_frequencies(
-                *base,
-                factor=s.factor,
-                original=s.original_max_position_embeddings,
-                beta_fast=s.beta_fast,
-                beta_slow=s.beta_slow,
-                truncate=s.truncate,
-            )
-        case _:
-            return rope.default_frequencies(*base)
+        return scaled(self.norm(stream.x), c.logit_scale), cache
 
 
 class DecoderLM(nn.Module):
