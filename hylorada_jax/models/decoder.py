@@ -1,4 +1,4 @@
-"""Our decoder for the Llama family, in Flax Linen: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+"""Our decoder, in Flax Linen, for the families of ``models.families.DECODERS``: Llama and its relatives.
 
 The layers run under ``nn.scan``: their parameters, and the variables of adapters in the collection
 ``hylorada``, are stacked along a leading axis, and the program has the size of one layer whatever the depth.

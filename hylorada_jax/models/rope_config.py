@@ -64,7 +64,7 @@ _Factors = Annotated[list[_Factor], Meta(min_length=1, max_length=2**16)]
 class _LongRope(Struct, forbid_unknown_fields=True):
     short_factor: _Factors
     long_factor: _Factors
-    original_max_position_embeddings: Positions
+    original_max_position_embeddings: Annotated[int, Meta(ge=2, lt=2**31)]  # its logarithm divides
     attention_factor: _Factor | None = None
 
 
