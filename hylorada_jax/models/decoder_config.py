@@ -79,7 +79,9 @@ class DecoderConfig(Options):
         embedding_scale: what the embeddings are multiplied by.
         residual_scale: what attention and MLP are multiplied by before they are added.
         attention_scale: of the logits of attention; None: 1/√head_dim.
-        logit_scale: what the logits are multiplied by.
+        attention_soft_cap: the bound of these logits, which they approach as a tanh; None: none.
+        logit_scale: what the logits of tokens are multiplied by.
+        logit_soft_cap: their bound, in the same way; None: none.
         initializer_range: standard deviation of random weights.
         eos_token_ids: tokens that end a text.
     """

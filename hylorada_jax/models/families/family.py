@@ -66,7 +66,9 @@ class Options:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float | None = None
+    attention_soft_cap: float | None = None
     logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
