@@ -420,10 +420,12 @@ def test_config_reads_what_transformers_reads(hf):
         layer = AutoModelForCausalLM.from_config(theirs).model.layers[0]
     assert config.num_key_value_heads == theirs.num_key_value_heads
     assert layer.self_attn.head_dim == config.head_dim
-    biases = ("self_attn.o_proj", config.o_bias), ("mlp.down_proj", config.mlp_bias)
-    if not config.fused:
-        biases = *biases, ("self_attn.q_proj", config.qkv_bias)
-    assert {name: layer.get_submodule(name).bias is not None for name, _ in biases} == dict(biases)
+    biases = {
+        "self_attn.qkv_proj" if config.fused else "self_attn.q_proj": config.qkv_bias,
+        "self_attn.o_proj": config.o_bias,
+        "mlp.down_proj": config.mlp_bias,
+    }
+    assert {name: layer.get_submodule(name).bias is not None for name in biases} == biases
     assert hasattr(layer.self_attn, "q_norm") == config.qk_norm
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     assert config.rope_theta == theirs.rope_theta

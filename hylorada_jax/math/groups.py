@@ -93,9 +93,8 @@ def attend(
         ConfigError: a single head cannot be halved.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
-    logits = {"scale": scale, "soft_cap": soft_cap}
     if len(patterns) == 1:
-        return _over(patterns[0], query, key, value, daa, **logits)
+        return _over(patterns[0], query, key, value, daa, scale, soft_cap)
     if heads < 2:
         raise ConfigError(
             "Shifted sparse attention halves the heads of a layer.", f"{heads} head", "Use full attention."
@@ -112,7 +111,7 @@ def attend(
         half = jax.tree.map(lambda leaf, own=slice(first, last): _heads(leaf, own), daa)
         own = np.asarray(read)
         parts = query[:, :, first:last], key[:, :, own], value[:, :, own]
-        outputs.append(_over(pattern, *parts, half, **logits))
+        outputs.append(_over(pattern, *parts, half, scale, soft_cap))
     return jnp.concatenate(outputs, axis=2)
 
 
@@ -122,13 +121,19 @@ def _heads(leaf: Array, own: slice) -> Array:
 
 
 def _over(
-    pattern: Pattern, query: Array, key: Array, value: Array, daa: DAA | None, **logits: float | None
+    pattern: Pattern,
+    query: Array,
+    key: Array,
+    value: Array,
+    daa: DAA | None,
+    scale: float | None,
+    soft_cap: float | None,
 ) -> Array:
     if pattern.front is None:
-        return attention(query, key, value, pattern, daa=daa, **logits)
+        return attention(query, key, value, pattern, daa=daa, scale=scale, soft_cap=soft_cap)
     size, (batch, length) = pattern.key_slots.shape[0], query.shape[:2]
     query, key, value = (_to_groups(x, size, pattern.front) for x in (query, key, value))
-    attended = attention(query, key, value, pattern, daa=daa, **logits)
+    attended = attention(query, key, value, pattern, daa=daa, scale=scale, soft_cap=soft_cap)
     groups = -(-(pattern.front + length) // size)
     rows = attended.reshape(batch, groups * size, *attended.shape[2:])
     return jax.lax.slice_in_dim(rows, pattern.front, pattern.front + length, axis=1)

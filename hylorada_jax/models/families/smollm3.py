@@ -1,5 +1,6 @@
 """SmolLM3: Llama, of whose layers each fourth does without rotary positions."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -27,7 +28,7 @@ class SmolLM3Keys(Keys, frozen=True, kw_only=True):
 def options(keys: SmolLM3Keys) -> Options:
     """Biases where the config says so; a window in layers without rotary positions, where there is one."""
     depth, every = keys.num_hidden_layers, keys.no_rope_layer_interval
-    rotates = keys.no_rope_layers  # 1 where a layer rotates, whatever the key is called
+    rotates: Sequence[int] | None = keys.no_rope_layers  # 1 where a layer rotates, whatever the key is called
     if rotates is None:
         rotates = [int((n + 1) % every != 0) for n in range(depth)]
     if len(rotates) != depth:
