@@ -46,7 +46,7 @@ def data(
 
     tokenizer = load_tokenizer(model)
     for source in sources:
-        source.print()
+        source.announce()
         documents = reading.prepare(source.train, tokenizer, seq_len, None, "rows")
         for document in documents[:rows]:
             print(f"\n--- {one_line(document.name)}: {len(document):,} tokens")

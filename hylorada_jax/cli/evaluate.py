@@ -78,7 +78,7 @@ def evaluate(
     tokenizer, tokens = load_tokenizer(model), []
     for source in sources:
         if not json:
-            source.print()
+            source.announce()
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(

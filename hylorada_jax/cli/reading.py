@@ -41,7 +41,7 @@ class Source(NamedTuple):
     train: Sequence[Example] = ()
     held_out: Sequence[Example] = ()
 
-    def print(self) -> None:
+    def announce(self) -> None:
         """Prints the line that names it."""
         weight = "" if self.weight is None else f", weight {self.weight:g}"
         print(f"data     {one_line(self.name)}{weight}")
@@ -68,11 +68,8 @@ def sources_of(given: Sequence[str], *, weights: bool = True, split: str | None 
     sources = [_source(text) for text in given]
     weighted = [source.weight for source in sources if source.weight is not None]
     if len(weighted) not in (0, len(sources)):
-        rule, remedy = (
-            "Of several sources all must have a weight, or none.",
-            "Give each its own, as in a=0.7.",
-        )
-        raise ConfigError(rule, " ".join(given), remedy)
+        rule = "Of several sources all must have a weight, or none."
+        raise ConfigError(rule, " ".join(given), "Give each its own, as in a=0.7.")
     if weighted and not weights:
         rule = "Weights are of the sources that are trained on; of others every row counts."
         raise ConfigError(rule, " ".join(given), "Leave the weights out.")
@@ -200,7 +197,7 @@ class DataOptions:
         train: list[tuple[list[TokenizedDocument], float]] = []
         held_out: list[TokenizedDocument] = []
         for source in sources:
-            source.print()
+            source.announce()
             if source.train:
                 documents = self.prepare(source.train, tokenizer, seq_len, structure, "train")
                 train.append((documents, source.weight or 1))

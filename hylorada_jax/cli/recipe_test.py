@@ -15,7 +15,7 @@ from hylorada_jax.training.config import TrainingConfig
 
 ADAPTER = AdapterOptions(method="dora", rank=3, lora_plus=False, targets=("q_proj", r".*\.v_proj"))
 TRAINING = TrainingConfig(output="runs/a", steps=3, learning_rate=3e-5, packing=False, eval_tokens=None)
-READING = DataOptions(columns=("text=body",), score="last", skip_bad_rows=True)
+READING = DataOptions(split="train[:9]", columns=("text=body",), score="last", skip_bad_rows=True)
 PROMPT = "--a 'text'\n"
 
 
