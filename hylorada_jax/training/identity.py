@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, digest
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.training.config import TrainingConfig
@@ -63,6 +64,21 @@ def run_identity(
         "train_data": digest(train_data),
         "eval_data": eval_data and digest(eval_data),
         "jax": {"dtype": str(model.base.dtype)} | {name: getattr(jax.config, name) for name in _JAX_SETTINGS},
+    }
+
+
+def defaults(adapter: HyLoRADAConfig) -> dict[str, Any]:
+    """The settings of :func:`run_identity` that nobody has set: what a run did before it could be asked.
+
+    Args:
+        adapter: with the method, which decides some of them.
+
+    Returns:
+        Plain JSON types.
+    """
+    return {
+        "adapter": HyLoRADAConfig(method=adapter.method).to_dict(),
+        "training": TrainingConfig(output="").fingerprint(),
     }
 
 

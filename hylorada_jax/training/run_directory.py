@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
@@ -117,6 +118,7 @@ class RunDirectory:
         identity: Mapping[str, Any],
         recorded: Mapping[str, Any],
         *,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
         resume: bool,
         overwrite: bool,
     ) -> None:
@@ -125,6 +127,7 @@ class RunDirectory:
         Args:
             identity: what the run computes, as plain JSON types.
             recorded: what it runs on, free to differ.
+            defaults: of the settings in ``identity``: what those are that the run there does not have yet.
             resume: the directory may hold a run, which must have the same identity.
             overwrite: a run in the directory is deleted, and nothing else.
 
@@ -142,7 +145,7 @@ class RunDirectory:
         if overwrite:
             self._delete()
         if kind_of(self.run):
-            self._check_same_run(run)
+            self._check_same_run(run, defaults)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             run.write(self.run)
@@ -193,9 +196,9 @@ class RunDirectory:
             "Move that away, or choose another directory.",
         )
 
-    def _check_same_run(self, run: RunRecord) -> None:
+    def _check_same_run(self, run: RunRecord, defaults: Mapping[str, Any]) -> None:
         there = read_record(self.run)
-        differing = differences(there.identity, run.identity)
+        differing = differences(there.identity, run.identity, defaults)
         moved = differences(there.recorded, run.recorded)
         was = "; ".join(f"{key}: {then} in {self.run}, {now} now" for key, then, now in differing)
         changed = "; ".join(f"{key} {then}, now {now}" for key, then, now in moved if key != "model")

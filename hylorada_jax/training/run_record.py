@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -50,12 +51,15 @@ def read_record(path: Path) -> RunRecord:
     return checked(body, RunRecord, rule, CheckpointError, remedy, path)
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> list[tuple[str, Any, Any]]:
     """What differs between two trees of plain JSON types; a value that is None might as well be absent.
 
     Args:
         then: of run.json.
         now: of the run at hand.
+        defaults: a tree of what is meant where ``then`` has nothing.
 
     Returns:
         (name, then, now) of each value that differs, by name.
@@ -64,7 +68,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
         >>> differences({"training": {"seed": 0, "old": None}}, {"training": {"seed": 3}})
         [('training.seed', 0, 3)]
     """
-    absent, before, after = "(absent)", _flat(then), _flat(now)
+    absent, before, after = "(absent)", _flat(defaults) | _flat(then), _flat(now)
     both = ((key, before.get(key, absent), after.get(key, absent)) for key in sorted({*before, *after}))
     off = (None, absent)
     return [(key, old, new) for key, old, new in both if old != new and not (old in off and new in off)]

@@ -23,7 +23,7 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.identity import circumstances, run_identity
+from hylorada_jax.training.identity import circumstances, defaults, run_identity
 from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
@@ -152,8 +152,13 @@ class HyLoRADATrainer:
         """
         config, directory = self._config, self._directory
         try:
-            recorded = circumstances(self._model)
-            directory.open(self._identity, recorded, resume=config.resume, overwrite=config.overwrite)
+            directory.open(
+                self._identity,
+                circumstances(self._model),
+                defaults=defaults(self._model.config),
+                resume=config.resume,
+                overwrite=config.overwrite,
+            )
             if self._recipe is not None:
                 write_json(directory.recipe, self._recipe)
             with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:

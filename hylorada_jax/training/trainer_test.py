@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import resource
 import signal
@@ -400,6 +401,18 @@ def test_jaxs_own_settings_are_part_of_what_a_run_is(reference):
         trainer = HyLoRADATrainer(tiny_model(), texts(), texts(1, 4), settings(directory, resume=True))
         with pytest.raises(CheckpointError, match=r"matmul_precision: None in .*highest now"):
             trainer.train()
+
+
+def test_a_run_of_an_older_version_is_resumed_where_what_it_did_not_know_is_off(reference):
+    place = reference[0] / "run.json"
+    content = place.read_text()
+    record = json.loads(content)
+    del record["identity"]["training"]["schedule"], record["identity"]["adapter"]["lora_A_gain"]
+    place.write_text(json.dumps(record))
+    train(reference[0], resume=True)
+    with pytest.raises(CheckpointError, match=r"training.schedule: linear in .*cosine now"):
+        train(reference[0], resume=True, schedule="cosine")
+    place.write_text(content)
 
 
 def test_the_same_weights_under_another_name_are_the_same_run(tmp_path, reference):
