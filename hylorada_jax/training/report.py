@@ -75,10 +75,15 @@ class MetricsLog:
         path: metrics.jsonl; what it holds is kept up to ``last_step``.
         tensorboard: directory of TensorBoard's event files.
         last_step: the step that the run goes on from: later lines will be written again.
+
+    Attributes:
+        records: the lines.
+        evaluations: those of evaluations.
     """
 
     def __init__(self, path: Path, tensorboard: Path, *, last_step: int) -> None:
         self.records: list[Record] = [r for r in read_metrics(path) if r["step"] <= last_step]
+        self.evaluations = [r for r in self.records if "eval_loss" in r]
         lines = [json.dumps(record) + "\n" for record in self.records]
         write_whole(path, "".join(lines).encode())
         self._file = _Appending(path, os.O_APPEND)
@@ -97,13 +102,24 @@ class MetricsLog:
     def write(self, record: Record) -> None:
         """Appends one line, at once."""
         self.records.append(record)
+        if "eval_loss" in record:
+            self.evaluations.append(record)
         self._file.write((json.dumps(record) + "\n").encode())
         if self._board is not None:
             self._board.add(record)
 
     def evaluation_at(self, step: int) -> Record | None:
         """The evaluation of a step, if there is one."""
-        return next((r for r in self.records if r["step"] == step and "eval_loss" in r), None)
+        return next((r for r in self.evaluations if r["step"] == step), None)
+
+    @property
+    def bests(self) -> list[Record]:
+        """The evaluations of less held-out loss than any before them; the last of them is the best."""
+        bests: list[Record] = []
+        for record in self.evaluations:
+            if not bests or record["eval_loss"] < bests[-1]["eval_loss"]:
+                bests.append(record)
+        return bests
 
 
 def read_metrics(path: Path) -> list[Record]:

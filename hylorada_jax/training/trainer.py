@@ -37,15 +37,17 @@ class TrainingResult:
 
     Attributes:
         steps: optimizer steps done.
+        kept: the step whose adapter was kept: the last, or the best with ``keep="best"``.
         losses: training loss at each logged step, in nats per token.
         perplexity_before: on the held-out data before the first step; None without such data.
-        perplexity_after: after the last step.
+        perplexity_after: with the adapter that was kept.
         adapter: directory of the saved adapter.
         metrics: metrics.jsonl.
         loss_plot: loss.png.
     """
 
     steps: int
+    kept: int
     losses: list[float]
     perplexity_before: float | None
     perplexity_after: float | None
@@ -74,10 +76,17 @@ def check_data(
         The training and the held-out documents.
 
     Raises:
-        DataError: there is too little data, or :func:`as_documents` finds a fault.
+        DataError: there is too little data, none is held out where the settings need it, or
+            :func:`as_documents` finds a fault.
         ConfigError: nothing in the adapter reads structure.
     """
     has_encoder = bool(adapter.use_hylorada_v2)
+    if eval_data is None and config.needs_evaluations:
+        raise DataError(
+            "Keeping the best and patience need held-out data.",
+            f"keep={config.keep}, patience={config.patience}, eval_data=None",
+            "Give held-out documents too.",
+        )
     documents = as_documents(train_data, vocab, "training", has_encoder=has_encoder)
     if (tokens := sum(map(len, documents))) <= config.seq_len:
         received = f"{tokens} tokens for a seq_len of {config.seq_len}"
@@ -107,8 +116,9 @@ class HyLoRADATrainer:
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
             rows, or nothing in the model reads structure.
-        DataError: there is too little data, a token id is outside the vocabulary, a row is longer than the
-            model's table of positions, or a field of a document does not fit its tokens.
+        DataError: there is too little data, none is held out where the settings need it, a token id is
+            outside the vocabulary, a row is longer than the model's table of positions, or a field of a
+            document does not fit its tokens.
         ModelError: the model has no output head that the built-in loss can read.
         CheckpointError: the output directory cannot be written, holds a run and neither resume nor overwrite
             is set, or holds something else of a name that a run writes.
@@ -139,7 +149,7 @@ class HyLoRADATrainer:
         self._identity = run_identity(model, config, train_data=documents, eval_data=held_out)
 
     def train(self) -> TrainingResult:
-        """Runs to the last step, from the start or from the newest usable checkpoint.
+        """Runs to the end, from the start or from the newest usable checkpoint.
 
         Returns:
             Perplexities, losses and the places of the files.
@@ -182,20 +192,24 @@ class HyLoRADATrainer:
             print(f"{one_line(directory.path)} has no checkpoint yet: starting from the first step")
         start = int(state.step)
         with MetricsLog(directory.metrics, directory.tensorboard, last_step=start) as log:
+            if start and config.needs_evaluations:
+                _require_evaluations(log, checkpoints, config)
             loop = Loop(config, directory, checkpoints, log, replicate(model.frozen), self._evaluator)
-            if start == 0 and log.evaluation_at(0) is None:
-                loop.evaluate(state)
             state = loop.run(make_train_step(model, optimizer, config), state, batches)
             checkpoints.wait()
+            steps = kept = int(state.step)
+            if config.keep == "best" and (kept := log.bests[-1]["step"]) != steps:
+                state = checkpoints.state_of(kept, state)
             # Through the host: the frozen weights that the model still has are on one device.
             model.adapters = jax.device_put(jax.device_get(state.adapters))
             model.save_pretrained(directory.adapter, overwrite=True, weights=True)
             plot_losses(log.records, directory.loss_plot)
             return TrainingResult(
-                steps=config.steps,
+                steps=steps,
+                kept=kept,
                 losses=[record["loss"] for record in log.records if "loss" in record],
                 perplexity_before=_perplexity(log.evaluation_at(0)),
-                perplexity_after=_perplexity(log.evaluation_at(config.steps)),
+                perplexity_after=_perplexity(log.evaluation_at(kept)),
                 adapter=directory.adapter,
                 metrics=directory.metrics,
                 loss_plot=directory.loss_plot,
@@ -213,6 +227,23 @@ def _evaluator(
         batch_size=config.batch_size // config.microbatches,
         max_tokens=config.eval_tokens,
     )
+
+
+def _require_evaluations(log: MetricsLog, checkpoints: Checkpoints, config: TrainingConfig) -> None:
+    """Refuses to go on by evaluations that are not known, or to keep a best that is not there."""
+    if not log.evaluations:
+        raise CheckpointError(
+            "Keeping the best and patience go by the evaluations in metrics.jsonl.",
+            "none up to the checkpoint",
+            "Put an intact copy of the file in its place, or resume without keep and patience.",
+        )
+    best = log.bests[-1]["step"]
+    if config.keep == "best" and best not in checkpoints.steps:
+        raise CheckpointError(
+            "The best of a run can be kept while its checkpoint is there.",
+            f"the best evaluation so far, of step {best}, and {checkpoints.last}",
+            "Resume with keep='last' (--keep last), or start again with overwrite (--overwrite).",
+        )
 
 
 def _perplexity(record: Record | None) -> float | None:
