@@ -47,6 +47,9 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: number of newest checkpoints kept, ≥ 1; with keep="best" that of the best is, too.
         log_every: steps between lines of metrics.jsonl.
+        report_to: "wandb" sends the lines of metrics.jsonl to Weights & Biases, as a run of the project
+            "hylorada" that is named after ``output``; wandb's own WANDB_PROJECT, WANDB_NAME and WANDB_MODE
+            win. TensorBoard gets them unasked, where it is installed.
         resume: go on from the newest usable checkpoint of ``output`` (from the start if it has none).
         overwrite: delete the run that ``output`` holds, and nothing else.
         progress: show progress bars on stderr, and print each held-out perplexity.
@@ -81,6 +84,7 @@ class TrainingConfig:
     checkpoint_every: int = 10
     keep_checkpoints: int = 3
     log_every: int = 1
+    report_to: Literal["wandb"] | None = None
     resume: bool = False
     overwrite: bool = False
     progress: bool = True
@@ -103,6 +107,8 @@ class TrainingConfig:
             self._require_number("epochs", positive=True)
         self._require_one_of("schedule", get_args(Schedule))
         self._require_one_of("keep", get_args(Keep))
+        if self.report_to is not None:
+            self._require_one_of("report_to", ("wandb",))
         for name in ("eval_every", "eval_stride", "eval_tokens", "patience"):
             if getattr(self, name) is not None:
                 self._require_int(name, 1)
@@ -183,6 +189,7 @@ class TrainingConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
+            "report_to",
             "progress",
         )
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

@@ -37,6 +37,7 @@ def make(**settings: Any) -> TrainingConfig:
         ({"keep": "best"}, "--eval-every"),
         ({"patience": 2}, "--eval-every"),
         ({"patience": 0, "eval_every": 1}, "patience"),
+        ({"report_to": "wandbs"}, "wandb"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(settings, named):

@@ -8,9 +8,9 @@ structure and order (so the tokenizer too), and jax's own settings of precision 
 Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
 ``XLA_FLAGS`` and rematerialisation. They may change the last bits, and a run must be able to move to another
 machine. The model's name is recorded too: the same weights under another path are the same model. Neither:
-what decides only when something is evaluated, written or shown, which of its adapters a run ends with and
-when (eval_every, keep, patience, checkpoint_every, keep_checkpoints, log_every, progress), and where it
-is kept.
+what decides only when something is evaluated, written, sent or shown, which of its adapters a run ends with
+and when (eval_every, keep, patience, checkpoint_every, keep_checkpoints, log_every, report_to, progress), and
+where it is kept.
 """
 
 from __future__ import annotations

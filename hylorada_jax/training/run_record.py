@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -23,6 +23,7 @@ class RunRecord(msgspec.Struct, frozen=True):
         writes: the names in the directory that were free when the run began, and have been the run's since.
         identity: what the run computes (:mod:`hylorada_jax.training.identity`), as plain JSON types.
         recorded: what it runs on, free to differ.
+        id: by which others know the run; None of one that was begun before runs had any.
     """
 
     format: Literal["hylorada run"]
@@ -30,6 +31,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     writes: list[str]
     identity: dict[str, Any]
     recorded: dict[str, Any]
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")] | None = None
 
     def write(self, path: Path) -> None:
         """Writes run.json, whole; an OSError where that fails."""

@@ -28,7 +28,9 @@ from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
+from hylorada_jax.training.run_record import RunRecord
 from hylorada_jax.training.step import init_state, make_train_step
+from hylorada_jax.training.wandb_run import WandbRun, require_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ class HyLoRADATrainer:
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
-            rows, or nothing in the model reads structure.
+            rows, nothing in the model reads structure, or wandb is asked for and not installed.
         DataError: there is too little data, none is held out where the settings need it, a token id is
             outside the vocabulary, a row is longer than the model's table of positions, or a field of a
             document does not fit its tokens.
@@ -162,7 +164,7 @@ class HyLoRADATrainer:
         """
         config, directory = self._config, self._directory
         try:
-            directory.open(
+            run = directory.open(
                 self._identity,
                 circumstances(self._model),
                 defaults=defaults(self._model.config),
@@ -172,7 +174,7 @@ class HyLoRADATrainer:
             if self._recipe is not None:
                 write_json(directory.recipe, self._recipe)
             with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
-                return self._train(checkpoints)
+                return self._train(checkpoints, run)
         except OSError as error:  # a full disk also meets the small files
             raise CheckpointError(
                 "The output directory must be writable.",
@@ -180,7 +182,7 @@ class HyLoRADATrainer:
                 "Free some space, then go on with resume (--resume).",
             ) from error
 
-    def _train(self, checkpoints: Checkpoints) -> TrainingResult:
+    def _train(self, checkpoints: Checkpoints, run: RunRecord) -> TrainingResult:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
         state = replicate(init_state(model.adapters, optimizer, config.seed))
@@ -194,6 +196,9 @@ class HyLoRADATrainer:
         with MetricsLog(directory.metrics, directory.tensorboard, last_step=start) as log:
             if start and config.needs_evaluations:
                 _require_evaluations(log, checkpoints, config)
+            if config.report_to == "wandb":
+                settings = {**run.identity, "ran_on": run.recorded, "recipe": self._recipe}
+                log.send_to(WandbRun(directory.path, run.id, settings))
             loop = Loop(config, directory, checkpoints, log, replicate(model.frozen), self._evaluator)
             state = loop.run(make_train_step(model, optimizer, config), state, batches)
             checkpoints.wait()
@@ -259,11 +264,13 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
         config: the settings.
 
     Raises:
-        ConfigError: packing is asked for and the model knows no segments, or the devices do not divide the
-            rows.
+        ConfigError: packing is asked for and the model knows no segments, the devices do not divide the rows,
+            or wandb is asked for and not installed.
         DataError: a row is longer than the model's table of positions.
         ModelError: the model has no output head that the built-in loss can read.
     """
+    if config.report_to == "wandb":
+        require_wandb()
     vocab_size(base)  # asks for the head
     if config.packing:
         require_segments(base)
