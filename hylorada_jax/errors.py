@@ -60,7 +60,9 @@ class NonFiniteError(HyLoRADAError):
 
 def require_packages(rule: str, packages: Iterable[str], remedy: str) -> None:
     """Raises a ConfigError that names those of the packages which are not installed."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+    found = {name: importlib.util.find_spec(name) for name in packages}
+    # Without an origin: a directory of that name, such as wandb/ beside the runs, and no package.
+    if missing := [name for name, spec in found.items() if spec is None or spec.origin is None]:
         raise ConfigError(rule, f"no package {' and no '.join(missing)}", remedy)
 
 

@@ -94,7 +94,9 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
     assert "trainable params" in out
     assert {path.name for path in output.iterdir()} >= {"adapter", "checkpoints", "metrics.jsonl", "loss.png"}
     by_recipe = ("--recipe", output / "recipe.json", "--output", tmp_path / "repeated", "--prompt", "")
-    assert run(monkeypatch, capsys, "finetune", *by_recipe)[0] == 0
+    status, out, _ = run(monkeypatch, capsys, "finetune", *by_recipe, "--eval-every", 2, "--keep", "best")
+    assert status == 0
+    assert "\nkept     step 6 of 6, the best on the held-out data\nadapter  " in out  # it learns to the end
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "repeated" / weights).read_bytes() == (output / weights).read_bytes()
 

@@ -127,6 +127,8 @@ def finetune(
         before, after = samples(adapted, prompt, tokenizer, structure, chat=chat)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")
+    if training.keep == "best":
+        print(f"kept     step {result.kept} of {result.steps}, the best on the held-out data")
     for name, place in (("adapter", result.adapter), ("metrics", result.metrics), ("plot", result.loss_plot)):
         print(f"{name:<8} {one_line(place)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -12,7 +13,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -45,6 +46,24 @@ class _Run(msgspec.Struct):
     digest: str
 
 
+@dataclasses.dataclass
+class _Newest(ocp.checkpoint_managers.PreservationPolicy):
+    """What orbax keeps: the newest, and with each what was the best when it was saved.
+
+    Where the newest is damaged, the run goes on from the one before it, which needs the best of its own time.
+    """
+
+    number: int
+    bests: Collection[int] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint, in the order of their steps, whether it stays."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        newest = steps[-self.number :]
+        kept = {*newest, *(max((s for s in self.bests if s <= step), default=step) for step in newest)}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of one run, written in the background.
 
@@ -58,7 +77,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory, self._keep = directory.absolute(), keep  # orbax insists on an absolute path
+        self._directory = directory.absolute()  # orbax insists on an absolute path
+        self._policy = _Newest(keep)
         self._on_exit = contextlib.ExitStack()
 
     def __enter__(self) -> Checkpoints:
@@ -68,7 +88,7 @@ class Checkpoints:
         _ignore_the_rest()
         self._directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            preservation_policy=self._policy, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._orbax_directory = self._plain_name()
         self._manager = ocp.CheckpointManager(self._orbax_directory, options=options)
@@ -107,16 +127,19 @@ class Checkpoints:
         steps = self.steps
         return f"the checkpoint of step {steps[-1]} in {self._directory}" if steps else "no checkpoint yet"
 
-    def save(self, state: TrainState, *, data: dict[str, Any]) -> None:
+    def save(self, state: TrainState, *, data: dict[str, Any], bests: Collection[int] = ()) -> None:
         """Writes a checkpoint in the background.
 
         Args:
             state: copied before this returns, so that the next step may consume it.
             data: the position in the data, as the iterator's ``get_state`` gives it.
+            bests: steps that were the best when they were saved; for each of the newest checkpoints, the last
+                of them up to it is kept too.
 
         Raises:
             CheckpointError: this checkpoint or the one before could not be written.
         """
+        self._policy.bests = bests
         host = jax.tree.map(np.array, state)
         run = {"data": data, "digest": _digest(host, data)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run))
@@ -164,6 +187,26 @@ class Checkpoints:
             "; ".join(f"step {step}: {what}" for step, what in damage.items()),
             "Start again with overwrite (--overwrite), or put an intact copy in its place.",
         )
+
+    def state_of(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step whose checkpoint was kept.
+
+        Args:
+            step: one of :attr:`steps`.
+            like: a state of the same tree, shapes, dtypes and seed.
+
+        Raises:
+            CheckpointError: it cannot be used; it stays where it is.
+        """
+        try:
+            return self._read(step, like)[0]
+        except Exception as error:
+            raise CheckpointError(
+                f"The best checkpoint in {self._directory} must be readable and of this run.",
+                f"step {step}: {self._in_words(error)}",
+                "Resume (--resume) with an intact copy in its place, or with keep='last' (--keep last): it "
+                "ends with the adapter of the last step.",
+            ) from error
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         _refuse_unreadable(self._directory / str(step))

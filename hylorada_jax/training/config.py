@@ -11,6 +11,7 @@ from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.exact import fraction
 
 Schedule = Literal["linear", "cosine", "constant"]
+Keep = Literal["last", "best"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,16 @@ class TrainingConfig:
         eval_every: steps between evaluations; None evaluates before the first and after the last step only.
         eval_stride: tokens between the windows of an evaluation; None takes ``seq_len``.
         eval_tokens: evaluate on about this many tokens of the held-out documents; None takes all.
+        keep: the adapter that the run ends with: that of the "last" step, or the "best", that of the
+            evaluation with the least held-out loss. The evaluation before the first step counts too.
+        patience: evaluations in a row without a new least held-out loss after which the run ends, ≥ 1. The
+            rates follow ``schedule`` over all ``steps`` none the less, so they may still be high then.
         checkpoint_every: steps between checkpoints; the last step always has one.
-        keep_checkpoints: number of newest checkpoints kept, ≥ 1.
+        keep_checkpoints: number of newest checkpoints kept, ≥ 1; with keep="best" that of the best is, too.
         log_every: steps between lines of metrics.jsonl.
+        report_to: "wandb" sends the lines of metrics.jsonl to Weights & Biases, as a run of the project
+            "hylorada" that is named after ``output``; wandb's own WANDB_PROJECT, WANDB_NAME and WANDB_MODE
+            win. TensorBoard gets them unasked, where it is installed.
         resume: go on from the newest usable checkpoint of ``output`` (from the start if it has none).
         overwrite: delete the run that ``output`` holds, and nothing else.
         progress: show progress bars on stderr, and print each held-out perplexity.
@@ -71,9 +79,12 @@ class TrainingConfig:
     eval_every: int | None = None
     eval_stride: int | None = None
     eval_tokens: int | None = 8192
+    keep: Keep = "last"
+    patience: int | None = None
     checkpoint_every: int = 10
     keep_checkpoints: int = 3
     log_every: int = 1
+    report_to: Literal["wandb"] | None = None
     resume: bool = False
     overwrite: bool = False
     progress: bool = True
@@ -94,14 +105,11 @@ class TrainingConfig:
             self._require_int("warmup_steps", 0)
         if self.epochs is not None:
             self._require_number("epochs", positive=True)
-        if self.schedule not in get_args(Schedule):
-            known = get_args(Schedule)
-            raise ConfigError(
-                f"schedule must be one of {', '.join(known)}.",
-                repr(self.schedule),
-                near(self.schedule, known),
-            )
-        for name in ("eval_every", "eval_stride", "eval_tokens"):
+        self._require_one_of("schedule", get_args(Schedule))
+        self._require_one_of("keep", get_args(Keep))
+        if self.report_to is not None:
+            self._require_one_of("report_to", ("wandb",))
+        for name in ("eval_every", "eval_stride", "eval_tokens", "patience"):
             if getattr(self, name) is not None:
                 self._require_int(name, 1)
         self._require_number("learning_rate", positive=True)
@@ -126,12 +134,23 @@ class TrainingConfig:
                 f"eval_stride={self.eval_stride}, seq_len={self.seq_len}",
                 "Choose a smaller stride.",
             )
+        if self.needs_evaluations and self.eval_every is None:
+            raise ConfigError(
+                "Keeping the best and patience need evaluations on the way.",
+                f"keep={self.keep}, patience={self.patience}, eval_every=None",
+                "Give eval_every (--eval-every) too, as a tenth of the steps.",
+            )
         if self.resume and self.overwrite:
             raise ConfigError(
                 "A run is either resumed or overwritten.",
                 "both",
                 "Choose one of resume and overwrite.",
             )
+
+    @property
+    def needs_evaluations(self) -> bool:
+        """Whether the held-out losses decide what the run ends with, or when."""
+        return self.keep == "best" or self.patience is not None
 
     @property
     def rising_steps(self) -> int:
@@ -157,16 +176,20 @@ class TrainingConfig:
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide which numbers a run computes: two runs that differ here are two runs.
 
-        What else a run is: :mod:`hylorada_jax.training.identity`.
+        When it evaluates, what it keeps and when it stops are not among them: a run that has lost its
+        patience can be resumed with more. What else a run is: :mod:`hylorada_jax.training.identity`.
         """
         free = (
             "output",
             "resume",
             "overwrite",
             "eval_every",
+            "keep",
+            "patience",
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
+            "report_to",
             "progress",
         )
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
@@ -175,6 +198,11 @@ class TrainingConfig:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be an integer ≥ {least}.", repr(value), "Correct this setting.")
+
+    def _require_one_of(self, name: str, known: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}.", repr(value), near(value, known))
 
     def _require_number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)

@@ -33,6 +33,11 @@ def make(**settings: Any) -> TrainingConfig:
         ({"seq_len": 8, "eval_stride": 9}, "eval_stride"),
         ({"keep_checkpoints": 0}, "keep_checkpoints"),
         ({"resume": True, "overwrite": True}, "resume"),
+        ({"keep": "first"}, "keep must be one of last, best"),
+        ({"keep": "best"}, "--eval-every"),
+        ({"patience": 2}, "--eval-every"),
+        ({"patience": 0, "eval_every": 1}, "patience"),
+        ({"report_to": "wandbs"}, "wandb"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(settings, named):
@@ -42,7 +47,9 @@ def test_a_wrong_setting_is_refused_by_name(settings, named):
 
 def test_fingerprint_has_what_changes_the_numbers_and_nothing_else():
     base = make()
-    same = make(output="b", resume=True, log_every=5, checkpoint_every=3, eval_every=7)
+    same = make(
+        output="b", resume=True, log_every=5, checkpoint_every=3, eval_every=7, keep="best", patience=1
+    )
     assert base.fingerprint() == same.fingerprint()
     changes: list[dict[str, Any]] = [
         {"steps": 11},

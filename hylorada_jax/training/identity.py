@@ -8,8 +8,9 @@ structure, order and shares (so the tokenizer too), and jax's own settings of pr
 Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
 ``XLA_FLAGS`` and rematerialisation. They may change the last bits, and a run must be able to move to another
 machine. The model's name is recorded too: the same weights under another path are the same model. Neither:
-what decides only when something is written or shown (eval_every, checkpoint_every, keep_checkpoints,
-log_every, progress) and where the run is kept.
+what decides only when something is evaluated, written, sent or shown, which of its adapters a run ends with
+and when (eval_every, keep, patience, checkpoint_every, keep_checkpoints, log_every, report_to, progress), and
+where it is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, digest
 from hylorada_jax.data.mixture import Mixture
 from hylorada_jax.model import HyLoRADAModel
@@ -66,6 +68,21 @@ def run_identity(
         "shares": shares if len(shares) > 1 else None,
         "eval_data": eval_data and digest(eval_data),
         "jax": {"dtype": str(model.base.dtype)} | {name: getattr(jax.config, name) for name in _JAX_SETTINGS},
+    }
+
+
+def defaults(adapter: HyLoRADAConfig) -> dict[str, Any]:
+    """The settings of :func:`run_identity` that nobody has set: what a run did before it could be asked.
+
+    Args:
+        adapter: with the method, which decides some of them.
+
+    Returns:
+        Plain JSON types.
+    """
+    return {
+        "adapter": HyLoRADAConfig(method=adapter.method).to_dict(),
+        "training": TrainingConfig(output="").fingerprint(),
     }
 
 

@@ -68,7 +68,7 @@ class Loop:
         state: TrainState,
         batches: grain.DatasetIterator[Batch],
     ) -> TrainState:
-        """Trains to the last step.
+        """Trains to the last step, or until the patience is at its end.
 
         A step's metrics are read only after the next step was started, so that the device never waits for
         the host; before anything is saved or evaluated they are read at once, so that a state that is not
@@ -80,35 +80,61 @@ class Loop:
             batches: positioned after the batch of ``state.step``.
 
         Returns:
-            The state after the last step, saved.
+            The state after the last step that was done, saved.
         """
-        config, start = self.config, int(state.step)
+        config, step = self.config, int(state.step)
+        if step == 0:
+            if not self.log.evaluations:
+                self._evaluate(state)
+            if config.keep == "best" and not self.checkpoints.steps:
+                self._save(state, batches)
+        ended = step == config.steps or self._out_of_patience()
         pending: _Pending | None = None
         bar = tqdm(
-            total=config.steps, initial=start, desc="training", unit="step", disable=not config.progress
+            total=config.steps, initial=step, desc="training", unit="step", disable=not config.progress
         )
         with bar, _interrupts() as interrupted:
             self._speed.restart()
-            for step in range(start + 1, config.steps + 1):
+            while not ended:
+                step += 1
                 batch = next(batches)
                 state, metrics = train_step(state, self.frozen, shard_rows(computed(batch)))
                 self._look_at(pending, bar)
                 pending = _Pending(step, batch, metrics)
-                last = step == config.steps
-                if last or (config.eval_every is not None and step % config.eval_every == 0):
+                ended, best = step == config.steps, False
+                if ended or (config.eval_every is not None and step % config.eval_every == 0):
                     self._look_at(pending, bar)
                     pending = None
-                    self.evaluate(state)
-                stops = interrupted.is_set() and not last
-                if last or stops or step % config.checkpoint_every == 0:
+                    self._evaluate(state)
+                    ended = ended or self._out_of_patience()
+                    best = config.keep == "best" and self.log.bests[-1]["step"] == step
+                stops = interrupted.is_set() and not ended
+                if ended or best or stops or step % config.checkpoint_every == 0:
                     self._look_at(pending, bar)
                     pending = None
-                    self.checkpoints.save(state, data=batches.get_state())
+                    self._save(state, batches)
                 if stops:
                     self._stop(step)
+        if step < config.steps:
+            least = self.log.bests[-1]
+            tqdm.write(
+                f"stopped after step {step}: the held-out perplexity was least at step {least['step']}, "
+                f"{least['eval_perplexity']:.3f}, and the patience is {config.patience}"
+            )
         return state
 
-    def evaluate(self, state: TrainState) -> None:
+    def _out_of_patience(self) -> bool:
+        """Whether as many evaluations as ``patience`` says have been made since the best."""
+        if self.config.patience is None:
+            return False
+        best = self.log.bests[-1]["step"]
+        return sum(r["step"] > best for r in self.log.evaluations) >= self.config.patience
+
+    def _save(self, state: TrainState, batches: grain.DatasetIterator[Batch]) -> None:
+        bests = [r["step"] for r in self.log.bests] if self.config.keep == "best" else []
+        self.checkpoints.save(state, data=batches.get_state(), bests=bests)
+
+    def _evaluate(self, state: TrainState) -> None:
         """Logs the held-out perplexity, if there is held-out data."""
         if self.evaluator is None:
             return

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard where it is installed, and loss.png."""
+"""What a run tells: metrics.jsonl, those that its lines are sent to, as TensorBoard, and loss.png."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -65,6 +65,16 @@ class Speed:
         return (after - before) / max(now - start, 1e-9)
 
 
+class Board(Protocol):
+    """Whom the lines of metrics.jsonl are sent to."""
+
+    def add(self, record: Record) -> None:
+        """Takes a line."""
+
+    def close(self, *, failed: bool) -> None:
+        """Takes no more of them: the run has ended, or failed."""
+
+
 class MetricsLog:
     """The lines of metrics.jsonl, also sent to TensorBoard where that is installed.
 
@@ -75,14 +85,20 @@ class MetricsLog:
         path: metrics.jsonl; what it holds is kept up to ``last_step``.
         tensorboard: directory of TensorBoard's event files.
         last_step: the step that the run goes on from: later lines will be written again.
+
+    Attributes:
+        records: the lines.
+        evaluations: those of evaluations.
     """
 
     def __init__(self, path: Path, tensorboard: Path, *, last_step: int) -> None:
         self.records: list[Record] = [r for r in read_metrics(path) if r["step"] <= last_step]
+        self.evaluations = [r for r in self.records if "eval_loss" in r]
         lines = [json.dumps(record) + "\n" for record in self.records]
         write_whole(path, "".join(lines).encode())
         self._file = _Appending(path, os.O_APPEND)
-        self._board = _Board.open(tensorboard)
+        board = _TensorBoard.open(tensorboard)
+        self._boards: list[Board] = [] if board is None else [board]
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -91,19 +107,36 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(failed=error is not None)
+
+    def send_to(self, board: Board) -> None:
+        """Sends the lines that there are, and those to come."""
+        for record in self.records:
+            board.add(record)
+        self._boards.append(board)
 
     def write(self, record: Record) -> None:
         """Appends one line, at once."""
         self.records.append(record)
+        if "eval_loss" in record:
+            self.evaluations.append(record)
         self._file.write((json.dumps(record) + "\n").encode())
-        if self._board is not None:
-            self._board.add(record)
+        for board in self._boards:
+            board.add(record)
 
     def evaluation_at(self, step: int) -> Record | None:
         """The evaluation of a step, if there is one."""
-        return next((r for r in self.records if r["step"] == step and "eval_loss" in r), None)
+        return next((r for r in self.evaluations if r["step"] == step), None)
+
+    @property
+    def bests(self) -> list[Record]:
+        """The evaluations of less held-out loss than any before them; the last of them is the best."""
+        bests: list[Record] = []
+        for record in self.evaluations:
+            if not bests or record["eval_loss"] < bests[-1]["eval_loss"]:
+                bests.append(record)
+        return bests
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -196,7 +229,7 @@ class _Appending:
         self._file.close()
 
 
-class _Board:
+class _TensorBoard:
     """An event file of TensorBoard's.
 
     Not by its EventFileWriter: that writes in a thread, where a full disk leaves a traceback, and then a run
@@ -212,7 +245,7 @@ class _Board:
         self._write(file_version="brain.Event:2")
 
     @classmethod
-    def open(cls, directory: Path) -> _Board | None:
+    def open(cls, directory: Path) -> _TensorBoard | None:
         """A new event file; None where TensorBoard is not installed."""
         try:
             import tensorboard.summary.writer.record_writer  # noqa: F401
@@ -230,6 +263,6 @@ class _Board:
     def _write(self, **what: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **what).SerializeToString())
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Closes the file."""
         self._records.close()

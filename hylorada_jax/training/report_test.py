@@ -1,6 +1,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 
 from hylorada_jax.errors import CheckpointError
@@ -23,6 +24,19 @@ def test_lines_up_to_the_resumed_step_stay_and_later_ones_go(tmp_path):
         assert log.evaluation_at(3) == evaluation
     expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, evaluation]
     assert read_metrics(path) == expected
+
+
+def test_the_bests_are_those_of_less_than_any_before(tmp_path):
+    rng = np.random.default_rng(0)
+    for losses in (rng.integers(0, 4, (20, 6)) / 3).tolist():
+        with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board", last_step=-1) as log:
+            for step, loss in enumerate(losses):
+                log.write({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(loss)})
+                log.write({"step": step, "loss": 0.0})
+            expected = [
+                step for step, loss in enumerate(losses) if loss < min(losses[:step], default=math.inf)
+            ]
+            assert [record["step"] for record in log.bests] == expected
 
 
 def test_a_damaged_line_is_an_error_of_ours(tmp_path):

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
@@ -117,16 +119,21 @@ class RunDirectory:
         identity: Mapping[str, Any],
         recorded: Mapping[str, Any],
         *,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
         resume: bool,
         overwrite: bool,
-    ) -> None:
+    ) -> RunRecord:
         """Makes the directory ready for a run, new or resumed.
 
         Args:
             identity: what the run computes, as plain JSON types.
             recorded: what it runs on, free to differ.
+            defaults: of the settings in ``identity``: what those are that the run there does not have yet.
             resume: the directory may hold a run, which must have the same identity.
             overwrite: a run in the directory is deleted, and nothing else.
+
+        Returns:
+            The content of the run's run.json.
 
         Raises:
             CheckpointError: as :meth:`refuse_unless` says, or the run that is there is another one.
@@ -137,15 +144,16 @@ class RunDirectory:
         """
         self.refuse_unless(resume=resume, overwrite=overwrite)
         # Through JSON, so that a tuple equals the list that is read back.
-        plain = json.loads(json.dumps([identity, recorded]))
-        run = RunRecord("hylorada run", 1, [place.name for place in self._places], *plain)
+        plain = json.loads(json.dumps({"identity": identity, "recorded": recorded}))
+        names = [place.name for place in self._places]
+        run = RunRecord("hylorada run", 1, names, **plain, id=secrets.token_hex(8))
         if overwrite:
             self._delete()
         if kind_of(self.run):
-            self._check_same_run(run)
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            run.write(self.run)
+            return self._same_run(run, defaults)
+        self.path.mkdir(parents=True, exist_ok=True)
+        run.write(self.run)
+        return run
 
     def _held(self) -> list[Path]:
         """run.json, under the one name or the other; under both where somebody has put one back."""
@@ -193,9 +201,10 @@ class RunDirectory:
             "Move that away, or choose another directory.",
         )
 
-    def _check_same_run(self, run: RunRecord) -> None:
+    def _same_run(self, run: RunRecord, defaults: Mapping[str, Any]) -> RunRecord:
+        """The run that is there, which must be the one at hand."""
         there = read_record(self.run)
-        differing = differences(there.identity, run.identity)
+        differing = differences(there.identity, run.identity, defaults)
         moved = differences(there.recorded, run.recorded)
         was = "; ".join(f"{key}: {then} in {self.run}, {now} now" for key, then, now in differing)
         changed = "; ".join(f"{key} {then}, now {now}" for key, then, now in moved if key != "model")
@@ -211,6 +220,7 @@ class RunDirectory:
                 "the last bits may differ from those of a run without interruption",
                 stacklevel=4,
             )
+        return there
 
 
 def _below(place: Path, written: re.Pattern[str]) -> Iterator[tuple[Path, bool]]:

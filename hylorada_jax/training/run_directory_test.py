@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.training.checkpoint_test import restore, save
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.identity import defaults
 from hylorada_jax.training.run_directory import RunDirectory
 
 IDENTITY = {"model": "m", "adapter": {"targets": ("q", "v"), "rank": 8}}
@@ -78,6 +81,21 @@ def test_a_run_is_resumed_with_the_same_identity_only(tmp_path):
     assert "['q'] now" in str(error.value)
     assert "new: (absent)" in str(error.value)
     assert "rank" not in str(error.value)
+
+
+def test_a_setting_that_a_run_does_not_have_yet_is_its_default(tmp_path):
+    adapter = HyLoRADAConfig(method="dora")
+    unset = defaults(adapter)
+    given = {"adapter": adapter.to_dict(), "training": TrainingConfig(output="a").fingerprint()}
+    run = opened(tmp_path, given)
+    record = json.loads(run.run.read_text())
+    for part, settings in given.items():
+        for name in settings:
+            fewer = {key: value for key, value in settings.items() if key != name}
+            run.run.write_text(json.dumps(record | {"identity": given | {part: fewer}}))
+            opened(tmp_path, given, defaults=unset, resume=True)
+            with pytest.raises(CheckpointError, match=rf"{part}\.{name}: .* other now"):
+                opened(tmp_path, given | {part: fewer | {name: "other"}}, defaults=unset, resume=True)
 
 
 def test_what_a_run_merely_ran_on_may_differ_and_is_told(tmp_path, recwarn):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,6 +23,7 @@ class RunRecord(msgspec.Struct, frozen=True):
         writes: the names in the directory that were free when the run began, and have been the run's since.
         identity: what the run computes (:mod:`hylorada_jax.training.identity`), as plain JSON types.
         recorded: what it runs on, free to differ.
+        id: by which others know the run; None of one that was begun before runs had any.
     """
 
     format: Literal["hylorada run"]
@@ -29,6 +31,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     writes: list[str]
     identity: dict[str, Any]
     recorded: dict[str, Any]
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")] | None = None
 
     def write(self, path: Path) -> None:
         """Writes run.json, whole; an OSError where that fails."""
@@ -50,12 +53,15 @@ def read_record(path: Path) -> RunRecord:
     return checked(body, RunRecord, rule, CheckpointError, remedy, path)
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> list[tuple[str, Any, Any]]:
     """What differs between two trees of plain JSON types; a value that is None might as well be absent.
 
     Args:
         then: of run.json.
         now: of the run at hand.
+        defaults: a tree of what is meant where ``then`` has nothing.
 
     Returns:
         (name, then, now) of each value that differs, by name.
@@ -64,7 +70,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
         >>> differences({"training": {"seed": 0, "old": None}}, {"training": {"seed": 3}})
         [('training.seed', 0, 3)]
     """
-    absent, before, after = "(absent)", _flat(then), _flat(now)
+    absent, before, after = "(absent)", _flat(defaults) | _flat(then), _flat(now)
     both = ((key, before.get(key, absent), after.get(key, absent)) for key in sorted({*before, *after}))
     off = (None, absent)
     return [(key, old, new) for key, old, new in both if old != new and not (old in off and new in off)]

@@ -24,12 +24,14 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.identity import circumstances, run_identity
+from hylorada_jax.training.identity import circumstances, defaults, run_identity
 from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
+from hylorada_jax.training.run_record import RunRecord
 from hylorada_jax.training.step import init_state, make_train_step
+from hylorada_jax.training.wandb_run import WandbRun, require_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +40,17 @@ class TrainingResult:
 
     Attributes:
         steps: optimizer steps done.
+        kept: the step whose adapter was kept: the last, or the best with ``keep="best"``.
         losses: training loss at each logged step, in nats per token.
         perplexity_before: on the held-out data before the first step; None without such data.
-        perplexity_after: after the last step.
+        perplexity_after: with the adapter that was kept.
         adapter: directory of the saved adapter.
         metrics: metrics.jsonl.
         loss_plot: loss.png.
     """
 
     steps: int
+    kept: int
     losses: list[float]
     perplexity_before: float | None
     perplexity_after: float | None
@@ -75,11 +79,17 @@ def check_data(
         The training documents, of one source or of several, and the held-out ones.
 
     Raises:
-        DataError: there is too little data, nothing in a source counts, or :func:`as_documents` finds a
-            fault.
+        DataError: there is too little data, nothing in a source counts, none is held out where the settings
+            need it, or :func:`as_documents` finds a fault.
         ConfigError: nothing in the adapter reads structure.
     """
     has_encoder = bool(adapter.use_hylorada_v2)
+    if eval_data is None and config.needs_evaluations:
+        raise DataError(
+            "Keeping the best and patience need held-out data.",
+            f"keep={config.keep}, patience={config.patience}, eval_data=None",
+            "Give held-out documents too.",
+        )
     mixture = as_mixture(train_data)
     documents = as_documents(mixture.documents, vocab, "training", has_encoder=has_encoder)
     if (tokens := sum(map(len, documents))) <= config.seq_len:
@@ -112,9 +122,10 @@ class HyLoRADATrainer:
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
-            rows, or nothing in the model reads structure.
-        DataError: there is too little data, a token id is outside the vocabulary, a row is longer than the
-            model's table of positions, or a field of a document does not fit its tokens.
+            rows, nothing in the model reads structure, or wandb is asked for and not installed.
+        DataError: there is too little data, none is held out where the settings need it, a token id is
+            outside the vocabulary, a row is longer than the model's table of positions, or a field of a
+            document does not fit its tokens.
         ModelError: the model has no output head that the built-in loss can read.
         CheckpointError: the output directory cannot be written, holds a run and neither resume nor overwrite
             is set, or holds something else of a name that a run writes.
@@ -148,7 +159,7 @@ class HyLoRADATrainer:
         self._identity = run_identity(model, config, train_data=mixture, eval_data=held_out)
 
     def train(self) -> TrainingResult:
-        """Runs to the last step, from the start or from the newest usable checkpoint.
+        """Runs to the end, from the start or from the newest usable checkpoint.
 
         Returns:
             Perplexities, losses and the places of the files.
@@ -161,12 +172,17 @@ class HyLoRADATrainer:
         """
         config, directory = self._config, self._directory
         try:
-            recorded = circumstances(self._model)
-            directory.open(self._identity, recorded, resume=config.resume, overwrite=config.overwrite)
+            run = directory.open(
+                self._identity,
+                circumstances(self._model),
+                defaults=defaults(self._model.config),
+                resume=config.resume,
+                overwrite=config.overwrite,
+            )
             if self._recipe is not None:
                 write_json(directory.recipe, self._recipe)
             with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
-                return self._train(checkpoints)
+                return self._train(checkpoints, run)
         except OSError as error:  # a full disk also meets the small files
             raise CheckpointError(
                 "The output directory must be writable.",
@@ -174,7 +190,7 @@ class HyLoRADATrainer:
                 "Free some space, then go on with resume (--resume).",
             ) from error
 
-    def _train(self, checkpoints: Checkpoints) -> TrainingResult:
+    def _train(self, checkpoints: Checkpoints, run: RunRecord) -> TrainingResult:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
         state = replicate(init_state(model.adapters, optimizer, config.seed))
@@ -186,20 +202,27 @@ class HyLoRADATrainer:
             print(f"{one_line(directory.path)} has no checkpoint yet: starting from the first step")
         start = int(state.step)
         with MetricsLog(directory.metrics, directory.tensorboard, last_step=start) as log:
+            if start and config.needs_evaluations:
+                _require_evaluations(log, checkpoints, config)
+            if config.report_to == "wandb":
+                settings = {**run.identity, "ran_on": run.recorded, "recipe": self._recipe}
+                log.send_to(WandbRun(directory.path, run.id, settings))
             loop = Loop(config, directory, checkpoints, log, replicate(model.frozen), self._evaluator)
-            if start == 0 and log.evaluation_at(0) is None:
-                loop.evaluate(state)
             state = loop.run(make_train_step(model, optimizer, config), state, batches)
             checkpoints.wait()
+            steps = kept = int(state.step)
+            if config.keep == "best" and (kept := log.bests[-1]["step"]) != steps:
+                state = checkpoints.state_of(kept, state)
             # Through the host: the frozen weights that the model still has are on one device.
             model.adapters = jax.device_put(jax.device_get(state.adapters))
             model.save_pretrained(directory.adapter, overwrite=True, weights=True)
             plot_losses(log.records, directory.loss_plot)
             return TrainingResult(
-                steps=config.steps,
+                steps=steps,
+                kept=kept,
                 losses=[record["loss"] for record in log.records if "loss" in record],
                 perplexity_before=_perplexity(log.evaluation_at(0)),
-                perplexity_after=_perplexity(log.evaluation_at(config.steps)),
+                perplexity_after=_perplexity(log.evaluation_at(kept)),
                 adapter=directory.adapter,
                 metrics=directory.metrics,
                 loss_plot=directory.loss_plot,
@@ -219,6 +242,23 @@ def _evaluator(
     )
 
 
+def _require_evaluations(log: MetricsLog, checkpoints: Checkpoints, config: TrainingConfig) -> None:
+    """Refuses to go on by evaluations that are not known, or to keep a best that is not there."""
+    if not log.evaluations:
+        raise CheckpointError(
+            "Keeping the best and patience go by the evaluations in metrics.jsonl.",
+            "none up to the checkpoint",
+            "Put an intact copy of the file in its place, or resume without keep and patience.",
+        )
+    best = log.bests[-1]["step"]
+    if config.keep == "best" and best not in checkpoints.steps:
+        raise CheckpointError(
+            "The best of a run can be kept while its checkpoint is there.",
+            f"the best evaluation so far, of step {best}, and {checkpoints.last}",
+            "Resume with keep='last' (--keep last), or start again with overwrite (--overwrite).",
+        )
+
+
 def _perplexity(record: Record | None) -> float | None:
     return None if record is None else record["eval_perplexity"]
 
@@ -232,11 +272,13 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
         config: the settings.
 
     Raises:
-        ConfigError: packing is asked for and the model knows no segments, or the devices do not divide the
-            rows.
+        ConfigError: packing is asked for and the model knows no segments, the devices do not divide the rows,
+            or wandb is asked for and not installed.
         DataError: a row is longer than the model's table of positions.
         ModelError: the model has no output head that the built-in loss can read.
     """
+    if config.report_to == "wandb":
+        require_wandb()
     vocab_size(base)  # asks for the head
     if config.packing:
         require_segments(base)

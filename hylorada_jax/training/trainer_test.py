@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import resource
 import signal
@@ -193,6 +194,18 @@ def test_perplexities_are_those_of_the_models_before_and_after(reference):
         assert found == pytest.approx(
             expected.perplexity, rel=1e-6
         )  # float32 sums in batches of another size
+
+
+def test_the_best_adapter_is_the_one_of_the_least_loss_in_the_log(tmp_path):
+    changes = {"learning_rate": 0.2, "schedule": "constant", "steps": 8, "eval_every": 1}
+    model, result = train(tmp_path / "run", keep="best", **changes)
+    losses = [r["eval_loss"] for r in read_metrics(result.metrics) if "eval_loss" in r]
+    assert 0 < result.kept == np.argmin(losses) < result.steps == 8
+    saved = HyLoRADAModel.from_pretrained(model.base, result.adapter)
+    jax.tree.map(np.testing.assert_array_equal, saved.adapters, model.adapters)
+    found = evaluate_perplexity(saved, texts(1, 4), seq_len=16, stride=16, batch_size=2)
+    assert found.loss == pytest.approx(min(losses), rel=1e-6)  # float32, compiled another time
+    assert result.perplexity_after == np.exp(min(losses))
 
 
 def test_interrupt_saves_and_resume_ends_bit_equal(tmp_path, reference, monkeypatch, capsys):
@@ -424,6 +437,18 @@ def test_jaxs_own_settings_are_part_of_what_a_run_is(reference):
             trainer.train()
 
 
+def test_a_run_of_an_older_version_is_resumed_where_what_it_did_not_know_is_off(reference):
+    place = reference[0] / "run.json"
+    content = place.read_text()
+    record = json.loads(content)
+    del record["identity"]["training"]["schedule"], record["identity"]["adapter"]["lora_A_gain"], record["id"]
+    place.write_text(json.dumps(record))
+    train(reference[0], resume=True)
+    with pytest.raises(CheckpointError, match=r"training.schedule: linear in .*cosine now"):
+        train(reference[0], resume=True, schedule="cosine")
+    place.write_text(content)
+
+
 def test_the_same_weights_under_another_name_are_the_same_run(tmp_path, reference):
     model = tiny_model()
     moved = HyLoRADAModel(dataclasses.replace(model.base, name="moved/model"), model.config)
@@ -534,13 +559,16 @@ def errors_of(directory):
 @pytest.mark.slow
 def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_cache):
     steps = 60
-    expected = child(tmp_path / "whole", compilation_cache, steps=steps)
+    # Held out is text that counts down: the better the run counts up, the worse, from some step on.
+    held_out = [list(range(28, -1, -1))]
+    settings = {"steps": steps, "keep": "best", "learning_rate": 0.03, "eval_data": held_out}
+    expected = child(tmp_path / "whole", compilation_cache, **settings)
     assert expected.wait(timeout=600) == 0, errors_of(tmp_path / "whole").read_text()
 
     rng = np.random.default_rng(int(os.environ.get("KILL_SEED", "0")))
     directory, killed_at = tmp_path / "killed", []
     for _ in range(3):
-        process = child(directory, compilation_cache, steps=steps)
+        process = child(directory, compilation_cache, **settings)
         # From the first line of its log on, anything may be under way: a step, a save, a rename, the end.
         already = len(read_metrics(directory / "metrics.jsonl"))
         while process.poll() is None and len(read_metrics(directory / "metrics.jsonl")) <= already:
@@ -549,13 +577,14 @@ def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_c
         process.kill()
         assert process.wait() in (-signal.SIGKILL, 0), errors_of(directory).read_text()
         killed_at.append(len(read_metrics(directory / "metrics.jsonl")))
-    last = child(directory, compilation_cache, steps=steps)
+    last = child(directory, compilation_cache, **settings)
     assert last.wait(timeout=600) == 0, errors_of(directory).read_text()
     assert len(set(killed_at)) > 1, killed_at
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (directory / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     metrics = [numbers(read_metrics(run / "metrics.jsonl")) for run in (directory, tmp_path / "whole")]
     assert metrics[0] == metrics[1]
+    assert 0 < min(Checkpoints(directory / "checkpoints", 3).steps) < steps - 3
 
 
 @pytest.mark.slow
