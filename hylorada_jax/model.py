@@ -66,6 +66,8 @@ class HyLoRADAModel:
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
         frozen: what does not train: {"params": the base's parameters, but for those that train themselves,
             "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
+        chat_template: with which it is trained on conversations, where that is not the base's own; saved with
+            the adapters.
         disabled: calling the model, or generating with it, uses the base alone; see :meth:`disable_adapter`.
 
     Args:
@@ -107,6 +109,7 @@ class HyLoRADAModel:
         self._unfrozen = unfrozen_paths(sites)
         self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
+        self.chat_template: str | None = None
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
     def init_adapters(self, seed: int) -> Adapters:
@@ -427,7 +430,14 @@ class HyLoRADAModel:
         """
         tensors = layout.flatten(self.sites, self.adapters)
         identity = self.identity(weights=weights)
-        adapter_files.write_adapter(directory, tensors, self.config, identity, overwrite=overwrite)
+        adapter_files.write_adapter(
+            directory,
+            tensors,
+            self.config,
+            identity,
+            overwrite=overwrite,
+            chat_template=self.chat_template,
+        )
 
     @classmethod
     def from_pretrained(
@@ -454,5 +464,5 @@ class HyLoRADAModel:
             adapter_files.check_weights(saved.base, model.identity(weights=True))
         tensors = saved.tensors()
         model.adapters = layout.unflatten(model.sites, tensors)
-        model.start = adapter_files.digest(tensors)
+        model.start, model.chat_template = adapter_files.digest(tensors), saved.chat_template
         return model

@@ -3,7 +3,8 @@
 Part of its identity, so that a run which differs in it is another run and is not resumed: the base model
 (its layers, its config, every bit of its weights and their dtype), the adapter's settings and where it
 started, the training settings that decide numbers, both data sets: tokens, which of them are scored,
-structure and order (so the tokenizer too), and jax's own settings of precision and random numbers.
+structure and order (so the tokenizer too), a chat template that is not the base's own, and jax's own
+settings of precision and random numbers.
 
 Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
 ``XLA_FLAGS`` and rematerialisation. They may change the last bits, and a run must be able to move to another
@@ -14,6 +15,7 @@ log_every, progress) and where the run is kept.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -54,12 +56,14 @@ def run_identity(
     Returns:
         Plain JSON types.
     """
+    template = model.chat_template
     base = {key: value for key, value in model.identity(weights=True).items() if key != "name"}
     return {
         "base": base,
         "adapter": model.config.to_dict(),
         "start": model.start,
         "training": config.fingerprint(),
+        "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
         "train_data": digest(train_data),
         "eval_data": eval_data and digest(eval_data),
         "jax": {"dtype": str(model.base.dtype)} | {name: getattr(jax.config, name) for name in _JAX_SETTINGS},
