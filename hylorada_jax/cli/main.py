@@ -8,6 +8,7 @@ import warnings
 
 import tyro
 
+from hylorada_jax.cli.chat import chat
 from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
@@ -62,6 +63,7 @@ def _run() -> None:
                 "data": data,
                 "evaluate": evaluate,
                 "generate": generate,
+                "chat": chat,
                 "params": params,
                 "merge": merge,
                 "export-peft": export_peft,
