@@ -17,6 +17,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # The models are small, and JAX computes on all cores beside: several threads of torch wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test finds what another one, or its user, has tokenized.
+os.environ["HYLORADA_CACHE"] = "off"
 # Several test processes share one GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

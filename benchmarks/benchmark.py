@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from benchmarks.contestants import contestant
-from benchmarks.experiment import BASE, Experiment, Variant, dev_loss, differences
-from benchmarks.trial import Runner, measure, require_row, training_rows
-from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
+from benchmarks.experiment import BASE, Candidate, Experiment, Variant, best_part, dev_loss, differences
+from benchmarks.trainables import trainable
+from benchmarks.trial import Evaluation, Runner, require_row, training_rows, whole
+from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, load_documents
 from hylorada_jax.data.document import TokenizedDocument, digest
-from hylorada_jax.data.examples import Document
+from hylorada_jax.data.examples import Example
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.data.tokenization import tokenize
+from hylorada_jax.data.tokenization import prepare, tokenize
 from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
@@ -27,12 +29,57 @@ from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.config import TrainingConfig
 from parity_tests.environment import environment
 
 Record = dict[str, Any]
+# What a compiled step is given as numbers: runs that differ in these alone share its program.
+_NUMBERS = (
+    "lora_A_init", "lora_A_gain", "gate_init", "residual_init", "lora_plus_ratio", "learning_rate",
+    "weight_decay",
+)  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One training of one row of the table; of the base, its measures alone."""
+
+    variant: Variant
+    candidate: Candidate
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        words = [self.variant.label]
+        if self.variant.kind != BASE:
+            point = [f"{name}{_short(value)}" for name, value in self.candidate.point.items()]
+            words += [f"{self.steps}steps", *point, f"seed{self.seed}"]
+        return re.sub(r"[^\w.+-]+", "-", "-".join(words))
+
+    def settings(self) -> Record:
+        """What decides what it computes, beside what all runs have; JSON-able."""
+        config = self.candidate.config
+        return {
+            "label": self.variant.label,
+            "kind": self.variant.kind,
+            "structure": self.variant.structure,
+            "config": None if config is None else config.to_dict(),
+            "point": dict(self.candidate.point),
+            "learning_rate": self.candidate.point.get("learning_rate", 0.0),
+            "steps": self.steps,
+            "seed": self.seed,
+        }
+
+
+class Program(NamedTuple):
+    """What is compiled for runs that differ in numbers alone."""
+
+    runner: Runner
+    evaluation: Evaluation
 
 
 class Benchmark:
@@ -43,6 +90,7 @@ class Benchmark:
         directory: of its runs.
         data_dir: where the files of its data lie; None where their paths say it.
         command: what started it, for the records.
+        keep_adapters: write each run's adapter to <directory>/adapters/<run>.
 
     Raises:
         DataError: data is missing, or too short for a row or for the retrieval probe; a row is longer than
@@ -54,37 +102,49 @@ class Benchmark:
         CheckpointError: the directory holds runs of other settings.
     """
 
-    def __init__(self, experiment: Experiment, directory: Path, data_dir: Path | None, command: str) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: Path,
+        data_dir: Path | None,
+        command: str,
+        *,
+        keep_adapters: bool = False,
+    ) -> None:
         refuse_unusable(directory)
         self._experiment, self._directory, self._command = experiment, directory, command
+        self._keep_adapters = keep_adapters
         empty = as_base(empty_model(experiment.model))
         require_segments(empty)
         check_range((experiment.batch_size, experiment.seq_len), limit=empty.position_limit)
         for variant in experiment.variants:
-            if variant.config is not None:
-                fit(empty, variant.config)
+            if (config := variant.candidates[0].config) is not None:
+                fit(empty, config)
         if experiment.seq_len < BUCKETS:
             raise ConfigError(
                 f"seq_len must have a token for each of {BUCKETS} places.", experiment.seq_len, "Give more."
             )
         self._tokenizer = load_tokenizer(experiment.model)
         texts = _texts(experiment, data_dir)
-        plain = {part: tokenize(found, self._tokenizer) for part, found in texts.items()}
+        structures = {None, *(variant.structure for variant in experiment.variants)}
+        self._texts: dict[str | None, dict[str, list[TokenizedDocument]]] = {
+            structure: {part: self._tokenized(part, found, structure) for part, found in texts.items()}
+            for structure in structures
+        }
+        plain = self._texts[None]
         for part, documents in plain.items():
-            require_row(part, documents, experiment.seq_len)
+            if whole(documents):
+                require_row(part, documents, experiment.seq_len)
         contexts(self._tokenizer, experiment.seq_len, experiment.retrieval_samples)
-        self._texts: dict[str | None, dict[str, list[TokenizedDocument]]] = {None: plain}
-        for structure in {variant.structure for variant in experiment.variants if variant.structure}:
-            self._texts[structure] = {
-                part: tokenize(found, self._tokenizer, structure) for part, found in texts.items()
-            }
         rows = len(self._rows(plain["train"]))
         length = TrainingConfig(output="", epochs=experiment.epochs or 1, batch_size=experiment.batch_size)
-        self._steps = experiment.steps or length.for_rows(rows).steps
+        self._budgets = experiment.steps or (length.for_rows(rows).steps,)
+        device = jax.devices()[0]
         self._settings = {
             "model": experiment.model,
             "dtype": experiment.dtype,
-            "steps": self._steps,
+            # Not the processor's name: a benchmark goes on where another of its kind left it.
+            "device": device.platform if device.platform == "cpu" else device.device_kind,
             "batch_size": experiment.batch_size,
             "seq_len": experiment.seq_len,
             "train_tokens": experiment.train_tokens,
@@ -97,83 +157,129 @@ class Benchmark:
             "tokens": {part: sum(map(len, documents)) for part, documents in plain.items()},
         }
         for variant in experiment.variants:
-            for rate in variant.learning_rates:
-                for seed in self._seeds(variant):
-                    if variant.kind != BASE:
-                        self._training(rate, seed)
-                    self._done(variant, rate, seed)
+            for steps in self._budgets:
+                for candidate in variant.candidates:
+                    for seed in experiment.seeds:
+                        run = Run(variant, candidate, steps, seed)
+                        if variant.kind != BASE:
+                            self._training(run)
+                            self._done(run)
         self._base: Any = None
+        self._programs: dict[str, Program] = {}
 
     def run(self) -> None:
-        """Does what is missing, one method after the other."""
+        """Does what is missing: of each budget all methods' searches, and then the other seeds."""
+        first, *others = self._experiment.seeds
+        left: dict[str, Sequence[Candidate]] = {}
         for variant in self._experiment.variants:
-            self._runner: Any = None
-            first, *others = self._seeds(variant)
-            grid = {rate: self._run(variant, rate, first) for rate in variant.learning_rates}
-            best = min(grid, key=lambda rate: dev_loss(grid[rate]))
+            left[variant.label] = variant.candidates
+            if variant.kind == BASE:
+                self._record(Run(variant, variant.candidates[0], 0, 0))
+        trained = [variant for variant in self._experiment.variants if variant.kind != BASE]
+        for steps in self._budgets:
+            self._programs = {}
+            for variant in trained:
+                left[variant.label] = self._ranked(variant, left[variant.label], steps, first)
             for seed in others:
-                self._run(variant, best, seed)
+                for variant in trained:
+                    self._record(Run(variant, left[variant.label][0], steps, seed))
+            left = {label: best_part(ranked, self._experiment.keep) for label, ranked in left.items()}
 
-    def _seeds(self, variant: Variant) -> tuple[int, ...]:
-        return (0,) if variant.kind == BASE else self._experiment.seeds
+    def _ranked(
+        self, variant: Variant, candidates: Sequence[Candidate], steps: int, seed: int
+    ) -> list[Candidate]:
+        """The candidates, the one with the least held-out loss first."""
+        runs = [Run(variant, candidate, steps, seed) for candidate in candidates]
+        losses = [dev_loss(self._record(run)) for run in runs]
+        return [candidates[at] for at in sorted(range(len(losses)), key=losses.__getitem__)]
 
-    def _run(self, variant: Variant, rate: float, seed: int) -> Record:
+    def _tokenized(
+        self, part: str, texts: list[Example], structure: Domain | None
+    ) -> list[TokenizedDocument]:
+        if part != "train":  # measured in windows, which overlap: nothing is cut off
+            return tokenize(texts, self._tokenizer, structure)
+        return prepare(texts, self._tokenizer, self._experiment.seq_len, structure=structure)[0]
+
+    def _record(self, run: Run) -> Record:
         """A run's record, from its file where there is one."""
-        if (done := self._done(variant, rate, seed)) is not None:
+        if (done := self._done(run)) is not None:
             return done
-        texts = self._texts[variant.structure]
-        what = variant.label if variant.kind == BASE else f"{variant.label}, rate {rate:g}, seed {seed}"
-        print(f"{one_line(what)} …", flush=True)
+        print(f"{one_line(run.name)} …", flush=True)
         try:
-            model, result = self._trained(variant, rate, seed)
-            result |= measure(model, texts["dev"], texts["test"], self._experiment, self._tokenizer)
-            print(f"    perplexity {result['perplexity']:.3f}, by place {result['lim_perplexity']:.3f}")
-        except NonFiniteError as error:  # a result too: the rate is not this method's
+            result = self._result(run)
+            print(f"    held out {result['dev_loss']:.4f}, perplexity {result['perplexity']:.3f}", flush=True)
+        except NonFiniteError as error:  # a result too: the settings are not this method's
             result = {"diverged": error.received}
-            print(f"    diverged: {error.received}")
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            result = {"out_of_memory": one_line(str(error))[:300]}
+        if "dev_loss" not in result:
+            print(f"    {result}", flush=True)
         record = {
-            "settings": self._settings_of(variant, rate, seed),
+            "settings": self._settings | run.settings(),
             "command": self._command,
             "environment": environment(),
             "result": result,
         }
         self._directory.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(variant, rate, seed), record)
+        write_json(self._file(run), record)
         return record
 
-    def _trained(self, variant: Variant, rate: float, seed: int) -> tuple[Any, Record]:
-        """A contestant after training, and what the table says of that."""
-        experiment, documents = self._experiment, self._texts[variant.structure]["train"]
+    def _result(self, run: Run) -> Record:
+        """What the table says of a run."""
         if self._base is None:
-            self._base = load_model(experiment.model, dtype=jnp.dtype(experiment.dtype))
-        if self._runner is None:
-            self._contestant = contestant(self._base, variant)
-            self._runner = Runner(self._rows(documents))
-        if self._contestant is None:
-            return self._base, {"parameters": 0}
-        trained, result = self._runner.train(self._contestant, self._training(rate, seed))
-        return self._contestant.trained(trained), result
+            self._base = load_model(self._experiment.model, dtype=jnp.dtype(self._experiment.dtype))
+        trained = trainable(self._base, run.variant.kind, run.candidate.config)
+        program = self._compiled(run, self._base if trained is None else trained.model)
+        if trained is None:
+            return {
+                "parameters": 0,
+                "dev_loss": program.evaluation.dev_loss({}),
+            } | program.evaluation.measure({})
+        held_out: dict[int, float] = {}
 
-    def _training(self, rate: float, seed: int) -> TrainingConfig:
+        def judge(step: int, adapters: Any) -> None:
+            if step in _places(self._budgets[0], run.steps):
+                held_out[step] = program.evaluation.dev_loss(adapters)
+
+        adapters, result = program.runner.train(trained, self._training(run), on_step=judge)
+        result |= {"held_out": held_out, "dev_loss": held_out[run.steps]}
+        result |= program.evaluation.measure(adapters)
+        if self._keep_adapters and run.candidate.config is not None:
+            trained.trained(adapters).save_pretrained(self._directory / "adapters" / run.name, overwrite=True)
+        return result
+
+    def _compiled(self, run: Run, model: Any) -> Program:
+        """What is compiled for a run, and for those of its budget that differ from it in numbers alone."""
+        shape = {name: value for name, value in run.candidate.point.items() if name not in _NUMBERS}
+        key = json.dumps([run.variant.label, shape], sort_keys=True)
+        if key not in self._programs:
+            texts = self._texts[run.variant.structure]
+            evaluation = Evaluation(model, texts["dev"], texts["test"], self._experiment, self._tokenizer)
+            self._programs[key] = Program(Runner(self._rows(texts["train"])), evaluation)
+        return self._programs[key]
+
+    def _training(self, run: Run) -> TrainingConfig:
         return TrainingConfig(
             output=self._directory,
-            steps=self._steps,
+            steps=run.steps,
             batch_size=self._experiment.batch_size,
             seq_len=self._experiment.seq_len,
-            learning_rate=rate,
-            seed=seed,
+            seed=run.seed,
+            **run.candidate.training,
         )
 
     def _rows(self, documents: list[TokenizedDocument]) -> Rows | list[Batch]:
         return training_rows(documents, self._experiment.seq_len, self._experiment.train_tokens)
 
-    def _done(self, variant: Variant, rate: float, seed: int) -> Record | None:
+    def _done(self, run: Run) -> Record | None:
         """The record of a run that was done, whose settings must be those of this one."""
-        file = self._file(variant, rate, seed)
+        file = self._file(run)
         if not file.exists():
             return None
         record = json.loads(file.read_text("utf-8"))
-        if changed := differences(record["settings"], self._settings_of(variant, rate, seed)):
+        if changed := differences(record["settings"], self._settings | run.settings()):
             raise CheckpointError(
                 "A directory holds the runs of one experiment.",
                 f"{file}: {changed}",
@@ -181,30 +287,31 @@ class Benchmark:
             )
         return record
 
-    def _settings_of(self, variant: Variant, rate: float, seed: int) -> Record:
-        own = {"label": variant.label, "learning_rate": rate, "seed": seed, **variant.settings()}
-        return self._settings | own
-
-    def _file(self, variant: Variant, rate: float, seed: int) -> Path:
-        slug = re.sub(r"[^\w.+-]+", "-", variant.label)
-        ending = "" if variant.kind == BASE else f"-rate{rate:g}-seed{seed}"
-        return self._directory / f"{slug}{ending}.json"
+    def _file(self, run: Run) -> Path:
+        return self._directory / f"{run.name}.json"
 
 
-def _texts(experiment: Experiment, data_dir: Path | None) -> dict[str, list[Document]]:
-    """The documents to train on, to choose the learning rate by, and to report on."""
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _places(first: int, steps: int) -> set[int]:
+    """Where a run's held-out loss is looked at: at the first budget, at its doublings, and at the end."""
+    return {first << i for i in range(steps.bit_length()) if first << i < steps} | {steps}
+
+
+def _texts(experiment: Experiment, data_dir: Path | None) -> dict[str, list[Example]]:
+    """The documents to train on, to choose settings by, and to report on."""
 
     def source(data: str) -> str:
-        return data if data_dir is None or data == PYTHON_STDLIB else str(data_dir / data)
+        if data_dir is None or data in (PYTHON_STDLIB, PYTHON_DOCSTRINGS):
+            return data
+        return str(data_dir / data)
 
     train_data = source(experiment.train_data)
-    train, held_out = (load_documents(train_data, split, form="text") for split in ("train", "eval"))
+    train, held_out = (load_documents(train_data, split) for split in ("train", "eval"))
     if experiment.test_data is not None:
-        return {
-            "train": train,
-            "dev": held_out,
-            "test": load_documents(source(experiment.test_data), form="text"),
-        }
+        return {"train": train, "dev": held_out, "test": load_documents(source(experiment.test_data))}
     if len(held_out) < 2:
         raise ConfigError(
             "Without test data, half of the held-out documents are tested on.",

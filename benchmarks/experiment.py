@@ -1,12 +1,13 @@
-"""What a benchmark compares: models, data and budget, as a file that anyone can run again."""
+"""What a benchmark compares: models, data and budgets, as a file that anyone can run again."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,29 @@ from hylorada_jax.structure.code import Domain
 BASE, FULL = "base", "full"
 NAMES = (BASE, FULL, *METHODS)
 INSTALL = 'pip install -e ".[benchmarks]" -c constraints.txt'
-# Settings of a contestant that are not its adapter's.
-_OWN = ("structure", "learning_rates")
+# Settings of a row that are not its adapter's.
+_OWN = ("structure", "grid")
+_ADAPTER = [field.name for field in dataclasses.fields(HyLoRADAConfig) if field.name != "method"]
+# Those of TrainingConfig that are not a budget, the same for all.
+_TRAINING = ("learning_rate", "schedule", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A method with a value for each setting that is searched.
+
+    Attributes:
+        point: these values, by name.
+        config: of the adapter; None where there is none.
+    """
+
+    point: Mapping[str, Any]
+    config: HyLoRADAConfig | None
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Those of the values that are arguments of TrainingConfig."""
+        return {name: value for name, value in self.point.items() if name in _TRAINING}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,42 +51,38 @@ class Variant:
     Attributes:
         label: how the table calls it.
         kind: "base" (nothing is trained), "full" (all is), or "adapter".
-        config: of the adapter.
         structure: what a structure encoder reads: "code", or None.
-        learning_rates: of which the best is taken.
+        candidates: of which the best is taken.
     """
 
     label: str
     kind: Literal["base", "full", "adapter"]
-    config: HyLoRADAConfig | None
     structure: Domain | None
-    learning_rates: tuple[float, ...]
-
-    def settings(self) -> dict[str, Any]:
-        """All that decides what it computes, JSON-able."""
-        config = None if self.config is None else self.config.to_dict()
-        return {"kind": self.kind, "config": config, "structure": self.structure}
+    candidates: tuple[Candidate, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Contestants on the same data, tokens and seeds.
+    """Methods on the same data, tokens and seeds, each with the settings that are best for it.
 
     Args:
         name: of its directory of results, and of its table.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
-        train_data: what is adapted on: a file, a glob, a Hub dataset, or python-stdlib. About 5 % of it is
-            held out, by which the learning rate is chosen.
+        train_data: what is adapted on: a file, a glob, a Hub dataset, python-stdlib or python-docstrings.
+            About 5 % of it is held out, by which settings are chosen.
         test_data: what is reported on, and nothing is chosen by; None: half of what is held out.
         methods: {label: settings}: of :class:`HyLoRADAConfig`, the method being the label where none is
-            given; or the labels base and full. Further: ``"structure": "code"`` and ``learning_rates``;
-            ``"lora_A": "kaiming"`` is short for lora_A_init.
+            given; or the labels base and full. Further: ``"structure": "code"``, and a ``grid``, whose
+            settings are added to those of all or take their place.
         adapter: settings that every adapter has whose own do not say otherwise.
-        learning_rates: the grid that each contestant chooses from, with the first seed; sparse has a rate of
-            its own.
-        seeds: of the adapters' start and the order of the data.
+        grid: {setting: values}, of :class:`HyLoRADAConfig` and :class:`TrainingConfig`: each method is
+            tried with each combination. The weights alone train in full, so only the latter are tried there;
+            sparse has a learning rate of its own.
+        keep: at each budget, the part of a method's combinations that goes on to the next (successive
+            halving).
+        seeds: of the adapters' start and the order of the data. Combinations are tried with the first.
         epochs: passes over the training data; or
-        steps: optimizer steps.
+        steps: optimizer steps; several are budgets, each with runs of its own.
         batch_size: rows per step.
         seq_len: tokens per row, in training and in every measure.
         train_tokens: of the training data, about so many, spread evenly; None takes all.
@@ -75,6 +93,8 @@ class Experiment:
 
     Raises:
         ConfigError: a value is out of range, a method is unknown, or one of its settings is refused.
+
+    Source: successive halving is Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification".
     """
 
     name: str = "benchmark"
@@ -85,10 +105,13 @@ class Experiment:
         default_factory=lambda: {name: {} for name in ("lora", "dora", "lorada", "hylorada")}
     )
     adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    grid: Mapping[str, Sequence[Any]] = dataclasses.field(
+        default_factory=lambda: {"learning_rate": (5e-4, 1e-3, 2e-3)}
+    )
+    keep: float = 1 / 3
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: float | None = None
-    steps: int | None = None
+    steps: tuple[int, ...] | None = None
     batch_size: int = 2
     seq_len: int = 256
     train_tokens: int | None = None
@@ -98,8 +121,10 @@ class Experiment:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("learning_rates", "seeds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if self.steps is not None:
+            steps = self.steps if isinstance(self.steps, list | tuple) else (self.steps,)
+            object.__setattr__(self, "steps", tuple(steps))
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ConfigError(
                 "A name must be one that a directory can have.",
@@ -109,17 +134,23 @@ class Experiment:
         if (self.epochs is None) == (self.steps is None):
             received = f"epochs={self.epochs}, steps={self.steps}"
             raise ConfigError("A budget is either epochs or steps.", received, "Give one of the two.")
-        for name in ("epochs", "steps", "batch_size", "train_tokens", "dev_tokens", "test_tokens"):
+        for name in ("epochs", "batch_size", "train_tokens", "dev_tokens", "test_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive.", repr(value), "Correct it.")
-        for name in ("learning_rates", "seeds", "methods"):
+        if not 0 < self.keep <= 1:
+            raise ConfigError("keep must be in (0, 1].", repr(self.keep), "Give a part, as 0.5.")
+        for name in ("seeds", "methods"):
             require_each_once(name, getattr(self, name))
+        if self.steps is not None:
+            require_each_once("steps", self.steps)
+            if list(self.steps) != sorted(self.steps):
+                raise ConfigError("steps must grow.", list(self.steps), "Put the smallest budget first.")
         _ = self.variants
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """The contestants, in the order of the table."""
+        """The rows of the table, in their order."""
         return tuple(self._variant(label, dict(settings)) for label, settings in self.methods.items())
 
     def _variant(self, label: str, settings: dict[str, Any]) -> Variant:
@@ -129,29 +160,42 @@ class Experiment:
             raise ConfigError(f"A method is one of {', '.join(NAMES)}.", repr(name), near(str(name), NAMES))
         if own.get("structure", "code") != "code":
             raise ConfigError('Beside the adapter\'s settings: "structure": "code".', own, "Correct it.")
-        if "lora_A" in settings:
-            settings["lora_A_init"] = settings.pop("lora_A")
-        rates = tuple(own.get("learning_rates", self.learning_rates))
         kind: Literal["base", "full", "adapter"] = name if name in (BASE, FULL) else "adapter"
-        config = HyLoRADAConfig.from_dict({**self.adapter, **settings}) if kind == "adapter" else None
-        if kind == BASE:
-            rates = (0.0,)
-        if config and config.method == "sparse":
+        grid = {**self.grid, **own.get("grid", {})}
+        for searched, values in grid.items():
+            if searched not in (*_ADAPTER, *_TRAINING):
+                known = (*_ADAPTER, *_TRAINING)
+                raise ConfigError(
+                    "A grid must have settings of adapters or training.",
+                    repr(searched),
+                    near(searched, known),
+                )
+            require_each_once(f"The values of {searched}", values)
+        if kind != "adapter":
+            grid = {key: values for key, values in grid.items() if kind == FULL and key in _TRAINING}
+        elif name == "sparse":
             # All that it trains has a rate of its own: of a grid, every run would be the same.
             from hylorada_jax.training.optimizer import GROUPS
 
-            rates = (GROUPS["sparse"].rate,)
+            grid["learning_rate"] = (GROUPS["sparse"].rate,)
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        candidates = tuple(self._candidate(kind, settings, point) for point in points)
+        config = candidates[0].config
         structure = own.get("structure")
         if structure and not (config and config.use_hylorada_v2):
             received = f"{label}: structure {structure}"
             raise ConfigError("Only hylorada_v2 reads structure.", received, "Leave it out there.")
-        return Variant(
-            label=label,
-            kind=kind,
-            config=config,
-            structure=structure,
-            learning_rates=rates,
-        )
+        return Variant(label=label, kind=kind, structure=structure, candidates=candidates)
+
+    def _candidate(self, kind: str, settings: dict[str, Any], point: dict[str, Any]) -> Candidate:
+        if kind != "adapter":
+            return Candidate(point=point, config=None)
+        searched = {name: value for name, value in point.items() if name in _ADAPTER}
+        config = HyLoRADAConfig.from_dict({**self.adapter, **settings, **searched})
+        if "lora_plus_ratio" in searched and not config.lora_plus_enabled:
+            rule = "lora_plus_ratio is read with LoRA+ only."
+            raise ConfigError(rule, f"a grid of it for {settings}", 'Add "lora_plus_enabled": true.')
+        return Candidate(point=point, config=config)
 
     @classmethod
     def load(cls, path: Path, **changes: Any) -> Experiment:
@@ -187,6 +231,16 @@ def require_each_once(name: str, values: Collection[Any]) -> None:
         raise ConfigError(f"{name} must be there, each once.", list(values), "Correct the list.")
 
 
+def best_part(ranked: Sequence[Any], keep: float) -> list[Any]:
+    """The first of a ranking that go on to the next budget: ⌈keep · n⌉ of n.
+
+    Example:
+        >>> best_part("abcdefg", 1 / 3)
+        ['a', 'b', 'c']
+    """
+    return list(ranked[: math.ceil(keep * len(ranked))])
+
+
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """What of some settings is not as it was when they were written as JSON; empty where all is."""
     now = json.loads(json.dumps(ours))  # a tuple comes back as a list
@@ -194,5 +248,5 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 def dev_loss(record: Mapping[str, Any]) -> float:
-    """The held-out loss of a run, in nats, from its record; infinite where it diverged."""
+    """The held-out loss of a run, in nats, from its record; infinite where it did not end."""
     return record["result"].get("dev_loss", math.inf)

@@ -24,7 +24,7 @@ class Cost(NamedTuple):
     bytes_accessed: float
 
 
-def program_cost(text: str) -> Cost:
+def program_cost(text: str, turns: float | None = None) -> Cost:
     """The cost of an optimized HLO program.
 
         cost(C) = xla(C) + Σ_{while w in C} (trips_w · cost(body_w) − xla(body_w))
@@ -33,12 +33,13 @@ def program_cost(text: str) -> Cost:
 
     Args:
         text: from ``jax.stages.Compiled.as_text``.
+        turns: how often a loop runs that counts to a number which depends on the data; None refuses one.
 
     Returns:
         The cost on one device.
 
     Raises:
-        DataError: it cannot be read off how often a loop runs.
+        DataError: it cannot be read off how often a loop runs, and nobody says it.
     """
     # Metadata names places in the source, which the parser misses in a part of a program.
     text = re.sub(r", metadata=\{[^}]*\}", "", text)
@@ -52,7 +53,7 @@ def program_cost(text: str) -> Cost:
         flops, moved = _xla_cost(name, computations)
         for condition, body in _WHILE.findall(computations[name]):
             reached += 1
-            trips = _trips(computations[condition])
+            trips = _trips(computations[condition], turns)
             once, all_of_it = _xla_cost(body, computations), cost(body)
             flops += trips * all_of_it.flops - once.flops
             moved += trips * all_of_it.bytes_accessed - once.bytes_accessed
@@ -68,14 +69,18 @@ def program_cost(text: str) -> Cost:
     return total
 
 
-def _trips(condition: str) -> int:
-    """How often a loop runs that counts from 0: its condition compares the counter with the one constant."""
+def _trips(condition: str, turns: float | None) -> float:
+    """How often a loop runs that counts from 0: its condition compares the counter with a limit."""
     limits = re.findall(r" constant\((\d+)\)", condition)
-    if len(limits) != 1 or "direction=LT" not in condition:
-        raise DataError(
-            "A loop's condition is `counter < constant`.", condition, "Let program_cost read this one too."
-        )
-    return int(limits[0])
+    if "direction=LT" in condition and len(limits) == 1:
+        return int(limits[0])
+    if "direction=LT" in condition and not limits and turns is not None:
+        return turns
+    raise DataError(
+        "A loop's condition must be `counter < constant`, or `turns` be given for a limit that the data set.",
+        condition,
+        "Let program_cost read this one too.",
+    )
 
 
 def _xla_cost(name: str, computations: dict[str, str]) -> Cost:

@@ -47,6 +47,12 @@ def test_loops_are_counted_as_often_as_they_run():
     assert program_cost(PROGRAM).bytes_accessed == 5 * (3 * (3 * 64 + 16) + 9) + 9
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_is_refused_or_told_its_turns():
     with pytest.raises(DataError, match="direction=GT"):
-        program_cost(PROGRAM.replace("direction=LT", "direction=GT"))
+        program_cost(PROGRAM.replace("direction=LT", "direction=GT"), turns=2)
+    # The inner limit is now one of the loop's own values.
+    told = PROGRAM.replace("constant(3)", "get-tuple-element(%p.1), index=0")
+    with pytest.raises(DataError, match="direction=LT"):
+        program_cost(told)
+    assert program_cost(told, turns=3) == program_cost(PROGRAM)
+    assert program_cost(told, turns=1.5).flops == 5 * (1.5 * 128 + 1) + 1

@@ -177,7 +177,7 @@ class Search:
     def _objective(self, trial: optuna.Trial) -> float:
         import optuna
 
-        from benchmarks.contestants import Adapted
+        from benchmarks.trainables import Adapted
         from hylorada_jax.errors import NonFiniteError
         from hylorada_jax.models.loading import load_model
         from hylorada_jax.training.config import TrainingConfig

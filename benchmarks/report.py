@@ -4,53 +4,28 @@
 
 Writes table.md, loss.png, by_place.png and parameters.png beside the runs. In the page the table takes the
 place of what stands between `<!-- results:NAME -->` and `<!-- end -->`. With --rate, all that is compared has
-one learning rate, and table-rate<RATE>.md is written, alone.
+one learning rate, and table-rate<RATE>.md is written, alone. Of several budgets the largest is shown, or that
+of --steps; all of them are compared by benchmarks/budgets.py.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.command import run
-from benchmarks.experiment import BASE, dev_loss
-from hylorada_jax.errors import CheckpointError, ConfigError
+from benchmarks.rows import Record, Row, mean, read
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.io.files import write_figure, write_whole
 from hylorada_jax.terminal import show
-
-Record = dict[str, Any]
-
-
-class Row(NamedTuple):
-    """What the table says of one method: its runs with one learning rate.
-
-    Attributes:
-        label: the method's.
-        rate: the learning rate.
-        runs: those that ended, in the order of the seeds.
-        diverged: how many did not.
-        rates: how many rates it was tried with.
-    """
-
-    label: str
-    rate: float
-    runs: list[Record]
-    diverged: int
-    rates: int
-
-    def values(self, name: str) -> list[float]:
-        """A result of every run, in the order of the seeds."""
-        return [run["result"][name] for run in self.runs]
 
 
 def main(
@@ -60,6 +35,7 @@ def main(
     page: Path | None = None,
     against: str | None = None,
     rate: float | None = None,
+    steps: int | None = None,
 ) -> None:
     """Print the table of a benchmark, and draw its plots.
 
@@ -68,8 +44,9 @@ def main(
         page: a Markdown file whose table is replaced.
         against: a method; the table also says by how much the others differ from it, seed by seed.
         rate: take the runs with this learning rate, in place of each method's own.
+        steps: take the runs of this budget [the largest].
     """
-    rows = read(directory, rate)
+    rows = read(directory, rate, steps)
     text = table(rows, against=against)
     show(text)
     write_whole(directory / ("table.md" if rate is None else f"table-rate{rate:g}.md"), text.encode())
@@ -77,61 +54,6 @@ def main(
         plot(rows, directory)
     if page is not None:
         write_whole(page, replaced(page.read_text("utf-8"), directory.name, text).encode())
-
-
-def read(directory: Path, rate: float | None = None) -> list[Row]:
-    """The rows of a benchmark, the least perplexity last, but for what diverged.
-
-    Args:
-        directory: of the runs.
-        rate: of the runs to take. None takes those of the learning rate with the least held-out loss on the
-            seed that all rates were tried with, for each method.
-
-    Raises:
-        CheckpointError: there are no runs, or they are not of one experiment.
-    """
-    records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
-    if not records:
-        raise CheckpointError(
-            "A benchmark must have runs.", f"none in {directory}", "Run run_benchmark.py first."
-        )
-    shared = {json.dumps(_shared(record), sort_keys=True) for record in records}
-    if len(shared) > 1:
-        raise CheckpointError(
-            "The runs of a table have the same data and budget.", f"{len(shared)} kinds", "Separate them."
-        )
-    by_label: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["settings"]["seed"]):
-        by_label.setdefault(record["settings"]["label"], []).append(record)
-    rows = []
-    for label, runs in by_label.items():
-        seed = runs[0]["settings"]["seed"]
-        grid = [run for run in runs if run["settings"]["seed"] == seed]
-        best = min(grid, key=dev_loss)["settings"]["learning_rate"]
-        chosen = best if rate is None or _is_base(runs) else rate
-        own = [run for run in runs if run["settings"]["learning_rate"] == chosen]
-        ended = [run for run in own if "diverged" not in run["result"]]
-        if own:
-            rows.append(Row(label, chosen, ended, len(own) - len(ended), len(grid)))
-    if not any(row.runs for row in rows):
-        received = f"{directory}, learning rate {rate}" if rate else directory
-        raise CheckpointError("Some run must have ended.", received, "Look into its files, or run others.")
-    # Infinite where none ended: those come first.
-    return sorted(rows, key=lambda row: -_mean(row.values("perplexity")))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.mean(values) if values else math.inf
-
-
-def _is_base(runs: Sequence[Record]) -> bool:
-    return runs[0]["settings"]["kind"] == BASE
-
-
-def _shared(record: Record) -> Record:
-    # Records from before the start of lora_A was a setting of the config have "kaiming".
-    own = ("label", "learning_rate", "seed", "kind", "config", "kaiming", "structure")
-    return {key: value for key, value in record["settings"].items() if key not in own}
 
 
 def table(rows: Sequence[Row], *, against: str | None = None) -> str:
@@ -146,32 +68,36 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
         raise ConfigError(
             f"A method of the table is one of {', '.join(labels)}.", repr(against), "Choose one."
         )
-    probed = all("retrieval" in run["result"] for row in rows for run in row.runs)
-    heads = ["method", "parameters", "rate", "PPL"]
+    placed, probed = (
+        all(name in run["result"] for row in rows for run in row.runs)
+        for name in ("lim_perplexity", "retrieval")
+    )
+    searched = list(dict.fromkeys(name for row in rows for name in row.point if name != "learning_rate"))
+    heads = ["method", "parameters", "rate", *searched, "PPL"]
     heads += [f"PPL − {against}"] if against is not None else []
-    heads += ["LiM PPL", "middle / ends"] + (["found"] if probed else [])
+    heads += (["LiM PPL", "middle / ends"] if placed else []) + (["found"] if probed else [])
     heads += ["step, s", "tokens/s", "memory, MB"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     seeds = _seeds(rows)
     for row in rows:
         if not row.runs:
-            lines.append([row.label, "", f"{row.rate:g}", "diverged", *[""] * (len(heads) - 4)])
+            chosen = [str(row.point.get(name, "")) for name in searched]
+            blank = [""] * (len(heads) - 4 - len(searched))
+            lines.append([row.label, "", f"{row.rate:g}", *chosen, "did not end", *blank])
             continue
-        trained = not _is_base(row.runs)
+        trained = row.trained
         short = f"{len(row.runs)} of {seeds} seeds" if trained and len(row.runs) < seeds else ""
-        lost = f"{row.diverged} diverged" if row.diverged else ""
+        lost = f"{row.failed} did not end" if row.failed else ""
         notes = ", ".join(note for note in (short, lost) if note)
         cells = [
             f"{row.label} ({notes})" if notes else row.label,
             f"{row.runs[0]['result']['parameters']:,}",
             f"{row.rate:g}" if trained else "",
+            *(str(row.point.get(name, "")) for name in searched),
             plus_minus(row.values("perplexity"), 2),
             *([_difference(row, labels[against])] if against is not None else []),
-            plus_minus(row.values("lim_perplexity"), 2),
-            plus_minus(
-                [a / b for a, b in zip(row.values("lim_middle"), row.values("lim_ends"), strict=True)], 3
-            ),
-            *([plus_minus([_mean(found) for found in row.values("retrieval")], 2)] if probed else []),  # type: ignore[arg-type]
+            *(_places(row) if placed else []),
+            *([plus_minus([mean(found) for found in row.values("retrieval")], 2)] if probed else []),  # type: ignore[arg-type]
             *(
                 f"{scale * statistics.median(row.values(name)):,.{digits}f}" if trained else ""
                 for name, scale, digits in (
@@ -185,11 +111,20 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
     return f"{markdown(lines)}\n\n{caption(rows)}\n"
 
 
+def _places(row: Row) -> list[str]:
+    """LiM PPL, and the middle's perplexity by the ends'."""
+    ratios = [a / b for a, b in zip(row.values("lim_middle"), row.values("lim_ends"), strict=True)]
+    return [plus_minus(row.values("lim_perplexity"), 2), plus_minus(ratios, 3)]
+
+
 def caption(rows: Sequence[Row]) -> str:
     """Where the numbers come from, in words."""
-    record = next(row for row in rows if row.runs).runs[0]
+    ended = [row.runs[0] for row in rows if row.runs]
+    record = max(ended, key=lambda record: record["settings"]["steps"])  # the base has none
     settings, tokens, result = record["settings"], record["settings"]["tokens"], record["result"]
-    placed = result["lim_sequences"] * settings["seq_len"]
+    scored = f"PPL of {result['scored_tokens']:,}"
+    if "lim_sequences" in result:
+        scored += f", LiM PPL of {result['lim_sequences'] * settings['seq_len']:,}"
     environments = [run["environment"] for row in rows for run in row.runs]
     commits = sorted({str(e["commit"]) for e in environments})
     loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
@@ -198,8 +133,8 @@ def caption(rows: Sequence[Row]) -> str:
     return (
         f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
-        f"{test} in windows of {settings['seq_len']}: PPL of {result['scored_tokens']:,}, LiM PPL of "
-        f"{placed:,} of its {tokens['test']:,} tokens. Mean ± standard deviation over {_seeds(rows)} "
+        f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens. "
+        f"Mean ± standard deviation over {_seeds(rows)} "
         f"seeds, not over other text; {_rates(rows)}. Step, tokens/s: medians on "
         f"{_devices(rows)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
     )
@@ -217,14 +152,15 @@ def _devices(rows: Sequence[Row]) -> str:
 
 
 def _rates(rows: Sequence[Row]) -> str:
-    """How the learning rates were come by, in words."""
-    trained = [row for row in rows if not (row.runs and _is_base(row.runs))]
-    if len(rates := {row.rate for row in trained}) == 1:
+    """How the settings were come by, in words."""
+    trained = [row for row in rows if row.trained]
+    alone = all(list(row.point) == ["learning_rate"] for row in trained)
+    if alone and len(rates := {row.rate for row in trained}) == 1:
         return f"all with the learning rate {rates.pop():g}"
-    chosen = "each method with the learning rate that was best for it on held-out training data"
-    usual = statistics.mode(row.rates for row in trained)
-    others = "".join(f", {row.label} of {row.rates}" for row in trained if row.rates != usual)
-    return f"{chosen}, of {usual} rates{others}"
+    usual = statistics.mode(row.tried for row in trained)
+    others = "".join(f", {row.label} of {row.tried}" for row in trained if row.tried != usual)
+    chosen, many = ("learning rate that was", "rates") if alone else ("settings that were", "combinations")
+    return f"each method with the {chosen} best for it on held-out training data, of {usual} {many}{others}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -254,9 +190,9 @@ def _difference(row: Row, other: Row) -> str:
     if row is other:
         return ""
     ours, theirs = ({r["settings"]["seed"]: r["result"]["perplexity"] for r in x.runs} for x in (row, other))
-    if _is_base(row.runs):  # has no seed
+    if not row.trained:  # has no seed
         ours = dict.fromkeys(theirs, row.values("perplexity")[0])
-    if other.runs and _is_base(other.runs):
+    if not other.trained:
         theirs = dict.fromkeys(ours, other.values("perplexity")[0])
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return plus_minus(differences, 2) if differences else ""
@@ -289,15 +225,9 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
         rows: from :func:`read`.
         directory: of loss.png, by_place.png and parameters.png.
     """
-    from cycler import cycler
-    from matplotlib import rcParams  # imported late: it takes a second
-
     rows = [row for row in rows if row.runs]
-    # A method looks the same in all three. There are ten colours, and tables of more methods.
-    forms = cycler(linestyle=["-", "--"], marker=["o", "s"])
-    styles = itertools.cycle(forms * rcParams["axes.prop_cycle"])
-    style = {row.label: {"label": row.label, **next(styles)} for row in rows}
-    trained = [row for row in rows if not _is_base(row.runs)]
+    style = styles([row.label for row in rows])
+    trained = [row for row in rows if row.trained]
 
     def losses(axes: Any) -> None:
         for row in trained:
@@ -325,8 +255,20 @@ def plot(rows: Sequence[Row], directory: Path) -> None:
         axes.legend()
 
     draw(directory / "loss.png", losses)
-    draw(directory / "by_place.png", by_place)
+    if all("lim_buckets" in run["result"] for row in rows for run in row.runs):
+        draw(directory / "by_place.png", by_place)
     draw(directory / "parameters.png", parameters)
+
+
+def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each method looks, in all of the plots."""
+    from cycler import cycler
+    from matplotlib import rcParams  # imported late: it takes a second
+
+    # There are ten colours, and tables of more methods.
+    forms = cycler(linestyle=["-", "--"], marker=["o", "s"])
+    looks = itertools.cycle(forms * rcParams["axes.prop_cycle"])
+    return {label: {"label": label, **next(looks)} for label in labels}
 
 
 def draw(path: Path, fill: Callable[[Any], None]) -> None:

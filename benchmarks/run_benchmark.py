@@ -3,10 +3,15 @@
     python benchmarks/run_benchmark.py --methods lora dora lorada hylorada --epochs 3
     python benchmarks/run_benchmark.py --config benchmarks/experiments/wikitext-2.json --data-dir wikitext-2
 
-Every contestant is trained with each learning rate of the grid and the first seed; the rate with the least
-loss on the held-out part of the training data is its own, and goes on with the other seeds. The test data
-decides nothing. Every run is kept in <output>/<name>/, so that a benchmark that was killed goes on where it
-was; `python benchmarks/report.py` draws the tables and plots from there.
+Every method is trained with each combination of the grid's settings and the first seed; the one with the
+least loss on the held-out part of the training data is its own, and goes on with the other seeds. Of several
+budgets (steps) the smallest comes first, and only the best part of a method's combinations goes on to the
+next, where it is trained anew: the rates fall over the whole of a run, so a short one is no beginning of a
+long one. The test data decides nothing.
+
+Every run is a file in <output>/<name>/, and a benchmark that was killed goes on where it was. Runs that
+diverged or found no memory are kept as such; remove such a file, and its run is tried again.
+`python benchmarks/report.py` draws tables and plots from there.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ def main(
     config: Path | None = None,
     methods: tuple[str, ...] | None = None,
     epochs: float | None = None,
-    steps: int | None = None,
+    steps: tuple[int, ...] | None = None,
     learning_rates: tuple[float, ...] | None = None,
     seeds: tuple[int, ...] | None = None,
     model: str | None = None,
@@ -45,6 +50,7 @@ def main(
     retrieval_samples: int | None = None,
     name: str | None = None,
     output: Path = Path("runs"),
+    keep_adapters: bool = False,
 ) -> None:
     """Train and measure every method on the same data; what was done before is not done again.
 
@@ -53,13 +59,13 @@ def main(
         methods: base, full, lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2, hylorada; or
             labels of the config file. [lora dora lorada hylorada]
         epochs: passes over the training data [1, where steps are not given either].
-        steps: optimizer steps, in place of epochs.
-        learning_rates: the grid that each method chooses its own from [5e-4 1e-3 2e-3]: of lora_A, lora_B
-            learning ten times as fast (LoRA+); with a config file, as the file says. full and longlora want
-            smaller ones, sparse has one of its own.
+        steps: optimizer steps, in place of epochs; several are budgets, each with runs of its own.
+        learning_rates: that each method chooses its own from [5e-4 1e-3 2e-3]: of lora_A, lora_B learning
+            ten times as fast (LoRA+); with a config file, as the file says. full and longlora want smaller
+            ones, sparse has one of its own.
         seeds: of the adapters' start and the order of the data [0 1 2].
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
-        train_data: a file, a glob, a Hub dataset, or python-stdlib, the embedded corpus.
+        train_data: a file, a glob, a Hub dataset, python-stdlib or python-docstrings.
         test_data: to report on [half of what is held out of the training data].
         data_dir: where the files that the experiment names lie.
         batch_size: rows per step [2].
@@ -71,11 +77,12 @@ def main(
         retrieval_samples: facts at each depth of the retrieval probe [0, which leaves it out].
         name: of the directory of results [the config file's; benchmark].
         output: where that directory lies.
+        keep_adapters: keep each run's adapter beside them, in <output>/<name>/adapters/.
     """
     given = {
         key: value
         for key, value in locals().items()
-        if value is not None and key not in ("config", "data_dir", "output")
+        if value is not None and key not in ("config", "data_dir", "output", "keep_adapters")
     }
     command = shlex.join(["python", *sys.argv])
     # A benchmark that goes on after a kill finds its compiled programs. JAX asks when it is imported.
@@ -84,26 +91,29 @@ def main(
     from benchmarks import report  # after what a typing error meets
     from benchmarks.benchmark import Benchmark
 
-    Benchmark(experiment, output / experiment.name, data_dir, command).run()
-    report.main(output / experiment.name)
+    directory = output / experiment.name
+    Benchmark(experiment, directory, data_dir, command, keep_adapters=keep_adapters).run()
+    report.main(directory)
 
 
 def _experiment(config: Path | None, given: dict[str, Any]) -> Experiment:
     """That of the file, or the default one, with the options given beside it."""
+    labels = given.pop("methods", None)
+    rates = given.pop("learning_rates", None)
     if config is None:
         if not given.keys() & {"epochs", "steps"}:
             given["epochs"] = 1.0
-        given["adapter"] = {"lora_plus_enabled": True}  # which the grid of learning rates is made for
         given.setdefault("train_tokens", 16384)
-        if "methods" in given:
-            given["methods"] = {name: {} for name in given["methods"]}
-        return Experiment(**given)
-    labels = given.pop("methods", None)
-    experiment = Experiment.load(config, **given)
-    if labels is None:
-        return experiment
-    methods = {label: experiment.methods.get(label, {}) for label in labels}
-    return dataclasses.replace(experiment, methods=methods)
+        # Which the grid of learning rates is made for.
+        experiment = Experiment(adapter={"lora_plus_enabled": True}, **given)
+    else:
+        experiment = Experiment.load(config, **given)
+    if labels is not None:
+        methods = {label: experiment.methods.get(label, {}) for label in labels}
+        experiment = dataclasses.replace(experiment, methods=methods)
+    if rates is not None:
+        experiment = dataclasses.replace(experiment, grid={**experiment.grid, "learning_rate": rates})
+    return experiment
 
 
 if __name__ == "__main__":

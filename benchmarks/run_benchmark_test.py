@@ -3,15 +3,17 @@
 import json
 import statistics
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
-from benchmarks import command, report, run_benchmark, trial
+from benchmarks import budgets, command, report, run_benchmark, trial
 from benchmarks.benchmark import Benchmark
-from benchmarks.contestants import Full
 from benchmarks.experiment import Experiment
+from benchmarks.rows import read
+from benchmarks.trainables import Full
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.tokenization import tokenize
@@ -24,25 +26,27 @@ from hylorada_jax.errors import (
     TargetError,
 )
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 METHODS = {
     "base": {},
-    "full": {"learning_rates": [1e-3]},
+    "full": {"grid": {"learning_rate": [1e-3]}},
     "lora": {},
     "orthogonal": {"method": "hylorada_v1", "lora_rank": 2},
-    "kaiming": {"method": "hylorada_v1", "lora_rank": 2, "lora_A": "kaiming"},
+    "kaiming": {"method": "hylorada_v1", "lora_rank": 2, "lora_A_init": "kaiming"},
 }
+EXPERIMENTS = sorted((Path(__file__).parent / "experiments").glob("*.json"))
 ADAPTER = {"lora_plus_enabled": True}
 
 
 def experiment(directory, **changes):
     settings = {
         "name": "tiny", "model": str(directory), "train_data": "texts.txt", "test_data": "test.txt",
-        "methods": METHODS, "adapter": ADAPTER, "learning_rates": [1e-2, 1e-4], "seeds": [3, 4], "steps": 3,
-        "seq_len": 24, "dev_tokens": 48, "test_tokens": 96,
+        "methods": METHODS, "adapter": ADAPTER, "grid": {"learning_rate": [1e-2, 1e-4]}, "seeds": [3, 4],
+        "steps": 3, "seq_len": 24, "dev_tokens": 48, "test_tokens": 96,
     }  # fmt: skip
     return settings | changes
 
@@ -72,10 +76,10 @@ def records(directory):
 def test_every_method_tries_each_rate_and_goes_on_with_its_best(done):
     found = records(done)
     assert len(found) == 1 + 2 + 3 * 3
-    for row in report.read(done):
+    for row in read(done):
         if row.label in ("lora", "orthogonal", "kaiming"):
             losses = {
-                rate: found[f"{row.label}-rate{rate:g}-seed3.json"]["result"]["dev_loss"]
+                rate: found[f"{row.label}-3steps-learning_rate{rate:g}-seed3.json"]["result"]["dev_loss"]
                 for rate in (1e-2, 1e-4)
             }
             assert row.rate == min(losses, key=losses.__getitem__)
@@ -93,7 +97,10 @@ def test_the_first_loss_is_the_base_models_for_every_method_of_a_seed(done):
         assert len(first) >= 4
         assert max(first.values()) - min(first.values()) < 1e-4, first  # float32, and rounded to 1e-5
     # But the starts differ.
-    second = {label: records(done)[f"{label}-rate0.01-seed3.json"] for label in ("orthogonal", "kaiming")}
+    second = {
+        label: records(done)[f"{label}-3steps-learning_rate0.01-seed3.json"]
+        for label in ("orthogonal", "kaiming")
+    }
     assert len({record["result"]["losses"][2] for record in second.values()}) == 2
 
 
@@ -108,11 +115,11 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
     trained: list[object] = []
     train = trial.Runner.train
 
-    def dies(self, contestant, training):
+    def dies(self, trainable, training, on_step=None):
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(training)
-        return train(self, contestant, training)
+        return train(self, trainable, training, on_step)
 
     changes = {"methods": {name: METHODS[name] for name in ("base", "lora")}}
     with monkeypatch.context() as patch:
@@ -130,56 +137,176 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
             assert record["result"].get(key) == expected.get(key), (name, key)
 
 
-def test_a_rate_that_diverges_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (NonFiniteError("A loss must be finite", "nan at step 2", ""), {"diverged": "nan at step 2"}),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), {"out_of_memory": "RESOURCE_EXHAUSTED: 9 GB"}),
+        (MemoryError(), {"out_of_memory": ""}),
+    ],
+)
+def test_a_run_that_does_not_end_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch, error, kept):  # noqa: F811
     train = trial.Runner.train
 
-    def diverges(self, contestant, training):
+    def fails(self, trainable, training, on_step=None):
         if training.learning_rate == 1e-2:
-            raise NonFiniteError("A loss must be finite", "nan at step 2", "")
-        return train(self, contestant, training)
+            raise error
+        return train(self, trainable, training, on_step)
 
-    monkeypatch.setattr(trial.Runner, "train", diverges)
+    monkeypatch.setattr(trial.Runner, "train", fails)
     run(tiny, tmp_path, methods={"lora": {}})
-    assert records(tmp_path / "tiny")["lora-rate0.01-seed3.json"]["result"] == {"diverged": "nan at step 2"}
-    (row,) = report.read(tmp_path / "tiny")
+    failed = records(tmp_path / "tiny")["lora-3steps-learning_rate0.01-seed3.json"]
+    assert failed["result"] == kept
+    (row,) = read(tmp_path / "tiny")
     assert (row.label, row.rate, len(row.runs)) == ("lora", 1e-4, 2)
+
+
+HALVING = {
+    "steps": [2, 4],
+    "keep": 0.5,
+    "methods": {"lora": {}, "hylorada_v1": {"grid": {"lora_A_gain": [0.5, 1.0]}}},
+    "grid": {
+        "learning_rate": [1e-2, 1e-4],
+        "lora_plus_ratio": [1, 4],
+        "schedule": ["constant"],
+        "warmup_steps": [0],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def halved(tiny, held_back, tmp_path_factory):  # noqa: F811
+    """The directory of a benchmark of two budgets, and how many steps were compiled."""
+    output = tmp_path_factory.mktemp("halving")
+    compiled: list[object] = []
+    make = trial.make_train_step
+
+    def counted(*arguments):
+        compiled.append(arguments)
+        return make(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "make_train_step", counted)
+        run(tiny, output, **HALVING)
+    return output / "tiny", len(compiled)
+
+
+def test_the_better_half_of_the_settings_goes_on_to_the_next_budget(halved):
+    found = records(halved[0]).values()
+    for label, tried in (("lora", 4), ("hylorada_v1", 8)):
+        losses, seeds = {}, {}
+        for steps in (2, 4):
+            own = {"label": label, "steps": steps}
+            runs = [run for run in found if own.items() <= run["settings"].items()]
+            point = {id(run): tuple(run["settings"]["point"].items()) for run in runs}
+            losses[steps] = {
+                point[id(run)]: run["result"]["dev_loss"] for run in runs if run["settings"]["seed"] == 3
+            }
+            seeds[steps] = [point[id(run)] for run in runs if run["settings"]["seed"] == 4]
+            assert seeds[steps] == [min(losses[steps], key=losses[steps].__getitem__)]
+        assert len(losses[2]) == tried
+        assert set(losses[4]) == set(sorted(losses[2], key=losses[2].__getitem__)[: tried // 2])
+
+
+def test_settings_that_are_numbers_share_a_program(halved):
+    assert halved[1] == 2 * 2  # of methods and budgets
+
+
+def test_at_a_constant_rate_a_short_run_is_the_beginning_of_a_long_one(halved):
+    short, long = (
+        {
+            (run["settings"]["label"], str(run["settings"]["point"]), run["settings"]["seed"]): run["result"]
+            for run in records(halved[0]).values()
+            if run["settings"]["steps"] == steps
+        }
+        for steps in (2, 4)
+    )
+    both = short.keys() & long.keys()
+    assert len(both) >= 6
+    for key in both:
+        assert long[key]["losses"][:2] == short[key]["losses"]
+        assert list(long[key]["held_out"]) == ["2", "4"]
+        assert long[key]["held_out"]["2"] == pytest.approx(short[key]["dev_loss"], rel=1e-6)  # float32
+        assert long[key]["held_out"]["4"] == long[key]["dev_loss"]
+
+
+def test_the_budgets_table_has_the_differences_of_the_runs(halved):
+    directory, _ = halved
+    budgets.main(directory, against="lora")
+    lines = (directory / "budgets.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("| hylorada_v1"))
+    for at, steps in ((2, 2), (4, 4)):
+        perplexities = {row.label: row.values("perplexity") for row in read(directory, steps=steps)}
+        expected = statistics.mean(
+            a - b for a, b in zip(perplexities["hylorada_v1"], perplexities["lora"], strict=True)
+        )
+        assert float(line.split("|")[at + 1].split()[0]) == pytest.approx(expected, abs=0.006)
+    tried = (directory / "search.md").read_text()
+    assert tried.count("| learning_rate") == 4 + 8
+    assert tried.count(" |  |\n") == 2 + 4  # were dropped
+    for name in ("budgets.png", "held_out.png"):
+        assert (directory / name).stat().st_size > 5_000
+    with pytest.raises(ConfigError, match="hylorada_v1"):
+        budgets.main(directory, against="dora")
+    with pytest.raises(CheckpointError, match="passage"):
+        budgets.main(EXPERIMENTS[0].parents[1] / "results" / "wikitext-2", against="lora")
+
+
+def test_of_completions_the_answers_count(tiny, tmp_path):  # noqa: F811
+    for name in ("train", "test"):
+        lines = [
+            {"prompt": f"the quick brown {n}", "completion": " jumps over the lazy dog"} for n in range(30)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    changes = {"train_data": "train.jsonl", "test_data": "test.jsonl", "methods": {"base": {}, "lora": {}}}
+    settings = Experiment(**experiment(tiny, **changes, test_tokens=10**6))
+    Benchmark(settings, tmp_path / "tiny", tmp_path, "a test", keep_adapters=True).run()
+    documents = tokenize(load_documents(tmp_path / "test.jsonl"), load_tokenizer(tiny))
+    (adapter,) = (tmp_path / "tiny" / "adapters").glob("lora-*rate0.01-seed4")
+    found = records(tmp_path / "tiny")[f"{adapter.name}.json"]["result"]
+    model = HyLoRADAModel.from_pretrained(load_model(tiny), adapter)
+    expected = evaluate_perplexity(model, documents, seq_len=24, progress=False)
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert found["scored_tokens"] == expected.tokens
+    assert sum(tokens for _, _, tokens in found["passages"]) == expected.tokens
+    assert "LiM" not in report.table(read(tmp_path / "tiny"))
 
 
 def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch):  # noqa: F811
     train = trial.Runner.train
 
-    def diverges(self, contestant, training):
-        if isinstance(contestant, Full):
+    def diverges(self, trainable, training, on_step=None):
+        if isinstance(trainable, Full):
             raise NonFiniteError("A loss must be finite", "nan at step 2", "")
-        return train(self, contestant, training)
+        return train(self, trainable, training, on_step)
 
     monkeypatch.setattr(trial.Runner, "train", diverges)
-    run(tiny, tmp_path, methods={"full": {}, "lora": {}}, learning_rates=[1e-2])
-    text = report.table(report.read(tmp_path / "tiny"), against="full")
+    run(tiny, tmp_path, methods={"full": {}, "lora": {}}, grid={"learning_rate": [1e-2]})
+    text = report.table(read(tmp_path / "tiny"), against="full")
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
-    assert "| full |  | 0.01 | diverged |" in text
+    assert "| full |  | 0.01 | did not end |" in text
     report.main(tmp_path / "tiny", against="lora")
     for file in (tmp_path / "tiny").glob("lora*.json"):
         file.unlink()
     with pytest.raises(CheckpointError, match="ended"):
-        report.read(tmp_path / "tiny")
+        read(tmp_path / "tiny")
 
 
 def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkeypatch):  # noqa: F811
     train = trial.Runner.train
 
-    def breaks(self, contestant, training):
-        adapters, result = train(self, contestant, training)
+    def breaks(self, trainable, training, on_step=None):
+        adapters, result = train(self, trainable, training, on_step)
         return jax.tree.map(lambda x: x * float("nan"), adapters), result
 
     monkeypatch.setattr(trial.Runner, "train", breaks)
-    run(tiny, tmp_path, methods={"lora": {"learning_rates": [1e-2]}}, seeds=[3])
+    run(tiny, tmp_path, methods={"lora": {"grid": {"learning_rate": [1e-2]}}}, seeds=[3])
     (record,) = records(tmp_path / "tiny").values()
     assert record["result"] == {"diverged": "NaN or infinite ones in document 1"}
 
 
 def test_all_can_be_compared_at_one_rate(done):
-    rows = {row.label: row for row in report.read(done, rate=1e-4)}
+    rows = {row.label: row for row in read(done, rate=1e-4)}
     assert {row.rate for label, row in rows.items() if label != "base"} == {1e-4}
     for row in rows.values():
         for found in row.runs:
@@ -189,7 +316,7 @@ def test_all_can_be_compared_at_one_rate(done):
 
 
 def test_differences_to_the_base_model_are_those_of_every_seed(done):
-    rows = {row.label: row for row in report.read(done)}
+    rows = {row.label: row for row in read(done)}
     base, lora = (rows[label].values("perplexity") for label in ("base", "lora"))
     for text, ours, theirs in (
         (report._difference(rows["lora"], rows["base"]), lora, base * 2),
@@ -200,14 +327,14 @@ def test_differences_to_the_base_model_are_those_of_every_seed(done):
 
 
 def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
-    text = report.table(report.read(done), against="lora")
-    runs = next(row.runs for row in report.read(done) if row.label == "orthogonal")
+    text = report.table(read(done), against="lora")
+    runs = next(row.runs for row in read(done) if row.label == "orthogonal")
     values = [run["result"]["perplexity"] for run in runs]
     line = next(line for line in text.splitlines() if line.startswith("| orthogonal |"))
     assert f"{statistics.mean(values):,.2f} ± {statistics.stdev(values):.2f}" in line
     lora = {
         run["settings"]["seed"]: run["result"]["perplexity"]
-        for row in report.read(done)
+        for row in read(done)
         if row.label == "lora"
         for run in row.runs
     }
@@ -217,7 +344,7 @@ def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
 
 
 def test_a_table_of_several_machines_says_which_method_ran_on_which(done):
-    rows = report.read(done)
+    rows = read(done)
     assert f"medians on {report.device(rows[0].runs[0]['environment'])}, at" in report.caption(rows)
     for row in rows:
         for record in row.runs:
@@ -248,7 +375,7 @@ def test_the_pages_table_is_replaced_and_nothing_else(done, tmp_path):
         ({"methods": {"lora": {"target_modules": ["nothing"]}}}, TargetError, "nothing"),
         ({"train_data": "absent.txt"}, DataError, "absent.txt"),
         ({"seq_len": 9}, ConfigError, "seq_len"),
-        ({"learning_rates": [0.0]}, ConfigError, "learning_rate"),
+        ({"grid": {"learning_rate": [0.0]}}, ConfigError, "learning_rate"),
         ({"seeds": [-1]}, ConfigError, "seed"),
         ({"steps": 2.5}, ConfigError, "steps"),
         ({"retrieval_samples": 1}, DataError, "context"),
@@ -269,6 +396,11 @@ def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):  # noqa: F811
         Benchmark(settings, tmp_path / "results", tmp_path, "")
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=[path.stem for path in EXPERIMENTS])
+def test_a_file_of_experiments_is_called_as_its_experiment(path):
+    assert Experiment.load(path).name == path.stem
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -276,8 +408,12 @@ def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):  # noqa: F811
         ({"methods": {"lora": {"lora_rnk": 2}}}, "lora_rank"),
         ({"methods": {"lora": {"structure": "code"}}}, "structure"),
         ({"epochs": 1.0}, "epochs"),
+        ({"steps": [4, 2]}, "steps must grow"),
+        ({"keep": 0}, "keep"),
+        ({"grid": {"lora_ranc": [2]}}, "lora_rank"),
+        ({"grid": {"lora_plus_ratio": [2]}, "adapter": {}}, "LoRA"),
         ({"seeds": [1, 1]}, "seeds"),
-        ({"learning_rates": []}, "learning_rates"),
+        ({"grid": {"learning_rate": []}}, "learning_rate"),
     ],
 )
 def test_an_experiment_that_says_what_cannot_be_is_refused(changes, match):
@@ -287,7 +423,8 @@ def test_an_experiment_that_says_what_cannot_be_is_refused(changes, match):
 
 def test_the_sparse_adapter_whose_rate_is_its_own_is_trained_once_a_seed(tmp_path):
     sparse, lora = Experiment(**experiment("tiny", methods={"sparse": {}, "lora": {}})).variants
-    assert (sparse.learning_rates, lora.learning_rates) == ((2e-4,), (1e-2, 1e-4))
+    rates = [[candidate.point["learning_rate"] for candidate in one.candidates] for one in (sparse, lora)]
+    assert rates == [[2e-4], [1e-2, 1e-4]]
 
 
 def test_the_command_ends_with_the_table_and_the_plots(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -309,23 +446,25 @@ def test_the_command_ends_with_the_table_and_the_plots(tiny, tmp_path, monkeypat
 
 
 def test_a_model_that_lets_packed_documents_see_each_other_is_refused():
-    contestant = SimpleNamespace(
+    trainable = SimpleNamespace(
         model=SimpleNamespace(base=SimpleNamespace(name="opt", supports_segments=False))
     )
     with pytest.raises(ConfigError, match="opt knows no segment_ids"):
-        trial.Runner([]).train(contestant, None)  # type: ignore[arg-type]
+        trial.Runner([]).train(trainable, None)  # type: ignore[arg-type]
 
 
 def test_runs_of_other_settings_are_not_overwritten(done, tiny):  # noqa: F811
-    with pytest.raises(CheckpointError, match="steps 3, now 4"):
-        run(tiny, done.parent, steps=4)
+    with pytest.raises(CheckpointError, match="batch_size 2, now 3"):
+        run(tiny, done.parent, batch_size=3)
 
 
 def test_the_command_reads_a_file_and_what_is_given_beside_it(tmp_path, monkeypatch, capsys):
     file = tmp_path / "experiment.json"
     file.write_text(json.dumps(experiment("tiny")))
-    read = run_benchmark._experiment(file, {"epochs": 2.0, "methods": ("base", "dora")})
-    assert (read.epochs, read.steps, list(read.methods)) == (2.0, None, ["base", "dora"])
+    found = run_benchmark._experiment(file, {"epochs": 2.0, "methods": ("base", "dora")})
+    assert (found.epochs, found.steps, list(found.methods)) == (2.0, None, ["base", "dora"])
+    found = run_benchmark._experiment(file, {"learning_rates": (0.5,), "steps": (2, 8)})
+    assert (found.grid, found.steps) == ({"learning_rate": (0.5,)}, (2, 8))
     monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--methods", "lorra"])
     with pytest.raises(SystemExit) as stop:
         command.run(run_benchmark.main)

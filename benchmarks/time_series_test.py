@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 pytest.importorskip("statsmodels")
 
 from benchmarks import time_series
-from benchmarks.contestants import Adapted
 from benchmarks.series.baselines import BASELINES, error_of, frequencies_loss
 from benchmarks.series.data import target_series
 from benchmarks.series.entry import bases_of, last
 from benchmarks.series.report import chosen, plot, table
 from benchmarks.series.setup import BASE, METHODS, SETTINGS, Budget, adapter, prepared_of
 from benchmarks.series.tokens import REACH, Quantiser, boundaries, prepare, pretraining_rows, windows
+from benchmarks.trainables import Adapted
 from benchmarks.trial import Runner
 from hylorada_jax.data.packing import batches
 from hylorada_jax.errors import ConfigError, DataError

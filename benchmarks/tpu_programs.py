@@ -1,5 +1,6 @@
 """Layers and training steps, compiled for TPUs that are described and not there."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.hlo_cost import program_cost
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
+from hylorada_jax.math.loss import chunk_tokens
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -84,8 +86,11 @@ def compile_step(
     batch = {n: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for n, x in computed(row).items()}
     mesh = _mesh(devices)
     step = make_train_step(model, optimizer, training)
-    lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
-    return _record(lowered.compile())
+    with jax.set_mesh(mesh):  # these devices, not those of this machine
+        lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
+    tokens = batch_size * seq_len // len(devices)
+    # All are scored: what the loss costs at most.
+    return _record(lowered.compile(), turns=math.ceil(tokens / chunk_tokens(tokens, config.vocab_size)))
 
 
 def to_lora(record: Mapping[str, float], lora: Mapping[str, float]) -> Record:
@@ -120,11 +125,11 @@ def _on(mesh: Mesh, tree: Any, *axes: str) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def _record(compiled: jax.stages.Compiled) -> Record:
+def _record(compiled: jax.stages.Compiled, turns: float | None = None) -> Record:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    return program_cost(text)._asdict() | {
+    return program_cost(text, turns)._asdict() | {
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,

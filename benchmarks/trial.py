@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -11,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestants import Adapted, Full
 from benchmarks.experiment import Experiment
+from benchmarks.trainables import Adapted, Full
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.loading import shuffled_batches
 from hylorada_jax.data.packing import Rows, spread
 from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
-from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.evaluation.perplexity import PerplexityEvaluator, perplexity
 from hylorada_jax.evaluation.retrieval import evaluate_retrieval
 from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.models.base_model import require_segments
@@ -48,7 +49,7 @@ def training_rows(
 
 @dataclasses.dataclass
 class Runner:
-    """Trains contestants that differ in numbers alone: their step is compiled once.
+    """Trains what differs in numbers alone: their step is compiled once.
 
     Attributes:
         rows: of the training data.
@@ -59,14 +60,14 @@ class Runner:
 
     def train(
         self,
-        contestant: Adapted | Full,
+        trainable: Adapted | Full,
         training: TrainingConfig,
         on_step: Callable[[int, Any], None] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Trains one from its start of the seed.
 
         Args:
-            contestant: of the method and shapes that the first one had.
+            trainable: of the method and shapes that the first one had.
             training: steps, batches, rates and seed; rates and seed may differ from run to run.
             on_step: called after each step with its number and the trainable tree.
 
@@ -77,19 +78,19 @@ class Runner:
             NonFiniteError: a loss became NaN or infinite.
             ConfigError: the model cannot keep the documents of a row apart.
         """
-        require_segments(contestant.model.base)
-        adapters = contestant.start(training.seed)
-        optimizer = contestant.optimizer(adapters, training)
+        require_segments(trainable.model.base)
+        adapters = trainable.start(training.seed)
+        optimizer = trainable.optimizer(adapters, training)
         state = init_state(adapters, optimizer, training.seed)
         batches = shuffled_batches(self.rows, training.batch_size, training.seed)
         losses, seconds = [], []
         for step in range(1, training.steps + 1):
             batch = computed(next(batches))
             if self._compiled is None:
-                wrapped = make_train_step(contestant.model, optimizer, training)
-                self._compiled = wrapped.lower(state, contestant.model.frozen, batch).compile()
+                wrapped = make_train_step(trainable.model, optimizer, training)
+                self._compiled = wrapped.lower(state, trainable.model.frozen, batch).compile()
             began = time.perf_counter()
-            state, metrics = self._compiled(state, contestant.model.frozen, batch)
+            state, metrics = self._compiled(state, trainable.model.frozen, batch)
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - began)
             if not np.isfinite(losses[-1]):
@@ -100,7 +101,7 @@ class Runner:
                 on_step(step, state.adapters)
         step_seconds = statistics.median(seconds[1:] or seconds)  # the first one also warms up
         return state.adapters, {
-            "parameters": contestant.model.num_trainable,
+            "parameters": trainable.model.num_trainable,
             "losses": [round(loss, 5) for loss in losses],
             "seconds_per_step": step_seconds,
             "tokens_per_second": training.batch_size * training.seq_len / step_seconds,
@@ -110,51 +111,87 @@ class Runner:
         }
 
 
-def measure(
-    model: Any,
-    dev: Sequence[TokenizedDocument],
-    test: Sequence[TokenizedDocument],
-    experiment: Experiment,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """What the table says of a model.
+class Evaluation:
+    """The measures of a method's models, compiled once.
 
     Args:
-        model: an adapted model or a base model.
-        dev: held-out text, by which a learning rate is chosen.
+        model: one of them: an adapted model or a base model.
+        dev: held-out text, by which settings are chosen.
         test: the text to report on.
         experiment: how much of them, in what windows.
         tokenizer: the model's.
-
-    Raises:
-        NonFiniteError: the held-out loss is NaN or infinite.
     """
-    options: dict[str, Any] = {
-        "seq_len": experiment.seq_len,
-        "batch_size": experiment.batch_size,
-        "progress": False,
-    }
-    sweep = loss_sweep(model)
-    on_dev = evaluate_perplexity(
-        sweep, dev, stride=experiment.seq_len, max_tokens=experiment.dev_tokens, **options
-    )
-    on_test = {"max_tokens": experiment.test_tokens, **options}
-    perplexity = evaluate_perplexity(sweep, test, **on_test)
-    by_place = evaluate_lost_in_the_middle(sweep, test, **on_test)
-    result = {
-        "dev_loss": on_dev.loss,
-        "perplexity": perplexity.perplexity,
-        "scored_tokens": perplexity.tokens,
-        "lim_perplexity": by_place.perplexity,
-        "lim_buckets": by_place.buckets,
-        "lim_middle": by_place.middle,
-        "lim_ends": by_place.ends,
-        "lim_sequences": by_place.sequences,
-    }
-    if experiment.retrieval_samples:
-        found = evaluate_retrieval(model, tokenizer, samples=experiment.retrieval_samples, **options)
-        result["retrieval"] = found.accuracy
-    return result
+
+    def __init__(
+        self,
+        model: Any,
+        dev: Sequence[TokenizedDocument],
+        test: Sequence[TokenizedDocument],
+        experiment: Experiment,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._sweep = loss_sweep(model)
+        self._test, self._experiment, self._tokenizer = test, experiment, tokenizer
+        self._options: dict[str, Any] = {"seq_len": experiment.seq_len, "batch_size": experiment.batch_size}
+        self._dev = PerplexityEvaluator(
+            self._sweep, dev, stride=experiment.seq_len, max_tokens=experiment.dev_tokens, **self._options
+        )
+
+    def dev_loss(self, adapters: Any) -> float:
+        """The held-out loss, in nats; a NonFiniteError where it is NaN or infinite."""
+        return self._dev(adapters, progress=False).loss
+
+    def measure(self, adapters: Any) -> dict[str, Any]:
+        """What the table says of the model with these adapters.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite.
+        """
+        experiment = self._experiment
+        self._sweep.model.adapters = adapters  # type: ignore[misc]
+        passages = self._passages()
+        nll, tokens = (math.fsum(column) for column in list(zip(*passages, strict=True))[1:])
+        result = {
+            "perplexity": perplexity(nll / tokens),
+            "scored_tokens": int(tokens),
+            "passages": [[number, round(nll, 4), tokens] for number, nll, tokens in passages],
+        }
+        options = {**self._options, "progress": False}
+        if whole(self._test):
+            by_place = evaluate_lost_in_the_middle(
+                self._sweep, self._test, max_tokens=experiment.test_tokens, **options
+            )
+            result |= {
+                "lim_perplexity": by_place.perplexity,
+                "lim_buckets": by_place.buckets,
+                "lim_middle": by_place.middle,
+                "lim_ends": by_place.ends,
+                "lim_sequences": by_place.sequences,
+            }
+        if experiment.retrieval_samples:
+            samples = experiment.retrieval_samples
+            found = evaluate_retrieval(self._sweep.model, self._tokenizer, samples=samples, **options)
+            result["retrieval"] = found.accuracy
+        return result
+
+    def _passages(self) -> list[tuple[int, float, int]]:
+        """Of each window of the test text: the document's number, the sum of its losses, scored tokens."""
+        seq_len, batch_size = self._experiment.seq_len, self._experiment.batch_size
+        rows = Rows(self._test, seq_len, stride=max(1, seq_len // 2))
+        found = []
+        for batch, losses in self._sweep(rows, batch_size, max_tokens=self._experiment.test_tokens):
+            scored = np.where(batch["targets"] >= 0, batch["segment_ids"], 0)
+            for row, segments in enumerate(scored):
+                for segment in np.unique(segments[segments > 0]):
+                    here = segments == segment
+                    nll = float(losses[row, here].sum(dtype=np.float64))
+                    found.append((int(batch["document_ids"][row, here][0]), nll, int(here.sum())))
+        return found
+
+
+def whole(documents: Sequence[TokenizedDocument]) -> bool:
+    """All of the documents are texts, of which every token counts."""
+    return all(document.scored is None for document in documents)
 
 
 def program_bytes(compiled: Any) -> int | None:

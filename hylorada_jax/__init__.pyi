@@ -2,6 +2,7 @@ from .adapter_bank import AdapterBank as AdapterBank
 from .config import HyLoRADAConfig as HyLoRADAConfig
 from .data.corpus import load_documents as load_documents
 from .data.document import TokenizedDocument as TokenizedDocument
+from .data.mixture import Mixture as Mixture
 from .data.tokenization import prepare as prepare
 from .data.tokenization import tokenize as tokenize
 from .errors import HyLoRADAError as HyLoRADAError

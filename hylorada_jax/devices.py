@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,18 @@ def replicated() -> NamedSharding:
 def shard_rows(batch: Any) -> Any:
     """A batch with its rows divided over the devices, which must divide their number."""
     return jax.device_put(batch, NamedSharding(_mesh(), PartitionSpec("data")))
+
+
+def row_groups(rows: int) -> int:
+    """Into how many groups the rows of a batch fall, none of which is divided over devices.
+
+    Example:
+        >>> row_groups(1)
+        1
+    """
+    # A program for devices that are not here is made in the context of their mesh.
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.gcd(rows, jax.device_count() if mesh.empty else mesh.size)
 
 
 def _mesh() -> Mesh:

@@ -68,6 +68,50 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**_SIZES, head_dim=6, sliding_window=5, rope_scaling=_YARN)
     ),
+    # Fused projections, of which an adapter is one; two of a head's four dimensions rotate.
+    "phi3": lambda: transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(
+            **_SIZES, sliding_window=5, partial_rotary_factor=0.5, original_max_position_embeddings=6,
+            rope_scaling={"type": "longrope", "short_factor": [1.5], "long_factor": [3.0]},
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    # A scale on embeddings, attention, residuals and logits.
+    "granite": lambda: transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
+            **_SIZES, attention_bias=True, mlp_bias=True, embedding_multiplier=2.5, logits_scaling=3.0,
+            residual_multiplier=0.7, attention_multiplier=0.4, rope_scaling=_LLAMA3,
+        )
+    ),
+    # Norms behind attention and MLP, and over all heads.
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(
+        transformers.Olmo2Config(
+            **_SIZES, attention_bias=True, rope_scaling={"type": "linear", "factor": 3.0},
+            pad_token_id=0, eos_token_id=2,
+        )
+    ),
+    # A layer without rotary positions, which has a window.
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(
+        transformers.SmolLM3Config(
+            **_SIZES, attention_bias=True, mlp_bias=True, no_rope_layer_interval=2, use_sliding_window=True,
+            sliding_window=4, rope_scaling=_YARN, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    # Scaled embeddings, norms whose weight is added to 1, heads wider than hidden / heads.
+    "gemma": lambda: transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(
+            **_SIZES, head_dim=6, attention_bias=True, hidden_act="gelu",
+            rope_scaling={"rope_type": "linear", "factor": 3.0},
+        )
+    ),
+    # The same with norms of queries and keys, and behind each block; two bases of rotary positions.
+    "gemma3_text": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **_SIZES, head_dim=6, attention_bias=True, query_pre_attn_scalar=10, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"], rope_local_base_freq=50.0,
+            rope_scaling={"rope_type": "linear", "factor": 3.0},
+        )
+    ),
     # Attends both ways, and has norms behind its residuals.
     "bert": lambda: transformers.BertForMaskedLM(
         transformers.BertConfig(
@@ -120,11 +164,16 @@ def all_in_float64() -> Iterator[None]:
 
     Those are norms, rotary tables and softmaxes.
     """
-    with (
-        mock.patch.multiple(torch, float=torch.float64, float32=torch.float64),
-        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-    ):
-        yield
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with (
+            mock.patch.multiple(torch, float=torch.float64, float32=torch.float64),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @functools.cache

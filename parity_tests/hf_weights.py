@@ -32,7 +32,7 @@ def randomise(model: Any, gain: float = 0.7) -> Any:
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
             elif "norm" in name or ".ln_" in name:
-                parameter.normal_(1.0, 0.3)
+                parameter.normal_(parameter.mean().item(), 0.3)  # about 1, or the 0 that Gemma adds to 1
             elif "embed" in name:
                 parameter.normal_(0.0, 0.3)
             else:

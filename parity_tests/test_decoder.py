@@ -23,11 +23,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hylorada_jax.math import rope
 from hylorada_jax.models.causal_lm import CausalLM
-from hylorada_jax.models.decoder import DecoderLM, _frequencies
+from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.decoder_layer import activation
+from hylorada_jax.models.families import DECODERS
+from hylorada_jax.models.rotation import frequencies as frequencies_of
 from hylorada_jax.models.sampling import filter_logits
-from parity_tests.hf_weights import make_float64, params_of, random_torch_model
+from parity_tests.families import all_in_float64
+from parity_tests.hf_weights import params_of, random_torch_model
 from parity_tests.tolerances import DECODER
 
 SHAPE = {
@@ -99,9 +102,62 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "tie_word_embeddings": True,
     },
+    "phi3": {
+        **SHAPE,
+        "model_type": "phi3",
+        "head_dim": 8,
+        "sliding_window": 7,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 12,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.2, 1.7], "long_factor": [1.5, 4.0]},
+    },
+    "granite": {
+        **LLAMA,
+        "model_type": "granite",
+        "embedding_multiplier": 2.5,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 3.0,
+        "rope_scaling": LLAMA3,
+    },
+    "olmo2": {
+        **SHAPE,
+        "model_type": "olmo2",
+        "head_dim": 8,
+        "attention_bias": True,
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+    },
+    "smollm3": {
+        **SHAPE,
+        "model_type": "smollm3",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "no_rope_layer_interval": 3,
+        "rope_scaling": YARN,
+    },
+    "gemma": {
+        **SHAPE,
+        "model_type": "gemma",
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    },
+    "gemma3": {
+        **SHAPE,
+        "model_type": "gemma3_text",
+        "attention_bias": True,
+        "hidden_activation": "gelu",
+        "query_pre_attn_scalar": 10,
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    },
 }
-# Beyond its context, dynamic NTK depends on the longest text of the call.
-STABLE = [name for name in MODELS if name != "llama-dynamic"]
+# Beyond their context, dynamic NTK and LongRoPE depend on the longest text of the call.
+STABLE = [name for name in MODELS if name not in ("llama-dynamic", "phi3")]
 LENGTHS = (40, 23, 31)
 
 
@@ -166,17 +222,14 @@ def test_logits_equal_transformers(name, side):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers_in_float64(name):
     hf = MODELS[name]
-    model = random_torch_model(hf, attention="sdpa")
     ids = texts()[0][None]
+    with all_in_float64():
+        model = random_torch_model(hf).double()
+        theirs = torch_logits(model, ids)
     with jax.enable_x64(True):
-        mine = ours(hf, model)
-        positions = jnp.arange(ids.shape[1])[None]
-        frequencies = _frequencies(mine.config, positions, jnp.float64)
-        make_float64(model, frequencies, mine.config.rope_scaling.attention_factor)
-        mine = mine.with_params(params_of(model))
-        logits = logits_of(mine, ids)
-    assert logits.dtype == np.float64
-    np.testing.assert_allclose(logits, torch_logits(model, ids), rtol=0, atol=DECODER["float64"])
+        logits = logits_of(ours(hf, model), ids)
+    assert logits.dtype == theirs.dtype == np.float64
+    np.testing.assert_allclose(logits, theirs, rtol=0, atol=DECODER["float64"])
 
 
 OFF = [
@@ -196,6 +249,17 @@ OFF = [
     ("qwen2", {"max_window_layers": 1}),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
     ("qwen3", {"sliding_window": 6}),
+    ("phi3", {"sliding_window": 8}),
+    ("phi3", {"original_max_position_embeddings": 64}),
+    ("granite", {"embedding_multiplier": 1.0}),
+    ("granite", {"attention_multiplier": 1.0}),
+    ("granite", {"residual_multiplier": 1.0}),
+    ("granite", {"logits_scaling": 1.0}),
+    ("smollm3", {"no_rope_layer_interval": 2}),
+    ("smollm3", {"use_sliding_window": False}),
+    ("gemma3", {"query_pre_attn_scalar": 16}),
+    ("gemma3", {"sliding_window_pattern": 2}),
+    ("gemma3", {"rope_local_base_freq": 500.0}),
 ]
 
 
@@ -311,7 +375,7 @@ def test_frequencies_equal_transformers(scaling, head_dim, theta):
     kind = scaling.get("rope_type", scaling.get("type"))
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
     config = DecoderConfig.from_hf(hf)
-    mine = _frequencies(config, jnp.zeros((1, 1), jnp.int32), np.float32)
+    mine = frequencies_of(config, jnp.zeros((1, 1), jnp.int32), np.float32)
     # The same float32 operations; torch writes 2π/ω as 2π·(1/ω), and llama3 subtracts after that.
     np.testing.assert_allclose(mine, frequencies.numpy(), rtol=1e-6 if kind == "llama3" else 1.2e-7)
     if kind in ("default", "linear"):
@@ -358,7 +422,7 @@ def test_sampling_filters_equal_transformers(top_k, top_p, min_p):
 
 DICTS: list[dict[str, Any]] = [
     *MODELS.values(),
-    *({"model_type": family} for family in ("llama", "mistral", "qwen2", "qwen3")),
+    *({"model_type": family} for family in DECODERS),
     {"model_type": "llama", "num_key_value_heads": None, "hidden_size": 576, "num_attention_heads": 9},
     {"model_type": "qwen2", "use_sliding_window": True},
     {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 31},
@@ -376,16 +440,19 @@ def test_config_reads_what_transformers_reads(hf):
         layer = AutoModelForCausalLM.from_config(theirs).model.layers[0]
     assert config.num_key_value_heads == theirs.num_key_value_heads
     assert layer.self_attn.head_dim == config.head_dim
-    assert (layer.self_attn.q_proj.bias is not None) == config.qkv_bias
-    assert (layer.self_attn.o_proj.bias is not None) == config.o_bias
-    assert (layer.mlp.up_proj.bias is not None) == config.mlp_bias
+    biases = {
+        "self_attn.qkv_proj" if config.fused else "self_attn.q_proj": config.qkv_bias,
+        "self_attn.o_proj": config.o_bias,
+        "mlp.down_proj": config.mlp_bias,
+    }
+    assert {name: layer.get_submodule(name).bias is not None for name in biases} == biases
     assert hasattr(layer.self_attn, "q_norm") == config.qk_norm
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     assert config.rope_theta == theirs.rope_theta
     assert config.rms_norm_eps == theirs.rms_norm_eps
-    if hf["model_type"] == "mistral":
+    if hf["model_type"] in ("mistral", "phi3"):
         assert config.sliding_window == theirs.sliding_window
-    elif hf["model_type"] != "llama":
+    elif hasattr(theirs, "layer_types"):
         kinds = tuple(kind == "sliding_attention" for kind in theirs.layer_types)
         assert config.sliding_layers == kinds
         assert config.sliding_window == (theirs.sliding_window if any(kinds) else None)

@@ -13,7 +13,7 @@ JAX = Path(__file__).parents[1] / "hylorada_jax"
 # A room imports from those above it and from itself, also within its functions.
 ROOMS = [
     "text", "terminal", "exact", "leaves", "trees", "errors", "io", "config", "math", "modules",
-    "structure", "models", "surgery", "saved", "model", "adapter_bank", "exchange", "data", "devices",
+    "structure", "devices", "models", "surgery", "saved", "model", "adapter_bank", "exchange", "data",
     "evaluation", "training", "cli",
 ]  # fmt: skip
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -18,6 +19,7 @@ from benchmarks.contenders.setting import ALPHA, RANK, Contender, Setting
 from benchmarks.trial import program_bytes
 from hylorada_jax.config import QKVO, HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.scoring import score
@@ -30,17 +32,17 @@ def load_base(setting: Setting) -> CausalLM:
     return load_model(setting.model, dtype=jnp.dtype(setting.dtype))
 
 
-def ours(method: str, setting: Setting, batch: dict[str, np.ndarray], base: CausalLM) -> Contender:
-    """One of our methods on q, k, v and o, with the library's own step."""
+def ours(method: str, setting: Setting, batches: Sequence[Batch], base: CausalLM) -> Contender:
+    """One of our methods on q, k, v and o, with the library's own step, on one batch after the other."""
     config = HyLoRADAConfig(method=method, lora_rank=RANK, lora_alpha=ALPHA, target_modules=QKVO)
     model = HyLoRADAModel(base, config)
     optimizer = make_optimizer(model.adapters, setting.training, config)
     state = init_state(model.adapters, optimizer)
     step = make_train_step(model, optimizer, setting.training)
-    return _compiled(step, state, model.frozen, batch, model.num_trainable)
+    return _compiled(step, state, model.frozen, batches, model.num_trainable)
 
 
-def qwix_lora(setting: Setting, batch: dict[str, np.ndarray], base: CausalLM) -> Contender:
+def qwix_lora(setting: Setting, batches: Sequence[Batch], base: CausalLM) -> Contender:
     """Qwix's LoRA in our decoder: it adds A and B to the parameters of the layers that its rule names."""
     qwix: Any = importlib.import_module("qwix")  # no dependency of this project
     rule = qwix.LoraRule(module_path=".*/(q|k|v|o)_proj", rank=RANK, alpha=ALPHA)
@@ -72,19 +74,19 @@ def qwix_lora(setting: Setting, batch: dict[str, np.ndarray], base: CausalLM) ->
         return (optax.apply_updates(adapters, updates), opt_state), {"loss": value}
 
     trainable = sum(leaf.size for leaf in adapters.values())
-    return _compiled(step, (adapters, optimizer.init(adapters)), base.params, batch, trainable)
+    return _compiled(step, (adapters, optimizer.init(adapters)), base.params, batches, trainable)
 
 
-def _compiled(step: Any, state: Any, frozen: Any, batch: dict[str, np.ndarray], trainable: int) -> Contender:
+def _compiled(step: Any, state: Any, frozen: Any, batches: Sequence[Batch], trainable: int) -> Contender:
     """The contender of a jitted (state, frozen, batch) → (state, metrics)."""
-    rows = jax.device_put(batch)
+    rows = itertools.cycle(on_device := jax.device_put(list(batches)))
     start = time.perf_counter()
-    program = step.lower(state, frozen, rows).compile()
+    program = step.lower(state, frozen, on_device[0]).compile()
     seconds = time.perf_counter() - start
 
     def run() -> float:
         nonlocal state
-        state, metrics = jax.block_until_ready(program(state, frozen, rows))
+        state, metrics = jax.block_until_ready(program(state, frozen, next(rows)))
         return float(metrics["loss"])
 
     return Contender(run, trainable, seconds, program_bytes(program))

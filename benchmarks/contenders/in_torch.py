@@ -48,7 +48,7 @@ def peft_adapter(use_dora: bool, setting: Setting, batch: dict[str, np.ndarray])
         use_dora=use_dora,
         target_modules=[f"{role}_proj" for role in QKVO],
     )
-    model = peft.get_peft_model(_torch_base(setting).to(device), options).train()
+    model = peft.get_peft_model(torch_base(setting).to(device), options).train()
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
     optimizer = torch.optim.AdamW(
         leaves, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
@@ -73,7 +73,7 @@ def peft_adapter(use_dora: bool, setting: Setting, batch: dict[str, np.ndarray])
     return Contender(run, sum(leaf.numel() for leaf in leaves))
 
 
-def _torch_base(setting: Setting) -> Any:
+def torch_base(setting: Setting) -> Any:
     """The base model as transformers reads it from the same file."""
     import torch
     import transformers

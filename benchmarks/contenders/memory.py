@@ -31,15 +31,15 @@ def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
     for package in packages(name):
         importlib.import_module(package)
     jnp.zeros(1).block_until_ready()  # starts the device
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     with precision(setting):
         contender = build(name, setting)
     for _ in range(WARMUP):
         contender.step()
     # What loading and compiling had for a while is not part of a step: compiling SmolLM2's leaves 180 MB.
     gc.collect()
-    _trim()
-    _reset_peak()
+    trim()
+    reset_peak()
     torch_on_gpu = in_torch(name) and torch_device() == "cuda"
     if torch_on_gpu:
         import torch
@@ -47,7 +47,7 @@ def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
         torch.cuda.reset_peak_memory_stats()
     contender.step()
     contender.step()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     in_jax = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
     on_device = torch.cuda.max_memory_allocated() if torch_on_gpu else in_jax.get("peak_bytes_in_use")
     return {
@@ -57,21 +57,21 @@ def peak_memory(name: str, setting: Setting) -> dict[str, int | None]:
     }
 
 
-def _resident(which: str) -> int | None:
-    """VmRSS or VmHWM, its peak, of this process; None where there is no Linux to tell it."""
-    status = Path("/proc/self/status")
+def resident(which: str, process: int | str = "self") -> int | None:
+    """VmRSS or VmHWM, its peak, of a process; None where there is no Linux to tell it."""
+    status = Path(f"/proc/{process}/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(which)]
     return found[0] if found else None
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """The kernel's peak starts again from what the process holds now."""
     if (file := Path("/proc/self/clear_refs")).exists():
         file.write_text("5")
 
 
-def _trim() -> None:
+def trim() -> None:
     """What the C library keeps of freed memory goes back."""
     if os.name == "posix" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)

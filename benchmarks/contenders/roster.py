@@ -60,7 +60,7 @@ def build(name: str, setting: Setting, base: CausalLM | None = None) -> Contende
     batch = setting.batch()
     if in_torch(name):
         return CONTENDERS[name](setting, batch)
-    return CONTENDERS[name](setting, batch, base or load_base(setting))
+    return CONTENDERS[name](setting, [batch], base or load_base(setting))
 
 
 def build_all(names: Iterable[str], setting: Setting) -> dict[str, Contender]:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.contestants import Adapted, Full
 from benchmarks.series.baselines import error_of
 from benchmarks.series.data import other_series, target_series
 from benchmarks.series.setup import LONG, Budget, Method, Setting, adapter
 from benchmarks.series.tokens import Prepared, boundaries, pretraining_rows, windows
+from benchmarks.trainables import Adapted, Full
 from benchmarks.trial import Runner
 from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.math.loss import logits

@@ -455,7 +455,7 @@ def test_conversations_are_shown_trained_on_and_evaluated_by_their_answers(
     # The last turn is not to be trained on, and nothing comes after the other one's end. A byte is a token.
     scored = sum(len(f"w{n}!") + 1 for n in range(40))
     tokens = scored + sum(len(f"user: say w{n}\nassistant: ") + 1 for n in range(40))
-    assert out.splitlines()[0] == f"data     conversations: 40 rows, {tokens:,} tokens, {scored} scored"
+    assert out.splitlines()[1] == f"rows     conversations: 40 rows, {tokens:,} tokens, {scored} scored"
     assert "user: say w0<end>\nassistant: ⟦w0!<end>⟧\n" in out.replace("\n\n", "\n") + "\n"
     train = ("finetune", *common, "--output", tmp_path / "run", "--steps", 12, "--learning-rate", 1e-2)
     status, out, err = run(monkeypatch, capsys, *train, "--batch-size", 4, "--prompt", "say w3")
@@ -470,6 +470,44 @@ def test_conversations_are_shown_trained_on_and_evaluated_by_their_answers(
     )
     assert plain["tokens"] == adapted["tokens"] == scored
     assert adapted["perplexity"] < 0.7 * plain["perplexity"]
+
+
+@pytest.mark.parametrize("weights", [(), (0.7, 0.3)], ids=["one set", "mixed"])
+def test_several_sources_are_counted_each_and_a_recipe_repeats_them(
+    chatting, tmp_path, monkeypatch, capsys, weights
+):
+    (tmp_path / "texts.csv").write_text("text\n" + "".join(f"some text of {n}\n" for n in range(30)))
+    sources = [str(chatting / "chats.jsonl"), str(tmp_path / "texts.csv")]
+    given = (
+        [f"{source}={weight}" for source, weight in zip(sources, weights, strict=True)]
+        if weights
+        else sources
+    )
+    options = ("--model", chatting, "--data", *given, "--seq-len", 48, "--batch-size", 4, "--prompt", "")
+    run_of = ("finetune", *options, "--steps", 3, "--output", tmp_path / "run")
+    status, out, err = run(monkeypatch, capsys, *run_of)
+    assert status == 0, err
+    said = [
+        line.split(":")[0] for line in out.splitlines() if line[:8].strip() in ("data", "train", "held out")
+    ]
+    named = [f"data     {source}" for source in sources]
+    if weights:
+        named = [f"{line}, weight {weight}" for line, weight in zip(named, weights, strict=True)]
+    sides = [[f"{side:<8} {form}" for side in ("train", "held out")] for form in ("conversations", "texts")]
+    assert said == [named[0], *sides[0], named[1], *sides[1]]
+    assert "held-out perplexity of the answers and texts  before " in out
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["data"] == given
+    by_recipe = ("--recipe", tmp_path / "run" / "recipe.json", "--output", tmp_path / "again")
+    assert run(monkeypatch, capsys, "finetune", *by_recipe)[0] == 0
+    both = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again")]
+    assert both[0].read_bytes() == both[1].read_bytes()
+    status, out, err = run(monkeypatch, capsys, "data", "--model", chatting, "--data", *given, "--rows", 1)
+    assert [line for line in out.splitlines() if line.startswith("data")] == named
+    measured = run(monkeypatch, capsys, "evaluate", "--model", chatting, "--data", *sources, "--json")[1]
+    alone = [
+        run(monkeypatch, capsys, "evaluate", "--model", chatting, "--data", s, "--json")[1] for s in sources
+    ]
+    assert json.loads(measured)["tokens"] == sum(json.loads(each)["tokens"] for each in alone)
 
 
 @pytest.mark.parametrize(

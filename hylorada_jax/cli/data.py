@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hylorada_jax.cli.reading import AS_IT_IS, Reading
+from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline, template_of, tokenizer_of
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.data.packing import check_windows
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @puts_offline
 def data(
     *,
-    data: str = PYTHON_STDLIB,
+    data: tuple[str, ...] = (PYTHON_STDLIB,),
     model: str = PACKAGED_MODEL,
     reading: Reading = AS_IT_IS,
     seq_len: int = 512,
@@ -34,7 +34,7 @@ def data(
         model: whose tokenizer and chat template are used; its weights are not read.
         reading: how the data are read.
         seq_len: tokens per row.
-        rows: how many are shown.
+        rows: how many of each source are shown.
         chat_template: a file of jinja in the place of the model's template.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
@@ -42,14 +42,18 @@ def data(
     if rows < 1:
         raise ConfigError("At least one row must be shown.", f"--rows {rows}", "Leave it out for three.")
     template = template_of(chat_template)
-    examples = reading.load(data)
+    sources = [
+        source._replace(train=reading.load(source.name)) for source in sources_of(data, split=reading.split)
+    ]
     tokenizer = tokenizer_of(model, template)
-    documents = reading.prepare(examples, tokenizer, seq_len, None, "data")
-    for document in documents[:rows]:
-        print(f"\n--- {one_line(document.name)}: {len(document):,} tokens")
-        counts = [True] * len(document) if document.scored is None else document.scored.tolist()
-        scored = [False, *counts[1:]]  # the first token follows nothing: it is never predicted
-        print(_marked(tokenizer, document.tokens.tolist(), scored))
+    for source in sources:
+        source.print()
+        documents = reading.prepare(source.train, tokenizer, seq_len, None, "rows")
+        for document in documents[:rows]:
+            print(f"\n--- {one_line(document.name)}: {len(document):,} tokens")
+            counts = [True] * len(document) if document.scored is None else document.scored.tolist()
+            scored = [False, *counts[1:]]  # the first token follows nothing: it is never predicted
+            print(_marked(tokenizer, document.tokens.tolist(), scored))
 
 
 def _marked(tokenizer: "Tokenizer", ids: list[int], scored: list[bool]) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hylorada_jax.cli.reading import AS_IT_IS, Reading
+from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
@@ -19,13 +19,15 @@ from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
 from hylorada_jax.data.packing import check_windows
 from hylorada_jax.structure.code import Domain
 
+_EMBEDDED = (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
+
 
 @puts_offline
 def evaluate(
     *,
     model: str = PACKAGED_MODEL,
     adapter: Path | None = None,
-    data: str = PYTHON_STDLIB,
+    data: tuple[str, ...] = (PYTHON_STDLIB,),
     reading: Reading = AS_IT_IS,
     seq_len: int = 512,
     stride: int | None = None,
@@ -43,8 +45,8 @@ def evaluate(
     Args:
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         adapter: directory of a trained adapter.
-        data: a file, a glob or a Hub dataset, read whole, as by finetune; of the embedded data, the
-            held-out part.
+        data: files, globs or Hub datasets, read whole, as by finetune; of the embedded data, the held-out
+            part.
         reading: how the data are read, and what of them counts.
         seq_len: tokens per window.
         stride: tokens between windows [half a window]; no token is scored twice.
@@ -59,7 +61,10 @@ def evaluate(
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     check_windows(seq_len, stride, max_tokens, batch_size)
-    rows = reading.load(data, "eval" if data in (PYTHON_STDLIB, PYTHON_DOCSTRINGS) else "all")
+    sources = [
+        source._replace(held_out=reading.load(source.name, "eval" if source.name in _EMBEDDED else "all"))
+        for source in sources_of(data, weights=False, split=reading.split)
+    ]
     saved = check_adapter(adapter, structure, weights=dtype if check_weights else None)
 
     from hylorada_jax.data.document import as_documents
@@ -74,9 +79,11 @@ def evaluate(
     if adapter is not None:
         check_whole(adapter, base)
 
-    tokens = reading.prepare(
-        rows, tokenizer_of(model, template), seq_len, structure, None if json else "data"
-    )
+    tokenizer, tokens = tokenizer_of(model, template), []
+    for source in sources:
+        if not json:
+            source.print()
+        tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
         loaded(model, adapter, dtype, check_weights=check_weights),

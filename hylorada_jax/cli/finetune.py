@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
-from hylorada_jax.cli.reading import AS_IT_IS, Reading
+from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
@@ -38,8 +38,8 @@ def finetune(
     *,
     training: Training,
     model: str = PACKAGED_MODEL,
-    data: str = PYTHON_STDLIB,
-    eval_data: str | None = None,
+    data: tuple[str, ...] = (PYTHON_STDLIB,),
+    eval_data: tuple[str, ...] = (),
     reading: Reading = AS_IT_IS,
     adapter: Adapter = DEFAULTS,
     start_from: Path | None = None,
@@ -61,6 +61,8 @@ def finetune(
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         data: python-stdlib or python-docstrings (embedded), a file, a glob, or a Hub dataset: texts, prompts
             with completions, or conversations, as the columns of .jsonl, .json, .csv and .parquet files tell.
+            Several are one set; with weights, as chats.jsonl=0.7 "docs/*.md=0.3", each has that share of the
+            rows of the batches.
         eval_data: held-out data; by default about 5 % of the data is held out, by document.
         reading: how the data are read, and what of them counts.
         adapter: what is trained.
@@ -75,6 +77,8 @@ def finetune(
     """
     from hylorada_jax.training.run_directory import RunDirectory
 
+    sources = sources_of(data, split=reading.split)
+    own = sources_of(eval_data, weights=False) if eval_data else []
     saved = None if start_from is None else _opened(start_from, adapter)
     settings = adapter.build() if saved is None else saved.config
     if structure:
@@ -94,7 +98,7 @@ def finetune(
         check_whole(saved, empty)
     check_training(empty, training)
     check_groups(settings, training)
-    train_rows, eval_rows = reading.load_both(data, eval_data)
+    sources = reading.load_both(sources, own)
 
     import jax.numpy as jnp
 
@@ -102,11 +106,10 @@ def finetune(
     from hylorada_jax.models.loading import load_model
 
     tokenizer = tokenizer_of(model, template)
-    print(f"data     {one_line(data)}")
-    train, held_out = (
-        reading.prepare(rows, tokenizer, training.seq_len, structure, what)
-        for rows, what in ((train_rows, "train"), (eval_rows, "held out"))
-    )
+    train, held_out = reading.prepare_both(sources, tokenizer, training.seq_len, structure)
+    what = f"held-out perplexity{reading.counted(sources)}"
+    chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
+    del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, training)
     base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
     if saved is None:
@@ -125,10 +128,8 @@ def finetune(
     adapted.print_trainable_parameters()
 
     result = trainer.train()
-    what = "held-out perplexity" + ("" if reading.counts_all(eval_rows) else " of the answers")
     print(f"{what}  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
     if prompt:
-        chat = isinstance(train_rows[0], Conversation)
         before, after = samples(adapted, prompt, tokenizer, structure, chat=chat)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")

@@ -13,6 +13,7 @@ from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
 from hylorada_jax.cli.generate import generate
+from hylorada_jax.cli.inspect import inspect
 from hylorada_jax.cli.merge import merge
 from hylorada_jax.cli.params import params
 from hylorada_jax.cli.parity import parity
@@ -65,6 +66,7 @@ def _run() -> None:
                 "generate": generate,
                 "chat": chat,
                 "params": params,
+                "inspect": inspect,
                 "merge": merge,
                 "export-peft": export_peft,
                 "import-peft": import_peft,

@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune --overwrite": ("--model", "./missing", "--data", "missing.txt"),
     "finetune --resume": ("--model", "./missing", "--data", "missing.txt"),
     "merge": ("--adapter", "missing", "--model", "./missing"),
+    "inspect": ("--adapter", "missing", "--model", "./missing"),
     "export-peft": ("--adapter", "missing", "--model", "./missing"),
     "import-peft": ("--adapter", "missing", "--model", "./missing"),
     "generate": ("--model", "./missing", "--messages", "missing.jsonl"),

@@ -1,23 +1,107 @@
 """The command line's options that say how data are read, and what became of them."""
 
 import dataclasses
+import math
+import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
 from hylorada_jax.data.corpus import Split, divide, load_documents
 from hylorada_jax.data.examples import Completion, Conversation, Document, Example
 from hylorada_jax.data.formats import Format
+from hylorada_jax.data.hub_rows import hub_dataset
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.io.files import user_path
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import brief, one_line
 
 if TYPE_CHECKING:
     from hylorada_jax.data.document import TokenizedDocument
+    from hylorada_jax.data.mixture import Mixture
     from hylorada_jax.models.tokenizer import Tokenizer
 
 _SHOWN = 5
+
+
+class Source(NamedTuple):
+    """One of the values of ``--data``, and what was read of it.
+
+    Attributes:
+        name: of the data, without the weight.
+        weight: as given, or None.
+        train: the rows to train on.
+        held_out: those that are held out.
+    """
+
+    name: str
+    weight: float | None
+    train: Sequence[Example] = ()
+    held_out: Sequence[Example] = ()
+
+    def print(self) -> None:
+        """Prints the line that names it."""
+        weight = "" if self.weight is None else f", weight {self.weight:g}"
+        print(f"data     {one_line(self.name)}{weight}")
+
+
+def sources_of(given: Sequence[str], *, weights: bool = True, split: str | None = None) -> list[Source]:
+    """Sources by their names, in which a weight may stand behind the last ``=``.
+
+    What follows it is a weight where it is a number, unless there is a file of the whole name.
+
+    Args:
+        given: values of an option, "chats.jsonl" or "chats.jsonl=0.7".
+        weights: whether they can have any.
+        split: of the Hub datasets that name none.
+
+    Raises:
+        ConfigError: there are none, some have a weight and others not, or a weight or the split has no
+            meaning.
+
+    Example:
+        >>> [(source.name, source.weight) for source in sources_of(["lr=1/a.txt=0.7", "python-stdlib=0.3"])]
+        [('lr=1/a.txt', 0.7), ('python-stdlib', 0.3)]
+    """
+    sources = [_source(text) for text in given]
+    weighted = [source.weight for source in sources if source.weight is not None]
+    if len(weighted) not in (0, len(sources)):
+        rule, remedy = (
+            "Of several sources all must have a weight, or none.",
+            "Give each its own, as in a=0.7.",
+        )
+        raise ConfigError(rule, " ".join(given), remedy)
+    if weighted and not weights:
+        rule = "Weights are of the sources that are trained on; of others every row counts."
+        raise ConfigError(rule, " ".join(given), "Leave the weights out.")
+    if not sources:
+        raise ConfigError("Data must have a source.", "none", "Name a file, a glob or a Hub dataset.")
+    if wrong := [weight for weight in weighted if not 0 < weight < math.inf]:
+        raise ConfigError("A weight must be a positive number.", wrong[0], "Leave out what has no share.")
+    return sources if split is None else _split(sources, split)
+
+
+def _split(sources: Sequence[Source], split: str) -> list[Source]:
+    datasets = [hub_dataset(source.name) for source in sources]
+    if not any(datasets):
+        names = " ".join(source.name for source in sources)
+        rule = "A split is one of a Hub dataset."
+        raise ConfigError(rule, f"--split {split} for {names}", "Leave it out, or name the dataset.")
+    return [
+        source._replace(name=str(dataset._replace(split=split))) if dataset and not dataset.split else source
+        for source, dataset in zip(sources, datasets, strict=True)
+    ]
+
+
+def _source(text: str) -> Source:
+    name, _, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        return Source(text, None)
+    return Source(name, value) if name and not os.path.isfile(user_path(text)) else Source(text, None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +110,8 @@ class DataOptions:
 
     Args:
         format: text, prompt-completion, messages, alpaca or sharegpt [as the columns tell].
+        split: of the Hub datasets that are read, as test or train[:1000] [train]; one may name its own, as
+            owner/name:config:test.
         columns: other names of columns and of a message's keys, as text=body content=answer.
         score: what counts: the answers (what the assistant says, or completions), the last of them, or all.
             Texts count whole.
@@ -35,6 +121,7 @@ class DataOptions:
     """
 
     format: Format | None = None
+    split: str | None = None
     columns: tuple[str, ...] = ()
     score: Literal["answers", "last", "all"] = "answers"
     overlength: Literal["truncate", "drop", "error"] = "truncate"
@@ -48,9 +135,12 @@ class DataOptions:
             raise ConfigError(rule, f"--columns {' '.join(wrong)}", "For example --columns text=body.")
         return {ours: theirs for ours, _, theirs in pairs}
 
-    def counts_all(self, rows: list[Example]) -> bool:
-        """Whether every token counts."""
-        return self.score == "all" or isinstance(rows[0], Document)
+    def counted(self, sources: Sequence[Source]) -> str:
+        """What of the held-out rows counts, behind the name of a figure; nothing where all of it does."""
+        texts = {isinstance(source.held_out[0], Document) for source in sources if source.held_out}
+        if self.score == "all" or texts == {True}:
+            return ""
+        return " of the answers" + (" and texts" if True in texts else "")
 
     def load(self, source: str, split: Split = "all") -> list[Example]:
         """The rows of a source; with ``skip_bad_rows``, those that can be read."""
@@ -59,14 +149,21 @@ class DataOptions:
         _list(skipped)
         return rows
 
-    def load_both(self, source: str, held_out: str | None) -> tuple[list[Example], list[Example]]:
-        """The rows to train on, and those that are held out: of a source of their own, or a part."""
-        rows = self.load(source)
-        return (rows, self.load(held_out)) if held_out else divide(rows, source)
+    def load_both(self, sources: Sequence[Source], held_out: Sequence[Source]) -> list[Source]:
+        """The sources with their rows: those to train on, and a part or sources of their own held out."""
+        rows = [self.load(source.name) for source in sources]
+        if held_out:
+            trained = [source._replace(train=found) for source, found in zip(sources, rows, strict=True)]
+            return trained + [source._replace(held_out=self.load(source.name)) for source in held_out]
+        sides = divide([(found, source.name) for source, found in zip(sources, rows, strict=True)])
+        return [
+            source._replace(train=train, held_out=rest)
+            for source, (train, rest) in zip(sources, sides, strict=True)
+        ]
 
     def prepare(
         self,
-        rows: list[Example],
+        rows: Sequence[Example],
         tokenizer: "Tokenizer",
         seq_len: int,
         structure: Domain | None,
@@ -84,6 +181,7 @@ class DataOptions:
             score=self.score,
             overlength=self.overlength,
             skipped=skipped,
+            keep=True,
         )
         _list(skipped)
         said = [f"{counts.rows:,} rows", f"{counts.tokens:,} tokens", f"{counts.scored:,} scored"]
@@ -93,8 +191,26 @@ class DataOptions:
             print(f"{what:<8} {form_of(rows)}: {', '.join(said)}")
         return documents
 
+    def prepare_both(
+        self, sources: Sequence[Source], tokenizer: "Tokenizer", seq_len: int, structure: Domain | None
+    ) -> "tuple[Mixture, list[TokenizedDocument]]":
+        """The tokens to train on, by weight where the sources have one, and those held out, all counted."""
+        from hylorada_jax.data.mixture import Mixture
 
-def form_of(rows: list[Example]) -> str:
+        train: list[tuple[list[TokenizedDocument], float]] = []
+        held_out: list[TokenizedDocument] = []
+        for source in sources:
+            source.print()
+            if source.train:
+                documents = self.prepare(source.train, tokenizer, seq_len, structure, "train")
+                train.append((documents, source.weight or 1))
+            if source.held_out:
+                held_out += self.prepare(source.held_out, tokenizer, seq_len, structure, "held out")
+        mixture = Mixture(train)
+        return mixture if sources[0].weight else Mixture([(mixture.documents, 1)]), held_out
+
+
+def form_of(rows: Sequence[Example]) -> str:
     """What a data set has, in a word."""
     match rows[0]:
         case Conversation():

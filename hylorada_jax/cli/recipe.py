@@ -36,9 +36,9 @@ def recipe_of(
     Returns:
         Plain JSON types; :func:`expanded` reads them.
     """
-    given = {name: value for name, value in {**options, **vars(adapter)}.items() if value is not None}
+    given = {**options, **vars(adapter), **vars(reading)}
+    given = {name: value for name, value in given.items() if value not in (None, ())}
     settings = {n: v for n, v in dataclasses.asdict(training).items() if n not in _NOT_REPEATED}
-    settings |= {name: value for name, value in vars(reading).items() if value not in (None, ())}
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in {**given, **settings}.items()

@@ -6,9 +6,8 @@ import glob
 import hashlib
 import json
 import os
-import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -16,9 +15,9 @@ from typing import Any, Literal, overload
 from hylorada_jax.data.docstrings import docstring_rows
 from hylorada_jax.data.examples import Document, Example
 from hylorada_jax.data.formats import COLUMNS, Format, read_row, recognise
-from hylorada_jax.data.rows import ROW_SUFFIXES, SUFFIXES, Row, as_row, read_rows
+from hylorada_jax.data.hub_rows import dataset_rows, hub_dataset, hub_rows
+from hylorada_jax.data.rows import Row, read_rows
 from hylorada_jax.errors import DataError
-from hylorada_jax.io import hub
 
 PYTHON_STDLIB = "python-stdlib"
 """The embedded texts, which every machine that runs this package has: the source of Python's library."""
@@ -28,9 +27,6 @@ PYTHON_DOCSTRINGS = "python-docstrings"
 Split = Literal["train", "eval", "all"]
 
 _HELD_OUT = Fraction(1, 20)
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Files that datasets' own tools write beside the data.
-_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 # Tests, generated tables and programs that happen to be shipped along are not library source.
 _NOT_LIBRARY = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",
@@ -76,12 +72,12 @@ def load_documents(
 
     Args:
         source: ``"python-stdlib"`` or ``"python-docstrings"``; a file; a glob (``"books/**/*.txt"``); a
-            dataset of the Hub (``"owner/name"``); or rows, as a list of dictionaries or a
-            ``datasets.Dataset``. Rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
+            dataset of the Hub (``"owner/name"``, ``"owner/name:config"``, ``"owner/name:config:split"``, its
+            split "train" where none is named); or rows, as any iterable of dictionaries, a
+            ``datasets.Dataset`` is one. Rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
             ``.parquet`` files are documents of the format that their columns tell
             (:func:`hylorada_jax.data.formats.recognise`); any other file is one text
-            (:func:`hylorada_jax.data.rows.read_rows`). Of a Hub dataset with files named "train" only those
-            are read.
+            (:func:`hylorada_jax.data.rows.read_rows`).
         split: ``"train"``, ``"eval"`` or ``"all"``.
         form: the format; None recognises it by the columns of the first row.
         columns: other names of the format's columns, as {"text": "body"}.
@@ -108,21 +104,23 @@ def load_documents(
         )
     if split == "all":
         return documents
-    train, held_out = divide(documents, source)
+    ((train, held_out),) = divide([(documents, source)])
     return train if split == "train" else held_out
 
 
 def _rows(source: str | Path | Rows, columns: Mapping[str, str]) -> Iterator[Row | DataError]:
+    wanted = {*COLUMNS, *columns.values()}
     if not isinstance(source, str | Path):
-        for number, values in enumerate(source):
-            yield as_row(values, f"row {number}")
+        yield from dataset_rows(source, "row {}", wanted)
     elif str(source) == PYTHON_STDLIB:
         yield from _standard_library()
     elif str(source) == PYTHON_DOCSTRINGS:
         yield from docstring_rows(_standard_library())
+    elif (dataset := hub_dataset(str(source))) and not os.path.exists(dataset.name):
+        yield from hub_rows(dataset, wanted)
     else:
         for path in _files(str(source)):
-            yield from read_rows(path, {*COLUMNS, *columns.values()})
+            yield from read_rows(path, wanted)
 
 
 def _examples(
@@ -146,16 +144,35 @@ def _examples(
                 yield example
 
 
-def divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[Example], list[Example]]:
+def divide(
+    sources: Sequence[tuple[list[Example], str | Path | Rows]],
+) -> list[tuple[list[Example], list[Example]]]:
     """Training and held-out documents, neither empty: both sides of what :func:`load_documents` splits.
 
+    What is held out of one source is trained on in none.
+
     Args:
-        documents: all of a source.
-        source: where they are from.
+        sources: all documents of each, and where they are from.
+
+    Returns:
+        Both sides of each source.
 
     Raises:
-        DataError: there are too few, or too little text.
+        DataError: there are too few, or too little text; or all of a source is held out of others.
     """
+    sides = [_divide(documents, source) for documents, source in sources]
+    if len(sides) == 1:
+        return sides
+    held = {_content(document) for _, held_out in sides for document in held_out}
+    kept = [[document for document in train if _content(document) not in held] for train, _ in sides]
+    for train, (_, source) in zip(kept, sources, strict=True):
+        if not train:
+            rule = "A source must have a row that is not held out of another one."
+            raise DataError(rule, source, "Leave it out, or give held-out rows by --eval-data.")
+    return [(train, held_out) for train, (_, held_out) in zip(kept, sides, strict=True)]
+
+
+def _divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[Example], list[Example]]:
     embedded = isinstance(source, str | Path) and str(source) == PYTHON_DOCSTRINGS
     by = _module if embedded else _content  # rows of one's own are not turned into text to be asked
     hashes = [hashlib.sha256(by(document).encode()).digest() for document in documents]
@@ -230,8 +247,6 @@ def _files(source: str) -> list[Path]:
         raise DataError(
             "A glob must match at least one file.", source, 'Quote it, and use "**" for subdirectories.'
         )
-    if _HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
-        return _hub_files(source)
     raise DataError(
         "Data must be a file, a glob, a Hub dataset (owner/name), python-stdlib or python-docstrings.",
         source,
@@ -263,26 +278,3 @@ def _matches(root: Path, pattern: Path) -> Iterator[Path]:
                 continue
             seen.add(real)
             yield from _matches(Path(name), rest)
-
-
-def _hub_files(name: str) -> list[Path]:
-    suffixes = (".txt", *ROW_SUFFIXES)
-    patterns = [f"*{form}" for suffix in suffixes for form in (suffix, suffix.upper())]
-    try:
-        root = hub.fetch(name, patterns, "dataset")
-    except Exception as error:  # the client raises many kinds: no network, no such dataset, no permission
-        if hub.is_offline():
-            remedy = f"Fetch it once: `hf download --repo-type dataset {name}`, or go online."
-            raise DataError("Offline, a Hub dataset must be in the local cache.", name, remedy) from error
-        rule = f"The Hub dataset {name!r} must be reachable, or downloaded before."
-        raise DataError(rule, error, "Check the name and the network, or give files of your own.") from error
-    files = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in suffixes and path.name not in _NOT_DATA and path.is_file()
-    )
-    if not files:
-        raise DataError(
-            f"A Hub dataset must have {', '.join(suffixes)} files.", name, "Convert it, and give the files."
-        )
-    return [path for path in files if "train" in path.relative_to(root).as_posix()] or files

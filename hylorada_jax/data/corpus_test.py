@@ -1,13 +1,14 @@
 import ast
 import inspect
 import json
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, Split, load_documents
-from hylorada_jax.data.examples import Conversation, Document
+from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, Split, divide, load_documents
+from hylorada_jax.data.examples import Conversation, Document, Example
 from hylorada_jax.errors import DataError
 
 
@@ -53,6 +54,22 @@ def test_copies_of_one_text_stay_on_one_side_and_the_side_ignores_order(tmp_path
     assert {d.text for d in load_texts(backwards, "eval")} == held_out
 
 
+def test_what_one_source_holds_out_no_other_is_trained_on():
+    """Small sources hold out the row of the smallest hash, which is another one where that is missing."""
+
+    def source(texts) -> tuple[list[Example], str]:
+        return [Document(f"{len(texts)} texts", text) for text in texts], f"{len(texts)} texts"
+
+    ((_, (first,)),) = divide([source("abcdefgh")])
+    rest = [text for text in "abcdefgh" if text != first[1]]
+    ((_, (second,)),) = divide([source(rest)])
+    (train, held_out), (other, also) = divide([source("abcdefgh"), source(rest)])
+    assert [d[1] for d in held_out + also] == [first[1], second[1]]
+    assert {d[1] for d in train + other} == {*rest} - {second[1]}
+    with pytest.raises(DataError, match=r"held out of another one[\s\S]*2 texts"):
+        divide([source(rest), source([first[1], second[1]])])
+
+
 @pytest.mark.parametrize("texts", [["x", "y"], ["x", "y", "z"], [f"line {i}\n" * 50 for i in range(4)]])
 def test_neither_side_is_empty(tmp_path, texts):
     jsonl = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -91,6 +108,8 @@ def test_unusable_data_is_refused_by_name(tmp_path, source, content, said):
 def test_an_unreachable_hub_dataset_is_a_data_error(monkeypatch):
     import huggingface_hub
 
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
     def offline(*args, **kwargs):
         raise ConnectionError("no route")
 
@@ -102,6 +121,7 @@ def test_an_unreachable_hub_dataset_is_a_data_error(monkeypatch):
 def test_of_a_hub_dataset_only_the_training_files_are_read(monkeypatch, tmp_path):
     import huggingface_hub
 
+    monkeypatch.setitem(sys.modules, "datasets", None)
     write_jsonl(tmp_path / "train.jsonl", ["seen"])
     write_jsonl(tmp_path / "test.jsonl", ["unseen"])
     (tmp_path / "train" / "dataset_info.json").parent.mkdir()

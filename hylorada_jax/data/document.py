@@ -105,14 +105,19 @@ def as_documents(data: Sequence[Any], vocab: int, what: str, *, has_encoder: boo
         if 0 < having < len(documents):
             rule = f"All documents of the {what} data must have {name}, or none."
             raise DataError(rule, f"{having} of {len(documents)} documents", "Give each of them its own.")
+    check_predicted(documents, f"The {what} data")
+    return documents
+
+
+def check_predicted(documents: Sequence[TokenizedDocument], what: str) -> None:
+    """Raises a DataError, with ``what`` in front, for documents in which no prediction counts."""
     predicted = [document for document in documents if len(document) > 1]
     if not predicted:
-        rule = f"The {what} data must have a document of at least two tokens."
+        rule = f"{what} must have a document of at least two tokens."
         raise DataError(rule, f"{len(documents)} documents, none of two tokens", "Give more text.")
     if not any(document.scored is None or document.scored[1:].any() for document in predicted):
-        rule = f"The {what} data must have a scored token that has another one before it."
+        rule = f"{what} must have a scored token that has another one before it."
         raise DataError(rule, f"{len(documents)} documents without one", "Score what is to be predicted.")
-    return documents
 
 
 def _checked(document: TokenizedDocument, number: int, vocab: int, what: str) -> TokenizedDocument:
@@ -137,10 +142,10 @@ def _checked(document: TokenizedDocument, number: int, vocab: int, what: str) ->
             rule = f"{name} of the {what} data must be {kind}, one for each token."
             received = f"document {number}: {wrong}, for {len(ids)} tokens"
             raise DataError(rule, received, "Make it from the same text as the tokens.")
-        return values.astype(dtype)
+        return values.astype(dtype, copy=False)
 
     return TokenizedDocument(
-        ids.astype(np.int32),
+        ids.astype(np.int32, copy=False),  # there is no second copy of all data
         field("scored", np.bool_, "bools", lambda values: "" if values.dtype == bool else str(values.dtype)),
         field("structure_ids", np.int32, "integers ≥ 0", lambda values: outside(values, INT32)),
         field("structure_positions", np.float32, "finite numbers", _not_finite),

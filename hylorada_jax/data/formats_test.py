@@ -13,6 +13,9 @@ USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content":
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b": "x"}}}
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 CHAT = Conversation("row", [USER, SAID], [False, True])
+LAST = Conversation("row", [USER, SAID, USER, SAID], [False, False, False, True])
+CALLED: list[dict[str, Any]] = [USER, {"role": "assistant", "tool_calls": [CALL]}]
+CALLING = Conversation("row", CALLED, [False, True], TOOLS, {"enable_thinking": False})
 # (format, columns, row): what it says.
 ROWS: dict[str, Any] = {
     "text": ({"text": "a", "id": 3}, "text", Document("row", "a")),
@@ -22,14 +25,14 @@ ROWS: dict[str, Any] = {
     "prompt of messages": (
         {"prompt": [USER, SAID, USER], "completion": [SAID]},
         "prompt-completion",
-        Conversation("row", [USER, SAID, USER, SAID], [False, False, False, True]),
+        LAST,
     ),
     "messages": ({"messages": [USER, SAID], "text": "no"}, "messages", CHAT),
     "messages in JSON": ({"messages": json.dumps([USER, SAID]), "tools": ""}, "messages", CHAT),
     "untrained": (
         {"messages": [USER, SAID | {"train": False}, USER, SAID | {"train": True}]},
         "messages",
-        Conversation("row", [USER, SAID, USER, SAID], [False, False, False, True]),
+        LAST,
     ),
     "parts": ({"messages": [USER | {"content": [{"type": "text", "text": "Hi"}]}, SAID]}, "messages", CHAT),
     "tools": (
@@ -39,13 +42,7 @@ ROWS: dict[str, Any] = {
             "chat_template_kwargs": {"enable_thinking": False},
         },
         "messages",
-        Conversation(
-            "row",
-            [USER, {"role": "assistant", "tool_calls": [CALL]}],
-            [False, True],
-            TOOLS,
-            {"enable_thinking": False},
-        ),
+        CALLING,
     ),
     "tools in JSON": (
         {
@@ -62,13 +59,7 @@ ROWS: dict[str, Any] = {
             "chat_template_kwargs": '{"enable_thinking": false}',
         },
         "messages",
-        Conversation(
-            "row",
-            [USER, {"role": "assistant", "tool_calls": [CALL]}],
-            [False, True],
-            TOOLS,
-            {"enable_thinking": False},
-        ),
+        CALLING,
     ),
     "alpaca": (
         {"instruction": "Add.", "input": "1", "output": "Ho", "system": "s", "history": [["Hi", "Ho"]]},

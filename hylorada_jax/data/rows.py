@@ -227,7 +227,7 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
             for batch in _batches(rows, chosen, path, limit):
                 for at in range(len(batch)):
                     (values,) = batch.slice(at, 1).to_pylist()  # alone, so that an error is of this row
-                    values = {name: _without_nulls(value) for name, value in values.items()}
+                    values = {name: without_nulls(value) for name, value in values.items()}
                     expanded += 64 + _size(values)
                     if expanded > limit:
                         raise _expands("A parquet file", f"{path}[{number}]", expanded, limit)
@@ -254,11 +254,11 @@ def _batches(rows: Any, columns: Sequence[str], path: Path, limit: int) -> Itera
         yield from rows.iter_batches(batch, row_groups=[group], columns=[*columns])
 
 
-def _without_nulls(value: Any) -> Any:
-    """Without the fields that other rows have: arrow gives every struct of a column all of them."""
+def without_nulls(value: Any) -> Any:
+    """A value without the fields that other rows have: arrow gives every struct of a column all of them."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [*map(_without_nulls, value)] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
 def _size(value: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from hylorada_jax.data import cache
 from hylorada_jax.data.answers import Score, Scored, score_answers
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.examples import Conversation, Document, Example
@@ -80,7 +81,12 @@ def tokenize(
     Example:
         tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
     """
-    return [d for each in _tokenized(examples, tokenizer, structure, score, skipped) for d in each]
+    _take_limits_off(tokenizer)
+    unparsed: list[str] = []
+    found = _tokenized(examples, tokenizer, structure, score, skipped, unparsed)
+    documents = [document for each in found for document in each or ()]
+    _warn(unparsed, examples)
+    return documents
 
 
 def prepare(
@@ -92,6 +98,7 @@ def prepare(
     score: Score = "answers",
     overlength: Overlength = "truncate",
     skipped: list[DataError] | None = None,
+    keep: bool = False,
 ) -> tuple[list[TokenizedDocument], Counts]:
     """Documents for rows of a length: :func:`tokenize`, and what becomes of those that are longer.
 
@@ -103,6 +110,8 @@ def prepare(
         overlength: of a completion or conversation with more than seq_len + 1 tokens, the last of which is
             only predicted: "truncate" leaves out what is behind them, "drop" the row, and "error" raises.
             Texts are cut into windows, and none is too long.
+        keep: keep the result on disk, and take it from there where the same was asked for before
+            (:mod:`hylorada_jax.data.cache`).
 
     Returns:
         The records, and the counts of what happened.
@@ -113,11 +122,41 @@ def prepare(
     Example:
         prepare(load_documents("chats.jsonl"), load_tokenizer("smollm2-135m"), seq_len=512)
     """
+    _take_limits_off(tokenizer)
+    options = {"seq_len": seq_len, "structure": structure, "score": score, "overlength": overlength}
+    key = cache.key_of(examples, tokenizer, options) if keep and cache.directory() else ""
+    if key and (found := cache.read(key)):
+        documents, (counts, unparsed) = found
+    else:
+        bad: list[DataError] | None = None if skipped is None else []
+        documents, counts, unparsed = _prepared(
+            examples, tokenizer, seq_len, structure, score, overlength, bad
+        )
+        if skipped is not None and bad:  # what is left out is listed each time
+            skipped += bad
+        elif key:
+            cache.write(key, documents, [counts, unparsed])
+    _warn(unparsed, examples)
+    return documents, Counts(*counts)
+
+
+def _prepared(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    structure: Domain | None,
+    score: Score,
+    overlength: Overlength,
+    skipped: list[DataError] | None,
+) -> tuple[list[TokenizedDocument], Counts, list[str]]:
+    """The records, their counts, and the names of what does not parse."""
     kept: list[TokenizedDocument] = []
+    unparsed: list[str] = []
     dropped = truncated = 0
-    bad: list[DataError] = []
-    found = _tokenized(examples, tokenizer, structure, score, bad if skipped is not None else None)
+    found = _tokenized(examples, tokenizer, structure, score, skipped, unparsed)
     for example, documents in zip(examples, found, strict=True):
+        if documents is None:
+            continue
         long = [d for d in documents if len(d) > seq_len + 1 and not isinstance(example, Document)]
         if long and overlength == "error":
             raise DataError(
@@ -125,7 +164,7 @@ def prepare(
                 f"{long[0].name}: {len(long[0]) - 1}",
                 "Take a larger seq_len, or truncate or drop what is longer.",
             )
-        if overlength == "drop" and long:
+        if long and overlength == "drop":
             documents = []
         if long and documents:
             documents = [_cut(d, seq_len + 1) if d in long else d for d in documents]
@@ -133,11 +172,8 @@ def prepare(
         documents = [d for d in documents if _scored(d)]
         dropped += not documents
         kept += documents
-    if skipped is not None:
-        skipped += bad
-    return kept, Counts(
-        len(examples), len(kept), sum(map(len, kept)), sum(map(_scored, kept)), dropped - len(bad), truncated
-    )
+    tokens, scored = sum(map(len, kept)), sum(map(_scored, kept))
+    return kept, Counts(len(examples), len(kept), tokens, scored, dropped, truncated), unparsed
 
 
 def _scored(document: TokenizedDocument) -> int:
@@ -158,28 +194,35 @@ def _tokenized(
     structure: Domain | None,
     score: Score,
     skipped: list[DataError] | None,
-) -> Iterator[list[TokenizedDocument]]:
-    """The records of each example."""
+    unparsed: list[str],
+) -> Iterator[list[TokenizedDocument] | None]:
+    """The records of each example, or None where its error was put into ``skipped``."""
     if structure not in (None, "code"):
         remedy = "Make the ids of other domains yourself: TokenizedDocument(tokens, structure_ids=…)."
         raise ConfigError("structure must be code.", repr(structure), remedy)
-    # Many tokenizer.json files carry the truncation of somebody's training run.
-    tokenizer.backend.no_truncation()
-    tokenizer.backend.no_padding()
     texts = _texts([example for example in examples if isinstance(example, Document)], tokenizer)
     answers = score_answers([e for e in examples if not isinstance(e, Document)], tokenizer, score)
-    unparsed: list[str] = []
     for example in examples:
         found = next(texts if isinstance(example, Document) else answers)
         if isinstance(found, DataError):
             if skipped is None:
                 raise found
             skipped.append(found)
-            found = []
+            yield None
+            continue
         yield [
             _record(example, scored, "" if len(found) == 1 else f", part {part}", structure, unparsed)
             for part, scored in enumerate(found, start=1)
         ]
+
+
+def _take_limits_off(tokenizer: Tokenizer) -> None:
+    """Many tokenizer.json files carry the truncation of somebody's training run."""
+    tokenizer.backend.no_truncation()
+    tokenizer.backend.no_padding()
+
+
+def _warn(unparsed: Sequence[str], examples: Sequence[Example]) -> None:
     if unparsed:
         count = f"{len(unparsed)} of {len(examples)} documents do not parse: depth by indentation"
         warnings.warn(f"structure: {count}, {short(unparsed)}", stacklevel=3)

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 _offline = False
 _announced: set[str] = set()
@@ -56,9 +56,46 @@ def fetch(name: str, patterns: Sequence[str], kind: Literal["model", "dataset"] 
     # Imported here: it takes half a second.
     from huggingface_hub import snapshot_download
 
+    local = _is_local(name, kind)
+    # Told each time: huggingface_hub's own switch is read once, when it is imported.
+    return Path(snapshot_download(name, repo_type=kind, allow_patterns=[*patterns], local_files_only=local))
+
+
+def dataset(name: str, configuration: str | None, split: str) -> Any:
+    """A split of a dataset of the Hub, from the cache of the datasets library or by way of it.
+
+    It is announced as by :func:`fetch`. No code of its repository is run.
+
+    Args:
+        name: "owner/name".
+        configuration: one of its own, or None for its default.
+        split: one of its splits, or a part or a sum of them, as "train[:1000]".
+
+    Returns:
+        A ``datasets.Dataset``.
+
+    Raises:
+        ImportError: the library is not installed.
+        Exception: of the library's many kinds.
+    """
+    from datasets import config, load_dataset
+
+    # Its switches are read from the environment when it is imported. It counts downloads on another host.
+    local = config.HF_HUB_OFFLINE or _is_local(name, "dataset")
+    changes = {"HF_HUB_OFFLINE": local, "HF_UPDATE_DOWNLOAD_COUNTS": False}
+    before = {switch: getattr(config, switch) for switch in changes}
+    try:
+        vars(config).update(changes)
+        # Versions from 4 on run no code; older ones would ask.
+        return load_dataset(name, configuration, split=split, trust_remote_code=False)
+    finally:
+        vars(config).update(before)
+
+
+def _is_local(name: str, kind: str) -> bool:
+    """Whether nothing may be contacted; where something may, it is announced."""
     local = is_offline()
     if not local and f"{kind} {name}" not in _announced:
         _announced.add(f"{kind} {name}")
         print(f"{kind} {name}: from the Hugging Face Hub", file=sys.stderr)
-    # Told each time: huggingface_hub's own switch is read once, when it is imported.
-    return Path(snapshot_download(name, repo_type=kind, allow_patterns=[*patterns], local_files_only=local))
+    return local

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 
 import huggingface_hub
 import numpy as np
@@ -111,6 +112,7 @@ def test_a_repository_is_named_once_before_it_is_contacted(tried, monkeypatch, c
         raise LocalEntryNotFoundError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", contact)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     for _ in range(2):
         with pytest.raises(ModelError, match="Go online once"):
             find_source("owner/name")

@@ -1,6 +1,8 @@
-"""Logits, and cross-entropy from hidden states in chunks: the logits of all tokens never exist at once."""
+"""Logits, and cross-entropy of the tokens that are scored, in chunks: all logits never exist at once."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
+
+CHUNK_ELEMENTS = 2**24
+"""The logits of a group's tokens that are held at one time."""
 
 
 def logits(hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"]) -> Float[Array, "*tokens vocab"]:
@@ -32,96 +37,102 @@ def logits(hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"]) -> 
 
 
 def token_nll(
-    hidden: Float[Array, "tokens d"],
+    hidden: Float[Array, "groups tokens d"],
     head: Float[Array, "vocab d"],
-    targets: Int[Array, "tokens"],
+    targets: Int[Array, "groups tokens"],
     *,
-    chunk_elements: int = 2**24,
-) -> Float[Array, "tokens"]:
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Float[Array, "groups tokens"]:
     """Negative log-likelihood of each target under softmax(head · hidden).
 
         nll_t = logsumexp(W h_t) - (W h_t)[y_t],    d nll_t / d h_t = softmax(W h_t) W - W[y_t]
 
-    Tokens are taken in chunks of at most ``chunk_elements / vocab``, so memory does not grow with
-    tokens x vocab. The forward pass computes the gradient with respect to ``hidden`` on the way, while a
-    chunk's logits are there: training costs two products with the head and evaluation one, where
-    recomputing the logits in the backward pass would cost three.
+    A group's scored tokens are taken together, in chunks of at most ``chunk_elements / vocab``: memory does
+    not grow with tokens x vocab, and what is not scored costs no product. The loop over the chunks ends when
+    the group with the most scored tokens is done. The forward pass computes the gradient with respect to
+    ``hidden`` on the way, while a chunk's logits are there: training costs two products with the head and
+    evaluation one, where recomputing the logits in the backward pass would cost three.
 
     Args:
-        hidden: final hidden states, [tokens, d]; their dtype is the dtype of the products.
-        head: output embedding, [vocab, d]. Its gradient costs a second scan, which the compiler removes
+        hidden: final hidden states, [groups, tokens, d]; their dtype is the dtype of the products. Groups may
+            be divided over devices: nothing of one is moved to another.
+        head: output embedding, [vocab, d]. Its gradient costs a second loop, which the compiler removes
             where nobody asks for it (a frozen head).
-        targets: token ids [tokens]; a negative one is ignored: nll 0, gradient 0.
-        chunk_elements: upper bound on the logits held at one time (at least one token's).
+        targets: token ids [groups, tokens]; a negative one is ignored: nll 0, gradient 0.
+        chunk_elements: upper bound on a group's logits held at one time (at least one token's).
 
     Returns:
-        Negative log-likelihoods in nats, [tokens], float32 or wider.
+        Negative log-likelihoods in nats, [groups, tokens], float32 or wider.
 
-    >>> nll = token_nll(jnp.zeros((2, 4)), jnp.ones((10, 4)), jnp.array([3, -1]))
-    >>> [round(float(x), 4) for x in nll]
+    >>> nll = token_nll(jnp.zeros((1, 2, 4)), jnp.ones((10, 4)), jnp.array([[3, -1]]))
+    >>> [round(float(x), 4) for x in nll[0]]
     [2.3026, 0.0]
 
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (the idea of never
     materialising the logits); the gradient on the forward pass as in Liger Kernel, Hsu et al. 2024.
     """
-    return _token_nll(hidden, head, targets, max(1, chunk_elements // head.shape[0]))
+    return _token_nll(hidden, head, targets, chunk_tokens(targets.shape[1], head.shape[0], chunk_elements))
+
+
+def chunk_tokens(tokens: int, vocab: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
+    """How many of a group's tokens :func:`token_nll` takes at a time.
+
+    Example:
+        >>> chunk_tokens(1000, 50_000)
+        334
+    """
+    chunks = max(1, -(-tokens // max(1, chunk_elements // vocab)))
+    return -(-tokens // chunks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_nll(hidden: Array, head: Array, targets: Array, chunk_tokens: int) -> Array:
+def _token_nll(hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
     """The loss alone: what evaluation runs."""
+    narrow = head.astype(hidden.dtype)  # once, not in every chunk
 
-    head = head.astype(hidden.dtype)  # once, not in every chunk
+    def chunk_nll(h: Array, y: Array) -> Array:
+        return _nll_and_slope(h, y, narrow)[0]
 
-    def chunk_nll(chunk: tuple[Array, Array]) -> Array:
-        return _nll_and_slope(*chunk, head)[0]
-
-    chunks = _split(hidden, chunk_tokens, 0), _split(targets, chunk_tokens, IGNORED)
-    return _join(jax.lax.map(chunk_nll, chunks), targets.shape[0])
+    return _in_place(_map(chunk_nll, hidden, targets, chunk), targets)
 
 
-def _forward(hidden: Array, head: Array, targets: Array, chunk_tokens: int) -> tuple[Array, tuple]:
+def _forward(hidden: Array, head: Array, targets: Array, chunk: int) -> tuple[Array, tuple]:
     """The loss, and J_t = d nll_t / d h_t while the chunk's logits are there."""
-
     narrow = head.astype(hidden.dtype)
 
-    def chunk_nll_and_jacobian(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        nll, slope = _nll_and_slope(*chunk, narrow)
-        dtype = hidden.dtype
-        return nll, _matmul("tv,vd->td", slope.astype(dtype), narrow).astype(dtype)
+    def chunk_nll_and_jacobian(h: Array, y: Array) -> tuple[Array, Array]:
+        nll, slope = _nll_and_slope(h, y, narrow)
+        return nll, _matmul("gtv,vd->gtd", slope.astype(h.dtype), narrow).astype(h.dtype)
 
-    chunks = _split(hidden, chunk_tokens, 0), _split(targets, chunk_tokens, IGNORED)
-    nll, jacobian = (_join(x, targets.shape[0]) for x in jax.lax.map(chunk_nll_and_jacobian, chunks))
-    return nll, (jacobian, hidden, head, targets)
+    nll, jacobian = _map(chunk_nll_and_jacobian, hidden, targets, chunk)
+    return _in_place(nll, targets), (jacobian, hidden, head, targets)
 
 
-def _backward(chunk_tokens: int, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
+def _backward(chunk: int, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
     jacobian, hidden, head, targets = residuals
     narrow = head.astype(hidden.dtype)
 
-    def add_chunk(d_head: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        h, y, g_chunk = chunk
-        slope = g_chunk[:, None] * _nll_and_slope(h, y, narrow)[1]
-        return d_head + _matmul("tv,td->vd", slope.astype(h.dtype), h), None
+    def add_chunk(d_head: Array, _: Array, y: Array, h: Array, g_chunk: Array) -> Array:
+        slope = g_chunk[..., None] * _nll_and_slope(h, y, narrow)[1]
+        return d_head + _matmul("gtv,gtd->vd", slope.astype(h.dtype), h)
 
-    fills = (hidden, 0), (targets, IGNORED), (g, 0)
-    chunks = tuple(_split(x, chunk_tokens, fill) for x, fill in fills)
-    d_head, _ = jax.lax.scan(add_chunk, jnp.zeros(head.shape, _wide(hidden.dtype)), chunks)
-    return (g[:, None] * jacobian.astype(g.dtype)).astype(hidden.dtype), d_head.astype(head.dtype), None
+    d_head = _fold(add_chunk, jnp.zeros(head.shape, _wide(hidden.dtype)), targets, (hidden, g), chunk)
+    d_hidden = g[..., None] * _in_place(jacobian, targets).astype(g.dtype)
+    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None
 
 
 _token_nll.defvjp(_forward, _backward)
 
 
 def _nll_and_slope(h: Array, y: Array, head: Array) -> tuple[Array, Array]:
-    """One chunk's nll [chunk] and d nll / d logits = softmax - onehot [chunk, vocab], at least float32."""
+    """A chunk's nll [groups, chunk] and d nll / d logits = softmax - onehot [groups, chunk, vocab]."""
     scores = logits(h, head)
     normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    scored = (y >= 0)[:, None]
-    target_scores = jnp.take_along_axis(scores, jnp.maximum(y, 0)[:, None], axis=-1)
-    nll = jnp.where(scored, normaliser - target_scores, 0)[:, 0]
+    scored = (y >= 0)[..., None]
+    target_scores = jnp.take_along_axis(scores, jnp.maximum(y, 0)[..., None], axis=-1)
+    nll = jnp.where(scored, normaliser - target_scores, 0)[..., 0]
     # A comparison instead of a gather or a scatter: it fuses, and needs no copy of a transposed head.
-    onehot = jnp.arange(head.shape[0]) == y[:, None]
+    onehot = jnp.arange(head.shape[0]) == y[..., None]
     return nll, jnp.where(scored, jnp.exp(scores - normaliser) - onehot, 0)
 
 
@@ -134,18 +145,51 @@ def _wide(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _split(x: Array, chunk_tokens: int, fill: int) -> Array:
-    """[tokens, ...] -> [chunks, chunk, ...], padded with ``fill`` to chunks of equal size.
+def _fold(add: Callable[..., Any], start: Any, targets: Array, arrays: tuple[Array, ...], chunk: int) -> Any:
+    """Folds ``add(total, first, y, *x)`` over the chunks [groups, chunk, ...] of the scored tokens.
 
-    Chunk i takes tokens i, i + chunks, i + 2·chunks …: where the token axis is sharded over devices every
-    chunk then has its share on each device, and no chunk is gathered.
+    ``first`` is the number of the chunk's first token among those that are scored. Where a group has no more
+    of them, y is ``IGNORED``.
     """
-    tokens = x.shape[0]
-    chunks = max(1, -(-tokens // chunk_tokens))
-    x = jnp.pad(x, [(0, -tokens % chunks)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-    return x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1)
+    tokens = targets.shape[1]
+    counts = _counts(targets)
+    numbers = jnp.arange(1, -(-tokens // chunk) * chunk + 1)
+    # A search, for a sort takes a TPU's compiler ten seconds.
+    places = jax.vmap(lambda count: jnp.searchsorted(count, numbers))(counts)
+
+    def turn(number: Array, total: Any) -> Any:
+        at = jax.lax.dynamic_slice_in_dim(places, number * chunk, chunk, axis=1)
+        y = jnp.where(at < tokens, _take(targets, at), IGNORED)
+        return add(total, number * chunk, y, *(_take(x, at) for x in arrays))
+
+    return jax.lax.fori_loop(0, -(-counts[:, -1].max() // chunk), turn, start)
 
 
-def _join(x: Array, tokens: int) -> Array:
-    """The inverse of ``_split``: [chunks, chunk, ...] -> [tokens, ...]."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
+def _map(function: Callable[..., Any], hidden: Array, targets: Array, chunk: int) -> Any:
+    """``function(h, y)`` of all chunks of scored tokens [groups, at least tokens, ...], 0 behind the last."""
+    groups, tokens = targets.shape
+    length = -(-tokens // chunk) * chunk
+
+    def put(made: Any, first: Array, y: Array, h: Array) -> Any:
+        part = function(h, y)
+        return jax.tree.map(lambda x, p: jax.lax.dynamic_update_slice_in_dim(x, p, first, axis=1), made, part)
+
+    one = jax.eval_shape(function, hidden[:, :1], targets[:, :1])
+    start = jax.tree.map(lambda x: jnp.zeros((groups, length, *x.shape[2:]), x.dtype), one)
+    return _fold(put, start, targets, (hidden,), chunk)
+
+
+def _in_place(made: Array, targets: Array) -> Array:
+    """What was made of the scored tokens in their order, where they stand; 0 for the others."""
+    scored = (targets >= 0).reshape(targets.shape + (1,) * (made.ndim - 2))
+    return jnp.where(scored, _take(made, _counts(targets) - 1), 0)
+
+
+def _counts(targets: Array) -> Array:
+    """How many tokens are scored up to each, with it."""
+    return jnp.cumsum(targets >= 0, axis=1)
+
+
+def _take(x: Array, places: Array) -> Array:
+    """x [groups, tokens, ...] at the places [groups, chunk] of every group."""
+    return jnp.take_along_axis(x, places.reshape(places.shape + (1,) * (x.ndim - 2)), axis=1, mode="clip")

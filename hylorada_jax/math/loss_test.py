@@ -1,46 +1,89 @@
 """Oracle: jax.nn.log_softmax over the full logits, differentiated by JAX itself."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hylorada_jax.math.loss import token_nll
+from hylorada_jax.math import loss
+from hylorada_jax.math.loss import logits, token_nll
 
 
 def full_nll(hidden, head, targets):
     log_probabilities = jax.nn.log_softmax(hidden @ head.T)
-    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(targets >= 0, -picked, 0)
 
 
-def example(dtype, tokens=13, d=5, vocab=11, seed=0):
+def example(dtype, scored=(10, 5), tokens=13, d=5, vocab=11, seed=0):
+    """Groups of tokens, of which so many are scored, anywhere."""
     rng = np.random.default_rng(seed)
-    targets = rng.integers(0, vocab, tokens)
-    targets[[0, 4, tokens - 1]] = -1
-    arrays = rng.normal(size=(tokens, d)), rng.normal(size=(vocab, d)), rng.normal(size=tokens)
+    groups = len(scored)
+    targets = rng.integers(0, vocab, (groups, tokens))
+    for group, count in enumerate(scored):
+        targets[group, rng.permutation(tokens)[count:]] = -1
+    arrays = (
+        rng.normal(size=(groups, tokens, d)), rng.normal(size=(vocab, d)), rng.normal(size=(groups, tokens))
+    )  # fmt: skip
     return *(jnp.asarray(a, dtype) for a in arrays), jnp.asarray(targets, jnp.int32)
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 44, 55, 10_000])  # chunks of 1, 4, 5 and all 13 tokens
-def test_nll_and_both_gradients_equal_log_softmax(chunk_elements):
+def results(nll):
+    """Jitted (hidden, head, weights, targets) → the loss alone, and the loss with its two gradients."""
+
+    def of(hidden, head, weights, targets):
+        loss, pull = jax.vjp(lambda h, w: nll(h, w, targets), hidden, head)
+        return nll(hidden, head, targets), loss, *pull(weights)
+
+    return jax.jit(of)
+
+
+full_results = results(full_nll)
+
+
+# Chunks of 1, 4, 5 and all 13 tokens; of those that are scored some, all, none.
+@pytest.mark.parametrize(
+    ("scored", "chunk", "turns"),
+    [
+        ((0, 1, 7), 1, 7),
+        ((0, 1, 7), 4, 2),
+        ((5, 0, 1), 5, 1),
+        ((0, 1, 7), 13, 1),
+        ((13, 13, 4), 4, 4),
+        ((0, 0, 0), 4, 0),
+    ],
+)
+def test_nll_and_both_gradients_equal_log_softmax(scored, chunk, turns, monkeypatch):
+    products: list[int] = []
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: products.append(1))
+        return logits(*arguments)
+
+    monkeypatch.setattr(loss, "logits", counted)
+    with jax.enable_x64(True):
+        given = example(jnp.float64, scored)
+        ours = results(partial(token_nll, chunk_elements=11 * chunk))(*given)
+        assert ours[0].dtype == jnp.float64
+        for mine, oracle in zip(ours, full_results(*given), strict=True):
+            assert float(jnp.abs(oracle).max()) > 0.1 or not any(scored)
+            # float64: the same sums in another order, so a few hundred roundings of 1e-16 at most.
+            np.testing.assert_allclose(mine, oracle, rtol=0, atol=1e-13)
+    jax.effects_barrier()
+    # As many turns as the group with the most scored tokens needs, in each of the three loops.
+    assert len(products) == 3 * turns
+
+
+def test_where_a_token_stands_in_its_group_changes_nothing():
     with jax.enable_x64(True):
         hidden, head, weights, targets = example(jnp.float64)
-
-        def weighted(nll):
-            return lambda h, w: (weights * nll(h, w, targets)).sum()
-
-        def chunked(h, w, y):
-            return token_nll(h, w, y, chunk_elements=chunk_elements)
-
-        nll = jax.jit(chunked)(hidden, head, targets)
-        assert nll.dtype == jnp.float64
-        # float64: the same sums in another order, so a few hundred roundings of 1e-16 at most.
-        np.testing.assert_allclose(nll, full_nll(hidden, head, targets), rtol=0, atol=1e-13)
-        expected = jax.grad(weighted(full_nll), argnums=(0, 1))(hidden, head)
-        gradients = jax.jit(jax.grad(weighted(chunked), argnums=(0, 1)))(hidden, head)
-        for ours, theirs in zip(gradients, expected, strict=True):
-            assert float(jnp.abs(theirs).max()) > 0.1
+        order = np.random.default_rng(1).permutation(targets.shape[1])
+        of = results(partial(token_nll, chunk_elements=44))
+        *by_token, d_head = of(hidden, head, weights, targets)
+        moved = of(hidden[:, order], head, weights[:, order], targets[:, order])
+        for ours, theirs in zip(moved, (*(x[:, order] for x in by_token), d_head), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
 
 
@@ -61,9 +104,8 @@ def test_ignored_targets_have_zero_loss_and_zero_gradient():
 )
 def test_narrow_dtypes_keep_a_float32_loss_and_the_input_dtype_gradient(dtype, tolerance):
     hidden, head, _, targets = example(dtype)
-    loss = lambda h: token_nll(h, head, targets, chunk_elements=44).sum()
     nll = token_nll(hidden, head, targets, chunk_elements=44)
-    gradient = jax.grad(loss)(hidden)
+    gradient = jax.grad(lambda h: token_nll(h, head, targets, chunk_elements=44).sum())(hidden)
     assert (nll.dtype, gradient.dtype) == (jnp.float32, dtype)
     with jax.enable_x64(True):
         wide, wide_head = jnp.asarray(hidden, jnp.float64), jnp.asarray(head, jnp.float64)
@@ -73,13 +115,13 @@ def test_narrow_dtypes_keep_a_float32_loss_and_the_input_dtype_gradient(dtype, t
 
 
 def temporary_bytes(vocab, head_trained=False, tokens=512, d=16, chunk_elements=2**16):
-    def loss(hidden, head, targets):
+    def total(hidden, head, targets):
         return token_nll(hidden, head, targets, chunk_elements=chunk_elements).sum()
 
-    shapes = [(tokens, d), (vocab, d)]
+    shapes = [(1, tokens, d), (vocab, d)]
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if head_trained else 0))
-    compiled = gradient.lower(*arguments, jax.ShapeDtypeStruct((tokens,), jnp.int32)).compile()
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1) if head_trained else 0))
+    compiled = gradient.lower(*arguments, jax.ShapeDtypeStruct((1, tokens), jnp.int32)).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
     assert cost is not None

@@ -10,6 +10,7 @@ turns a head by up to 5e-4 radians.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -175,6 +176,42 @@ def yarn_frequencies(
     return 1 / (factor * periods) * (1 - keep) + 1 / periods * keep
 
 
+def longrope_frequencies(
+    head_dim: int,
+    theta: float,
+    dtype: DTypeLike,
+    *,
+    short: Sequence[float],
+    long: Sequence[float],
+    original: int,
+    positions: Int[Array, "*shape"],
+) -> Float[Array, " half"]:
+    """LongRoPE: each wavelength grows by a factor of its own, found for short texts and for long ones.
+
+        ω'_i = ω_i / short_i,  or  ω_i / long_i once the longest text of the call outgrows ``original``
+
+    As in transformers, a packed document and the same document alone may so differ, and a cache has keys of
+    either.
+
+    Args:
+        head_dim: width of the rotated part of a head, even.
+        theta: base of the wavelengths.
+        dtype: float32 or float64.
+        short: factors, [head_dim // 2].
+        long: the same for longer texts.
+        original: context of pretraining, in tokens.
+        positions: position of every token of the call.
+
+    Returns:
+        [head_dim // 2] radians per token.
+
+    Source: Ding et al. 2024, arXiv:2402.13753 §3.
+    """
+    periods = _periods(head_dim, theta, dtype)
+    stretched = [1 / (np.asarray(factors, dtype) * periods) for factors in (short, long)]
+    return jnp.where(jnp.max(positions) + 1 > original, stretched[1], stretched[0])
+
+
 def rope_tables(
     positions: Int[Array, "batch seq"],
     frequencies: Float[Array, " half"] | Float[np.ndarray, " half"],
@@ -204,9 +241,9 @@ def apply_rope(
     cos: Float[Array, "batch seq half"],
     sin: Float[Array, "batch seq half"],
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotates dimension i against dimension i + head_dim/2 (the halves of Llama's weights, not neighbours).
+    """Rotates dimension i against dimension i + n/2 (the halves of Llama's weights, not neighbours).
 
-        y₁ = x₁·cos − x₂·sin,   y₂ = x₂·cos + x₁·sin
+        y₁ = x₁·cos − x₂·sin,   y₂ = x₂·cos + x₁·sin,   y₃ = x₃ beyond the first n = 2·half dimensions
 
     Args:
         x: queries or keys.
@@ -221,6 +258,8 @@ def apply_rope(
         >>> apply_rope(jnp.array([[[[1.0, 0.0]]]]), *quarter).tolist()
         [[[[0.0, 1.0]]]]
     """
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(cos.dtype), [half, 2 * half], axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)

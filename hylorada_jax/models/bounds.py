@@ -14,6 +14,8 @@ Heads = Annotated[int, Meta(ge=1, le=2**12)]
 Positions = Annotated[int, Meta(ge=1, lt=2**31)]
 Epsilon = Annotated[float, Meta(gt=0, lt=1)]
 Deviation = Annotated[float, Meta(ge=0, le=1e3)]
+Theta = Annotated[float, Meta(gt=1, le=1e30)]
+Multiplier = Annotated[float, Meta(gt=0, le=1e6)]
 Token = Annotated[int, Meta(ge=0, lt=2**24)]
 Tokens = Token | list[Token] | None
 

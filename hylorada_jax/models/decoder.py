@@ -1,4 +1,4 @@
-"""Our decoder for the Llama family, in Flax Linen: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+"""Our decoder, in Flax Linen, for the families of ``models.families.DECODERS``: Llama and its relatives.
 
 The layers run under ``nn.scan``: their parameters, and the variables of adapters in the collection
 ``hylorada``, are stacked along a leading axis, and the program has the size of one layer whatever the depth.
@@ -9,21 +9,21 @@ float64), and norms, angles, softmax and logits in float32 at least.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.math import rope
-from hylorada_jax.math.attention import Pattern, causal_mask, full_pattern, shifted_patterns
+from hylorada_jax.math.groups import shifted_patterns
 from hylorada_jax.math.loss import logits
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.decoder_layer import DecoderLayer, RMSNorm, Step, Stream
+from hylorada_jax.models.decoder_layer import DecoderLayer, Step, Stream, norm, scaled
+from hylorada_jax.models.rotation import rotary_tables
 from hylorada_jax.trees import COLLECTION
 
 # What the backward pass keeps of a layer's inside. 'dots' keeps the projections (matrix products without a
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_hidden_layers,
         )(c)
-        self.norm = RMSNorm(c.rms_norm_eps)
+        self.norm = norm(c)
 
     def __call__(
         self,
@@ -99,14 +99,8 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
-        x = self.embed_tokens(input_ids)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        cos, sin = rope.rope_tables(
-            position_ids,
-            _frequencies(c, position_ids, dtype),
-            attention_factor=c.rope_scaling.attention_factor,
-            dtype=dtype,
-        )
+        x = scaled(self.embed_tokens(input_ids), c.embedding_scale)
+        cos, sin, rotations = rotary_tables(c, position_ids, jnp.promote_types(x.dtype, jnp.float32))
         start = jnp.int32(0) if cache is None else cache.length
         slots = start + jnp.arange(length, dtype=jnp.int32)
         key_slots, key_positions = slots, position_ids
@@ -117,55 +111,20 @@ class Decoder(nn.Module):
             key_positions = lax.dynamic_update_slice(cache.positions, own, (0, start))
             key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
 
-        def pattern(window: int | None) -> tuple[Pattern, ...]:
-            sees: dict[str, Any] = {"key_valid": key_valid, "segment_ids": segment_ids, "window": window}
-            if groups is not None:
-                return shifted_patterns(position_ids, *groups, **sees)
-            return full_pattern(causal_mask(slots, key_slots, **sees), position_ids, key_positions)
-
-        windows = {c.sliding_window if slides else None for slides in c.sliding_layers}
-        # Without a window first: a layer picks by its flag where there are two.
-        patterns = tuple(pattern(window) for window in sorted(windows, key=lambda w: w is not None))
+        patterns: tuple[Pattern, ...]
+        if groups is None:
+            segments = segment_ids, segment_ids
+            patterns = (Pattern(slots, key_slots, position_ids, key_positions, key_valid, *segments),)
+        else:
+            patterns = shifted_patterns(position_ids, *groups, key_valid=key_valid, segment_ids=segment_ids)
 
         stream = Stream(x, None if cache is None else (cache.keys, cache.values))
-        step = Step(cos, sin, patterns, start)
+        step = Step(cos, sin, rotations, patterns, start)
         stream, _ = self.layers(stream, jnp.arange(c.num_hidden_layers, dtype=jnp.int32), step)
         if stream.cache is not None and key_valid is not None:
             keys, values = stream.cache
             cache = KVCache(keys, values, key_positions, key_valid, start + length)
-        return self.norm(stream.x), cache
-
-
-def _frequencies(config: DecoderConfig, position_ids: Int[Array, "batch query"], dtype: DTypeLike):
-    """The rotary frequencies that the config asks for."""
-    s, base = config.rope_scaling, (config.head_dim, config.rope_theta, dtype)
-    match s.rope_type:
-        case "linear":
-            return rope.linear_frequencies(*base, factor=s.factor)
-        case "dynamic":
-            length = config.max_position_embeddings
-            return rope.dynamic_frequencies(
-                *base, factor=s.factor, max_positions=length, positions=position_ids
-            )
-        case "llama3":
-            return rope.llama3_frequencies(
-                *base,
-                factor=s.factor,
-                low_freq_factor=s.low_freq_factor,
-                high_freq_factor=s.high_freq_factor,
-                original=s.original_max_position_embeddings,
-            )
-        case "yarn":
-            return rope.yarn_frequencies(
-                *base,
-                factor=s.factor,
-                original=s.original_max_position_embeddings,
-                beta_fast=s.beta_fast,
-                beta_slow=s.beta_slow,
-                truncate=s.truncate,
-            )
-        case _:
-            return rope.default_frequencies(*base)
+        return scaled(self.norm(stream.x), c.logit_scale), cache
 
 
 class DecoderLM(nn.Module):

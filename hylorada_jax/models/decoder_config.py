@@ -11,7 +11,7 @@ from hylorada_jax.io.reading import checked
 from hylorada_jax.models.bounds import REMEDY, RULE
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.families.family import Options
-from hylorada_jax.models.rope_config import RopeScaling, read_rope
+from hylorada_jax.models.rope_config import RopeScaling, partial_rotary_factor, read_rope
 
 # An activation by HF's name → its name in jax.nn, and the settings there.
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,7 +33,7 @@ _REFUSED: dict[str, Any] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
+    "use_bidirectional_attention": False,
     "rope_interleaved": False,
     "use_mrope": False,
     "is_causal": True,
@@ -65,8 +65,23 @@ class DecoderConfig(Options):
         o_bias: a bias in o_proj.
         mlp_bias: biases in gate_proj, up_proj and down_proj.
         qk_norm: a norm over each head's queries and keys.
+        fused: q_proj, k_proj and v_proj are one layer, qkv_proj, and gate_proj and up_proj are gate_up_proj.
+        qk_norm_whole: that norm is over all heads together.
+        norms: whether attention and MLP have a norm before them, after them (inside the residual), or both.
+        norm_offset: added to the weight of every norm.
+        norm_rounded_last: a norm is rounded to the dtype of its input after its weight has multiplied it.
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all of them.
         sliding_layers: for each layer, whether the window applies to it.
+        rotary_fraction: the part of a head's dimensions that rotates, from the first on.
+        sliding_rope_theta: the base of the wavelengths in layers with the window, which nothing stretches
+            there; None: as in the others.
+        unrotated_layers: for each layer, whether it does without rotary positions; empty: none does.
+        embedding_scale: what the embeddings are multiplied by.
+        residual_scale: what attention and MLP are multiplied by before they are added.
+        attention_scale: of the logits of attention; None: 1/√head_dim.
+        attention_soft_cap: the bound of these logits, which they approach as a tanh; None: none.
+        logit_scale: what the logits of tokens are multiplied by.
+        logit_soft_cap: their bound, in the same way; None: none.
         initializer_range: standard deviation of random weights.
         eos_token_ids: tokens that end a text.
     """
@@ -87,6 +102,11 @@ class DecoderConfig(Options):
     tie_word_embeddings: bool
     initializer_range: float
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def rotated(self) -> int:
+        """The dimensions of a head that rotate."""
+        return int(self.head_dim * self.rotary_fraction)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
@@ -119,6 +139,7 @@ class DecoderConfig(Options):
                 "Take a model of one of these families; load_model takes others from HF's Flax classes.",
             )
         decoder = DECODERS[family]
+        hf = decoder.settings(hf)
         for key, off in _REFUSED.items():
             if key not in decoder.keys.__struct_fields__ and hf.get(key, off) != off:
                 raise ModelError(
@@ -128,7 +149,7 @@ class DecoderConfig(Options):
                 )
         c = checked(hf, decoder.keys, RULE, ModelError, REMEDY)
         options = decoder.options(c)
-        theta, scaling = read_rope(hf, c.max_position_embeddings)
+        theta, scaling = read_rope(hf, c.max_position_embeddings, decoder.rope_theta)
         eos = c.eos_token_id
         config = cls(
             model_type=family,
@@ -149,13 +170,19 @@ class DecoderConfig(Options):
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             **vars(options),
         )
-        _check(config)
+        _check(config, partial_rotary_factor(hf))
         return config
 
 
-def _check(config: DecoderConfig) -> None:
+def _check(config: DecoderConfig, rotary_fraction: Any) -> None:
     """Raises on shapes and names that cannot be computed."""
     c = config
+    if c.rotary_fraction != rotary_fraction:
+        raise ModelError(
+            f"A {c.model_type} model of this decoder rotates whole heads.",
+            f"partial_rotary_factor={rotary_fraction!r}",
+            "Take a version of the model without it.",
+        )
     if c.num_attention_heads % c.num_key_value_heads:
         raise ModelError(
             "num_attention_heads must be a multiple of num_key_value_heads.",
@@ -163,12 +190,20 @@ def _check(config: DecoderConfig) -> None:
             "Check config.json: each key-value head serves the same number of query heads.",
         )
     # Dynamic NTK raises to the power of head_dim / (head_dim - 2).
-    least = 4 if c.rope_scaling.rope_type == "dynamic" else 2
-    if c.head_dim % 2 or c.head_dim < least:
+    least, rope = (4 if c.rope_scaling.rope_type == "dynamic" else 2), c.rope_scaling
+    if c.rotated % 2 or c.rotated < least:
         raise ModelError(
             f"Rotary embeddings need an even head_dim of at least {least}.",
-            f"head_dim={c.head_dim} of hidden_size={c.hidden_size} and {c.num_attention_heads} heads",
+            f"{c.rotated} of head_dim={c.head_dim} of hidden_size={c.hidden_size} and "
+            f"{c.num_attention_heads} heads",
             "Check these in config.json.",
+        )
+    lengths = {len(rope.short_factors), len(rope.long_factors)}
+    if rope.rope_type == "longrope" and lengths != {c.rotated // 2}:
+        raise ModelError(
+            "LongRoPE has a factor for each pair of dimensions that rotate.",
+            f"{len(rope.short_factors)} and {len(rope.long_factors)} factors for {c.rotated} dimensions",
+            "Check short_factor and long_factor in config.json.",
         )
     if outside := [token for token in c.eos_token_ids if token >= c.vocab_size]:
         raise ModelError(

@@ -6,31 +6,36 @@ intercepting its call. Attention finds its direct adaptation in the collection `
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math import rope
-from hylorada_jax.math.attention import Pattern, attend
+from hylorada_jax.math.groups import attend
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.module_kinds import register
 
 
 class Step(NamedTuple):
-    """What all layers share in one forward pass.
+    """What all layers share in one forward pass; the window of ``patterns`` is the layer's own.
 
-    ``patterns`` is what full attention sees, or sliding attention, or both in this order.
+    ``cos`` and ``sin`` have a table for each rotation that layers differ in, ``rotations`` each layer's place
+    among them.
     """
 
-    cos: Float[Array, "batch query half"]
-    sin: Float[Array, "batch query half"]
-    patterns: tuple[tuple[Pattern, ...], ...]
+    cos: Float[Array, "rotations batch query half"]
+    sin: Float[Array, "rotations batch query half"]
+    rotations: Int[Array, " layers"]
+    patterns: tuple[Pattern, ...]
     start: Int[Array, ""]
 
 
@@ -48,9 +53,14 @@ class Stream(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, y = scale · x / √(mean(x²) + eps), over the last axis (arXiv:1910.07467)."""
+    """Root-mean-square norm, y = (offset + scale) · x / √(mean(x²) + eps), over the last axis.
+
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
 
     eps: float
+    offset: float = 0.0
+    rounded_last: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
@@ -58,14 +68,39 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return scale * normed.astype(x.dtype)
+        if self.rounded_last:
+            return ((self.offset + scale.astype(wide.dtype)) * normed).astype(x.dtype)
+        return (self.offset + scale) * normed.astype(x.dtype)
 
 
 register(RMSNorm, "norm")
 
 
+def norm(c: DecoderConfig, name: str | None = None) -> RMSNorm:
+    """A norm of the model, by its name in the module that has it."""
+    return RMSNorm(c.rms_norm_eps, c.norm_offset, c.norm_rounded_last, name=name)
+
+
+def normed(c: DecoderConfig, name: str | None, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """x after the norm of a name; x itself without a name."""
+    return x if name is None else norm(c, name)(x)
+
+
+# HF's names of a layer's norms: before attention, after it, before the MLP, after it.
+_NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+
 class DecoderAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions and, with qk_norm, norms over queries and keys."""
+    """Grouped-query self-attention with rotary positions and, with qk_norm, norms of queries and keys."""
 
     config: DecoderConfig
 
@@ -76,18 +111,19 @@ class DecoderAttention(nn.Module):
         """Attends x to itself, or to the cache in ``stream``, which comes back with x's keys and values."""
         c = self.config
 
-        def heads(name: str, count: int) -> Float[Array, "batch query heads head_dim"]:
-            projected = nn.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
-            return projected.reshape(*x.shape[:2], count, c.head_dim)
+        def heads(projected: Array, norm_name: str | None = None) -> Array:
+            name = norm_name if c.qk_norm else None
+            if c.qk_norm_whole:
+                projected = normed(c, name, projected)
+            split = projected.reshape(*x.shape[:2], -1, c.head_dim)
+            return split if c.qk_norm_whole else normed(c, name, split)
 
-        query = heads("q_proj", c.num_attention_heads)
-        key = heads("k_proj", c.num_key_value_heads)
-        value = heads("v_proj", c.num_key_value_heads)
-        if c.qk_norm:
-            query = RMSNorm(c.rms_norm_eps, name="q_norm")(query)
-            key = RMSNorm(c.rms_norm_eps, name="k_norm")(key)
-        query = rope.apply_rope(query, step.cos, step.sin)
-        key = rope.apply_rope(key, step.cos, step.sin)
+        width, kv_width = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+        widths = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
+        q, k, v = projections(x, widths, "qkv_proj" if c.fused else None, bias=c.qkv_bias)
+        query, key, value = heads(q, "q_norm"), heads(k, "k_norm"), heads(v)
+        cos, sin = (table[step.rotations[layer]] for table in (step.cos, step.sin))
+        query, key = rope.apply_rope(query, cos, sin), rope.apply_rope(key, cos, sin)
 
         if stream.cache is not None:
             at = (layer, 0, step.start, 0, 0)
@@ -97,15 +133,35 @@ class DecoderAttention(nn.Module):
             value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
             stream = stream._replace(cache=(keys, values))
 
-        patterns = step.patterns[0]
-        if len(step.patterns) > 1:
-            slides = jnp.asarray(c.sliding_layers)[layer]
-            patterns = jax.tree.map(partial(jnp.where, slides), step.patterns[1], patterns)
-        attended = attend(query, key, value, patterns, daa_of(self)).reshape(*x.shape[:2], -1)
+        window = _window(c, layer)
+        patterns = tuple(replace(pattern, window=window) for pattern in step.patterns)
+        logits = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
+        attended = attend(query, key, value, patterns, daa_of(self), **logits).reshape(*x.shape[:2], -1)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
 
 
 register(DecoderAttention, "attention")
+
+
+def _window(config: DecoderConfig, layer: Int[Array, ""]) -> int | Int[Array, ""] | None:
+    """The window of a layer; of layers that slide and others that do not, chosen while they run."""
+    if not any(config.sliding_layers):
+        return None
+    if all(config.sliding_layers):
+        return config.sliding_window
+    # No two slots are as far apart as the other number.
+    slides = jnp.asarray(config.sliding_layers)[layer]
+    return jnp.where(slides, jnp.int32(config.sliding_window), jnp.iinfo(jnp.int32).max)
+
+
+def projections(
+    x: Float[Array, "batch query hidden"], widths: Mapping[str, int], fused: str | None, *, bias: bool
+) -> list[Float[Array, "batch query width"]]:
+    """What linear layers of one input give, each its width by name; or one layer for all, side by side."""
+    if fused is None:
+        return [nn.Dense(width, use_bias=bias, name=name)(x) for name, width in widths.items()]
+    together = nn.Dense(sum(widths.values()), use_bias=bias, name=fused)(x)
+    return jnp.split(together, np.cumsum([*widths.values()])[:-1], axis=-1)
 
 
 def activation(name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -123,14 +179,17 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "batch query hidden"]) -> Float[Array, "batch query hidden"]:
         """Applies the block."""
         c = self.config
-        gate = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="gate_proj")(x)
-        up = nn.Dense(c.intermediate_size, use_bias=c.mlp_bias, name="up_proj")(x)
+        widths = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
+        gate, up = projections(x, widths, "gate_up_proj" if c.fused else None, bias=c.mlp_bias)
         down = nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
         return down(activation(c.hidden_act, gate) * up)
 
 
 class DecoderLayer(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); the body of the scan."""
+    """One layer: x + s·norm(attention(norm(x))), then x + s·norm(mlp(norm(x))); the body of the scan.
+
+    s is ``residual_scale``; which of the norms there are, ``norms`` says.
+    """
 
     config: DecoderConfig
 
@@ -138,8 +197,14 @@ class DecoderLayer(nn.Module):
     def __call__(self, stream: Stream, layer: Int[Array, ""], step: Step) -> tuple[Stream, None]:
         """Applies layer number ``layer``."""
         c = self.config
-        normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(stream.x)
-        attended, stream = DecoderAttention(c, name="self_attn")(stream, normed, layer, step)
-        x = stream.x + attended
-        x = x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
-        return stream._replace(x=x), None
+        before_attention, after_attention, before_mlp, after_mlp = _NORMS[c.norms]
+        x = normed(c, before_attention, stream.x)
+        attended, stream = DecoderAttention(c, name="self_attn")(stream, x, layer, step)
+        x = stream.x + scaled(normed(c, after_attention, attended), c.residual_scale)
+        y = normed(c, after_mlp, MLP(c, name="mlp")(normed(c, before_mlp, x)))
+        return stream._replace(x=x + scaled(y, c.residual_scale)), None
+
+
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """x · factor, which is rounded to x's dtype before; x itself where it is 1."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)

@@ -42,7 +42,7 @@ def load_model(
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
 
     Returns:
-        Our decoder for the families of ``families.DECODERS`` (Llama, SmolLM2, Mistral, Qwen2, Qwen3); a Flax
+        Our decoder for the families of ``families.DECODERS`` (Llama, Gemma, Qwen3, Phi-3 …); a Flax
         model of transformers for the others of ``families.FLAX`` (GPT-2, GPT-Neo, OPT, BERT, BART …).
 
     Raises:

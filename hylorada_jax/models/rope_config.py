@@ -16,9 +16,8 @@ from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
-from hylorada_jax.models.bounds import REMEDY, RULE, Positions
+from hylorada_jax.models.bounds import REMEDY, RULE, Positions, Theta
 
-_Theta = Annotated[float, Meta(gt=1, le=1e30)]
 _Factor = Annotated[float, Meta(gt=0, le=1e6)]
 _Perhaps = Annotated[float, Meta(ge=0, le=1e6)]  # transformers takes 0 for absent
 
@@ -26,7 +25,7 @@ _Perhaps = Annotated[float, Meta(ge=0, le=1e6)]  # transformers takes 0 for abse
 class _Rope(Struct):
     """Where a config can say how a model rotates."""
 
-    rope_theta: _Theta | None = None
+    rope_theta: Theta | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     original_max_position_embeddings: Positions | None = None
@@ -59,9 +58,21 @@ class _Yarn(Struct, forbid_unknown_fields=True):
     truncate: bool = True
 
 
+_Factors = Annotated[list[_Factor], Meta(min_length=1, max_length=2**16)]
+
+
+class _LongRope(Struct, forbid_unknown_fields=True):
+    short_factor: _Factors
+    long_factor: _Factors
+    original_max_position_embeddings: Annotated[int, Meta(ge=2, lt=2**31)]  # its logarithm divides
+    attention_factor: _Factor | None = None
+
+
 _KINDS: dict[str, type[Struct]] = {
-    "default": _Default, "linear": _Linear, "dynamic": _Linear, "llama3": _Llama3, "yarn": _Yarn
+    "default": _Default, "linear": _Linear, "dynamic": _Linear, "llama3": _Llama3, "yarn": _Yarn,
+    "longrope": _LongRope,
 }  # fmt: skip
+_FORMERLY = {"su": "longrope"}
 _TYPES = ("rope_type", "type")
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -71,15 +82,17 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the context of pretraining; see ``hylorada_jax.math.rope``.
 
     Args:
-        rope_type: 'default', 'linear', 'dynamic', 'llama3' or 'yarn'.
+        rope_type: 'default', 'linear', 'dynamic', 'llama3', 'yarn' or 'longrope'.
         factor: the stretch, > 0.
-        original_max_position_embeddings: context length of pretraining, in tokens (llama3, yarn).
+        original_max_position_embeddings: context length of pretraining, in tokens (llama3, yarn, longrope).
         low_freq_factor: llama3: wavelengths above original / low_freq_factor are stretched in full.
         high_freq_factor: llama3: wavelengths below original / high_freq_factor are left alone.
         beta_fast: yarn: dimensions that turn more often than this are left alone.
         beta_slow: yarn: dimensions that turn less often than this are stretched in full.
         truncate: yarn: round the two bounds to whole dimensions.
-        attention_factor: yarn: what cos and sin are multiplied by.
+        attention_factor: yarn, longrope: what cos and sin are multiplied by.
+        short_factors: longrope: the stretch of each wavelength in texts no longer than that of pretraining.
+        long_factors: longrope: the same in longer ones.
     """
 
     rope_type: str = "default"
@@ -91,6 +104,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     @classmethod
     def from_hf(
@@ -123,24 +138,19 @@ class RopeScaling:
                 f"rope_parameters for each of {', '.join(layered)}",
                 "Take a model whose layers share them; transformers reads no others in these families.",
             )
-        if given.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise ModelError(
-                "This decoder rotates whole heads.",
-                f"partial_rotary_factor={raw['partial_rotary_factor']!r} among the rope parameters",  # type: ignore[index]
-                "Take a version of the model without it.",
-            )
-        given.pop("rope_theta", None)
+        for elsewhere in ("rope_theta", "partial_rotary_factor"):
+            given.pop(elsewhere, None)
         if not given:
             return cls()
         types = [given.pop(key) for key in _TYPES if key in given]
-        kind = types[0] if types else None
+        kind = _FORMERLY.get(types[0], types[0]) if types and isinstance(types[0], str) else None
         if not isinstance(kind, str) or kind not in _KINDS:
             raise ModelError(
                 f"The rope type must be one of {', '.join(_KINDS)}.",
-                f"rope_type={kind!r}",
+                f"rope_type={types[0] if types else None!r}",
                 "Take a version of the model with one of these, or set rope_scaling to null for short texts.",
             )
-        if kind in ("llama3", "yarn"):
+        if kind in ("llama3", "yarn", "longrope"):
             given[_ORIGINAL] = original or given.get(_ORIGINAL, max_positions)
         elif given.get(_ORIGINAL) == max_positions:
             del given[_ORIGINAL]  # says nothing new; transformers would ignore another number
@@ -149,10 +159,14 @@ class RopeScaling:
         takes = ", ".join(_KINDS[kind].__struct_fields__)
         rule = f"rope_scaling of type {kind} takes {takes}, each within its bounds."
         keys = checked(given, _KINDS[kind], rule, ModelError, "Check rope_scaling in config.json.")
-        scaling = cls(
-            rope_type=kind,
-            **(_yarn(keys, max_positions) if isinstance(keys, _Yarn) else msgspec.structs.asdict(keys)),
-        )
+        match keys:
+            case _Yarn():
+                settings = _yarn(keys, max_positions)
+            case _LongRope():
+                settings = _longrope(keys, max_positions)
+            case _:
+                settings = msgspec.structs.asdict(keys)
+        scaling = cls(rope_type=kind, **settings)
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(scaling, low) < getattr(scaling, high):
                 raise ModelError(
@@ -163,7 +177,9 @@ class RopeScaling:
         return scaling
 
 
-def read_rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
+def read_rope(
+    hf: Mapping[str, Any], max_positions: int, default_theta: float = 10000.0
+) -> tuple[float, RopeScaling]:
     """The base of the rotary wavelengths and their stretch, as transformers 5 reads them.
 
     A rope_scaling that is not empty wins over rope_parameters; a rope_theta inside the chosen one wins over
@@ -172,9 +188,10 @@ def read_rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
     Args:
         hf: the content of config.json.
         max_positions: the model's max_position_embeddings.
+        default_theta: rope_theta where nothing says it.
 
     Returns:
-        rope_theta, 10000 where nothing says it, and the scaling.
+        rope_theta and the scaling.
 
     Raises:
         ModelError: as ``RopeScaling.from_hf``.
@@ -188,8 +205,30 @@ def read_rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
     )
     raw = said.rope_scaling or said.rope_parameters or {}
     inner = checked({"rope_theta": raw.get("rope_theta")}, _Rope, RULE, ModelError, REMEDY)
-    theta = inner.rope_theta or said.rope_theta or 10000.0
+    theta = inner.rope_theta or said.rope_theta or default_theta
     return theta, RopeScaling.from_hf(raw, max_positions, said.original_max_position_embeddings)
+
+
+def partial_rotary_factor(hf: Mapping[str, Any]) -> Any:
+    """The part of a head that rotates, from either layout of a config; 1 where nothing says it."""
+    said = [hf.get("partial_rotary_factor")]
+    for layout in ("rope_parameters", "rope_scaling"):
+        if isinstance(inner := hf.get(layout), Mapping):
+            said.insert(0, inner.get("partial_rotary_factor"))
+    return next((part for part in said if part is not None), 1.0)
+
+
+def _longrope(keys: _LongRope, max_positions: int) -> dict[str, Any]:
+    """LongRoPE's settings, with transformers' own factor of cos and sin where there is none."""
+    original = keys.original_max_position_embeddings
+    stretch = max_positions / original
+    own = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return {
+        _ORIGINAL: original,
+        "attention_factor": keys.attention_factor or own,
+        "short_factors": tuple(keys.short_factor),
+        "long_factors": tuple(keys.long_factor),
+    }
 
 
 def _yarn(keys: _Yarn, max_positions: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from hylorada_jax.devices import row_groups
 from hylorada_jax.math.loss import token_nll
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.batch import KEYS
@@ -21,4 +22,6 @@ def model_inputs(base: BaseModel, rows: Mapping[str, Array]) -> dict[str, Any]:
 
 def score(hidden: Array, head: Array, targets: Array) -> Array:
     """Negative log-likelihoods [batch, seq] of the targets; 0 where a target is ignored."""
-    return token_nll(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)).reshape(targets.shape)
+    groups = row_groups(len(targets))
+    hidden, grouped = (x.reshape(groups, -1, *x.shape[2:]) for x in (hidden, targets))
+    return token_nll(hidden, head, grouped).reshape(targets.shape)

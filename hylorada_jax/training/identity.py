@@ -3,7 +3,7 @@
 Part of its identity, so that a run which differs in it is another run and is not resumed: the base model
 (its layers, its config, every bit of its weights and their dtype), the adapter's settings and where it
 started, the training settings that decide numbers, both data sets: tokens, which of them are scored,
-structure and order (so the tokenizer too), a chat template that is not the base's own, and jax's own
+structure, order and shares (so the tokenizer too), a chat template that is not the base's own, and jax's own
 settings of precision and random numbers.
 
 Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from hylorada_jax.data.document import TokenizedDocument, digest
+from hylorada_jax.data.mixture import Mixture
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.training.config import TrainingConfig
 
@@ -42,7 +43,7 @@ def run_identity(
     model: HyLoRADAModel,
     config: TrainingConfig,
     *,
-    train_data: Sequence[TokenizedDocument],
+    train_data: Mixture,
     eval_data: Sequence[TokenizedDocument] | None,
 ) -> dict[str, Any]:
     """What decides the numbers that a run computes.
@@ -50,13 +51,14 @@ def run_identity(
     Args:
         model: before the first step.
         config: the settings.
-        train_data: from :func:`as_documents`.
+        train_data: of tokenized documents.
         eval_data: the held-out documents.
 
     Returns:
         Plain JSON types.
     """
     template = model.chat_template
+    shares = [[len(documents), weight] for documents, weight in train_data.sources]
     base = {key: value for key, value in model.identity(weights=True).items() if key != "name"}
     return {
         "base": base,
@@ -64,7 +66,8 @@ def run_identity(
         "start": model.start,
         "training": config.fingerprint(),
         "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
-        "train_data": digest(train_data),
+        "train_data": digest(train_data.documents),
+        "shares": shares if len(shares) > 1 else None,
         "eval_data": eval_data and digest(eval_data),
         "jax": {"dtype": str(model.base.dtype)} | {name: getattr(jax.config, name) for name in _JAX_SETTINGS},
     }

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.data.document import TokenizedDocument, as_documents
-from hylorada_jax.data.loading import shuffled_batches
+from hylorada_jax.data.document import TokenizedDocument, as_documents, check_predicted
+from hylorada_jax.data.loading import mixed_batches, rows_of_epoch
+from hylorada_jax.data.mixture import Mixture, as_mixture
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.devices import replicate
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
@@ -55,38 +56,43 @@ class TrainingResult:
 
 
 def check_data(
-    train_data: Sequence[Any],
+    train_data: Sequence[Any] | Mixture,
     eval_data: Sequence[Any] | None,
     vocab: int,
     adapter: HyLoRADAConfig,
     config: TrainingConfig,
-) -> tuple[list[TokenizedDocument], list[TokenizedDocument] | None]:
+) -> tuple[Mixture, list[TokenizedDocument] | None]:
     """Tokenized documents, checked as far as they can be without the model.
 
     Args:
-        train_data: a :class:`TokenizedDocument` or a sequence of token ids per document.
+        train_data: a :class:`TokenizedDocument` or a sequence of token ids per document, or a mixture.
         eval_data: the same of the held-out documents, or None.
         vocab: number of ids the model has.
         adapter: what is trained.
         config: ``seq_len`` is read.
 
     Returns:
-        The training and the held-out documents.
+        The training documents, of one source or of several, and the held-out ones.
 
     Raises:
-        DataError: there is too little data, or :func:`as_documents` finds a fault.
+        DataError: there is too little data, nothing in a source counts, or :func:`as_documents` finds a
+            fault.
         ConfigError: nothing in the adapter reads structure.
     """
     has_encoder = bool(adapter.use_hylorada_v2)
-    documents = as_documents(train_data, vocab, "training", has_encoder=has_encoder)
+    mixture = as_mixture(train_data)
+    documents = as_documents(mixture.documents, vocab, "training", has_encoder=has_encoder)
     if (tokens := sum(map(len, documents))) <= config.seq_len:
         received = f"{tokens} tokens for a seq_len of {config.seq_len}"
         raise DataError(
             "The training data must fill a row.", received, "Give more text, or a smaller seq_len."
         )
+    mixture = mixture.of(documents)
+    for number, (source, _) in enumerate(mixture.sources, start=1):
+        check_predicted(source, f"Source {number} of the training data")
     if eval_data is None:
-        return documents, None
-    return documents, as_documents(eval_data, vocab, "evaluation", has_encoder=has_encoder)
+        return mixture, None
+    return mixture, as_documents(eval_data, vocab, "evaluation", has_encoder=has_encoder)
 
 
 class HyLoRADATrainer:
@@ -99,7 +105,7 @@ class HyLoRADATrainer:
     Args:
         model: what is trained; at the end it has the trained adapters.
         train_data: a :class:`TokenizedDocument` per document (:func:`load_documents`, then :func:`tokenize`),
-            or a sequence of token ids.
+            or a sequence of token ids; or a :class:`Mixture` of such data from several sources.
         eval_data: the same of the held-out documents, or None.
         config: the settings.
         recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none.
@@ -121,7 +127,7 @@ class HyLoRADATrainer:
     def __init__(
         self,
         model: HyLoRADAModel,
-        train_data: Sequence[Any],
+        train_data: Sequence[Any] | Mixture,
         eval_data: Sequence[Any] | None,
         config: TrainingConfig,
         *,
@@ -132,11 +138,14 @@ class HyLoRADATrainer:
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         check_training(model.base, config)
         check_groups(model.config, config)
-        documents, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
-        self._rows = Rows(documents, config.seq_len, packing=config.packing)
-        self._config = config = config.for_rows(len(self._rows))
+        mixture, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
+        self._rows = [
+            (Rows(documents, config.seq_len, packing=config.packing), weight)
+            for documents, weight in mixture.sources
+        ]
+        self._config = config = config.for_rows(rows_of_epoch(self._rows))
         self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
-        self._identity = run_identity(model, config, train_data=documents, eval_data=held_out)
+        self._identity = run_identity(model, config, train_data=mixture, eval_data=held_out)
 
     def train(self) -> TrainingResult:
         """Runs to the last step, from the start or from the newest usable checkpoint.
@@ -169,7 +178,7 @@ class HyLoRADATrainer:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
         state = replicate(init_state(model.adapters, optimizer, config.seed))
-        batches = shuffled_batches(self._rows, config.batch_size, config.seed)
+        batches = mixed_batches(self._rows, config.batch_size, config.seed)
         if found := checkpoints.restore(state):
             state, position = found
             batches.set_state(position)

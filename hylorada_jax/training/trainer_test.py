@@ -20,6 +20,7 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, as_documents
+from hylorada_jax.data.mixture import Mixture
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.devices import shard_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -121,6 +122,27 @@ def test_epochs_pass_over_the_rows(tmp_path):
     rows = len(Rows(as_documents(data, 29, "training", has_encoder=False), 16))
     _, result = train(tmp_path / "run", train_data=data, epochs=2, eval_every=None)
     assert result.steps == len(result.losses) == -(-2 * rows // 4)
+
+
+def test_a_mixture_goes_on_with_the_same_bits_and_is_a_run_of_its_own(tmp_path, monkeypatch):
+    sources = texts(count=9), texts(2, count=12)
+    rows = [len(Rows(as_documents(data, 29, "training", has_encoder=False), 16)) for data in sources]
+
+    def mixture(*weights):
+        return Mixture([*zip(sources, weights, strict=True)])
+
+    settings = {"train_data": mixture(3, 1), "epochs": 1, "eval_every": None, "checkpoint_every": 1}
+    model, result = train(tmp_path / "whole", **settings)
+    # Until the first source is used up, which with these weights is the first.
+    assert rows[1] > rows[0] / 3
+    assert result.steps == -(-(rows[0] * 4 // 3) // 4) > 2
+    with dying_after(2, monkeypatch):
+        train(tmp_path / "run", **settings)
+    for other in (mixture(1, 1), sources[0] + sources[1]):
+        with pytest.raises(CheckpointError, match=r"shares: \[\[9, 3\], \[12, 1\]\] in"):
+            train(tmp_path / "run", resume=True, **settings | {"train_data": other, "epochs": None})
+    again, _ = train(tmp_path / "run", resume=True, **settings)
+    assert_same_run(tmp_path / "run", again, (tmp_path / "whole", model, result))
 
 
 def test_speed_counts_what_is_computed_and_not_what_is_scored(tmp_path, monkeypatch):
@@ -483,6 +505,7 @@ def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
     unscored = [TokenizedDocument(ids, np.zeros(len(ids), bool)) for ids in texts()]
     refused(DataError, "scored token", unscored)
     refused(DataError, "scored token", eval_data=unscored)
+    refused(DataError, "Source 2 of the training data", Mixture([(texts(), 1), (unscored, 1)]))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="must be a directory"):
         HyLoRADATrainer(model, texts(), None, settings(tmp_path / "file"))

@@ -53,8 +53,22 @@ class Options:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    fused: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    norm_offset: float = 0.0
+    norm_rounded_last: bool = False
     sliding_window: int | None
     sliding_layers: tuple[bool, ...]
+    rotary_fraction: float = 1.0
+    sliding_rope_theta: float | None = None
+    unrotated_layers: tuple[bool, ...] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +97,16 @@ class Decoder:
         keys: of config.json.
         options: the values of these keys → what it computes differently.
         gguf: None where a GGUF file has it under another family's name, or not at all.
+        rope_theta: the base of the rotary wavelengths where config.json names none.
+        settings: the content of config.json → the same in the layout of transformers 4.57.
     """
 
     causal_lm: str
     keys: type[Keys]
     options: Callable[[Any], Options]
     gguf: GGUF | None = None
+    rope_theta: float = 10000.0
+    settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: said
 
 
 @dataclass(frozen=True, kw_only=True)

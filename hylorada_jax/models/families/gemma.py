@@ -1,24 +1,51 @@
-"""Gemma 1, in Flax."""
+"""Gemma 1, and what all of its successors share: scaled embeddings, norms whose weight is added to 1."""
 
+import math
 from typing import Any
 
-from hylorada_jax.models.families.family import Family, Flax
-from hylorada_jax.models.families.llama import rope_faults
+from hylorada_jax.models.bounds import Heads, Layers, Positions, Tokens, Vocabulary, Width
+from hylorada_jax.models.families.family import Decoder, Family, Keys, Options, sliding
 
 
-def _faults(config: Any) -> dict[str, bool]:
-    used = config.hidden_activation or "gelu_pytorch_tanh"
-    both_ways = bool(getattr(config, "use_bidirectional_attention", False))
-    return rope_faults(config) | {
-        f"it uses the activation {used} instead of hidden_act={config.hidden_act}": used != config.hidden_act,
-        "it ignores use_bidirectional_attention": both_ways,
-    }
+class GemmaKeys(Keys, frozen=True, kw_only=True):
+    """With transformers' defaults for Gemma."""
+
+    vocab_size: Vocabulary = 256000
+    hidden_size: Width = 3072
+    intermediate_size: Width = 24576
+    num_hidden_layers: Layers = 28
+    num_attention_heads: Heads = 16
+    num_key_value_heads: Heads | None = 16
+    head_dim: Width | None = 256
+    hidden_act: str = "gelu_pytorch_tanh"
+    max_position_embeddings: Positions = 8192
+    eos_token_id: Tokens = 1
+    tie_word_embeddings: bool = True
+
+
+def options(keys: GemmaKeys) -> Options:
+    """Without a window."""
+    return shared(keys, *sliding(keys, None, [False] * keys.num_hidden_layers, fixed="gemma"))
+
+
+def shared(keys: GemmaKeys, window: int | None, layers: tuple[bool, ...], **others: Any) -> Options:
+    """What every Gemma has, and what it has beside."""
+    return Options(
+        qkv_bias=keys.attention_bias,
+        o_bias=keys.attention_bias,
+        norm_offset=1.0,
+        norm_rounded_last=True,
+        embedding_scale=math.sqrt(keys.hidden_size),
+        sliding_window=window,
+        sliding_layers=layers,
+        **others,
+    )
 
 
 FAMILIES = [
     Family(
         model_type="gemma",
         tokenizer="GemmaTokenizer",
-        flax=Flax(can=("loss",), faults=_faults, divisors=()),
+        decoder=Decoder(causal_lm="GemmaForCausalLM", keys=GemmaKeys, options=options),
     )
 ]

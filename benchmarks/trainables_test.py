@@ -3,13 +3,13 @@
 import jax
 import pytest
 
-from benchmarks.contestants import Adapted, Full
+from benchmarks.trainables import Adapted, Full
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.evaluation.compare import compare_models
 from hylorada_jax.evaluation.perplexity_test import SEQ_LEN, base, documents  # noqa: F401 - a fixture
 
 
-def test_before_training_every_contestant_is_scored_as_its_base(base):  # noqa: F811
+def test_before_training_every_trainable_is_scored_as_its_base(base):  # noqa: F811
     adapted = Adapted(base, HyLoRADAConfig(method="lora", lora_rank=2)).model
     models = {"base": base, "full": Full(base), "adapted": adapted}
     found = compare_models(models, documents(), seq_len=SEQ_LEN, batch_size=2, progress=False)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from benchmarks.experiment import BASE, Variant
+from benchmarks.experiment import BASE
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel
@@ -19,11 +19,11 @@ from hylorada_jax.training.optimizer import make_optimizer, schedule
 from hylorada_jax.trees import Adapters, Frozen, Params
 
 
-def contestant(base: Any, variant: Variant) -> Adapted | Full | None:
+def trainable(base: Any, kind: str, config: HyLoRADAConfig | None) -> Adapted | Full | None:
     """What a row of the table trains on a base model; None for the base itself."""
-    if variant.config is not None:
-        return Adapted(base, variant.config)
-    return None if variant.kind == BASE else Full(base)
+    if config is not None:
+        return Adapted(base, config)
+    return None if kind == BASE else Full(base)
 
 
 class Adapted:
@@ -47,7 +47,7 @@ class Adapted:
 
 
 class Full:
-    """All weights of a base model: a contestant, and the :class:`Scorable` model that it trains."""
+    """All weights of a base model; also the :class:`Scorable` model that trains."""
 
     has_encoder, disabled = False, False
 

@@ -1,0 +1,184 @@
+"""Every method at each budget, with intervals, and which settings were dropped when.
+
+    python benchmarks/budgets.py benchmarks/results/fair-wikitext-2 --against dora --page docs/results.md
+
+Writes beside the runs: budgets.md and budgets.png, the perplexities and their differences; search.md, the
+held-out loss of every combination of settings that was tried; and held_out.png, that of the best over the
+steps. In the page budgets.md takes the place of what stands between `<!-- results:NAME -->` and
+`<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Run by its path, Python looks for modules in this file's directory, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.bootstrap import Effect, paired_bootstrap
+from benchmarks.command import run
+from benchmarks.experiment import BASE, dev_loss
+from benchmarks.report import caption, draw, markdown, plus_minus, replaced, styles
+from benchmarks.rows import Record, Row, budgets, point, read, records
+from hylorada_jax.errors import CheckpointError, ConfigError
+from hylorada_jax.io.files import write_whole
+from hylorada_jax.terminal import show
+
+
+def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
+    """Compare the methods of a benchmark at each of its budgets.
+
+    Args:
+        directory: of the runs, as run_benchmark.py wrote them.
+        against: the method that the others are compared with, seed by seed and text by text.
+        page: a Markdown file whose table is replaced.
+    """
+    runs = records(directory)
+    ended = [record["result"] for record in runs if "dev_loss" in record["result"]]
+    if old := [result for result in ended if "passages" not in result]:
+        rule = "The runs must have the losses of each passage."
+        raise CheckpointError(rule, f"{len(old)} in {directory} without", "Run the experiment anew.")
+    found = {steps: read(directory, steps=steps) for steps in budgets(runs)}
+    text = table(found, against)
+    show(text)
+    write_whole(directory / "budgets.md", text.encode())
+    write_whole(directory / "search.md", search(runs).encode())
+    plot(found, against, directory)
+    if page is not None:
+        write_whole(page, replaced(page.read_text("utf-8"), directory.name, text).encode())
+
+
+def table(found: dict[int, list[Row]], against: str) -> str:
+    """The perplexities at each budget, and the differences to one method's, as Markdown.
+
+    Args:
+        found: {steps: rows}, of :func:`benchmarks.rows.read`.
+        against: a label of theirs.
+
+    Raises:
+        ConfigError: there is no such label.
+    """
+    labels = [row.label for row in found[max(found)]]
+    labels += [row.label for rows in found.values() for row in rows if row.label not in labels]
+    if against not in labels:
+        raise ConfigError(
+            f"A method of the table is one of {', '.join(labels)}.", repr(against), "Choose one."
+        )
+    heads = ["method", *(name for steps in found for name in (f"PPL, {steps} steps", f"− {against}"))]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for label in dict.fromkeys(labels):
+        cells = [label]
+        for rows in found.values():
+            by_label = {row.label: row for row in rows}
+            row, other = by_label.get(label), by_label.get(against)
+            cells.append(plus_minus(row.values("perplexity"), 2) if row and row.runs else "")
+            compared = effect(row, other) if row and other and row is not other else None
+            cells.append(f"{compared.mean:.2f} [{compared.low:.2f}, {compared.high:.2f}]" if compared else "")
+        lines.append(cells)
+    note = (
+        f"{caption(found[max(found)])} Differences with 95 % intervals: a paired bootstrap over seeds and "
+        "documents (of one document, its windows); of few seeds they are too narrow rather than too wide."
+    )
+    return f"{markdown(lines)}\n\n{note}\n"
+
+
+def effect(row: Row, other: Row) -> Effect | None:
+    """By how much a method differs from another on the seeds that both have; None where there is none."""
+    seeds = [{run["settings"]["seed"]: run for run in each.runs} for each in (row, other)]
+    if not row.trained:  # has no seed
+        seeds[0] = dict.fromkeys(seeds[1], row.runs[0])
+    if not other.trained:
+        seeds[1] = dict.fromkeys(seeds[0], other.runs[0])
+    shared = [seed for seed in seeds[0] if seed in seeds[1]]
+    if not shared:
+        return None
+    (ours, tokens), (theirs, _) = (_losses([each[seed] for seed in shared]) for each in seeds)
+    return paired_bootstrap(ours, theirs, tokens)
+
+
+def _losses(runs: Sequence[Record]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Summed losses [runs, documents] and scored tokens [documents]; of one document, of its windows."""
+    passages = np.array([run["result"]["passages"] for run in runs], float)  # [runs, passages, 3]
+    documents = passages[0, :, 0]
+    if len(set(documents)) == 1:
+        documents = np.arange(len(documents))
+    _, at = np.unique(documents, return_inverse=True)
+    nll = np.stack([np.bincount(at, losses) for losses in passages[:, :, 1]])
+    return nll, np.bincount(at, passages[0, :, 2])
+
+
+def search(runs: Sequence[Record]) -> str:
+    """The held-out losses of all settings that were tried, as Markdown: of each method the last ones first.
+
+    Args:
+        runs: of :func:`benchmarks.rows.records`.
+    """
+    first = min(record["settings"]["seed"] for record in runs)
+    losses: dict[str, dict[str, dict[int, float]]] = {}  # by label, settings and steps
+    for record in runs:
+        own = record["settings"]
+        if own["kind"] != BASE and own["seed"] == first:
+            chosen = ", ".join(f"{name} {value}" for name, value in point(record).items())
+            losses.setdefault(own["label"], {}).setdefault(chosen, {})[own["steps"]] = dev_loss(record)
+    note = "Held-out loss in nats, with the first seed. What has no loss at a budget was dropped before it."
+    parts = [note]
+    for label, found in losses.items():
+        order = sorted(found, key=lambda chosen: (-max(found[chosen]), found[chosen][max(found[chosen])]))
+        steps = budgets(runs)
+        lines = [["settings", *(f"{n} steps" for n in steps)], ["---", *["---:"] * len(steps)]]
+        for chosen in order:
+            cells = [f"{found[chosen][n]:.4f}" if n in found[chosen] else "" for n in steps]
+            lines.append([chosen, *cells])
+        parts.append(f"## {label}\n\n{markdown(lines)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(found: dict[int, list[Row]], against: str, directory: Path) -> None:
+    """Draws the differences over the budgets, and the held-out losses over the steps of the largest.
+
+    Args:
+        found: {steps: rows}, of :func:`benchmarks.rows.read`.
+        against: the label that differences are taken to.
+        directory: of budgets.png and held_out.png.
+    """
+    rows = [row for row in found[max(found)] if row.runs and row.trained]
+    style = styles([row.label for row in rows])
+
+    def differences(axes: Any) -> None:
+        for number, label in enumerate(row.label for row in rows):
+            at, effects = [], []
+            for steps, some in found.items():
+                by_label = {row.label: row for row in some}
+                if label in by_label and against in by_label:
+                    compared = effect(by_label[label], by_label[against])
+                    if compared is not None:
+                        at.append(steps * 1.03 ** (number - len(rows) / 2))  # side by side
+                        effects.append(compared)
+            if effects:
+                mean, low, high = np.array(effects).T
+                axes.errorbar(at, mean, yerr=[mean - low, high - mean], capsize=3, **style[label])
+        axes.set(xscale="log", xlabel="optimizer steps", ylabel=f"test perplexity, less that of {against}")
+        axes.set_xticks(list(found), labels=list(map(str, found)), minor=False)
+        axes.minorticks_off()
+        axes.legend()
+
+    def held_out(axes: Any) -> None:
+        for row in rows:
+            curves = [list(curve.values()) for curve in row.values("held_out")]  # type: ignore[attr-defined]
+            places = [int(step) for step in row.runs[0]["result"]["held_out"]]
+            axes.plot(places, np.mean(curves, axis=0), **style[row.label])
+        axes.set(xscale="log", xlabel="optimizer step", ylabel="held-out loss (nats per token)")
+        axes.legend()
+
+    draw(directory / "budgets.png", differences)
+    draw(directory / "held_out.png", held_out)
+
+
+if __name__ == "__main__":
+    run(main)

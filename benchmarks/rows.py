@@ -1,0 +1,130 @@
+"""The runs of a benchmark, and the rows of the tables that they make."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.experiment import BASE, dev_loss
+from hylorada_jax.errors import CheckpointError
+
+Record = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What the table says of one method: its runs with one value of each setting.
+
+    Attributes:
+        label: the method's.
+        point: the settings that were searched, with the values of these runs.
+        runs: those that ended, in the order of the seeds.
+        failed: how many did not.
+        tried: how many combinations of settings it was tried with.
+    """
+
+    label: str
+    point: dict[str, Any]
+    runs: list[Record]
+    failed: int
+    tried: int
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.point["learning_rate"]
+
+    def values(self, name: str) -> list[float]:
+        """A result of every run, in the order of the seeds."""
+        return [run["result"][name] for run in self.runs]
+
+    @property
+    def trained(self) -> bool:
+        """It is no base, or none of its runs ended."""
+        return not (self.runs and self.runs[0]["settings"]["kind"] == BASE)
+
+
+def records(directory: Path) -> list[Record]:
+    """The runs of a benchmark, in the order of the seeds.
+
+    Raises:
+        CheckpointError: there are none, or they are not of one experiment.
+    """
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
+    if not found:
+        raise CheckpointError(
+            "A benchmark must have runs.", f"none in {directory}", "Run run_benchmark.py first."
+        )
+    shared = {json.dumps(_shared(record), sort_keys=True) for record in found}
+    if len(shared) > 1:
+        raise CheckpointError(
+            "The runs of a table have the same data.", f"{len(shared)} kinds", "Separate them."
+        )
+    return sorted(found, key=lambda record: record["settings"]["seed"])
+
+
+def budgets(runs: Sequence[Record]) -> list[int]:
+    """The steps of a benchmark's runs, the fewest first."""
+    return sorted({run["settings"]["steps"] for run in runs if run["settings"]["kind"] != BASE})
+
+
+def read(directory: Path, rate: float | None = None, steps: int | None = None) -> list[Row]:
+    """The rows of a benchmark, the least perplexity last, but for what did not end.
+
+    Args:
+        directory: of the runs.
+        rate: of the runs to take. None takes those of the settings with the least held-out loss on the seed
+            that all were tried with, for each method.
+        steps: the budget; None takes the largest.
+
+    Raises:
+        CheckpointError: there are no runs, or they are not of one experiment.
+    """
+    found = records(directory)
+    if steps is None:
+        steps = max(budgets(found), default=0)
+    by_label: dict[str, list[Record]] = {}
+    for record in found:
+        if record["settings"]["kind"] == BASE or record["settings"]["steps"] == steps:
+            by_label.setdefault(record["settings"]["label"], []).append(record)
+    rows = [row for label, runs in by_label.items() if (row := _row(label, runs, rate))]
+    if not any(row.runs for row in rows):
+        received = (
+            f"{directory}, {steps} steps, learning rate {rate}" if rate else f"{directory}, {steps} steps"
+        )
+        raise CheckpointError("Some run must have ended.", received, "Look into its files, or run others.")
+    # Infinite where none ended: those come first.
+    return sorted(rows, key=lambda row: -mean(row.values("perplexity")))
+
+
+def _row(label: str, runs: list[Record], rate: float | None) -> Row | None:
+    """That of a method's runs, in the order of their seeds; None where none has the rate."""
+    if rate is not None and runs[0]["settings"]["kind"] != BASE:
+        runs = [run for run in runs if run["settings"]["learning_rate"] == rate]
+    grid = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
+    if not grid:
+        return None
+    best = point(min(grid, key=dev_loss))
+    own = [run for run in runs if point(run) == best]
+    ended = [run for run in own if "dev_loss" in run["result"]]
+    return Row(label, best, ended, len(own) - len(ended), len(grid))
+
+
+def point(record: Record) -> dict[str, Any]:
+    """The values of a run for the settings that were searched."""
+    settings = record["settings"]  # at first the learning rate alone was searched
+    return {"learning_rate": settings["learning_rate"], **settings.get("point", {})}
+
+
+def _shared(record: Record) -> Record:
+    # Records from before the start of lora_A was a setting of the config have "kaiming".
+    own = ("label", "learning_rate", "point", "steps", "seed", "kind", "config", "kaiming", "structure")
+    return {key: value for key, value in record["settings"].items() if key not in own}
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; infinite of no values."""
+    return statistics.mean(values) if values else math.inf

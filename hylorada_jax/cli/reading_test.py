@@ -1,0 +1,44 @@
+"""Sources and their weights, as they are given on the command line."""
+
+import pytest
+
+from hylorada_jax.cli.reading import sources_of
+from hylorada_jax.errors import ConfigError
+
+
+def test_a_number_behind_the_last_equals_sign_is_a_weight_unless_a_file_has_the_whole_name(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there=2").write_text("a")
+    for given, expected in {
+        ("a.jsonl",): [("a.jsonl", None)],
+        ("a.jsonl=0.7", "owner/name=3e-1"): [("a.jsonl", 0.7), ("owner/name", 0.3)],
+        ("lr=1/*.txt", "lr=1/a.txt"): [("lr=1/*.txt", None), ("lr=1/a.txt", None)],
+        ("lr=1/*.txt=2",): [("lr=1/*.txt", 2)],
+        ("there=2", "=2"): [("there=2", None), ("=2", None)],
+        ("there=2=3", "absent=3"): [("there=2", 3), ("absent", 3)],
+    }.items():
+        assert [(source.name, source.weight) for source in sources_of(given)] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "must have a source"),
+        (("a=1", "b"), "all must have a weight, or none[\\s\\S]*a=1 b"),
+        (("a=0",), "positive"),
+        (("a=1", "b=-2"), "positive[\\s\\S]*-2"),
+        (("a=nan",), "positive"),
+        (("a=inf",), "positive"),
+    ],
+)
+def test_sources_without_a_sensible_weight_are_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        sources_of(given)
+
+
+def test_what_is_not_trained_on_has_no_weights():
+    assert sources_of(["a", "b"], weights=False)
+    with pytest.raises(ConfigError, match="Leave the weights out"):
+        sources_of(["a=1", "b=2"], weights=False)

@@ -1,0 +1,12 @@
+import math
+
+import pytest
+
+from hylorada_jax.data.mixture import Mixture
+from hylorada_jax.errors import ConfigError
+
+
+@pytest.mark.parametrize("weights", [(), (0,), (1, -1), (math.nan,), (1, math.inf), ("1",), (True,)], ids=str)
+def test_a_weight_that_gives_no_share_is_refused(weights):
+    with pytest.raises(ConfigError, match="weight that is a positive number"):
+        Mixture([([[1, 2]], weight) for weight in weights])

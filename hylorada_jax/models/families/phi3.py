@@ -1,0 +1,52 @@
+"""Phi-3, 3.5 and 4-mini: q, k and v in one layer, gate and up in another; a part of each head rotates."""
+
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from hylorada_jax.models.bounds import Epsilon, Positions, Tokens, Vocabulary, Width
+from hylorada_jax.models.families.family import Decoder, Family, Keys, Options, sliding
+from hylorada_jax.models.rope_config import partial_rotary_factor
+
+
+class Phi3Keys(Keys, frozen=True, kw_only=True):
+    """With transformers' defaults for Phi-3."""
+
+    vocab_size: Vocabulary = 32064
+    hidden_size: Width = 3072
+    intermediate_size: Width = 8192
+    max_position_embeddings: Positions = 4096
+    rms_norm_eps: Epsilon = 1e-5
+    eos_token_id: Tokens = 32000
+    partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    resid_pdrop: Annotated[float, Meta(ge=0, le=0)] = 0.0
+    embd_pdrop: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # transformers ignores it
+
+
+def settings(said: dict[str, Any]) -> dict[str, Any]:
+    """The part that rotates, which transformers 5 keeps among the rope parameters, under its own key."""
+    return {**said, "partial_rotary_factor": partial_rotary_factor(said)}
+
+
+def options(keys: Phi3Keys) -> Options:
+    """One window for all layers, and no biases."""
+    slides = [keys.sliding_window is not None] * keys.num_hidden_layers
+    window, layers = sliding(keys, keys.sliding_window, slides, fixed="phi3")
+    return Options(
+        fused=True,
+        rotary_fraction=keys.partial_rotary_factor,
+        sliding_window=window,
+        sliding_layers=layers,
+    )
+
+
+FAMILIES = [
+    Family(
+        model_type="phi3",
+        q="qkv_proj",
+        k="qkv_proj",
+        v="qkv_proj",
+        tokenizer="LlamaTokenizer",
+        decoder=Decoder(causal_lm="Phi3ForCausalLM", keys=Phi3Keys, options=options, settings=settings),
+    )
+]

@@ -1,0 +1,46 @@
+"""Oracle of the sharded loss: the loss on one device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Rows of 12 tokens on eight devices, and their loss with its gradients.
+PROGRAM = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from hylorada_jax.devices import replicate, shard_rows
+from hylorada_jax.models.scoring import score
+
+rng = np.random.default_rng(0)
+hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((ROWS, 12, 6), (40, 6)))
+targets = jnp.where(rng.random((ROWS, 12)) < 0.3, rng.integers(0, 40, (ROWS, 12)), -1)
+
+@jax.jit
+def of(hidden, head, targets):
+    nll, pull = jax.vjp(lambda h, w: score(h, w, targets), hidden, head)
+    return nll, *pull(nll)
+
+given = shard_rows(hidden), replicate(head), shard_rows(targets)
+ours = of(*given)
+for one, many in zip(of(hidden, head, targets), ours, strict=True):
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+assert {len(x.sharding.device_set) for x in ours} == {8}
+print(*set(re.findall("all-[a-z]+|collective-[a-z]+|reduce-scatter", of.lower(*given).compile().as_text())))
+"""
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_no_token_of_rows_on_eight_devices_goes_to_another(rows):
+    variables = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    program = f"ROWS = {rows}{PROGRAM}"
+    run = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    # The head's gradient is a sum over all rows, and the largest number of turns is known to all.
+    assert run.stdout.split() == ["all-reduce"]
