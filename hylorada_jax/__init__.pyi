@@ -16,6 +16,7 @@ from .exchange.peft_import import import_peft as import_peft
 from .io.hub import offline as offline
 from .model import HyLoRADAModel as HyLoRADAModel
 from .models.causal_lm import CausalLM as CausalLM
+from .models.generation_config import generation_defaults as generation_defaults
 from .models.loading import load_model as load_model
 from .models.module_kinds import register_linear as register_linear
 from .models.tokenizer import load_tokenizer as load_tokenizer

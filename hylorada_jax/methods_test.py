@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +248,26 @@ def test_decoding_with_a_cache_gives_the_plain_numbers(method, family):
         row[: len(prompt) + 4] = prompt + tokens
     expected = logits(config, family, moved(config, family), {"input_ids": rows} | structure).argmax(-1)
     assert new == [expected[0, 7:11].tolist(), expected[1, 4:8].tolist()]
+
+
+@pytest.mark.parametrize("method", ["hylorada", "hylorada_v2"])
+def test_a_stream_of_an_adapted_model_gives_the_tokens_of_generate(method):
+    config = CONFIGS[method]
+    model = HyLoRADAModel(base_model("qwen2"), config)
+    model.adapters = moved(config, "qwen2")
+    prompt, ids = [3, 1, 4, 1, 5], [2, 2, 3, 3, 1]
+    structure: dict[str, Any] = {"structure_ids": ids} if config.use_hylorada_v2 else {}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "temperature": 0.8,
+        "rng": jax.random.key(0),
+        "eos_token_id": (),
+    }
+    expected = model.generate([prompt], **{name: [each] for name, each in structure.items()}, **settings)
+    assert [[t for some in model.stream(prompt, **structure, **settings) for t in some]] == expected
+    with model.disable_adapter():
+        plain = [t for some in model.stream(prompt, **settings) for t in some]
+    assert [plain] == base_model("qwen2").generate([prompt], **settings) != expected
 
 
 @every_case

@@ -15,7 +15,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
-from hylorada_jax.models.generate import generate, pad_left
+from hylorada_jax.models.generate import pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
@@ -66,6 +66,8 @@ class HyLoRADAModel:
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
         frozen: what does not train: {"params": the base's parameters, but for those that train themselves,
             "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
+        chat_template: with which it is trained on conversations, where that is not the base's own; saved with
+            the adapters.
         disabled: calling the model, or generating with it, uses the base alone; see :meth:`disable_adapter`.
 
     Args:
@@ -107,6 +109,7 @@ class HyLoRADAModel:
         self._unfrozen = unfrozen_paths(sites)
         self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
+        self.chat_template: str | None = None
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
 
     def init_adapters(self, seed: int) -> Adapters:
@@ -288,9 +291,9 @@ class HyLoRADAModel:
         Args:
             prompts: token ids, one list per prompt, of any lengths.
             structure_ids: a list like each prompt, for hylorada_v2; new tokens take its last value.
-            settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng, as in
-                :func:`hylorada_jax.models.generate.generate`; without eos_token_id the model's own end tokens
-                count, and with () none.
+            settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id, rng,
+                as in :func:`hylorada_jax.models.generate.generate`; without eos_token_id the model's own end
+                tokens count, and with () none.
 
         Returns:
             The new tokens of every prompt.
@@ -300,11 +303,38 @@ class HyLoRADAModel:
             DataError: there is no prompt, one is empty or has a token id outside the vocabulary, or
                 structure ids do not fit the prompts.
         """
+        with self._decoding(prompts, structure_ids) as adapted:
+            return self.base.generate(prompts, **adapted, **settings)
+
+    def stream(
+        self, prompt: Sequence[int], *, structure_ids: Sequence[int] | None = None, **settings: Any
+    ) -> Iterator[list[int]]:
+        """The tokens that :meth:`generate` gives for one prompt, as they come, some at a time.
+
+        Args:
+            prompt: token ids.
+            structure_ids: one for each of them, for hylorada_v2.
+            settings: as for :meth:`generate`, with the same errors.
+
+        Returns:
+            An iterator of lists of new tokens; Hugging Face's models give them all at once.
+
+        Example:
+            for tokens in model.stream(tokenizer.encode_prompt("Once").ids, max_new_tokens=20):
+                print(tokens)
+        """
+        with self._decoding([prompt], None if structure_ids is None else [structure_ids]) as adapted:
+            return self.base.stream(prompt, **adapted, **settings)
+
+    @contextlib.contextmanager
+    def _decoding(
+        self, prompts: Sequence[Sequence[int]], structure_ids: Sequence[Sequence[int]] | None
+    ) -> Iterator[dict[str, Any]]:
+        """What the base is to be given to decode with the adapters."""
         check_prompts(prompts, self.base.token_limit)
-        if settings.get("eos_token_id") is None:
-            settings["eos_token_id"] = self.base.end_token_ids
         if self.disabled:
-            return self.base.generate(prompts, **settings)
+            yield {}
+            return
         resolved = self._resolve(self.adapters, self.frozen)
         variables = {"params": self._params(resolved, None), COLLECTION: resolved}
         ours = isinstance(self.base, CausalLM)
@@ -325,9 +355,10 @@ class HyLoRADAModel:
             decode = _AdaptedDecode(DecodeStep(self.base.module), self.config, self._dtype(None))
             if structure.ids is not None:
                 variables[_STRUCTURE_IDS] = structure.ids
-            return generate(decode, self.base.init_cache, variables, prompts, **settings)
+            yield {"variables": variables, "decode": decode}
+            return
         with adapt(resolved, self.config, dtype=self._dtype(None), structure=structure):
-            return self.base.generate(prompts, variables=variables, **settings)
+            yield {"variables": variables}
 
     @property
     def num_trainable(self) -> int:
@@ -399,7 +430,14 @@ class HyLoRADAModel:
         """
         tensors = layout.flatten(self.sites, self.adapters)
         identity = self.identity(weights=weights)
-        adapter_files.write_adapter(directory, tensors, self.config, identity, overwrite=overwrite)
+        adapter_files.write_adapter(
+            directory,
+            tensors,
+            self.config,
+            identity,
+            overwrite=overwrite,
+            chat_template=self.chat_template,
+        )
 
     @classmethod
     def from_pretrained(
@@ -426,5 +464,5 @@ class HyLoRADAModel:
             adapter_files.check_weights(saved.base, model.identity(weights=True))
         tensors = saved.tensors()
         model.adapters = layout.unflatten(model.sites, tensors)
-        model.start = adapter_files.digest(tensors)
+        model.start, model.chat_template = adapter_files.digest(tensors), saved.chat_template
         return model

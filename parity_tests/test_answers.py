@@ -126,6 +126,16 @@ def test_every_answer_is_what_generation_would_have_to_give(name, chat):
         assert not theirs.decode(theirs.encode(whole[len(forced) :]), skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_in_a_chat_ends_where_training_ends_a_turn(name):
+    tokenizer, _ = pair(FORMATS[name])
+    for ends in (tokenizer.end_token_ids, ()):  # as of a base model, whose own end is another
+        each = Tokenizer(tokenizer.backend, tokenizer.special_tokens, tokenizer.chat_template, ends)
+        (document,) = tokenize([conversation(CHATS["one turn"])], each)
+        last = int(document.tokens[mask(document)][-1])
+        assert each.chat_end_ids == tuple(dict.fromkeys([*ends, last]))
+
+
 CHATML = FORMATS["chatml"]
 _TAGGED_TURN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}TURN{{ '\\n' }}{% else %}"

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -21,8 +27,8 @@ from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.decoder_layer import activation
 from hylorada_jax.models.families import DECODERS
-from hylorada_jax.models.generate import filter_logits
 from hylorada_jax.models.rotation import frequencies as frequencies_of
+from hylorada_jax.models.sampling import filter_logits
 from parity_tests.families import all_in_float64
 from parity_tests.hf_weights import params_of, random_torch_model
 from parity_tests.tolerances import DECODER
@@ -304,6 +310,18 @@ def test_greedy_generation_equals_transformers(name):
     assert len(theirs[1]) < 24
 
 
+@pytest.mark.parametrize("penalty", [0.8, 1.3, 5.0])
+def test_a_repetition_penalty_is_that_of_transformers(penalty):
+    mine, theirs = random_model("qwen2", gain=1.5), random_torch_model(MODELS["qwen2"], gain=1.5)
+    prompts = [text.tolist() for text in texts()]
+    settings: dict[str, Any] = {"max_new_tokens": 24, "repetition_penalty": penalty, "do_sample": False}
+    # Row by row: transformers penalises the padding of a batch too.
+    expected = [theirs.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :] for prompt in prompts]
+    assert mine.generate(prompts, max_new_tokens=24, repetition_penalty=penalty, eos_token_id=()) == [
+        row.tolist() for row in expected
+    ]
+
+
 @pytest.mark.parametrize("name", STABLE)
 def test_generation_takes_the_argmax_of_the_full_forward_pass(name):
     mine, prompts = random_model(name, gain=1.5), [text.tolist() for text in texts()]
@@ -386,16 +404,18 @@ def test_activations_equal_transformers(name):
 
 @pytest.mark.parametrize("top_k", [None, 1, 5, 50, 200])
 @pytest.mark.parametrize("top_p", [None, 1e-3, 0.3, 0.9, 0.999])
-def test_sampling_filters_equal_transformers(top_k, top_p):
+@pytest.mark.parametrize("min_p", [None, 1e-3, 0.1, 1.0])
+def test_sampling_filters_equal_transformers(top_k, top_p, min_p):
     scores = torch.tensor(np.random.default_rng(0).normal(0, 3, (64, 97)), dtype=torch.float32)
     theirs = scores
-    for value, warper in ((top_k, TopKLogitsWarper), (top_p, TopPLogitsWarper)):
+    for value, warper in ((top_k, TopKLogitsWarper), (top_p, TopPLogitsWarper), (min_p, MinPLogitsWarper)):
         if value is not None:
             theirs = warper(value)(None, theirs)
     mine = filter_logits(
         jnp.asarray(scores.numpy()),
         top_k=None if top_k is None else jnp.int32(top_k),
         top_p=None if top_p is None else jnp.float32(top_p),
+        min_p=None if min_p is None else jnp.float32(min_p),
     )
     np.testing.assert_array_equal(np.asarray(mine), theirs.numpy())
 

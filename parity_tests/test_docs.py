@@ -1,7 +1,10 @@
 """The documents' code runs as written, and does what the text around it says."""
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -60,6 +63,19 @@ def test_the_readmes_lines_train_a_real_model_and_a_bank_holds_it(tmp_path, monk
     assert scope["logits"].shape[0] == 3
     assert scope["result"].perplexity_after < scope["result"].perplexity_before
     assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.apart
+@pytest.mark.optimized
+def test_the_readmes_line_asks_a_real_model_and_is_answered(tmp_path):
+    (line,) = re.findall(r"^echo .*\| hylorada chat .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": search, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        ["bash", "-c", line], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "fjord" in found.stdout
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda page: page.name)

@@ -12,8 +12,7 @@ from tqdm import tqdm
 from hylorada_jax.data.answers import request_of
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
-from hylorada_jax.errors import CheckpointError, DataError
-from hylorada_jax.io.files import kind_of, refuse_unusable
+from hylorada_jax.errors import DataError
 from hylorada_jax.models.chat_template import render_each
 
 if TYPE_CHECKING:
@@ -45,15 +44,6 @@ def asked(source: str) -> list[Conversation]:
 def _asked(chat: Conversation) -> Conversation:
     *before, last = chat.messages
     return chat._replace(messages=before) if last["role"] == "assistant" and before else chat
-
-
-def refuse_existing(output: Path) -> None:
-    """Raises a CheckpointError where a file cannot be written, or is there already."""
-    refuse_unusable(output.parent)
-    if kind := kind_of(output):
-        raise CheckpointError(
-            "Answers are written into a new file.", f"{output}, a {kind}", "Choose another name."
-        )
 
 
 def prompts_of(chats: Sequence[Conversation], tokenizer: "Tokenizer") -> list[list[int]]:

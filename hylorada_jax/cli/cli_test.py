@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hylorada_jax.cli.adapter import AdapterOptions
+from hylorada_jax.cli.answer_rows import write
 from hylorada_jax.cli.main import main
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.examples import Conversation
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import _slots
@@ -408,7 +410,7 @@ def test_text_that_an_encoding_has_not_is_read_and_printed_all_the_same(tiny, mo
     assert capfd.readouterr().out.startswith("caf\\")
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "params"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "chat", "params"])
 def test_help_explains_every_option(command, monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, command, "--help")
     assert status == 0
@@ -548,6 +550,22 @@ def test_bad_rows_are_skipped_and_listed_where_that_is_asked_for(chatting, tmp_p
     assert "conversations: 6 rows" in out
 
 
+def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
+    output = tmp_path / "said.jsonl"
+    asked = [Conversation("", [{"role": "user", "content": text}], [False]) for text in "abc"]
+
+    def answers():
+        yield "A"
+        yield "B"
+        assert len(output.read_text().splitlines()) == 2  # while the third is awaited
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(asked, answers(), output)
+    said = [json.loads(line)["messages"][-1]["content"] for line in output.read_text().splitlines()]
+    assert said == ["A", "B"]
+
+
 def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, monkeypatch, capsys):
     rows = [{"messages": [{"role": "user", "content": f"say w{n}"}]} for n in (3, 12, 5)]
     rows[1]["messages"] += [{"role": "assistant", "content": "w12!"}]  # which is answered anew
@@ -564,7 +582,7 @@ def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, 
         prompt = before[0]["content"]
         assert last["content"] + "\n" == run(monkeypatch, capsys, *command, "--prompt", prompt, "--chat")[1]
     status, _, err = run(monkeypatch, capsys, *asked, "--output", tmp_path / "said.jsonl")
-    assert (status, "new file" in err) == (2, True)
+    assert (status, "not overwritten" in err) == (2, True)
     for wrong in (("--prompt", "a", "--messages", tmp_path / "asked.jsonl"), ()):
         assert "Either a prompt or messages" in run(monkeypatch, capsys, *command, *wrong)[2]
     status, _, err = run(monkeypatch, capsys, *command, "--messages", chatting / "texts.txt")

@@ -2,10 +2,11 @@
 
 import sys
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
-from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline
+from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline, template_of, tokenizer_of
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError
@@ -23,6 +24,7 @@ def data(
     reading: Reading = AS_IT_IS,
     seq_len: int = 512,
     rows: int = 3,
+    chat_template: Path | None = None,
     offline: bool = False,
 ) -> None:
     """Show the first rows of data with the scored tokens marked, in colour or in ⟦brackets⟧, and the counts.
@@ -33,18 +35,17 @@ def data(
         reading: how the data are read.
         seq_len: tokens per row.
         rows: how many of each source are shown.
+        chat_template: a file of jinja in the place of the model's template.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     check_windows(seq_len)
     if rows < 1:
         raise ConfigError("At least one row must be shown.", f"--rows {rows}", "Leave it out for three.")
+    template = template_of(chat_template)
     sources = [
         source._replace(train=reading.load(source.name)) for source in sources_of(data, split=reading.split)
     ]
-
-    from hylorada_jax.models.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_of(model, template)
     for source in sources:
         source.announce()
         documents = reading.prepare(source.train, tokenizer, seq_len, None, "rows")

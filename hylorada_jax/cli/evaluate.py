@@ -11,6 +11,8 @@ from hylorada_jax.cli.shared import (
     loaded,
     print_result,
     puts_offline,
+    template_of,
+    tokenizer_of,
     unloaded,
 )
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
@@ -32,6 +34,7 @@ def evaluate(
     batch_size: int = 4,
     max_tokens: int | None = None,
     structure: Domain | None = None,
+    chat_template: Path | None = None,
     dtype: Dtype = "float32",
     check_weights: bool = False,
     json: bool = False,
@@ -50,6 +53,7 @@ def evaluate(
         batch_size: windows at a time.
         max_tokens: evaluate on about this many tokens; by default on all.
         structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
+        chat_template: a file of jinja in the place of the model's template, or the adapter's.
         dtype: of the weights and the computation.
         check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
             was trained on.
@@ -61,21 +65,21 @@ def evaluate(
         source._replace(held_out=reading.load(source.name, "eval" if source.name in _EMBEDDED else "all"))
         for source in sources_of(data, weights=False, split=reading.split)
     ]
-    check_adapter(adapter, structure, weights=dtype if check_weights else None)
+    saved = check_adapter(adapter, structure, weights=dtype if check_weights else None)
 
     from hylorada_jax.data.document import as_documents
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.positions import check_range
-    from hylorada_jax.models.tokenizer import load_tokenizer
 
+    template = template_of(chat_template, saved)
     base = unloaded(model, dtype)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
     if adapter is not None:
         check_whole(adapter, base)
 
-    tokenizer, tokens = load_tokenizer(model), []
+    tokenizer, tokens = tokenizer_of(model, template), []
     for source in sources:
         if not json:
             source.announce()

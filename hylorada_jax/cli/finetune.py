@@ -15,6 +15,8 @@ from hylorada_jax.cli.shared import (
     check_whole,
     puts_offline,
     require_encoder,
+    template_of,
+    tokenizer_of,
     unloaded,
 )
 from hylorada_jax.data.corpus import PYTHON_STDLIB
@@ -42,6 +44,7 @@ def finetune(
     adapter: Adapter = DEFAULTS,
     start_from: Path | None = None,
     structure: Domain | None = None,
+    chat_template: Path | None = None,
     dtype: Dtype = "float32",
     remat: Literal["none", "dots", "full"] = "none",
     prompt: str = 'def read_lines(path):\n    """',
@@ -65,6 +68,7 @@ def finetune(
         adapter: what is trained.
         start_from: directory of an adapter to go on training; its settings are those of the new one.
         structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
+        chat_template: a file of jinja in the place of the model's template; the adapter keeps it.
         dtype: of the frozen weights and the computation; the adapter is float32.
         remat: what the backward pass recomputes to save memory.
         prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
@@ -79,6 +83,7 @@ def finetune(
     settings = adapter.build() if saved is None else saved.config
     if structure:
         require_encoder(settings, structure)
+    template = template_of(chat_template, saved)
     RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
 
     from hylorada_jax.models.base_model import vocab_size
@@ -99,9 +104,8 @@ def finetune(
 
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.loading import load_model
-    from hylorada_jax.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_of(model, template)
     train, held_out = reading.prepare_both(sources, tokenizer, training.seq_len, structure)
     what = f"held-out perplexity{reading.counted(sources)}"
     chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
@@ -112,8 +116,10 @@ def finetune(
         adapted = HyLoRADAModel(base, settings, training.seed)
     else:
         adapted = HyLoRADAModel.from_pretrained(base, saved)
+    adapted.chat_template = template
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
     options |= {"structure": structure, "dtype": dtype, "remat": remat, "prompt": prompt}
+    options |= {"chat_template": chat_template}
     trainer = HyLoRADATrainer(
         adapted, train, held_out, training, recipe=recipe_of(training, adapter, reading, **options)
     )

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from hylorada_jax.cli.answer_rows import answers, asked, prompts_of, refuse_existing, write
+from hylorada_jax.cli.answer_rows import answers, asked, prompts_of, write
+from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
@@ -12,6 +13,9 @@ from hylorada_jax.cli.shared import (
     loaded,
     prompt_of,
     puts_offline,
+    refuse_output,
+    template_of,
+    tokenizer_of,
     unloaded,
 )
 from hylorada_jax.data.packing import check_windows
@@ -27,11 +31,9 @@ def generate(
     messages: str | None = None,
     model: str = PACKAGED_MODEL,
     adapter: Path | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: Sampling = AS_IT_IS,
     chat: bool = False,
+    chat_template: Path | None = None,
     output: Path | None = None,
     batch_size: int = 8,
     structure: Domain | None = None,
@@ -47,11 +49,9 @@ def generate(
             that ends one is left out.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         adapter: directory of a trained adapter.
-        max_new_tokens: at most this many tokens.
-        temperature: 0 takes the most likely token; higher values sample.
-        top_k: sample among the k most likely tokens.
-        top_p: sample among the most likely tokens that together have this probability.
+        sampling: how tokens are chosen: at most 64, and the most likely ones.
         chat: give the prompt to the model's chat template, as a user's message.
+        chat_template: a file of jinja in the place of the model's template, or the adapter's.
         output: a new file for the answered conversations, in JSON lines; else they are printed.
         batch_size: conversations at a time.
         structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
@@ -65,51 +65,52 @@ def generate(
             "neither" if prompt is None else "both",
             "Give --prompt, or --messages.",
         )
+    if output is not None:
+        if messages is None:
+            rule = "Answers to messages are written to a file."
+            raise ConfigError(rule, f"--output {output} for a prompt", "Leave --output out.")
+        refuse_output(output)
     check_windows(1, batch_size=batch_size)
-    check_adapter(adapter, structure)
+    saved = check_adapter(adapter, structure)
     if structure and messages is not None:
         raise ConfigError(
             "Structure is read of a prompt.", f"--structure {structure} --messages", "Leave --structure out."
         )
+    template = template_of(chat_template, saved)
     chats = None if messages is None else asked(messages)
-    if output is not None:
-        refuse_existing(output)
 
     import jax
 
     from hylorada_jax.models.base_model import require_generation
-    from hylorada_jax.models.generate import check_settings
     from hylorada_jax.models.ids import check_prompts
     from hylorada_jax.models.positions import check_range
-    from hylorada_jax.models.tokenizer import load_tokenizer
+    from hylorada_jax.models.sampling import check_settings
 
     base = unloaded(model, dtype)
     require_generation(base)
-    if adapter is not None:
-        check_whole(adapter, base)
-    tokenizer = load_tokenizer(model)
-    inputs: dict[str, Any] = {}
+    if saved is not None:
+        check_whole(saved, base)
+    tokenizer = tokenizer_of(model, template)
+    structure_ids = None
     if chats is None:
         assert prompt is not None
-        ids, inputs = prompt_of(prompt, tokenizer, structure, chat=chat)
+        ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat=chat)
         if not ids:
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
         prompts = [ids]
     else:
         prompts = prompts_of(chats, tokenizer)
 
+    chat = chat or chats is not None
     rng = jax.random.key(seed)
-    check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
+    settings: dict[str, Any] = sampling.settings(model if chat else None, max_new_tokens=64)
+    check_settings(prompts, rng=rng, **settings)
     check_prompts(prompts, base.token_limit)
-    check_range((len(prompts), max(map(len, prompts)) + max_new_tokens), limit=base.position_limit)
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "eos_token_id": tokenizer.end_token_ids or None,
-        **inputs,
-    }
+    longest = max(map(len, prompts)) + settings["max_new_tokens"]
+    check_range((len(prompts), longest), limit=base.position_limit)
+    settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
+    if structure_ids is not None:
+        settings["structure_ids"] = [structure_ids]
     generator = loaded(model, adapter, dtype)
     if chats is not None:
         write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)

@@ -8,6 +8,7 @@ import warnings
 
 import tyro
 
+from hylorada_jax.cli.chat import chat
 from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
@@ -63,6 +64,7 @@ def _run() -> None:
                 "data": data,
                 "evaluate": evaluate,
                 "generate": generate,
+                "chat": chat,
                 "params": params,
                 "inspect": inspect,
                 "merge": merge,

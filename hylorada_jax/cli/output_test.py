@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": ("--adapter", "missing", "--model", "./missing"),
     "export-peft": ("--adapter", "missing", "--model", "./missing"),
     "import-peft": ("--adapter", "missing", "--model", "./missing"),
+    "generate": ("--model", "./missing", "--messages", "missing.jsonl"),
     "parity": ("--only", "missing"),
     "parity --overwrite": ("--only", "missing"),
 }
@@ -48,8 +49,8 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", ["file", "file/below/it", "link to nothing", "loop", "x" * 256, "pipe"])
 def test_an_output_that_cannot_be_written(place, command, name, monkeypatch, capsys):
-    if command.startswith("parity"):
-        name += "/parity.json"
+    if command.startswith(("parity", "generate")):
+        name += "/output.json"
     error = refused(command, place / name, monkeypatch, capsys)
     assert "The output must be a directory" in error
 
@@ -76,16 +77,18 @@ def test_an_adapter_is_not_overwritten_even_by_way_of_a_link(place, command, fou
     assert found in refused(command, place / "output", monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("command", ["generate", "parity --overwrite"])
 @pytest.mark.parametrize(("name", "found"), [
     ("directory", "which is none"), ("pipe", "which is none"), ("link to a pipe", "which is none"),
-    ("x" * 256, "File name too long"), ("missing/parity.json", "directory that exists"),
+    ("x" * 256, "File name too long"), ("missing/output.json", "directory that exists"),
 ])  # fmt: skip
-def test_a_report_that_cannot_be_written(place, name, found, monkeypatch, capsys):
+def test_a_file_that_cannot_be_written(place, command, name, found, monkeypatch, capsys):
     (place / "directory").mkdir()
     (place / "link to a pipe").symlink_to(place / "pipe")
-    assert found in refused("parity --overwrite", place / name, monkeypatch, capsys)
+    assert found in refused(command, place / name, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("command", ["generate", "parity"])
 @pytest.mark.parametrize("name", ["file", "link to a file", "link to nothing"])
-def test_a_report_is_not_overwritten_unasked(place, name, monkeypatch, capsys):
-    assert "not overwritten" in refused("parity", place / name, monkeypatch, capsys)
+def test_a_file_is_not_overwritten_unasked(place, command, name, monkeypatch, capsys):
+    assert "not overwritten" in refused(command, place / name, monkeypatch, capsys)

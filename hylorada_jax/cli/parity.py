@@ -4,8 +4,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from hylorada_jax.errors import ConfigError, DataError, require_packages
-from hylorada_jax.io.files import kind_of, refuse_unusable
+from hylorada_jax.cli.shared import refuse_output
+from hylorada_jax.errors import ConfigError, require_packages
 from hylorada_jax.terminal import one_line
 
 
@@ -32,17 +32,7 @@ def parity(
         ("torch", "transformers"),
         'Install it: `pip install "hylorada[torch]"`.',
     )
-    refuse_unusable(output.parent)
-    if not output.parent.is_dir():
-        raise DataError("A report is written into a directory that exists.", str(output.parent), "Make it.")
-    remedy = "Give another --output."
-    try:
-        if output.exists() and not output.is_file():
-            raise DataError("A report is a file.", f"{output}, which is none", remedy)
-        if kind_of(output) and not overwrite:
-            raise DataError("A report is not overwritten.", str(output), f"{remedy[:-1]}, or --overwrite.")
-    except OSError as error:
-        raise DataError("A report is a file that can be written.", error, remedy) from error
+    refuse_output(output, overwrite=overwrite, remedy="Give another --output, or --overwrite.")
 
     from tqdm import tqdm
 

@@ -25,19 +25,21 @@ def samples(
         structure: whose ids the adapted model reads beside the tokens.
         chat: the prompt is a user's message, given by the model's chat template.
     """
-    ids, inputs = prompt_of(prompt, tokenizer, structure, chat=chat)
+    ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat=chat)
     prompt += "\n\n" if chat else ""
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):
         begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]
         cut = slice(len(ids) - kept + len(begin), None)
         ids, prompt = begin + ids[cut], "…" + tokenizer.decode(ids[cut])
-        inputs = {name: [row[: len(begin)] + row[cut] for row in rows] for name, rows in inputs.items()}
+        structure_ids = structure_ids and structure_ids[: len(begin)] + structure_ids[cut]
     if not ids:
         return prompt, prompt
-    settings = {"max_new_tokens": new, "eos_token_id": tokenizer.end_token_ids or None}
+    ends = tokenizer.chat_end_ids if chat else tokenizer.end_token_ids
+    settings = {"max_new_tokens": new, "eos_token_id": ends or None}
     with model.disable_adapter():
         before = model.generate([ids], **settings)
+    inputs = {} if structure_ids is None else {"structure_ids": [structure_ids]}
     after = model.generate([ids], **settings, **inputs)
     first, second = (prompt + tokenizer.decode_continuation(ids, rows[0]) for rows in (before, after))
     return first, second

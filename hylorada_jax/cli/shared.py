@@ -1,16 +1,18 @@
 """What several commands do with their options."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io import hub
+from hylorada_jax.io.files import kind_of, refuse_unusable
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, show
 
@@ -33,6 +35,27 @@ def puts_offline(command: Callable[..., None]) -> Callable[..., None]:
             command(**options)
 
     return run
+
+
+def refuse_output(output: Path, *, overwrite: bool = False, remedy: str = "Choose another name.") -> None:
+    """Reports an output file that cannot be written, or is there already, before anything is read.
+
+    Args:
+        output: the file.
+        overwrite: one that is there is replaced.
+        remedy: for the error about one that is there.
+    """
+    refuse_unusable(output.parent)
+    try:
+        if not output.parent.is_dir():
+            rule = "An output file is written into a directory that exists."
+            raise CheckpointError(rule, output.parent, f"Make it: `mkdir -p {output.parent}`.")
+        if output.exists() and not output.is_file():
+            raise CheckpointError("An output must be a file.", f"{output}, which is none", remedy)
+        if kind_of(output) and not overwrite:
+            raise CheckpointError("An output file is not overwritten.", output, remedy)
+    except OSError as error:
+        raise CheckpointError("An output must be a file that can be written.", error, remedy) from error
 
 
 def base_of(adapter: Path, given: str | None) -> str:
@@ -70,8 +93,10 @@ def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
         )
 
 
-def check_adapter(adapter: Path | None, structure: str | None, *, weights: str | None = None) -> None:
-    """Reports a damaged adapter, and what it cannot be asked for, before the model is loaded.
+def check_adapter(
+    adapter: Path | None, structure: str | None, *, weights: str | None = None
+) -> "SavedAdapter | None":
+    """The adapter; reports damage to it, and what it cannot be asked for, before the model is loaded.
 
     Args:
         adapter: its directory, or None for the base model alone.
@@ -89,6 +114,7 @@ def check_adapter(adapter: Path | None, structure: str | None, *, weights: str |
         raise ConfigError(rule, "--check-weights for no adapter", "Give --adapter, or leave it out.")
     if weights and saved is not None:
         check_weights(saved.base, {"dtype": weights})
+    return saved
 
 
 def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
@@ -98,20 +124,50 @@ def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
     open_on(base, adapter).saved.tensors()
 
 
+def template_of(chat_template: Path | None, saved: "SavedAdapter | None" = None) -> str | None:
+    """The chat template in the place of the model's: the user's, or else that of an adapter, if any."""
+    from hylorada_jax.models.chat_template import read_template
+
+    if chat_template is not None:
+        return read_template(chat_template)
+    return None if saved is None else saved.chat_template
+
+
+def tokenizer_of(model: str, template: str | None) -> "Tokenizer":
+    """The model's tokenizer, with another chat template where one is given."""
+    from hylorada_jax.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return tokenizer if template is None else dataclasses.replace(tokenizer, chat_template=template)
+
+
 def prompt_of(
     text: str, tokenizer: "Tokenizer", structure: Domain | None, *, chat: bool = False
-) -> tuple[list[int], dict[str, list[list[int]]]]:
-    """The token ids of a prompt, or of what asks for an answer to it, and generation's inputs beside them."""
-    if chat:  # which brings its bos token
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    ids, offsets = tokenizer.encode_with_offsets(text) if chat else tokenizer.encode_prompt(text)
+) -> tuple[list[int], list[int] | None]:
+    """The token ids of a prompt, or of what asks for an answer to it, and their structure if it is read."""
+    if chat:
+        return chat_of([{"role": "user", "content": text}], tokenizer, structure)
+    ids, offsets = tokenizer.encode_prompt(text)
     if structure is None:
-        return ids, {}
+        return ids, None
 
-    from hylorada_jax.structure.code import fenced_depths, token_depths
+    from hylorada_jax.structure.code import token_depths
 
-    depths, _ = fenced_depths(text, offsets) if chat else token_depths(text, offsets)
-    return ids, {"structure_ids": [depths.tolist()]}
+    return ids, token_depths(text, offsets)[0].tolist()
+
+
+def chat_of(
+    messages: Sequence[Mapping[str, Any]], tokenizer: "Tokenizer", structure: Domain | None
+) -> tuple[list[int], list[int] | None]:
+    """The token ids that ask for an answer to a conversation, and their structure where it is read."""
+    text = tokenizer.apply_chat_template(messages)  # which brings its bos token
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    if structure is None:
+        return ids, None
+
+    from hylorada_jax.structure.code import fenced_depths
+
+    return ids, fenced_depths(text, offsets)[0].tolist()
 
 
 def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False) -> Any:

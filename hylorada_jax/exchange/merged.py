@@ -110,6 +110,8 @@ def write_merged(
                 write_tokenizer(tokenizer, place)
             else:
                 _copy(beside, source.path, place)
+            if saved.chat_template is not None:
+                (place / "chat_template.jinja").write_text(saved.chat_template, "utf-8")
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:

@@ -1,5 +1,6 @@
 """What every base model offers, ours or Hugging Face's."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -81,6 +82,9 @@ class BaseModel(Protocol):
 
     def generate(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """(prompts, …) → the new tokens of every prompt."""
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[list[int]]:
+        """(prompt, …) → the new tokens of one, as they come."""
 
 
 def require_segments(base: BaseModel) -> None:

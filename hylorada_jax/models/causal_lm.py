@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hylorada_jax.math.position import default_positions
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.generate import generate
+from hylorada_jax.models.generate import Decode, generate, stream
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
 
@@ -301,13 +301,23 @@ class CausalLM:
             variables, input_ids, position_ids=position_ids, key_valid=key_valid, cache=cache
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
-        """Continues prompts; the settings are those of ``hylorada_jax.models.generate.generate``.
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        variables: Variables | None = None,
+        decode: Decode | None = None,
+        **settings: Any,
+    ) -> list[list[int]]:
+        """Continues prompts.
 
         Args:
             prompts: token ids, one list per prompt, of any lengths.
-            **settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng; without eos_token_id the
-                model's own end tokens count, and with () none.
+            variables: the collections that are decoded with; the model's own parameters when absent.
+            decode: the step of decoding; the bare model's when absent.
+            **settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id and
+                rng of :func:`hylorada_jax.models.generate.generate`; without eos_token_id the model's own end
+                tokens count, and with () none.
 
         Returns:
             The new tokens of every prompt.
@@ -317,11 +327,34 @@ class CausalLM:
             DataError: there is no prompt, or one that is empty or has a token id outside the vocabulary.
         """
         check_prompts(prompts, self.token_limit)
-        if settings.get("eos_token_id") is None:
-            settings["eos_token_id"] = self.end_token_ids
-        return generate(
-            DecodeStep(self.module), self.init_cache, {"params": self.params}, prompts, **settings
-        )
+        return generate(*self._decoding(variables, decode), prompts, **self._ending(settings))
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        variables: Variables | None = None,
+        decode: Decode | None = None,
+        **settings: Any,
+    ) -> Iterator[list[int]]:
+        """The tokens that :meth:`generate` gives for one prompt, as they come, some at a time.
+
+        Args:
+            prompt: token ids.
+            variables, decode, **settings: as for :meth:`generate`, with the same errors.
+
+        Returns:
+            An iterator of lists of new tokens.
+        """
+        check_prompts([prompt], self.token_limit)
+        return stream(*self._decoding(variables, decode), prompt, **self._ending(settings))
+
+    def _decoding(self, variables: Variables | None, decode: Decode | None) -> tuple[Any, Any, Variables]:
+        return decode or DecodeStep(self.module), self.init_cache, variables or {"params": self.params}
+
+    def _ending(self, settings: dict[str, Any]) -> dict[str, Any]:
+        ends = settings.get("eos_token_id")
+        return settings | {"eos_token_id": self.end_token_ids if ends is None else ends}
 
 
 def _inputs(

@@ -3,9 +3,12 @@
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hylorada_jax.errors import DataError
+from hylorada_jax.io.files import user_path
+from hylorada_jax.io.reading import read_bounded
 from hylorada_jax.models.template_process import SECONDS, Rendered, run_template
 from hylorada_jax.text import cut
 
@@ -93,6 +96,27 @@ def render_each(
     return [result for result in found if result is not None]
 
 
+def read_template(file: str | Path) -> str:
+    """A chat template of the user's own.
+
+    Args:
+        file: of jinja, in UTF-8.
+
+    Raises:
+        DataError: it cannot be read, is too long, or is not jinja.
+    """
+    rule, remedy = "A chat template must be a file of jinja, in UTF-8.", "Correct it, or give another file."
+    content = read_bounded(user_path(file), rule, DataError, remedy, limit=4 * MAX_TEMPLATE)
+    try:
+        source = _choose(content.decode(), None)
+    except UnicodeDecodeError as error:
+        raise DataError(rule, f"{file}: {error}", remedy) from error
+    (found,) = run_template(source, [{}])  # most of them miss the messages
+    if isinstance(found, DataError) and str(found.received).startswith("TemplateSyntaxError"):
+        raise DataError(rule, f"{file}: {found.received}", remedy)
+    return source
+
+
 def marks_generation(template: str | Mapping[str, str] | None, tools: Any = None) -> bool:
     """Whether a template says itself what an assistant writes, by the block ``{% generation %}``.
 
@@ -152,7 +176,7 @@ def _choose(template: Any, tools: Any) -> str:
             f"a tokenizer with templates {', '.join(names)[:200]}, and no default"
             if names
             else "a tokenizer without one",
-            "Use an instruction-tuned model, or give plain text.",
+            "Use an instruction-tuned model, give a template (--chat-template), or plain text.",
         )
     if len(names[name]) > MAX_TEMPLATE:
         raise DataError(

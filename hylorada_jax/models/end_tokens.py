@@ -3,10 +3,10 @@
 from msgspec import Struct
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.io.reading import checked
 from hylorada_jax.models.bounds import Tokens
+from hylorada_jax.models.generation_config import read_generation_config
 from hylorada_jax.models.gguf import special_ids
-from hylorada_jax.models.inside import file_inside
 from hylorada_jax.models.source import Source
 
 
@@ -31,9 +31,7 @@ def end_tokens(source: Source, vocabulary: int | None = None) -> tuple[int, ...]
     if source.gguf:
         special = special_ids(source.gguf)  # inside the vocabulary
         return tuple(dict.fromkeys(special[role] for role in ("eos", "eot", "eom") if role in special))
-    file = file_inside(source.path, "generation_config.json")
-    settings = read_json(file, "generation_config.json must be a JSON object.", ModelError) if file else {}
-    named = settings.get("eos_token_id")
+    named = read_generation_config(source).get("eos_token_id")
     named = source.config.get("eos_token_id") if named is None else named
     rule = "eos_token_id must be a token id or a list of them."
     remedy = "Correct it in generation_config.json or config.json."

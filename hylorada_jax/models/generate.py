@@ -1,10 +1,10 @@
-"""Text generation with a KV cache: one compiled program for the prompt and all the tokens that follow."""
+"""Text generation with a KV cache: the prompt in one compiled program, and in another what follows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,58 +12,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
+from hylorada_jax.errors import NonFiniteError
+from hylorada_jax.models.sampling import Sampling, check_settings, sampling
 
-# Prompt lengths and token budgets are rounded up to a multiple of this, so that few shapes are compiled.
-BUCKET = 64
-# Below this temperature the softmax of float32 logits is their argmax, and the division would overflow.
-_GREEDY = 1e-30
+# Prompt lengths and token budgets are rounded up to a multiple of this at least: few shapes are compiled.
+_BUCKET = 64
+# Tokens that a stream computes at a time: few enough to be read as they come, and to stop soon.
+_AT_ONCE = 4
 
-
-def filter_logits(
-    logits: Float[Array, "batch vocab"],
-    *,
-    top_k: Int[Array, ""] | None = None,
-    top_p: Float[Array, ""] | None = None,
-) -> Float[Array, "batch vocab"]:
-    """Sets to −∞ what sampling must not choose.
-
-    top_k keeps the k largest logits; of those, top_p keeps the smallest set of the most probable tokens whose
-    probability reaches p, and at least one; all of them at 1. Ties with the last kept token are kept.
-
-    Args:
-        logits: scores, already divided by the temperature.
-        top_k: how many to keep, >= 1; None: all.
-        top_p: the probability to keep, in (0, 1]; None: all.
-
-    Returns:
-        The filtered logits.
-
-    Source:
-        Fan et al., arXiv:1805.04833 §5.4 (top-k); Holtzman et al., arXiv:1904.09751 §3.1 (nucleus).
-
-    Example:
-        >>> filter_logits(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), top_p=jnp.float32(0.6))[0, 2].item()
-        -inf
-    """
-    if top_k is None and top_p is None:
-        return logits
-    descending = -jnp.sort(-logits, axis=-1)
-    keep = jnp.ones(descending.shape, bool)
-    if top_k is not None:
-        keep = keep & (jnp.arange(descending.shape[-1]) < top_k)
-    if top_p is not None:
-        probabilities = jax.nn.softmax(jnp.where(keep, descending, -jnp.inf), axis=-1)
-        above = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # The sum of a large vocabulary rounds to 1 before its end, and a p may be too small for a device.
-        is_first = jnp.arange(descending.shape[-1]) == 0
-        keep = keep & ((above < top_p) | is_first | (top_p >= 1))
-    smallest = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < smallest, -jnp.inf, logits)
+Decode = Callable[..., tuple[Float[Array, "batch vocab"], Any]]
 
 
 def generate(
-    decode: Callable[..., tuple[Float[Array, "batch vocab"], Any]],
+    decode: Decode,
     init_cache: Callable[[int, int], Any],
     variables: Mapping[str, Any],
     prompts: Sequence[Sequence[int]],
@@ -72,13 +33,16 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     rng: Array | None = None,
 ) -> list[list[int]]:
     """Continues a batch of prompts of different lengths.
 
-    The prompts are padded on the left to a multiple of 64 and the program is compiled once per bucket: other
-    prompts, lengths, token budgets, temperatures, k, p and weights of the same shapes do not compile again.
+    The prompts are padded on the left to 64, 128, 192, 256, 384, 512, 768 … tokens, and two programs are
+    compiled for each, for the prompt and for what follows: other prompts, lengths, token budgets,
+    temperatures, k, p and weights of the same shapes do not compile again.
 
     Args:
         decode: ``decode(variables, input_ids, position_ids=, key_valid=, cache=)`` gives (logits after the
@@ -90,6 +54,8 @@ def generate(
         temperature: the logits are divided by it; 0, or anything below 1e-30, takes the most likely token.
         top_k: sample among the k most likely.
         top_p: sample among the most likely that together have probability p.
+        min_p: sample among those at least min_p times as probable as the most likely.
+        repetition_penalty: see :func:`hylorada_jax.models.sampling.penalise`; at any temperature.
         eos_token_id: token or tokens that end a row.
         rng: a ``jax.random`` key, needed when temperature > 0.
 
@@ -101,30 +67,47 @@ def generate(
         DataError: there is no prompt, or an empty one.
         NonFiniteError: a logit is NaN or infinite; generation ends there.
     """
-    check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    input_ids = pad_left(prompts)
-    padded, budget = input_ids.shape[1], _bucket(max_new_tokens)
-    greedy = is_greedy(temperature)
-    tokens, count, finite, _ = _generate(
-        decode,
-        variables,
-        init_cache(len(prompts), padded + budget),
-        input_ids,
-        lengths.astype(np.int32),
-        np.zeros(budget, np.int32),
-        np.int32(max_new_tokens),
-        None if greedy else np.float32(temperature),
-        None if greedy or top_k is None else np.int32(min(top_k, np.iinfo(np.int32).max)),
-        None if greedy or top_p is None else np.float32(top_p),
-        np.atleast_1d(np.array([] if eos_token_id is None else eos_token_id, np.int32)),
-        None if greedy else rng,
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    how |= {"repetition_penalty": repetition_penalty, "rng": rng}
+    check_settings(prompts, max_new_tokens=max_new_tokens, **how)
+    rounds = _rounds(
+        decode, init_cache, variables, prompts, max_new_tokens, max_new_tokens, eos_token_id, sampling(**how)
     )
-    count = np.asarray(count)
-    if not np.all(finite):
-        row = int(np.argmin(finite))
-        raise not_finite(f"at new token {count[row]} of prompt {row + 1}")
-    return [row[:n].tolist() for row, n in zip(np.asarray(tokens), count, strict=True)]
+    *_, last = rounds
+    return _rows(last)
+
+
+def stream(
+    decode: Decode,
+    init_cache: Callable[[int, int], Any],
+    variables: Mapping[str, Any],
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    **how: Any,
+) -> Iterator[list[int]]:
+    """The tokens that :func:`generate` gives for one prompt, as they come: one, then some at a time.
+
+    Nothing is computed between two of them, so that who reads them can stop.
+
+    Args:
+        decode, init_cache, variables, max_new_tokens, eos_token_id: as in :func:`generate`.
+        prompt: token ids.
+        **how: temperature, top_k, top_p, min_p, repetition_penalty, rng, as in :func:`generate`.
+
+    Returns:
+        An iterator of lists that are not empty.
+
+    Raises:
+        ConfigError, DataError: as in :func:`generate`, and here, not in the iterator.
+    """
+    check_settings([prompt], max_new_tokens=max_new_tokens, **how)
+    return _new(
+        _rounds(
+            decode, init_cache, variables, [prompt], max_new_tokens, _AT_ONCE, eos_token_id, sampling(**how)
+        )
+    )
 
 
 def not_finite(where: str) -> NonFiniteError:
@@ -136,61 +119,138 @@ def not_finite(where: str) -> NonFiniteError:
     )
 
 
+class _State(NamedTuple):
+    """Generation under way.
+
+    Donated from call to call, so that the cache is written into and never copied.
+
+    Attributes:
+        step: tokens that each row would have, had none ended.
+        tokens: [batch, budget] the new ones.
+        counts: [batch] how many of them are a row's own.
+        ended: [batch] the row has had an end token.
+        finite: [batch] the last logits of the row were.
+        seen: [batch, vocab] tokens of the prompt and new ones; None where nothing is penalised.
+        lengths: [batch] of the prompts.
+        cache: the model's.
+    """
+
+    step: Array
+    tokens: Array
+    counts: Array
+    ended: Array
+    finite: Array
+    seen: Array | None
+    lengths: Array
+    cache: Any
+
+
+def _rounds(
+    decode: Decode,
+    init_cache: Callable[[int, int], Any],
+    variables: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    at_once: int,
+    eos_token_id: int | Sequence[int] | None,
+    chosen: Sampling,
+) -> Iterator[_State]:
+    """The state after the first token, and after each call that follows; to be read before the next."""
+    input_ids, budget = pad_left(prompts), np.zeros(_bucket(max_new_tokens), np.int32)
+    cache = init_cache(len(prompts), input_ids.shape[1] + len(budget))
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    ends = np.atleast_1d(np.array([] if eos_token_id is None else eos_token_id, np.int32))
+    state = _begin(decode, variables, cache, input_ids, lengths, budget, chosen, ends)
+    yield state
+    for step in range(1, max_new_tokens, at_once):
+        until = np.int32(min(step + at_once, max_new_tokens))
+        state = _go_on(decode, variables, state, until, chosen, ends)
+        yield state
+
+
+def _rows(state: _State) -> list[list[int]]:
+    """The new tokens so far."""
+    count = np.asarray(state.counts)
+    if not np.all(finite := np.asarray(state.finite)):
+        row = int(np.argmin(finite))
+        raise not_finite(f"at new token {count[row]} of prompt {row + 1}")
+    return [row[:n].tolist() for row, n in zip(np.asarray(state.tokens), count, strict=True)]
+
+
+def _new(rounds: Iterator[_State]) -> Iterator[list[int]]:
+    """What each round adds to the one row, until it has ended."""
+    given = 0
+    for state in rounds:
+        (row,) = _rows(state)
+        ended = bool(state.ended[0])
+        yield row[given:]
+        given = len(row)
+        if ended:
+            return
+
+
 @partial(jax.jit, static_argnames="decode", donate_argnames="cache")
-def _generate(
-    decode: Callable[..., tuple[Float[Array, "batch vocab"], Any]],
+def _begin(
+    decode: Decode,
     variables: Mapping[str, Any],
     cache: Any,
     input_ids: Int[Array, "batch prompt"],
     lengths: Int[Array, " batch"],
     budget: Int[Array, " budget"],
-    max_new_tokens: Int[Array, ""],
-    temperature: Float[Array, ""] | None,
-    top_k: Int[Array, ""] | None,
-    top_p: Float[Array, ""] | None,
-    eos: Int[Array, " eos"],
-    rng: Array | None,
-) -> tuple[Int[Array, "batch budget"], Int[Array, " batch"], Bool[Array, " batch"], Any]:
-    """The prompt in one pass, then a token per turn until every row has ended or one is not finite.
-
-    Gives tokens, their counts, whether the last logits of each row were finite, and the cache. That is an
-    output so that its buffers can be donated: the loop writes into them, and none is copied.
-    """
-
-    def choose(logits: Float[Array, "batch vocab"], step: Int[Array, ""]) -> Int[Array, " batch"]:
-        if temperature is None or rng is None:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        kept = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
-        return jax.random.categorical(jax.random.fold_in(rng, step), kept).astype(jnp.int32)
-
-    def put(tokens: Array, count: Array, ended: Bool[Array, " batch"], logits: Array, step: Array) -> tuple:
-        token = choose(logits, step)
-        finite = ended | jnp.all(jnp.isfinite(logits), axis=-1)
-        tokens = lax.dynamic_update_slice(tokens, token[:, None], (0, step))
-        count = count + ~ended
-        return tokens, count, ended | jnp.any(token[:, None] == eos, axis=-1), finite
-
-    def unfinished(state: tuple) -> Bool[Array, ""]:
-        step, _, _, ended, finite, _ = state
-        return (step < max_new_tokens) & ~jnp.all(ended) & jnp.all(finite)
-
-    def turn(state: tuple) -> tuple:
-        step, tokens, count, ended, _, cache = state
-        last = lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-        logits, cache = decode(variables, last, position_ids=(lengths + step - 1)[:, None], cache=cache)
-        return step + 1, *put(tokens, count, ended, logits, step), cache
-
-    slots = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-    positions = slots - (input_ids.shape[1] - lengths[:, None])
+    chosen: Sampling,
+    ends: Int[Array, " ends"],
+) -> _State:
+    """The prompt in one pass, and the first token."""
+    batch, width = input_ids.shape
+    positions = jnp.arange(width, dtype=jnp.int32) - (width - lengths[:, None])
+    valid = positions >= 0
     logits, cache = decode(
-        variables, input_ids, position_ids=jnp.maximum(positions, 0), key_valid=positions >= 0, cache=cache
+        variables, input_ids, position_ids=jnp.maximum(positions, 0), key_valid=valid, cache=cache
     )
-    batch = input_ids.shape[0]
-    empty = jnp.zeros((batch, budget.shape[0]), jnp.int32)
-    zero = jnp.int32(0)
-    first = put(empty, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), logits, zero)
-    _, tokens, count, _, finite, cache = lax.while_loop(unfinished, turn, (jnp.int32(1), *first, cache))
-    return tokens, count, finite, cache
+    seen = None
+    if chosen.repetition_penalty is not None:
+        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], input_ids].max(valid)
+    tokens = jnp.zeros((batch, budget.shape[0]), jnp.int32)
+    none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
+    return _put(_State(jnp.int32(0), tokens, none, no, ~no, seen, lengths, cache), logits, chosen, ends)
+
+
+@partial(jax.jit, static_argnames="decode", donate_argnames="state")
+def _go_on(
+    decode: Decode,
+    variables: Mapping[str, Any],
+    state: _State,
+    until: Int[Array, ""],
+    chosen: Sampling,
+    ends: Int[Array, " ends"],
+) -> _State:
+    """A token per turn, until there are so many, every row has ended, or one is not finite."""
+
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        return (state.step < until) & ~jnp.all(state.ended) & jnp.all(state.finite)
+
+    def turn(state: _State) -> _State:
+        last = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+        positions = (state.lengths + state.step - 1)[:, None]
+        logits, cache = decode(variables, last, position_ids=positions, cache=state.cache)
+        return _put(state._replace(cache=cache), logits, chosen, ends)
+
+    return lax.while_loop(unfinished, turn, state)
+
+
+def _put(
+    state: _State, logits: Float[Array, "batch vocab"], chosen: Sampling, ends: Int[Array, " ends"]
+) -> _State:
+    """The state with one more token."""
+    token = chosen.choose(logits, state.seen, state.step)
+    return state._replace(
+        step=state.step + 1,
+        tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+        counts=state.counts + ~state.ended,
+        ended=state.ended | jnp.any(token[:, None] == ends, axis=-1),
+        finite=state.ended | jnp.all(jnp.isfinite(logits), axis=-1),
+        seen=None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True),
+    )
 
 
 def pad_left(rows: Sequence[Sequence[int]], *, bucket: bool = True) -> Int[np.ndarray, "batch width"]:
@@ -198,7 +258,7 @@ def pad_left(rows: Sequence[Sequence[int]], *, bucket: bool = True) -> Int[np.nd
 
     Args:
         rows: integers.
-        bucket: round the width up to a multiple of ``BUCKET``.
+        bucket: round the width up to one of few.
 
     Returns:
         int32 rows.
@@ -210,42 +270,10 @@ def pad_left(rows: Sequence[Sequence[int]], *, bucket: bool = True) -> Int[np.nd
     return padded
 
 
-def is_greedy(temperature: float) -> bool:
-    """Whether sampling at this temperature is taking the most likely token."""
-    return temperature < _GREEDY
-
-
 def _bucket(length: int) -> int:
-    """The smallest multiple of BUCKET that holds ``length``."""
-    return -(-int(length) // BUCKET) * BUCKET
+    """A length of few: the next multiple of _BUCKET, or of a quarter of the next power of two.
 
-
-def check_settings(
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    rng: Array | None,
-) -> None:
-    """Raises on settings that cannot be meant."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise DataError(
-            "Every prompt needs at least one token.",
-            f"lengths {[len(prompt) for prompt in prompts]}",
-            "Begin an empty text with the tokenizer's begin-of-text token.",
-        )
-    for wrong, rule, received in (
-        (not max_new_tokens >= 1, "max_new_tokens must be at least 1.", max_new_tokens),
-        (
-            not 0 <= temperature < float("inf"),
-            "temperature must be 0 (greedy) or a positive number.",
-            temperature,
-        ),
-        (top_k is not None and not top_k >= 1, "top_k must be at least 1.", top_k),
-        (top_p is not None and not 0 < top_p <= 1, "top_p must be in (0, 1].", top_p),
-    ):
-        if wrong:
-            raise ConfigError(rule, received, "Choose a value in this range; None turns top_k and top_p off.")
-    if temperature > 0 and rng is None:
-        raise ConfigError("Sampling needs a random key.", "rng=None", "Pass rng=jax.random.key(seed).")
+    A conversation that grows so compiles twice while it doubles, and computes at most half too much.
+    """
+    step = max(_BUCKET, (1 << (int(length) - 1).bit_length()) // 4)
+    return -(-int(length) // step) * step

@@ -10,7 +10,8 @@ from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
 from hylorada_jax.models import generate as generation
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.generate import filter_logits, generate
+from hylorada_jax.models.generate import generate, stream
+from hylorada_jax.models.sampling import filter_logits
 
 VOCAB = 50
 
@@ -102,17 +103,84 @@ def test_nothing_is_compiled_again():
         {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "num_attention_heads": 2}
         | {"intermediate_size": 32, "num_hidden_layers": 2}
     )
-    settings = {"max_new_tokens": 5, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "rng": jax.random.key(0)}
+    settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.7, "top_k": 9, "top_p": 0.9}
+    settings["rng"] = jax.random.key(0)
     CausalLM.from_config(config, jax.random.key(0)).generate([[1, 2, 3]], **settings)
-    program: Any = generation._generate
-    compiled = program._cache_size()
+
+    def programs():
+        return generation._begin._cache_size(), generation._go_on._cache_size()  # type: ignore[attr-defined]
+
+    compiled = programs()
     other = CausalLM.from_config(config, jax.random.key(1))  # other weights, in another object
     other.generate([list(range(40))], **settings)
-    changed = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 4, "top_p": 0.5, "rng": jax.random.key(2)}
+    changed: dict[str, Any] = {
+        "max_new_tokens": 30,
+        "temperature": 1.3,
+        "top_k": 4,
+        "top_p": 0.5,
+        "rng": jax.random.key(2),
+    }
     other.generate([[4]], **changed)
-    assert program._cache_size() == compiled
+    turn = list(range(8))
+    for _ in range(4):  # a conversation has the same programs, and the same tokens
+        said = [token for some in other.stream(turn, **changed) for token in some]
+        assert [said] == other.generate([turn], **changed)
+        turn += said[:8]
+    assert programs() == compiled
     other.generate([[1] * 69], **settings)  # the next bucket
-    assert program._cache_size() == compiled + 1
+    assert [*other.stream(turn * 2, **settings)]
+    assert programs() == (compiled[0] + 1, compiled[1] + 1)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.9, "rng": jax.random.key(3)},
+    "filtered": {"temperature": 2.0, "top_k": 20, "top_p": 0.95, "min_p": 1e-3, "rng": jax.random.key(4)},
+    "penalised": {"repetition_penalty": 1.4},
+    "penalised samples": {"temperature": 1.0, "repetition_penalty": 0.7, "rng": jax.random.key(5)},
+}
+
+
+def streamed(prompt, **settings):
+    """The tokens of a stream, of which the first comes alone and none comes empty."""
+    first, *others = stream(chain_decode, chain_cache, {"weight": jnp.int32(3)}, prompt, **settings)
+    assert len(first) == 1
+    assert all(0 < len(some) <= 4 for some in others)
+    return first + [token for some in others for token in some]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_stream_gives_the_tokens_of_generate(settings):
+    for prompt, tokens in (([7, 8, 9], 1), ([1] * 60, 2), ([5], 11), ([7, 8], 9)):
+        (whole,) = run([prompt], max_new_tokens=tokens, **settings)
+        assert len(whole) == tokens
+        assert streamed(prompt, max_new_tokens=tokens, **settings) == whole
+    end = whole[4]
+    ended = whole[: whole.index(end) + 1]
+    assert streamed(prompt, max_new_tokens=9, eos_token_id=[VOCAB + 1, end], **settings) == ended
+    with pytest.raises(ConfigError, match="max_new_tokens"):  # before anything is asked of it
+        streamed(prompt, max_new_tokens=0, **settings)
+
+
+def test_a_stream_computes_what_is_read_of_it_and_no_more():
+    calls: list[int] = []
+
+    def counting(variables, input_ids, **rest):
+        jax.debug.callback(lambda: calls.append(1))
+        return chain_decode(variables, input_ids, **rest)
+
+    found = stream(counting, chain_cache, {"weight": jnp.int32(3)}, [5], max_new_tokens=60)
+    read = [next(found), next(found)]
+    jax.effects_barrier()
+    assert len(calls) == sum(map(len, read)) == 5
+    assert [token for some in read for token in some] == chain_by_hand([5], 5)
+
+
+def test_a_conversation_that_grows_has_few_widths():
+    widths = [generation.pad_left([[1] * length]).shape[1] for length in range(1, 4097)]
+    assert sorted(set(widths)) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+    assert widths == sorted(widths)
+    assert all(0 <= width - length < max(64, length / 2) for length, width in enumerate(widths, 1))
 
 
 LOGITS = np.log([0.4, 0.3, 0.15, 0.1, 0.05])
@@ -210,6 +278,11 @@ def test_filter_keeps_ties_and_at_least_one():
         ([[1]], {"temperature": -1e-38}, ConfigError, "temperature"),
         ([[1]], {"temperature": float("inf")}, ConfigError, "temperature"),
         ([[1]], {"top_k": float("nan")}, ConfigError, "top_k"),
+        *(([[1]], {"min_p": value}, ConfigError, "min_p") for value in (-0.1, 1.1, float("nan"))),
+        *(
+            ([[1]], {"repetition_penalty": value}, ConfigError, "repetition_penalty")
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(prompts, settings, error, words):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from hylorada_jax.errors import DataError
 from hylorada_jax.models.chat_template import Request, render
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.source import find_source
@@ -21,6 +22,9 @@ _CLEANED = {
     " .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m", " 's": "'s",
     " 've": "'ve", " 're": "'re",
 }  # fmt: skip
+
+
+_ANSWER = "an answer"
 
 
 class Encoded(NamedTuple):
@@ -81,6 +85,23 @@ class Tokenizer:
         """The special tokens, which decoding can leave out."""
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token for token, added in added.items() if added.special)
+
+    @functools.cached_property
+    def chat_end_ids(self) -> tuple[int, ...]:
+        """The tokens at which an answer in a chat ends: ``end_token_ids``, and what ends a turn otherwise.
+
+        A base model's own end is not always that of its template, or of one that it was given.
+        """
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self.apply_chat_template(asked, add_generation_prompt=False)
+        except DataError:
+            return self.end_token_ids
+        _, answer, rest = text.rpartition(_ANSWER)
+        after = self.encode(rest) if answer else []
+        if set(after) & {*self.end_token_ids}:
+            return self.end_token_ids
+        return *self.end_token_ids, *[token for token in after if token in self.special_ids][-1:]
 
     def _special_id(self, role: str) -> int | None:
         text = self.special_tokens.get(role)

@@ -34,6 +34,7 @@ def write_adapter(
     base: Mapping[str, Any],
     *,
     overwrite: bool = False,
+    chat_template: str | None = None,
 ) -> None:
     """Writes an adapter; a reader sees either the old one or the new one, or an error, never a mixture.
 
@@ -43,6 +44,7 @@ def write_adapter(
         config: the adapter's settings.
         base: what identifies the base model; compared on reading.
         overwrite: replace an adapter that is already there.
+        chat_template: with which it was trained, where that is not its base's own.
 
     Raises:
         CheckpointError: an adapter is already there, a tensor is not finite, or the disk is full.
@@ -60,6 +62,8 @@ def write_adapter(
         "config": config.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    if chat_template is not None:
+        body["chat_template"] = chat_template
     write_files(directory, weights, render(body))
 
 

@@ -39,6 +39,16 @@ def test_nothing_is_overwritten_unasked(saved):
     assert open_adapter(saved).config.lora_rank == 4
 
 
+def test_a_chat_template_goes_with_its_adapter(saved):
+    assert open_adapter(saved).chat_template is None
+    template = "{{ messages[0].content }}\u2028\U0001f600\x01"
+    for given in (template, "\U0001f600" * 2**18):
+        write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE, overwrite=True, chat_template=given)
+        assert open_adapter(saved).chat_template == given
+    write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE, overwrite=True)
+    assert open_adapter(saved).chat_template is None
+
+
 def test_non_finite_tensors_are_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"finite[\s\S]*bad"):
         write_adapter(tmp_path, {"bad": np.array([np.nan])}, HyLoRADAConfig(), BASE)

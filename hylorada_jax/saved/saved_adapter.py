@@ -23,11 +23,12 @@ from hylorada_jax.errors import CheckpointError, HyLoRADAError
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
+from hylorada_jax.models.chat_template import MAX_TEMPLATE
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_finite, render
 from hylorada_jax.text import short, shown
 
-MAX_CONFIG_BYTES = 2**20
-"""Of an adapter's config, ours or PEFT's: more than ten thousand layers named one by one."""
+MAX_CONFIG_BYTES = 2**21
+"""Of an adapter's config, ours or PEFT's: more than ten thousand layers named one by one, and a template."""
 _FLOATS = ("F32", "F64")
 _RULE = f"An adapter directory holds two files, whole: {CONFIG_NAME} and {WEIGHTS_NAME}."
 _REMEDY = "Check the path; train with `hylorada finetune`, or save with save_pretrained."
@@ -58,6 +59,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     config: dict[str, Any]
     weights_sha256: _Sha256
     sha256: _Sha256
+    chat_template: Annotated[str, msgspec.Meta(max_length=MAX_TEMPLATE)] | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ class SavedAdapter:
         base: what identifies the base model.
         shapes: of its tensors, by name.
         weights_sha256: the checksum of the file that holds them.
+        chat_template: with which it was trained, where that is not its base's own.
     """
 
     directory: Path
@@ -77,6 +80,7 @@ class SavedAdapter:
     base: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     weights_sha256: str
+    chat_template: str | None
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Reads the tensors: after ``shapes`` have been compared with what is needed, for they take memory.
@@ -121,7 +125,8 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
             "An adapter holds float32 or float64 tensors.", short(alien), "Save it with save_pretrained."
         )
     shapes = {name: shape for name, (_, shape) in header.items()}
-    return SavedAdapter(directory, config, body["base_model"], shapes, body["weights_sha256"])
+    checksum, template = body["weights_sha256"], body.get("chat_template")
+    return SavedAdapter(directory, config, body["base_model"], shapes, checksum, template)
 
 
 def base_name(directory: str | Path, given: str | None = None) -> str:

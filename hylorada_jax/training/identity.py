@@ -3,7 +3,8 @@
 Part of its identity, so that a run which differs in it is another run and is not resumed: the base model
 (its layers, its config, every bit of its weights and their dtype), the adapter's settings and where it
 started, the training settings that decide numbers, both data sets: tokens, which of them are scored,
-structure, order and shares (so the tokenizer too), and jax's own settings of precision and random numbers.
+structure, order and shares (so the tokenizer too), a chat template that is not the base's own, and jax's own
+settings of precision and random numbers.
 
 Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
 ``XLA_FLAGS`` and rematerialisation. They may change the last bits, and a run must be able to move to another
@@ -15,6 +16,7 @@ where it is kept.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -57,6 +59,7 @@ def run_identity(
     Returns:
         Plain JSON types.
     """
+    template = model.chat_template
     shares = [[len(documents), weight] for documents, weight in train_data.sources]
     base = {key: value for key, value in model.identity(weights=True).items() if key != "name"}
     return {
@@ -64,6 +67,7 @@ def run_identity(
         "adapter": model.config.to_dict(),
         "start": model.start,
         "training": config.fingerprint(),
+        "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
         "train_data": digest(train_data.documents),
         "shares": shares if len(shares) > 1 else None,
         "eval_data": eval_data and digest(eval_data),

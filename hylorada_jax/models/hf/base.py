@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,8 +261,8 @@ class HFFlaxModel:
         Args:
             prompts: token ids, one list per prompt, of any lengths; what the encoder reads, if there is one.
             variables: as in `forward`; the model's own parameters when absent.
-            **settings: max_new_tokens, temperature, top_k, top_p, eos_token_id, rng; without eos_token_id the
-                model's own end tokens count, and with () none.
+            **settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id,
+                rng; without eos_token_id the model's own end tokens count, and with () none.
 
         Returns:
             The new tokens of every prompt, with the end token if one came.
@@ -280,6 +280,10 @@ class HFFlaxModel:
             settings["eos_token_id"] = self.end_token_ids
         model = bind(self.model, variables or {"params": self.params})
         return generate(model, self.position_limit, prompts, **settings)
+
+    def stream(self, prompt: Sequence[int], **settings: Any) -> Iterator[list[int]]:
+        """What `generate` gives for one prompt: all at once, for Hugging Face's loop shows nothing before."""
+        return iter(self.generate([prompt], **settings))
 
     def hidden(
         self, variables: Mapping[str, Any], input_ids: Int[Array, "batch seq"], **inputs: Any

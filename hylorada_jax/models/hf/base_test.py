@@ -239,6 +239,30 @@ def test_sampling_in_the_limit_is_greedy():
     assert ours.generate(prompts, max_new_tokens=4, temperature=1e-38, top_p=1e-38, rng=key) == greedy
 
 
+def test_a_repetition_penalty_counts_the_prompt_and_no_padding():
+    ours, prompts, penalty = HFFlaxModel.wrap(tiny("GPT2LMHeadModel")), [[5, 9, 11], [8]], 3.0
+    forward, expected = jax.jit(lambda ids: ours.forward({"params": ours.params}, ids).logits), []
+    for prompt in prompts:
+        row = [*prompt]
+        for _ in range(4):
+            logits = np.array(forward(jnp.array([row + [0] * (8 - len(row))]))[0, len(row) - 1])
+            there = [*set(row)]
+            logits[there] *= np.where(logits[there] < 0, penalty, 1 / penalty)
+            row.append(int(logits.argmax()))
+        expected.append(row[len(prompt) :])
+    assert ours.generate(prompts, max_new_tokens=4, repetition_penalty=penalty, eos_token_id=()) == expected
+
+
+def test_all_tokens_are_sampled_where_nothing_is_filtered():
+    config = transformers.GPT2Config(**GPT2 | {"vocab_size": 80})
+    ours = HFFlaxModel.wrap(transformers.FlaxGPT2LMHeadModel(config, seed=1))
+    settings: dict[str, Any] = {"max_new_tokens": 1, "temperature": 1e6, "rng": jax.random.key(0)}
+    drawn = {row[0] for row in ours.generate([[5]] * 2000, eos_token_id=(), **settings)}
+    assert len(drawn) == 80  # Hugging Face's default is the 50 most likely
+    few = {row[0] for row in ours.generate([[5]] * 2000, eos_token_id=(), min_p=0.9999999, **settings)}
+    assert 0 < len(few) < 80
+
+
 @pytest.mark.parametrize(("value", "sampled", "ends"), [(np.nan, False, ()), (np.inf, True, (49,))])
 def test_logits_that_are_not_finite_end_generation(value, sampled, ends):
     model = tiny("GPT2LMHeadModel")

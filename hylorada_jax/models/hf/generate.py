@@ -1,14 +1,17 @@
 """Hugging Face's own generation, with the settings and the errors of our decoder's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool
 from transformers import FlaxPreTrainedModel
 
-from hylorada_jax.models.generate import check_settings, is_greedy, not_finite, pad_left
+from hylorada_jax.models.generate import not_finite, pad_left
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.sampling import Sampling, check_settings, sampling
 
 
 def generate(
@@ -17,11 +20,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     eos_token_id: int | Sequence[int] = (),
-    rng: Array | None = None,
+    **how: Any,
 ) -> list[list[int]]:
     """The new tokens of every prompt, with the end token if one came.
 
@@ -29,15 +29,14 @@ def generate(
         model: which generates; it may be bound to adapters.
         position_limit: rows of its table of positions; None: it has none.
         prompts: token ids; what the encoder reads, if there is one.
-        max_new_tokens, temperature, top_k, top_p, eos_token_id, rng: as for
-            ``hylorada_jax.models.generate.generate``.
+        max_new_tokens, eos_token_id, **how: as for ``hylorada_jax.models.generate.generate``.
 
     Raises:
         ConfigError: a setting is out of range.
         DataError: there is no prompt, an empty one, or no room in the table of positions.
         NonFiniteError: a logit is NaN or infinite.
     """
-    check_settings(prompts, max_new_tokens, temperature, top_k, top_p, rng)
+    check_settings(prompts, max_new_tokens=max_new_tokens, **how)
     ends = tuple(np.atleast_1d(eos_token_id).tolist())
     ids = pad_left(prompts, bucket=False)
     mask = pad_left([[1] * len(prompt) for prompt in prompts], bucket=False)
@@ -49,22 +48,23 @@ def generate(
         )
         width = 1
     check_range((len(prompts), width + max_new_tokens), limit=position_limit)
-    greedy = is_greedy(temperature)
-    sampling = {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    chosen = sampling(**how)
+    # Its own filters, of which one is on by default, are off: ours come before them.
+    off = {} if chosen.temperature is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     mark = model.config.vocab_size  # beyond the last token
     sequences = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
+        do_sample=chosen.temperature is not None,
         num_beams=1,  # whatever the config says: each token is chosen by itself
-        logits_processor=[_flag_not_finite],
+        logits_processor=[_processor(chosen, mask[:, :width] > 0)],
         # Hugging Face stops at one token, and for None at the config's. For several, as for none, it gets
         # one that never comes, and the rows are cut below.
         eos_token_id=ends[0] if len(ends) == 1 else mark,
         pad_token_id=ends[0] if len(ends) == 1 else 0,
-        prng_key=rng,
-        **{name: value for name, value in sampling.items() if value is not None},
+        prng_key=chosen.rng,
+        **off,
     ).sequences
     rows = np.asarray(sequences)[:, width:].tolist()
     if broken := [(row.index(mark) + 1, number) for number, row in enumerate(rows, 1) if mark in row]:
@@ -74,12 +74,24 @@ def generate(
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
-def _flag_not_finite(sequences: Array, logits: Array, length: Array) -> Array:
-    """Logits with a column more, of a token that is chosen if and only if they are not finite.
+def _processor(
+    chosen: Sampling, given: Bool[np.ndarray, "batch width"]
+) -> Callable[[Array, Array, Array], Array]:
+    """Our sampling as a step of Hugging Face's loop; `given` says which columns of the prompt are tokens."""
 
-    So Hugging Face's loop, which gives out nothing but tokens, need not stop for it. −∞ is allowed: other
-    processors before this one forbid tokens by it.
-    """
-    is_finite = jnp.all(logits < jnp.inf, axis=-1, keepdims=True)
-    kept = jnp.where(is_finite, logits, -jnp.inf)
-    return jnp.concatenate([kept, jnp.where(is_finite, -jnp.inf, 0).astype(kept.dtype)], axis=-1)
+    def process(sequences: Array, logits: Array, length: Array) -> Array:
+        """Logits with a column more, of a token that is chosen if and only if they are not finite.
+
+        So Hugging Face's loop, which gives out nothing but tokens, need not stop for it. −∞ is allowed: other
+        processors before this one forbid tokens by it.
+        """
+        seen = None
+        if chosen.repetition_penalty is not None:
+            there = jnp.broadcast_to(jnp.arange(sequences.shape[1]) < length, sequences.shape)
+            there = there.at[:, : given.shape[1]].set(given)
+            seen = jnp.zeros(logits.shape, bool).at[jnp.arange(len(there))[:, None], sequences].max(there)
+        is_finite = jnp.all(logits < jnp.inf, axis=-1, keepdims=True)
+        kept = jnp.where(is_finite, chosen.adjust(logits, seen), -jnp.inf)
+        return jnp.concatenate([kept, jnp.where(is_finite, -jnp.inf, 0).astype(kept.dtype)], axis=-1)
+
+    return process

@@ -1,0 +1,90 @@
+"""The command that talks with a model."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+from hylorada_jax.cli.conversation import Talk, converse
+from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
+from hylorada_jax.cli.shared import (
+    PACKAGED_MODEL,
+    Dtype,
+    chat_of,
+    check_adapter,
+    check_whole,
+    loaded,
+    puts_offline,
+    template_of,
+    tokenizer_of,
+    unloaded,
+)
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.structure.code import Domain
+
+
+@puts_offline
+def chat(
+    *,
+    model: str = PACKAGED_MODEL,
+    adapter: Path | None = None,
+    sampling: Sampling = AS_IT_IS,
+    max_context: int | None = None,
+    chat_template: Path | None = None,
+    structure: Domain | None = None,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    offline: bool = False,
+) -> None:
+    """Talk with a model: a line is a message, and the answer comes as it is made.
+
+    /system TEXT says how it shall answer, /reset begins anew, /help lists these, and /quit or the end of the
+    input leaves. Ctrl-C stops an answer. A pipe is read line by line: `echo Hello. | hylorada chat`.
+
+    Args:
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        adapter: directory of a trained adapter.
+        sampling: how tokens are chosen: at most 1024 in an answer, and the most likely ones.
+        max_context: tokens of the conversation and its answer together, at most [as many as the model has
+            positions].
+        chat_template: a file of jinja in the place of the model's template, or the adapter's.
+        structure: tell a hylorada_v2 adapter the structure of the code in the conversation: code.
+        seed: of the sampling.
+        dtype: of the weights and the computation.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+    """
+    saved = check_adapter(adapter, structure)
+    template = template_of(chat_template, saved)
+
+    import jax
+
+    from hylorada_jax.models.base_model import require_generation
+    from hylorada_jax.models.sampling import check_settings
+
+    base = unloaded(model, dtype)
+    require_generation(base)
+    if saved is not None:
+        check_whole(saved, base)
+    limit = base.position_limit
+    if max_context is not None and not 2 <= max_context <= (limit or max_context):
+        raise ConfigError(
+            "A context must hold a token of a question and one of the answer, and fit the model's positions.",
+            f"--max-context {max_context}" + (f" for {limit} positions" if limit else ""),
+            "Give another number, or none.",
+        )
+    tokenizer = tokenizer_of(model, template)
+    ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, structure)
+    rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=1024)
+    check_settings([ids], rng=rng, **settings)
+    settings["eos_token_id"] = tokenizer.chat_end_ids or None
+    # A model without a table of positions says how long the texts were that it has seen.
+    context = max_context or limit or getattr(base.config, "max_position_embeddings", None)
+    talk = Talk(loaded(model, adapter, dtype), tokenizer, structure, context, rng, settings)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # the history and the keys of a line; Windows has none
+            import readline  # noqa: F401
+        print("A line is a message; /help says more.")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8
+        sys.stdin.reconfigure(errors="replace")
+    converse(talk, interactive=interactive)

@@ -1,0 +1,257 @@
+"""What `hylorada chat` says to a model, what it prints of the answers, and what an interrupt does."""
+
+import io
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from hylorada_jax.cli.cli_test import chatting, run, tiny  # noqa: F401
+from hylorada_jax.cli.conversation import Talk, converse
+from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.models import generate as generation
+from hylorada_jax.models.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+END = 256
+
+
+def bytewise(**settings):
+    """A tokenizer of bytes, and <end>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
+    return Tokenizer(backend, {"eos_token": "<end>"}, TEMPLATE, (END,), **settings)
+
+
+class Scripted:
+    """A model that answers what it was made to, a token at a time; it keeps what it was asked."""
+
+    def __init__(self, *answers, before=lambda at: None):
+        self.answers, self.before = [*answers], before
+        self.asked: list[str] = []
+        self.settings: list[dict] = []
+
+    def stream(self, prompt, **settings):
+        self.asked.append(bytewise().decode(prompt))
+        self.settings.append(settings)
+        answer = self.answers.pop(0)
+        ids = bytewise().encode(answer) if isinstance(answer, str) else answer
+        for at, token in enumerate([*ids, END]):
+            self.before(at)
+            yield [token]
+
+
+def talk_with(model, *, context=None, tokenizer=None):
+    settings = {"max_new_tokens": 50, "temperature": 0.0}
+    return Talk(model, tokenizer or bytewise(), None, context, jax.random.key(0), settings)
+
+
+def say(monkeypatch, talk, *lines):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    converse(talk, interactive=False)
+
+
+@pytest.mark.parametrize(
+    ("lines", "asked"),
+    [
+        (["Hi", "Ho"], ["[user]Hi[assistant]", "[user]Hi[assistant]A 0[user]Ho[assistant]"]),
+        (["Hi", "/reset", "Ho"], ["[user]Hi[assistant]", "[user]Ho[assistant]"]),
+        (
+            ["/system Be  brief. ", "Hi", "/system", "Ho"],
+            ["[system]Be  brief.[user]Hi[assistant]", "[user]Hi[assistant]A 0[user]Ho[assistant]"],
+        ),
+        (["", "  ", " /x ", "/quit", "Ho"], ["[user]/x[assistant]"]),
+        (["Grüße 😀"], ["[user]Grüße 😀[assistant]"]),
+        (["/help"], []),
+        ([], []),
+    ],
+)
+def test_the_history_goes_through_the_template(lines, asked, monkeypatch, capsys):
+    model = Scripted("A 0", "A 1")
+    say(monkeypatch, talk_with(model), *lines)
+    assert model.asked == asked
+    out = capsys.readouterr().out
+    assert ("/reset" in out) if lines == ["/help"] else out == "".join(f"A {n}\n" for n in range(len(asked)))
+    keys = [str(jax.random.key_data(settings["rng"])) for settings in model.settings]
+    assert len(set(keys)) == len(keys) or "/reset" in lines
+
+
+@pytest.mark.parametrize(
+    ("answer", "pieces", "settings"),
+    [
+        ("aé漢😀!", ["a", "é", "漢", "😀", "!", "\n"], {}),
+        # A byte that ends no character is one that is not whole, and shown when it is known to be the last.
+        ([*bytewise().encode("a"), bytewise().encode("é")[0]], ["a", "\ufffd\n"], {}),
+        ("Do n't , ever .", ["Don't, ", "ever.\n"], {"cleans_up": True}),
+    ],
+    ids=["unicode", "half a character", "by words"],
+)
+def test_what_is_printed_is_whole_and_not_taken_back(answer, pieces, settings, monkeypatch, capsys):
+    printed = []
+    model = Scripted(answer, before=lambda at: printed.append(capsys.readouterr().out))
+    tokenizer = bytewise(**settings)
+    say(monkeypatch, talk_with(model, tokenizer=tokenizer), "Hi")
+    printed.append(capsys.readouterr().out)
+    found = [piece for piece in printed if piece]
+    whole = "".join(pieces)
+    assert "".join(found) == whole
+    if not settings:
+        assert found == pieces
+
+
+def test_a_terminal_obeys_no_answer_and_a_pipe_gets_it_as_it_is(monkeypatch, capsys):
+    for terminal, shown in ((True, "\\x1b[2J é\u200d a\\u200d\n"), (False, "\x1b[2J é\u200d a\u200d\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        talk = talk_with(Scripted("\x1b[2J é\u200d a\u200d"))
+        say(monkeypatch, talk, "Hi")
+        assert capsys.readouterr().out == shown
+        assert talk.messages[-1]["content"] == "\x1b[2J é\u200d a\u200d"
+
+
+def test_a_conversation_that_fills_the_context_is_refused_and_goes_on_after_a_reset(monkeypatch, capsys):
+    model = Scripted("abc", "d", "e")
+    size = len("[user]Hi[assistant]")
+    talk = talk_with(model, context=size + 5)
+    with pytest.raises(DataError, match=r"into 24 tokens[\s\S]*/reset"):
+        say(monkeypatch, talk, "Hi", "Ho")
+    assert [m["content"] for m in talk.messages] == ["Hi", "abc"]
+    assert model.settings[0]["max_new_tokens"] == 5
+    say(monkeypatch, talk, "/reset", "H")
+    assert [settings["max_new_tokens"] for settings in model.settings] == [5, 6]
+    with pytest.raises(ConfigError, match="/resett"):
+        say(monkeypatch, talk, "/resett")
+
+
+@pytest.mark.parametrize(("at", "said"), [(0, None), (1, "a"), (3, "ab"), (4, "abé")])
+def test_an_interrupted_answer_stays_as_far_as_it_was_said(at, said, monkeypatch, capsys):
+    def interrupt(now):
+        if now == at:
+            raise KeyboardInterrupt
+
+    model = Scripted("abé", "c", before=interrupt)
+    talk = talk_with(model)
+    say(monkeypatch, talk, "Hi")
+    contents = [message["content"] for message in talk.messages]
+    if at == 3:  # in the middle of a character
+        assert contents == ["Hi", "ab\ufffd"]
+    else:
+        assert contents == ([] if said is None else ["Hi", said])
+    model.before = lambda at: None
+    say(monkeypatch, talk, "Ho")
+    assert capsys.readouterr().out.endswith("c\n")
+
+
+CHILD = """
+import os, sys, time
+os.open(os.ttyname(0), os.O_RDWR)  # of a new session: it becomes its terminal, from which Ctrl-C comes
+import readline
+from hylorada_jax.cli.chat_test import Scripted, talk_with
+from hylorada_jax.cli.conversation import converse
+talk = talk_with(Scripted("one " * 1000, "two", before=lambda at: time.sleep(0.01)))
+converse(talk, interactive=True)
+print("said:", [message["content"][:6] for message in talk.messages])
+"""
+
+
+def test_ctrl_c_on_a_terminal_stops_an_answer_or_drops_a_line_and_leaves_the_program():
+    terminal, end = pytest.importorskip("pty").openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=end, stdout=end, stderr=end, start_new_session=True
+    )
+    os.close(end)
+    seen = b""
+
+    def wait_for(text):
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096)
+        seen = seen.partition(text)[2]
+
+    try:
+        for sent, then in (
+            (b"", b"> "),
+            (b"Hi\n", b"one one"),
+            (b"\x03", b"> "),
+            (b"dropped", b"dropped"),
+            (b"\x03", b"> "),
+            (b"/nothing\n", b"Put a space before a message."),
+            (b"", b"> "),
+            (b"Ho\n", b"two"),
+            (b"", b"> "),
+            (b"\x04", b"said: ['Hi', 'one on', 'Ho', 'two']"),
+        ):
+            os.write(terminal, sent)
+            wait_for(then)
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(terminal)
+
+
+def test_chat_streams_what_generate_says_and_compiles_once(chatting, monkeypatch, capsys):  # noqa: F811
+    first, second = "say w3", "say w5"
+    command = ("--model", chatting, "--max-new-tokens", 12)
+    alone = run(monkeypatch, capsys, "generate", *command, "--prompt", first, "--chat")[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{first}\n/reset\n{second}\n/reset\n{first}\n"))
+
+    def programs():
+        return generation._begin._cache_size(), generation._go_on._cache_size()  # type: ignore[attr-defined]
+
+    before = programs()
+    status, out, err = run(monkeypatch, capsys, "chat", *command)
+    assert status == 0, err
+    assert out.startswith(alone)
+    assert out.endswith(alone)
+    assert out.count("\n") >= 3
+    # The same bucket, and the same programs as generate's.
+    assert programs() == before
+
+
+def test_the_settings_of_the_model_are_used_in_a_chat_and_options_win(
+    chatting,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    model = shutil.copytree(chatting, tmp_path / "model")
+    said = {"do_sample": True, "temperature": 3.0, "top_k": 5, "max_new_tokens": 3, "num_beams": 2}
+    (model / "generation_config.json").write_text(json.dumps(said))
+    common = ("generate", "--model", model, "--prompt", "say w3")
+
+    def answered(*options):
+        status, out, err = run(monkeypatch, capsys, *common, *options)
+        assert status == 0, err
+        return out, err
+
+    with pytest.warns(UserWarning, match="not heeded: num_beams$") as caught:
+        out, err = answered("--chat", "--seed", 1)
+    assert len(caught) == 1
+    assert "own settings: temperature 3, top_k 5, max_new_tokens 3\n" in err
+    given = ("--temperature", 3.0, "--top-k", 5, "--max-new-tokens", 3)
+    (model / "generation_config.json").unlink()
+    assert answered("--chat", "--seed", 1, *given)[0] == out
+    greedy = answered("--chat", "--max-new-tokens", 3)[0]
+    del said["num_beams"]
+    (model / "generation_config.json").write_text(json.dumps(said))
+    out, err = answered("--chat", "--temperature", 0)
+    assert out == greedy
+    assert "own settings: max_new_tokens 3\n" in err
+    assert "own settings" not in answered("--max-new-tokens", 3)[1]  # of a prompt, nothing but what is said

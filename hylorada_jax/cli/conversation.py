@@ -1,0 +1,147 @@
+"""A conversation on a terminal, or with a pipe."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hylorada_jax.cli.shared import chat_of
+from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
+from hylorada_jax.structure.code import Domain
+from hylorada_jax.terminal import printable
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    from hylorada_jax.models.tokenizer import Tokenizer
+
+HELP = """\
+/system TEXT  how the model shall answer; without TEXT, as it likes
+/reset        forget what was said
+/quit         leave; so does the end of the input (Ctrl-D)
+Ctrl-C        stop an answer; what was said of it stays said
+A message that begins with / is written with a space in front."""
+
+
+@dataclass
+class Talk:
+    """A conversation with a model.
+
+    Attributes:
+        model: what answers.
+        tokenizer: the model's, with the chat template.
+        structure: that an adapter reads.
+        context: tokens of a prompt and its answer, at most; None for any number.
+        rng: of the sampling; each answer has a key of its own.
+        settings: of ``model.stream``.
+        system: what the system's message says, or "".
+        messages: what was said.
+    """
+
+    model: Any
+    tokenizer: "Tokenizer"
+    structure: Domain | None
+    context: int | None
+    rng: "Array"
+    settings: dict[str, Any]
+    system: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def answer(self, text: str) -> None:
+        """Says something to the model, and prints what it answers as it comes.
+
+        An interrupt ends the answer, and what was said of it stays; a question without any is forgotten.
+
+        Raises:
+            HyLoRADAError: the template refuses the conversation, it is too long, or the model is damaged.
+        """
+        import jax
+
+        asked = {"role": "user", "content": text}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        prompt, structure_ids = chat_of([*system, *self.messages, asked], self.tokenizer, self.structure)
+        settings = self.settings | {"rng": jax.random.fold_in(self.rng, len(self.messages))}
+        if self.context is not None:
+            room = self.context - len(prompt)
+            if room < 1:
+                raise DataError(
+                    f"A conversation and its answer must fit into {self.context} tokens.",
+                    f"{len(prompt)} tokens, and none of an answer",
+                    "Begin anew with /reset.",
+                )
+            settings["max_new_tokens"] = min(room, settings["max_new_tokens"])
+        if structure_ids is not None:
+            settings["structure_ids"] = structure_ids
+        ids: list[int] = []
+        printer = _Printer(self.tokenizer)
+        try:
+            for tokens in self.model.stream(prompt, **settings):
+                ids += tokens
+                printer.show(self.tokenizer.decode_continuation(prompt, ids))
+        except KeyboardInterrupt:
+            pass
+        said = self.tokenizer.decode_continuation(prompt, ids)
+        printer.show(said, last=True)
+        if ids:
+            self.messages += [asked, {"role": "assistant", "content": said}]
+
+
+class _Printer:
+    """Prints a text that grows, each character when it is whole."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._by_words = tokenizer.cleans_up  # the space before a word may still go
+        self._printed = 0
+
+    def show(self, text: str, *, last: bool = False) -> None:
+        """Prints what is new in a text, and a line end behind the last."""
+        if not last:
+            text = text.rstrip("\ufffd")  # the first bytes of a character, mostly
+            text = text[: text.rfind(" ") + 1].rstrip() if self._by_words else text
+        # The whole of it: whether a joiner is seen depends on what is before it.
+        text = printable(text) if sys.stdout.isatty() else text
+        print(text[self._printed :], end="\n" if last else "", flush=True)
+        self._printed = max(self._printed, len(text))
+
+
+def converse(talk: Talk, *, interactive: bool) -> None:
+    """Reads lines until the end, and answers them.
+
+    Args:
+        talk: the conversation.
+        interactive: somebody types: there is a prompt, and an error or an interrupt does not end it.
+
+    Raises:
+        HyLoRADAError: as :meth:`Talk.answer`, or an unknown command, where nobody types.
+    """
+    while True:
+        try:
+            if not _obey(talk, input("> " if interactive else "")):
+                return
+        except EOFError:
+            print(end="\n" if interactive else "")
+            return
+        except (HyLoRADAError, KeyboardInterrupt) as error:
+            if not interactive:
+                raise
+            print(error)  # an interrupt drops the line, as in a shell
+
+
+def _obey(talk: Talk, line: str) -> bool:
+    """Does what a line says; False where it says to leave."""
+    command, _, text = line.partition(" ")
+    match command:
+        case "/quit":
+            return False
+        case "/help":
+            print(HELP)
+        case "/reset":
+            talk.messages.clear()
+        case "/system":
+            talk.system = text.strip()
+        case _ if line.startswith("/"):
+            raise ConfigError(
+                "A command must be /system, /reset, /help or /quit.", command, "Put a space before a message."
+            )
+        case _ if text := line.strip():
+            talk.answer(text)
+    return True

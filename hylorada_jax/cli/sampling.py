@@ -1,0 +1,57 @@
+"""The command line's options that say how tokens are chosen."""
+
+import dataclasses
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+_OF_SAMPLING = ("top_k", "top_p", "min_p")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen; in a chat, what is not given is as the model's makers have it.
+
+    Args:
+        max_new_tokens: at most this many tokens.
+        temperature: 0 takes the most likely token; higher values sample.
+        top_k: sample among the k most likely tokens.
+        top_p: sample among the most likely tokens that together have this probability.
+        min_p: sample among the tokens at least this many times as probable as the most likely.
+        repetition_penalty: above 1, tokens that have been there become less likely.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def settings(self, model: str | None, max_new_tokens: int) -> dict[str, Any]:
+        """The settings of ``generate``; a line says which of them are the model's.
+
+        Args:
+            model: whose own settings are taken where the user gives none; None: those of no model.
+            max_new_tokens: where neither says it.
+        """
+        from hylorada_jax.models.generation_config import generation_defaults
+
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        own = {} if model is None else generation_defaults(model)
+        chosen = {"max_new_tokens": max_new_tokens, "temperature": 0.0, **own, **given}
+        heeded = {
+            name: value
+            for name, value in own.items()
+            if name not in given and (chosen["temperature"] or name not in _OF_SAMPLING)
+        }
+        if heeded:
+            said = ", ".join(f"{name} {value:g}" for name, value in heeded.items())
+            print(f"the model's own settings: {said}", file=sys.stderr)
+        return chosen
+
+
+# Without a prefix: --temperature, not --sampling.temperature.
+Sampling = Annotated[SamplingOptions, tyro.conf.arg(name="")]
+AS_IT_IS = SamplingOptions()

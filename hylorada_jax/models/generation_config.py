@@ -1,0 +1,122 @@
+"""The settings of generation that a model comes with: generation_config.json, or a GGUF file's metadata."""
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.models.inside import file_inside
+from hylorada_jax.models.source import Source, find_source
+
+FILE = "generation_config.json"
+_RULE = f"{FILE} must give each setting a value of its type and within its bounds."
+_REMEDY = f"Correct {FILE}, or download it again."
+
+
+class _Settings(Struct):
+    """The settings that are heeded; a null counts as an absent one."""
+
+    do_sample: bool | None = None
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
+
+
+# What transformers takes where a file that asks for sampling does not say.
+_SAMPLED = {"temperature": 1.0, "top_k": 50}
+# Settings that change the answers and are not heeded, with the values that mean "off".
+_UNHEEDED: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": ([],),
+    "diversity_penalty": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": ({},),
+    "stop_strings": ([],),
+    "suppress_tokens": ([],),
+    "top_h": (),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
+# llama.cpp's converter writes them from generation_config.json.
+_GGUF = "general.sampling."
+_OF_GGUF = {
+    f"{_GGUF}temp": "temperature",
+    **{f"{_GGUF}{name}": name for name in ("top_k", "top_p", "min_p")},
+    f"{_GGUF}penalty_repeat": "repetition_penalty",
+}
+
+
+def read_generation_config(source: Source) -> dict[str, Any]:
+    """The content of a directory's generation_config.json; nothing where it has none.
+
+    Raises:
+        ModelError: it is not a JSON object, is too large, or lies elsewhere.
+    """
+    if source.gguf or (file := file_inside(source.path, FILE)) is None:
+        return {}
+    return read_json(file, f"{FILE} must be a JSON object.", ModelError)
+
+
+def generation_defaults(name: str | Path) -> dict[str, Any]:
+    """The settings with which a model's makers generate.
+
+    Args:
+        name: as for :func:`hylorada_jax.load_model`; a Hub name fetches no weights.
+
+    Returns:
+        Those of temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens that a ``generate``
+        is to be given: none of sampling where the model is not to sample, as without a file.
+
+    Raises:
+        ModelError: the model is not found, or a setting is of another type or out of bounds.
+
+    Warns:
+        UserWarning: names settings that would change the answers, and that are not heeded.
+
+    Example:
+        >>> generation_defaults("smollm2-135m")
+        {}
+
+    Source: transformers 5.24, ``GenerationConfig`` and ``_get_logits_processor``; of GGUF files llama.cpp's
+    ``gguf-py/gguf/constants.py``.
+    """
+    source = find_source(name, config_only=True)
+    if source.gguf is None:
+        said = read_generation_config(source)
+        unheeded = [k for k, off in _UNHEEDED.items() if said.get(k) is not None and said[k] not in off]
+    else:
+        named = {key: value for key, value in source.gguf.metadata.items() if key.startswith(_GGUF)}
+        said = {_OF_GGUF[key]: value for key, value in named.items() if key in _OF_GGUF}
+        said["do_sample"] = "temperature" in said
+        unheeded = [key for key in named if key not in _OF_GGUF]
+    found = checked(said, _Settings, _RULE, ModelError, _REMEDY, source.path)
+    if unheeded:
+        warnings.warn(
+            f"{source.path}: settings of generation that are not heeded: {', '.join(unheeded)}", stacklevel=2
+        )
+    given = {key: getattr(found, key) for key in _Settings.__struct_fields__[1:]}
+    filters = ("temperature", "top_k", "top_p", "min_p")
+    if found.do_sample:
+        given |= {key: value for key, value in _SAMPLED.items() if given[key] is None}
+    else:
+        given |= dict.fromkeys(filters)
+    off = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    return {key: value for key, value in given.items() if value is not None and value != off.get(key)}
