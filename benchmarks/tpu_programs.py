@@ -14,7 +14,7 @@ from benchmarks.hlo_cost import program_cost
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.math.loss import chunk_tokens
+from hylorada_jax.math.loss import chunk_tokens, token_nll
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -51,7 +51,7 @@ def compile_layers(devices: Sequence[Any]) -> Iterator[tuple[str, Record]]:
             run, arguments = jax_side(case, dtype)
             shapes = _on(_mesh(devices[:1]), arguments)
             compiled = jax.jit(run).lower(*shapes).compile()
-        yield name, _record(compiled)
+        yield name, record(compiled)
 
 
 def compile_steps(
@@ -65,7 +65,16 @@ def compile_steps(
 def compile_step(
     method: str, config: DecoderConfig, devices: Sequence[Any], *, batch_size: int, seq_len: int
 ) -> Record:
-    """The record of a method's training step over a bfloat16 base, its rows divided over the devices.
+    """The record of :func:`compiled_step` where every token is scored, which costs most."""
+    compiled = compiled_step(method, config, devices, batch_size=batch_size, seq_len=seq_len)
+    tokens = batch_size * seq_len // len(devices)
+    return record(compiled, turns=math.ceil(tokens / chunk_tokens(tokens, config.vocab_size)))
+
+
+def compiled_step(
+    method: str, config: DecoderConfig, devices: Sequence[Any], *, batch_size: int, seq_len: int
+) -> jax.stages.Compiled:
+    """A method's training step over a bfloat16 base, its rows divided over the devices.
 
     Args:
         method: a key of ``METHODS``.
@@ -88,14 +97,24 @@ def compile_step(
     step = make_train_step(model, optimizer, training)
     with jax.set_mesh(mesh):  # these devices, not those of this machine
         lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
-    tokens = batch_size * seq_len // len(devices)
-    # All are scored: what the loss costs at most.
-    return _record(lowered.compile(), turns=math.ceil(tokens / chunk_tokens(tokens, config.vocab_size)))
+    return lowered.compile()
 
 
-def to_lora(record: Mapping[str, float], lora: Mapping[str, float]) -> Record:
+def compile_loss(vocab: int, width: int, chunk: int, device: Any, *, tokens: int) -> Record:
+    """The record of the loss of scored tokens in bfloat16, with its gradient, in chunks of so many."""
+    shapes = [((1, tokens, width), "bfloat16"), ((vocab, width), "bfloat16"), ((1, tokens), "int32")]
+    arguments = _on(_mesh([device]), [jax.ShapeDtypeStruct(*each) for each in shapes])
+
+    def total(*arrays: jax.Array) -> jax.Array:
+        return token_nll(*arrays, chunk_elements=chunk * vocab).sum()
+
+    compiled = jax.jit(jax.value_and_grad(total)).lower(*arguments).compile()
+    return record(compiled, turns=math.ceil(tokens / chunk_tokens(tokens, vocab, chunk * vocab)))
+
+
+def to_lora(figures: Mapping[str, float], lora: Mapping[str, float]) -> Record:
     """How many times lora's figures a method's are; small programs have no temporary memory to compare."""
-    return {name: round(record[name] / lora[name], 3) for name in COMPARED if lora[name]}
+    return {name: round(figures[name] / lora[name], 3) for name in COMPARED if lora[name]}
 
 
 def _model_of_shapes(config: DecoderConfig, adapter: HyLoRADAConfig) -> HyLoRADAModel:
@@ -125,7 +144,8 @@ def _on(mesh: Mesh, tree: Any, *axes: str) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def _record(compiled: jax.stages.Compiled, turns: float | None = None) -> Record:
+def record(compiled: jax.stages.Compiled, turns: float | None = None) -> Record:
+    """The compiler's figures of a program, in which the loop over the loss's chunks has so many turns."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None

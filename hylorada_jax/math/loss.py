@@ -11,9 +11,6 @@ from jaxtyping import Array, Float, Int
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
 
-CHUNK_ELEMENTS = 2**24
-"""The logits of a group's tokens that are held at one time."""
-
 
 def logits(hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"]) -> Float[Array, "*tokens vocab"]:
     """The score of every token of the vocabulary: the one function for the loss, probes and generation.
@@ -41,7 +38,7 @@ def token_nll(
     head: Float[Array, "vocab d"],
     targets: Int[Array, "groups tokens"],
     *,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> Float[Array, "groups tokens"]:
     """Negative log-likelihood of each target under softmax(head · hidden).
 
@@ -59,7 +56,8 @@ def token_nll(
         head: output embedding, [vocab, d]. Its gradient costs a second loop, which the compiler removes
             where nobody asks for it (a frozen head).
         targets: token ids [groups, tokens]; a negative one is ignored: nll 0, gradient 0.
-        chunk_elements: upper bound on a group's logits held at one time (at least one token's).
+        chunk_elements: upper bound on a group's logits held at one time (at least one token's); None takes
+            2²⁴, or 2²⁶ of a vocabulary beyond 2¹⁶.
 
     Returns:
         Negative log-likelihoods in nats, [groups, tokens], float32 or wider.
@@ -74,14 +72,18 @@ def token_nll(
     return _token_nll(hidden, head, targets, chunk_tokens(targets.shape[1], head.shape[0], chunk_elements))
 
 
-def chunk_tokens(tokens: int, vocab: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
+def chunk_tokens(tokens: int, vocab: int, chunk_elements: int | None = None) -> int:
     """How many of a group's tokens :func:`token_nll` takes at a time.
 
+    Every chunk reads the head, so a large one needs chunks of a few hundred tokens; of a small one 64 MiB of
+    logits are so many. Larger chunks would hold more, and compute more that is not scored.
+
     Example:
-        >>> chunk_tokens(1000, 50_000)
-        334
+        >>> [chunk_tokens(4096, vocab) for vocab in (32_000, 49_152, 128_256, 151_936)]
+        [512, 316, 512, 410]
     """
-    chunks = max(1, -(-tokens // max(1, chunk_elements // vocab)))
+    elements = chunk_elements or (2**24 if vocab <= 2**16 else 2**26)
+    chunks = max(1, -(-tokens // max(1, elements // vocab)))
     return -(-tokens // chunks)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.math import loss
-from hylorada_jax.math.loss import logits, token_nll
+from hylorada_jax.math.loss import chunk_tokens, logits, token_nll
 
 
 def full_nll(hidden, head, targets):
@@ -114,6 +114,15 @@ def test_narrow_dtypes_keep_a_float32_loss_and_the_input_dtype_gradient(dtype, t
         np.testing.assert_allclose(gradient.astype(jnp.float32), expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("vocab", [256, 32_000, 2**16, 2**16 + 1, 151_936, 262_144])
+def test_chunks_hold_few_logits_and_enough_tokens(vocab):
+    for tokens in (1, 255, 4096, 10**6):
+        chunk = chunk_tokens(tokens, vocab)
+        assert chunk * vocab <= (2**26 if vocab > 2**16 else 2**24)
+        # Else reading the head would take longer than its products; equal parts may be a little smaller.
+        assert chunk >= min(tokens, 240)
+
+
 def temporary_bytes(vocab, head_trained=False, tokens=512, d=16, chunk_elements=2**16):
     def total(hidden, head, targets):
         return token_nll(hidden, head, targets, chunk_elements=chunk_elements).sum()
@@ -137,5 +146,5 @@ def test_temporary_memory_is_bounded_by_chunks_not_by_vocab():
 
 
 def test_gradient_of_a_frozen_head_is_not_computed():
-    # Per scan body, as XLA counts: the head's own scan adds at least one more product with the chunk.
+    # Per loop body, as XLA counts: the head's own loop adds at least one more product with the chunk.
     assert temporary_bytes(4_096)[1] * 1.5 < temporary_bytes(4_096, head_trained=True)[1]
