@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ def attend(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """:func:`attention` over the pattern of a forward pass: the one call of every self-attention layer.
 
@@ -84,7 +86,7 @@ def attend(
         patterns: one pattern for all heads, or two, the second for the last half of the heads
             (:func:`shifted_patterns`).
         daa: direct attention adaptation of this layer.
-        scale, soft_cap: of the logits, as in :func:`attention`.
+        scale, soft_cap, implementation: as in :func:`attention`.
 
     Returns:
         The attended values in query's dtype.
@@ -93,8 +95,9 @@ def attend(
         ConfigError: a single head cannot be halved.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
+    options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation}
     if len(patterns) == 1:
-        return _over(patterns[0], query, key, value, daa, scale, soft_cap)
+        return _over(patterns[0], query, key, value, daa=daa, **options)
     if heads < 2:
         raise ConfigError(
             "Shifted sparse attention halves the heads of a layer.", f"{heads} head", "Use full attention."
@@ -111,7 +114,7 @@ def attend(
         half = jax.tree.map(lambda leaf, own=slice(first, last): _heads(leaf, own), daa)
         own = np.asarray(read)
         parts = query[:, :, first:last], key[:, :, own], value[:, :, own]
-        outputs.append(_over(pattern, *parts, half, scale, soft_cap))
+        outputs.append(_over(pattern, *parts, daa=half, **options))
     return jnp.concatenate(outputs, axis=2)
 
 
@@ -120,20 +123,12 @@ def _heads(leaf: Array, own: slice) -> Array:
     return leaf if leaf.shape[-1] == 1 else leaf[..., own]
 
 
-def _over(
-    pattern: Pattern,
-    query: Array,
-    key: Array,
-    value: Array,
-    daa: DAA | None,
-    scale: float | None,
-    soft_cap: float | None,
-) -> Array:
+def _over(pattern: Pattern, query: Array, key: Array, value: Array, **options: Any) -> Array:
     if pattern.front is None:
-        return attention(query, key, value, pattern, daa=daa, scale=scale, soft_cap=soft_cap)
+        return attention(query, key, value, pattern, **options)
     size, (batch, length) = pattern.key_slots.shape[0], query.shape[:2]
     query, key, value = (_to_groups(x, size, pattern.front) for x in (query, key, value))
-    attended = attention(query, key, value, pattern, daa=daa, scale=scale, soft_cap=soft_cap)
+    attended = attention(query, key, value, pattern, **options)
     groups = -(-(pattern.front + length) // size)
     rows = attended.reshape(batch, groups * size, *attended.shape[2:])
     return jax.lax.slice_in_dim(rows, pattern.front, pattern.front + length, axis=1)
