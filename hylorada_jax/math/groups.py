@@ -95,7 +95,7 @@ def attend(
         ConfigError: a single head cannot be halved.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
-    options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation}
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation}
     if len(patterns) == 1:
         return _over(patterns[0], query, key, value, daa=daa, **options)
     if heads < 2:

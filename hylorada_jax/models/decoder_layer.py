@@ -135,8 +135,9 @@ class DecoderAttention(nn.Module):
 
         window = _window(c, layer)
         patterns = tuple(replace(pattern, window=window) for pattern in step.patterns)
-        logits = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
-        attended = attend(query, key, value, patterns, daa_of(self), **logits).reshape(*x.shape[:2], -1)
+        scale, soft_cap = c.attention_scale, c.attention_soft_cap
+        attended = attend(query, key, value, patterns, daa_of(self), scale=scale, soft_cap=soft_cap)
+        attended = attended.reshape(*x.shape[:2], -1)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
 
 
