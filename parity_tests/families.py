@@ -104,7 +104,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             rope_scaling={"rope_type": "linear", "factor": 3.0},
         )
     ),
-    # The same with norms of queries and keys, and behind each block; two bases of rotary positions.
+    # The same with norms behind each block too, and soft caps that are felt; a window in the first layer.
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **_SIZES, head_dim=6, attention_bias=True, query_pre_attn_scalar=10, sliding_window=4,
+            attn_logit_softcapping=0.5, final_logit_softcapping=2.0, hidden_activation="gelu",
+            rope_scaling={"rope_type": "linear", "factor": 3.0}, attn_implementation="eager",
+        )
+    ),
+    # Norms of queries and keys in the place of the soft caps; two bases of rotary positions.
     "gemma3_text": lambda: transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             **_SIZES, head_dim=6, attention_bias=True, query_pre_attn_scalar=10, sliding_window=4,

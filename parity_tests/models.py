@@ -91,7 +91,10 @@ FULLEST = [
 # layers, tied heads): formulas, which float64 shows.
 MATRIX = [
     *FULLEST,
-    *((family, "hylorada") for family in ("phi3", "granite", "olmo2", "smollm3", "gemma", "gemma3_text")),
+    *(
+        (family, "hylorada")
+        for family in ("phi3", "granite", "olmo2", "smollm3", "gemma", "gemma2", "gemma3_text")
+    ),
     ("gpt2", "lora, rslora, its own targets"),
     ("qwen3", "lora"),
     ("gpt2", "dora"),

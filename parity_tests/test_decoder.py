@@ -144,6 +144,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu",
         "rope_scaling": {"rope_type": "linear", "factor": 3.0},
     },
+    "gemma2": {
+        **SHAPE,
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 10,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 4.0,
+    },
     "gemma3": {
         **SHAPE,
         "model_type": "gemma3_text",
@@ -257,6 +265,8 @@ OFF = [
     ("granite", {"logits_scaling": 1.0}),
     ("smollm3", {"no_rope_layer_interval": 2}),
     ("smollm3", {"use_sliding_window": False}),
+    ("gemma2", {"attn_logit_softcapping": None}),
+    ("gemma2", {"final_logit_softcapping": None}),
     ("gemma3", {"query_pre_attn_scalar": 16}),
     ("gemma3", {"sliding_window_pattern": 2}),
     ("gemma3", {"rope_local_base_freq": 500.0}),

@@ -96,9 +96,7 @@ def loss_sweep(model: Any) -> Sweep:
     Args:
         model: a model as for :class:`Sweep`; or a sweep that this function made, which is given back.
     """
-    return model if isinstance(model, Sweep) else Sweep(model, nll)
-
-
-def nll(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
-    """Negative log-likelihoods [batch, seq] of a batch's targets; 0 where a target is ignored."""
-    return score(hidden, head, batch["targets"])
+    if isinstance(model, Sweep):
+        return model
+    soft_cap = as_scorable(model).base.logit_soft_cap
+    return Sweep(model, lambda hidden, head, batch: score(hidden, head, batch["targets"], soft_cap))

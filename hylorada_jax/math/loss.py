@@ -12,14 +12,17 @@ IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
 
 
-def logits(hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"]) -> Float[Array, "*tokens vocab"]:
+def logits(
+    hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"], soft_cap: float | None = None
+) -> Float[Array, "*tokens vocab"]:
     """The score of every token of the vocabulary: the one function for the loss, probes and generation.
 
-        logits = head · hidden
+        logits = head · hidden,   or  cap · tanh(head · hidden / cap)
 
     Args:
         hidden: final hidden states; their dtype is the dtype of the product's operands.
         head: output embedding.
+        soft_cap: bound of the logits (Gemma 2); None: none.
 
     Returns:
         The logits, float32 or wider. In bfloat16 one in dozens of greedy tokens would be another.
@@ -28,9 +31,10 @@ def logits(hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"]) -> 
         >>> logits(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [0.5, 0.0], [0.0, 0.0]])).tolist()
         [[3.0, 0.5, 0.0]]
     """
-    return jnp.einsum(
+    raw = jnp.einsum(
         "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=_wide(hidden.dtype)
     )
+    return raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
 
 
 def token_nll(
@@ -38,11 +42,13 @@ def token_nll(
     head: Float[Array, "vocab d"],
     targets: Int[Array, "groups tokens"],
     *,
+    soft_cap: float | None = None,
     chunk_elements: int | None = None,
 ) -> Float[Array, "groups tokens"]:
-    """Negative log-likelihood of each target under softmax(head · hidden).
+    """Negative log-likelihood of each target under softmax(head · hidden), perhaps with a soft cap.
 
-        nll_t = logsumexp(W h_t) - (W h_t)[y_t],    d nll_t / d h_t = softmax(W h_t) W - W[y_t]
+        nll_t = logsumexp(S_t) - S_t[y_t],    d nll_t / d h_t = ((softmax(S_t) - onehot(y_t)) ⊙ S'_t) W
+        S_t = W h_t, S' = 1;    with a cap S_t = cap · tanh(W h_t / cap), S' = 1 - (S_t / cap)²
 
     A group's scored tokens are taken together, in chunks of at most ``chunk_elements / vocab``: memory does
     not grow with tokens x vocab, and what is not scored costs no product. The loop over the chunks ends when
@@ -56,6 +62,7 @@ def token_nll(
         head: output embedding, [vocab, d]. Its gradient costs a second loop, which the compiler removes
             where nobody asks for it (a frozen head).
         targets: token ids [groups, tokens]; a negative one is ignored: nll 0, gradient 0.
+        soft_cap: as in :func:`logits`.
         chunk_elements: upper bound on a group's logits held at one time (at least one token's); None takes
             2²⁴, or 2²⁶ of a vocabulary beyond 2¹⁶.
 
@@ -69,7 +76,8 @@ def token_nll(
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (the idea of never
     materialising the logits); the gradient on the forward pass as in Liger Kernel, Hsu et al. 2024.
     """
-    return _token_nll(hidden, head, targets, chunk_tokens(targets.shape[1], head.shape[0], chunk_elements))
+    chunk = chunk_tokens(targets.shape[1], head.shape[0], chunk_elements)
+    return _token_nll(hidden, head, targets, chunk, soft_cap)
 
 
 def chunk_tokens(tokens: int, vocab: int, chunk_elements: int | None = None) -> int:
@@ -87,35 +95,37 @@ def chunk_tokens(tokens: int, vocab: int, chunk_elements: int | None = None) -> 
     return -(-tokens // chunks)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_nll(hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_nll(hidden: Array, head: Array, targets: Array, chunk: int, soft_cap: float | None) -> Array:
     """The loss alone: what evaluation runs."""
     narrow = head.astype(hidden.dtype)  # once, not in every chunk
 
     def chunk_nll(h: Array, y: Array) -> Array:
-        return _nll_and_slope(h, y, narrow)[0]
+        return _nll_and_slope(h, y, narrow, soft_cap)[0]
 
     return _in_place(_map(chunk_nll, hidden, targets, chunk), targets)
 
 
-def _forward(hidden: Array, head: Array, targets: Array, chunk: int) -> tuple[Array, tuple]:
+def _forward(
+    hidden: Array, head: Array, targets: Array, chunk: int, soft_cap: float | None
+) -> tuple[Array, tuple]:
     """The loss, and J_t = d nll_t / d h_t while the chunk's logits are there."""
     narrow = head.astype(hidden.dtype)
 
     def chunk_nll_and_jacobian(h: Array, y: Array) -> tuple[Array, Array]:
-        nll, slope = _nll_and_slope(h, y, narrow)
+        nll, slope = _nll_and_slope(h, y, narrow, soft_cap)
         return nll, _matmul("gtv,vd->gtd", slope.astype(h.dtype), narrow).astype(h.dtype)
 
     nll, jacobian = _map(chunk_nll_and_jacobian, hidden, targets, chunk)
     return _in_place(nll, targets), (jacobian, hidden, head, targets)
 
 
-def _backward(chunk: int, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
+def _backward(chunk: int, soft_cap: float | None, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
     jacobian, hidden, head, targets = residuals
     narrow = head.astype(hidden.dtype)
 
     def add_chunk(d_head: Array, _: Array, y: Array, h: Array, g_chunk: Array) -> Array:
-        slope = g_chunk[..., None] * _nll_and_slope(h, y, narrow)[1]
+        slope = g_chunk[..., None] * _nll_and_slope(h, y, narrow, soft_cap)[1]
         return d_head + _matmul("gtv,gtd->vd", slope.astype(h.dtype), h)
 
     d_head = _fold(add_chunk, jnp.zeros(head.shape, _wide(hidden.dtype)), targets, (hidden, g), chunk)
@@ -126,16 +136,19 @@ def _backward(chunk: int, residuals: tuple, g: Array) -> tuple[Array, Array, Non
 _token_nll.defvjp(_forward, _backward)
 
 
-def _nll_and_slope(h: Array, y: Array, head: Array) -> tuple[Array, Array]:
-    """A chunk's nll [groups, chunk] and d nll / d logits = softmax - onehot [groups, chunk, vocab]."""
-    scores = logits(h, head)
+def _nll_and_slope(h: Array, y: Array, head: Array, soft_cap: float | None) -> tuple[Array, Array]:
+    """A chunk's nll [groups, chunk] and its derivative with respect to W h [groups, chunk, vocab]."""
+    scores = logits(h, head, soft_cap)
     normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     scored = (y >= 0)[..., None]
     target_scores = jnp.take_along_axis(scores, jnp.maximum(y, 0)[..., None], axis=-1)
     nll = jnp.where(scored, normaliser - target_scores, 0)[..., 0]
     # A comparison instead of a gather or a scatter: it fuses, and needs no copy of a transposed head.
     onehot = jnp.arange(head.shape[0]) == y[..., None]
-    return nll, jnp.where(scored, jnp.exp(scores - normaliser) - onehot, 0)
+    slope = jnp.exp(scores - normaliser) - onehot
+    if soft_cap is not None:
+        slope = slope * (1 - jnp.square(scores / soft_cap))
+    return nll, jnp.where(scored, slope, 0)
 
 
 def _matmul(spec: str, x: Array, y: Array) -> Array:

@@ -58,6 +58,10 @@ class BaseModel(Protocol):
         """The model's configuration; it has ``model_type``."""
 
     @property
+    def logit_soft_cap(self) -> float | None:
+        """The bound of the logits, as of :func:`hylorada_jax.math.loss.logits`; None: none."""
+
+    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text, as the model's files name them."""
 

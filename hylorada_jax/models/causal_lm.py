@@ -167,6 +167,11 @@ class CausalLM:
         return cls(DecoderLM(config, remat), _jitted_init_params(config, rng, dtype), config, "random")
 
     @property
+    def logit_soft_cap(self) -> float | None:
+        """The bound of the logits; None: none."""
+        return self.config.logit_soft_cap
+
+    @property
     def dtype(self) -> Any:
         """Of the weights, and so of the computation."""
         return self.params["model"]["embed_tokens"]["embedding"].dtype

@@ -174,7 +174,7 @@ class DecoderLM(nn.Module):
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return logits(hidden, head.embedding)
+        return logits(hidden, head.embedding, self.config.logit_soft_cap)
 
     def __call__(
         self,

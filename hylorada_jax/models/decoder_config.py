@@ -24,7 +24,13 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all.
-_NULLS = ("num_key_value_heads", "sliding_window", "eos_token_id")
+_NULLS = (
+    "num_key_value_heads",
+    "sliding_window",
+    "eos_token_id",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
 # Settings that change the computation, with the value that means "off": refused where a family's keys do not
 # have them.

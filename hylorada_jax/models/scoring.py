@@ -20,8 +20,15 @@ def model_inputs(base: BaseModel, rows: Mapping[str, Array]) -> dict[str, Any]:
     return inputs
 
 
-def score(hidden: Array, head: Array, targets: Array) -> Array:
-    """Negative log-likelihoods [batch, seq] of the targets; 0 where a target is ignored."""
+def score(hidden: Array, head: Array, targets: Array, soft_cap: float | None = None) -> Array:
+    """Negative log-likelihoods [batch, seq] of the targets; 0 where a target is ignored.
+
+    Args:
+        hidden: the states that the head reads.
+        head: output embedding.
+        targets: token ids.
+        soft_cap: the base model's ``logit_soft_cap``.
+    """
     groups = row_groups(len(targets))
     hidden, grouped = (x.reshape(groups, -1, *x.shape[2:]) for x in (hidden, targets))
-    return token_nll(hidden, head, grouped).reshape(targets.shape)
+    return token_nll(hidden, head, grouped, soft_cap=soft_cap).reshape(targets.shape)

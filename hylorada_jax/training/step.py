@@ -75,7 +75,8 @@ def make_train_step(
             rngs = {"dropout": key}
             inputs = model_inputs(model.base, rows)
             hidden = model.hidden(resolved, **inputs, frozen=frozen, train=True, rngs=rngs)
-            return score(hidden, model.head(resolved, frozen), rows["targets"]).sum()
+            head, soft_cap = model.head(resolved, frozen), model.base.logit_soft_cap
+            return score(hidden, head, rows["targets"], soft_cap).sum()
 
         def add_microbatch(total: Any, numbered: tuple[Array, Mapping[str, Array]]) -> tuple[Any, None]:
             number, rows = numbered

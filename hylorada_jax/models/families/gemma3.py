@@ -7,26 +7,20 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from hylorada_jax.models.bounds import Heads, Layers, Multiplier, Positions, Theta, Vocabulary, Width
-from hylorada_jax.models.families import gemma
-from hylorada_jax.models.families.family import Decoder, Family, Options, sliding
+from hylorada_jax.models.bounds import Multiplier, Positions, Theta, Vocabulary
+from hylorada_jax.models.families import gemma2
+from hylorada_jax.models.families.family import Decoder, Family, Options
 
 
-class Gemma3Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act": "hidden_activation"}):
+class Gemma3Keys(gemma2.Gemma2Keys, frozen=True, kw_only=True):
     """With transformers' defaults for Gemma 3."""
 
     vocab_size: Vocabulary = 262208
-    hidden_size: Width = 2304
-    intermediate_size: Width = 9216
-    num_hidden_layers: Layers = 26
-    num_attention_heads: Heads = 8
-    num_key_value_heads: Heads | None = 4
-    hidden_act: str = "gelu_pytorch_tanh"
     max_position_embeddings: Positions = 131072
-    query_pre_attn_scalar: Multiplier = 256.0
-    sliding_window: Positions | None = 4096
     sliding_window_pattern: Annotated[int, Meta(ge=1)] = 6
     rope_local_base_freq: Theta = 10000.0
+    attn_logit_softcapping: None = None  # transformers does not apply it
+    final_logit_softcapping: Multiplier | None = None
 
 
 def settings(said: dict[str, Any]) -> dict[str, Any]:
@@ -44,15 +38,11 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def options(keys: Gemma3Keys) -> Options:
-    """Gemma's, a norm more behind each block, and the layers' windows."""
-    every = keys.sliding_window_pattern
-    implied = [bool((n + 1) % every) for n in range(keys.num_hidden_layers)]
-    return gemma.shared(
+    """Gemma 2's, norms of queries and keys, and a base of the rotary wavelengths for layers with a window."""
+    return gemma2.shared(
         keys,
-        *sliding(keys, keys.sliding_window, implied),
+        every=keys.sliding_window_pattern,
         qk_norm=True,
-        norms="both",
-        attention_scale=keys.query_pre_attn_scalar**-0.5,
         sliding_rope_theta=keys.rope_local_base_freq,
     )
 

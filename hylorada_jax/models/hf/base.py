@@ -66,6 +66,8 @@ class HFFlaxModel:
         """Whether it can continue prompts."""
         return self.model.can_generate()
 
+    logit_soft_cap = None
+
     @property
     def position_limit(self) -> int | None:
         """Tokens that its table of positions has rows for; None where it has no table."""
