@@ -110,3 +110,10 @@ def test_what_is_not_installed_is_said_before_anything_is_measured(monkeypatch, 
         with pytest.raises(ConfigError, match=said):
             main(output=tmp_path / "results", page=page)
     assert not (tmp_path / "results").exists()
+
+
+def test_the_page_has_the_table_of_the_recorded_run():
+    file = ROOT / "benchmarks/results/conversations-cpu.json"
+    expected = table(json.loads(file.read_text())) if file.exists() else "Not recorded yet.\n"
+    page = (ROOT / "docs/results.md").read_text("utf-8")
+    assert f"<!-- results:conversations -->\n{expected}<!-- end -->" in page

@@ -142,6 +142,7 @@ def _held(trainer: Any) -> Callable[[], float]:
         except BaseException as error:  # goes to whoever waits for the step
             done.put(error)
 
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Hold)
     threading.Thread(target=train, daemon=True).start()
 
