@@ -43,6 +43,7 @@ class HyLoRADAModel(nn.Module):
         super().__init__()
         self.config = config
         self._identity = _identity(base_model)
+        self.chat_template: str | None = None  # kept for who talks with the model; read by none here
         self._attached = attach_adapters(base_model, config, seed=seed)
         self.structure_encoder = self._attached.structure_encoder
         self.base_model = base_model
@@ -168,7 +169,14 @@ class HyLoRADAModel(nn.Module):
             CheckpointError: an adapter is already there, is not finite, or cannot be written.
         """
         tensors = {name: value.detach().cpu().numpy() for name, value in self.adapters().items()}
-        write_adapter(directory, tensors, self.config, self._identity, overwrite=overwrite)
+        write_adapter(
+            directory,
+            tensors,
+            self.config,
+            self._identity,
+            overwrite=overwrite,
+            chat_template=self.chat_template,
+        )
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, directory: str | Path) -> "HyLoRADAModel":
@@ -186,6 +194,7 @@ class HyLoRADAModel(nn.Module):
         tensors = saved.tensors()
         model = cls(base_model, saved.config)
         model.load_adapters({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+        model.chat_template = saved.chat_template
         return model
 
     def print_trainable_parameters(self) -> None:

@@ -71,9 +71,9 @@ def test_jax_to_torch_to_jax_keeps_every_bit(method, family, tmp_path):
     """What the loaded adapters compute, tests of whole models tell."""
     with measuring("float64"):
         pair = build(family, CONFIGS[method], "float64")
-        pair.model.adapters = pair.adapters
+        pair.model.adapters, pair.model.chat_template = pair.adapters, "{{ messages }}"
         loaded = there_and_back(pair.model, family, tmp_path)[1]
-        assert loaded.config == CONFIGS[method]
+        assert (loaded.config, loaded.chat_template) == (CONFIGS[method], "{{ messages }}")
         assert str(jax.tree.structure(loaded.adapters)) == str(jax.tree.structure(pair.adapters))
         jax.tree.map(np.testing.assert_array_equal, loaded.adapters, pair.adapters)
     files = [(tmp_path / side / WEIGHTS_NAME).read_bytes() for side in ("jax", "torch")]
