@@ -1,0 +1,104 @@
+"""Attention by jax's splash kernel for TPUs: memory in proportion to the length, no position bias.
+
+The kernel is jax's own (``jax.experimental.pallas.ops.tpu.splash_attention``). What is here hands it rows of
+any length, α in the queries, and padding as a document of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jaxtyping import Array, Float, Int
+
+from hylorada_jax.math.kernel_rows import block_length, in_shards, padded_rows
+
+
+def splash_attention(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    alpha: Float[Array, " heads_or_1"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    block: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Self-attention of whole rows without an array of [query, key], compiled for TPUs.
+
+        S = α·scale · q kᵀ,   softmax(soft_cap · tanh(S / soft_cap) where visible) v
+
+    α and scale are multiplied into the queries, in float32, and rounded to their dtype once. Padding is a
+    segment of its own: it sees padding, which is finite and has finite gradients, where the dense formula
+    lets it see tokens; nothing reads either.
+
+    Args:
+        query: queries, float32 or bfloat16.
+        key: keys of the same tokens; heads is a multiple of kv_heads. They are never repeated.
+        value: values.
+        alpha: DAA's factor of the logits, per query head or one for all.
+        segment_ids: a token sees those of its own segment; None: all of the row.
+        causal: a token sees none that is later in the row.
+        window: of the tokens before it a token sees window − 1; None: all.
+        soft_cap: bound of the logits (Gemma 2's); None: no bound.
+        scale: of the logits; None takes 1/√head_dim.
+        block: tokens of a block, a multiple of 128; None takes what suits the length.
+        interpret: runs the kernel's program step by step, on any platform, for tests.
+
+    Returns:
+        The attended values in query's dtype.
+
+    Source:
+        Dao et al. 2022 (FlashAttention), arXiv:2205.14135; the kernel is jax's.
+    """
+    length, heads, head_dim = query.shape[1:]
+    size = block_length(length) if block is None else block
+    factor = jnp.float32(head_dim**-0.5 if scale is None else scale)
+    if alpha is not None:
+        factor = factor * alpha.astype(jnp.float32)[:, None]
+    query = (query * factor).astype(query.dtype)
+    rows, segments = padded_rows((query, key, value), segment_ids, size, later_seen=not causal)
+    run = _kernel(heads, rows[0].shape[2], size, causal, window, soft_cap, interpret)
+
+    def of_row(query: Array, key: Array, value: Array, own: Array | None) -> Array:
+        return run(query, key, value, None if own is None else splash.SegmentIds(own, own))
+
+    attended = in_shards(
+        jax.vmap(of_row, in_axes=(0, 0, 0, None if segments is None else 0)), *rows, segments
+    )
+    return jnp.swapaxes(attended, 1, 2)[:, :length]
+
+
+@functools.cache
+def _kernel(
+    heads: int,
+    length: int,
+    size: int,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    interpret: bool,
+) -> Callable[..., Array]:
+    shape = (length, length)
+    mask: splash.Mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    if window is not None:
+        mask = splash.LocalMask(shape, (window - 1, 0 if causal else None), 0)
+    sizes: dict[str, Any] = {
+        f"block_{name}": size
+        for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    }
+    with jax.ensure_compile_time_eval():  # its tables of blocks are constants, also where a program is traced
+        return splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(**sizes),
+            attn_logits_soft_cap=soft_cap,
+            interpret=interpret,
+        )
