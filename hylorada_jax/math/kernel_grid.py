@@ -12,6 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from hylorada_jax.math.kernel_rows import nearest, visible_blocks
+
 
 class Settings(NamedTuple):
     """What the kernels are compiled for.
@@ -85,12 +87,7 @@ class Grid:
         size, group = settings.size, self._heads // kv_heads
         self._inner = 1 if by_query else group
         self._origin = settings.origin(length) // size
-        pairs = np.indices((length // size,) * 2).reshape(2, -1)
-        apart = pairs[0] - pairs[1]
-        seen = (apart >= 0) | (not settings.causal)
-        if settings.reach is not None:
-            seen &= self._nearest(apart) < settings.reach
-        pairs = pairs[:, seen]
+        pairs = visible_blocks(length, size, causal=settings.causal, window=settings.reach)
         mine = 0 if by_query else 1
         self._pairs = pairs[:, np.argsort(pairs[mine], kind="stable")]
         new = np.diff(self._pairs[mine], prepend=-1, append=-1) != 0
@@ -104,13 +101,9 @@ class Grid:
         self.near = Block((None, 1, size), lambda row, head, i, j: (head, 0, i - j - 1 + self._origin))
         self.far = Block((None, 1, size), lambda row, head, i, j: (head, 0, i - j + self._origin))
 
-    def _nearest(self, apart: Any) -> Any:
-        """The smallest distance of a query from a key in blocks that are so many blocks apart."""
-        return (apart - 1) * self._settings.size + 1
-
     def _live(self, segments: Array | None, window: Array) -> Int[Array, "batch pair"]:
         query, key = self._pairs
-        live = jnp.broadcast_to(self._nearest(query - key) < window, (self._batch, query.size))
+        live = jnp.broadcast_to(nearest(query - key, self._settings.size) < window, (self._batch, query.size))
         if segments is not None:
             blocks = segments.reshape(self._batch, -1, self._settings.size)
             low, high = blocks.min(axis=2), blocks.max(axis=2)

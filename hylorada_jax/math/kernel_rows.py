@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -19,10 +20,30 @@ def block_length(length: int) -> int:
 
     Example:
         >>> [block_length(length) for length in (100, 1000, 1100, 4096)]
-        [128, 512, 128, 512]
+        [128, 512, 256, 512]
     """
     least = -(-length // 128) * 128
     return next(size for size in (512, 256, 128) if -(-length // size) * size <= least * 1.125)
+
+
+def visible_blocks(length: int, size: int, *, causal: bool, window: int | None) -> np.ndarray:
+    """[2, pairs]: the blocks of queries, and of keys, of which some query sees some key, but for segments.
+
+    Example:
+        >>> visible_blocks(512, 128, causal=True, window=100).tolist()
+        [[0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2, 2, 3]]
+    """
+    pairs = np.indices((length // size,) * 2).reshape(2, -1)
+    apart = pairs[0] - pairs[1]
+    seen = (apart >= 0) | (not causal)
+    if window is not None:
+        seen &= nearest(apart, size) < window
+    return pairs[:, seen]
+
+
+def nearest(apart: Any, size: int) -> Any:
+    """The smallest distance of a query from a key in blocks that are so many blocks apart."""
+    return (apart - 1) * size + 1
 
 
 def padded_rows(
