@@ -206,34 +206,42 @@ _OF_JAX = [
             "additions.append(head_dim**-0.5 * relative_bias(",
         ),
         ("α added", "query = (query * daa.alpha", "query = (query + daa.alpha"),
-        ("causality by <", "distance >= 0 if window", "distance > 0 if window"),
         (
             "query heads interleaved",
             "query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)",
             "query.reshape(batch, length, heads // key.shape[2], -1, head_dim).swapaxes(2, 3)",
         ),
     ),
+    *_faults(
+        "laws",
+        "hylorada_jax.math.pattern",
+        ("causality by <", "distance >= 0 if self", "distance > 0 if self"),
+    ),
     # Shifted sparse attention
     *_faults(
         "groups",
-        "hylorada_jax.math.attention",
+        "hylorada_jax.math.groups",
         ("groups shifted the other way", "pattern(group_size - shift)", "pattern(shift)"),
         ("groups wrap around", "[(0, 0)] * (x.ndim - 2))", '[(0, 0)] * (x.ndim - 2), mode="wrap")'),
         ("first half of the heads shifted", "middle = heads - heads // 2", "middle = heads // 2"),
+    ),
+    *_faults(
+        "groups",
+        "hylorada_jax.math.pattern",
         (
             "padding visible",
-            "mask & key_valid[:, None, None, :]",
-            "mask & (key_valid | True)[:, None, None, :]",
+            "mask & self.key_valid[:, None, None, :]",
+            "mask & (self.key_valid | True)[:, None, None, :]",
         ),
         (
             "earlier documents visible",
-            "segment_ids[:, None, :, None] == segment_ids",
-            "segment_ids[:, None, :, None] >= segment_ids",
+            "self.query_segments[:, None, :, None] == self",
+            "self.query_segments[:, None, :, None] >= self",
         ),
     ),
     *_faults(
         "all on",
-        "hylorada_jax.math.attention",
+        "hylorada_jax.math.groups",
         ("DAA of the first heads for all", "leaf[..., own]", "leaf[..., : own.stop - own.start]"),
     ),
     # Sparse adapter

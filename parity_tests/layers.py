@@ -17,6 +17,7 @@ import torch
 import hylorada_jax
 import hylorada_torch
 from hylorada_jax.math.attention import attention
+from hylorada_jax.math.pattern import Pattern
 
 STRUCTURE_DIM = 6
 
@@ -308,7 +309,7 @@ def shifted_sparse_attention(layer: Layer, draw: Draw, rng: np.random.Generator)
         inputs["key_valid"] = rng.integers(4, size=tokens) > 0
         keep = inputs["key_valid"][..., None, None].astype(float)  # padding may see no key at all
     case = _moved(layer, rng, inputs, *arguments)
-    causal = jnp.tril(jnp.ones((1, 1, draw.seq, draw.seq), bool))
+    causal = Pattern.of_rows(jnp.zeros(tokens, int))
     dense = lambda inputs: attention(inputs["query"], inputs["key"], inputs["value"], causal)
     return dataclasses.replace(case, keep=keep, dense=dense)
 

@@ -14,7 +14,8 @@ import hylorada_jax
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import position as jax_position
-from hylorada_jax.math.attention import DAA, attention, causal_mask
+from hylorada_jax.math.attention import DAA, attention
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_torch import position as torch_position
@@ -55,9 +56,8 @@ def test_attention_hides_what_is_masked_whatever_daa_does():
     def run(leaves, valid, positions):
         def attended(leaves):
             query, key, value, *of_daa = (leaves[name] for name in tensors)
-            mask = causal_mask(jnp.arange(6), jnp.arange(6), key_valid=valid)
-            at = {"query_positions": positions, "key_positions": positions}
-            return attention(query, key, value, mask, daa=DAA(*of_daa), **at)
+            pattern = Pattern.of_rows(positions, key_valid=valid)
+            return attention(query, key, value, pattern, daa=DAA(*of_daa))
 
         y, pull_back = jax.vjp(attended, leaves)
         return y, pull_back(cotangent)[0]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.math.attention import DAA, attend, shifted_patterns
+from hylorada_jax.math.attention import DAA
+from hylorada_jax.math.groups import attend, shifted_patterns
 from hylorada_jax.math.position_test import relative_bucket
 from hylorada_jax.modules.attention import ShiftedSparseAttention
 from hylorada_torch.attention import PositionalDAA, same_group

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hylorada_jax.math.attention import attention, causal_mask, default_positions
+from hylorada_jax.math.attention import attention
+from hylorada_jax.math.pattern import Pattern
 
 
 def by_hand(query, key, value, mask):
@@ -33,10 +34,10 @@ def sample(dtype, *, batch=2, queries=5, keys=7, heads=6, kv_heads=2, head_dim=4
 def test_attention_equals_the_formula(dtype, atol, kv_heads):
     with jax.enable_x64(True):
         query, key, value = (jnp.asarray(x, dtype) for x in sample(np.float64, kv_heads=kv_heads))
-        mask = causal_mask(jnp.arange(2, 7), jnp.arange(7), window=4)
-        out = attention(query, key, value, mask)
+        pattern = last_queries(5, 7, window=4)
+        out = attention(query, key, value, pattern)
         wide = [np.asarray(x, np.float64) for x in (query, key, value)]
-        expected = by_hand(wide[0], wide[1], wide[2], np.asarray(mask))
+        expected = by_hand(wide[0], wide[1], wide[2], np.asarray(pattern.mask()))
     assert out.dtype == dtype
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=atol)
 
@@ -45,10 +46,16 @@ def test_attention_equals_the_formula(dtype, atol, kv_heads):
 def test_a_row_without_a_visible_key_is_finite(dtype):
     with jax.enable_x64(True):
         inputs = [jnp.asarray(x, dtype) for x in sample(np.float64, queries=7)]
-        mask = causal_mask(jnp.arange(7), jnp.arange(7), key_valid=jnp.arange(7) >= jnp.array([[3], [0]]))
-        out, gradients = jax.value_and_grad(lambda x: attention(x[0], x[1], x[2], mask).sum())(inputs)
-        assert not mask[0, 0, 0].any()
+        pattern = last_queries(7, 7, key_valid=jnp.arange(7) >= jnp.array([[3], [0]]))
+        out, gradients = jax.value_and_grad(lambda x: attention(x[0], x[1], x[2], pattern).sum())(inputs)
+        assert not pattern.mask()[0, 0, 0].any()
         assert all(jnp.isfinite(x).all() for x in (out, *gradients))
+
+
+def last_queries(queries, keys, *, batch=2, **facts):
+    """The pattern of the last tokens of every row."""
+    at, positions = jnp.arange(keys), jnp.tile(jnp.arange(keys), (batch, 1))
+    return Pattern(at[-queries:], at, positions[:, -queries:], positions, **facts)
 
 
 def intermediates(jaxpr):
@@ -62,10 +69,10 @@ def intermediates(jaxpr):
 
 def test_keys_and_values_are_never_repeated():
     query, key, value = sample(np.float32, batch=1, queries=2, keys=4096, heads=32, kv_heads=2, head_dim=64)
-    mask = causal_mask(jnp.arange(4094, 4096), jnp.arange(4096))
+    pattern = last_queries(2, 4096, batch=1)
 
     def loss(query, key, value):
-        return attention(query, key, value, mask).sum()
+        return attention(query, key, value, pattern).sum()
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))
     # Repeating takes 16 times a key array; the logits have 2·32·4096 numbers, half a key array.
@@ -74,29 +81,3 @@ def test_keys_and_values_are_never_repeated():
     memory = jax.jit(gradient).lower(query, key, value).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 8 * key.nbytes
-
-
-def test_mask_equals_the_definition():
-    rng = np.random.default_rng(3)
-    valid, segments = rng.random((3, 9)) < 0.7, np.sort(rng.integers(1, 4, (3, 9)), axis=1)
-    mask = causal_mask(
-        jnp.arange(9),
-        jnp.arange(9),
-        key_valid=jnp.asarray(valid),
-        segment_ids=jnp.asarray(segments),
-        window=3,
-    )
-    for b, q, k in np.ndindex(3, 9, 9):
-        seen = k <= q and q - k < 3 and valid[b, k] and segments[b, q] == segments[b, k]
-        assert mask[b, 0, q, k] == seen
-
-
-def test_positions_count_the_tokens_before():
-    rng = np.random.default_rng(4)
-    mask, segments = rng.integers(0, 2, (4, 12)), np.sort(rng.integers(0, 4, (4, 12)), axis=1)
-    by_mask = default_positions(mask.shape, attention_mask=jnp.asarray(mask))
-    by_segment = default_positions(mask.shape, segment_ids=jnp.asarray(segments))
-    for b, t in np.ndindex(4, 12):
-        assert by_mask[b, t] == max(mask[b, : t + 1].sum() - 1, 0)
-        assert by_segment[b, t] == (segments[b, :t] == segments[b, t]).sum()
-    assert default_positions((2, 3)).tolist() == [[0, 1, 2]] * 2

@@ -118,6 +118,40 @@ def offset_buckets(
     return jnp.take(jnp.asarray(table), index, mode="clip")
 
 
+def default_positions(
+    shape: tuple[int, ...],
+    *,
+    attention_mask: Int[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+) -> Int[Array, "batch seq"]:
+    """The position of every token when the caller gives none.
+
+    Counted from the first token of the document with ``segment_ids``, from the first real token with
+    ``attention_mask`` (padding in front is 0), else from the left.
+
+    Args:
+        shape: (batch, seq).
+        attention_mask: 1 for a token, 0 for padding.
+        segment_ids: the document of every token.
+
+    Returns:
+        int32 positions.
+
+    Example:
+        >>> default_positions((1, 4), attention_mask=jnp.array([[0, 1, 1, 1]])).tolist()
+        [[0, 0, 1, 2]]
+        >>> default_positions((1, 5), segment_ids=jnp.array([[1, 1, 2, 2, 2]])).tolist()
+        [[0, 1, 0, 1, 2]]
+    """
+    slots = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if segment_ids is not None:
+        new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        return slots - jax.lax.cummax(jnp.where(new, slots, 0), axis=1)
+    if attention_mask is not None:
+        return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return slots
+
+
 def check_positions(positions: Array | np.ndarray, shape: tuple[int, ...] | None = None) -> None:
     """Refuse position ids that are not integers ≥ 0, one for every token.
 

@@ -95,3 +95,14 @@ def test_positions_are_refused(positions, message):
 
 def test_traced_positions_pass_the_check():
     jax.jit(lambda p: position.check_positions(p, (1, 2)))(jnp.array([[0, -2]]))
+
+
+def test_positions_count_the_tokens_before():
+    rng = np.random.default_rng(4)
+    mask, segments = rng.integers(0, 2, (4, 12)), np.sort(rng.integers(0, 4, (4, 12)), axis=1)
+    by_mask = position.default_positions(mask.shape, attention_mask=jnp.asarray(mask))
+    by_segment = position.default_positions(mask.shape, segment_ids=jnp.asarray(segments))
+    for b, t in np.ndindex(4, 12):
+        assert by_mask[b, t] == max(mask[b, : t + 1].sum() - 1, 0)
+        assert by_segment[b, t] == (segments[b, :t] == segments[b, t]).sum()
+    assert position.default_positions((2, 3)).tolist() == [[0, 1, 2]] * 2

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from hylorada_jax.math.attention import default_positions
+from hylorada_jax.math.position import default_positions
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.generate import generate

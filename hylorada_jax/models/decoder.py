@@ -9,7 +9,7 @@ float64), and norms, angles, softmax and logits in float32 at least.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math import rope
-from hylorada_jax.math.attention import Pattern, causal_mask, full_pattern, shifted_patterns
+from hylorada_jax.math.groups import shifted_patterns
 from hylorada_jax.math.loss import logits
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import DecoderLayer, RMSNorm, Step, Stream
 from hylorada_jax.trees import COLLECTION
@@ -117,15 +118,12 @@ class Decoder(nn.Module):
             key_positions = lax.dynamic_update_slice(cache.positions, own, (0, start))
             key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
 
-        def pattern(window: int | None) -> tuple[Pattern, ...]:
-            sees: dict[str, Any] = {"key_valid": key_valid, "segment_ids": segment_ids, "window": window}
-            if groups is not None:
-                return shifted_patterns(position_ids, *groups, **sees)
-            return full_pattern(causal_mask(slots, key_slots, **sees), position_ids, key_positions)
-
-        windows = {c.sliding_window if slides else None for slides in c.sliding_layers}
-        # Without a window first: a layer picks by its flag where there are two.
-        patterns = tuple(pattern(window) for window in sorted(windows, key=lambda w: w is not None))
+        patterns: tuple[Pattern, ...]
+        if groups is None:
+            segments = segment_ids, segment_ids
+            patterns = (Pattern(slots, key_slots, position_ids, key_positions, key_valid, *segments),)
+        else:
+            patterns = shifted_patterns(position_ids, *groups, key_valid=key_valid, segment_ids=segment_ids)
 
         stream = Stream(x, None if cache is None else (cache.keys, cache.values))
         step = Step(cos, sin, patterns, start)

@@ -6,7 +6,7 @@ intercepting its call. Attention finds its direct adaptation in the collection `
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,21 +16,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math import rope
-from hylorada_jax.math.attention import Pattern, attend
+from hylorada_jax.math.groups import attend
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.module_kinds import register
 
 
 class Step(NamedTuple):
-    """What all layers share in one forward pass.
-
-    ``patterns`` is what full attention sees, or sliding attention, or both in this order.
-    """
+    """What all layers share in one forward pass; the window of ``patterns`` is the layer's own."""
 
     cos: Float[Array, "batch query half"]
     sin: Float[Array, "batch query half"]
-    patterns: tuple[tuple[Pattern, ...], ...]
+    patterns: tuple[Pattern, ...]
     start: Int[Array, ""]
 
 
@@ -97,15 +95,24 @@ class DecoderAttention(nn.Module):
             value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
             stream = stream._replace(cache=(keys, values))
 
-        patterns = step.patterns[0]
-        if len(step.patterns) > 1:
-            slides = jnp.asarray(c.sliding_layers)[layer]
-            patterns = jax.tree.map(partial(jnp.where, slides), step.patterns[1], patterns)
+        window = _window(c, layer)
+        patterns = tuple(replace(pattern, window=window) for pattern in step.patterns)
         attended = attend(query, key, value, patterns, daa_of(self)).reshape(*x.shape[:2], -1)
         return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
 
 
 register(DecoderAttention, "attention")
+
+
+def _window(config: DecoderConfig, layer: Int[Array, ""]) -> int | Int[Array, ""] | None:
+    """The window of a layer; of layers that slide and others that do not, chosen while they run."""
+    if not any(config.sliding_layers):
+        return None
+    if all(config.sliding_layers):
+        return config.sliding_window
+    # No two slots are as far apart as the other number.
+    slides = jnp.asarray(config.sliding_layers)[layer]
+    return jnp.where(slides, jnp.int32(config.sliding_window), jnp.iinfo(jnp.int32).max)
 
 
 def activation(name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
-from hylorada_jax.math.attention import attend, shifted_patterns
+from hylorada_jax.math.groups import attend, shifted_patterns
 from hylorada_jax.math.position import NUM_BUCKETS, check_positions
 from hylorada_jax.math.relative_bias import relative_bias
 

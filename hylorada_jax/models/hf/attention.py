@@ -7,26 +7,21 @@ attention adaptation, packed documents and shifted sparse attention act here as 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from transformers.models.bert.modeling_flax_bert import FlaxBertSelfAttention
 from transformers.models.gpt2.modeling_flax_gpt2 import FlaxGPT2Attention
 from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
 from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.math.attention import (
-    DAA,
-    Pattern,
-    attend,
-    attention,
-    causal_mask,
-    default_positions,
-    full_pattern,
-    shifted_patterns,
-)
+from hylorada_jax.math.attention import DAA, attention
+from hylorada_jax.math.groups import attend, shifted_patterns
+from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.math.position import default_positions
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.module_kinds import called_class, register
 
@@ -109,7 +104,6 @@ class SharedAttention:
         patterns = self._patterns(query, key, start, module.causal)
         return attend(query, key, value, patterns, daa)
 
-    # Made anew in every layer, which may be rematerialised; compiled, it is a part of the softmax, no array.
     def _patterns(
         self,
         query: Float[Array, "batch query heads head_dim"],
@@ -133,12 +127,11 @@ class SharedAttention:
         # With a cache the mask is of all slots, and positions are counted from it there.
         key_positions = positions if start is None else default_positions(mask.shape, attention_mask=mask)
         slots = jnp.arange(queries) + (0 if start is None else start)
-        visible = (
-            causal_mask(slots, jnp.arange(keys), key_valid=valid, segment_ids=segments)
-            if causal
-            else _bidirectional_mask(valid, segments)
+        return (
+            Pattern(
+                slots, jnp.arange(keys), positions, key_positions, valid, segments, segments, causal=causal
+            ),
         )
-        return full_pattern(visible, positions, key_positions)
 
     def _t5(self, module: Any, call: Mapping[str, Any], daa: DAA | None) -> tuple[Array, Array]:
         """T5's call with DAA on S = q kᵀ; its relative bias and its mask, both added, come after."""
@@ -148,30 +141,18 @@ class SharedAttention:
         )
         batch, queries = query.shape[:2]
         start, key, value = _through_cache(module, query, key, value)
-        slots = jnp.arange(queries) + (0 if start is None else start)
+        slots, keys = jnp.arange(queries) + (0 if start is None else start), jnp.arange(key.shape[1])
+        positions = jnp.broadcast_to(slots, (batch, queries)), jnp.broadcast_to(keys, key.shape[:2])
+        sees_all = Pattern(slots, keys, *positions, causal=False)
         if bias is None:  # the first layer makes it for all of them
             mask = call["attention_mask"]
-            valid = jnp.ones(key.shape[:2], bool) if mask is None else mask > 0
             bias = module._create_position_bias(
                 key, query, None, call["init_cache"], queries, 0 if start is None else start
             )
-            visible = (
-                causal_mask(slots, jnp.arange(key.shape[1]), key_valid=valid)
-                if module.causal
-                else _bidirectional_mask(valid, None)
-            )
+            valid = None if mask is None else mask > 0
+            visible = replace(sees_all, key_valid=valid, causal=module.causal).mask()
             bias = bias + jnp.where(visible, 0, jnp.finfo(module.dtype).min).astype(module.dtype)
-        attended = attention(
-            query,
-            key,
-            value,
-            jnp.ones((bias.shape[0], 1, queries, key.shape[1]), bool),
-            daa=daa,
-            query_positions=jnp.broadcast_to(slots, (batch, queries)),
-            key_positions=jnp.broadcast_to(jnp.arange(key.shape[1]), key.shape[:2]),
-            bias=bias,
-            scale=1.0,
-        )
+        attended = attention(query, key, value, sees_all, daa=daa, bias=bias, scale=1.0)
         return module.o(module._merge_heads(attended)), bias
 
 
@@ -207,11 +188,3 @@ def _through_cache(
     start = module.get_variable("cache", "cache_index")
     key, value, _ = module._concatenate_to_cache(key, value, query, None)
     return start, key, value
-
-
-def _bidirectional_mask(
-    key_valid: Bool[Array, "batch key"], segment_ids: Int[Array, "batch key"] | None
-) -> Bool[Array, "batch 1 key key"]:
-    """What each token sees where later tokens are seen too."""
-    segments = jnp.zeros(key_valid.shape, int) if segment_ids is None else segment_ids
-    return (key_valid[:, None, :] & (segments[:, :, None] == segments[:, None, :]))[:, None]

@@ -16,7 +16,7 @@ from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
 from transformers.models.t5.modeling_flax_t5 import FlaxT5LayerNorm
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.math.attention import default_positions
+from hylorada_jax.math.position import default_positions
 from hylorada_jax.models.base_model import require_generation
 from hylorada_jax.models.families import flax_of, that_can
 from hylorada_jax.models.families.family import Flax
