@@ -58,6 +58,21 @@ def libtpu_directory() -> Path:
     return Path(found.origin).parents[1]
 
 
+def use_libtpu() -> None:
+    """Let JAX compile for TPUs, and look for none; before it is imported.
+
+    Raises:
+        HyLoRADAError: libtpu is not installed.
+    """
+    sys.path.append(str(libtpu_directory()))
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",  # else it asks the network which TPU this is
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is opened that two processes could not share
+        JAX_ENABLE_COMPILATION_CACHE="false",  # programs for a TPU that is not there cannot be read back
+    )
+
+
 def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool = False) -> None:
     """Compile every layer and training step for TPUs, and write tpu-compile.json.
 
@@ -67,13 +82,7 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
         small: of a tiny model instead of SmolLM2-135M, in a minute: what the test compiles.
     """
     refuse_unusable(output)
-    sys.path.append(str(libtpu_directory()))
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",  # else it asks the network which TPU this is
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is opened that two processes could not share
-        JAX_ENABLE_COMPILATION_CACHE="false",  # programs for a TPU that is not there cannot be read back
-    )
+    use_libtpu()
     from benchmarks import tpu_programs
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source

@@ -1,11 +1,12 @@
 """Layers and training steps, compiled for TPUs that are described and not there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -86,6 +87,47 @@ def compile_step(
     step = make_train_step(model, optimizer, training)
     lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
     return _record(lowered.compile())
+
+
+def compile_attention(
+    run: Callable[..., Array],
+    devices: Sequence[Any],
+    *,
+    length: int,
+    head_dim: int,
+    heads: int = 8,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Record:
+    """The record of attention and its gradients, of one packed row on every device, four heads for a key.
+
+    Args:
+        run: ``run(query, key, value, segment_ids=, …)``.
+        devices: from :func:`topology_devices`.
+        length: tokens of a row.
+        head_dim: numbers of a head.
+        heads: of the queries.
+        dtype: of queries, keys and values.
+        **options: handed on; arrays have gradients too.
+    """
+    mesh = _mesh(devices)
+    arrays = {name: option for name, option in options.items() if isinstance(option, jax.ShapeDtypeStruct)}
+    rest = {name: option for name, option in options.items() if name not in arrays}
+    tensors = [
+        jax.ShapeDtypeStruct((len(devices), length, n, head_dim), dtype) for n in (heads, *[heads // 4] * 2)
+    ]
+
+    def gradients(tensors: Any, arrays: Any, segment_ids: Array, g: Array) -> Any:
+        def attended(tensors: Any, arrays: Any) -> Array:
+            return run(*tensors, segment_ids=segment_ids, scale=head_dim**-0.5, **arrays, **rest)
+
+        out, pull = jax.vjp(attended, tensors, arrays)
+        return out, pull(g)
+
+    segments = jax.ShapeDtypeStruct((len(devices), length), jnp.int32)
+    shapes = _on(mesh, tensors, "data"), _on(mesh, arrays), *_on(mesh, (segments, tensors[0]), "data")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return _record(jax.jit(gradients).lower(*shapes).compile())
 
 
 def to_lora(record: Mapping[str, float], lora: Mapping[str, float]) -> Record:

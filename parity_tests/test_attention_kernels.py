@@ -19,11 +19,11 @@ KERNELS: dict[str, tuple[Callable[..., jax.Array], int, bool]] = {
     "splash": (splash_attention, 128, False),
     "distance": (distance_attention, 16, True),
 }
-# Of 4 heads over 2 of keys and values, and an α for each, unless said otherwise.
+# Of 4 heads over 2 of keys and values, and a bias for each, unless said otherwise.
 CASES: dict[str, dict[str, Any]] = {
     "segments": {"segments": True},
     "window": {"window": 20, "soft_cap": 2.0, "kv_heads": 1, "adapted": 1},
-    "bidirectional": {"causal": False, "scale": 0.5, "kv_heads": 4},
+    "bidirectional": {"causal": False, "kv_heads": 4},
 }
 
 
@@ -34,7 +34,6 @@ def draw(length, *, kv_heads, adapted, segments, position_bias):
         "query": rng.normal(size=(2, length, 4, 8)),
         "key": rng.normal(size=(2, length, kv_heads, 8)),
         "value": rng.normal(size=(2, length, kv_heads, 8)),
-        "alpha": rng.uniform(0.5, 1.5, adapted),
     }
     if position_bias:
         numbers["position_bias"] = rng.normal(size=(64, adapted))
@@ -47,19 +46,17 @@ def formula(
     key,
     value,
     *,
-    alpha,
+    scale,
     position_bias=None,
     segment_ids=None,
     causal=True,
     window=None,
     soft_cap=None,
-    scale=None,
 ):
-    """Attention as it is written down, α in the queries; sums in float32 at least."""
+    """Attention as it is written down; sums in float32 at least."""
     wide = partial(jnp.einsum, preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
-    query = (query * alpha[:, None]).astype(query.dtype)
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    logits = wide("bqhd,bkhd->bhqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = wide("bqhd,bkhd->bhqk", query, key) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     slots = np.arange(query.shape[1])
@@ -77,7 +74,7 @@ def formula(
 
 
 def pulled(run, numbers, cotangent, dtype):
-    """What a function gives, and its gradients, all in float64; α and the table are float32 at least."""
+    """What a function gives, and its gradients, all in float64; the table is float32 at least."""
     tensors, wide = ("query", "key", "value"), jnp.promote_types(dtype, jnp.float32)
     arrays = {name: jnp.asarray(x, dtype if name in tensors else wide) for name, x in numbers.items()}
 
@@ -97,7 +94,7 @@ def pulled(run, numbers, cotangent, dtype):
 )
 def test_a_kernel_and_its_gradients_equal_the_formula(kernel, case, dtype):
     run, block, biased = KERNELS[kernel]
-    options = {"kv_heads": 2, "adapted": 4, "segments": False} | CASES[case]
+    options = {"scale": 0.4, "kv_heads": 2, "adapted": 4, "segments": False} | CASES[case]
     asked = {name: options.pop(name) for name in ("kv_heads", "adapted", "segments")}
     # Three blocks, the last not full.
     numbers, cotangent, ids = draw(5 * block // 2, **asked, position_bias=biased)
@@ -119,5 +116,7 @@ def test_a_kernel_and_its_gradients_equal_the_formula(kernel, case, dtype):
 
 def test_a_window_may_be_chosen_while_the_program_runs():
     numbers, _, _ = draw(40, kv_heads=2, adapted=4, segments=False, position_bias=True)
-    run = partial(distance_attention, **jax.tree.map(jnp.float32, numbers), block=16, interpret=True)
+    run = partial(
+        distance_attention, **jax.tree.map(jnp.float32, numbers), block=16, interpret=True, scale=0.4
+    )
     np.testing.assert_array_equal(jax.jit(lambda window: run(window=window))(7), run(window=7))

@@ -18,38 +18,35 @@ def distance_attention(
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
     *,
-    alpha: Float[Array, " heads_or_1"] | None = None,
+    scale: float,
     position_bias: Float[Array, "buckets heads_or_1"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
     causal: bool = True,
     window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
-    scale: float | None = None,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Self-attention of whole rows with HyLoRADA's position bias, without an array of [query, key].
 
-        S = α·scale · q kᵀ,   softmax(soft_cap · tanh(S / soft_cap) + position_bias[bucket(q − k)]
-                                      where visible) v
+        S = scale · q kᵀ,   S' = soft_cap · tanh(S / soft_cap) + position_bias[bucket(q − k)]
+        softmax(S' where visible) v
 
-    The distance q − k is that of the places in the row: position ids must count up within a segment. α and
-    scale are multiplied into the queries, in float32, and rounded to their dtype once; weights are rounded to
-    value's dtype before they are multiplied, their sum is not. Padding is a segment of its own: it sees
-    padding, which is finite and has finite gradients, where the dense formula lets it see tokens; nothing
-    reads either.
+    The distance q − k is that of the places in the row: position ids must count up within a segment. The
+    scale is multiplied into the queries, and they are rounded to their dtype: no rounding where it is a power
+    of two. Padding is a segment of its own: it sees padding, which is finite and has finite gradients, where
+    the dense formula lets it see tokens; nothing reads either.
 
     Args:
-        query: queries, float32 or bfloat16.
+        query: queries, float32 or bfloat16, multiplied by α.
         key: keys of the same tokens; heads is a multiple of kv_heads. They are never repeated.
         value: values.
-        alpha: DAA's factor of the logits, per query head or one for all.
+        scale: of the logits.
         position_bias: DAA's bias per bucket of distances and head.
         segment_ids: a token sees those of its own segment; None: all of the row.
         causal: a token sees none that is later in the row.
         window: of the tokens before it a token sees window − 1; None: all. It may be traced.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
-        scale: of the logits; None takes 1/√head_dim.
         block: tokens of a block, a multiple of 128; None takes what suits the length.
         interpret: runs the kernel's program step by step, on any platform, for tests.
 
@@ -59,13 +56,10 @@ def distance_attention(
     Source:
         Dao et al. 2022 (FlashAttention), arXiv:2205.14135; method.md §3.
     """
-    length, heads, head_dim = query.shape[1:]
+    length, heads = query.shape[1:3]
     size = block_length(length) if block is None else block
-    factor = jnp.float32(head_dim**-0.5 if scale is None else scale)
-    if alpha is not None:
-        factor = factor * alpha.astype(jnp.float32)[:, None]
-    query = (query * factor).astype(query.dtype)
-    rows, segments = padded_rows((query, key, value), segment_ids, size, later_seen=not causal)
+    scaled = (query * jnp.float32(scale)).astype(query.dtype)
+    rows, segments = padded_rows((scaled, key, value), segment_ids, size, later_seen=not causal)
 
     long = rows[0].shape[2]
     reach = window if isinstance(window, int) else None

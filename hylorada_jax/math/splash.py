@@ -1,7 +1,7 @@
 """Attention by jax's splash kernel for TPUs: memory in proportion to the length, no position bias.
 
 The kernel is jax's own (``jax.experimental.pallas.ops.tpu.splash_attention``). What is here hands it rows of
-any length, α in the queries, and padding as a document of its own.
+any length, and padding as a document of its own.
 """
 
 from __future__ import annotations
@@ -23,33 +23,31 @@ def splash_attention(
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
     *,
-    alpha: Float[Array, " heads_or_1"] | None = None,
+    scale: float,
     segment_ids: Int[Array, "batch seq"] | None = None,
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
-    scale: float | None = None,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Self-attention of whole rows without an array of [query, key], compiled for TPUs.
 
-        S = α·scale · q kᵀ,   softmax(soft_cap · tanh(S / soft_cap) where visible) v
+        S = scale · q kᵀ,   softmax(soft_cap · tanh(S / soft_cap) where visible) v
 
-    α and scale are multiplied into the queries, in float32, and rounded to their dtype once. Padding is a
-    segment of its own: it sees padding, which is finite and has finite gradients, where the dense formula
-    lets it see tokens; nothing reads either.
+    The scale is multiplied into the queries, and they are rounded to their dtype: no rounding where it is a
+    power of two. Padding is a segment of its own: it sees padding, which is finite and has finite gradients,
+    where the dense formula lets it see tokens; nothing reads either.
 
     Args:
-        query: queries, float32 or bfloat16.
+        query: queries, float32 or bfloat16, multiplied by α.
         key: keys of the same tokens; heads is a multiple of kv_heads. They are never repeated.
         value: values.
-        alpha: DAA's factor of the logits, per query head or one for all.
+        scale: of the logits.
         segment_ids: a token sees those of its own segment; None: all of the row.
         causal: a token sees none that is later in the row.
         window: of the tokens before it a token sees window − 1; None: all.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
-        scale: of the logits; None takes 1/√head_dim.
         block: tokens of a block, a multiple of 128; None takes what suits the length.
         interpret: runs the kernel's program step by step, on any platform, for tests.
 
@@ -59,13 +57,10 @@ def splash_attention(
     Source:
         Dao et al. 2022 (FlashAttention), arXiv:2205.14135; the kernel is jax's.
     """
-    length, heads, head_dim = query.shape[1:]
+    length, heads = query.shape[1:3]
     size = block_length(length) if block is None else block
-    factor = jnp.float32(head_dim**-0.5 if scale is None else scale)
-    if alpha is not None:
-        factor = factor * alpha.astype(jnp.float32)[:, None]
-    query = (query * factor).astype(query.dtype)
-    rows, segments = padded_rows((query, key, value), segment_ids, size, later_seen=not causal)
+    scaled = (query * jnp.float32(scale)).astype(query.dtype)
+    rows, segments = padded_rows((scaled, key, value), segment_ids, size, later_seen=not causal)
     long = rows[0].shape[2]
     run = _kernel(heads, long, size, causal, window, soft_cap, interpret)
     blocks = visible_blocks(long, size, causal=causal, window=window).shape[1]
@@ -99,7 +94,7 @@ def _kernel(
         f"block_{name}": size
         for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     }
-    with jax.ensure_compile_time_eval():  # its tables of blocks are constants, also where a program is traced
+    with jax.core.eval_context():  # its tables of blocks are constants, also where a program is traced
         return splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**sizes),
