@@ -2,11 +2,21 @@
 
 import pytest
 
-from benchmarks import optimize_hylorada, run_benchmark, step_time, time_series, tpu_compile
+from benchmarks import (
+    attention_blocks,
+    optimize_hylorada,
+    run_benchmark,
+    step_time,
+    time_series,
+    tpu_compile,
+)
 from hylorada_jax.errors import CheckpointError
 
 
-@pytest.mark.parametrize("benchmark", [optimize_hylorada, run_benchmark, step_time, time_series, tpu_compile])
+@pytest.mark.parametrize(
+    "benchmark",
+    [attention_blocks, optimize_hylorada, run_benchmark, step_time, time_series, tpu_compile],
+)
 def test_an_output_that_cannot_be_written_is_reported_before_anything_is_measured(tmp_path, benchmark):
     (tmp_path / "output").symlink_to(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="The output must be a directory"):
