@@ -14,6 +14,7 @@ from benchmarks.hlo_cost import program_cost
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -102,7 +103,7 @@ def compile_attention(
     """The record of attention and its gradients, of one packed row on every device, four heads for a key.
 
     Args:
-        run: ``run(query, key, value, segment_ids=, …)``.
+        run: ``run(query, key, value, pattern, scale=, …)``, for TPUs.
         devices: from :func:`topology_devices`.
         length: tokens of a row.
         head_dim: numbers of a head.
@@ -119,7 +120,8 @@ def compile_attention(
 
     def gradients(tensors: Any, arrays: Any, segment_ids: Array, g: Array) -> Any:
         def attended(tensors: Any, arrays: Any) -> Array:
-            return run(*tensors, segment_ids=segment_ids, scale=head_dim**-0.5, **arrays, **rest)
+            pattern = Pattern.of_rows(segment_ids, segment_ids=segment_ids)
+            return run(*tensors, pattern, scale=head_dim**-0.5, **arrays, **rest)
 
         out, pull = jax.vjp(attended, tensors, arrays)
         return out, pull(g)

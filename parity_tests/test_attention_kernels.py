@@ -1,6 +1,7 @@
 """The TPU kernels of attention, run step by step on this machine, against the plain formula in float64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.attention import DAA, attention
 from hylorada_jax.math.distance_attention import distance_attention
-from hylorada_jax.math.position import MAX_DISTANCE, relative_buckets
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.splash import splash_attention
 from parity_tests.tolerances import BFLOAT16, LAYER, UNIT_ROUNDOFF, relative_error
 
@@ -19,7 +22,7 @@ KERNELS: dict[str, tuple[Callable[..., jax.Array], int, bool]] = {
     "splash": (splash_attention, 128, False),
     "distance": (distance_attention, 16, True),
 }
-# Of 4 heads over 2 of keys and values, and a bias for each, unless said otherwise.
+# Of 4 heads over 2 of keys and values, and α and a bias for each, unless said otherwise.
 CASES: dict[str, dict[str, Any]] = {
     "segments": {"segments": True},
     "window": {"window": 20, "soft_cap": 2.0, "kv_heads": 1, "adapted": 1},
@@ -27,61 +30,43 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(length, *, kv_heads, adapted, segments, position_bias):
-    """(the numbers of which there are gradients, a cotangent, segments)."""
+def draw(length, *, kv_heads=2, adapted=4, segments=False, position_bias=False, **facts):
+    """(the numbers of which there are gradients, what is seen); document 0 is padding, in front."""
     rng = np.random.default_rng(0)
     numbers = {
         "query": rng.normal(size=(2, length, 4, 8)),
         "key": rng.normal(size=(2, length, kv_heads, 8)),
         "value": rng.normal(size=(2, length, kv_heads, 8)),
+        "alpha": rng.uniform(0.5, 1.5, adapted),
     }
     if position_bias:
         numbers["position_bias"] = rng.normal(size=(64, adapted))
     ids = jnp.asarray(np.sort(rng.integers(0, 4, (2, length)), axis=1)) if segments else None
-    return numbers, rng.normal(size=numbers["query"].shape), ids
+    positions = jnp.broadcast_to(jnp.arange(length), (2, length))
+    valid = None if ids is None else ids > 0
+    return numbers, Pattern.of_rows(positions, segment_ids=ids, key_valid=valid, **facts)
 
 
-def formula(
-    query,
-    key,
-    value,
-    *,
-    scale,
-    position_bias=None,
-    segment_ids=None,
-    causal=True,
-    window=None,
-    soft_cap=None,
-):
-    """Attention as it is written down; sums in float32 at least."""
-    wide = partial(jnp.einsum, preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
-    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    logits = wide("bqhd,bkhd->bhqk", query, key) * scale
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    slots = np.arange(query.shape[1])
-    distance = slots[:, None] - slots
-    if position_bias is not None:
-        buckets = relative_buckets()[distance + MAX_DISTANCE - 1]
-        logits = logits + jnp.moveaxis(position_bias[buckets], -1, 0)
-    visible = (distance >= 0) | (not causal)
-    if window is not None:
-        visible = visible & (distance < window)
-    if segment_ids is not None:
-        visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1).astype(value.dtype)
-    return wide("bhqk,bkhd->bqhd", weights, value).astype(query.dtype)
+def formula(query, key, value, pattern, *, alpha, position_bias=None, **settings):
+    daa = DAA(alpha, jnp.zeros(1), position_bias)
+    return attention(query, key, value, pattern, daa=daa, **settings)
 
 
-def pulled(run, numbers, cotangent, dtype):
-    """What a function gives, and its gradients, all in float64; the table is float32 at least."""
-    tensors, wide = ("query", "key", "value"), jnp.promote_types(dtype, jnp.float32)
-    arrays = {name: jnp.asarray(x, dtype if name in tensors else wide) for name, x in numbers.items()}
+def by_kernel(run, query, key, value, pattern, *, alpha, **settings):
+    return run((query * alpha[:, None]).astype(query.dtype), key, value, pattern, interpret=True, **settings)
+
+
+def pulled(run, numbers, pattern, dtype):
+    """What a function gives tokens, and its gradients, in float64; α and the table are float32 at least."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    arrays = {name: jnp.asarray(x, dtype if x.ndim == 4 else wide) for name, x in numbers.items()}
+    tokens = True if pattern.key_valid is None else pattern.key_valid[..., None, None]
+    cotangent = np.random.default_rng(1).normal(size=numbers["query"].shape) * tokens
 
     @jax.jit
     def forward_and_back(arrays, cotangent):
-        out, pull = jax.vjp(lambda arrays: run(**arrays), arrays)
-        return {"out": out} | pull(cotangent)[0]
+        out, pull = jax.vjp(lambda arrays: run(pattern=pattern, **arrays), arrays)
+        return {"out": out * tokens} | pull(cotangent)[0]
 
     found = forward_and_back(arrays, jnp.asarray(cotangent, dtype))
     return {name: np.asarray(x, np.float64) for name, x in found.items()}
@@ -94,18 +79,15 @@ def pulled(run, numbers, cotangent, dtype):
 )
 def test_a_kernel_and_its_gradients_equal_the_formula(kernel, case, dtype):
     run, block, biased = KERNELS[kernel]
-    options = {"scale": 0.4, "kv_heads": 2, "adapted": 4, "segments": False} | CASES[case]
-    asked = {name: options.pop(name) for name in ("kv_heads", "adapted", "segments")}
+    facts = dict(CASES[case])
+    options = {"scale": 0.5, "soft_cap": facts.pop("soft_cap", None)}
     # Three blocks, the last not full.
-    numbers, cotangent, ids = draw(5 * block // 2, **asked, position_bias=biased)
-    options["segment_ids"] = ids
-    # Of the very numbers that the kernel gets.
-    given = {n: np.asarray(jnp.asarray(x, dtype if x.ndim == 4 else "float32")) for n, x in numbers.items()}
-    cotangent = np.asarray(jnp.asarray(cotangent, dtype), np.float64)
+    numbers, pattern = draw(5 * block // 2, position_bias=biased, **facts)
+    numbers = {n: np.asarray(jnp.asarray(x, dtype if x.ndim == 4 else "float32")) for n, x in numbers.items()}
     with jax.enable_x64(True):
-        exact = pulled(partial(formula, **options), given, cotangent, "float64")
-    own = partial(run, **options, block=block, interpret=True)
-    got, plain = (pulled(run, given, cotangent, dtype) for run in (own, partial(formula, **options)))
+        exact = pulled(partial(formula, **options), numbers, pattern, "float64")
+    plain = pulled(partial(formula, **options), numbers, pattern, dtype)
+    got = pulled(partial(by_kernel, run, block=block, **options), numbers, pattern, dtype)
     for name, expected in exact.items():
         allowed = LAYER["float32"]
         if dtype == "bfloat16":
@@ -115,8 +97,18 @@ def test_a_kernel_and_its_gradients_equal_the_formula(kernel, case, dtype):
 
 
 def test_a_window_may_be_chosen_while_the_program_runs():
-    numbers, _, _ = draw(40, kv_heads=2, adapted=4, segments=False, position_bias=True)
-    run = partial(
-        distance_attention, **jax.tree.map(jnp.float32, numbers), block=16, interpret=True, scale=0.4
-    )
-    np.testing.assert_array_equal(jax.jit(lambda window: run(window=window))(7), run(window=7))
+    numbers, pattern = draw(40, position_bias=True)
+    numbers = {name: jnp.float32(x) for name, x in numbers.items()}
+
+    def run(window):
+        own = replace(pattern, window=window)
+        return by_kernel(distance_attention, pattern=own, scale=0.5, block=16, **numbers)
+
+    np.testing.assert_array_equal(jax.jit(run)(7), run(7))
+
+    def by_splash(window):
+        query = numbers["query"]
+        return splash_attention(query, query, query, replace(pattern, window=window), scale=0.5)
+
+    with pytest.raises(ConfigError, match="one window"):
+        jax.jit(by_splash)(7)

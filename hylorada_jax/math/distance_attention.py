@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from hylorada_jax.math.distance_kernels import HIDDEN, attended
 from hylorada_jax.math.kernel_grid import Settings
-from hylorada_jax.math.kernel_rows import block_length, in_shards, padded_rows
+from hylorada_jax.math.kernel_rows import block_length, in_shards, own_segments, padded_rows
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import relative_bias
 
 
@@ -17,12 +18,10 @@ def distance_attention(
     query: Float[Array, "batch seq heads head_dim"],
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
+    pattern: Pattern,
     *,
     scale: float,
     position_bias: Float[Array, "buckets heads_or_1"] | None = None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-    causal: bool = True,
-    window: int | Int[Array, ""] | None = None,
     soft_cap: float | None = None,
     block: int | None = None,
     interpret: bool = False,
@@ -32,7 +31,7 @@ def distance_attention(
         S = scale · q kᵀ,   S' = soft_cap · tanh(S / soft_cap) + position_bias[bucket(q − k)]
         softmax(S' where visible) v
 
-    The distance q − k is that of the places in the row: position ids must count up within a segment. The
+    The distance q − k is that of places in the row: positions must count up by one within a segment. The
     scale is multiplied into the queries, and they are rounded to their dtype: no rounding where it is a power
     of two. Padding is a segment of its own: it sees padding, which is finite and has finite gradients, where
     the dense formula lets it see tokens; nothing reads either.
@@ -41,11 +40,9 @@ def distance_attention(
         query: queries, float32 or bfloat16, multiplied by α.
         key: keys of the same tokens; heads is a multiple of kv_heads. They are never repeated.
         value: values.
+        pattern: of whole rows, as :meth:`Pattern.of_rows` makes it.
         scale: of the logits.
         position_bias: DAA's bias per bucket of distances and head.
-        segment_ids: a token sees those of its own segment; None: all of the row.
-        causal: a token sees none that is later in the row.
-        window: of the tokens before it a token sees window − 1; None: all. It may be traced.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
         block: tokens of a block, a multiple of 128; None takes what suits the length.
         interpret: runs the kernel's program step by step, on any platform, for tests.
@@ -59,9 +56,12 @@ def distance_attention(
     length, heads = query.shape[1:3]
     size = block_length(length) if block is None else block
     scaled = (query * jnp.float32(scale)).astype(query.dtype)
-    rows, segments = padded_rows((scaled, key, value), segment_ids, size, later_seen=not causal)
+    rows, segments = padded_rows(
+        (scaled, key, value), own_segments(pattern), size, later_seen=not pattern.causal
+    )
 
     long = rows[0].shape[2]
+    causal, window = pattern.causal, pattern.window
     reach = window if isinstance(window, int) else None
     settings = Settings(size, causal, reach, soft_cap, position_bias is not None, interpret)
     distances = jnp.arange(-settings.origin(long), long, dtype=jnp.int32)

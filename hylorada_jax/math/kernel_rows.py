@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-# The segment of what fills rows up to whole blocks; documents count from 0.
+from hylorada_jax.math.pattern import Pattern
+
+# The segment of padding, and of what fills rows up to whole blocks; documents count from 0.
 FILLING = -1
 
 
@@ -44,6 +46,14 @@ def visible_blocks(length: int, size: int, *, causal: bool, window: int | None) 
 def nearest(apart: Any, size: int) -> Any:
     """The smallest distance of a query from a key in blocks that are so many blocks apart."""
     return (apart - 1) * size + 1
+
+
+def own_segments(pattern: Pattern) -> Int[Array, "batch seq"] | None:
+    """The segments of a pattern of whole rows, where padding is a segment of its own."""
+    if pattern.key_valid is None:
+        return pattern.query_segments
+    segments = jnp.int32(0) if pattern.query_segments is None else pattern.query_segments
+    return jnp.where(pattern.key_valid, segments, FILLING)
 
 
 def padded_rows(

@@ -13,20 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from hylorada_jax.math.kernel_rows import block_length, in_shards, padded_rows, visible_blocks
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.kernel_rows import block_length, in_shards, own_segments, padded_rows, visible_blocks
+from hylorada_jax.math.pattern import Pattern
 
 
 def splash_attention(
     query: Float[Array, "batch seq heads head_dim"],
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
+    pattern: Pattern,
     *,
     scale: float,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-    causal: bool = True,
-    window: int | None = None,
     soft_cap: float | None = None,
     block: int | None = None,
     interpret: bool = False,
@@ -43,10 +43,8 @@ def splash_attention(
         query: queries, float32 or bfloat16, multiplied by α.
         key: keys of the same tokens; heads is a multiple of kv_heads. They are never repeated.
         value: values.
+        pattern: of whole rows, as :meth:`Pattern.of_rows` makes it, with a window that is not traced.
         scale: of the logits.
-        segment_ids: a token sees those of its own segment; None: all of the row.
-        causal: a token sees none that is later in the row.
-        window: of the tokens before it a token sees window − 1; None: all.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
         block: tokens of a block, a multiple of 128; None takes what suits the length.
         interpret: runs the kernel's program step by step, on any platform, for tests.
@@ -54,16 +52,28 @@ def splash_attention(
     Returns:
         The attended values in query's dtype.
 
+    Raises:
+        ConfigError: the window is traced.
+
     Source:
         Dao et al. 2022 (FlashAttention), arXiv:2205.14135; the kernel is jax's.
     """
     length, heads = query.shape[1:3]
+    window = pattern.window
+    if not (window is None or isinstance(window, int)):
+        raise ConfigError(
+            "The splash kernel is compiled for one window.",
+            f"window={window}",
+            "Take another implementation.",
+        )
     size = block_length(length) if block is None else block
     scaled = (query * jnp.float32(scale)).astype(query.dtype)
-    rows, segments = padded_rows((scaled, key, value), segment_ids, size, later_seen=not causal)
+    rows, segments = padded_rows(
+        (scaled, key, value), own_segments(pattern), size, later_seen=not pattern.causal
+    )
     long = rows[0].shape[2]
-    run = _kernel(heads, long, size, causal, window, soft_cap, interpret)
-    blocks = visible_blocks(long, size, causal=causal, window=window).shape[1]
+    run = _kernel(heads, long, size, pattern.causal, window, soft_cap, interpret)
+    blocks = visible_blocks(long, size, causal=pattern.causal, window=window).shape[1]
 
     def of_row(query: Array, key: Array, value: Array, own: Array | None) -> Array:
         # The kernel states no cost; benchmarks/hlo_cost.py reads it off this name.
