@@ -45,8 +45,12 @@ class DirectAttentionAdapter(nn.Module):
         self.alpha = nn.Parameter(torch.ones(self.columns, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(self.columns, dtype=dtype))
 
-    def forward(self, scores: Tensor) -> Tensor:
+    def forward(self, scores: Tensor, *, soft_cap: float | None = None) -> Tensor:
         """S' of S = q kᵀ/√head_dim [batch, heads, query, key], before the mask.
+
+        Args:
+            scores: S.
+            soft_cap: bound of α·S, where the model has one for its logits.
 
         Raises:
             ConfigError: the scores have another number of heads.
@@ -57,7 +61,7 @@ class DirectAttentionAdapter(nn.Module):
                 f"{self.columns} values for {scores.shape[1]} heads",
                 f"Make it with num_heads={scores.shape[1]}.",
             )
-        return self.alpha[:, None, None] * scores + self.beta[:, None, None]
+        return capped(self.alpha[:, None, None] * scores, soft_cap) + self.beta[:, None, None]
 
 
 class PositionalDAA(DirectAttentionAdapter):
@@ -86,7 +90,12 @@ class PositionalDAA(DirectAttentionAdapter):
         self.position_bias = nn.Parameter(torch.zeros(BUCKETS, self.columns, dtype=dtype))
 
     def forward(
-        self, scores: Tensor, query_positions: Tensor | None = None, key_positions: Tensor | None = None
+        self,
+        scores: Tensor,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        *,
+        soft_cap: float | None = None,
     ) -> Tensor:
         """S' of S.
 
@@ -94,6 +103,7 @@ class PositionalDAA(DirectAttentionAdapter):
             scores: [batch, heads, query, key], q kᵀ/√head_dim, before the mask.
             query_positions: [batch, query] position ids; 0, 1, 2 … when both are None, in self-attention.
             key_positions: [batch, key] position ids.
+            soft_cap: bound of α·S, where the model has one for its logits.
 
         Returns:
             [batch, heads, query, key].
@@ -117,7 +127,12 @@ class PositionalDAA(DirectAttentionAdapter):
         check_positions(key_positions, batch, keys)
         distance = query_positions[:, :, None] - key_positions[:, None, :]
         buckets = torch.from_numpy(relative_buckets(distance.numpy(force=True)))
-        return super().forward(scores) + self.position_bias[buckets].permute(0, 3, 1, 2)
+        return super().forward(scores, soft_cap=soft_cap) + self.position_bias[buckets].permute(0, 3, 1, 2)
+
+
+def capped(scores: Tensor, soft_cap: float | None) -> Tensor:
+    """cap · tanh(scores / cap); the scores themselves when cap is None (Gemma Team, "Gemma 2", 2024, §2)."""
+    return scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
 
 
 def attend(
@@ -130,11 +145,13 @@ def attend(
     positions: tuple[Tensor | None, Tensor | None] = (None, None),
     bias: Tensor | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention, its logits adapted.
 
         softmax(DAA(scale · q kᵀ) + bias, where visible) v      query head h reads key head ⌊h·kv_heads/heads⌋
+        DAA(S) = cap · tanh(α·S / cap) + β + position_bias[bucket(q − k)]
 
     Args:
         query: [batch, heads, query, head_dim].
@@ -146,6 +163,7 @@ def attend(
         positions: position ids [batch, query] and [batch, key], for a `PositionalDAA`.
         bias: broadcastable to [batch, heads, query, key], added as it is.
         scale: 1/√head_dim when None.
+        soft_cap: bound of the logits before anything is added to them; none when None.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -159,9 +177,11 @@ def attend(
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.shape[-1] ** -0.5 if scale is None else scale) * query.to(wide) @ key.to(wide).mT
     if isinstance(daa, PositionalDAA):
-        scores = daa(scores, *positions)
+        scores = daa(scores, *positions, soft_cap=soft_cap)
     elif daa is not None:
-        scores = daa(scores)
+        scores = daa(scores, soft_cap=soft_cap)
+    else:
+        scores = capped(scores, soft_cap)
     if bias is not None:
         scores = scores + bias
     if visible is not None:

@@ -26,6 +26,7 @@ TESTS = {
     "unified": _tests("layers", "hylorada-"),
     "position": _tests("layers", "position or buckets"),
     "daa": _tests("layers", "direct_attention or positional_attention"),
+    "blocks": ("hylorada_jax/math/blockwise_test.py", "-k", "float64"),
     "groups": _tests("layers", "shifted_sparse_attention"),
     "sparse": _tests("layers", "topk_gate or sparse_adapter"),
     "structure": _tests("layers", "encoder or buckets"),
@@ -190,21 +191,18 @@ _OF_JAX = [
     *_faults(
         "laws",
         "hylorada_jax.math.attention",
-        (
-            "mask before DAA",
-            "jnp.where(mask, logits, jnp.finfo(dtype).min)",
-            "jnp.where(mask, logits, jnp.finfo(dtype).min * (daa.alpha[:, None, None] if daa else 1))",
-        ),
+        ("mask left out", "jnp.where(mask, scores, ", "jnp.where(mask | True, scores, "),
         (
             "α scales the bias too",
-            "additions.append(relative_bias(",
-            "additions.append(daa.alpha[:, None, None] * relative_bias(",
+            "daa.beta, daa.position_bias\n",
+            "daa.beta, daa.position_bias if daa.position_bias is None else daa.alpha * daa.position_bias\n",
         ),
         (
             "bias scaled by 1/√d",
             "additions.append(relative_bias(",
-            "additions.append(head_dim**-0.5 * relative_bias(",
+            "additions.append(logits.scale * relative_bias(",
         ),
+        ("soft cap of the logits missing", "jnp.tanh(scores / logits.soft_cap)", "scores / logits.soft_cap"),
         ("α added", "query = (query * daa.alpha", "query = (query + daa.alpha"),
         (
             "query heads interleaved",
@@ -216,6 +214,25 @@ _OF_JAX = [
         "laws",
         "hylorada_jax.math.pattern",
         ("causality by <", "distance >= 0 if self", "distance > 0 if self"),
+    ),
+    *_faults(
+        "blocks",
+        "hylorada_jax.math.blockwise",
+        ("sums of earlier blocks not rescaled", "mass * rescale + p.sum", "mass + p.sum"),
+        ("derivative of the softmax without its mean", "p * (dp - delta[..., None])", "p * dp"),
+        ("derivative of the soft cap missing", "ds * (1 - jnp.square(", "ds * (1 - 0 * jnp.square("),
+        ("keys of another block", "dks.at[j].add(dk)", "dks.at[0].add(dk)"),
+        ("rows that see nothing are zero", "jnp.where(seen, rows, mean)", "jnp.where(seen, rows, 0 * mean)"),
+    ),
+    *_faults(
+        "blocks",
+        "hylorada_jax.math.blocks",
+        (
+            "the last block is left out",
+            "jnp.where(visible.any(axis=1), behind,",
+            "jnp.where(visible.any(axis=1), behind - 1,",
+        ),
+        ("what pads is visible", "cut(valid, 1, of_keys)", "cut(valid, 1, of_keys, repeat=True)"),
     ),
     # Shifted sparse attention
     *_faults(
@@ -441,7 +458,7 @@ _OF_TORCH = [
     *_faults(
         "daa",
         "hylorada_torch.attention",
-        ("torch: β scales", "* scores + self.beta", "* scores * self.beta"),
+        ("torch: β scales", "* scores, soft_cap) + self.beta", "* scores, soft_cap) * self.beta"),
     ),
     *_faults(
         "laws",

@@ -14,7 +14,7 @@ import hylorada_jax
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import position as jax_position
-from hylorada_jax.math.attention import DAA, attention
+from hylorada_jax.math.attention import DAA, IMPLEMENTATIONS, attention
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.plan import DROPOUT_RATE
@@ -27,7 +27,9 @@ from parity_tests.models import CONFIGS, build, torch_results
 from parity_tests.tolerances import LAYER, MODEL, relative_error
 
 
-def test_attention_hides_what_is_masked_whatever_daa_does():
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attention_hides_what_is_masked_whatever_daa_does(implementation, soft_cap):
     """An α below zero would turn a masked logit into the largest one, were the mask there before it."""
     rng = np.random.default_rng(0)
     leaves = {
@@ -49,7 +51,7 @@ def test_attention_hides_what_is_masked_whatever_daa_does():
     query, key, value = (tensors[name].transpose(1, 2) for name in ("query", "key", "value"))
     visible = torch.tensor(np.tril(np.ones((6, 6), bool)) & valid[:, None, None])
     at = torch.tensor(positions)
-    y = attend(query, key, value, visible, daa=daa, positions=(at, at)).transpose(1, 2)
+    y = attend(query, key, value, visible, daa=daa, positions=(at, at), soft_cap=soft_cap).transpose(1, 2)
     gradients = torch.autograd.grad(y, list(tensors.values()), torch.tensor(cotangent))
 
     @jax.jit
@@ -57,7 +59,8 @@ def test_attention_hides_what_is_masked_whatever_daa_does():
         def attended(leaves):
             query, key, value, *of_daa = (leaves[name] for name in tensors)
             pattern = Pattern.of_rows(positions, key_valid=valid)
-            return attention(query, key, value, pattern, daa=DAA(*of_daa))
+            options = {"soft_cap": soft_cap, "implementation": implementation}
+            return attention(query, key, value, pattern, daa=DAA(*of_daa), **options)
 
         y, pull_back = jax.vjp(attended, leaves)
         return y, pull_back(cotangent)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,7 @@ def attend(
     value: Float[Array, "batch key kv_heads head_dim"],
     patterns: tuple[Pattern, ...],
     daa: DAA | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """:func:`attention` over the pattern of a forward pass: the one call of every self-attention layer.
 
@@ -81,6 +83,7 @@ def attend(
         patterns: one pattern for all heads, or two, the second for the last half of the heads
             (:func:`shifted_patterns`).
         daa: direct attention adaptation of this layer.
+        implementation: see :func:`attention`.
 
     Returns:
         The attended values in query's dtype.
@@ -90,7 +93,7 @@ def attend(
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     if len(patterns) == 1:
-        return _over(patterns[0], query, key, value, daa)
+        return _over(patterns[0], query, key, value, daa=daa, implementation=implementation)
     if heads < 2:
         raise ConfigError(
             "Shifted sparse attention halves the heads of a layer.", f"{heads} head", "Use full attention."
@@ -106,7 +109,8 @@ def attend(
         read = range(first // per_kv, last // per_kv) if shared else [h // per_kv for h in range(first, last)]
         half = jax.tree.map(lambda leaf, own=slice(first, last): _heads(leaf, own), daa)
         own = np.asarray(read)
-        outputs.append(_over(pattern, query[:, :, first:last], key[:, :, own], value[:, :, own], half))
+        parts = query[:, :, first:last], key[:, :, own], value[:, :, own]
+        outputs.append(_over(pattern, *parts, daa=half, implementation=implementation))
     return jnp.concatenate(outputs, axis=2)
 
 
@@ -115,12 +119,12 @@ def _heads(leaf: Array, own: slice) -> Array:
     return leaf if leaf.shape[-1] == 1 else leaf[..., own]
 
 
-def _over(pattern: Pattern, query: Array, key: Array, value: Array, daa: DAA | None) -> Array:
+def _over(pattern: Pattern, query: Array, key: Array, value: Array, **options: Any) -> Array:
     if pattern.front is None:
-        return attention(query, key, value, pattern, daa=daa)
+        return attention(query, key, value, pattern, **options)
     size, (batch, length) = pattern.key_slots.shape[0], query.shape[:2]
     query, key, value = (_to_groups(x, size, pattern.front) for x in (query, key, value))
-    attended = attention(query, key, value, pattern, daa=daa)
+    attended = attention(query, key, value, pattern, **options)
     groups = -(-(pattern.front + length) // size)
     rows = attended.reshape(batch, groups * size, *attended.shape[2:])
     return jax.lax.slice_in_dim(rows, pattern.front, pattern.front + length, axis=1)

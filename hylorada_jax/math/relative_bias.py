@@ -68,6 +68,87 @@ def selected(table: Array, query_positions: Array, key_positions: Array) -> Arra
     return bias
 
 
+def offset_rank(offset: Int[Array, "*any"]) -> Int[Array, "*any"]:
+    """How many steps of the bias lie at or below an offset q − k.
+
+    Along the line of offsets, from far ahead to far behind, the bias is a row of the table from one step to
+    the next.
+
+    Example:
+        >>> offset_rank(jnp.array([-(10**6), -1, 0, 15, 16, 10**6])).tolist()
+        [0, 30, 31, 46, 47, 62]
+    """
+    return (offset[..., None] >= jnp.asarray(_line()[1])).sum(axis=-1, dtype=jnp.int32)
+
+
+# The most ranks that few_buckets goes through.
+FEW = 4
+
+
+def few_buckets(
+    position_bias: Float[Array, "buckets heads"],
+    query_positions: Int[Array, "batch query"],
+    key_positions: Int[Array, "batch key"],
+    rank: Int[Array, ""],
+) -> Float[Array, "batch heads query key"]:
+    """:func:`relative_bias` of tokens far from each other, whose offsets have FEW ranks at most.
+
+    Args:
+        position_bias: see :func:`relative_bias`.
+        query_positions: position ids of the queries.
+        key_positions: position ids of the keys.
+        rank: :func:`offset_rank` of the smallest offset.
+
+    Example:
+        >>> table, far = jnp.arange(64.0)[:, None], jnp.array([[100]])
+        >>> few_buckets(table, far, jnp.array([[0, 60]]), offset_rank(jnp.array(40)))[0, 0].tolist()
+        [[19.0, 17.0]]
+    """
+    order, starts = _line()
+    steps = jnp.asarray([*starts, *[MAX_DISTANCE] * FEW])
+    rows = position_bias[jnp.asarray([*order, *order[-1:] * FEW])]
+    rows = jax.lax.dynamic_slice_in_dim(rows, rank, FEW)[:, None, :, None, None]
+    distance = (query_positions[:, :, None] - key_positions[:, None, :])[:, None]
+    bias = rows[0]
+    for number in range(1, FEW):
+        bias = jnp.where(distance >= steps[rank + number - 1], rows[number], bias)
+    return jnp.broadcast_to(bias, (len(distance), position_bias.shape[1], *distance.shape[2:]))
+
+
+def all_buckets(
+    position_bias: Float[Array, "buckets heads"],
+    query_positions: Int[Array, "batch query"],
+    key_positions: Int[Array, "batch key"],
+) -> Float[Array, "batch heads query key"]:
+    """:func:`relative_bias` as a product with ones and zeros, and so is its gradient.
+
+    For blocks of a row: it takes 63 numbers for every query and key. Matrix units are quick at it where
+    lookups, chains of selects, and above all their derivatives are slow.
+
+    Args:
+        position_bias: see :func:`relative_bias`.
+        query_positions: position ids of the queries.
+        key_positions: position ids of the keys.
+    """
+    order, starts = _line()
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    reached = distance >= jnp.asarray(starts)[:, None, None, None]
+    is_first, is_last = jnp.ones_like(reached[:1]), jnp.zeros_like(reached[:1])
+    inside = jnp.concatenate([is_first, reached]) & ~jnp.concatenate([reached, is_last])
+    rows = position_bias[jnp.asarray(order)]
+    # The numbers are the table's own, and the sums of its gradient as exact as float32 is.
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("nh,nbqk->bhqk", rows, inside.astype(rows.dtype), precision=highest)
+
+
+@functools.cache
+def _line() -> tuple[list[int], list[int]]:
+    """The buckets of all offsets, from far ahead to far behind, and the first offset of all but the first."""
+    starts, half = _starts(), NUM_BUCKETS // 2
+    ahead = [half + number for number in range(half - 1, 0, -1)]
+    return ahead + list(range(half)), [1 - start for start in reversed(starts)] + starts
+
+
 @functools.cache
 def _starts() -> list[int]:
     """The smallest distance of every bucket but the first."""

@@ -1,0 +1,232 @@
+"""Attention without the square of the row, in plain JAX: a block of queries and a block of keys at a time.
+
+Forward, the softmax is taken online: a running maximum m, and with it the sums l = Σ exp(S − m) and
+o = Σ exp(S − m)·v, which are rescaled where m grows. Backward, a block's weights come back from its logits
+and from what is kept of each row, lse = m + log l:
+
+    p = exp(S − lse),   dv = pᵀg,   dS = p ⊙ (g vᵀ − Σ g ⊙ out),   dq = dS k,   dk = dSᵀ q
+
+Blocks that causality, a window or the documents hide are not visited.
+
+Source: Dao et al., FlashAttention, arXiv:2205.14135 §3.1 and App. B; Rabe and Staats, arXiv:2112.05682.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from hylorada_jax.math.blocks import (
+    Sides,
+    Tokens,
+    Visits,
+    block_pattern,
+    block_size,
+    cut,
+    cut_pattern,
+    find_visits,
+)
+from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.math.relative_bias import all_buckets, few_buckets
+
+# Tokens of a block, at most.
+BLOCK = 256
+
+
+# A block's bias as a function of the table; None: there is none.
+_Bias = Callable[[Array | None], Array] | None
+
+
+class _Setting(NamedTuple):
+    """What is the same in all blocks, and static."""
+
+    scale: float
+    soft_cap: float | None
+    causal: bool
+
+
+def blockwise_attention(
+    query: Float[Array, "batch query heads head_dim"],
+    key: Float[Array, "batch key kv_heads head_dim"],
+    value: Float[Array, "batch key kv_heads head_dim"],
+    pattern: Pattern,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    position_bias: Float[Array, "buckets heads_or_1"] | None = None,
+) -> Float[Array, "batch query heads head_dim"]:
+    """:func:`~hylorada_jax.math.attention.attention` in memory that grows with the length of the rows.
+
+    Args:
+        query: queries, multiplied by α.
+        key: keys; heads is a multiple of kv_heads.
+        value: values.
+        pattern: which keys each query sees.
+        scale: of the logits.
+        soft_cap: bound of the logits before the bias is added; None: none.
+        position_bias: a bias per bucket of distances and head.
+
+    Returns:
+        The attended values in query's dtype; logits and sums are in float32 at least.
+
+    Example:
+        >>> q = jnp.ones((1, 3, 4, 8)); kv = jnp.ones((1, 3, 2, 8))
+        >>> blockwise_attention(q, kv, kv, Pattern.of_rows(jnp.array([[0, 1, 2]])), scale=1.0).shape
+        (1, 3, 4, 8)
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
+    of_queries, of_keys = block_size(length, BLOCK), block_size(key.shape[1], BLOCK)
+    table = None
+    if position_bias is not None:
+        table = jnp.broadcast_to(position_bias.astype(dtype), (len(position_bias), heads))
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    out, seen = _attend(
+        _Setting(scale, soft_cap, pattern.causal),
+        cut(jnp.moveaxis(grouped, 1, 3), 3, of_queries),
+        *(cut(jnp.moveaxis(x, 1, 2), 2, of_keys) for x in (key, value)),
+        table,
+        cut_pattern(pattern, of_queries, of_keys),
+    )
+    # [blocks, batch, kv_heads, group, block, head_dim] → [batch, query, heads, head_dim]
+    rows = jnp.moveaxis(out, 0, 3).reshape(batch, heads, -1, head_dim)[:, :, :length].swapaxes(1, 2)
+    seen = jnp.moveaxis(seen, 0, 1).reshape(batch, -1)[:, :length, None, None]
+    # A query that sees no key takes the mean of all values, as under a softmax of equal logits.
+    mean = jnp.repeat(value.mean(axis=1, keepdims=True), heads // kv_heads, axis=2)
+    return jnp.where(seen, rows, mean)
+
+
+def _by_distance(
+    run: Callable[[_Bias], Any],
+    table: Array | None,
+    block: Pattern,
+    rank: Array,
+    few: Array,
+) -> Any:
+    """``run`` with a block's bias as a function of the table, by the formula that suits the block.
+
+    All of the block's work is in the branch, so that compilers fuse the bias into it.
+    """
+    if table is None:
+        return run(None)
+    at = {"query_positions": block.query_positions, "key_positions": block.key_positions}
+    far, near = functools.partial(few_buckets, rank=rank, **at), functools.partial(all_buckets, **at)
+    return lax.cond(few, lambda: run(far), lambda: run(near))
+
+
+def _scores(setting: _Setting, query: Array, key: Array) -> Array:
+    """The logits [batch, heads, query, key] of a block before the bias and the mask."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    logits = setting.scale * jnp.einsum("bkgqd,bksd->bkgqs", query, key, preferred_element_type=dtype)
+    logits = _heads_as_one(logits)
+    return logits if setting.soft_cap is None else setting.soft_cap * jnp.tanh(logits / setting.soft_cap)
+
+
+def _heads_as_one(x: Array) -> Array:
+    """[batch, kv_heads, group, …] → [batch, heads, …]: split in two, a TPU would not fuse a bias into it."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _forward(
+    setting: _Setting, query: Array, key: Array, value: Array, table: Array | None, sides: Sides
+) -> tuple[Array, Array, Array]:
+    """The attended values, whether a query sees a key at all, and lse; by blocks of queries."""
+    of_queries, of_keys, window = sides
+    visits = find_visits(*sides, causal=setting.causal)
+    dtype, shape = jnp.promote_types(query.dtype, jnp.float32), query.shape[1:]
+    per_row, lowest = _heads_as_one(jnp.zeros(shape[:-1], dtype)), jnp.finfo(dtype).min
+
+    def per_block(_: None, x: tuple[Array, Tokens, Visits]) -> tuple[None, tuple[Array, ...]]:
+        q, queries, visit = x
+
+        def step(j: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            k, v, keys = jax.tree.map(lambda x: x[j], (key, value, of_keys))
+            block = block_pattern(queries, keys, window, causal=setting.causal)
+
+            def run(bias: _Bias) -> tuple[Array, ...]:
+                peak, mass, total = state
+                scores, mask = _scores(setting, q, k), block.mask()
+                scores = jnp.where(mask, scores if bias is None else scores + bias(table), lowest)
+                above = jnp.maximum(peak, scores.max(axis=-1))
+                rescale = jnp.exp(peak - above)
+                p = jnp.where(mask, jnp.exp(scores - above[..., None]), 0)
+                grouped = p.astype(v.dtype).reshape(*shape[:-1], -1)
+                weighted = jnp.einsum("bkgqs,bksd->bkgqd", grouped, v, preferred_element_type=dtype)
+                total = total * rescale.reshape(*shape[:-1], 1) + weighted
+                return above, mass * rescale + p.sum(axis=-1), total
+
+            return _by_distance(run, table, block, visit.rank[j], visit.few[j])
+
+        state = jnp.full_like(per_row, lowest), per_row, jnp.zeros(shape, dtype)
+        peak, mass, total = lax.fori_loop(visit.first, visit.end, step, state)
+        seen = mass > 0
+        mass = jnp.where(seen, mass, 1)
+        out = total / mass.reshape(*shape[:-1], 1)
+        return None, (out.astype(query.dtype), seen[:, 0], peak + jnp.log(mass))
+
+    _, (out, seen, lse) = lax.scan(per_block, None, (query, of_queries, visits))
+    return out, seen, lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    setting: _Setting, query: Array, key: Array, value: Array, table: Array | None, sides: Sides
+) -> tuple[Array, Array]:
+    """The attended values, and whether a query sees a key at all; all arrays are cut into blocks."""
+    return _forward(setting, query, key, value, table, sides)[:2]
+
+
+def _keep(setting: _Setting, *arguments: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    out, seen, lse = _forward(setting, *arguments)
+    return (out, seen), (*arguments, out, lse)
+
+
+def _backward(setting: _Setting, kept: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    query, key, value, table, sides, out, lse = kept
+    of_queries, of_keys, window = sides
+    visits = find_visits(*sides, causal=setting.causal)
+    dtype, shape = jnp.promote_types(query.dtype, jnp.float32), query.shape[1:]
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+
+    def per_block(sums: tuple[Any, ...], x: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
+        q, g, out, lse, queries, visit = x
+        delta = _heads_as_one((g.astype(dtype) * out.astype(dtype)).sum(axis=-1))
+
+        def step(j: Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+            k, v, keys = jax.tree.map(lambda x: x[j], (key, value, of_keys))
+            block = block_pattern(queries, keys, window, causal=setting.causal)
+
+            def run(bias: _Bias) -> tuple[Any, ...]:
+                capped = _scores(setting, q, k)
+                added, pull = (0, None) if bias is None else jax.vjp(bias, table)
+                p = jnp.where(block.mask(), jnp.exp(capped + added - lse[..., None]), 0)
+                dp = _heads_as_one(product("bkgqd,bksd->bkgqs", g, v))
+                ds = p * (dp - delta[..., None])
+                dtable = None if pull is None else pull(ds)[0]
+                if setting.soft_cap is not None:
+                    ds = ds * (1 - jnp.square(capped / setting.soft_cap))
+                p = p.astype(g.dtype).reshape(*shape[:-1], -1)
+                ds = (setting.scale * ds).astype(k.dtype).reshape(p.shape)
+                dq, dk = product("bkgqs,bksd->bkgqd", ds, k), product("bkgqs,bkgqd->bksd", ds, q)
+                return dq, dk, product("bkgqs,bkgqd->bksd", p, g), dtable
+
+            dq, dk, dv, dtable = _by_distance(run, table, block, visit.rank[j], visit.few[j])
+            dqs, dks, dvs, dtables = sums
+            return dqs + dq, dks.at[j].add(dk), dvs.at[j].add(dv), jax.tree.map(jnp.add, dtables, dtable)
+
+        dq, *sums = lax.fori_loop(visit.first, visit.end, step, (jnp.zeros(shape, dtype), *sums))
+        return tuple(sums), dq.astype(query.dtype)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (key, value, table))
+    blocks = query, cotangents[0], out, lse, of_queries, visits
+    (dk, dv, dtable), dq = lax.scan(per_block, zeros, blocks)
+    return dq, dk.astype(key.dtype), dv.astype(value.dtype), dtable, None
+
+
+_attend.defvjp(_keep, _backward)
