@@ -86,7 +86,8 @@ def compile_step(
     batch = {n: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for n, x in computed(row).items()}
     mesh = _mesh(devices)
     step = make_train_step(model, optimizer, training)
-    lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # attention by the kernels of its devices
+        lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
     return _record(lowered.compile())
 
 
