@@ -112,3 +112,29 @@ def test_a_window_may_be_chosen_while_the_program_runs():
 
     with pytest.raises(ConfigError, match="one window"):
         jax.jit(by_splash)(7)
+
+
+@pytest.mark.parametrize(
+    ("facts", "biased", "taken"),
+    [
+        ({}, False, "splash"),
+        ({"window": jnp.int32(9)}, False, "distance"),
+        ({"counted": True}, True, "distance"),
+        ({"counted": False}, True, None),
+        ({"own": False}, False, None),
+    ],
+)
+def test_a_tpu_takes_the_kernel_that_serves(monkeypatch, facts, biased, taken):
+    numbers, pattern = draw(128, position_bias=biased)
+    pattern = replace(pattern, **facts)
+    numbers = {name: jnp.float32(x) for name, x in numbers.items()}
+
+    def traced():
+        return str(jax.make_jaxpr(lambda numbers: formula(pattern=pattern, scale=0.5, **numbers))(numbers))
+
+    assert "pallas_call" not in traced()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    program = traced()
+    assert ("pallas_call" in program) == (taken is not None)
+    assert ("splash_mha_fwd" in program) == (taken == "splash")
