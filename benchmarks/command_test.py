@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import (
+    attention_blocks,
     conversations,
     optimize_hylorada,
     run_benchmark,
@@ -16,7 +17,16 @@ from hylorada_jax.errors import CheckpointError
 
 @pytest.mark.parametrize(
     "benchmark",
-    [conversations, optimize_hylorada, run_benchmark, step_time, time_series, tpu_compile, tpu_loss],
+    [
+        attention_blocks,
+        conversations,
+        optimize_hylorada,
+        run_benchmark,
+        step_time,
+        time_series,
+        tpu_compile,
+        tpu_loss,
+    ],
 )
 def test_an_output_that_cannot_be_written_is_reported_before_anything_is_measured(tmp_path, benchmark):
     (tmp_path / "output").symlink_to(tmp_path / "nothing")

@@ -1,5 +1,6 @@
-"""The cost of a compiled program, with every loop counted as often as it runs."""
+"""The cost of a compiled program, with every loop counted as often as it runs, and every kernel for a TPU."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -10,6 +11,12 @@ from hylorada_jax.errors import DataError
 
 _WHILE = re.compile(r" while\(.*condition=%([\w.-]+), body=%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|computations?)=\{?%([\w.-]+)((?:, %[\w.-]+)*)")
+_KERNEL = re.compile(r'%([\w.-]+) = ([^\n]*) custom-call\([^\n]*custom_call_target="tpu_custom_call"[^\n]*')
+_STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+# What splash_attention names the calls of jax's kernel; with its own name for each of three kernels.
+_SPLASH = re.compile(r"\b(\d+)_blocks_of_(\d+)\b.*/splash_mha_(fwd|dq|dkv)\w*/pallas_call")
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+_ARRAY = re.compile(r"\b(s|u|f|bf)(\d+)\[([\d,]+)\]")
 
 
 class Cost(NamedTuple):
@@ -29,7 +36,9 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
 
         cost(C) = xla(C) + Σ_{while w in C} (trips_w · cost(body_w) − xla(body_w))
 
-    XLA's own analysis counts the body of a loop once, and so a model under ``nn.scan`` as one layer.
+    XLA's own analysis counts the body of a loop once, and so a model under ``nn.scan`` as one layer. Of a
+    kernel for a TPU it knows nothing: what the kernel states is counted, and of jax's splash attention, which
+    states nothing, the products of the blocks that it goes through, and what it reads and writes for them.
 
     Args:
         text: from ``jax.stages.Compiled.as_text``.
@@ -39,8 +48,11 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
         The cost on one device.
 
     Raises:
-        DataError: it cannot be read off how often a loop runs, and nobody says it.
+        DataError: it cannot be read off how often a loop runs, or what a kernel costs.
     """
+    # What pallas notes at a kernel goes over several lines, and the parser misses its end.
+    text = re.sub(r", frontend_attributes=\{kernel_metadata=\{.*?\}\}", "", text, flags=re.S)
+    kernels = {found[1]: _kernel_cost(found[0], found[2]) for found in _KERNEL.finditer(text)}
     # Metadata names places in the source, which the parser misses in a part of a program.
     text = re.sub(r", metadata=\{[^}]*\}", "", text)
     blocks = {found[2]: found[0] for found in re.finditer(r"^(ENTRY )?%([\w.-]+) .*?^}", text, re.M | re.S)}
@@ -51,6 +63,10 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
     def cost(name: str) -> Cost:
         nonlocal reached
         flops, moved = _xla_cost(name, computations)
+        for kernel in _KERNEL.finditer(computations[name]):
+            # −1 stands for what XLA does not know.
+            flops += kernels[kernel[1]].flops + 1
+            moved += kernels[kernel[1]].bytes_accessed + 1
         for condition, body in _WHILE.findall(computations[name]):
             reached += 1
             trips = _trips(computations[condition], turns)
@@ -67,6 +83,29 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
             "Let program_cost follow the operation that runs the others.",
         )
     return total
+
+
+def _kernel_cost(call: str, outputs: str) -> Cost:
+    """What a kernel for a TPU states, or jax's splash attention does."""
+    if stated := _STATED.search(call):
+        return Cost(float(stated[1]), float(stated[2]))
+    called = _SPLASH.search(call)
+    if called is None:
+        raise DataError(
+            "A kernel for a TPU states its cost.", call[:200], "Give its pallas_call a cost_estimate."
+        )
+    blocks, size, products = int(called[1]), int(called[2]), _PRODUCTS[called[3]]
+    operands = call.partition("operand_layout_constraints=")[2].partition("}}")[0]
+    arrays = [
+        (kind, int(bits) // 8, [int(n) for n in shape.split(",")])
+        for kind, bits, shape in _ARRAY.findall(operands + outputs)
+    ]
+    once = sum(width * math.prod(shape) for _, width, shape in arrays)
+    # The queries, [rows, heads, seq, head_dim], are the first that are no whole numbers.
+    width, (*heads, _, dim) = next(array[1:] for array in arrays if array[0] in ("f", "bf"))
+    steps = math.prod(heads) * blocks
+    # For a block of queries two of keys and values are fetched anew, or the other way round.
+    return Cost(2 * products * steps * size**2 * dim, once + 2 * width * steps * size * dim)
 
 
 def _trips(condition: str, turns: float | None) -> float:

@@ -56,3 +56,33 @@ def test_a_loop_of_unknown_length_is_refused_or_told_its_turns():
         program_cost(told)
     assert program_cost(told, turns=3) == program_cost(PROGRAM)
     assert program_cost(told, turns=1.5).flops == 5 * (1.5 * 128 + 1) + 1
+
+
+# A call of a kernel as XLA prints it: what pallas notes has a line of its own.
+CALL = """HloModule kernel
+
+ENTRY %main (p: bf16[4,1024,64]) -> (f32[512,128], bf16[4,1024,64]) {
+  %p = bf16[4,1024,64] parameter(0)
+  %b = s8[1,2,2] constant({{{1,0},{1,1}}})
+  ROOT %k.1 = (f32[512,128], bf16[4,1024,64]) custom-call(%b, %p), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={s8[1,2,2]{2,1,0}, bf16[4,1024,64]{2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/NAME/pallas_call" stack_frame_id=9}, backend_config={"body":"TUzv"STATED}
+}
+"""
+STATED = ',"cost_estimate":{"flops":"7","transcendentals":"5","bytes_accessed":"11"}'
+
+
+def test_a_kernel_costs_what_it_states():
+    assert program_cost(CALL.replace("STATED", STATED)) == (7, 11)
+    with pytest.raises(DataError, match="states its cost"):
+        program_cost(CALL.replace("STATED", ""))
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("fwd_residuals", 2), ("dq_segmented", 3), ("dkv", 4)])
+def test_jax_s_splash_attention_costs_its_products_and_what_it_fetches(kernel, products):
+    """Three blocks of 512, of 4 heads of 64 in bfloat16: a product has 2·512²·64 operations."""
+    call = CALL.replace("NAME", f"vmap(3_blocks_of_512)/jit(s)/splash_mha_{kernel}").replace("STATED", "")
+    table, tensor, sums, block = 4, 4 * 1024 * 64 * 2, 512 * 128 * 4, 512 * 64 * 2
+    expected = products * 3 * 4 * 2 * 512**2 * 64, table + 2 * tensor + sums + 3 * 4 * 2 * block
+    assert program_cost(call) == expected

@@ -59,7 +59,11 @@ def libtpu_directory() -> Path:
 
 
 def use_libtpu() -> None:
-    """Lets JAX compile for TPUs, though there is none; to be called before it is imported."""
+    """Lets JAX compile for TPUs, though there is none; to be called before it is imported.
+
+    Raises:
+        HyLoRADAError: libtpu is not installed.
+    """
     sys.path.append(str(libtpu_directory()))
     os.environ.update(
         JAX_PLATFORMS="cpu",

@@ -1,12 +1,13 @@
 """Layers and training steps, compiled for TPUs that are described and not there."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -15,6 +16,7 @@ from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.math.loss import chunk_tokens, token_nll
+from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -110,6 +112,48 @@ def compile_loss(vocab: int, width: int, chunk: int, device: Any, *, tokens: int
 
     compiled = jax.jit(jax.value_and_grad(total)).lower(*arguments).compile()
     return record(compiled, turns=math.ceil(tokens / chunk_tokens(tokens, vocab, chunk * vocab)))
+
+
+def compile_attention(
+    run: Callable[..., Array],
+    devices: Sequence[Any],
+    *,
+    length: int,
+    head_dim: int,
+    heads: int = 8,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Record:
+    """The record of attention and its gradients, of one packed row on every device, four heads for a key.
+
+    Args:
+        run: ``run(query, key, value, pattern, scale=, …)``, for TPUs.
+        devices: from :func:`topology_devices`.
+        length: tokens of a row.
+        head_dim: numbers of a head.
+        heads: of the queries.
+        dtype: of queries, keys and values.
+        **options: handed on; arrays have gradients too.
+    """
+    mesh = _mesh(devices)
+    arrays = {name: option for name, option in options.items() if isinstance(option, jax.ShapeDtypeStruct)}
+    rest = {name: option for name, option in options.items() if name not in arrays}
+    tensors = [
+        jax.ShapeDtypeStruct((len(devices), length, n, head_dim), dtype) for n in (heads, *[heads // 4] * 2)
+    ]
+
+    def gradients(tensors: Any, arrays: Any, segment_ids: Array, g: Array) -> Any:
+        def attended(tensors: Any, arrays: Any) -> Array:
+            pattern = Pattern.of_rows(segment_ids, segment_ids=segment_ids)
+            return run(*tensors, pattern, scale=head_dim**-0.5, **arrays, **rest)
+
+        out, pull = jax.vjp(attended, tensors, arrays)
+        return out, pull(g)
+
+    segments = jax.ShapeDtypeStruct((len(devices), length), jnp.int32)
+    shapes = _on(mesh, tensors, "data"), _on(mesh, arrays), *_on(mesh, (segments, tensors[0]), "data")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return record(jax.jit(gradients).lower(*shapes).compile())
 
 
 def to_lora(figures: Mapping[str, float], lora: Mapping[str, float]) -> Record:

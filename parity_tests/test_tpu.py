@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_compile import SMALL, libtpu_directory
+from benchmarks.tpu_compile import SMALL, TOPOLOGIES, libtpu_directory
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import HyLoRADAError
 from parity_tests.layers import LAYERS
@@ -22,19 +22,27 @@ INCLUDES = {
 }
 
 
-@pytest.mark.apart
-def test_everything_compiles_for_v5e(tmp_path):
+def compiled_by(command, output):
+    """The record of a benchmark that needs TPUs' compiler."""
     try:
         libtpu_directory()
     except HyLoRADAError as missing:
         pytest.skip(str(missing))
-    command = ["-m", "benchmarks.tpu_compile", "--small", "--topologies", "v5e:2x2", "--output"]
+    name, *options = command.split()
     # A process of its own: once libtpu can be imported, JAX looks for a TPU unless that is forbidden.
     run = subprocess.run(
-        [sys.executable, *command, tmp_path], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-m", f"benchmarks.{name}", *options, "--output", output],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
-    record = json.loads((tmp_path / "tpu-compile.json").read_text())
+    return json.loads((output / f"{name.replace('_', '-')}.json").read_text())
+
+
+@pytest.mark.apart
+def test_everything_compiles_for_v5e(tmp_path):
+    record = compiled_by("tpu_compile --small --topologies v5e:2x2", tmp_path)
     (compiled,) = record["topologies"].values()
     layers, steps = compiled["layers"], compiled["steps"]
     assert compiled["device"] == "TPU v5 lite"
@@ -51,6 +59,19 @@ def test_everything_compiles_for_v5e(tmp_path):
     # Each of four devices has a quarter of the rows; what is not divided is small beside them.
     on_all = compiled["steps_on_4_devices"]["hylorada"]
     assert on_all["flops"] < steps["hylorada"]["flops"] / 3
+
+
+@pytest.mark.apart
+def test_the_kernels_of_attention_compile_for_every_tpu(tmp_path):
+    """On four chips, each with its own row: the compiler does not divide a kernel by itself."""
+    sizes = "--lengths 512 --head-dims 80 --blocks 256 --chips 4"
+    command = f"attention_blocks --topologies {' '.join(TOPOLOGIES)} {sizes}"
+    records = compiled_by(command, tmp_path)["records"]
+    assert len(records) == 3 * len(TOPOLOGIES)
+    # Two products forward and seven backward, in three blocks of two by two, of eight heads.
+    products = 9 * 3 * 8 * 2 * 256**2 * 80
+    for record in records:
+        assert products <= record["figures"]["flops"] < 1.01 * products
 
 
 def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch, tmp_path):

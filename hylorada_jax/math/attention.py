@@ -91,7 +91,7 @@ def attention(
         query = (query * daa.alpha[:, None].astype(dtype)).astype(query.dtype)
         beta, table = daa.beta, daa.position_bias
     logits = Logits(query.shape[-1] ** -0.5 if scale is None else scale, soft_cap, beta, table, bias)
-    return _chosen(implementation, query, key, logits)(query, key, value, pattern, logits)
+    return _chosen(implementation, query, key, pattern, logits)(query, key, value, pattern, logits)
 
 
 class Logits(NamedTuple):
@@ -144,6 +144,61 @@ def _blockwise(query: Array, key: Array, value: Array, pattern: Pattern, logits:
     )
 
 
+def _splash(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
+    from hylorada_jax.math.splash import splash_attention  # what it imports has no use elsewhere
+
+    return splash_attention(query, key, value, pattern, scale=logits.scale, soft_cap=logits.soft_cap)
+
+
+def _distance(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
+    from hylorada_jax.math.distance_attention import distance_attention
+
+    return distance_attention(
+        query,
+        key,
+        value,
+        pattern,
+        scale=logits.scale,
+        soft_cap=logits.soft_cap,
+        position_bias=logits.position_bias,
+    )
+
+
+def _on_tpu(query: Array, key: Array) -> bool:
+    """Rows of a block at least, on a TPU: the one there is, or those of the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        known = jax.default_backend() == "tpu" and jax.device_count() == 1
+    else:
+        known = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    return known and min(query.shape[1], key.shape[1]) >= 128 and query.dtype != jnp.float64
+
+
+def _kernel_lacks(pattern: Pattern, logits: Logits) -> str:
+    """What no kernel for TPUs has."""
+    if not pattern.own:
+        return "keys of other tokens"
+    return _blockwise_lacks(pattern, logits)
+
+
+def _splash_lacks(pattern: Pattern, logits: Logits) -> str:
+    if logits.position_bias is not None:
+        return "position bias"
+    traced = pattern.window is not None and not isinstance(pattern.window, int)
+    return "window that is traced" if traced else _kernel_lacks(pattern, logits)
+
+
+def _distance_lacks(pattern: Pattern, logits: Logits) -> str:
+    if logits.position_bias is not None and not pattern.counted:
+        return "bias by positions that may not be counted"
+    return _kernel_lacks(pattern, logits)
+
+
+def _blockwise_lacks(pattern: Pattern, logits: Logits) -> str:
+    del pattern
+    return "" if logits.bias is None else "a bias of its own for every query and key"
+
+
 class Implementation(NamedTuple):
     """A way to compute :func:`attention`.
 
@@ -155,33 +210,37 @@ class Implementation(NamedTuple):
 
     run: Callable[[Array, Array, Array, Pattern, Logits], Array]
     suits: Callable[[Array, Array], bool]
-    lacks: Callable[[Logits], str]
+    lacks: Callable[[Pattern, Logits], str]
 
 
 # In the order of preference. On a CPU, forward and backward in blocks take 0.8 of dense attention's time at
 # 512 tokens and 0.4 at 1024; one query and a long cache are linear as they are.
 IMPLEMENTATIONS = {
+    "splash": Implementation(_splash, _on_tpu, _splash_lacks),
+    "distance": Implementation(_distance, _on_tpu, _distance_lacks),
     "blockwise": Implementation(
         _blockwise,
         lambda query, key: min(query.shape[1], key.shape[1]) > BLOCK,
-        lambda logits: "" if logits.bias is None else "a bias of its own for every query and key",
+        _blockwise_lacks,
     ),
-    "dense": Implementation(_dense, lambda query, key: True, lambda logits: ""),
+    "dense": Implementation(_dense, lambda query, key: True, lambda pattern, logits: ""),
 }
 
 
-def _chosen(name: str | None, query: Array, key: Array, logits: Logits) -> Callable[..., Array]:
+def _chosen(
+    name: str | None, query: Array, key: Array, pattern: Pattern, logits: Logits
+) -> Callable[..., Array]:
     """The function of an implementation; where none is named, of the first that serves."""
     if name is None:
         for name, one in IMPLEMENTATIONS.items():
             if one.suits(query, key):
-                if not (missing := one.lacks(logits)):
+                if not (missing := one.lacks(pattern, logits)):
                     return one.run
                 log.debug("attention: not %s, which has no %s", name, missing.removeprefix("a "))
     if name not in IMPLEMENTATIONS:
         rule = f"implementation must be one of {', '.join(IMPLEMENTATIONS)}."
         raise ConfigError(rule, repr(name), "Leave it out to have it chosen.")
-    if missing := IMPLEMENTATIONS[name].lacks(logits):
+    if missing := IMPLEMENTATIONS[name].lacks(pattern, logits):
         raise ConfigError(
             f"implementation={name!r} does not have all that attention can be asked for.",
             missing,

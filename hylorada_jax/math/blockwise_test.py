@@ -250,8 +250,8 @@ def test_what_serves_is_chosen(caplog):
     assert "not blockwise, which has no bias of its own" in caplog.text
     with pytest.raises(ConfigError, match="take 'dense'"):
         text(bias=bias, implementation="blockwise")
-    with pytest.raises(ConfigError, match="implementation must be one of blockwise, dense"):
-        text(implementation="splash")
+    with pytest.raises(ConfigError, match="implementation must be one of splash, distance, blockwise, dense"):
+        text(implementation="flash")
 
 
 SHARDED = """

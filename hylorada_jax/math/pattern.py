@@ -30,6 +30,8 @@ class Pattern:
         window: a query sees itself and the window − 1 keys before it; None: all of them. It may be traced, so
             that layers of one compiled program differ in it.
         causal: False where later keys are seen too.
+        own: queries and keys are the same tokens, in order.
+        counted: position ids count up by one within a segment, so that they are as far apart as the slots.
         front: None where rows are attended to whole. Otherwise rows are cut into groups as long as there are
             slots, after padding by this much in front, and "batch" counts groups.
     """
@@ -43,6 +45,8 @@ class Pattern:
     key_segments: Int[Array, "batch key"] | None = None
     window: int | Int[Array, ""] | None = None
     causal: bool = field(default=True, metadata={"static": True})
+    own: bool = field(default=False, metadata={"static": True})
+    counted: bool = field(default=False, metadata={"static": True})
     front: int | None = field(default=None, metadata={"static": True})
 
     @classmethod
@@ -54,6 +58,7 @@ class Pattern:
         segment_ids: Int[Array, "batch seq"] | None = None,
         window: int | Int[Array, ""] | None = None,
         causal: bool = True,
+        counted: bool = False,
     ) -> Pattern:
         """The pattern of rows whose tokens attend to each other.
 
@@ -63,13 +68,15 @@ class Pattern:
             segment_ids: the document of every token.
             window: see the class.
             causal: see the class.
+            counted: see the class.
 
         Example:
             >>> Pattern.of_rows(jnp.array([[0, 1, 2]]), window=2).mask()[0, 0].astype(int).tolist()
             [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
         """
         slots = jnp.arange(positions.shape[1], dtype=jnp.int32)
-        return cls(slots, slots, positions, positions, key_valid, segment_ids, segment_ids, window, causal)
+        facts = key_valid, segment_ids, segment_ids, window, causal
+        return cls(slots, slots, positions, positions, *facts, own=True, counted=counted)
 
     def mask(self) -> Bool[Array, "batch_or_1 1 query key"]:
         """True where the query sees the key; the batch axis is 1 where all rows are alike."""

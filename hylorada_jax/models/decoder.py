@@ -107,14 +107,15 @@ class Decoder(nn.Module):
         if cache is not None:
             new = jnp.ones(input_ids.shape, bool) if key_valid is None else key_valid
             key_valid = lax.dynamic_update_slice(cache.valid, new, (0, start))
-            own = position_ids.astype(cache.positions.dtype)
-            key_positions = lax.dynamic_update_slice(cache.positions, own, (0, start))
+            new_positions = position_ids.astype(cache.positions.dtype)
+            key_positions = lax.dynamic_update_slice(cache.positions, new_positions, (0, start))
             key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
 
         patterns: tuple[Pattern, ...]
         if groups is None:
-            segments = segment_ids, segment_ids
-            patterns = (Pattern(slots, key_slots, position_ids, key_positions, key_valid, *segments),)
+            facts = key_valid, segment_ids, segment_ids
+            own = cache is None
+            patterns = (Pattern(slots, key_slots, position_ids, key_positions, *facts, own=own),)
         else:
             patterns = shifted_patterns(position_ids, *groups, key_valid=key_valid, segment_ids=segment_ids)
 

@@ -70,6 +70,8 @@ def _linear(
         )
 
     if site.module.stacked:
+        # Kept for the backward pass, the weights of all layers would be copied.
+        one = jax.checkpoint(one)
         return _spread(site, map_layers(site, one, leaves, constants["norm"], constants["scale"]))
     return one(jnp.asarray(0), leaves, constants["norm"], constants["scale"])
 

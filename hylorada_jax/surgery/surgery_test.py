@@ -238,3 +238,16 @@ def test_gates_at_which_no_magnitude_is_dora_are_refused():
     _, _, params, sites, constants, _, _, tensors = make(config)
     with pytest.raises(ConfigError, match=r"gate_init=-800\.0, residual_init=800\.0"):
         expand(sites, tensors, params, constants, config)
+
+
+def test_no_weight_is_kept_for_the_gradient_of_what_is_resolved():
+    config = HyLoRADAConfig(method="hylorada_v1", target_modules=("up",))
+    _, _, params, sites, constants, _, adapters, _ = make(config)
+
+    def kept(adapters, params):
+        return jax.vjp(lambda adapters: resolve(sites, adapters, params, constants, config), adapters)[1]
+
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(kept, adapters, params))]
+    weight = params["layers"]["up"]["kernel"].shape
+    # The kernels themselves, whose transposes are as large.
+    assert sorted(shape for shape in shapes if np.prod(shape) == np.prod(weight)) == [weight]

@@ -327,8 +327,8 @@ def test_a_non_finite_state_stops_with_step_batch_and_checkpoint(tmp_path, monke
 
 
 def test_an_evaluation_that_is_not_finite_names_its_documents_and_its_step(tmp_path, monkeypatch):
-    losses = sweep_module.nll
-    monkeypatch.setattr(sweep_module, "nll", lambda *inputs: losses(*inputs) * np.nan)
+    losses = sweep_module.score
+    monkeypatch.setattr(sweep_module, "score", lambda *inputs: losses(*inputs) * np.nan)
     with pytest.raises(
         NonFiniteError, match=r"in document 1, 2, in the evaluation after step 0[\s\S]*last good"
     ):

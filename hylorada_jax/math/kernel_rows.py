@@ -1,0 +1,101 @@
+"""Rows as TPU kernels take them: heads first, whole blocks, each device its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from hylorada_jax.math.pattern import Pattern
+
+# The segment of padding, and of what fills rows up to whole blocks; documents count from 0.
+FILLING = -1
+
+
+def block_length(length: int) -> int:
+    """How many tokens a block has: at most 512, as many as lengthen the rows by an eighth at most.
+
+    Example:
+        >>> [block_length(length) for length in (100, 1000, 1100, 4096)]
+        [128, 512, 256, 512]
+    """
+    least = -(-length // 128) * 128
+    return next(size for size in (512, 256, 128) if -(-length // size) * size <= least * 1.125)
+
+
+def visible_blocks(length: int, size: int, *, causal: bool, window: int | None) -> np.ndarray:
+    """[2, pairs]: the blocks of queries, and of keys, of which some query sees some key, but for segments.
+
+    Example:
+        >>> visible_blocks(512, 128, causal=True, window=100).tolist()
+        [[0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2, 2, 3]]
+    """
+    pairs = np.indices((length // size,) * 2).reshape(2, -1)
+    apart = pairs[0] - pairs[1]
+    seen = (apart >= 0) | (not causal)
+    if window is not None:
+        seen &= nearest(apart, size) < window
+    return pairs[:, seen]
+
+
+def nearest(apart: Any, size: int) -> Any:
+    """The smallest distance of a query from a key in blocks that are so many blocks apart."""
+    return (apart - 1) * size + 1
+
+
+def own_segments(pattern: Pattern) -> Int[Array, "batch seq"] | None:
+    """The segments of a pattern of whole rows, where padding is a segment of its own."""
+    if pattern.key_valid is None:
+        return pattern.query_segments
+    segments = jnp.int32(0) if pattern.query_segments is None else pattern.query_segments
+    return jnp.where(pattern.key_valid, segments, FILLING)
+
+
+def padded_rows(
+    rows: tuple[Float[Array, "batch seq _ head_dim"], ...],
+    segment_ids: Int[Array, "batch seq"] | None,
+    size: int,
+    *,
+    later_seen: bool = False,
+) -> tuple[tuple[Float[Array, "batch _ long head_dim"], ...], Int[Array, "batch long"] | None]:
+    """Rows with their heads first, and their segments, filled up to a multiple of ``size``.
+
+    Args:
+        rows: queries, keys, values.
+        segment_ids: their segments, or None.
+        size: tokens of a block.
+        later_seen: tokens see later ones, so that what fills the rows must be a segment of its own.
+    """
+    batch, length = rows[0].shape[:2]
+    short = -length % size
+    if segment_ids is None and short and later_seen:
+        segment_ids = jnp.zeros((batch, length), jnp.int32)
+    if segment_ids is not None:
+        segment_ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, short)), constant_values=FILLING)
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in rows)
+    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in heads_first), segment_ids
+
+
+def in_shards(run: Callable[..., Array], *rows: Any, shared: tuple[Array, ...] = ()) -> Array:
+    """``run(*rows, *shared)`` on every device's own rows: the compiler cannot divide a TPU kernel by itself.
+
+    The mesh is the one in use (``jax.set_mesh``); without one everything is on one device. Rows that the
+    devices do not divide are computed on each of them.
+
+    Args:
+        run: a function of arrays whose first axis is the batch, and returning one.
+        *rows: its arguments; None is handed on.
+        shared: further arguments, the same for all rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual or mesh.size == 1:
+        return run(*rows, *shared)
+    divided = rows[0].shape[0] % mesh.size == 0
+    own = PartitionSpec(tuple(mesh.axis_names) if divided else None)
+    specs = (own,) * len(rows) + (PartitionSpec(),) * len(shared)
+    return jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)(*rows, *shared)
