@@ -47,6 +47,12 @@ def test_loops_are_counted_as_often_as_they_run():
     assert program_cost(PROGRAM).bytes_accessed == 5 * (3 * (3 * 64 + 16) + 9) + 9
 
 
+def test_a_loop_over_the_blocks_of_a_row_runs_half_of_them_on_average():
+    by_data = PROGRAM.replace("%c.1 = s32[] constant(3)", "%c.1 = s32[] get-tuple-element(%p.1), index=0")
+    # Of four blocks one, two, three, four.
+    assert program_cost(by_data, row_blocks=4).flops == 5 * (2.5 * 128 + 1) + 1
+
+
 def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(DataError, match="direction=GT"):
         program_cost(PROGRAM.replace("direction=LT", "direction=GT"))

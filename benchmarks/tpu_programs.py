@@ -13,6 +13,7 @@ from benchmarks.hlo_cost import program_cost
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
+from hylorada_jax.math.blockwise import BLOCK
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -49,7 +50,7 @@ def compile_layers(devices: Sequence[Any]) -> Iterator[tuple[str, Record]]:
             run, arguments = jax_side(case, dtype)
             shapes = _on(_mesh(devices[:1]), arguments)
             compiled = jax.jit(run).lower(*shapes).compile()
-        yield name, _record(compiled)
+        yield name, _record(compiled, row_blocks=1)
 
 
 def compile_steps(
@@ -61,7 +62,13 @@ def compile_steps(
 
 
 def compile_step(
-    method: str, config: DecoderConfig, devices: Sequence[Any], *, batch_size: int, seq_len: int
+    method: str,
+    config: DecoderConfig,
+    devices: Sequence[Any],
+    *,
+    batch_size: int,
+    seq_len: int,
+    remat: str = "none",
 ) -> Record:
     """The record of a method's training step over a bfloat16 base, its rows divided over the devices.
 
@@ -71,11 +78,12 @@ def compile_step(
         devices: from :func:`topology_devices`.
         batch_size: rows, over all devices.
         seq_len: tokens per row.
+        remat: what is computed again in the backward pass.
     """
     sparse = True if method == "hylorada" else None
     adapter = HyLoRADAConfig(method=method, sparse_enabled=sparse)
     training = TrainingConfig(output="unused", steps=10, batch_size=batch_size, seq_len=seq_len)
-    model = _model_of_shapes(config, adapter)
+    model = _model_of_shapes(config, adapter, remat)
     optimizer = make_optimizer(model.adapters, training, adapter)
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
     ids = np.zeros(seq_len + 1, np.int32)
@@ -85,7 +93,7 @@ def compile_step(
     mesh = _mesh(devices)
     step = make_train_step(model, optimizer, training)
     lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
-    return _record(lowered.compile())
+    return _record(lowered.compile(), row_blocks=-(-seq_len // BLOCK))
 
 
 def to_lora(record: Mapping[str, float], lora: Mapping[str, float]) -> Record:
@@ -93,12 +101,12 @@ def to_lora(record: Mapping[str, float], lora: Mapping[str, float]) -> Record:
     return {name: round(record[name] / lora[name], 3) for name in COMPARED if lora[name]}
 
 
-def _model_of_shapes(config: DecoderConfig, adapter: HyLoRADAConfig) -> HyLoRADAModel:
+def _model_of_shapes(config: DecoderConfig, adapter: HyLoRADAConfig, remat: str) -> HyLoRADAModel:
     """An adapted model whose trees are shapes: it takes no weights and no memory."""
     models = []
 
     def build(params: dict[str, Any]) -> tuple[Any, Any]:
-        models.append(HyLoRADAModel(CausalLM(DecoderLM(config), params, config, "shapes"), adapter))
+        models.append(HyLoRADAModel(CausalLM(DecoderLM(config, remat), params, config, "shapes"), adapter))
         return models[0].adapters, models[0].frozen
 
     shapes = param_shapes(config, jnp.bfloat16)
@@ -120,11 +128,11 @@ def _on(mesh: Mesh, tree: Any, *axes: str) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def _record(compiled: jax.stages.Compiled) -> Record:
+def _record(compiled: jax.stages.Compiled, *, row_blocks: int) -> Record:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    return program_cost(text)._asdict() | {
+    return program_cost(text, row_blocks=row_blocks)._asdict() | {
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
