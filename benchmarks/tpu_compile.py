@@ -1,6 +1,7 @@
 """Compiles every layer and every method's training step for TPUs, on a machine that has none.
 
     python -m benchmarks.tpu_compile --output benchmarks/results
+    python -m benchmarks.tpu_compile --output benchmarks/results --long-rows
 
 It asserts nothing about speed: a program that compiles has shapes, memory and operations that the device
 accepts, and its figures are the compiler's. Every record is of one device:
@@ -17,7 +18,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hylorada_jax.io.files import refuse_unusable, write_json
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 MODEL = "smollm2-135m"
-SMALL = {
+SMALL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 256,
     "hidden_size": 32,
@@ -36,6 +37,25 @@ SMALL = {
     "num_key_value_heads": 2,
     "intermediate_size": 64,
     "tie_word_embeddings": True,
+}
+SMALL_LONG = 2048
+LLAMA_1B = {  # the shape of Llama 3.2 1B
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+    "tie_word_embeddings": True,
+}
+# The model's shape, method, rows, tokens and remat of the steps whose memory is that of attention.
+LONG_ROWS: dict[str, tuple[str | dict[str, Any], str, int, int, str]] = {
+    "llama-1b lora 1 × 4096, remat full": (LLAMA_1B, "lora", 1, 4096, "full"),
+    "llama-1b hylorada 1 × 4096, remat full": (LLAMA_1B, "hylorada", 1, 4096, "full"),
+    "smollm2-135m lora 4 × 1024": (MODEL, "lora", 4, 1024, "none"),
+    "llama-1b lora 1 × 32768, remat full": (LLAMA_1B, "lora", 1, 32768, "full"),
+    "llama-1b hylorada 1 × 32768, remat full": (LLAMA_1B, "hylorada", 1, 32768, "full"),
 }
 
 
@@ -73,13 +93,16 @@ def use_libtpu() -> None:
     )
 
 
-def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool = False) -> None:
+def main(
+    *, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool = False, long_rows: bool = False
+) -> None:
     """Compile every layer and training step for TPUs, and write tpu-compile.json.
 
     Args:
         output: the directory that it is written to.
         topologies: of what TPUs; each has four chips, of which all but one step use one.
         small: of a tiny model instead of SmolLM2-135M, in a minute: what the test compiles.
+        long_rows: the steps of ``LONG_ROWS`` instead, for the first topology, into tpu-compile-long.json.
     """
     refuse_unusable(output)
     use_libtpu()
@@ -88,17 +111,22 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
     from hylorada_jax.models.source import find_source
     from parity_tests.environment import environment
 
-    config = DecoderConfig.from_hf(SMALL if small else find_source(MODEL, config_only=True).config)
-    rows = {"batch_size": 4, "seq_len": 64 if small else 1024}
+    output.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.tpu_compile", *sys.argv[1:]]),
         "environment": environment() | {"libtpu": importlib.metadata.version("libtpu")},
-        "model": SMALL if small else MODEL,
         "dtype": "bfloat16",
-        **rows,
-        "topologies": {},
     }
-    output.mkdir(parents=True, exist_ok=True)
+    if long_rows:
+        devices = tpu_programs.topology_devices(topologies[0])[:1]
+        record |= {"device": devices[0].device_kind, "steps": {}}
+        for name in LONG_ROWS:  # written after each, for they take minutes
+            record["steps"] |= _reported(f"{topologies[0]} step", _long_row(name, devices))
+            write_json(output / "tpu-compile-long.json", record)
+        return
+    config = DecoderConfig.from_hf(SMALL if small else find_source(MODEL, config_only=True).config)
+    rows: dict[str, Any] = {"batch_size": 4, "seq_len": 64 if small else 1024}
+    record |= {"model": SMALL if small else MODEL, **rows, "topologies": {}}
     for topology in topologies:
         devices = tpu_programs.topology_devices(topology)
         layers = _reported(f"{topology} layer", tpu_programs.compile_layers(devices))
@@ -113,8 +141,25 @@ def main(*, output: Path, topologies: tuple[str, ...] = TOPOLOGIES, small: bool 
             },
             f"steps_on_{len(devices)}_devices": {"hylorada": on_all},
         }
+        if small:  # LONG_ROWS for those who cannot wait
+            long_step = tpu_programs.compile_step(
+                "hylorada", config, devices[:1], batch_size=1, seq_len=SMALL_LONG
+            )
+            record["topologies"][topology]["long_step"] = long_step
         # After each, for a topology takes minutes.
         write_json(output / "tpu-compile.json", record)
+
+
+def _long_row(name: str, devices: Sequence[Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, record) of one step of ``LONG_ROWS``."""
+    from benchmarks.tpu_programs import compile_step
+    from hylorada_jax.models.decoder_config import DecoderConfig
+    from hylorada_jax.models.source import find_source
+
+    shape, method, batch_size, seq_len, remat = LONG_ROWS[name]
+    hf = find_source(shape, config_only=True).config if isinstance(shape, str) else shape
+    rows: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "remat": remat}
+    yield name, compile_step(method, DecoderConfig.from_hf(hf), devices, **rows)
 
 
 def _reported(what: str, programs: Iterable[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -65,16 +65,29 @@ def compile_steps(
 
 
 def compile_step(
-    method: str, config: DecoderConfig, devices: Sequence[Any], *, batch_size: int, seq_len: int
+    method: str,
+    config: DecoderConfig,
+    devices: Sequence[Any],
+    *,
+    batch_size: int,
+    seq_len: int,
+    remat: str = "none",
 ) -> Record:
     """The record of :func:`compiled_step` where every token is scored, which costs most."""
-    compiled = compiled_step(method, config, devices, batch_size=batch_size, seq_len=seq_len)
+    rows = {"batch_size": batch_size, "seq_len": seq_len}
+    compiled = compiled_step(method, config, devices, **rows, remat=remat)
     tokens = batch_size * seq_len // len(devices)
     return record(compiled, turns=math.ceil(tokens / chunk_tokens(tokens, config.vocab_size)))
 
 
 def compiled_step(
-    method: str, config: DecoderConfig, devices: Sequence[Any], *, batch_size: int, seq_len: int
+    method: str,
+    config: DecoderConfig,
+    devices: Sequence[Any],
+    *,
+    batch_size: int,
+    seq_len: int,
+    remat: str = "none",
 ) -> jax.stages.Compiled:
     """A method's training step over a bfloat16 base, its rows divided over the devices.
 
@@ -84,11 +97,12 @@ def compiled_step(
         devices: from :func:`topology_devices`.
         batch_size: rows, over all devices.
         seq_len: tokens per row.
+        remat: what is computed again in the backward pass.
     """
     sparse = True if method == "hylorada" else None
     adapter = HyLoRADAConfig(method=method, sparse_enabled=sparse)
     training = TrainingConfig(output="unused", steps=10, batch_size=batch_size, seq_len=seq_len)
-    model = _model_of_shapes(config, adapter)
+    model = _model_of_shapes(config, adapter, remat)
     optimizer = make_optimizer(model.adapters, training, adapter)
     state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
     ids = np.zeros(seq_len + 1, np.int32)
@@ -161,12 +175,12 @@ def to_lora(figures: Mapping[str, float], lora: Mapping[str, float]) -> Record:
     return {name: round(figures[name] / lora[name], 3) for name in COMPARED if lora[name]}
 
 
-def _model_of_shapes(config: DecoderConfig, adapter: HyLoRADAConfig) -> HyLoRADAModel:
+def _model_of_shapes(config: DecoderConfig, adapter: HyLoRADAConfig, remat: str) -> HyLoRADAModel:
     """An adapted model whose trees are shapes: it takes no weights and no memory."""
     models = []
 
     def build(params: dict[str, Any]) -> tuple[Any, Any]:
-        models.append(HyLoRADAModel(CausalLM(DecoderLM(config), params, config, "shapes"), adapter))
+        models.append(HyLoRADAModel(CausalLM(DecoderLM(config, remat), params, config, "shapes"), adapter))
         return models[0].adapters, models[0].frozen
 
     shapes = param_shapes(config, jnp.bfloat16)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_compile import SMALL, TOPOLOGIES, libtpu_directory
+from benchmarks.tpu_compile import SMALL, SMALL_LONG, TOPOLOGIES, libtpu_directory
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import HyLoRADAError
 from parity_tests.layers import LAYERS
@@ -59,6 +59,9 @@ def test_everything_compiles_for_v5e(tmp_path):
     # Each of four devices has a quarter of the rows; what is not divided is small beside them.
     on_all = compiled["steps_on_4_devices"]["hylorada"]
     assert on_all["flops"] < steps["hylorada"]["flops"] / 3
+    # Of a long row no layer ever holds its logits, which are float32.
+    logits = 4 * SMALL["num_attention_heads"] * SMALL_LONG**2
+    assert compiled["long_step"]["temp_bytes"] < logits
 
 
 @pytest.mark.apart
