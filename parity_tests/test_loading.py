@@ -36,6 +36,14 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16, "sliding_window": 5},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "phi3": {"sliding_window": 5, "pad_token_id": 0, "eos_token_id": 2},
+    "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                "logits_scaling": 4.0, "tie_word_embeddings": True},
+    "olmo2": {"head_dim": 8, "pad_token_id": 0, "eos_token_id": 2},
+    "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16},
 }  # fmt: skip
 SMALL = {"vocab_size": 64, "max_position_embeddings": 64, "hidden_size": 32}
 FLAX: dict[str, dict[str, Any]] = {
@@ -60,8 +68,12 @@ IDS = jnp.array(np.random.default_rng(0).integers(3, 64, (2, 20)))
 
 
 def decoder(family: str):
-    """A random torch model of a family that our decoder reads."""
-    return random_torch_model(SHAPE | DECODERS[family] | {"model_type": family})
+    """A random torch model of a family that our decoder reads; to its norms 1 is added without rounding."""
+    model = random_torch_model(SHAPE | DECODERS[family] | {"model_type": family})
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.round(parameter.data * 2**12) / 2**12
+    return model
 
 
 def torch_logits(model, ids=IDS) -> np.ndarray:
@@ -194,6 +206,16 @@ GGUF_NAMES = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+# Of families with norms behind their blocks.
+GGUF_NORMS = GGUF_NAMES | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+GGUF_KEYS = {
+    "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+}  # fmt: skip
 
 
 def convert_to_gguf(oracle, path: Path) -> Path:
@@ -205,8 +227,17 @@ def convert_to_gguf(oracle, path: Path) -> Path:
         "attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps, "rope.freq_base": float(c.rope_theta),
     }  # fmt: skip
-    if c.model_type == "llama":
-        keys |= {"rope.dimension_count": c.head_dim, "vocab_size": c.vocab_size}
+    architecture = c.model_type.removesuffix("_text")
+    permutes, names = architecture in ("llama", "granite"), GGUF_NAMES
+    keys["vocab_size"] = c.vocab_size
+    if architecture == "llama":
+        keys["rope.dimension_count"] = c.head_dim
+    if architecture in ("olmo2", "gemma2", "gemma3"):
+        names = GGUF_NORMS
+    if architecture in ("gemma2", "gemma3"):
+        keys["attention.sliding_window"] = c.sliding_window
+    own = {theirs: getattr(c, ours, None) for ours, theirs in GGUF_KEYS.items()}
+    keys |= {key: float(value) for key, value in own.items() if value is not None}
     if hasattr(c, "head_dim"):
         keys |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
     tensors = {}
@@ -214,20 +245,22 @@ def convert_to_gguf(oracle, path: Path) -> Path:
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
         module, suffix = name.rsplit(".", 1)
-        array = tensor.numpy()
+        array = tensor.numpy() + (1 if "norm" in name and "gemma" in architecture else 0)
         if module.startswith("model.layers."):
             layer, module = module.removeprefix("model.layers.").split(".", 1)
-            if c.model_type == "llama" and module.endswith(("q_proj", "k_proj")):
+            if permutes and module.endswith(("q_proj", "k_proj")):
                 heads = c.num_attention_heads if "q_proj" in module else c.num_key_value_heads
                 array = array.reshape(heads, 2, len(array) // heads // 2, *array.shape[1:])
                 array = array.swapaxes(1, 2).reshape(tensor.shape)
-            tensors[f"blk.{layer}.{GGUF_NAMES[module]}.{suffix}"] = np.ascontiguousarray(array)
+            tensors[f"blk.{layer}.{names[module]}.{suffix}"] = np.ascontiguousarray(array)
         else:
-            tensors[f"{GGUF_NAMES[module]}.{suffix}"] = array
-    return write_gguf(path, c.model_type, keys, tensors)
+            tensors[f"{names[module]}.{suffix}"] = array
+    return write_gguf(path, architecture, keys, tensors)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text"]
+)
 def test_gguf_of_each_family(family, tmp_path):
     oracle = decoder(family)
     model = load_model(convert_to_gguf(oracle, tmp_path / "m.gguf"))
@@ -235,6 +268,22 @@ def test_gguf_of_each_family(family, tmp_path):
     assert_same_parameters(model, oracle)
     np.testing.assert_allclose(
         model(IDS).logits, torch_logits(oracle), atol=DECODER["float32"], rtol=DECODER["float32"]
+    )
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gguf_is_read_as_transformers_reads_it(family, tmp_path):
+    path = convert_to_gguf(decoder(family), tmp_path / "m.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    for layer in theirs.model.layers:
+        layer.self_attn.scaling = 16**-0.5  # transformers has 256 here, whatever the width of a head
+    np.testing.assert_allclose(
+        load_model(path)(IDS).logits,
+        torch_logits(theirs.eval()),
+        atol=DECODER["float32"],
+        rtol=DECODER["float32"],
     )
 
 

@@ -94,7 +94,7 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
             another type or size than it must be, or does not fit the tensors.
     """
     model_type, family = _family(gguf)
-    keys = _architecture(gguf, family.architecture + ".")
+    keys, own = _architecture(gguf, family)
     head_dim = keys.embedding_length // keys.head_count if keys.key_length is None else keys.key_length
     kv_heads = keys.head_count if keys.head_count_kv is None else keys.head_count_kv
     if widths := {keys.value_length, keys.rotated} - {None, head_dim}:
@@ -105,7 +105,7 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
         )
     _check_tensors(gguf, keys, head_dim, kv_heads)
     ids = special_ids(gguf)
-    return {
+    config = {
         "model_type": model_type,
         "architectures": [DECODERS[model_type].causal_lm],
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
@@ -124,7 +124,9 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
         "bos_token_id": ids.get("bos"),
         "eos_token_id": ids.get("eos"),
         **{key: f"blk.0.{tensor}.bias" in gguf.tensors for key, tensor in family.biases.items()},
+        **own,
     }
+    return config | family.settings(config)
 
 
 def special_ids(gguf: GGUFFile) -> dict[str, int]:
@@ -163,8 +165,11 @@ def _family(gguf: GGUFFile) -> tuple[str, GGUF]:
     return _ARCHITECTURES[architecture]
 
 
-def _architecture(gguf: GGUFFile, prefix: str) -> _Architecture:
+def _architecture(gguf: GGUFFile, family: GGUF) -> tuple[_Architecture, dict[str, Any]]:
+    """The keys of all architectures, and those of this one under config.json's names."""
+    prefix = family.architecture + "."
     keys = {k.removeprefix(prefix): v for k, v in gguf.metadata.items() if k.startswith(prefix)}
+    own = {theirs: keys.pop(key) for key, theirs in family.keys.items() if key in keys}
     known = {field.encode_name for field in msgspec.structs.fields(_Architecture)}
     if unknown := sorted(keys.keys() - known):
         raise ModelError(
@@ -173,7 +178,7 @@ def _architecture(gguf: GGUFFile, prefix: str) -> _Architecture:
             "Load the original Hugging Face directory instead.",
         )
     rule = f"A GGUF model must have every key of its architecture, each of its type: {gguf.path}, {prefix}*."
-    return checked(keys, _Architecture, rule, ModelError, REMEDY)
+    return checked(keys, _Architecture, rule, ModelError, REMEDY), own
 
 
 def _check_tensors(gguf: GGUFFile, keys: _Architecture, head_dim: int, kv_heads: int) -> None:
@@ -288,6 +293,8 @@ class GGUFWeights:
         for start in range(0, len(rows), step):
             with np.errstate(all="ignore"):  # what is not finite is reported by who loads it
                 tensor[start : start + step] = dequantize(rows[start : start + step], entry.kind)
+        if "norm" in own_name:
+            tensor -= self._family.norm_offset
         return self._unpermuted(own_name, tensor).reshape(entry.shape)
 
     def _unpermuted(self, own_name: str, tensor: np.ndarray) -> np.ndarray:

@@ -141,8 +141,8 @@ def test_what_is_not_understood_is_refused(tmp_path):
         path = write_gguf(tmp_path / "m.gguf", architecture, keys, tensors(), extra=extra)
         return gguf_config(read_gguf(path))
 
-    with pytest.raises(ModelError, match="gemma2"):
-        config("gemma2", KEYS)
+    with pytest.raises(ModelError, match="falcon"):
+        config("falcon", KEYS)
     with pytest.raises(ModelError, match=r"llama\.expert_count, llama\.logit_scale"):
         config("llama", KEYS | {"expert_count": 8, "logit_scale": 0.5})
     with pytest.raises(ModelError, match="one width"):
@@ -225,7 +225,7 @@ def test_a_special_token_is_a_row_of_the_embedding(role, value, header):
 
 @pytest.mark.parametrize("architecture", [None, 1, ["llama"], np.arange(2), "gpt2"])
 def test_another_architecture_is_refused(architecture, header):
-    with pytest.raises(ModelError, match="must be of the architecture llama"):
+    with pytest.raises(ModelError, match=r"must be of the architecture .*llama"):
         gguf_config(replace(header, metadata={**header.metadata, "general.architecture": architecture}))
 
 

@@ -80,12 +80,18 @@ class GGUF:
         tensors: its names of a layer's tensors, beside those of Llama's, and HF's.
         biases: {key of config.json that turns biases on: a tensor whose bias is there then}.
         interleaved: in the rows of q and k, the two halves that rotate against each other alternate.
+        keys: its keys beside those of all architectures, and config.json's.
+        settings: what config.json would hold, as far as the file says it → what the file does not say.
+        norm_offset: what the weights of norms have been added.
     """
 
     architecture: str
     tensors: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict)
+    settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: {}
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from hylorada_jax.models.bounds import Heads, Layers, Positions, Tokens, Vocabulary, Width
-from hylorada_jax.models.families.family import Decoder, Family, Keys, Options, sliding
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options, sliding
 
 
 class GemmaKeys(Keys, frozen=True, kw_only=True):
@@ -46,6 +46,15 @@ FAMILIES = [
     Family(
         model_type="gemma",
         tokenizer="GemmaTokenizer",
-        decoder=Decoder(causal_lm="GemmaForCausalLM", keys=GemmaKeys, options=options),
+        decoder=Decoder(
+            causal_lm="GemmaForCausalLM",
+            keys=GemmaKeys,
+            options=options,
+            gguf=GGUF(
+                architecture="gemma",
+                settings=lambda said: {"hidden_act": "gelu_pytorch_tanh"},
+                norm_offset=1.0,
+            ),
+        ),
     )
 ]

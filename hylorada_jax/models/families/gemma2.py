@@ -4,7 +4,7 @@ from typing import Any
 
 from hylorada_jax.models.bounds import Heads, Layers, Multiplier, Positions, Width
 from hylorada_jax.models.families import gemma
-from hylorada_jax.models.families.family import Decoder, Family, Options, sliding
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Options, sliding
 
 
 class Gemma2Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act": "hidden_activation"}):
@@ -41,10 +41,43 @@ def shared(keys: Gemma2Keys, every: int, **others: Any) -> Options:
     )
 
 
+NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""llama.cpp's names of a layer's norms, and HF's."""
+
+
+def unsaid(said: dict[str, Any], largest: int) -> dict[str, Any]:
+    """The scale of attention, which no file has: llama.cpp knows the largest model by its depth."""
+    whole = said["num_hidden_layers"] == largest
+    return {
+        "query_pre_attn_scalar": said["hidden_size"] / said["num_attention_heads"]
+        if whole
+        else said["head_dim"]
+    }
+
+
 FAMILIES = [
     Family(
         model_type="gemma2",
         tokenizer="GemmaTokenizer",
-        decoder=Decoder(causal_lm="Gemma2ForCausalLM", keys=Gemma2Keys, options=options),
+        decoder=Decoder(
+            causal_lm="Gemma2ForCausalLM",
+            keys=Gemma2Keys,
+            options=options,
+            gguf=GGUF(
+                architecture="gemma2",
+                tensors=NORMS,
+                keys={
+                    "attention.sliding_window": "sliding_window",
+                    "attn_logit_softcapping": "attn_logit_softcapping",
+                    "final_logit_softcapping": "final_logit_softcapping",
+                },
+                settings=lambda said: unsaid(said, largest=46),
+                norm_offset=1.0,
+            ),
+        ),
     )
 ]

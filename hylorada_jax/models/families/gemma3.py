@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from hylorada_jax.models.bounds import Multiplier, Positions, Theta, Vocabulary
 from hylorada_jax.models.families import gemma2
-from hylorada_jax.models.families.family import Decoder, Family, Options
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Options
 
 
 class Gemma3Keys(gemma2.Gemma2Keys, frozen=True, kw_only=True):
@@ -57,6 +57,21 @@ FAMILIES = [
             options=options,
             rope_theta=1000000.0,
             settings=settings,
+            gguf=GGUF(
+                architecture="gemma3",
+                tensors={
+                    **gemma2.NORMS,
+                    "attn_q_norm": "self_attn.q_norm",
+                    "attn_k_norm": "self_attn.k_norm",
+                },
+                keys={
+                    "attention.sliding_window": "sliding_window",
+                    "rope.freq_base_swa": "rope_local_base_freq",
+                    "final_logit_softcapping": "final_logit_softcapping",
+                },
+                settings=lambda said: gemma2.unsaid(said, largest=62),
+                norm_offset=1.0,
+            ),
         ),
     )
 ]

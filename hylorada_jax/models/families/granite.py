@@ -4,7 +4,7 @@ import dataclasses
 
 from hylorada_jax.models.bounds import Multiplier
 from hylorada_jax.models.families import llama
-from hylorada_jax.models.families.family import Decoder, Family, Keys, Options
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options
 
 
 class GraniteKeys(Keys, frozen=True, kw_only=True):
@@ -31,6 +31,21 @@ FAMILIES = [
     Family(
         model_type="granite",
         tokenizer="GPT2Tokenizer",
-        decoder=Decoder(causal_lm="GraniteForCausalLM", keys=GraniteKeys, options=options),
+        decoder=Decoder(
+            causal_lm="GraniteForCausalLM",
+            keys=GraniteKeys,
+            options=options,
+            gguf=GGUF(
+                architecture="granite",
+                biases=llama.GGUF_BIASES,
+                interleaved=True,
+                keys={
+                    "attention.scale": "attention_multiplier",
+                    "embedding_scale": "embedding_multiplier",
+                    "residual_scale": "residual_multiplier",
+                    "logit_scale": "logits_scaling",
+                },
+            ),
+        ),
     )
 ]

@@ -6,6 +6,8 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.families.family import GGUF, Decoder, Family, Flax, Keys, Options, sliding
 from hylorada_jax.models.rope_config import RopeScaling, read_rope
 
+GGUF_BIASES = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+
 
 def options(keys: Keys) -> Options:
     """Biases where the config says so, and no window."""
@@ -62,7 +64,7 @@ FAMILIES = [
             options=options,
             gguf=GGUF(
                 architecture="llama",  # Mistral is that too
-                biases={"attention_bias": "attn_q", "mlp_bias": "ffn_up"},
+                biases=GGUF_BIASES,
                 interleaved=True,
             ),
         ),

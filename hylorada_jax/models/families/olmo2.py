@@ -1,7 +1,7 @@
 """OLMo 2: norms behind attention and MLP, and over all queries and all keys together."""
 
 from hylorada_jax.models.bounds import Epsilon, Tokens, Vocabulary
-from hylorada_jax.models.families.family import Decoder, Family, Keys, Options, sliding
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options, sliding
 
 
 class Olmo2Keys(Keys, frozen=True, kw_only=True):
@@ -31,6 +31,19 @@ FAMILIES = [
     Family(
         model_type="olmo2",
         tokenizer="GPT2Tokenizer",
-        decoder=Decoder(causal_lm="Olmo2ForCausalLM", keys=Olmo2Keys, options=options),
+        decoder=Decoder(
+            causal_lm="Olmo2ForCausalLM",
+            keys=Olmo2Keys,
+            options=options,
+            gguf=GGUF(
+                architecture="olmo2",
+                tensors={
+                    "post_attention_norm": "post_attention_layernorm",
+                    "post_ffw_norm": "post_feedforward_layernorm",
+                    "attn_q_norm": "self_attn.q_norm",
+                    "attn_k_norm": "self_attn.k_norm",
+                },
+            ),
+        ),
     )
 ]
