@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -23,6 +24,11 @@ def replicated() -> NamedSharding:
 def shard_rows(batch: Any) -> Any:
     """A batch with its rows divided over the devices, which must divide their number."""
     return jax.device_put(batch, NamedSharding(_mesh(), PartitionSpec("data")))
+
+
+def in_use() -> contextlib.AbstractContextManager[Any]:
+    """A context in which attention's kernels know of several devices: no compiler divides them by itself."""
+    return jax.set_mesh(_mesh()) if jax.device_count() > 1 else contextlib.nullcontext()
 
 
 def row_groups(rows: int) -> int:

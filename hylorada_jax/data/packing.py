@@ -14,7 +14,7 @@ from hylorada_jax.math.loss import IGNORED
 from hylorada_jax.models.batch import KEYS, Batch, padding
 
 # What every row has; what a structure encoder reads, it has where the documents do.
-_ALWAYS = ("input_ids", "targets", "segment_ids", "position_ids", "document_ids")
+_ALWAYS = ("input_ids", "targets", "segment_ids", "document_ids")
 
 
 class Window(NamedTuple):
@@ -35,10 +35,10 @@ class Rows:
     ``seq_len`` tokens, best fit, longest first.
 
     A row has ``input_ids``; ``targets``, the next token or -1 where nothing is predicted or counted;
-    ``segment_ids``, 1, 2, 3 … for the windows in the row and 0 for padding; ``position_ids``, which
-    restart at 0 in every window; and ``document_ids``, the number of each token's document. Where the
-    documents have them, it also has the ``structure_ids`` and ``structure_positions`` of its ``input_ids``,
-    0 for padding. Their dtypes are in :mod:`hylorada_jax.models.batch`.
+    ``segment_ids``, 1, 2, 3 … for the windows in the row and 0 for padding, in each of which models count
+    positions from 0; and ``document_ids``, the number of each token's document. Where the documents have
+    them, it also has the ``structure_ids`` and ``structure_positions`` of its ``input_ids``, 0 for padding.
+    Their dtypes are in :mod:`hylorada_jax.models.batch`.
 
     Args:
         documents: all with the same fields of structure; one of fewer than 2 tokens gives no row.
@@ -54,7 +54,7 @@ class Rows:
         >>> rows = Rows([question, TokenizedDocument(np.array([8, 9]))], seq_len=4)
         >>> {name: values.tolist() for name, values in rows[0].items()}  # doctest: +NORMALIZE_WHITESPACE
         {'input_ids': [5, 6, 8, 0], 'targets': [-1, 7, 9, -1], 'segment_ids': [1, 1, 2, 0],
-         'position_ids': [0, 1, 0, 0], 'document_ids': [0, 0, 1, 0]}
+         'document_ids': [0, 0, 1, 0]}
 
     Source: the windows are those of the Hugging Face guide "Perplexity of fixed-length models"; best-fit
     packing is Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3.
@@ -98,7 +98,6 @@ class Rows:
             row["input_ids"][here] = document.tokens[there]
             row["targets"][here] = _targets(document, window)
             row["segment_ids"][here] = segment
-            row["position_ids"][here] = np.arange(window.stop - window.start)
             row["document_ids"][here] = window.document
             for name in self._structure:
                 row[name][here] = getattr(document, name)[there]

@@ -150,10 +150,9 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
 def _padded(text: dict[str, list[int]], seq_len: int, width: int) -> Batch:
     """A row of a context; each token of the answer is predicted at the place before it."""
     length, asked = len(text["tokens"]), len(text["answer"])
-    row = padding(["input_ids", "segment_ids", "position_ids"], seq_len)
+    row = padding(["input_ids", "segment_ids"], seq_len)
     row["input_ids"][:length] = text["tokens"]
     row["segment_ids"][:length] = 1
-    row["position_ids"][:length] = np.arange(length)
     places, answer = np.zeros(width, np.int32), np.full(width, IGNORED, np.int32)
     places[:asked] = np.arange(length - asked, length) - 1
     answer[:asked] = text["answer"]

@@ -12,7 +12,7 @@ from jax import Array
 from tqdm import tqdm
 
 from hylorada_jax.data.packing import Rows, batches, spread
-from hylorada_jax.devices import replicate, shard_rows
+from hylorada_jax.devices import in_use, replicate, shard_rows
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.generate import not_finite
@@ -74,7 +74,8 @@ class Sweep:
         resolved = self._resolve(replicate(self.model.adapters) if adapters is None else adapters, frozen)
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
-            values = np.asarray(self._run(resolved, frozen, shard_rows(batch)))
+            with in_use():
+                values = np.asarray(self._run(resolved, frozen, shard_rows(batch)))
             if not np.isfinite(values).all():
                 raise _not_finite(batch, values)
             yield batch, values

@@ -22,6 +22,7 @@ def shifted_patterns(
     *,
     key_valid: Bool[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    counted: bool = False,
 ) -> tuple[Pattern, Pattern]:
     """The patterns of shifted sparse attention: groups of G tokens, and the same shifted, strictly causal.
 
@@ -37,6 +38,7 @@ def shifted_patterns(
         shift: in tokens, 0 < shift < G.
         key_valid: False for padding.
         segment_ids: the document of every token.
+        counted: as of :class:`Pattern`.
 
     Returns:
         The patterns of the plain and of the shifted groups, for :func:`attend`.
@@ -60,6 +62,7 @@ def shifted_patterns(
             _to_groups(positions, group_size, front),
             key_valid=_to_groups(key_valid, group_size, front),
             segment_ids=None if segment_ids is None else _to_groups(segment_ids, group_size, front),
+            counted=counted,
         )
         return replace(groups, front=front)
 

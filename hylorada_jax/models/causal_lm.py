@@ -231,8 +231,10 @@ class CausalLM:
                 ``jax.jit`` or the like one outside goes unnoticed, and the output means nothing.
         """
         check_tokens(input_ids, self.token_limit)
-        inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
-        return CausalLMOutput(logits=self.module.apply(variables, *inputs, groups=groups, rngs=rngs))
+        logits = _apply(
+            self.module, variables, input_ids, attention_mask, position_ids, segment_ids, groups, rngs=rngs
+        )
+        return CausalLMOutput(logits=logits)
 
     def hidden(
         self,
@@ -247,8 +249,8 @@ class CausalLM:
     ) -> Float[Array, "batch seq d"]:
         """Hidden states after the final norm; arguments and errors are those of ``forward``."""
         check_tokens(input_ids, self.token_limit)
-        inputs = _inputs(input_ids, attention_mask, position_ids, segment_ids)
-        return self.module.apply(variables, *inputs, groups=groups, rngs=rngs, method="hidden")[0]
+        inputs = input_ids, attention_mask, position_ids, segment_ids
+        return _apply(self.module, variables, *inputs, groups, rngs=rngs, method="hidden")[0]
 
     def head(self, variables: Variables) -> Float[Array, "vocab d"]:
         """The output embedding, tied or not: logits = hidden · headᵀ."""
@@ -362,24 +364,32 @@ class CausalLM:
         return settings | {"eos_token_id": self.end_token_ids if ends is None else ends}
 
 
-def _inputs(
+def _apply(
+    module: DecoderLM,
+    variables: Variables,
     input_ids: Int[Array, "batch seq"],
     attention_mask: Int[Array, "batch seq"] | None,
     position_ids: Int[Array, "batch seq"] | None,
     segment_ids: Int[Array, "batch seq"] | None,
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """The module's arguments: positions filled in, and which keys are not padding."""
+    groups: tuple[int, int] | None = None,
+    **options: Any,
+) -> Any:
+    """The module's result: positions filled in, and which keys are not padding."""
     # Users bring numpy arrays too.
     input_ids = jnp.asarray(input_ids)
     position_ids, attention_mask, segment_ids = (
         None if given is None else jnp.asarray(given) for given in (position_ids, attention_mask, segment_ids)
     )
+    # Those that a mask counts stand still in padding, and a user's own may be anywhere.
+    counted = position_ids is None and attention_mask is None
     if position_ids is None:
         position_ids = default_positions(
             input_ids.shape, attention_mask=attention_mask, segment_ids=segment_ids
         )
-    valid = [mask > 0 for mask in (attention_mask, segment_ids) if mask is not None]
-    return input_ids, position_ids, jnp.all(jnp.stack(valid), axis=0) if valid else None, segment_ids
+    masks = [mask > 0 for mask in (attention_mask, segment_ids) if mask is not None]
+    valid = jnp.all(jnp.stack(masks), axis=0) if masks else None
+    facts = {"groups": groups, "counted": counted}
+    return module.apply(variables, input_ids, position_ids, valid, segment_ids, **facts, **options)
 
 
 # init_params itself is not jitted: a trace from jax's cache would hide the modules from who looks for them.
@@ -389,4 +399,4 @@ _jitted_init_params = jax.jit(init_params, static_argnames=("config", "dtype"))
 @partial(jax.jit, static_argnums=0)
 def _jitted_logits(module: DecoderLM, variables: Variables, *inputs: Any) -> Float[Array, "batch seq vocab"]:
     """``CausalLM.forward`` compiled once per module, whatever the weights."""
-    return module.apply(variables, *_inputs(*inputs))
+    return _apply(module, variables, *inputs)

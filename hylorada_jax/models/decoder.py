@@ -96,6 +96,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "batch query"] | None = None,
         cache: KVCache | None = None,
         groups: tuple[int, int] | None = None,
+        counted: bool = False,
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
@@ -113,11 +114,13 @@ class Decoder(nn.Module):
 
         patterns: tuple[Pattern, ...]
         if groups is None:
+            places = slots, key_slots, position_ids, key_positions
             facts = key_valid, segment_ids, segment_ids
-            own = cache is None
-            patterns = (Pattern(slots, key_slots, position_ids, key_positions, *facts, own=own),)
+            patterns = (Pattern(*places, *facts, own=cache is None, counted=counted),)
         else:
-            patterns = shifted_patterns(position_ids, *groups, key_valid=key_valid, segment_ids=segment_ids)
+            patterns = shifted_patterns(
+                position_ids, *groups, key_valid=key_valid, segment_ids=segment_ids, counted=counted
+            )
 
         stream = Stream(x, None if cache is None else (cache.keys, cache.values))
         step = Step(cos, sin, rotations, patterns, start)
@@ -156,6 +159,7 @@ class DecoderLM(nn.Module):
         segment_ids: Int[Array, "batch query"] | None = None,
         cache: KVCache | None = None,
         groups: tuple[int, int] | None = None,
+        counted: bool = False,
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm.
 
@@ -166,11 +170,12 @@ class DecoderLM(nn.Module):
             segment_ids: the document of every token; not together with a cache.
             cache: the tokens so far; the new ones are appended at the end of every row.
             groups: size and shift of shifted sparse attention's groups; not together with a cache.
+            counted: the positions count up by one within a document.
 
         Returns:
             The states and, when one was given, the cache with the new tokens.
         """
-        return self.model(input_ids, position_ids, key_valid, segment_ids, cache, groups)
+        return self.model(input_ids, position_ids, key_valid, segment_ids, cache, groups, counted)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""
@@ -184,7 +189,9 @@ class DecoderLM(nn.Module):
         key_valid: Bool[Array, "batch query"] | None = None,
         segment_ids: Int[Array, "batch query"] | None = None,
         groups: tuple[int, int] | None = None,
+        counted: bool = False,
     ) -> Float[Array, "batch query vocab"]:
         """Logits of every token; the arguments are those of ``hidden``."""
-        hidden, _ = self.hidden(input_ids, position_ids, key_valid, segment_ids, groups=groups)
+        inputs = input_ids, position_ids, key_valid, segment_ids
+        hidden, _ = self.hidden(*inputs, groups=groups, counted=counted)
         return self.logits(hidden)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hylorada_jax.devices import shard_rows
+from hylorada_jax.devices import in_use, shard_rows
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_whole
@@ -98,7 +98,8 @@ class Loop:
             while not ended:
                 step += 1
                 batch = next(batches)
-                state, metrics = train_step(state, self.frozen, shard_rows(computed(batch)))
+                with in_use():
+                    state, metrics = train_step(state, self.frozen, shard_rows(computed(batch)))
                 self._look_at(pending, bar)
                 pending = _Pending(step, batch, metrics)
                 ended, best = step == config.steps, False
