@@ -29,8 +29,7 @@ class Key(NamedTuple):
 
 KEYS = {
     "input_ids": Key(np.int32, 0, "model"),
-    "segment_ids": Key(np.int32, 0, "model"),  # 1, 2, 3 … for the windows in a row
-    "position_ids": Key(np.int32, 0, "model"),  # in rows of a user's own; else from 0 in every segment
+    "segment_ids": Key(np.int32, 0, "model"),  # 1, 2, 3 … for the windows in a row; each counts from 0
     "structure_ids": Key(np.int32, 0, "model"),
     "structure_positions": Key(np.float32, 0, "model"),
     "targets": Key(np.int32, IGNORED, "loss"),  # the next token, where it counts

@@ -147,7 +147,6 @@ def rows_of(ids):
         "input_ids": ids,
         "targets": np.concatenate([ids[:, 1:], -ones[:, :1]], axis=1),
         "segment_ids": ones,
-        "position_ids": np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape),
     }
 
 
@@ -240,7 +239,7 @@ def test_packed_log_probabilities_equal_the_separate_ones():
     assert len(Rows(texts, 32)) < len(texts) == len(separate)
     assert packed.keys() == separate.keys()
     for key, values in packed.items():
-        np.testing.assert_allclose(values, separate[key], rtol=0, atol=1e-5)  # sums of float32 in another order
+        np.testing.assert_allclose(values, separate[key], rtol=0, atol=1e-5)  # another order
 
 
 def test_a_step_tells_the_model_each_tokens_structure_position():
