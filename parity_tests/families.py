@@ -100,7 +100,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     # Scaled embeddings, norms whose weight is added to 1, heads wider than hidden / heads.
     "gemma": lambda: transformers.GemmaForCausalLM(
         transformers.GemmaConfig(
-            **_SIZES, head_dim=6, attention_bias=True, hidden_act="gelu",
+            **_SIZES, head_dim=6, attention_bias=True, hidden_act="silu",
             rope_scaling={"rope_type": "linear", "factor": 3.0},
         )
     ),

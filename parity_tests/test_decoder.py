@@ -141,12 +141,13 @@ MODELS: dict[str, dict[str, Any]] = {
         **SHAPE,
         "model_type": "gemma",
         "attention_bias": True,
-        "hidden_act": "gelu",
+        "hidden_act": "silu",
         "rope_scaling": {"rope_type": "linear", "factor": 3.0},
     },
     "gemma2": {
         **SHAPE,
         "model_type": "gemma2",
+        "tie_word_embeddings": False,  # scaled embeddings that are also the head repeat themselves
         "query_pre_attn_scalar": 10,
         "sliding_window": 6,
         "attn_logit_softcapping": 1.5,
@@ -155,6 +156,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {
         **SHAPE,
         "model_type": "gemma3_text",
+        "tie_word_embeddings": False,
         "attention_bias": True,
         "hidden_activation": "gelu",
         "query_pre_attn_scalar": 10,

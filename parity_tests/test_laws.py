@@ -14,7 +14,7 @@ import hylorada_jax
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import position as jax_position
-from hylorada_jax.math.attention import DAA, IMPLEMENTATIONS, attention
+from hylorada_jax.math.attention import DAA, attention
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.plan import DROPOUT_RATE
@@ -28,7 +28,7 @@ from parity_tests.tolerances import LAYER, MODEL, relative_error
 
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])  # of those for any device
 def test_attention_hides_what_is_masked_whatever_daa_does(implementation, soft_cap):
     """An α below zero would turn a masked logit into the largest one, were the mask there before it."""
     rng = np.random.default_rng(0)

@@ -12,10 +12,16 @@ from hylorada_jax.models.families.family import Keys
 LLAMA = {"model_type": "llama"}
 
 
+def test_gemmas_gelu_is_its_approximation_as_in_transformers_5():
+    assert (
+        DecoderConfig.from_hf({"model_type": "gemma", "hidden_act": "gelu"}).hidden_act == "gelu_pytorch_tanh"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": "falcon"}, "falcon"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

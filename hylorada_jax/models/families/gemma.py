@@ -23,6 +23,12 @@ class GemmaKeys(Keys, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
 
 
+def settings(said: dict[str, Any]) -> dict[str, Any]:
+    """With the activation that the first files call gelu, and mean as its approximation by tanh."""
+    tanh = {"hidden_act": "gelu_pytorch_tanh"}
+    return {**said, **tanh} if said.get("hidden_act") == "gelu" else said
+
+
 def options(keys: GemmaKeys) -> Options:
     """Without a window."""
     return shared(keys, *sliding(keys, None, [False] * keys.num_hidden_layers, fixed="gemma"))
@@ -50,6 +56,7 @@ FAMILIES = [
             causal_lm="GemmaForCausalLM",
             keys=GemmaKeys,
             options=options,
+            settings=settings,
             gguf=GGUF(
                 architecture="gemma",
                 settings=lambda said: {"hidden_act": "gelu_pytorch_tanh"},
