@@ -172,16 +172,22 @@ def all_in_float64() -> Iterator[None]:
 
     Those are norms, rotary tables and softmaxes.
     """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    with (
+        _default_dtype(torch.float64),
+        mock.patch.multiple(torch, float=torch.float64, float32=torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        with (
-            mock.patch.multiple(torch, float=torch.float64, float32=torch.float64),
-            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-        ):
-            yield
+        yield
     finally:
-        torch.set_default_dtype(default)
+        torch.set_default_dtype(before)
 
 
 @functools.cache
@@ -191,7 +197,8 @@ def saved(family: str, dtype: str) -> tempfile.TemporaryDirectory[str]:
     The numbers are of that dtype, the files in float64: in `all_in_float64` torch reads no others.
     """
     torch.manual_seed(0)
-    model = randomise(FAMILIES[family]()).to(_DTYPES[dtype]).to(torch.float64)
+    with _default_dtype(_DTYPES["float32"]):  # the same numbers, whoever asks first
+        model = randomise(FAMILIES[family]()).to(_DTYPES[dtype]).to(torch.float64)
     directory = tempfile.TemporaryDirectory()
     model.save_pretrained(directory.name)
     return directory

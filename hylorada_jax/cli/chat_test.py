@@ -177,7 +177,7 @@ def test_ctrl_c_on_a_terminal_stops_an_answer_or_drops_a_line_and_leaves_the_pro
 
     def wait_for(text):
         nonlocal seen
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while text not in seen:
             assert time.monotonic() < deadline, seen
             if select.select([terminal], [], [], 1)[0]:
