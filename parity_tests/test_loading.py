@@ -293,6 +293,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
 RIGHT = {
     "llama": transformers.LlamaConfig(**SHAPE, attention_bias=True),
     "mistral": transformers.MistralConfig(**SHAPE, sliding_window=64),
+    "gemma": transformers.GemmaConfig(**SHAPE, head_dim=16, hidden_act="silu", hidden_activation="silu"),
 }
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "llama rope_theta": ({"rope_theta": 5e5}, "rope base at 10000"),
@@ -305,7 +306,25 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mistral window": ({"sliding_window": 6}, "one token too many"),
     "mistral tie_word_embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     "mistral head_dim": ({"head_dim": 16}, "head_dim=16"),
+    "gemma rope_theta": ({"rope_theta": 5e5}, "rope base at 10000"),
+    "gemma activation": ({"hidden_act": "gelu"}, "silu instead of hidden_act=gelu"),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 66}, "table of 64 positions is too narrow for heads of 66"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": None},
+            "rope_theta=500",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling of type linear"),
+    ],
+)
+def test_what_a_flax_class_cannot_rotate_is_refused_by_name(change, message):
+    with pytest.raises(ModelError, match=message):
+        check_hf_flax(transformers.GemmaConfig.from_dict(RIGHT["gemma"].to_dict() | change))
 
 
 def test_longt5_is_refused_and_cannot_be_made():

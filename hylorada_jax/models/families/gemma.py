@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from hylorada_jax.models.bounds import Heads, Layers, Positions, Tokens, Vocabulary, Width
-from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options, sliding
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Flax, Keys, Options, sliding
+from hylorada_jax.models.families.llama import rope_faults
 
 
 class GemmaKeys(Keys, frozen=True, kw_only=True):
@@ -48,6 +49,15 @@ def shared(keys: GemmaKeys, window: int | None, layers: tuple[bool, ...], **othe
     )
 
 
+def _faults(config: Any) -> dict[str, bool]:
+    used = config.hidden_activation or "gelu_pytorch_tanh"
+    both_ways = bool(getattr(config, "use_bidirectional_attention", False))
+    return rope_faults(config) | {
+        f"it uses the activation {used} instead of hidden_act={config.hidden_act}": used != config.hidden_act,
+        "it ignores use_bidirectional_attention": both_ways,
+    }
+
+
 FAMILIES = [
     Family(
         model_type="gemma",
@@ -63,5 +73,6 @@ FAMILIES = [
                 norm_offset=1.0,
             ),
         ),
+        flax=Flax(can=("loss",), faults=_faults, divisors=()),
     )
 ]
