@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from hylorada_jax.math.distance_kernels import HIDDEN, attended
 from hylorada_jax.math.kernel_grid import Settings
-from hylorada_jax.math.kernel_rows import block_length, in_shards, own_segments, padded_rows
+from hylorada_jax.math.kernel_rows import block_length, in_shards, padded_rows
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import relative_bias
 
@@ -55,11 +55,7 @@ def distance_attention(
     """
     length, heads = query.shape[1:3]
     size = block_length(length) if block is None else block
-    scaled = (query * jnp.float32(scale)).astype(query.dtype)
-    rows, segments = padded_rows(
-        (scaled, key, value), own_segments(pattern), size, later_seen=not pattern.causal
-    )
-
+    rows, segments = padded_rows(query, key, value, pattern, scale, size)
     long = rows[0].shape[2]
     causal, window = pattern.causal, pattern.window
     reach = window if isinstance(window, int) else None

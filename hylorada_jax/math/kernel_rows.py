@@ -48,7 +48,7 @@ def nearest(apart: Any, size: int) -> Any:
     return (apart - 1) * size + 1
 
 
-def own_segments(pattern: Pattern) -> Int[Array, "batch seq"] | None:
+def _own_segments(pattern: Pattern) -> Int[Array, "batch seq"] | None:
     """The segments of a pattern of whole rows, where padding is a segment of its own."""
     if pattern.key_valid is None:
         return pattern.query_segments
@@ -57,23 +57,28 @@ def own_segments(pattern: Pattern) -> Int[Array, "batch seq"] | None:
 
 
 def padded_rows(
-    rows: tuple[Float[Array, "batch seq _ head_dim"], ...],
-    segment_ids: Int[Array, "batch seq"] | None,
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
+    pattern: Pattern,
+    scale: float,
     size: int,
-    *,
-    later_seen: bool = False,
 ) -> tuple[tuple[Float[Array, "batch _ long head_dim"], ...], Int[Array, "batch long"] | None]:
-    """Rows with their heads first, and their segments, filled up to a multiple of ``size``.
+    """Rows with heads first and queries scaled, and their segments, filled up to a multiple of ``size``.
 
     Args:
-        rows: queries, keys, values.
-        segment_ids: their segments, or None.
+        query: queries.
+        key: keys.
+        value: values.
+        pattern: of whole rows. Where tokens see later ones, what fills the rows is a segment of its own.
+        scale: of the logits.
         size: tokens of a block.
-        later_seen: tokens see later ones, so that what fills the rows must be a segment of its own.
     """
-    batch, length = rows[0].shape[:2]
+    rows = (query * jnp.float32(scale)).astype(query.dtype), key, value
+    segment_ids = _own_segments(pattern)
+    batch, length = query.shape[:2]
     short = -length % size
-    if segment_ids is None and short and later_seen:
+    if segment_ids is None and short and not pattern.causal:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, short)), constant_values=FILLING)

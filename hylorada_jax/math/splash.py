@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float
 
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.math.kernel_rows import block_length, in_shards, own_segments, padded_rows, visible_blocks
+from hylorada_jax.math.kernel_rows import block_length, in_shards, padded_rows, visible_blocks
 from hylorada_jax.math.pattern import Pattern
 
 
@@ -67,10 +67,7 @@ def splash_attention(
             "Take another implementation.",
         )
     size = block_length(length) if block is None else block
-    scaled = (query * jnp.float32(scale)).astype(query.dtype)
-    rows, segments = padded_rows(
-        (scaled, key, value), own_segments(pattern), size, later_seen=not pattern.causal
-    )
+    rows, segments = padded_rows(query, key, value, pattern, scale, size)
     long = rows[0].shape[2]
     run = _kernel(heads, long, size, pattern.causal, window, soft_cap, interpret)
     blocks = visible_blocks(long, size, causal=pattern.causal, window=window).shape[1]
