@@ -182,6 +182,20 @@ class Family:
         return self.decoder is not None or (self.flax is not None and capability in self.flax.can)
 
 
+QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+"""llama.cpp's names of the norms of queries and keys, and HF's."""
+BEHIND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""The same of a layer's norms behind attention and MLP."""
+
+
+def alike(keys: Keys, window: int | None, family: str) -> tuple[int | None, tuple[bool, ...]]:
+    """:func:`sliding` of a family all of whose layers have the window, or none where there is none."""
+    return sliding(keys, window, [window is not None] * keys.num_hidden_layers, fixed=family)
+
+
 def sliding(
     keys: Keys, window: int | None, implied: Sequence[bool], *, fixed: str | None = None
 ) -> tuple[int | None, tuple[bool, ...]]:

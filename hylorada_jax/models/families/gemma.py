@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from hylorada_jax.models.bounds import Heads, Layers, Positions, Tokens, Vocabulary, Width
-from hylorada_jax.models.families.family import GGUF, Decoder, Family, Flax, Keys, Options, sliding
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Flax, Keys, Options, alike
 from hylorada_jax.models.families.llama import rope_faults
 
 
@@ -32,7 +32,7 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
 
 def options(keys: GemmaKeys) -> Options:
     """Without a window."""
-    return shared(keys, *sliding(keys, None, [False] * keys.num_hidden_layers, fixed="gemma"))
+    return shared(keys, *alike(keys, None, "gemma"))
 
 
 def shared(keys: GemmaKeys, window: int | None, layers: tuple[bool, ...], **others: Any) -> Options:

@@ -4,7 +4,7 @@ from typing import Any
 
 from hylorada_jax.models.bounds import Heads, Layers, Multiplier, Positions, Width
 from hylorada_jax.models.families import gemma
-from hylorada_jax.models.families.family import GGUF, Decoder, Family, Options, sliding
+from hylorada_jax.models.families.family import BEHIND, GGUF, Decoder, Family, Options, sliding
 
 
 class Gemma2Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act": "hidden_activation"}):
@@ -41,11 +41,7 @@ def shared(keys: Gemma2Keys, every: int, **others: Any) -> Options:
     )
 
 
-NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
+NORMS = {**BEHIND, "ffn_norm": "pre_feedforward_layernorm"}
 """llama.cpp's names of a layer's norms, and HF's."""
 
 

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from hylorada_jax.models.bounds import Multiplier, Positions, Theta, Vocabulary
 from hylorada_jax.models.families import gemma2
-from hylorada_jax.models.families.family import GGUF, Decoder, Family, Options
+from hylorada_jax.models.families.family import GGUF, QK_NORMS, Decoder, Family, Options
 
 
 class Gemma3Keys(gemma2.Gemma2Keys, frozen=True, kw_only=True):
@@ -59,11 +59,7 @@ FAMILIES = [
             settings=settings,
             gguf=GGUF(
                 architecture="gemma3",
-                tensors={
-                    **gemma2.NORMS,
-                    "attn_q_norm": "self_attn.q_norm",
-                    "attn_k_norm": "self_attn.k_norm",
-                },
+                tensors={**gemma2.NORMS, **QK_NORMS},
                 keys={
                     "attention.sliding_window": "sliding_window",
                     "rope.freq_base_swa": "rope_local_base_freq",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.families.family import GGUF, Decoder, Family, Flax, Keys, Options, sliding
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Flax, Keys, Options, alike
 from hylorada_jax.models.rope_config import RopeScaling, read_rope
 
 GGUF_BIASES = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
@@ -17,7 +17,7 @@ def options(keys: Keys) -> Options:
             f"sliding_window={keys.sliding_window}",
             "Set model_type to 'mistral' if the model slides, else set sliding_window to null.",
         )
-    window, layers = sliding(keys, None, [False] * keys.num_hidden_layers, fixed="llama")
+    window, layers = alike(keys, None, "llama")
     return Options(
         qkv_bias=keys.attention_bias,
         o_bias=keys.attention_bias,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hylorada_jax.models.bounds import Heads, Positions, Width
-from hylorada_jax.models.families.family import Decoder, Family, Flax, Keys, Options, sliding
+from hylorada_jax.models.families.family import Decoder, Family, Flax, Keys, Options, alike
 from hylorada_jax.models.families.llama import shape_faults
 
 
@@ -18,8 +18,7 @@ class MistralKeys(Keys, frozen=True, kw_only=True):
 
 def options(keys: Keys) -> Options:
     """The window, and no biases."""
-    slides = [keys.sliding_window is not None] * keys.num_hidden_layers
-    window, layers = sliding(keys, keys.sliding_window, slides, fixed="mistral")
+    window, layers = alike(keys, keys.sliding_window, "mistral")
     return Options(sliding_window=window, sliding_layers=layers)
 
 

@@ -1,7 +1,7 @@
 """OLMo 2: norms behind attention and MLP, and over all queries and all keys together."""
 
 from hylorada_jax.models.bounds import Epsilon, Tokens, Vocabulary
-from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options, sliding
+from hylorada_jax.models.families.family import BEHIND, GGUF, QK_NORMS, Decoder, Family, Keys, Options, alike
 
 
 class Olmo2Keys(Keys, frozen=True, kw_only=True):
@@ -14,7 +14,7 @@ class Olmo2Keys(Keys, frozen=True, kw_only=True):
 
 def options(keys: Olmo2Keys) -> Options:
     """Biases in attention where the config says so, and no window."""
-    window, layers = sliding(keys, None, [False] * keys.num_hidden_layers, fixed="olmo2")
+    window, layers = alike(keys, None, "olmo2")
     return Options(
         qkv_bias=keys.attention_bias,
         o_bias=keys.attention_bias,
@@ -37,12 +37,7 @@ FAMILIES = [
             options=options,
             gguf=GGUF(
                 architecture="olmo2",
-                tensors={
-                    "post_attention_norm": "post_attention_layernorm",
-                    "post_ffw_norm": "post_feedforward_layernorm",
-                    "attn_q_norm": "self_attn.q_norm",
-                    "attn_k_norm": "self_attn.k_norm",
-                },
+                tensors={**BEHIND, **QK_NORMS},
             ),
         ),
     )

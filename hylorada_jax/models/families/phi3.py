@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from hylorada_jax.models.bounds import Epsilon, Positions, Tokens, Vocabulary, Width
-from hylorada_jax.models.families.family import Decoder, Family, Keys, Options, sliding
+from hylorada_jax.models.families.family import Decoder, Family, Keys, Options, alike
 from hylorada_jax.models.rope_config import partial_rotary_factor
 
 
@@ -30,8 +30,7 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
 
 def options(keys: Phi3Keys) -> Options:
     """One window for all layers, and no biases."""
-    slides = [keys.sliding_window is not None] * keys.num_hidden_layers
-    window, layers = sliding(keys, keys.sliding_window, slides, fixed="phi3")
+    window, layers = alike(keys, keys.sliding_window, "phi3")
     return Options(
         fused=True,
         rotary_fraction=keys.partial_rotary_factor,

@@ -1,7 +1,7 @@
 """Qwen3: norms over the queries and the keys of each head."""
 
 from hylorada_jax.models.bounds import Width
-from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options
+from hylorada_jax.models.families.family import GGUF, QK_NORMS, Decoder, Family, Keys, Options
 from hylorada_jax.models.families.qwen2 import Qwen2Keys, windows
 
 
@@ -33,7 +33,7 @@ FAMILIES = [
             options=options,
             gguf=GGUF(
                 architecture="qwen3",
-                tensors={"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+                tensors=QK_NORMS,
             ),
         ),
     )
