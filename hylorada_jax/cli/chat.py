@@ -12,12 +12,11 @@ from hylorada_jax.cli.shared import (
     Dtype,
     chat_of,
     check_adapter,
-    check_whole,
+    generating,
     loaded,
     puts_offline,
     template_of,
     tokenizer_of,
-    unloaded,
 )
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.structure.code import Domain
@@ -58,13 +57,9 @@ def chat(
 
     import jax
 
-    from hylorada_jax.models.base_model import require_generation
     from hylorada_jax.models.sampling import check_settings
 
-    base = unloaded(model, dtype)
-    require_generation(base)
-    if saved is not None:
-        check_whole(saved, base)
+    base = generating(model, dtype, saved)
     limit = base.position_limit
     if max_context is not None and not 2 <= max_context <= (limit or max_context):
         raise ConfigError(

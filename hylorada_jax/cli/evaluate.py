@@ -76,8 +76,8 @@ def evaluate(
     base = unloaded(model, dtype)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
-    if adapter is not None:
-        check_whole(adapter, base)
+    if saved is not None:
+        check_whole(saved, base)
 
     tokenizer, tokens = tokenizer_of(model, template), []
     for source in sources:

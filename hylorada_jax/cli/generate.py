@@ -9,14 +9,13 @@ from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
     check_adapter,
-    check_whole,
+    generating,
     loaded,
     prompt_of,
     puts_offline,
     refuse_output,
     template_of,
     tokenizer_of,
-    unloaded,
 )
 from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError, DataError
@@ -81,15 +80,11 @@ def generate(
 
     import jax
 
-    from hylorada_jax.models.base_model import require_generation
     from hylorada_jax.models.ids import check_prompts
     from hylorada_jax.models.positions import check_range
     from hylorada_jax.models.sampling import check_settings
 
-    base = unloaded(model, dtype)
-    require_generation(base)
-    if saved is not None:
-        check_whole(saved, base)
+    base = generating(model, dtype, saved)
     tokenizer = tokenizer_of(model, template)
     structure_ids = None
     if chats is None:

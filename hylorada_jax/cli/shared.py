@@ -124,6 +124,17 @@ def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
     open_on(base, adapter).saved.tensors()
 
 
+def generating(model: str, dtype: str, saved: "SavedAdapter | None") -> "BaseModel":
+    """As :func:`unloaded`; reports a model that generates nothing, and an adapter that does not fit it."""
+    from hylorada_jax.models.base_model import require_generation
+
+    base = unloaded(model, dtype)
+    require_generation(base)
+    if saved is not None:
+        check_whole(saved, base)
+    return base
+
+
 def template_of(chat_template: Path | None, saved: "SavedAdapter | None" = None) -> str | None:
     """The chat template in the place of the model's: the user's, or else that of an adapter, if any."""
     from hylorada_jax.models.chat_template import read_template
