@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,15 +133,7 @@ def _dense(query: Array, key: Array, value: Array, pattern: Pattern, logits: Log
 
 def _blockwise(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
     """β is left out: it adds one number to all logits of a row, which the softmax does not see."""
-    return blockwise_attention(
-        query,
-        key,
-        value,
-        pattern,
-        scale=logits.scale,
-        soft_cap=logits.soft_cap,
-        position_bias=logits.position_bias,
-    )
+    return blockwise_attention(query, key, value, pattern, **_facts(logits))
 
 
 def _splash(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
@@ -153,15 +145,16 @@ def _splash(query: Array, key: Array, value: Array, pattern: Pattern, logits: Lo
 def _distance(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
     from hylorada_jax.math.distance_attention import distance_attention
 
-    return distance_attention(
-        query,
-        key,
-        value,
-        pattern,
-        scale=logits.scale,
-        soft_cap=logits.soft_cap,
-        position_bias=logits.position_bias,
-    )
+    return distance_attention(query, key, value, pattern, **_facts(logits))
+
+
+def _facts(logits: Logits) -> dict[str, Any]:
+    """What is asked for, without β and a bias of its own for every query and key."""
+    return {
+        "scale": logits.scale,
+        "soft_cap": logits.soft_cap,
+        "position_bias": logits.position_bias,
+    }
 
 
 def _on_tpu(query: Array, key: Array) -> bool:
