@@ -15,7 +15,7 @@ from hylorada_jax.devices import replicate, shard_rows
 from hylorada_jax.models.scoring import score
 
 rng = np.random.default_rng(0)
-hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((ROWS, 12, 6), (40, 6)))
+hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float64) for s in ((ROWS, 12, 6), (40, 6)))
 targets = jnp.where(rng.random((ROWS, 12)) < 0.3, rng.integers(0, 40, (ROWS, 12)), -1)
 
 @jax.jit
@@ -26,7 +26,7 @@ def of(hidden, head, targets):
 given = shard_rows(hidden), replicate(head), shard_rows(targets)
 ours = of(*given)
 for one, many in zip(of(hidden, head, targets), ours, strict=True):
-    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-12)
 assert {len(x.sharding.device_set) for x in ours} == {8}
 print(*set(re.findall("all-[a-z]+|collective-[a-z]+|reduce-scatter", of.lower(*given).compile().as_text())))
 """
@@ -36,6 +36,7 @@ print(*set(re.findall("all-[a-z]+|collective-[a-z]+|reduce-scatter", of.lower(*g
 def test_no_token_of_rows_on_eight_devices_goes_to_another(rows):
     variables = {
         **os.environ,
+        "JAX_ENABLE_X64": "1",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
