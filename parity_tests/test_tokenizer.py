@@ -3,12 +3,14 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.segments import specials_of
 from hylorada_jax.models.tokenizer import load_tokenizer
 
 TEXTS = [
@@ -135,6 +137,7 @@ BERT = {"tokenizer_class": "BertTokenizer"}
 MAP = {"special_tokens_map.json": {"bos_token": "<pad>", "eos_token": token("<extra>"), "pad_token": "<s>"}}
 DECODER = {"added_tokens_decoder": {"1": token("</s>"), "4": token("<tool>", special=False)}}
 BYTES = byte_level
+SPECIAL_AND_LONGER = [AddedToken(content, special=True, normalized=False) for content in ("<s>", "<s>>")]
 # name: (tokenizer, tokenizer_config.json, other files, config.json)
 CASES: dict[str, tuple] = {
     "nothing beside it": (wrapped(BYTES), None, {}, PLAIN_MODEL),
@@ -170,6 +173,7 @@ CASES: dict[str, tuple] = {
         FAST | NAMED | DECODER,
     ),
     "strips around a token": (BYTES, FAST | {"added_tokens_decoder": {"4": token("<tool>", rstrip=True)}}),
+    "a token that begins another": (holding(BYTES, *SPECIAL_AND_LONGER), FAST | NAMED),
     "named but not in the vocabulary": (BYTES, FAST | {"eos_token": "<late>", "bos_token": "<early>"}),
     "more special tokens": (BYTES, FAST | NAMED | {"additional_special_tokens": ["<tool>", LATE]}),
     "special tokens are split": (BYTES, FAST | NAMED | DECODER | {"split_special_tokens": True}),
@@ -217,6 +221,45 @@ def test_ids_are_those_of_transformers(name, tmp_path):
             assert ours.decode(ids, skipped) == theirs.decode(ids, skip_special_tokens=skipped), text
         if "<s>" not in text:
             assert ours.encode_prompt(text).ids == ids
+
+
+PIECES = ["<s>", "</s>", "<pad>", "<tool>", "<extra>", "<late>", "[SEP]", "<|endoftext|>"]
+PIECES += ["The", " cat", "<", "<s", " ", ">", "\n", "ü🤦", "<extra>s", "▁"]
+
+
+@pytest.mark.parametrize("name", [*CASES, *(SINCE_5 if FIVE else FOUR)])
+def test_texts_that_grow_are_encoded_as_each_on_its_own(name, tmp_path):
+    ours = load_tokenizer(write(tmp_path, *(CASES | FOUR | SINCE_5)[name]))
+    random = np.random.default_rng(0)
+    texts = [""]
+    for _ in range(300):
+        # Some begin anew, and some part with the text before in its middle.
+        kept = texts[-1][: random.choice([0, 5, 400, 400, 400])]
+        texts.append(kept + "".join(random.choice(PIECES, 3)))
+    assert ours.encode_each(texts) == [ours.encode_with_offsets(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("added", "parts"),
+    [
+        ([("<s>", {})], True),
+        ([("<s>", {}), ("<s>>", {})], True),
+        ([("<s>", {}), (" ", {"special": False})], True),
+        ([], False),
+        ([("<s>", {"rstrip": True})], False),
+        ([("<s>", {"lstrip": True})], False),
+        ([("<s>", {"single_word": True})], False),
+        ([("<s>", {"normalized": True})], False),
+        ([("<s>", {}), ("<tool", {"special": False})], False),
+        ([("<s>", {}), ("a<", {"special": False})], False),
+        ([("<s>", {}), ("<<", {})], False),
+    ],
+)
+def test_special_tokens_part_a_text_where_nothing_beside_them_matters(added, parts):
+    tokens = [
+        AddedToken(content, **{"special": True, "normalized": False} | flags) for content, flags in added
+    ]
+    assert (specials_of(holding(byte_level, *tokens)()) is not None) == parts
 
 
 def loaded(tmp_path, make, config, **rest):

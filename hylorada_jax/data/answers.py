@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -61,19 +62,65 @@ def score_answers(
     that mark what is generated.
     """
     remaining = iter(examples)
-    while batch := list(islice(remaining, _AT_ONCE)):
-        texts = [example for example in batch if isinstance(example, Completion)]
-        chats = [example for example in batch if isinstance(example, Conversation)]
-        found = {
-            Completion: _completions(texts, tokenizer, score),
-            Conversation: _conversations(chats, tokenizer, score),
-        }
-        for example in batch:
-            scored = next(found[type(example)])
-            if isinstance(scored, DataError):
-                yield scored.at(example.name)
-            else:
-                yield [each for each in scored if any(each.scored[1:])]
+    # One batch is encoded while the next one is rendered, in the process of the templates.
+    with ThreadPoolExecutor(1) as pool:
+        begun: list[_Begun] = []
+        while (batch := list(islice(remaining, _AT_ONCE))) or begun:
+            begun += [_begin(batch, tokenizer, score, pool)] if batch else []
+            if len(begun) == 2 or not batch:
+                yield from _ended(begun.pop(0), tokenizer, score)
+
+
+class _Begun(NamedTuple):
+    """A batch of examples, of which the conversations are rendered, and are being encoded.
+
+    Attributes:
+        batch: the examples.
+        turns: of each conversation the numbers of its answers; None where its template marks them.
+        rendered: of each the whole, or for each answer its prompt and what that becomes with it.
+        encoded: the tokens of these.
+    """
+
+    batch: list[Completion | Conversation]
+    turns: list[list[int] | None]
+    rendered: list[Rendered | DataError]
+    encoded: Future[list[Encoded]]
+
+
+def _begin(
+    batch: list[Completion | Conversation], tokenizer: Tokenizer, score: Score, pool: Executor
+) -> _Begun:
+    turns: list[list[int] | None] = []
+    requests = []
+    for example in batch:
+        if not isinstance(example, Conversation):
+            continue
+        if score == "all" or marks_generation(tokenizer.chat_template, example.tools):
+            turns.append(None)
+            requests.append(request_of(example, tokenizer))
+            continue
+        turns.append(numbers := _answers(example, score))
+        for number in numbers:
+            requests.append(request_of(example, tokenizer, number, opening=True))
+            requests.append(request_of(example, tokenizer, number + 1))
+    rendered = render_each(tokenizer.chat_template, requests)
+    texts = ["" if isinstance(each, DataError) else each.text for each in rendered]
+    return _Begun(batch, turns, rendered, pool.submit(tokenizer.encode_each, texts))
+
+
+def _ended(begun: _Begun, tokenizer: Tokenizer, score: Score) -> Iterator[list[Scored] | DataError]:
+    texts = [example for example in begun.batch if isinstance(example, Completion)]
+    chats = [example for example in begun.batch if isinstance(example, Conversation)]
+    found = {
+        Completion: _completions(texts, tokenizer, score),
+        Conversation: _conversations(chats, begun, tokenizer, score),
+    }
+    for example in begun.batch:
+        scored = next(found[type(example)])
+        if isinstance(scored, DataError):
+            yield scored.at(example.name)
+        else:
+            yield [each for each in scored if any(each.scored[1:])]
 
 
 def _completions(
@@ -102,30 +149,17 @@ def _followed(past: Scored, answer: Encoded, text: str) -> Scored:
 
 
 def _conversations(
-    examples: Sequence[Conversation], tokenizer: Tokenizer, score: Score
+    examples: Sequence[Conversation], begun: _Begun, tokenizer: Tokenizer, score: Score
 ) -> Iterator[list[Scored] | DataError]:
-    whole = [score == "all" or marks_generation(tokenizer.chat_template, each.tools) for each in examples]
-    turns = [[] if at_once else _answers(each, score) for each, at_once in zip(examples, whole, strict=True)]
-    requests = []
-    for example, at_once, numbers in zip(examples, whole, turns, strict=True):
-        if at_once:
-            requests.append(request_of(example, tokenizer))
-        for number in numbers:
-            requests.append(request_of(example, tokenizer, number, opening=True))
-            requests.append(request_of(example, tokenizer, number + 1))
-    rendered = render_each(tokenizer.chat_template, requests)
-    encoded = iter(
-        tokenizer.encode_each(["" if isinstance(each, DataError) else each.text for each in rendered])
-    )
-    pairs = zip(rendered, encoded, strict=True)
-    for example, at_once, numbers in zip(examples, whole, turns, strict=True):
+    pairs = zip(begun.rendered, begun.encoded.result(), strict=True)
+    for example, numbers in zip(examples, begun.turns, strict=True):
         taken: list[tuple[Rendered, Encoded]] = []
         try:
-            for each, tokens in [*islice(pairs, 1 if at_once else 2 * len(numbers))]:
+            for each, tokens in [*islice(pairs, 1 if numbers is None else 2 * len(numbers))]:
                 if isinstance(each, DataError):
                     raise each
                 taken.append((each, tokens))
-            yield _marked(example, *taken[0], score) if at_once else _grown(tokenizer, taken)
+            yield _marked(example, *taken[0], score) if numbers is None else _grown(tokenizer, taken)
         except DataError as error:
             yield error
 

@@ -82,10 +82,11 @@ def render_each(
     """
     found: list[Rendered | DataError | None] = [None] * len(requests)
     by_source: dict[str, dict[int, dict[str, Any]]] = {}
+    checked: dict[int, tuple[Any, dict[str, Any]]] = {}
     for number, request in enumerate(requests):
         source = _choose(template, request.tools)
         try:
-            by_source.setdefault(source, {})[number] = _variables(request)
+            by_source.setdefault(source, {})[number] = _variables(request, checked)
         except DataError as error:
             found[number] = error
     for source, given in by_source.items():
@@ -139,8 +140,14 @@ def _marks(source: str) -> bool:
     return re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
 
-def _variables(request: Request) -> dict[str, Any]:
-    """All that the template knows, in JSON's types."""
+def _variables(request: Request, checked: dict[int, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """All that the template knows, in JSON's types.
+
+    Args:
+        request: the conversation.
+        checked: by its id each message, and as it goes to the template. A conversation is rendered at each
+            of its turns.
+    """
     messages = request.messages
     if not _is_conversation(messages):
         raise DataError(
@@ -148,16 +155,17 @@ def _variables(request: Request) -> dict[str, Any]:
             _short(messages),
             'Give at least one: [{"role": "user", "content": "…"}].',
         )
-    given = {
-        "documents": None,
-        **request.variables,
-        "messages": [*map(_message, messages)],
-        "tools": request.tools,
-    }
+    given = {"documents": None, **request.variables, "tools": request.tools}
+    sent = []
     try:
-        return {name: _plain(value, name) for name, value in given.items()}
+        for number, message in enumerate(messages):
+            if id(message) not in checked:
+                checked[id(message)] = message, _plain(_message(message), f"messages[{number}]")
+            sent.append(checked[id(message)][1])
+        plain = {name: _plain(value, name) for name, value in given.items()}
     except RecursionError as error:
         raise _not_json("a message", "a mapping or list that is nested too deeply") from error
+    return plain | {"messages": sent}
 
 
 def _is_conversation(messages: Any) -> bool:
@@ -195,15 +203,17 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any, place: str) -> Any:
     """The value in JSON's types, as which it goes to the process that renders it."""
-    if isinstance(value, int) and value.bit_length() > 10_000:  # more digits than Python writes
-        raise _not_json(place, f"an integer of {value.bit_length():,} bits")
-    if value is None or isinstance(value, str | int | float):
+    if value is None or isinstance(value, (str, float)):
+        return value
+    if isinstance(value, int):
+        if value.bit_length() > 10_000:  # more digits than Python writes
+            raise _not_json(place, f"an integer of {value.bit_length():,} bits")
         return value
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
             raise _not_json(place, f"the key {_short(odd[0])}")
         return {key: _plain(item, f"{place}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     raise _not_json(place, f"a {type(value).__name__}")
 

@@ -214,7 +214,7 @@ def _exchange(process: _Process, line: bytes, seconds: float) -> Generator[bytes
 def _parsed(answer: bytes) -> Rendered | str:
     """What is rendered, or what the template raised; an EOFError for anything else."""
     try:
-        match json.loads(answer):
+        match json.loads(answer.decode("utf-8", "surrogatepass")):
             case ["text", str(text), list(marked)]:
                 return Rendered(text, [(int(start), int(stop)) for start, stop in marked])
             case ["error", str(raised)]:

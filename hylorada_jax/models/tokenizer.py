@@ -11,6 +11,7 @@ import tokenizers
 from hylorada_jax.errors import DataError
 from hylorada_jax.models.chat_template import Request, render
 from hylorada_jax.models.end_tokens import end_tokens
+from hylorada_jax.models.segments import Specials, encode_segments, specials_of
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer_backend import refusing
 from hylorada_jax.models.tokenizer_directory import read_tokenizer
@@ -87,6 +88,10 @@ class Tokenizer:
         return frozenset(token for token, added in added.items() if added.special)
 
     @functools.cached_property
+    def _specials(self) -> Specials | None:
+        return specials_of(self.backend)
+
+    @functools.cached_property
     def chat_end_ids(self) -> tuple[int, ...]:
         """The tokens at which an answer in a chat ends: ``end_token_ids``, and what ends a turn otherwise.
 
@@ -134,10 +139,13 @@ class Tokenizer:
         """What :meth:`encode_with_offsets` gives for each of several texts.
 
         Args:
-            texts: any texts; they are encoded in parallel.
+            texts: any texts; they are encoded in parallel, and what they share between special tokens once.
         """
+        texts = [*map(well_formed, texts)]
         with refusing():
-            encodings = self.backend.encode_batch([*map(well_formed, texts)], add_special_tokens=False)
+            if self._specials is not None:
+                return [Encoded(*each) for each in encode_segments(self.backend, self._specials, texts)]
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def encode_prompt(self, text: str) -> Encoded:
