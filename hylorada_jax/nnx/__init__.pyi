@@ -1,0 +1,14 @@
+from .attention import DirectAttentionAdapter as DirectAttentionAdapter
+from .attention import PositionalDAA as PositionalDAA
+from .attention import ShiftedSparseAttention as ShiftedSparseAttention
+from .linear import DoRALinear as DoRALinear
+from .linear import HyLoRADALinear as HyLoRADALinear
+from .linear import HyLoRADAUnified as HyLoRADAUnified
+from .linear import HyLoRADAv2Linear as HyLoRADAv2Linear
+from .linear import LoRALinear as LoRALinear
+from .position import PositionBias as PositionBias
+from .sparse import SparseAdapter as SparseAdapter
+from .sparse import TopKGate as TopKGate
+from .structure import StructureEncoder as StructureEncoder
+from .structure import TemporalStructureEncoder as TemporalStructureEncoder
+from .variables import AdapterParam as AdapterParam
