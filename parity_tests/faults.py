@@ -148,7 +148,7 @@ _OF_JAX = [
     *_faults(
         "v1",
         "hylorada_jax.modules.linear",
-        ("rsLoRA divides by r", "(math.sqrt(self.rank) if self.use_rslora else self.rank)", "self.rank"),
+        ("rsLoRA divides by r", "(math.sqrt(layer.rank) if layer.use_rslora else layer.rank)", "layer.rank"),
     ),
     # Buckets
     *_faults(

@@ -6,15 +6,19 @@ output for the same reason. Where a draw cancels on purpose, it says how ill con
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx, traverse_util
 
 import hylorada_jax
+import hylorada_jax.nnx
 import hylorada_torch
 from hylorada_jax.math.attention import attention
 from hylorada_jax.math.pattern import Pattern
@@ -87,7 +91,7 @@ class Case:
 
     Args:
         reference: the torch module, with its initial values.
-        module: the Flax module.
+        module: the Linen module, or an NNX one as such.
         leaves: the parameters of both, by name.
         inputs: what the layer is called with, by name; floats are differentiated, but for those in `frozen`.
         frozen: the inputs that are never differentiated: the base weight, positions.
@@ -97,7 +101,7 @@ class Case:
     """
 
     reference: torch.nn.Module
-    module: nn.Module
+    module: Any
     leaves: dict[str, np.ndarray]
     inputs: dict[str, Any]
     frozen: tuple[str, ...] = ()
@@ -115,13 +119,52 @@ class Case:
         )
 
 
+class AsLinen:
+    """An NNX module in a Linen one's place: made when its leaves are, called with them as an argument.
+
+    Args:
+        make: rngs → the module.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]) -> None:
+        self.make = make
+
+    def init(self, key: jax.Array, /, **inputs: Any) -> dict[str, Any]:
+        """The variables after a first call, in which a magnitude meets its weight."""
+        module = self.make(nnx.Rngs(key))
+        module(**inputs)
+        return {"params": nnx.to_pure_dict(nnx.state(module, hylorada_jax.nnx.AdapterParam))}
+
+    def apply(self, variables: dict[str, Any], /, **inputs: Any) -> Any:
+        """The output with other leaves."""
+        module = self.make(nnx.Rngs(0))
+        for path, leaf in traverse_util.flatten_dict(variables["params"]).items():
+            functools.reduce(getattr, path, module).set_value(jnp.asarray(leaf))
+        return module(**inputs)
+
+
 class Layer(NamedTuple):
     """A public layer: its class in both packages, how a call of it is drawn, and what is always tried."""
 
-    jax: type[nn.Module]
+    jax: type[nn.Module] | type[nnx.Module]
     torch: type[torch.nn.Module]
     draw: Callable[["Layer", Draw, np.random.Generator], Case]
     edges: dict[str, Draw]
+
+    @property
+    def in_nnx(self) -> bool:
+        """It is a layer for NNX."""
+        return issubclass(self.jax, nnx.Module)
+
+    def make(self, *args: Any, **options: Any) -> Any:
+        """The Flax module, or an NNX one in its place."""
+        if not self.in_nnx:
+            return self.jax(*args, **options)
+        # A module that is shared is made anew too: within a trace only what is made there can be changed.
+        own = lambda value: nnx.clone(value) if isinstance(value, nnx.Module) else value
+        return AsLinen(
+            lambda rngs: self.jax(*args, rngs=rngs, **{name: own(value) for name, value in options.items()})
+        )
 
     def case(self, draw: Draw) -> Case:
         """The call that the facts describe: the same for the same facts."""
@@ -154,8 +197,9 @@ def linear(layer: Layer, draw: Draw, rng: np.random.Generator) -> Case:
         options["structure_dim"] = STRUCTURE_DIM
         inputs["structure_prior"] = rng.uniform(0.1, 1, (draw.batch, draw.seq, STRUCTURE_DIM))
     if layer.torch is hylorada_torch.HyLoRADAUnified:
+        package = hylorada_jax.nnx if layer.in_nnx else hylorada_jax
         of_jax["position_bias"], of_torch["position_bias"] = (
-            hylorada_jax.PositionBias(),
+            package.PositionBias(),
             hylorada_torch.PositionBias(),
         )
         inputs["positions"] = rng.integers(40_000, size=(draw.batch, draw.seq))
@@ -181,7 +225,7 @@ def linear(layer: Layer, draw: Draw, rng: np.random.Generator) -> Case:
     }
     return Case(
         reference,
-        layer.jax(**options, **of_jax),
+        layer.make(**options, **of_jax),
         {name: np.asarray(leaves[name]) for name, _ in reference.named_parameters()},
         inputs,
         frozen=("base_weight", "positions"),
@@ -224,7 +268,7 @@ def _moved(
         name: value.detach().numpy().astype(np.float64) + 0.5 * rng.normal(size=value.shape)
         for name, value in reference.named_parameters()
     }
-    return Case(reference, layer.jax(*args, **options), leaves, inputs)
+    return Case(reference, layer.make(*(of_torch if layer.in_nnx else ()), *args, **options), leaves, inputs)
 
 
 def position_bias(layer: Layer, draw: Draw, rng: np.random.Generator) -> Case:
@@ -264,7 +308,7 @@ def sparse_adapter(layer: Layer, draw: Draw, rng: np.random.Generator) -> Case:
     options: dict[str, Any] = {"adapter_dim": int(rng.integers(1, 20)), "topk_ratio": rng.uniform(0.01, 1)}
     hidden = int(rng.integers(1, 9))
     inputs = {"h": 10.0**draw.input_exponent * rng.normal(size=(draw.batch, draw.seq, hidden))}
-    return _moved(layer, rng, inputs, of_torch=(hidden,), **options)  # Flax reads the width from h
+    return _moved(layer, rng, inputs, of_torch=(hidden,), **options)  # Linen reads the width from h
 
 
 def structure_encoder(layer: Layer, draw: Draw, rng: np.random.Generator, **options: Any) -> Case:
@@ -335,4 +379,10 @@ LAYERS = {
             (shifted_sparse_attention, "ShiftedSparseAttention"),
         )
     },
+}
+
+# Over the same mathematics, so that what is always tried is a call and its gradients.
+LAYERS |= {
+    f"nnx {name}": layer._replace(jax=getattr(hylorada_jax.nnx, layer.jax.__name__), edges={"plain": Draw()})
+    for name, layer in LAYERS.items()
 }

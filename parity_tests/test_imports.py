@@ -14,7 +14,7 @@ JAX = Path(__file__).parents[1] / "hylorada_jax"
 ROOMS = [
     "text", "terminal", "exact", "leaves", "trees", "errors", "io", "config", "math", "modules",
     "structure", "devices", "models", "surgery", "saved", "model", "adapter_bank", "exchange", "data",
-    "evaluation", "training", "cli",
+    "evaluation", "training", "nnx", "cli",
 ]  # fmt: skip
 
 
@@ -49,14 +49,17 @@ def test_the_layers_need_nothing_of_the_tools():
         "gguf", "google", "grain", "huggingface_hub", "jinja2", "matplotlib", "re2", "safetensors",
         "tokenizers", "tqdm", "tyro",
     ]  # fmt: skip
-    layers = "[getattr(hylorada_jax, name) for name in hylorada_jax.__all__ if name in LAYERS]"
+    layers = (
+        "[getattr(package, name) for package in (hylorada_jax, hylorada_jax.nnx) for name in package.__all__ "
+        "if name in LAYERS]"
+    )
     names = (JAX / "__init__.pyi").read_text(encoding="utf-8")
     found = set(re.findall(r"from \.modules\.\w+ import (\w+)", names)) | {"HyLoRADAConfig"}
     assert len(found) > 10
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({tools!r}))\nLAYERS = {found!r}"
-    assert loaded_by(f"{blocked}\nimport hylorada_jax\nassert len({layers}) == len(LAYERS)", ["jax"]) == [
-        "jax"
-    ]
+    # Those of NNX have the same names; the config is once.
+    statement = f"{blocked}\nimport hylorada_jax.nnx\nassert len({layers}) == 2 * len(LAYERS) - 1"
+    assert loaded_by(statement, ["jax"]) == ["jax"]
 
 
 def imports():

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from flax import traverse_util
+from flax import nnx, traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hylorada_jax
+import hylorada_jax.nnx
 import hylorada_torch
 from hylorada_jax.math import position as jax_position
 from hylorada_torch import position as torch_position
@@ -58,10 +59,15 @@ def public_layers(package, kind):
 
 @pytest.mark.parametrize(
     ("package", "kind", "side"),
-    [(hylorada_jax, nn.Module, "jax"), (hylorada_torch, torch.nn.Module, "torch")],
+    [
+        (hylorada_jax, nn.Module, "jax"),
+        (hylorada_jax.nnx, nnx.Module, "jax"),
+        (hylorada_torch, torch.nn.Module, "torch"),
+    ],
 )
 def test_every_public_layer_is_registered(package, kind, side):
-    assert public_layers(package, kind) == {getattr(layer, side) for layer in LAYERS.values()}
+    registered = {getattr(layer, side) for layer in LAYERS.values()}
+    assert public_layers(package, kind) == {cls for cls in registered if issubclass(cls, kind)}
 
 
 def check(name, draw, dtype):

@@ -3,7 +3,7 @@
 The Flax modules, the tree surgery and the parameter counts all read this file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +144,47 @@ def resolve_leaves(
     if "position_scale" in leaves:
         resolved["position_gate"] = jax.nn.sigmoid(leaves["position_scale"])
     return resolved
+
+
+def adapted_layer(
+    leaves: Mapping[str, Array],
+    x: Float[Array, "*tokens d_in"],
+    base_output: Float[Array, "*tokens d_out"],
+    weight: Float[Array, "d_out d_in"],
+    scale: float | Float[Array, ""],
+    *,
+    detach_norm: bool = False,
+    token_scale: Callable[[Mapping[str, Array]], Array] | None = None,
+) -> Float[Array, "*tokens d_out"]:
+    """The output of a layer that computes its column scale at every call.
+
+        y = (base + δ·p)·c
+
+    Args:
+        leaves: the adapter's leaves; their names tell its kind.
+        x: the layer's input (after dropout, in training).
+        base_output: what the frozen layer gave.
+        weight: W.
+        scale: s.
+        detach_norm: stop the gradient at n (DoRA §4.3).
+        token_scale: p of every token, from the resolved leaves; None for p = 1.
+
+    Returns:
+        y in base_output's dtype.
+
+    Example:
+        >>> leaves = {"lora_A": jnp.ones((1, 3)), "lora_B": jnp.ones((2, 1))}
+        >>> x, W = jnp.ones((1, 3)), jnp.ones((2, 3))
+        >>> adapted_layer(leaves, x, x @ W.T, W, 2.0).tolist()
+        [[9.0, 9.0]]
+
+    Source: method.md §1.
+    """
+    norm_squared = low_rank.row_norm_squared(weight)
+    resolved = resolve_leaves(leaves, weight, norm_squared, scale, detach_norm=detach_norm)
+    p = None if token_scale is None else token_scale(resolved)
+    delta = low_rank.low_rank_delta(x, resolved["lora_A"], resolved["scaled_B"], p)
+    return low_rank.adapted_output(base_output, delta, resolved.get("column_scale"))
 
 
 def to_dora(

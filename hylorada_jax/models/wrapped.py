@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flax import nnx
+
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.causal_lm import CausalLM
@@ -25,8 +27,9 @@ def as_base(model: Any) -> BaseModel:
         from hylorada_jax.models.hf.base import HFFlaxModel  # imports transformers
 
         return HFFlaxModel.wrap(model)
+    nnx_call = "An NNX model is adapted by hylorada_jax.nnx.adapt(model, config, rngs)."
     raise ModelError(
         "A base model must be a CausalLM or one of HF's Flax models.",
         type(model).__name__,
-        "Load it with hylorada_jax.load_model(name).",
+        nnx_call if isinstance(model, nnx.Module) else "Load it with hylorada_jax.load_model(name).",
     )

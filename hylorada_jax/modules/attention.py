@@ -14,6 +14,14 @@ from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.groups import attend, shifted_patterns
 from hylorada_jax.math.position import NUM_BUCKETS, check_positions
 from hylorada_jax.math.relative_bias import relative_bias
+from hylorada_jax.modules.checks import check_scores, score_positions
+
+
+def scaled_and_shifted(
+    scores: Float[Array, "batch heads query key"], alpha: Float[Array, " heads"], beta: Float[Array, " heads"]
+) -> Float[Array, "batch heads query key"]:
+    """α_h·S_h + β_h."""
+    return alpha[:, None, None] * scores + beta[:, None, None]
 
 
 class DirectAttentionAdapter(nn.Module):
@@ -55,16 +63,11 @@ class DirectAttentionAdapter(nn.Module):
         return self._adapted(scores).astype(scores.dtype)
 
     def _adapted(self, scores: Array) -> Array:
-        if scores.ndim != 4 or scores.shape[1] != self.num_heads:
-            raise ConfigError(
-                f"{type(self).__name__}: scores are [batch, num_heads, query, key].",
-                f"scores {scores.shape}, num_heads={self.num_heads}",
-                "Give num_heads the number of query heads.",
-            )
+        check_scores(self, scores)
         heads = self.num_heads if self.per_head else 1
         alpha = jnp.asarray(self.param("alpha", nn.initializers.ones, (heads,), jnp.float32))
         beta = jnp.asarray(self.param("beta", nn.initializers.zeros, (heads,), jnp.float32))
-        return alpha[:, None, None] * scores + beta[:, None, None]
+        return scaled_and_shifted(scores, alpha, beta)
 
 
 class PositionalDAA(DirectAttentionAdapter):
@@ -100,19 +103,7 @@ class PositionalDAA(DirectAttentionAdapter):
         """The adapted scores, in the scores' dtype; without positions they are 0, 1, 2 …"""
         scores = jnp.asarray(scores)
         adapted = self._adapted(scores)
-        batch, _, queries, keys = scores.shape
-        if query_positions is None and key_positions is None and queries == keys:
-            query_positions = key_positions = jnp.broadcast_to(jnp.arange(keys), (batch, keys))
-        elif query_positions is None or key_positions is None:
-            raise DataError(
-                "PositionalDAA needs the positions of queries and keys, or of neither in self-attention.",
-                f"{queries} queries, {keys} keys, query_positions={query_positions}, "
-                f"key_positions={key_positions}",
-                "Pass both; with a KV cache the queries stand after the keys of earlier tokens.",
-            )
-        query_positions, key_positions = jnp.asarray(query_positions), jnp.asarray(key_positions)
-        check_positions(query_positions, (batch, queries))
-        check_positions(key_positions, (batch, keys))
+        query_positions, key_positions = score_positions(scores, query_positions, key_positions)
         shape = (NUM_BUCKETS, self.num_heads if self.per_head else 1)
         table = jnp.asarray(self.param("position_bias", nn.initializers.zeros, shape, jnp.float32))
         return (adapted + relative_bias(table, query_positions, key_positions)).astype(scores.dtype)
@@ -157,27 +148,41 @@ class ShiftedSparseAttention(nn.Module):
         key_valid: Bool[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq heads head_dim"]:
         """The attended values, in query's dtype; query head h reads key-value head ⌊h·kv_heads/heads⌋."""
-        query, key, value = (jnp.asarray(given) for given in (query, key, value))
-        _check_heads(query, key, value)
-        tokens = query.shape[:2]
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens[1]), tokens)
-        positions = jnp.asarray(positions)
-        check_positions(positions, tokens)
-        for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):
-            if given is not None and jnp.shape(given) != tokens:
-                raise DataError(f"{name} is [batch, seq].", f"{jnp.shape(given)} for {tokens}", "Make it so.")
-        # Its settings are the config's, which knows which of them fit.
-        settings = HyLoRADAConfig(
-            method="longlora", s2_group_size=self.group_size, s2_shift_ratio=self.shift_ratio
+        return shifted_sparse_attention(
+            query, key, value, positions, segment_ids, key_valid, self.group_size, self.shift_ratio
         )
-        patterns = shifted_patterns(
-            positions,
-            *settings.s2_groups(tokens[1]),
-            segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
-            key_valid=None if key_valid is None else jnp.asarray(key_valid, bool),
-        )
-        return attend(query, key, value, patterns)
+
+
+def shifted_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    positions: Array | None,
+    segment_ids: Array | None,
+    key_valid: Array | None,
+    group_size: int,
+    shift_ratio: float,
+) -> Array:
+    """What :class:`ShiftedSparseAttention` computes."""
+    query, key, value = (jnp.asarray(given) for given in (query, key, value))
+    _check_heads(query, key, value)
+    tokens = query.shape[:2]
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens[1]), tokens)
+    positions = jnp.asarray(positions)
+    check_positions(positions, tokens)
+    for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):
+        if given is not None and jnp.shape(given) != tokens:
+            raise DataError(f"{name} is [batch, seq].", f"{jnp.shape(given)} for {tokens}", "Make it so.")
+    # Its settings are the config's, which knows which of them fit.
+    settings = HyLoRADAConfig(method="longlora", s2_group_size=group_size, s2_shift_ratio=shift_ratio)
+    patterns = shifted_patterns(
+        positions,
+        *settings.s2_groups(tokens[1]),
+        segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
+        key_valid=None if key_valid is None else jnp.asarray(key_valid, bool),
+    )
+    return attend(query, key, value, patterns)
 
 
 def _check_heads(query: Array, key: Array, value: Array) -> None:

@@ -25,15 +25,24 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from hylorada_jax.config import check_lora_a
-from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
-from hylorada_jax.math.position import check_positions
+from hylorada_jax.modules.checks import (
+    check_linear,
+    check_linear_call,
+    check_prior,
+    refuse_prior,
+    token_positions,
+)
 from hylorada_jax.modules.position import PositionBias
 
 # p of every token, from the adapter's resolved leaves.
 TokenScale = Callable[[Mapping[str, Array]], Array]
+
+
+def scale(layer: Any) -> float:
+    """s = α/r, or α/√r with ``use_rslora``."""
+    return layer.alpha / (math.sqrt(layer.rank) if layer.use_rslora else layer.rank)
 
 
 class _LinearAdapter(nn.Module):
@@ -62,7 +71,8 @@ class _LinearAdapter(nn.Module):
     ) -> Array:
         # Users bring numpy arrays too, as inputs and as parameters.
         x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
-        self._check(x, base_output, base_weight)
+        check_linear(self)
+        check_linear_call(self, x, base_output, base_weight)
         start |= {"lora_A_init": self.lora_A_init, "lora_A_gain": self.lora_A_gain}
         norm_squared = low_rank.row_norm_squared(base_weight)
 
@@ -72,33 +82,15 @@ class _LinearAdapter(nn.Module):
             ]
 
         leaves = {name: jnp.asarray(self.param(name, fresh, name)) for name in KINDS[kind]}
-        scale = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-        resolved = linear_adapter.resolve_leaves(
-            leaves, base_weight, norm_squared, scale, detach_norm=detach_norm
+        return linear_adapter.adapted_layer(
+            leaves,
+            nn.Dropout(self.dropout)(x, deterministic=deterministic),
+            base_output,
+            base_weight,
+            scale(self),
+            detach_norm=detach_norm,
+            token_scale=token_scale,
         )
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        p = None if token_scale is None else token_scale(resolved)
-        delta = low_rank.low_rank_delta(x, resolved["lora_A"], resolved["scaled_B"], p)
-        return low_rank.adapted_output(base_output, delta, resolved.get("column_scale"))
-
-    def _check(self, x: Array, base_output: Array, base_weight: Array) -> None:
-        layer = type(self).__name__
-        if min(self.in_features, self.out_features, self.rank) < 1:
-            raise ConfigError(
-                f"{layer}: in_features, out_features and rank must be ≥ 1.",
-                f"{self.in_features}, {self.out_features}, {self.rank}",
-                "Give the sizes of the frozen layer, and a rank of 1 or more.",
-            )
-        check_lora_a(self.lora_A_init, self.lora_A_gain)
-        d_in, d_out = self.in_features, self.out_features
-        expected = ((*x.shape[:-1], d_in), (*x.shape[:-1], d_out), (d_out, d_in))
-        if (x.shape, base_output.shape, base_weight.shape) != expected:
-            raise ConfigError(
-                f"{layer}({d_in}, {d_out}): x is [..., {d_in}], base_output [..., {d_out}] and base_weight "
-                f"[{d_out}, {d_in}].",
-                f"x {x.shape}, base_output {base_output.shape}, base_weight {base_weight.shape}",
-                "Give the sizes of the frozen layer, and kernel.T of an nn.Dense as base_weight.",
-            )
 
 
 class LoRALinear(_LinearAdapter):
@@ -238,12 +230,7 @@ class HyLoRADALinear(DoRALinear):
         deterministic: bool = True,
     ) -> Float[Array, "*tokens d_out"]:
         """The adapted layer's output, in base_output's dtype."""
-        if structure_prior is not None:
-            raise ConfigError(
-                "HyLoRADALinear (v1) takes no structure prior.",
-                getattr(structure_prior, "shape", structure_prior),
-                "Use HyLoRADAv2Linear, which reads it by its scale_from_structure.",
-            )
+        refuse_prior(structure_prior)
         return self._blend("hylorada_v1", x, base_output, base_weight, deterministic)
 
     def _blend(
@@ -308,13 +295,8 @@ class HyLoRADAv2Linear(HyLoRADALinear):
         """The adapted layer's output, in base_output's dtype."""
         token_scale = None
         if structure_prior is not None:
-            prior, expected = jnp.asarray(structure_prior), (*jnp.shape(x)[:-1], self.structure_dim)
-            if prior.shape != expected:
-                raise DataError(
-                    "structure_prior is [*tokens, structure_dim], one row for every token of x.",
-                    f"structure_prior {prior.shape}, expected {expected}",
-                    "Give the encoder the positions of the same tokens, and hidden_size=structure_dim.",
-                )
+            prior = jnp.asarray(structure_prior)
+            check_prior(prior, x, self.structure_dim)
             token_scale = lambda resolved: low_rank.structure_scale(prior, resolved["scale_from_structure"])
         return self._blend(
             "hylorada_v2",
@@ -365,11 +347,7 @@ class HyLoRADAUnified(HyLoRADALinear):
         deterministic: bool = True,
     ) -> Float[Array, "*batch seq d_out"]:
         """The adapted layer's output, in base_output's dtype; without positions they are 0, 1, 2 …"""
-        tokens = jnp.shape(x)[:-1]
-        if positions is None:
-            positions = jnp.indices((1, *tokens), jnp.int32)[-1, 0]
-        positions = jnp.asarray(positions)
-        check_positions(positions, tokens)
+        positions = token_positions(positions, x)
         token_scale = None
         if self.position_bias is not None:
             factor = self.position_bias(positions)

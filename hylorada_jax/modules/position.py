@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from hylorada_jax.errors import ConfigError
-from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions, position_factor
+from hylorada_jax.math.position import NUM_BUCKETS, check_positions, position_factor
+from hylorada_jax.modules.checks import check_buckets
 
 
 class PositionBias(nn.Module):
@@ -36,9 +36,7 @@ class PositionBias(nn.Module):
     @nn.compact
     def __call__(self, positions: Int[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """The factor t in (−1, 1) of every position."""
-        if not 2 <= self.num_buckets <= MAX_DISTANCE:
-            rule = f"PositionBias: num_buckets is 2 … {MAX_DISTANCE}."
-            raise ConfigError(rule, self.num_buckets, f"The default is {NUM_BUCKETS}.")
+        check_buckets(self.num_buckets)
         positions = jnp.asarray(positions)
         check_positions(positions)
         shape = (self.num_buckets,)

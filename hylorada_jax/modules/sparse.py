@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from hylorada_jax.errors import ConfigError
 from hylorada_jax.math import sparse
+from hylorada_jax.modules.checks import check_sparse
 
 
 class TopKGate(nn.Module):
@@ -41,7 +41,7 @@ class TopKGate(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, " units"]:
         """The mask, exactly 0 and 1."""
-        _check_settings(self, self.adapter_dim, self.topk_ratio, self.temperature)
+        check_sparse(self)
         scores = self.param(
             "gate_scores", lambda key: sparse.init_leaves(key, self.adapter_dim, 1)["gate_scores"]
         )
@@ -86,7 +86,7 @@ class SparseAdapter(nn.Module):
         self, h: Float[Array, "*tokens hidden"], deterministic: bool = True
     ) -> Float[Array, "*tokens hidden"]:
         """The block's output with the adapter, in h's dtype."""
-        _check_settings(self, self.adapter_dim, self.topk_ratio, self.temperature)
+        check_sparse(self)
         h = jnp.asarray(h)
 
         def fresh(key: Array, name: str) -> Array:
@@ -99,12 +99,3 @@ class SparseAdapter(nn.Module):
         units = sparse.units(h, down, sparse.topk_mask(scores, k, self.temperature))
         units = nn.Dropout(self.dropout)(units, deterministic=deterministic)
         return sparse.add_units(h, units, up)
-
-
-def _check_settings(layer: nn.Module, adapter_dim: int, topk_ratio: float, temperature: float) -> None:
-    if adapter_dim < 1 or not 0 < topk_ratio <= 1 or not temperature > 0:
-        raise ConfigError(
-            f"{type(layer).__name__}: adapter_dim ≥ 1, 0 < topk_ratio ≤ 1 and temperature > 0.",
-            f"adapter_dim={adapter_dim}, topk_ratio={topk_ratio}, temperature={temperature}",
-            "The defaults are 128, 0.1 and 1.",
-        )

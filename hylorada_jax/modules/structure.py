@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math import structure
-from hylorada_jax.math.position import NUM_BUCKETS, check_positions
+from hylorada_jax.math.position import NUM_BUCKETS
+from hylorada_jax.modules.checks import check_encoder, check_periods, check_structure
 
 
 class StructureEncoder(nn.Module):
@@ -82,17 +82,11 @@ class StructureEncoder(nn.Module):
     def _encode(
         self, positions: Any, structure_ids: Any, seq_len: int | None, encoder_type: str, **sizes: int
     ) -> Array:
-        if self.encoding_dim < 2 or self.encoding_dim % 2 or self.num_buckets < 2 or self.hidden_size < 1:
-            raise ConfigError(
-                f"{type(self).__name__}: encoding_dim is even and ≥ 2, num_buckets ≥ 2, hidden_size ≥ 1.",
-                f"encoding_dim={self.encoding_dim}, num_buckets={self.num_buckets}, "
-                f"hidden_size={self.hidden_size}",
-                "The defaults are 32, 64 and 32.",
-            )
+        check_encoder(self)
         positions = jnp.asarray(positions)
         if structure_ids is not None:
             structure_ids = jnp.asarray(structure_ids)
-        _check_tokens(positions, structure_ids)
+        check_structure(positions, structure_ids)
         sizes |= {
             "encoding_dim": self.encoding_dim,
             "num_buckets": self.num_buckets,
@@ -145,25 +139,5 @@ class TemporalStructureEncoder(StructureEncoder):
         seq_len: int | None = None,
     ) -> Float[Array, "batch seq hidden_size"]:
         """The prior, at least float32; ``seq_len`` as in :class:`StructureEncoder`."""
-        if not 1 <= self.num_periods <= len(structure.PERIODS):
-            raise ConfigError(
-                f"num_periods is 1 … {len(structure.PERIODS)}, of the periods {structure.PERIODS}.",
-                self.num_periods,
-                "Leave it out for all of them.",
-            )
+        check_periods(self.num_periods)
         return self._encode(positions, structure_ids, seq_len, "temporal", num_periods=self.num_periods)
-
-
-def _check_tokens(positions: Array, structure_ids: Array | None) -> None:
-    if jnp.issubdtype(positions.dtype, jnp.integer) and positions.ndim == 2:
-        check_positions(positions)
-    elif positions.ndim != 2:
-        raise DataError("positions are [batch, seq].", positions.shape, "Give one position to every token.")
-    if structure_ids is None:
-        return
-    if structure_ids.shape != positions.shape or not jnp.issubdtype(structure_ids.dtype, jnp.integer):
-        raise DataError(
-            "structure_ids are integers [batch, seq], one for every position.",
-            f"structure_ids {structure_ids.dtype} {structure_ids.shape}, positions {positions.shape}",
-            "Make them from the same tokens as the positions.",
-        )

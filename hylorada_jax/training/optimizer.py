@@ -143,8 +143,14 @@ def make_optimizer(
 
     Source: method.md, section 7; AdamW is Loshchilov and Hutter 2019, with β = (0.9, 0.999) and ε = 1e-8.
     """
+    return optimizer_of(label_tree(adapters), training, config)
+
+
+def optimizer_of(
+    labels: Any, training: TrainingConfig, config: HyLoRADAConfig
+) -> optax.GradientTransformation:
+    """As :func:`make_optimizer`, of a tree whose leaves' groups are known: ``labels``, congruent with it."""
     factor = schedule(training)
-    labels = label_tree(adapters)
 
     @optax.inject_hyperparams
     def adamw(peak: Any, weight_decay: Any) -> optax.GradientTransformation:

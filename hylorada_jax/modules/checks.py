@@ -1,0 +1,149 @@
+"""What the layers ask of their settings and of what they are called with, in Linen and in NNX alike."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from hylorada_jax.config import check_lora_a
+from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.math import structure
+from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions
+
+
+def check_linear(layer: Any) -> None:
+    """Refuses the sizes of a linear adapter, or a start of its lora_A, that there are not."""
+    if min(layer.in_features, layer.out_features, layer.rank) < 1:
+        raise ConfigError(
+            f"{type(layer).__name__}: in_features, out_features and rank must be ≥ 1.",
+            f"{layer.in_features}, {layer.out_features}, {layer.rank}",
+            "Give the sizes of the frozen layer, and a rank of 1 or more.",
+        )
+    check_lora_a(layer.lora_A_init, layer.lora_A_gain)
+
+
+def check_linear_call(layer: Any, x: Array, base_output: Array, base_weight: Array) -> None:
+    """Refuses arrays that are not of a linear adapter's sizes."""
+    d_in, d_out = layer.in_features, layer.out_features
+    expected = ((*x.shape[:-1], d_in), (*x.shape[:-1], d_out), (d_out, d_in))
+    if (x.shape, base_output.shape, base_weight.shape) != expected:
+        raise ConfigError(
+            f"{type(layer).__name__}({d_in}, {d_out}): x is [..., {d_in}], base_output [..., {d_out}] and "
+            f"base_weight [{d_out}, {d_in}].",
+            f"x {x.shape}, base_output {base_output.shape}, base_weight {base_weight.shape}",
+            "Give the sizes of the frozen layer, and kernel.T as base_weight.",
+        )
+
+
+def refuse_prior(structure_prior: Any) -> None:
+    """Refuses a structure prior where nothing reads it."""
+    if structure_prior is not None:
+        raise ConfigError(
+            "HyLoRADALinear (v1) takes no structure prior.",
+            getattr(structure_prior, "shape", structure_prior),
+            "Use HyLoRADAv2Linear, which reads it by its scale_from_structure.",
+        )
+
+
+def check_prior(prior: Array, x: Array, structure_dim: int) -> None:
+    """Refuses a structure prior that is not one row for every token."""
+    expected = (*jnp.shape(x)[:-1], structure_dim)
+    if prior.shape != expected:
+        raise DataError(
+            "structure_prior is [*tokens, structure_dim], one row for every token of x.",
+            f"structure_prior {prior.shape}, expected {expected}",
+            "Give the encoder the positions of the same tokens, and hidden_size=structure_dim.",
+        )
+
+
+def token_positions(positions: Any, x: Array) -> Array:
+    """The checked positions of x's tokens; without any they are 0, 1, 2 … in each row."""
+    tokens = jnp.shape(x)[:-1]
+    if positions is None:
+        positions = jnp.indices((1, *tokens), jnp.int32)[-1, 0]
+    positions = jnp.asarray(positions)
+    check_positions(positions, tokens)
+    return positions
+
+
+def check_buckets(num_buckets: int) -> None:
+    """Refuses a number of buckets that a position bias cannot have."""
+    if not 2 <= num_buckets <= MAX_DISTANCE:
+        rule = f"PositionBias: num_buckets is 2 … {MAX_DISTANCE}."
+        raise ConfigError(rule, num_buckets, f"The default is {NUM_BUCKETS}.")
+
+
+def check_scores(layer: Any, scores: Array) -> None:
+    """Refuses attention scores of another number of heads."""
+    if scores.ndim != 4 or scores.shape[1] != layer.num_heads:
+        raise ConfigError(
+            f"{type(layer).__name__}: scores are [batch, num_heads, query, key].",
+            f"scores {scores.shape}, num_heads={layer.num_heads}",
+            "Give num_heads the number of query heads.",
+        )
+
+
+def score_positions(scores: Array, query_positions: Any, key_positions: Any) -> tuple[Array, Array]:
+    """The checked positions of queries and keys; of self-attention without any they are 0, 1, 2 …"""
+    batch, _, queries, keys = scores.shape
+    if query_positions is None and key_positions is None and queries == keys:
+        query_positions = key_positions = jnp.broadcast_to(jnp.arange(keys), (batch, keys))
+    elif query_positions is None or key_positions is None:
+        raise DataError(
+            "PositionalDAA needs the positions of queries and keys, or of neither in self-attention.",
+            f"{queries} queries, {keys} keys, query_positions={query_positions}, "
+            f"key_positions={key_positions}",
+            "Pass both; with a KV cache the queries stand after the keys of earlier tokens.",
+        )
+    query_positions, key_positions = jnp.asarray(query_positions), jnp.asarray(key_positions)
+    check_positions(query_positions, (batch, queries))
+    check_positions(key_positions, (batch, keys))
+    return query_positions, key_positions
+
+
+def check_sparse(layer: Any) -> None:
+    """Refuses a sparse adapter's settings that are out of range."""
+    if layer.adapter_dim < 1 or not 0 < layer.topk_ratio <= 1 or not layer.temperature > 0:
+        raise ConfigError(
+            f"{type(layer).__name__}: adapter_dim ≥ 1, 0 < topk_ratio ≤ 1 and temperature > 0.",
+            f"adapter_dim={layer.adapter_dim}, topk_ratio={layer.topk_ratio}, "
+            f"temperature={layer.temperature}",
+            "The defaults are 128, 0.1 and 1.",
+        )
+
+
+def check_encoder(layer: Any) -> None:
+    """Refuses a structure encoder's sizes that are out of range."""
+    if layer.encoding_dim < 2 or layer.encoding_dim % 2 or layer.num_buckets < 2 or layer.hidden_size < 1:
+        raise ConfigError(
+            f"{type(layer).__name__}: encoding_dim is even and ≥ 2, num_buckets ≥ 2, hidden_size ≥ 1.",
+            f"encoding_dim={layer.encoding_dim}, num_buckets={layer.num_buckets}, "
+            f"hidden_size={layer.hidden_size}",
+            "The defaults are 32, 64 and 32.",
+        )
+
+
+def check_periods(num_periods: int) -> None:
+    """Refuses a number of periods that there is not."""
+    if not 1 <= num_periods <= len(structure.PERIODS):
+        raise ConfigError(
+            f"num_periods is 1 … {len(structure.PERIODS)}, of the periods {structure.PERIODS}.",
+            num_periods,
+            "Leave it out for all of them.",
+        )
+
+
+def check_structure(positions: Array, structure_ids: Array | None) -> None:
+    """Refuses positions and structure ids that are not one of each for every token."""
+    if jnp.issubdtype(positions.dtype, jnp.integer) and positions.ndim == 2:
+        check_positions(positions)
+    elif positions.ndim != 2:
+        raise DataError("positions are [batch, seq].", positions.shape, "Give one position to every token.")
+    if structure_ids is None:
+        return
+    if structure_ids.shape != positions.shape or not jnp.issubdtype(structure_ids.dtype, jnp.integer):
+        raise DataError(
+            "structure_ids are integers [batch, seq], one for every position.",
+            f"structure_ids {structure_ids.dtype} {structure_ids.shape}, positions {positions.shape}",
+            "Make them from the same tokens as the positions.",
+        )

@@ -1,0 +1,320 @@
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError, ModelError, TargetError
+from hylorada_jax.leaves import KINDS
+from hylorada_jax.modules import linear as linen_layers
+from hylorada_jax.nnx import (
+    AdapterParam,
+    adapt,
+    load_adapter,
+    merge,
+    register_einsum,
+    save_adapter,
+    unload,
+)
+
+WRT = nnx.DiffState(0, AdapterParam)
+
+
+@register_einsum
+class Foreign(nnx.Module):
+    """An einsum of somebody's own."""
+
+    def __init__(self, einsum_str, shape, *, rngs):
+        self.einsum_str = einsum_str
+        self.w = nnx.Param(jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.einsum_str, x, self.w[...])
+
+
+def some_bias(layer):
+    """The layer, with a bias that is not zero where it has one."""
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.set_value(jnp.linspace(-1.0, 2.0, layer.bias.size).reshape(layer.bias.shape))
+    return layer
+
+
+# (layer, shape of x)
+LAYERS = {
+    "Linear": (lambda r: nnx.Linear(6, 5, rngs=r), (2, 3, 6)),
+    "Linear of a row": (lambda r: nnx.Linear(6, 5, use_bias=False, rngs=r), (6,)),
+    "LinearGeneral, heads": (lambda r: nnx.LinearGeneral(6, (2, 4), rngs=r), (2, 3, 6)),
+    "LinearGeneral, out": (lambda r: nnx.LinearGeneral((2, 4), 6, axis=(-2, -1), rngs=r), (2, 3, 2, 4)),
+    "LinearGeneral, apart": (lambda r: nnx.LinearGeneral((3, 4), (2, 5), axis=(1, -1), rngs=r), (2, 3, 6, 4)),
+    "Einsum": (lambda r: nnx.Einsum("nta,hab->nthb", (8, 6, 4), (8, 4), rngs=r), (2, 3, 6)),
+    "Einsum, dots": (lambda r: nnx.Einsum("...nh,nhd->...d", (2, 4, 6), (6,), rngs=r), (2, 3, 2, 4)),
+    "Einsum, out in front": (lambda r: nnx.Einsum("bsd,ckdh->cbskh", (2, 3, 6, 4), rngs=r), (2, 3, 6)),
+    "foreign": (lambda r: Foreign("BTNH,NHD->BTD", (2, 4, 6), rngs=r), (2, 3, 2, 4)),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"use_rslora": True},
+    "dora": {},
+    "hylorada_v1": {},
+    "hylorada_v1, with the bias": {"magnitude_scales_bias": True},
+    "sparse": {"sparse_adapter_dim": 7, "sparse_topk_ratio": 0.5},
+}
+# The layer decides how x and the kernel become matrices, the method what is done with these.
+PAIRS = [*((layer, "hylorada_v1") for layer in LAYERS), *(("Einsum", method) for method in METHODS)]
+PAIRS.remove(("Einsum", "hylorada_v1"))
+
+
+def config_of(method, **settings):
+    targets: dict[str, Any] = {} if method == "sparse" else {"target_modules": "all-linear"}
+    return HyLoRADAConfig(
+        method=method.partition(",")[0], lora_rank=2, **targets, **METHODS.get(method, {}), **settings
+    )
+
+
+class Net(nnx.Module):
+    """One layer, at a path that a sparse adapter knows as an MLP's last."""
+
+    def __init__(self, layer):
+        self.mlp = nnx.Dict(down_proj=layer)
+
+    def __call__(self, x):
+        return self.mlp.down_proj(x)
+
+
+def made(layer):
+    make, shape = LAYERS[layer]
+    return Net(some_bias(make(nnx.Rngs(0)))), jax.random.normal(jax.random.key(1), shape)
+
+
+def moved(model, seed=2):
+    """The model, its adapter leaves moved off their start."""
+    rng, state = np.random.default_rng(seed), nnx.state(model, AdapterParam)
+    move = lambda leaf: jnp.asarray(np.asarray(leaf) + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+    nnx.update(model, jax.tree.map(move, state))
+    return model
+
+
+def loss(model, x):
+    y = model(x)
+    return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape)))
+
+
+# One program for each, and not one for each operation.
+output = nnx.jit(lambda model, x: model(x))
+gradients = nnx.jit(lambda model, x: nnx.grad(loss, argnums=WRT)(model, x))
+
+
+@pytest.mark.parametrize(("layer", "method"), PAIRS)
+def test_a_fresh_adapter_changes_nothing_and_every_leaf_learns(layer, method):
+    net, x = made(layer)
+    before = output(net, x)
+    assert adapt(net, config_of(method), nnx.Rngs(3)) is net
+    np.testing.assert_allclose(output(net, x), before, rtol=2e-6, atol=2e-6)  # c is a float32 quotient
+    gradient = gradients(moved(net), x)
+    # Of the layer's own variables there is no gradient; of each of the adapter's there is one.
+    expected = ("down", "up", "gate_scores") if method == "sparse" else KINDS[config_of(method).linear]
+    assert set(gradient["mlp"]["down_proj"]) == set(expected)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(("layer", "method"), [pair for pair in PAIRS if "sparse" not in pair])
+def test_merged_is_unmerged(layer, method):
+    with jax.enable_x64(True):
+        net, x = made(layer)
+        state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nnx.state(net))
+        nnx.update(net, state)
+        cls, structure = type(net.mlp.down_proj), str(jax.tree.structure(nnx.state(net)))
+        moved(adapt(net, config_of(method), nnx.Rngs(3)))
+        adapted = output(net, x.astype(jnp.float64))
+        merge(net)
+        np.testing.assert_allclose(output(net, x.astype(jnp.float64)), adapted, rtol=1e-12, atol=1e-12)
+        assert type(net.mlp.down_proj) is cls
+        assert str(jax.tree.structure(nnx.state(net))) == structure
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hylorada_v1"])
+def test_a_linear_layer_is_linens_adapter(method):
+    net, x = made("Linear")
+    layer = net.mlp.down_proj
+    kernel, bias = layer.kernel[...], layer.bias[...]
+    moved(adapt(net, config_of(method), nnx.Rngs(3)))
+    names = {"lora": "LoRALinear", "dora": "DoRALinear", "hylorada_v1": "HyLoRADALinear"}
+    linen_layer = getattr(linen_layers, names[method])(6, 5, rank=2, alpha=16.0)
+    alpha = 16.0 * (2**0.5) if method == "lora" else 16.0 * 2 / 2
+    params = {name: getattr(layer, name)[...] for name in KINDS[method]}
+    linen_layer = linen_layer.clone(alpha=alpha)
+    expected = linen_layer.apply({"params": params}, x, x @ kernel, kernel.T) + bias
+    np.testing.assert_allclose(output(net, x), expected, rtol=1e-6, atol=1e-6)
+
+
+class Blocks(nnx.Module):
+    """A model of layers in a list, or of layers that are one module with an axis more."""
+
+    def __init__(self, depth, *, stacked, rngs):
+        block = lambda rngs: nnx.Dict(up=nnx.Linear(6, 8, rngs=rngs), down=nnx.Linear(8, 6, rngs=rngs))
+        if stacked:
+            self.layers = nnx.vmap(block, in_axes=0, out_axes=0)(rngs.split(depth))
+        else:
+            self.layers = nnx.List([block(rngs) for _ in range(depth)])
+
+    def __call__(self, x):
+        def run(x, block):
+            return x + block.down(nnx.gelu(block.up(x)))
+
+        if isinstance(self.layers, nnx.List):
+            for block in self.layers:
+                x = run(x, block)
+            return x
+        return nnx.scan(nnx.remat(run), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+V1: dict[str, Any] = {"method": "hylorada_v1", "lora_rank": 4}
+STACKED = HyLoRADAConfig(rank_strategy="decreasing", target_modules="all-linear", **V1)
+
+
+def test_stacked_layers_are_the_layers_one_after_another(tmp_path):
+    stacked, listed = (Blocks(3, stacked=s, rngs=nnx.Rngs(0)) for s in (True, False))
+    for i, block in enumerate(listed.layers):
+        for name in ("up", "down"):
+            for leaf in ("kernel", "bias"):
+                getattr(block[name], leaf).set_value(getattr(stacked.layers[name], leaf)[...][i])
+    x = jax.random.normal(jax.random.key(5), (2, 6))
+    before = output(listed, x)
+    np.testing.assert_allclose(output(adapt(stacked, STACKED, nnx.Rngs(1)), x), before, rtol=1e-5, atol=1e-6)
+    save_adapter(moved(adapt(listed, STACKED, nnx.Rngs(1))), tmp_path)
+    load_adapter(unload(stacked), tmp_path)
+    assert stacked.layers["up"].lora_A.shape == (3, 4, 6)
+    assert listed.layers[2]["up"].lora_A.shape == (2, 6)  # its own rank, by depth
+    np.testing.assert_allclose(output(stacked, x), output(listed, x), rtol=1e-5, atol=1e-5)
+    together, apart = (gradients(model, x)["layers"] for model in (stacked, listed))
+    for i, name in itertools.product(range(3), ("up", "down")):
+        for leaf, one in apart[i][name].items():
+            whole = together[name][leaf][...][i]
+            own = tuple(slice(n) for n in one.shape)
+            np.testing.assert_allclose(whole[own], one[...], rtol=0, atol=1e-5 * float(jnp.abs(one).max()))
+            # Every layer has the largest rank's shape: the rest is zero, and so is its gradient.
+            assert not jnp.any(whole.at[own].set(0))
+    np.testing.assert_allclose(output(merge(stacked), x), output(listed, x), rtol=1e-4, atol=1e-5)
+
+
+def test_jit_remat_and_clones_compute_alike_and_compile_once():
+    net, x = made("Linear")
+    moved(adapt(net, config_of("hylorada_v1"), nnx.Rngs(3)))
+    traced = []
+
+    @nnx.jit
+    def run(net, x):
+        traced.append(1)
+        return nnx.remat(lambda net, x: net(x))(net, x)
+
+    run(net, 2 * x)
+    found = run(moved(net), x)
+    assert len(traced) == 1
+    for same in (net, nnx.clone(net), nnx.merge(*nnx.split(net))):
+        np.testing.assert_allclose(output(same, x), found, rtol=1e-6, atol=1e-6)
+
+
+def test_a_shared_module_has_one_adapter_and_a_shared_kernel_is_not_merged():
+    layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    twice = nnx.Sequential(layer, layer)
+    adapt(twice, config_of("lora"), nnx.Rngs(1))
+    assert len(jax.tree.leaves(nnx.state(twice, AdapterParam))) == 2
+    assert type(merge(twice).layers[1]) is nnx.Linear
+    other = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    other.kernel = layer.kernel
+    tied = adapt(nnx.Sequential(layer, other), config_of("lora"), nnx.Rngs(1))
+    with pytest.raises(ModelError, match=r"layers\.0 and layers\.1"):
+        merge(tied)
+
+
+class Words(nnx.Module):
+    """An embedding, a norm, a linear layer, and the embedding as the head."""
+
+    def __init__(self, dtype, *, rngs):
+        self.embed = nnx.Embed(7, 4, param_dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(4, param_dtype=dtype, rngs=rngs)
+        self.q_proj = nnx.Linear(4, 4, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.embed.attend(self.norm(self.q_proj(self.embed(ids))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_and_norms_train_themselves(dtype):
+    net, ids = Words(jnp.dtype(dtype), rngs=nnx.Rngs(0)), jnp.array([[1, 2, 2, 6]])
+    before = output(net, ids)
+    config = HyLoRADAConfig(method="longlora", s2_attn_enabled=False, target_modules="q_proj")
+    adapt(net, config, nnx.Rngs(1))
+    after = output(net, ids)
+    assert after.dtype == dtype
+    np.testing.assert_array_equal(after, before)
+    state = nnx.state(net, AdapterParam)
+    assert {name: set(node) for name, node in state.items()} == {
+        "embed": {"embedding"},
+        "norm": {"scale", "bias"},
+        "q_proj": {"lora_A", "lora_B"},
+    }
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32"}
+    assert jnp.any(gradients(net, ids)["embed"]["embedding"][...] != 0)
+    with pytest.raises(ModelError, match="trained themselves"):
+        unload(net)
+    merge(net)
+    np.testing.assert_array_equal(output(net, ids), before)
+    assert not jax.tree.leaves(nnx.state(net, AdapterParam))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param))} == {dtype}
+
+
+def test_dropout_is_of_training_alone():
+    net, x = made("Linear")
+    moved(adapt(net, config_of("lora", lora_dropout=0.5), nnx.Rngs(3)))
+    net.eval()
+    np.testing.assert_array_equal(net(x), net(x))
+    net.train()
+    assert not jnp.array_equal(net(x), net(x))
+
+
+def adapted(method="lora"):
+    return adapt(made("Linear")[0], config_of(method), nnx.Rngs(3))
+
+
+def aimed(targets):
+    return HyLoRADAConfig(target_modules=targets, **V1)
+
+
+NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "rngs", "error", "match"),
+    [
+        (lambda: linen.Dense(3), aimed("all-linear"), RNGS, ModelError, "HyLoRADAModel"),
+        (lambda: nnx.Conv(3, 3, 1, rngs=RNGS()), aimed("all-linear"), RNGS, ModelError, "register_einsum"),
+        (NET, aimed("all-linear"), lambda: 0, ConfigError, r"nnx\.Rngs"),
+        (NET, HyLoRADAConfig(), RNGS, ModelError, "PositionalDAA"),
+        (NET, aimed("don_proj"), RNGS, TargetError, r"Near matches: down_proj"),
+        (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
+        (lambda: Blocks(3, stacked=True, rngs=RNGS()), aimed(r".*\.1\.up"), RNGS, ConfigError, "together"),
+    ],
+    ids=["Linen", "nothing to adapt", "rngs", "out of reach", "targets", "twice", "a part of a stack"],
+)
+def test_what_cannot_be_adapted_is_refused(model, config, rngs, error, match):
+    with pytest.raises(error, match=match):
+        adapt(model(), config, rngs())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: merge(NET()), ModelError, "adapted"),
+        (lambda: merge(moved(adapted("sparse"))), ModelError, "sparse adapter"),
+        (lambda: register_einsum(linen.Dense), ConfigError, "hylorada_jax.register_linear"),
+        (lambda: register_einsum(Foreign, kernel="v"), ConfigError, "one thing"),
+    ],
+    ids=["not adapted", "sparse", "Linen's class", "another kernel"],
+)
+def test_what_cannot_be_is_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

@@ -1,0 +1,117 @@
+"""The adapters of NNX models on disk: the two files that Linen models, torch and PEFT's export read."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.nnx.adapting import adaptation_of, adapters_of, attach, plan_on
+from hylorada_jax.saved import adapter_files
+from hylorada_jax.saved.base_identity import base_identity
+from hylorada_jax.saved.saved_adapter import SavedAdapter, open_adapter
+from hylorada_jax.surgery import layout
+from hylorada_jax.surgery.modules import Modules
+
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+def save_adapter(
+    model: nnx.Module,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    base_config: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the adapter of a model: adapter_config.json and adapter_model.safetensors.
+
+    The tensors are named by the model's paths. Where those are Hugging Face's, as in
+    "model.layers.0.self_attn.q_proj", :class:`hylorada_jax.HyLoRADAModel` and the PyTorch reference take them
+    for the same checkpoint, and so does the export to PEFT.
+
+    Args:
+        model: one that :func:`adapt` was called with.
+        directory: made if it does not exist.
+        name: of the base model, for people and as the default of commands.
+        base_config: of the base, transformers' or our DecoderConfig, which says what the layers' shapes do
+            not; ``model.config``, where that is one.
+        overwrite: replace an adapter that is already there.
+
+    Raises:
+        ModelError: the model is not adapted.
+        CheckpointError: an adapter is already there, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from hylorada_jax import HyLoRADAConfig
+        >>> from hylorada_jax.nnx import adapt
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        >>> model = adapt(model, HyLoRADAConfig(method="lora", target_modules="all-linear"), nnx.Rngs(1))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(model, directory)
+        ...     sorted(path.name for path in Path(directory).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    adaptation, found = adaptation_of(model)
+    adapter_files.write_adapter(
+        directory,
+        layout.flatten(adaptation.sites, adapters_of(adaptation, found)),
+        adaptation.config,
+        _identity(model, adaptation.modules, name, base_config),
+        overwrite=overwrite,
+    )
+
+
+def load_adapter(
+    model: _Model,
+    directory: str | Path | SavedAdapter,
+    *,
+    base_config: Any = None,
+    rngs: nnx.Rngs | None = None,
+) -> _Model:
+    """Puts a saved adapter on a model, in place, bit for bit: as :func:`adapt`, with what was learnt.
+
+    Args:
+        model: of the layers that the adapter was trained on, by name and shape.
+        directory: what :func:`save_adapter` or ``save_pretrained`` wrote.
+        base_config: as of :func:`save_adapter`. Without any, the layers' names and shapes must agree, and no
+            more is known.
+        rngs: of dropout, where the adapter trains on.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: the adapter is damaged, or does not fit the model, which is left as it was.
+        ModelError, TargetError, ConfigError: as of :func:`adapt`.
+
+    Example:
+        >>> import tempfile
+        >>> from hylorada_jax import HyLoRADAConfig
+        >>> from hylorada_jax.nnx import adapt
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        >>> config = HyLoRADAConfig(method="lora", target_modules="all-linear")
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(adapt(nnx.clone(model), config, nnx.Rngs(1)), directory)
+        ...     load_adapter(model, directory).adaptation.config == config
+        True
+    """
+    saved = directory if isinstance(directory, SavedAdapter) else open_adapter(directory)
+    adaptation, found = plan_on(model, saved.config)
+    given = _identity(model, adaptation.modules, None, base_config)
+    if given["model_type"] is None:  # of a model that does not say, only the layers are compared
+        given |= {key: saved.base[key] for key in ("model_type", "config_sha256")}
+    adapter_files.check_base(saved.base, given)
+    layout.check_keys(saved.shapes, layout.tensor_shapes(adaptation.sites))
+    adapters = layout.unflatten(adaptation.sites, saved.tensors())
+    attach(model, adaptation, found, adapters, nnx.Rngs(0) if rngs is None else rngs)
+    return model
+
+
+def _identity(model: Any, modules: Modules, name: str | None, config: Any) -> dict[str, Any]:
+    if config is None:
+        own = getattr(model, "config", None)
+        config = own if isinstance(own, DecoderConfig) or hasattr(own, "model_type") else None
+    linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
+    return base_identity(name, config, linears)

@@ -1,0 +1,127 @@
+"""Finding the modules of an NNX model that a component can attach to."""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+from jax import Array
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
+from hylorada_jax.nnx.adapted import plain_class
+from hylorada_jax.nnx.kinds import Contraction, Kind, axes_of, contraction, kind_of
+from hylorada_jax.surgery.modules import SCANNED, Holder, Linear, Modules, Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A module of a model, and what it is to adapters.
+
+    Attributes:
+        module: the module itself.
+        kind: of its class.
+        form: its product, of a linear module.
+    """
+
+    module: Any
+    kind: Kind
+    form: Contraction | None = None
+
+    @property
+    def kernel(self) -> nnx.Variable:
+        """The variable that holds a linear module's weight."""
+        return getattr(self.module, self.kind.leaves[0])
+
+    def leaves(self) -> dict[str, Array]:
+        """The module's own arrays, by name; a linear module's weight is its "kernel"."""
+        found = {name: getattr(self.module, name, None) for name in self.kind.leaves}
+        arrays = {name: variable[...] for name, variable in found.items() if variable is not None}
+        return arrays if self.form is None else {"kernel": arrays.pop(self.kind.leaves[0]), **arrays}
+
+    def as_matrix(self, leaves: dict[str, Array]) -> dict[str, Array]:
+        """The arrays as the surgery knows them: kernel [d_in, d_out], bias [d_out]."""
+        if self.form is None:
+            return leaves
+        kernel = self.form.matrix(leaves["kernel"])
+        flat = {name: leaf.reshape(*kernel.shape[:-2], -1) for name, leaf in leaves.items()}
+        return flat | {"kernel": kernel}
+
+
+def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
+    """The modules of a model that a component can attach to; a shared one once, by its first path.
+
+    Args:
+        model: an NNX module; its weights are not read, so one of ``nnx.eval_shape`` does.
+
+    Returns:
+        The modules as the surgery plans with them, and each of them by its path.
+
+    Raises:
+        ModelError: it is no NNX module, or layers are stacked along another axis than the first.
+
+    Example:
+        >>> find_modules(nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0)))[0].linear_names
+        ['key', 'out', 'query', 'value']
+    """
+    if not isinstance(model, nnx.Module):
+        raise ModelError(
+            "hylorada_jax.nnx takes a Flax NNX module.",
+            type(model).__name__,
+            "Give the NNX model itself. A Linen model is adapted by hylorada_jax.HyLoRADAModel.",
+        )
+    found: dict[Path, Found] = {}
+    linears: list[Linear] = []
+    embeddings: list[Holder] = []
+    norms: list[Holder] = []
+    modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model, graph=True)}
+    for path, module in sorted(modules.items()):
+        kind = kind_of(plain_class(type(module)))
+        first = None if kind is None else getattr(module, kind.leaves[0], None)
+        if kind is None or first is None:
+            continue
+        try:
+            form = contraction(module, kind) if kind.role == "linear" else None
+        except ModelError:
+            continue  # such as one with a kernel for each expert
+        names, stacked = _names(path, module, first.shape, axes_of(module, kind))
+        found[path] = Found(module, kind, form)
+        shapes = {
+            name: variable.shape[1:] if stacked else variable.shape
+            for name in kind.leaves
+            if (variable := getattr(module, name, None)) is not None
+        }
+        if form is not None:
+            sizes = dict(zip(form.kernel, shapes[kind.leaves[0]], strict=True))
+            d_in, d_out = (math.prod(sizes[c] for c in letters) for letters in (form.summed, form.made))
+            linears.append(Linear(path, names, stacked, d_in, d_out, False))
+        elif kind.role == "norm":
+            norms.append(Holder(path, names, stacked, tuple(shapes.items())))
+        elif not path or path[-1] not in (*RELATIVE_POSITIONS, *HEADS):
+            embeddings.append(Holder(path, names, stacked, tuple(shapes.items())))
+    return Modules(linears=tuple(linears), embeddings=tuple(embeddings), norms=tuple(norms)), found
+
+
+def _names(path: Path, module: Any, shape: tuple[int, ...], axes: int) -> tuple[tuple[str, ...], bool]:
+    """The module's full names, and whether its leaves have an axis of layers in front, as of ``nnx.vmap``."""
+    own = _own_shape(module)
+    if len(shape) == axes and own in (None, shape):
+        return (".".join(path),), False
+    if len(shape) != axes + 1 or own not in (None, shape[1:]):
+        raise ModelError(
+            "Layers are stacked along one axis, the first of their variables.",
+            f"{'.'.join(path)} with {shape}" + ("" if own is None else f", of layers with {own}"),
+            "Make them with nnx.vmap(…, in_axes=0, out_axes=0), and scan over that axis.",
+        )
+    split = path.index(SCANNED) + 1 if SCANNED in path else min(1, len(path))
+    return tuple(".".join((*path[:split], str(i), *path[split:])) for i in range(shape[0])), True
+
+
+def _own_shape(module: Any) -> tuple[int, ...] | None:
+    """The kernel's shape in one layer, where the module says it."""
+    if (shape := getattr(module, "kernel_shape", None)) is not None:
+        return tuple(shape)
+    if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
+        return None
+    sizes = (module.in_features, module.out_features)
+    return tuple(n for size in sizes for n in ((size,) if isinstance(size, int) else size))

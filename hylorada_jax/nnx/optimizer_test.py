@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.nnx import (
+    AdapterParam,
+    HyLoRADAUnified,
+    PositionalDAA,
+    PositionBias,
+    SparseAdapter,
+    StructureEncoder,
+    adapt,
+    make_optimizer,
+)
+from hylorada_jax.nnx.adapting_test import WRT, config_of, made, moved
+from hylorada_jax.training import optimizer as of_trees
+from hylorada_jax.training.config import TrainingConfig
+
+TRAINING = TrainingConfig(output="unused", steps=9, warmup_steps=0, learning_rate=1e-2)
+
+
+def test_its_steps_are_those_of_the_trainers_optimizer():
+    config = config_of("hylorada_v1", lora_plus_enabled=True)
+    net, x = made("Linear")
+    moved(adapt(net, config, nnx.Rngs(3)))
+    kernel = net.mlp.down_proj.kernel[...]
+    optimizer = nnx.Optimizer(net, make_optimizer(net, TRAINING), wrt=AdapterParam)
+    tree = nnx.to_pure_dict(nnx.state(net, AdapterParam))
+    transformation = of_trees.make_optimizer(tree, TRAINING, config)
+    state = transformation.init(tree)
+
+    @nnx.jit
+    def step(net, optimizer):
+        gradient = nnx.grad(lambda net: jnp.var(net(x)), argnums=WRT)(net)
+        optimizer.update(net, gradient)
+        return gradient
+
+    for _ in range(3):
+        gradient = nnx.to_pure_dict(step(net, optimizer))
+        updates, state = transformation.update(gradient, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    found = nnx.to_pure_dict(nnx.state(net, AdapterParam))
+    # Compiled as one program, and operation by operation: a few float32 roundings of each step.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, tree)
+    np.testing.assert_array_equal(net.mlp.down_proj.kernel[...], kernel)
+
+
+class Own(nnx.Module):
+    """Every component, called by a model of its own."""
+
+    def __init__(self, rngs):
+        bias = PositionBias(rngs=rngs)
+        self.q = HyLoRADAUnified(4, 4, rank=2, position_bias=bias, rngs=rngs)
+        self.encoder = StructureEncoder(4, rngs=rngs)
+        self.daa = PositionalDAA(2, rngs=rngs)
+        self.sparse = SparseAdapter(4, rngs=rngs)
+
+
+def test_every_leaf_of_a_layer_has_its_group():
+    own, training = Own(nnx.Rngs(0)), TrainingConfig(output="unused", steps=1, warmup_steps=0, weight_decay=0)
+    own.q.init_magnitude(jnp.eye(4))
+    optimizer = nnx.Optimizer(own, make_optimizer(own, training, HyLoRADAConfig()), wrt=AdapterParam)
+    before = nnx.to_pure_dict(nnx.state(own, AdapterParam))
+    # Adam's first step is the rate itself, wherever the gradient is one.
+    optimizer.update(own, jax.tree.map(jnp.ones_like, nnx.state(own, AdapterParam)))
+    after = nnx.to_pure_dict(nnx.state(own, AdapterParam))
+    rates = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), before, after)
+    for path, rate in jax.tree_util.tree_leaves_with_path(rates):
+        special = {"daa": 1e-3, "sparse": 2e-4}.get(path[0].key, training.learning_rate)
+        assert rate == pytest.approx(special, rel=1e-3), path
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ConfigError, match="adapt"):
+        make_optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TRAINING)
+    own = nnx.Sequential(AdapterParam(jnp.ones(2)))
+    with pytest.raises(ConfigError, match="belongs to a group"):
+        make_optimizer(own, TRAINING)

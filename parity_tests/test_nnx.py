@@ -1,0 +1,136 @@
+"""An NNX model of somebody's own beside our Linen decoder and PyTorch, on the same weights."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hylorada_jax import CausalLM, HyLoRADAConfig, HyLoRADAModel
+from hylorada_jax.errors import CheckpointError, ModelError
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.nnx import AdapterParam, adapt, load_adapter, merge, save_adapter
+from hylorada_jax.nnx.adapting import adaptation_of, adapters_of
+from hylorada_jax.nnx.adapting_test import moved
+from hylorada_jax.nnx.finding import find_modules
+from hylorada_jax.surgery import modules as surgery
+from hylorada_jax.surgery.layout import flatten, unflatten
+from parity_tests.tolerances import relative_error
+
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples/nnx_loop.py"))
+SHAPE = {
+    "model_type": "llama", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.3,
+}  # fmt: skip
+CONFIG = DecoderConfig.from_hf(SHAPE)
+IDS = jax.random.randint(jax.random.key(1), (2, 12), 0, 29)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return CausalLM.from_config(CONFIG, jax.random.key(0))
+
+
+def transformer(base):
+    """The example's model with the weights of our decoder, found by their names."""
+    model = EXAMPLE["Transformer"](29, 16, 2, 24, 2, rngs=nnx.Rngs(0))
+    theirs, found = find_modules(model)[0], find_modules(model)[1]
+    ours = surgery.find_modules(base.init_params)
+    weights = {
+        name: module.weight(base.params, layer).T
+        for module in ours.linears
+        for layer, name in enumerate(module.names)
+    }
+    for module in (*ours.embeddings, *ours.norms):
+        (leaf,) = surgery.subtree(base.params, module.path).values()
+        weights |= dict(zip(module.names, leaf if module.stacked else [leaf], strict=True))
+    for own in (*theirs.linears, *theirs.embeddings, *theirs.norms):
+        found[own.path].kernel.set_value(jnp.asarray(weights.pop(own.names[0])))
+    assert not weights
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.RMSNorm):
+            module.epsilon = CONFIG.rms_norm_eps
+    return model
+
+
+METHODS = [
+    HyLoRADAConfig(method="lora", lora_rank=2),
+    HyLoRADAConfig(method="hylorada_v1", rank_strategy="decreasing", target_modules="all-linear"),
+    HyLoRADAConfig(method="dora", lora_rank=2, sparse_enabled=True, sparse_adapter_dim=4),
+    HyLoRADAConfig(method="longlora", lora_rank=2, s2_attn_enabled=False),
+]
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: config.method)
+def test_an_adapter_goes_to_linen_and_back(base, config, tmp_path):
+    model = moved(adapt(transformer(base), config, nnx.Rngs(2)))
+    save_adapter(model, tmp_path / "nnx", base_config=CONFIG)
+    linen = HyLoRADAModel.from_pretrained(base, tmp_path / "nnx")
+    # Two programs of the same formulas in float32, over two layers.
+    assert relative_error(model(IDS), linen(IDS).logits) <= 1e-5
+    assert relative_error(linen(IDS).logits, base(IDS).logits) > 1e-2
+    linen.save_pretrained(tmp_path / "linen")
+    for base_config in (None, CONFIG):
+        back = load_adapter(transformer(base), tmp_path / "linen", base_config=base_config)
+        same = jax.tree.map(jnp.array_equal, *(nnx.state(m, AdapterParam) for m in (back, model)))
+        assert all(jax.tree.leaves(same))
+    if not config.sparse_enabled:
+        merge(back)
+        assert relative_error(back(IDS), model(IDS)) <= 1e-5
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("nnx", "linen"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_gradients_are_linens(base):
+    config = METHODS[1]
+    model = moved(adapt(transformer(base), config, nnx.Rngs(2)))
+    linen = HyLoRADAModel(base, config)
+
+    def of_nnx(model):
+        return jnp.sum(jnp.sin(model(IDS)))
+
+    gradient = nnx.grad(of_nnx, argnums=nnx.DiffState(0, AdapterParam))(model)
+    adaptation, found = adaptation_of(model)
+    linen.adapters = unflatten(linen.sites, flatten(adaptation.sites, adapters_of(adaptation, found)))
+    expected = jax.grad(lambda a: jnp.sum(jnp.sin(linen.apply(a, IDS).logits)))(linen.adapters)
+    nnx.update(model, gradient)
+    got = flatten(adaptation.sites, adapters_of(*adaptation_of(model)))
+    for name, value in flatten(linen.sites, expected).items():
+        # Sums over 24 tokens and two layers.
+        np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-4 * max(1, np.abs(value).max()))
+
+
+def test_another_checkpoints_adapter_is_refused(base, tmp_path):
+    save_adapter(adapt(transformer(base), METHODS[0], nnx.Rngs(2)), tmp_path, base_config=CONFIG)
+    other = DecoderConfig.from_hf(SHAPE | {"rope_theta": 5e5})
+    with pytest.raises(CheckpointError, match="config_sha256"):
+        load_adapter(transformer(base), tmp_path, base_config=other)
+
+
+def test_linens_call_says_which_is_nnxs(base):
+    with pytest.raises(ModelError, match=r"hylorada_jax\.nnx\.adapt"):
+        HyLoRADAModel(transformer(base), METHODS[0])
+
+
+def test_the_loop_of_an_nnx_model_learns_its_batch_and_saves_the_adapter(base, tmp_path):
+    model = transformer(base)
+    losses = EXAMPLE["train"](model, IDS, tmp_path / "run", steps=20)
+    assert losses[-1] < losses[0] - 0.1
+    loaded = load_adapter(transformer(base), tmp_path / "run")
+    np.testing.assert_array_equal(loaded(IDS), model(IDS))
+    assert relative_error(loaded(IDS), base(IDS).logits) > 1e-3
+
+
+def test_the_lines_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs/nnx.md").read_text(encoding="utf-8")
+    scope: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, scope)
+    assert {*scope["gradient"]["layers"]} == {0, 2}
+    # The merged model computes what the trained one does, up to float32's roundings.
+    np.testing.assert_allclose(scope["merged"](scope["x"]), scope["model"](scope["x"]), rtol=1e-5, atol=1e-5)
