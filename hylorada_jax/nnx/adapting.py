@@ -45,7 +45,7 @@ ASIDE = ("adapter_settings", "lora_dropout", "sparse_dropout")
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, at every call of nnx.jit
 class Adaptation:
-    """What :func:`adapt` has done to a model; its attribute ``adaptation``.
+    """What :func:`adapt` has done to a model; its attribute ``hylorada``.
 
     Attributes:
         config: what is adapted.
@@ -98,13 +98,13 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
     adaptation, found = plan_on(model, config)
     sites = adaptation.sites
     raw = {site.module.path: found[site.module.path].leaves() for site in sites}
+    paths = [*raw]
 
     @jax.jit  # so that no kernel is laid out anew to be a matrix
     def constants_of(raw: list[dict[str, Array]]) -> Constants:
         matrices = {path: found[path].as_matrix(leaves) for path, leaves in zip(paths, raw, strict=True)}
         return build.build_constants(sites, tree_of(matrices), config)
 
-    paths = [*raw]
     constants = constants_of([*raw.values()])
     seed: Any = jax.random.bits(rngs.params())
     adapters = build.build_adapters(sites, constants, tree_of(raw), config, seed)
@@ -149,17 +149,14 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
                 f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
                 "Adapt the model as it was before it was quantised.",
             )
-        if taken := [leaf for leaf in (*site.leaves, *ASIDE) if _is_taken(site, here.module, leaf)]:
+        own = () if site.component == "unfrozen" else site.leaves
+        if taken := [leaf for leaf in (*own, *ASIDE) if hasattr(here.module, leaf)]:
             raise ModelError(
                 "The names of an adapter's leaves are free in the modules that it adapts.",
                 f"{name} has {', '.join(taken)}",
                 "Exclude the module: exclude_modules=[its name].",
             )
     return Adaptation(config, modules, sites), found
-
-
-def _is_taken(site: Site, module: Any, name: str) -> bool:
-    return site.component != "unfrozen" and hasattr(module, name)
 
 
 def attach(
@@ -197,13 +194,13 @@ def attach(
         if here.kind.role == "linear":
             module.adapter_settings = settings
         set_class(module, adapted_class(_MIXINS[here.kind.role], plain_class(type(module))))
-    model.adaptation = adaptation
+    model.hylorada = adaptation
 
 
 def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
     """What :func:`adapt` has done to a model; a ModelError where it has not."""
     found = find_modules(model)[1]
-    if not isinstance(adaptation := getattr(model, "adaptation", None), Adaptation):
+    if not isinstance(adaptation := getattr(model, "hylorada", None), Adaptation):
         raise ModelError(
             "This takes a model that was adapted, as a whole.",
             f"{type(model).__name__}, which was not",

@@ -156,7 +156,7 @@ def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> N
             if hasattr(module, name):
                 delattr(module, name)
         set_class(module, plain_class(type(module)))
-    del model.adaptation
+    del model.hylorada
 
 
 def _refuse_trained(adaptation: Adaptation) -> None:
