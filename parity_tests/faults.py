@@ -41,6 +41,8 @@ TESTS = {
     "optimizer": _tests("optimizer"),
     "answers": _tests("answers"),
     "rows": ("hylorada_jax/data/packing_test.py",),
+    "nnx layers": _tests("layers", "nnx and (dora or direct)"),
+    "nnx": ("hylorada_jax/nnx/adapting_test.py", "-k", "fresh or embeddings"),
 }
 
 
@@ -149,6 +151,30 @@ _OF_JAX = [
         "v1",
         "hylorada_jax.modules.linear",
         ("rsLoRA divides by r", "(math.sqrt(layer.rank) if layer.use_rslora else layer.rank)", "layer.rank"),
+    ),
+    # NNX
+    *_faults(
+        "nnx layers",
+        "hylorada_jax.nnx.linear",
+        (
+            "NNX: a magnitude that was loaded is lost",
+            "jnp.where(jnp.isnan(given).all(), self.magnitude[...], given)",
+            "self.magnitude[...]",
+        ),
+    ),
+    *_faults(
+        "nnx",
+        "hylorada_jax.nnx.adapted",
+        (
+            "NNX: the bias is scaled too",
+            "if settings.kind and not settings.scales_bias else None",
+            "if settings.kind and False else None",
+        ),
+        (
+            "NNX: an embedding is rounded before the lookup",
+            "wide = _changed(self, dtype=self.embedding[...].dtype)",
+            "wide = self",
+        ),
     ),
     # Buckets
     *_faults(

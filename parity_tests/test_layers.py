@@ -82,7 +82,7 @@ def test_edge(name, draw, dtype):
 
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=SLOW[dtype]) for dtype in DTYPES])
 @pytest.mark.parametrize("name", LAYERS)
-# Two of each here, thirteen layers in three precisions; the profile "search" tries hundreds.
+# Two of each here, thirteen layers of two APIs in three precisions; the profile "search" tries hundreds.
 @settings(max_examples=min(2, settings().max_examples) if settings().derandomize else settings().max_examples)
 @given(draw=DRAWS)
 def test_drawn(name, dtype, draw):

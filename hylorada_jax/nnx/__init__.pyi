@@ -1,6 +1,4 @@
 from .adapting import adapt as adapt
-from .adapting import merge as merge
-from .adapting import unload as unload
 from .attention import DirectAttentionAdapter as DirectAttentionAdapter
 from .attention import PositionalDAA as PositionalDAA
 from .attention import ShiftedSparseAttention as ShiftedSparseAttention
@@ -18,4 +16,7 @@ from .sparse import SparseAdapter as SparseAdapter
 from .sparse import TopKGate as TopKGate
 from .structure import StructureEncoder as StructureEncoder
 from .structure import TemporalStructureEncoder as TemporalStructureEncoder
+from .taking_off import disabled as disabled
+from .taking_off import merge as merge
+from .taking_off import unload as unload
 from .variables import AdapterParam as AdapterParam

@@ -13,7 +13,7 @@ from jax import Array
 
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, sparse
-from hylorada_jax.nnx.kinds import contraction, kind_of
+from hylorada_jax.nnx.kinds import Contraction, contraction, kind_of
 
 
 class Settings(NamedTuple):
@@ -54,7 +54,8 @@ class AdaptedLinear(Adapted):
         settings: Settings = self.adapter_settings
         kind = kind_of(self.plain)
         assert kind is not None
-        form = contraction(self, kind, inputs.ndim)
+        given = [option for option in (*arguments, *options.values()) if isinstance(option, str)]
+        form = Contraction.of(given[0], inputs.ndim) if given else contraction(self, kind, inputs.ndim)
         bias = getattr(self, "bias", None) if settings.kind and not settings.scales_bias else None
         layer = self if bias is None else _changed(self, bias=None, use_bias=False)
         y = self.plain.__call__(layer, inputs, *arguments, **options)

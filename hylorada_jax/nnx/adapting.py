@@ -1,4 +1,4 @@
-"""Adapters on an NNX model: put on, folded into the weights, taken off."""
+"""Adapters put on an NNX model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,10 +25,8 @@ from hylorada_jax.nnx.adapted import (
 from hylorada_jax.nnx.finding import Found, find_modules
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.surgery import build
-from hylorada_jax.surgery import merge as merging
 from hylorada_jax.surgery.modules import Modules, Path, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site, plan
-from hylorada_jax.surgery.resolve import resolve
 from hylorada_jax.trees import Adapters, Constants
 
 _Model = TypeVar("_Model", bound=nnx.Module)
@@ -42,12 +40,12 @@ _OUT_OF_REACH = {
 }
 _MIXINS = {"linear": AdaptedLinear, "embedding": AdaptedEmbed, "norm": AdaptedNorm}
 # The attributes of an adapted module that are no leaves.
-_ASIDE = ("adapter_settings", "lora_dropout", "sparse_dropout")
+ASIDE = ("adapter_settings", "lora_dropout", "sparse_dropout")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, at every call of nnx.jit
 class Adaptation:
-    """What :func:`adapt` has done to a model; its attribute ``adaptation``.
+    """What :func:`adapt` has done to a model; its attribute ``hylorada``.
 
     Attributes:
         config: what is adapted.
@@ -100,16 +98,16 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
     adaptation, found = plan_on(model, config)
     sites = adaptation.sites
     raw = {site.module.path: found[site.module.path].leaves() for site in sites}
+    paths = [*raw]
 
     @jax.jit  # so that no kernel is laid out anew to be a matrix
     def constants_of(raw: list[dict[str, Array]]) -> Constants:
         matrices = {path: found[path].as_matrix(leaves) for path, leaves in zip(paths, raw, strict=True)}
-        return build.build_constants(sites, _tree(matrices), config)
+        return build.build_constants(sites, tree_of(matrices), config)
 
-    paths = [*raw]
     constants = constants_of([*raw.values()])
     seed: Any = jax.random.bits(rngs.params())
-    adapters = build.build_adapters(sites, constants, _tree(raw), config, seed)
+    adapters = build.build_adapters(sites, constants, tree_of(raw), config, seed)
     attach(model, adaptation, found, adapters, rngs)
     return model
 
@@ -144,18 +142,21 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
                 f"{', '.join(site.names)} of {', '.join(site.module.names)}, at {sorted(set(site.scales))}",
                 "Name them all, or stack the layers in a list.",
             )
-        here = found[site.module.path].module
-        if taken := [leaf for leaf in (*site.leaves, *_ASIDE) if _is_taken(site, here, leaf)]:
+        here, name = found[site.module.path], ".".join(site.module.path)
+        if not isinstance(here.kernel, nnx.Variable):
+            raise ModelError(
+                "What is adapted holds its weight as an nnx.Param, an array of floats.",
+                f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
+                "Adapt the model as it was before it was quantised.",
+            )
+        own = () if site.component == "unfrozen" else site.leaves
+        if taken := [leaf for leaf in (*own, *ASIDE) if hasattr(here.module, leaf)]:
             raise ModelError(
                 "The names of an adapter's leaves are free in the modules that it adapts.",
-                f"{'.'.join(site.module.path)} has {', '.join(taken)}",
+                f"{name} has {', '.join(taken)}",
                 "Exclude the module: exclude_modules=[its name].",
             )
     return Adaptation(config, modules, sites), found
-
-
-def _is_taken(site: Site, module: Any, name: str) -> bool:
-    return site.component != "unfrozen" and hasattr(module, name)
 
 
 def attach(
@@ -193,13 +194,13 @@ def attach(
         if here.kind.role == "linear":
             module.adapter_settings = settings
         set_class(module, adapted_class(_MIXINS[here.kind.role], plain_class(type(module))))
-    model.adaptation = adaptation
+    model.hylorada = adaptation
 
 
 def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
     """What :func:`adapt` has done to a model; a ModelError where it has not."""
     found = find_modules(model)[1]
-    if not isinstance(adaptation := getattr(model, "adaptation", None), Adaptation):
+    if not isinstance(adaptation := getattr(model, "hylorada", None), Adaptation):
         raise ModelError(
             "This takes a model that was adapted, as a whole.",
             f"{type(model).__name__}, which was not",
@@ -216,122 +217,10 @@ def adapters_of(adaptation: Adaptation, found: Mapping[Path, Found]) -> Adapters
         leaves.setdefault(site.module.path, {}).update(
             {leaf: getattr(module, leaf)[...] for leaf in site.leaves}
         )
-    return _tree(leaves)
+    return tree_of(leaves)
 
 
-def merge(model: _Model) -> _Model:
-    """Folds the adapters into the weights, in place: a plain model that computes what the adapted one did.
-
-        W' = c ⊙ (W + s·B A)
-
-    Args:
-        model: one that :func:`adapt` was called with.
-
-    Returns:
-        The same model, its modules of their own classes again, with no adapter on it.
-
-    Raises:
-        ModelError: it is not adapted, a sparse adapter has learnt something, or a kernel that is adapted is
-            also that of another module.
-
-    Example:
-        >>> from hylorada_jax import HyLoRADAConfig
-        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
-        >>> model = adapt(model, HyLoRADAConfig(method="lora", target_modules="all-linear"), nnx.Rngs(1))
-        >>> len(nnx.state(merge(model), AdapterParam))
-        0
-
-    Source: method.md §1, Merging.
-    """
-    adaptation, found = adaptation_of(model)
-    config, adapters = adaptation.config, adapters_of(adaptation, found)
-    merging.check_mergeable(adaptation.sites, adapters)
-    _refuse_shared(adaptation, found)
-    for site in adaptation.sites:  # one after another: no second copy of all weights
-        here, path = found[site.module.path], site.module.path
-        if site.component == "linear":
-            _merge_linear(site, here, adapters, config)
-        elif site.component == "unfrozen":
-            for leaf in site.leaves:
-                variable = getattr(here.module, leaf)
-                cls, dtype = variable.get_metadata("base")
-                variable.set_value(subtree(adapters, path)[leaf].astype(dtype))
-                variable.del_metadata("base")
-                variable.del_metadata("component")
-                set_class(variable, cls)
-    _strip(model, adaptation, found)
-    return model
-
-
-def _merge_linear(site: Site, here: Found, adapters: Adapters, config: HyLoRADAConfig) -> None:
-    params = _tree({site.module.path: here.as_matrix(here.leaves())})
-    constants = build.build_constants((site,), params, config)
-    resolved = resolve((site,), adapters, params, constants, config)
-    merged = subtree(merging.merge((site,), resolved, params, config), site.module.path)
-    assert here.form is not None
-    here.kernel.set_value(here.form.kernel_of(merged["kernel"], here.kernel.shape))
-    if config.magnitude_scales_bias and "bias" in merged:
-        here.module.bias.set_value(merged["bias"].reshape(here.module.bias.shape))
-
-
-def _refuse_shared(adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
-    owners: dict[int, list[Path]] = {}
-    for path, here in found.items():
-        for name in here.kind.leaves:
-            if (variable := getattr(here.module, name, None)) is not None:
-                owners.setdefault(id(variable), []).append(path)
-    paths = {site.module.path for site in adaptation.sites if site.component == "linear"}
-    for shared in owners.values():
-        if len(shared) > 1 and paths & {*shared}:
-            raise ModelError(
-                "A kernel is merged where one module alone reads it.",
-                f"that of {' and '.join('.'.join(path) for path in shared)}",
-                "Keep the adapter beside the model, or give each module a kernel of its own first.",
-            )
-
-
-def unload(model: _Model) -> _Model:
-    """Takes the adapters off a model, in place; what they have learnt is lost.
-
-    Args:
-        model: one that :func:`adapt` was called with.
-
-    Returns:
-        The same model, as it was before.
-
-    Raises:
-        ModelError: it is not adapted, or embeddings or norms themselves have trained.
-
-    Example:
-        >>> from hylorada_jax import HyLoRADAConfig
-        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
-        >>> model = adapt(model, HyLoRADAConfig(method="lora", target_modules="all-linear"), nnx.Rngs(1))
-        >>> type(unload(model).layers[0]).__name__
-        'Linear'
-    """
-    adaptation, found = adaptation_of(model)
-    if trained := [".".join(s.module.path) for s in adaptation.sites if s.component == "unfrozen"]:
-        raise ModelError(
-            "What is taken off has left the base's own variables alone.",
-            f"{', '.join(trained[:4])}, which trained themselves",
-            "Merge the adapters, or load the base anew.",
-        )
-    _strip(model, adaptation, found)
-    return model
-
-
-def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
-    for site in adaptation.sites:
-        module = found[site.module.path].module
-        own = () if site.component == "unfrozen" else site.leaves
-        for name in (*own, *_ASIDE):
-            if hasattr(module, name):
-                delattr(module, name)
-        set_class(module, plain_class(type(module)))
-    del model.adaptation
-
-
-def _tree(leaves: Mapping[Path, Mapping[str, Array]]) -> dict[str, Any]:
+def tree_of(leaves: Mapping[Path, Mapping[str, Array]]) -> dict[str, Any]:
     """The leaves of modules by path, as the nested tree of the surgery."""
     tree: dict[str, Any] = {}
     for path, node in leaves.items():

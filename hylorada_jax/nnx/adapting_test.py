@@ -14,6 +14,7 @@ from hylorada_jax.modules import linear as linen_layers
 from hylorada_jax.nnx import (
     AdapterParam,
     adapt,
+    disabled,
     load_adapter,
     merge,
     register_einsum,
@@ -108,31 +109,27 @@ gradients = nnx.jit(lambda model, x: nnx.grad(loss, argnums=WRT)(model, x))
 
 
 @pytest.mark.parametrize(("layer", "method"), PAIRS)
-def test_a_fresh_adapter_changes_nothing_and_every_leaf_learns(layer, method):
-    net, x = made(layer)
-    before = output(net, x)
-    assert adapt(net, config_of(method), nnx.Rngs(3)) is net
-    np.testing.assert_allclose(output(net, x), before, rtol=2e-6, atol=2e-6)  # c is a float32 quotient
-    gradient = gradients(moved(net), x)
-    # Of the layer's own variables there is no gradient; of each of the adapter's there is one.
-    expected = ("down", "up", "gate_scores") if method == "sparse" else KINDS[config_of(method).linear]
-    assert set(gradient["mlp"]["down_proj"]) == set(expected)
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
-
-
-@pytest.mark.parametrize(("layer", "method"), [pair for pair in PAIRS if "sparse" not in pair])
-def test_merged_is_unmerged(layer, method):
+def test_a_fresh_adapter_changes_nothing_every_leaf_learns_and_merged_is_unmerged(layer, method):
     with jax.enable_x64(True):
         net, x = made(layer)
-        state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nnx.state(net))
-        nnx.update(net, state)
-        cls, structure = type(net.mlp.down_proj), str(jax.tree.structure(nnx.state(net)))
-        moved(adapt(net, config_of(method), nnx.Rngs(3)))
-        adapted = output(net, x.astype(jnp.float64))
-        merge(net)
-        np.testing.assert_allclose(output(net, x.astype(jnp.float64)), adapted, rtol=1e-12, atol=1e-12)
-        assert type(net.mlp.down_proj) is cls
-        assert str(jax.tree.structure(nnx.state(net))) == structure
+        nnx.update(net, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nnx.state(net)))
+        x = x.astype(jnp.float64)
+        before, cls, structure = output(net, x), type(net.mlp.down_proj), nnx.state(net)
+        assert adapt(net, config_of(method), nnx.Rngs(3)) is net
+        np.testing.assert_allclose(output(net, x), before, rtol=1e-12, atol=1e-12)
+        gradient = gradients(moved(net), x)
+        # Of the layer's own variables there is no gradient; of each of the adapter's there is one.
+        expected = ("down", "up", "gate_scores") if method == "sparse" else KINDS[config_of(method).linear]
+        assert set(gradient["mlp"]["down_proj"]) == set(expected)
+        assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+        adapted = output(net, x)
+        with disabled(net):
+            np.testing.assert_array_equal(output(net, x), before)
+        np.testing.assert_array_equal(output(net, x), adapted)
+        if method != "sparse":
+            np.testing.assert_allclose(output(merge(net), x), adapted, rtol=1e-12, atol=1e-12)
+            assert type(net.mlp.down_proj) is cls
+            assert str(jax.tree.structure(nnx.state(net))) == str(jax.tree.structure(structure))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "hylorada_v1"])
@@ -176,7 +173,7 @@ STACKED = HyLoRADAConfig(rank_strategy="decreasing", target_modules="all-linear"
 
 
 def test_stacked_layers_are_the_layers_one_after_another(tmp_path):
-    stacked, listed = (Blocks(3, stacked=s, rngs=nnx.Rngs(0)) for s in (True, False))
+    stacked, listed = (Blocks(2, stacked=s, rngs=nnx.Rngs(0)) for s in (True, False))
     for i, block in enumerate(listed.layers):
         for name in ("up", "down"):
             for leaf in ("kernel", "bias"):
@@ -186,11 +183,11 @@ def test_stacked_layers_are_the_layers_one_after_another(tmp_path):
     np.testing.assert_allclose(output(adapt(stacked, STACKED, nnx.Rngs(1)), x), before, rtol=1e-5, atol=1e-6)
     save_adapter(moved(adapt(listed, STACKED, nnx.Rngs(1))), tmp_path)
     load_adapter(unload(stacked), tmp_path)
-    assert stacked.layers["up"].lora_A.shape == (3, 4, 6)
-    assert listed.layers[2]["up"].lora_A.shape == (2, 6)  # its own rank, by depth
+    assert stacked.layers["up"].lora_A.shape == (2, 4, 6)
+    assert listed.layers[1]["up"].lora_A.shape == (2, 6)  # its own rank, by depth
     np.testing.assert_allclose(output(stacked, x), output(listed, x), rtol=1e-5, atol=1e-5)
     together, apart = (gradients(model, x)["layers"] for model in (stacked, listed))
-    for i, name in itertools.product(range(3), ("up", "down")):
+    for i, name in itertools.product(range(2), ("up", "down")):
         for leaf, one in apart[i][name].items():
             whole = together[name][leaf][...][i]
             own = tuple(slice(n) for n in one.shape)
@@ -258,7 +255,9 @@ def test_embeddings_and_norms_train_themselves(dtype):
         "q_proj": {"lora_A", "lora_B"},
     }
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32"}
-    assert jnp.any(gradients(net, ids)["embed"]["embedding"][...] != 0)
+    # A sum over 600 tokens, in which bfloat16 would stop at 256.
+    often = nnx.grad(lambda net: net.embed(jnp.full(600, 3)).astype("float32").sum(), argnums=WRT)(net)
+    assert often["embed"]["embedding"][3].tolist() == [600.0] * 4
     with pytest.raises(ModelError, match="trained themselves"):
         unload(net)
     merge(net)
@@ -284,6 +283,24 @@ def aimed(targets):
     return HyLoRADAConfig(target_modules=targets, **V1)
 
 
+class Packed(nnx.Module):
+    """What a library for quantisation may put in a kernel's place."""
+
+    shape = (6, 5)
+
+
+def with_kernel(kernel):
+    net = NET()
+    net.mlp.down_proj.kernel = kernel
+    return net
+
+
+def with_attribute():
+    net = NET()
+    net.mlp.down_proj.lora_A = 1
+    return net
+
+
 NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
 
 
@@ -296,9 +313,21 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         (NET, HyLoRADAConfig(), RNGS, ModelError, "PositionalDAA"),
         (NET, aimed("don_proj"), RNGS, TargetError, r"Near matches: down_proj"),
         (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
+        (lambda: with_kernel(Packed()), aimed("all-linear"), RNGS, ModelError, "quantised"),
+        (with_attribute, aimed("all-linear"), RNGS, ModelError, "has lora_A"),
         (lambda: Blocks(3, stacked=True, rngs=RNGS()), aimed(r".*\.1\.up"), RNGS, ConfigError, "together"),
     ],
-    ids=["Linen", "nothing to adapt", "rngs", "out of reach", "targets", "twice", "a part of a stack"],
+    ids=[
+        "Linen",
+        "nothing to adapt",
+        "rngs",
+        "out of reach",
+        "targets",
+        "twice",
+        "quantised",
+        "taken",
+        "part",
+    ],
 )
 def test_what_cannot_be_adapted_is_refused(model, config, rngs, error, match):
     with pytest.raises(error, match=match):

@@ -94,7 +94,7 @@ def load_adapter(
         >>> config = HyLoRADAConfig(method="lora", target_modules="all-linear")
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     save_adapter(adapt(nnx.clone(model), config, nnx.Rngs(1)), directory)
-        ...     load_adapter(model, directory).adaptation.config == config
+        ...     load_adapter(model, directory).hylorada.config == config
         True
     """
     saved = directory if isinstance(directory, SavedAdapter) else open_adapter(directory)

@@ -48,7 +48,7 @@ def make_optimizer(
             "Call hylorada_jax.nnx.adapt(model, config, rngs) first.",
         )
     if config is None:
-        config = getattr(getattr(model, "adaptation", None), "config", HyLoRADAConfig())
+        config = getattr(getattr(model, "hylorada", None), "config", HyLoRADAConfig())
     tx = optimizer_of([_group(path, variable) for path, variable in found], training, config)
 
     # In a list of arrays the groups are the same, whether nnx gives variables or their values.

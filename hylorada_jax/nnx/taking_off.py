@@ -1,0 +1,168 @@
+"""Adapters of an NNX model folded into its weights, switched off, and taken off."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
+from hylorada_jax.nnx.adapted import Adapted, plain_class, set_class
+from hylorada_jax.nnx.adapting import ASIDE, Adaptation, adaptation_of, adapters_of, tree_of
+from hylorada_jax.nnx.finding import Found
+from hylorada_jax.surgery import build
+from hylorada_jax.surgery import merge as merging
+from hylorada_jax.surgery.modules import Path, subtree
+from hylorada_jax.surgery.plan import Site
+from hylorada_jax.surgery.resolve import resolve
+from hylorada_jax.trees import Adapters
+
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+def merge(model: _Model) -> _Model:
+    """Folds the adapters into the weights, in place: a plain model that computes what the adapted one did.
+
+        W' = c ⊙ (W + s·B A)
+
+    Args:
+        model: one that :func:`adapt` was called with.
+
+    Returns:
+        The same model, its modules of their own classes again, with no adapter on it.
+
+    Raises:
+        ModelError: it is not adapted, a sparse adapter has learnt something, or a kernel that is adapted is
+            also that of another module.
+
+    Example:
+        >>> from hylorada_jax.nnx import AdapterParam, adapt
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        >>> model = adapt(model, HyLoRADAConfig(method="lora", target_modules="all-linear"), nnx.Rngs(1))
+        >>> len(nnx.state(merge(model), AdapterParam))
+        0
+
+    Source: method.md §1, Merging.
+    """
+    adaptation, found = adaptation_of(model)
+    config, adapters = adaptation.config, adapters_of(adaptation, found)
+    merging.check_mergeable(adaptation.sites, adapters)
+    _refuse_shared(adaptation, found)
+    for site in adaptation.sites:  # one after another: no second copy of all weights
+        here, path = found[site.module.path], site.module.path
+        if site.component == "linear":
+            _merge_linear(site, here, adapters, config)
+        elif site.component == "unfrozen":
+            for leaf in site.leaves:
+                variable = getattr(here.module, leaf)
+                cls, dtype = variable.get_metadata("base")
+                variable.set_value(subtree(adapters, path)[leaf].astype(dtype))
+                variable.del_metadata("base")
+                variable.del_metadata("component")
+                set_class(variable, cls)
+    _strip(model, adaptation, found)
+    return model
+
+
+def _merge_linear(site: Site, here: Found, adapters: Adapters, config: HyLoRADAConfig) -> None:
+    params = tree_of({site.module.path: here.as_matrix(here.leaves())})
+    constants = build.build_constants((site,), params, config)
+    resolved = resolve((site,), adapters, params, constants, config)
+    merged = subtree(merging.merge((site,), resolved, params, config), site.module.path)
+    assert here.form is not None
+    here.kernel.set_value(here.form.kernel_of(merged["kernel"], here.kernel.shape))
+    if config.magnitude_scales_bias and "bias" in merged:
+        here.module.bias.set_value(merged["bias"].reshape(here.module.bias.shape))
+
+
+def _refuse_shared(adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
+    owners: dict[int, list[Path]] = {}
+    for path, here in found.items():
+        for name in here.kind.leaves:
+            if (variable := getattr(here.module, name, None)) is not None:
+                owners.setdefault(id(variable), []).append(path)
+    paths = {site.module.path for site in adaptation.sites if site.component == "linear"}
+    for shared in owners.values():
+        if len(shared) > 1 and paths & {*shared}:
+            raise ModelError(
+                "A kernel is merged where one module alone reads it.",
+                f"that of {' and '.join('.'.join(path) for path in shared)}",
+                "Keep the adapter beside the model, or give each module a kernel of its own first.",
+            )
+
+
+@contextlib.contextmanager
+def disabled(model: _Model) -> Iterator[_Model]:
+    """A context in which an adapted model computes what it did before it was adapted.
+
+    Args:
+        model: one that :func:`adapt` was called with.
+
+    Raises:
+        ModelError: it is not adapted, or embeddings or norms themselves have trained.
+
+    Example:
+        >>> from hylorada_jax.nnx import adapt
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        >>> model = adapt(model, HyLoRADAConfig(method="lora", target_modules="all-linear"), nnx.Rngs(1))
+        >>> with disabled(model):
+        ...     type(model.layers[0]).__name__
+        'Linear'
+    """
+    adaptation, found = adaptation_of(model)
+    _refuse_trained(adaptation)
+    modules = {id(here.module): here.module for here in found.values() if isinstance(here.module, Adapted)}
+    classes = {key: type(module) for key, module in modules.items()}
+    for module in modules.values():
+        set_class(module, plain_class(type(module)))
+    try:
+        yield model
+    finally:
+        for key, module in modules.items():
+            set_class(module, classes[key])
+
+
+def unload(model: _Model) -> _Model:
+    """Takes the adapters off a model, in place; what they have learnt is lost.
+
+    Args:
+        model: one that :func:`adapt` was called with.
+
+    Returns:
+        The same model, as it was before.
+
+    Raises:
+        ModelError: it is not adapted, or embeddings or norms themselves have trained.
+
+    Example:
+        >>> from hylorada_jax.nnx import adapt
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        >>> model = adapt(model, HyLoRADAConfig(method="lora", target_modules="all-linear"), nnx.Rngs(1))
+        >>> type(unload(model).layers[0]).__name__
+        'Linear'
+    """
+    adaptation, found = adaptation_of(model)
+    _refuse_trained(adaptation)
+    _strip(model, adaptation, found)
+    return model
+
+
+def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
+    for site in adaptation.sites:
+        module = found[site.module.path].module
+        own = () if site.component == "unfrozen" else site.leaves
+        for name in (*own, *ASIDE):
+            if hasattr(module, name):
+                delattr(module, name)
+        set_class(module, plain_class(type(module)))
+    del model.hylorada
+
+
+def _refuse_trained(adaptation: Adaptation) -> None:
+    if trained := [".".join(s.module.path) for s in adaptation.sites if s.component == "unfrozen"]:
+        raise ModelError(
+            "What is taken off has left the base's own variables alone.",
+            f"{', '.join(trained[:4])}, which trained themselves",
+            "Merge the adapters, or load the base anew.",
+        )
