@@ -326,8 +326,8 @@ _OF_JAX = [
         ),
         (
             "dropout in the base's input",
-            "            inputs, module.get_variable",
-            "            self._dropout(module, inputs, self._rate), module.get_variable",
+            "promote_dtype(inputs, kernel",
+            "promote_dtype(self._dropout(module, inputs, self._rate), kernel",
         ),
     ),
     *_faults(
