@@ -121,11 +121,11 @@ _OF_JAX = [
             "gate * magnitude + rest * initial",
             "rest * magnitude + gate * initial",
         ),
-        (
-            "c scales the update alone",
-            "y = y * column_scale.astype(y.dtype)",
-            "y += delta * (column_scale - 1)",
-        ),
+    ),
+    *_faults(
+        "v1",
+        "hylorada_jax.math.scaled_sum",
+        ("c scales the update alone", "    y = y * scale\n", "    y += delta * (scale - 1)\n"),
     ),
     *_faults(
         "v1",
