@@ -123,11 +123,11 @@ _OF_JAX = [
             "gate * magnitude + rest * initial",
             "rest * magnitude + gate * initial",
         ),
-        (
-            "c scales the update alone",
-            "y = y * column_scale.astype(y.dtype)",
-            "y += delta * (column_scale - 1)",
-        ),
+    ),
+    *_faults(
+        "v1",
+        "hylorada_jax.math.scaled_sum",
+        ("c scales the update alone", "    y = y * scale\n", "    y += delta * (scale - 1)\n"),
     ),
     *_faults(
         "v1",
@@ -352,8 +352,8 @@ _OF_JAX = [
         ),
         (
             "dropout in the base's input",
-            "            inputs, module.get_variable",
-            "            self._dropout(module, inputs, self._rate), module.get_variable",
+            "promote_dtype(inputs, kernel",
+            "promote_dtype(self._dropout(module, inputs, self._rate), kernel",
         ),
     ),
     *_faults(

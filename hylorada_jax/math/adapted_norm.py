@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.lax import Precision
 from jaxtyping import Float
 
 # n² is a sum whose terms may cancel; their rounding stays, a few units in the last place of the terms. A row
 # left with less than this part of them is computed directly. The others are off by 3e-6 of n at most.
 _CANCELLED = 1 / 16
+
+KEPT = "adapted norm"
+"""The name, for ``jax.checkpoint``, of what makes up for W in the backward pass, but for one product."""
 
 
 # Its own derivative: through a choice between two formulas jax would keep what either of them needs.
@@ -61,7 +65,8 @@ def _forward(weight: Array, initial: Array, lora_A: Array, scaled_B: Array) -> t
 
     is_any = jnp.any(cancelled)
     n_squared = jax.lax.cond(is_any, directly, lambda: squared)
-    return n_squared, (is_any, weight, lora_A, scaled_B, cross + square)
+    n_squared, is_any, expanded = checkpoint_name((n_squared, is_any, cross + square), KEPT)
+    return n_squared, (is_any, weight, lora_A, scaled_B, expanded)
 
 
 def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, Array]:

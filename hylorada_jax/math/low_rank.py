@@ -19,6 +19,7 @@ from jax.lax import Precision
 from jaxtyping import Float
 
 from hylorada_jax.math.adapted_norm import adapted_norm_squared
+from hylorada_jax.math.scaled_sum import rounded, scaled_sum
 
 # n is kept above this so that a zero row of W gives a finite c and a finite gradient.
 NORM_FLOOR = 1e-12
@@ -175,10 +176,9 @@ def adapted_output(
 
     Source: Liu et al. 2024 (DoRA), eq. 5; method.md §1.
     """
-    y = base_output.astype(delta.dtype) + delta
-    if column_scale is not None:
-        y = y * column_scale.astype(y.dtype)
-    return y.astype(base_output.dtype)
+    if column_scale is None:
+        return rounded(base_output.astype(delta.dtype) + delta, base_output.dtype)
+    return scaled_sum(base_output, delta, column_scale.astype(delta.dtype))
 
 
 def row_norm_squared(weight: Float[Array, "d_out d_in"]) -> Float[Array, " d_out"]:

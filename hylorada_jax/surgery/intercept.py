@@ -17,7 +17,7 @@ from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import low_rank, position, sparse, structure
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
-from hylorada_jax.surgery.modules import takes_positions
+from hylorada_jax.surgery.modules import as_it_lies, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_jax.trees import COLLECTION, Resolved
 
@@ -181,9 +181,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         # Of these, a class that is not flax's has what it needs.
         bias = module.get_variable("params", "bias", None)
         dtype, precision = getattr(module, "dtype", None), getattr(module, "precision", None)
-        x, kernel, bias = nn.dtypes.promote_dtype(
-            inputs, module.get_variable("params", "kernel"), bias, dtype=dtype
-        )
+        kernel = as_it_lies(module.get_variable("params", "kernel"))
+        x, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=dtype)
         axes = (((x.ndim - 1,), (1 if out_in else 0,)), ((), ()))
         base = jax.lax.dot_general(x, kernel, axes, precision=precision)
         scales_bias = self._config.magnitude_scales_bias

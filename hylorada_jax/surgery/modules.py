@@ -8,6 +8,7 @@ from typing import Any, assert_never
 import flax.linen as nn
 import jax
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
@@ -59,8 +60,16 @@ class Linear(Module):
         """
         kernel = subtree(params, self.path)["kernel"]
         if self.stacked:
-            kernel = jax.lax.dynamic_index_in_dim(kernel, layer, keepdims=False)
+            kernel = as_it_lies(jax.lax.dynamic_index_in_dim(kernel, layer, keepdims=False))
         return kernel if self.kernel_is_out_in else kernel.T
+
+
+def as_it_lies(kernel: Array) -> Array:
+    """A layer's kernel, in the order of memory that it has among the parameters.
+
+    Left to choose, a TPU's compiler turns the kernels of all layers over, in a copy, before a loop over them.
+    """
+    return with_layout_constraint(kernel, Layout((0, 1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.math import linear_adapter, sparse
+from hylorada_jax.math.adapted_norm import KEPT
 from hylorada_jax.surgery.build import map_layers
 from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
@@ -70,8 +71,8 @@ def _linear(
         )
 
     if site.module.stacked:
-        # Kept for the backward pass, the weights of all layers would be copied.
-        one = jax.checkpoint(one)
+        # All else that the backward pass needs are the weights, which would be copied for all layers.
+        one = jax.checkpoint(one, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
         return _spread(site, map_layers(site, one, leaves, constants["norm"], constants["scale"]))
     return one(jnp.asarray(0), leaves, constants["norm"], constants["scale"])
 
