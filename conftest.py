@@ -41,9 +41,10 @@ hypothesis.settings.load_profile("suite")
 # More than twenty seconds each: whole models, most of it compilation. `make test-quick` leaves them out.
 SLOW_FILES = (
     "adapter_bank_test", "adapting_test", "cli_test", "decoder_test", "hf/attention_test", "hf/base_test",
-    "hf/t5_test", "merged_test", "model_test", "step_test", "surgery_test", "test_config_layouts",
-    "test_decoder", "test_evaluation", "test_files", "test_fixtures", "test_fuzz", "test_hf_flax_faults",
-    "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft", "test_peft_files",
+    "hf/t5_test", "merged_test", "mesh_test", "model_test", "placed_test", "step_test", "surgery_test",
+    "test_config_layouts", "test_decoder", "test_evaluation", "test_files", "test_fixtures", "test_fuzz",
+    "test_hf_flax_faults", "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft",
+    "test_peft_files",
     "test_peft_settings", "test_precision", "test_trajectories", "trainer_test",
 )  # fmt: skip
 

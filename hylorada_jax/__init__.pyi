@@ -33,6 +33,8 @@ from .modules.sparse import SparseAdapter as SparseAdapter
 from .modules.sparse import TopKGate as TopKGate
 from .modules.structure import StructureEncoder as StructureEncoder
 from .modules.structure import TemporalStructureEncoder as TemporalStructureEncoder
+from .placement.placement import Placement as Placement
+from .placement.placement import parse_mesh as parse_mesh
 from .training.config import TrainingConfig as TrainingConfig
 from .training.trainer import HyLoRADATrainer as HyLoRADATrainer
 

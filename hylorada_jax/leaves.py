@@ -38,6 +38,8 @@ class Leaf:
         group: the parameter group that it learns in.
         rank_axis: the axis that counts the rank; a stacked tree pads it to its largest layer's.
         by_row: it has an entry for each row of W.
+        cut: the axis, not counting the layers, that devices which share the weights share too; None: each has
+            the whole leaf, but for a table of tokens, which lies as the base's does.
         part: the part that has no effect exactly where the leaf is ``neutral`` everywhere.
         neutral: that value.
         resolved: the leaf of the resolved tree that is made from it; None where another leaf's takes it in.
@@ -51,6 +53,7 @@ class Leaf:
     group: Group
     rank_axis: int | None = None
     by_row: bool = False
+    cut: Literal[0, 1] | None = None
     part: Part | None = None
     neutral: float = 0
     resolved: str | None
@@ -66,8 +69,11 @@ def _leaf(component: Component, name: str, group: Group, **facts: Any) -> Leaf:
 
 
 LEAVES = (
-    _leaf("linear", "lora_A", "lora_A", rank_axis=0, peft="lora_A.weight"),
-    _leaf("linear", "lora_B", "lora_B", rank_axis=1, by_row=True, resolved="scaled_B", peft="lora_B.weight"),
+    _leaf("linear", "lora_A", "lora_A", rank_axis=0, cut=1, peft="lora_A.weight"),
+    _leaf(
+        "linear", "lora_B", "lora_B",
+        rank_axis=1, by_row=True, cut=0, resolved="scaled_B", peft="lora_B.weight",
+    ),
     # It was a parameter of PEFT's once, and has kept that name in files.
     _leaf(
         "linear", "magnitude", "magnitude",
@@ -89,8 +95,8 @@ LEAVES = (
     _leaf("daa", "alpha", "daa", part="daa", neutral=1, idle=1),
     _leaf("daa", "beta", "daa"),  # inert: constant along each row of the softmax
     _leaf("daa", "position_bias", "daa", part="daa"),
-    _leaf("sparse", "down", "sparse"),
-    _leaf("sparse", "up", "sparse", part="sparse"),
+    _leaf("sparse", "down", "sparse", cut=1),
+    _leaf("sparse", "up", "sparse", cut=0, part="sparse"),
     _leaf("sparse", "gate_scores", "sparse_gate", resolved="mask"),
     # Embeddings and norms of the base, under Flax's names; torch calls an embedding's and a norm's "weight".
     _leaf("unfrozen", "embedding", "unfrozen", in_file="weight"),

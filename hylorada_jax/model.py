@@ -17,9 +17,11 @@ from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
+from hylorada_jax.models.placed import placed
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.placement.placement import Placement, placement_of
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import identity, open_on
 from hylorada_jax.saved.saved_adapter import SavedAdapter
@@ -66,6 +68,7 @@ class HyLoRADAModel:
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
         frozen: what does not train: {"params": the base's parameters, but for those that train themselves,
             "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
+        placement: over which devices all of this is cut; None: it is on one.
         chat_template: with which it is trained on conversations, where that is not the base's own; saved with
             the adapters.
         disabled: calling the model, or generating with it, uses the base alone; see :meth:`disable_adapter`.
@@ -74,12 +77,14 @@ class HyLoRADAModel:
         base_model: a :class:`CausalLM` from :func:`load_model`, or one of HF's Flax models.
         config: the adapter's settings.
         seed: of the initial lora_A.
+        placement: where the model is put; None: where it is, as :func:`load_model` has put it.
 
     Raises:
         TargetError: a target matches no layer.
         ModelError: the base model is not one that can be adapted, is known to compute wrongly, or has
             nothing that a component could attach to.
-        ConfigError: shifted sparse attention is on, and a layer has a single head.
+        ConfigError: shifted sparse attention is on, and a layer has a single head; or the placement would cut
+            a head.
 
     Example:
         >>> from hylorada_jax import HyLoRADAConfig, HyLoRADAModel
@@ -93,19 +98,33 @@ class HyLoRADAModel:
         (1, 3, 32)
     """
 
-    def __init__(self, base_model: Any, config: HyLoRADAConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        base_model: Any,
+        config: HyLoRADAConfig,
+        seed: int = 0,
+        *,
+        placement: Placement | None = None,
+    ) -> None:
         base = as_base(base_model)
-        self._set_up(base, config, *fit(base, config))
+        self._set_up(base, config, *fit(base, config), placement)
         self.adapters = self.init_adapters(seed)
         # Where the adapters came from: a checksum of a file's tensors, or the seed of fresh ones.
         self.start = f"seed {seed}"
 
     def _set_up(
-        self, base: BaseModel, config: HyLoRADAConfig, modules: Modules, sites: tuple[Site, ...]
+        self,
+        base: BaseModel,
+        config: HyLoRADAConfig,
+        modules: Modules,
+        sites: tuple[Site, ...],
+        placement: Placement | None,
     ) -> None:
         """All that there is beside the adapters."""
+        base = base if placement is None else placed(base, placement)
+        self.placement = placement or placement_of(base.params)
         self.base, self.config, self.modules, self.sites = base, config, modules, sites
-        constants = build.build_constants(sites, base.params, config)
+        constants = self._put(build.build_constants(sites, base.params, config))
         self._unfrozen = unfrozen_paths(sites)
         self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
@@ -118,7 +137,11 @@ class HyLoRADAModel:
         Args:
             seed: of the initial lora_A; the constructor's gave ``model.adapters``.
         """
-        return build.build_adapters(self.sites, self.frozen["constants"], self.base.params, self.config, seed)
+        constants = self.frozen["constants"]
+        return self._put(build.build_adapters(self.sites, constants, self.base.params, self.config, seed))
+
+    def _put(self, tree: dict[str, Any]) -> dict[str, Any]:
+        return tree if self.placement is None else self.placement.put(tree)
 
     def __call__(
         self,
@@ -441,7 +464,12 @@ class HyLoRADAModel:
 
     @classmethod
     def from_pretrained(
-        cls, base_model: Any, directory: str | Path | SavedAdapter, *, check_weights: bool = False
+        cls,
+        base_model: Any,
+        directory: str | Path | SavedAdapter,
+        *,
+        check_weights: bool = False,
+        placement: Placement | None = None,
     ) -> "HyLoRADAModel":
         """The model with a saved adapter on it.
 
@@ -450,19 +478,20 @@ class HyLoRADAModel:
             directory: what :meth:`save_pretrained` wrote, or what :func:`open_adapter` gave of it.
             check_weights: refuse a base model whose weights are others than those it was trained on, bit by
                 bit and in their dtype; the adapter must have recorded them, as that of a run has.
+            placement: as of the constructor.
 
         Raises:
             CheckpointError: the adapter is damaged, or does not fit the base model.
-            ConfigError: a setting of the adapter's is refused.
+            ConfigError: a setting of the adapter's is refused, or the placement would cut a head.
         """
         base = as_base(base_model)
         opened = open_on(base, directory)
         saved = opened.saved
         model = cls.__new__(cls)  # without fresh adapters, which the constructor makes
-        model._set_up(base, saved.config, opened.modules, opened.sites)
+        model._set_up(base, saved.config, opened.modules, opened.sites, placement)
         if check_weights:
             adapter_files.check_weights(saved.base, model.identity(weights=True))
         tensors = saved.tensors()
-        model.adapters = layout.unflatten(model.sites, tensors)
+        model.adapters = model._put(layout.unflatten(model.sites, tensors))
         model.start, model.chat_template = adapter_files.digest(tensors), saved.chat_template
         return model

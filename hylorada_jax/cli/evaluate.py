@@ -36,6 +36,7 @@ def evaluate(
     structure: Domain | None = None,
     chat_template: Path | None = None,
     dtype: Dtype = "float32",
+    mesh: str = "",
     check_weights: bool = False,
     json: bool = False,
     offline: bool = False,
@@ -55,6 +56,7 @@ def evaluate(
         structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
         chat_template: a file of jinja in the place of the model's template, or the adapter's.
         dtype: of the weights and the computation.
+        mesh: the devices as data × fsdp × tensor, such as fsdp=8; by default each has the whole model.
         check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
             was trained on.
         json: print one JSON object.
@@ -73,7 +75,7 @@ def evaluate(
     from hylorada_jax.models.positions import check_range
 
     template = template_of(chat_template, saved)
-    base = unloaded(model, dtype)
+    base = unloaded(model, dtype, mesh=mesh)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
     if saved is not None:
@@ -86,7 +88,7 @@ def evaluate(
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
-        loaded(model, adapter, dtype, check_weights=check_weights),
+        loaded(model, adapter, dtype, check_weights=check_weights, mesh=mesh),
         documents,
         seq_len=seq_len,
         stride=stride,

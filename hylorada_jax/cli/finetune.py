@@ -13,6 +13,7 @@ from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
     Dtype,
     check_whole,
+    placement_on,
     puts_offline,
     require_encoder,
     template_of,
@@ -111,7 +112,7 @@ def finetune(
     chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
     del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, training)
-    base = load_model(model, dtype=jnp.dtype(dtype), remat=remat)
+    base = load_model(model, dtype=jnp.dtype(dtype), remat=remat, placement=placement_on(training.mesh))
     if saved is None:
         adapted = HyLoRADAModel(base, settings, training.seed)
     else:

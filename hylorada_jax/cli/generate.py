@@ -38,6 +38,7 @@ def generate(
     structure: Domain | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
+    mesh: str = "",
     offline: bool = False,
 ) -> None:
     """Continue a prompt, or answer conversations.
@@ -56,6 +57,7 @@ def generate(
         structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
         seed: of the sampling.
         dtype: of the weights and the computation.
+        mesh: the devices as data × fsdp × tensor, such as tensor=2; by default one has the whole model.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     if (prompt is None) == (messages is None):
@@ -84,7 +86,7 @@ def generate(
     from hylorada_jax.models.positions import check_range
     from hylorada_jax.models.sampling import check_settings
 
-    base = generating(model, dtype, saved)
+    base = generating(model, dtype, saved, mesh)
     tokenizer = tokenizer_of(model, template)
     structure_ids = None
     if chats is None:
@@ -106,7 +108,7 @@ def generate(
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     if structure_ids is not None:
         settings["structure_ids"] = [structure_ids]
-    generator = loaded(model, adapter, dtype)
+    generator = loaded(model, adapter, dtype, mesh=mesh)
     if chats is not None:
         write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)
         return

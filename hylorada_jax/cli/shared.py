@@ -19,6 +19,7 @@ from hylorada_jax.terminal import one_line, show
 if TYPE_CHECKING:
     from hylorada_jax.models.base_model import BaseModel
     from hylorada_jax.models.tokenizer import Tokenizer
+    from hylorada_jax.placement.placement import Placement
     from hylorada_jax.saved.saved_adapter import SavedAdapter
 
 
@@ -73,14 +74,25 @@ def base_of(adapter: Path, given: str | None) -> str:
     return name
 
 
-def unloaded(model: str, dtype: str = "float32", remat: str = "none") -> "BaseModel":
+def unloaded(model: str, dtype: str = "float32", remat: str = "none", mesh: str = "") -> "BaseModel":
     """The model from its config alone: what a setting cannot do with it is reported before it is loaded."""
     import jax.numpy as jnp
 
     from hylorada_jax.models.loading import empty_model
+    from hylorada_jax.models.placed import fitted
     from hylorada_jax.models.wrapped import as_base
 
-    return as_base(empty_model(model, dtype=jnp.dtype(dtype), remat=remat))
+    base = as_base(empty_model(model, dtype=jnp.dtype(dtype), remat=remat))
+    if placement := placement_on(mesh):
+        fitted(placement, base)
+    return base
+
+
+def placement_on(mesh: str) -> "Placement | None":
+    """The placement on a mesh that a user writes; None where none is written."""
+    from hylorada_jax.placement.placement import Placement, parse_mesh
+
+    return Placement(parse_mesh(mesh)) if mesh else None
 
 
 def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
@@ -124,11 +136,11 @@ def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
     open_on(base, adapter).saved.tensors()
 
 
-def generating(model: str, dtype: str, saved: "SavedAdapter | None") -> "BaseModel":
+def generating(model: str, dtype: str, saved: "SavedAdapter | None", mesh: str = "") -> "BaseModel":
     """As :func:`unloaded`; reports a model that generates nothing, and an adapter that does not fit it."""
     from hylorada_jax.models.base_model import require_generation
 
-    base = unloaded(model, dtype)
+    base = unloaded(model, dtype, mesh=mesh)
     require_generation(base)
     if saved is not None:
         check_whole(saved, base)
@@ -181,7 +193,9 @@ def chat_of(
     return ids, fenced_depths(text, offsets)[0].tolist()
 
 
-def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False) -> Any:
+def loaded(
+    model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False, mesh: str = ""
+) -> Any:
     """The model with the adapter, or the base model where no adapter is named."""
     import jax.numpy as jnp
 
@@ -189,7 +203,7 @@ def loaded(model: str, adapter: Path | None, dtype: str, *, check_weights: bool 
     from hylorada_jax.models.loading import load_model
     from hylorada_jax.models.wrapped import as_base
 
-    base = as_base(load_model(model, dtype=jnp.dtype(dtype)))
+    base = as_base(load_model(model, dtype=jnp.dtype(dtype), placement=placement_on(mesh)))
     if adapter is None:
         return base
     return HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)

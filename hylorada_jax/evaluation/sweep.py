@@ -12,12 +12,13 @@ from jax import Array
 from tqdm import tqdm
 
 from hylorada_jax.data.packing import Rows, batches, spread
-from hylorada_jax.devices import in_use, replicate, shard_rows
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.generate import not_finite
 from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.scoring import model_inputs, score
+from hylorada_jax.placement.placement import mesh_of, rows_of
+from hylorada_jax.placement.shards import in_use, on_devices, shard_rows
 from hylorada_jax.trees import Adapters, Frozen, Resolved
 
 
@@ -55,8 +56,8 @@ class Sweep:
 
         Args:
             rows: of equal length.
-            batch_size: rows at a time; rounded up to a multiple of the devices, the last batch filled up
-                with rows of padding.
+            batch_size: rows at a time; rounded up to a multiple of the parts that rows are divided into,
+                the last batch filled up with rows of padding.
             max_tokens: take rows of about this many tokens, spread evenly; None takes all.
             adapters: a tree like ``model.adapters``, or None for those the model has now.
             frozen: ``model.frozen`` where it already is on the devices, or None.
@@ -68,13 +69,16 @@ class Sweep:
         Raises:
             NonFiniteError: a value is NaN or infinite; it names the document, or the row.
         """
-        devices = jax.device_count()
-        batch_size = -(-batch_size // devices) * devices
-        frozen = replicate(self.model.frozen) if frozen is None else frozen
-        resolved = self._resolve(replicate(self.model.adapters) if adapters is None else adapters, frozen)
+        own = self.model.frozen
+        frozen = on_devices(own, like=own) if frozen is None else frozen
+        adapters = on_devices(self.model.adapters, like=own) if adapters is None else adapters
+        resolved = self._resolve(adapters, frozen)
+        mesh = mesh_of(frozen)
+        parts = 1 if mesh is None else rows_of(mesh.shape)
+        batch_size = -(-batch_size // parts) * parts
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
-            with in_use():
+            with in_use(frozen):
                 values = np.asarray(self._run(resolved, frozen, shard_rows(batch)))
             if not np.isfinite(values).all():
                 raise _not_finite(batch, values)

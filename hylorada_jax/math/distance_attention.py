@@ -68,5 +68,6 @@ def distance_attention(
     limit = jnp.asarray(long if window is None else window, jnp.int32)
     visible = (distances < limit) & ((distances >= 0) | (not causal))
     bias = jnp.broadcast_to(jnp.where(visible, bias, HIDDEN), (heads, distances.size))
-    out = in_shards(functools.partial(attended, settings), *rows, segments, shared=(bias, limit))
+    run = functools.partial(attended, settings)
+    out = in_shards(run, rows, segments, by_head=(bias,), shared=(limit,))
     return jnp.swapaxes(out, 1, 2)[:, :length]

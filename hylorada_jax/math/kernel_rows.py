@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.placement.axes import TENSOR
 
 # The segment of padding, and of what fills rows up to whole blocks; documents count from 0.
 FILLING = -1
@@ -86,21 +88,38 @@ def padded_rows(
     return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in heads_first), segment_ids
 
 
-def in_shards(run: Callable[..., Array], *rows: Any, shared: tuple[Array, ...] = ()) -> Array:
-    """``run(*rows, *shared)`` on every device's own rows: the compiler cannot divide a TPU kernel by itself.
+def in_shards(
+    run: Callable[..., Array],
+    heads: tuple[Array, ...],
+    *rows: Any,
+    by_head: tuple[Array, ...] = (),
+    shared: tuple[Array, ...] = (),
+) -> Array:
+    """``run(*heads, *rows, *by_head, *shared)`` on every device's own rows and heads.
 
-    The mesh is the one in use (``jax.set_mesh``); without one everything is on one device. Rows that the
-    devices do not divide are computed on each of them.
+    The compiler cannot divide a TPU kernel by itself. The mesh is the one in use (``jax.set_mesh``); without
+    one everything is on one device. Rows that the devices do not divide are computed on each of them.
 
     Args:
-        run: a function of arrays whose first axis is the batch, and returning one.
-        *rows: its arguments; None is handed on.
-        shared: further arguments, the same for all rows.
+        run: a function that returns an array like the first of ``heads``.
+        heads: queries, keys and values [batch, heads or kv_heads, …]. Keys and values are repeated until the
+            mesh's axis tensor divides them.
+        *rows: what all heads share [batch, …]; None is handed on.
+        by_head: what all rows share [heads, …].
+        shared: what both share.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual or mesh.size == 1:
-        return run(*rows, *shared)
-    divided = rows[0].shape[0] % mesh.size == 0
-    own = PartitionSpec(tuple(mesh.axis_names) if divided else None)
-    specs = (own,) * len(rows) + (PartitionSpec(),) * len(shared)
-    return jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)(*rows, *shared)
+        return run(*heads, *rows, *by_head, *shared)
+    tensor = mesh.shape.get(TENSOR, 1)
+    own_rows = tuple(axis for axis in mesh.axis_names if axis != TENSOR)
+    if heads[0].shape[0] % (mesh.size // tensor):
+        own_rows = ()
+    own_heads = TENSOR if tensor > 1 and heads[0].shape[1] % tensor == 0 else None
+    if own_heads:
+        heads = tuple(jnp.repeat(x, math.lcm(x.shape[1], tensor) // x.shape[1], axis=1) for x in heads)
+    own = PartitionSpec(own_rows or None, own_heads)
+    specs = (own,) * len(heads) + (PartitionSpec(own_rows or None),) * len(rows)
+    specs += (PartitionSpec(own_heads),) * len(by_head) + (PartitionSpec(),) * len(shared)
+    divided = jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)
+    return divided(*heads, *rows, *by_head, *shared)

@@ -10,25 +10,34 @@ from hylorada_jax.math.kernel_rows import in_shards
 
 shapes = []
 
-def run(rows, ids, shared):
-    shapes.append(rows.shape)
-    return rows * shared + (0 if ids is None else ids)
+def run(query, key, ids, by_head, shared):
+    shapes.append((query.shape, key.shape))
+    heads = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
+    return query * heads * by_head[:, None] * shared + (0 if ids is None else ids[:, None])
 
-mesh = Mesh(np.array(jax.devices()), ("data",))
-rows = jnp.arange(8.0 * 3).reshape(8, 3)
-for count, on_each in ((8, 2), (3, 3)):
-    some, ids = rows[:count], jnp.arange(count)[:, None] if count == 8 else None
-    loss = lambda rows, shared: (in_shards(run, rows, ids, shared=(shared,)) ** 2).sum()
-    alone = jax.value_and_grad(loss, (0, 1))(some, jnp.ones(3))
-    assert shapes[-1] == (count, 3)
+query, key = (jnp.arange(8.0 * heads * 3).reshape(8, heads, 3) for heads in (8, 2))
+# Rows and heads on each device; three rows, which the devices do not divide, are on each of them.
+for sizes, count, on_each in (
+    ((4, 1), 8, ((2, 8, 3), (2, 2, 3))),
+    ((4, 1), 3, ((3, 8, 3), (3, 2, 3))),
+    ((2, 2), 8, ((4, 4, 3), (4, 1, 3))),
+    ((1, 4), 8, ((8, 2, 3), (8, 1, 3))),
+):
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("data", "tensor"))
+    ids = jnp.arange(count)[:, None] if count == 8 else None
+    def loss(heads, by_head, shared):
+        return (in_shards(run, heads, ids, by_head=(by_head,), shared=(shared,)) ** 2).sum()
+    given = (query[:count], key[:count]), jnp.arange(8.0), jnp.float32(2)
+    alone = jax.value_and_grad(loss, (0, 1, 2))(*given)
+    assert shapes[-1] == ((count, 8, 3), (count, 2, 3))
     with jax.set_mesh(mesh):
-        divided = jax.jit(jax.value_and_grad(loss, (0, 1)))(some, jnp.ones(3))
-    assert shapes[-1] == (on_each, 3)
-    jax.tree.map(np.testing.assert_array_equal, divided, alone)
+        divided = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*given)
+    assert shapes[-1] == on_each
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6), divided, alone)
 """
 
 
-def test_devices_run_on_their_own_rows():
-    """With the gradient of what they share; three rows, which four devices cannot divide, on each of them."""
+def test_devices_run_on_their_own_rows_and_heads():
+    """With the gradients of what they share, also where there are fewer key-value heads than devices."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=os.environ | flags, check=True, timeout=120)

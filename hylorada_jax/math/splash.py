@@ -58,7 +58,7 @@ def splash_attention(
     Source:
         Dao et al. 2022 (FlashAttention), arXiv:2205.14135; the kernel is jax's.
     """
-    length, heads = query.shape[1:3]
+    length = query.shape[1]
     window = pattern.window
     if not (window is None or isinstance(window, int)):
         raise ConfigError(
@@ -69,17 +69,16 @@ def splash_attention(
     size = block_length(length) if block is None else block
     rows, segments = padded_rows(query, key, value, pattern, scale, size)
     long = rows[0].shape[2]
-    run = _kernel(heads, long, size, pattern.causal, window, soft_cap, interpret)
+    kernel = long, size, pattern.causal, window, soft_cap, interpret
     blocks = visible_blocks(long, size, causal=pattern.causal, window=window).shape[1]
 
     def of_row(query: Array, key: Array, value: Array, own: Array | None) -> Array:
+        run = _kernel(len(query), *kernel)  # of the heads that this device has
         # The kernel states no cost; benchmarks/hlo_cost.py reads it off this name.
         with jax.named_scope(f"{blocks}_blocks_of_{size}"):
             return run(query, key, value, None if own is None else splash.SegmentIds(own, own))
 
-    attended = in_shards(
-        jax.vmap(of_row, in_axes=(0, 0, 0, None if segments is None else 0)), *rows, segments
-    )
+    attended = in_shards(jax.vmap(of_row, in_axes=(0, 0, 0, None if segments is None else 0)), rows, segments)
     return jnp.swapaxes(attended, 1, 2)[:, :length]
 
 

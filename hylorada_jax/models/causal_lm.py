@@ -19,6 +19,8 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.generate import Decode, generate, stream
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.placement.axes import ROWS, TENSOR
+from hylorada_jax.placement.shards import place_in_use
 
 Variables = Mapping[str, Any]
 
@@ -259,7 +261,7 @@ class CausalLM:
         return owner["embedding"]
 
     def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache in the dtype of the weights.
+        """An empty cache in the dtype of the weights, cut over the mesh in use.
 
         Args:
             batch: rows.
@@ -270,10 +272,10 @@ class CausalLM:
         """
         c = self.config
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-        slots = (batch, length)
+        slots, place = (batch, length), place_in_use(shape, None, ROWS, None, TENSOR)
         return KVCache(
-            jnp.zeros(shape, self.dtype),
-            jnp.zeros(shape, self.dtype),
+            jnp.zeros(shape, self.dtype, device=place),
+            jnp.zeros(shape, self.dtype, device=place),
             jnp.zeros(slots, jnp.int32),
             jnp.zeros(slots, bool),
             jnp.int32(0),

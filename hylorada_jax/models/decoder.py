@@ -24,6 +24,8 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import DecoderLayer, Step, Stream, norm, scaled
 from hylorada_jax.models.rotation import rotary_tables
+from hylorada_jax.placement.axes import DATA, FSDP, ROWS
+from hylorada_jax.placement.shards import cut
 from hylorada_jax.trees import COLLECTION
 
 # What the backward pass keeps of a layer's inside. 'dots' keeps the projections (matrix products without a
@@ -100,7 +102,9 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
-        x = scaled(self.embed_tokens(input_ids), c.embedding_scale)
+        # Devices that share the table each look up their part of the width, of the rows of all of them.
+        x = cut(self.embed_tokens(cut(input_ids, DATA)), DATA, None, FSDP)
+        x = cut(scaled(x, c.embedding_scale), ROWS)
         cos, sin, rotations = rotary_tables(c, position_ids, jnp.promote_types(x.dtype, jnp.float32))
         start = jnp.int32(0) if cache is None else cache.length
         slots = start + jnp.arange(length, dtype=jnp.int32)

@@ -23,6 +23,8 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.module_kinds import register
+from hylorada_jax.placement.axes import ROWS
+from hylorada_jax.placement.shards import cut
 
 
 class Step(NamedTuple):
@@ -203,7 +205,8 @@ class DecoderLayer(nn.Module):
         attended, stream = DecoderAttention(c, name="self_attn")(stream, x, layer, step)
         x = stream.x + scaled(normed(c, after_attention, attended), c.residual_scale)
         y = normed(c, after_mlp, MLP(c, name="mlp")(normed(c, before_mlp, x)))
-        return stream._replace(x=x + scaled(y, c.residual_scale)), None
+        # Rows stay where they are, so that weights are gathered, and a layer's alone.
+        return stream._replace(x=cut(x + scaled(y, c.residual_scale), ROWS)), None
 
 
 def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:

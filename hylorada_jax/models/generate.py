@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.models.sampling import Sampling, check_settings, sampling
+from hylorada_jax.placement.shards import in_use
 
 # Prompt lengths and token budgets are rounded up to a multiple of this at least: few shapes are compiled.
 _BUCKET = 64
@@ -157,14 +158,16 @@ def _rounds(
 ) -> Iterator[_State]:
     """The state after the first token, and after each call that follows; to be read before the next."""
     input_ids, budget = pad_left(prompts), np.zeros(_bucket(max_new_tokens), np.int32)
-    cache = init_cache(len(prompts), input_ids.shape[1] + len(budget))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     ends = np.atleast_1d(np.array([] if eos_token_id is None else eos_token_id, np.int32))
-    state = _begin(decode, variables, cache, input_ids, lengths, budget, chosen, ends)
+    with in_use(variables):
+        cache = init_cache(len(prompts), input_ids.shape[1] + len(budget))
+        state = _begin(decode, variables, cache, input_ids, lengths, budget, chosen, ends)
     yield state
     for step in range(1, max_new_tokens, at_once):
         until = np.int32(min(step + at_once, max_new_tokens))
-        state = _go_on(decode, variables, state, until, chosen, ends)
+        with in_use(variables):
+            state = _go_on(decode, variables, state, until, chosen, ends)
         yield state
 
 

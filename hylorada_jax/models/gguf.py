@@ -17,6 +17,7 @@ from hylorada_jax.io.reading import checked
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.families.family import GGUF
 from hylorada_jax.models.gguf_header import REMEDY, GGUFFile
+from hylorada_jax.models.weights import Part
 
 # llama.cpp's name of an architecture → the family's model_type, and what it is there.
 _ARCHITECTURES: dict[str, tuple[str, GGUF]] = {
@@ -279,8 +280,8 @@ class GGUFWeights:
         """The file that holds a tensor."""
         return self._gguf.path
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor by its Hugging Face name, float32, in PyTorch's orientation."""
+    def read(self, name: str, part: Part = ()) -> np.ndarray:
+        """One tensor by its Hugging Face name, float32, in PyTorch's orientation; all of it is read."""
         own_name = self._names[name]
         entry = self._gguf.tensors[own_name]
         # Mapped anew for each tensor: closing the map gives the pages back, so that they never add up.
@@ -295,7 +296,7 @@ class GGUFWeights:
                 tensor[start : start + step] = dequantize(rows[start : start + step], entry.kind)
         if "norm" in own_name:
             tensor -= self._family.norm_offset
-        return self._unpermuted(own_name, tensor).reshape(entry.shape)
+        return self._unpermuted(own_name, tensor).reshape(entry.shape)[part]
 
     def _unpermuted(self, own_name: str, tensor: np.ndarray) -> np.ndarray:
         """Undo the interleaving of each head's rotary halves that llama.cpp's converter does."""

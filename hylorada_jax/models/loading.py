@@ -21,8 +21,10 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, either
 from hylorada_jax.models.gguf import GGUFWeights
+from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
+from hylorada_jax.placement.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
@@ -31,7 +33,11 @@ _TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", 
 
 
 def load_model(
-    name: str | Path, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    name: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    placement: Placement | None = None,
 ) -> CausalLM | FlaxPreTrainedModel:
     """Load a pretrained base model, its weights memory-mapped and read one tensor at a time.
 
@@ -40,6 +46,8 @@ def load_model(
             contacted its name is printed on stderr; under :func:`hylorada_jax.offline` the cache is read.
         dtype: of the weights and of the computation: float32, bfloat16, float16, or float64 under x64.
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
+        placement: over which devices its weights are cut, each reading its own share; None: all of them go to
+            the default device.
 
     Returns:
         Our decoder for the families of ``families.DECODERS`` (Llama, Gemma, Qwen3, Phi-3 …); a Flax
@@ -47,6 +55,7 @@ def load_model(
 
     Raises:
         ModelError: the model is not found, does not fit its config, is damaged, or would be computed wrongly.
+        ConfigError: the placement would cut an attention head.
 
     Example:
         model = load_model("smollm2-135m", dtype=jnp.bfloat16)
@@ -55,12 +64,13 @@ def load_model(
     dtype = _float_dtype(dtype)
     source = find_source(name, config_only=True)
     empty = _empty(source, dtype, remat)  # refuses what it can before weights are looked for, or fetched
+    placement = placement and fitted(placement, empty)
     if source.gguf is None:
         source = find_source(name)
     weights = open_weights(source)
     if isinstance(empty, CausalLM):
-        return _load_decoder(empty, source, weights, dtype)
-    return _hf_flax(source).load_hf_flax(empty, source, weights, dtype)
+        return _load_decoder(empty, source, weights, dtype, placement)
+    return _hf_flax(source).load_hf_flax(empty, source, weights, dtype, placement)
 
 
 def empty_model(
@@ -170,9 +180,11 @@ def _decoder_layout(
     return leaves, slots
 
 
-def _load_decoder(empty: CausalLM, source: Source, weights: Weights, dtype: np.dtype) -> CausalLM:
+def _load_decoder(
+    empty: CausalLM, source: Source, weights: Weights, dtype: np.dtype, placement: Placement | None
+) -> CausalLM:
     leaves, slots = _decoder_layout(empty, source, weights)
-    return empty.with_params(load_tree(leaves, slots, weights, dtype))
+    return empty.with_params(load_tree(leaves, slots, weights, dtype, placement))
 
 
 def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:

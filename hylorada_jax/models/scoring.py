@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hylorada_jax.devices import row_groups
 from hylorada_jax.math.loss import token_nll
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.batch import KEYS
+from hylorada_jax.placement.axes import ROWS, TENSOR
+from hylorada_jax.placement.shards import cut, row_groups
 
 
 def model_inputs(base: BaseModel, rows: Mapping[str, Array]) -> dict[str, Any]:
@@ -30,5 +31,7 @@ def score(hidden: Array, head: Array, targets: Array, soft_cap: float | None = N
         soft_cap: the base model's ``logit_soft_cap``.
     """
     groups = row_groups(len(targets))
-    hidden, grouped = (x.reshape(groups, -1, *x.shape[2:]) for x in (hidden, targets))
+    hidden, grouped = (cut(x.reshape(groups, -1, *x.shape[2:]), ROWS) for x in (hidden, targets))
+    # Its width is gathered once, not for every chunk; the vocabulary stays divided, and so do the logits.
+    head = cut(head, TENSOR)
     return token_nll(hidden, head, grouped, soft_cap=soft_cap).reshape(targets.shape)

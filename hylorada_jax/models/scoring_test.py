@@ -11,7 +11,8 @@ import pytest
 PROGRAM = """
 import re
 import jax, jax.numpy as jnp, numpy as np
-from hylorada_jax.devices import replicate, shard_rows
+from hylorada_jax.placement.placement import Placement, parse_mesh
+from hylorada_jax.placement.shards import in_use, shard_rows
 from hylorada_jax.models.scoring import score
 
 rng = np.random.default_rng(0)
@@ -23,12 +24,16 @@ def of(hidden, head, targets):
     nll, pull = jax.vjp(lambda h, w: score(h, w, targets), hidden, head)
     return nll, *pull(nll)
 
-given = shard_rows(hidden), replicate(head), shard_rows(targets)
-ours = of(*given)
-for one, many in zip(of(hidden, head, targets), ours, strict=True):
+alone = of(hidden, head, targets)
+head = Placement(parse_mesh()).put(head)
+with in_use(head):
+    given = shard_rows(hidden), head, shard_rows(targets)
+    ours = of(*given)
+    program = of.lower(*given).compile().as_text()
+for one, many in zip(alone, ours, strict=True):
     np.testing.assert_allclose(many, one, rtol=0, atol=1e-12)
 assert {len(x.sharding.device_set) for x in ours} == {8}
-print(*set(re.findall("all-[a-z]+|collective-[a-z]+|reduce-scatter", of.lower(*given).compile().as_text())))
+print(*set(re.findall("all-[a-z]+|collective-[a-z]+|reduce-scatter", program)))
 """
 
 

@@ -1,18 +1,21 @@
 """From tensors on disk to a parameter tree: one tensor at a time, and a report of all that does not fit."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.safetensors_header import read_header
+from hylorada_jax.placement.placement import Placement
 
 # A hundred thousand tensors. The library itself admits 100 MB, of which Python makes more than a GiB.
 _MAX_HEADER_BYTES = 8 * 2**20
@@ -22,6 +25,8 @@ _REMEDY = "The file is truncated or damaged: download it again."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 TreePath = tuple[str, ...]
+Part = tuple[slice, ...]
+"""A slice along each axis of a tensor; an empty one is all of it."""
 # Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.
 CONSTANTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.position_ids$|\.inv_freq$")
 
@@ -33,8 +38,8 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor by its name."""
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, as a new array."""
+    def read(self, name: str, part: Part = ()) -> np.ndarray:
+        """One tensor, or a part of it, as a new array."""
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -74,18 +79,19 @@ class SafetensorsWeights:
         """The file that holds a tensor."""
         return self._files[name]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file."""
+    def read(self, name: str, part: Part = ()) -> np.ndarray:
+        """One tensor, or the bytes of a part of it alone, in the dtype of the file."""
         # Opened anew for each tensor: closing gives the mapped pages back, so that they never add up.
         with _open(self._files[name]) as tensors:
-            dtype = tensors.get_slice(name).get_dtype()
+            tensor = tensors.get_slice(name)
+            dtype = tensor.get_dtype()
             if dtype not in _FLOATS:
                 raise ModelError(
                     f"Weights must be one of {', '.join(_FLOATS)}; quantised ones cannot be adapted here.",
                     f"{name} is {dtype} in {self._files[name]}",
                     "Load the model's unquantised version.",
                 )
-            return tensors.get_tensor(name)
+            return tensor[part] if part else tensors.get_tensor(name)
 
 
 def tensor_names(files: Iterable[Path]) -> Iterator[str]:
@@ -125,17 +131,20 @@ def load_tree(
     slots: Mapping[str, Slot],
     weights: Weights,
     dtype: Any,
+    placement: Placement | None = None,
 ) -> dict[str, Any]:
     """Read a parameter tree, one tensor at a time.
 
     At the peak, memory holds the tree and one tensor. On CPU the tree's arrays are the buffers that were read
-    into, without a copy; elsewhere each leaf moves to the device as soon as it is complete.
+    into, without a copy; elsewhere each leaf moves to the device as soon as it is complete. On a mesh this
+    holds of every device's share of a leaf: no more of a tensor is read than that.
 
     Args:
         leaves: path and shape of every leaf.
         slots: tensor name to its place; together they fill every leaf exactly.
         weights: the tensors on disk, names and shapes already checked by `check_match`.
         dtype: of the tree; each tensor is cast as it is read.
+        placement: where leaves go; None: to the default device.
 
     Returns:
         The tree as nested dictionaries of jax arrays.
@@ -146,12 +155,12 @@ def load_tree(
     by_leaf: dict[TreePath, list[tuple[str, Slot]]] = {path: [] for path in leaves}
     for name, slot in slots.items():
         by_leaf[slot.path].append((name, slot))
-    tree = {}
-    for path, parts in by_leaf.items():
-        leaf = _aligned(leaves[path], dtype)
-        for name, slot in parts:
-            tensor = weights.read(name)
-            target = leaf if slot.layer is None else leaf[slot.layer]
+
+    def read(path: TreePath, shape: tuple[int, ...], part: Part) -> np.ndarray:
+        leaf = _aligned(shape, dtype)
+        for name, slot in by_leaf[path]:
+            own, target = (part, leaf) if slot.layer is None else (part[1:], leaf[slot.layer])
+            tensor = weights.read(name, own[::-1] if slot.transpose else own)
             with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
                 target[...] = tensor.T if slot.transpose else tensor
             if not np.isfinite(target).all():
@@ -160,8 +169,32 @@ def load_tree(
                     f"{name} in {weights.file_of(name)} has NaN or infinite values",
                     "The checkpoint is damaged: download it again; or load it in a wider dtype.",
                 )
-        tree[path] = jax.device_put(leaf)
-    return unflatten_dict(tree)
+        return leaf
+
+    if placement is None:
+        return unflatten_dict({path: jax.device_put(read(path, shape, ())) for path, shape in leaves.items()})
+    shapes = unflatten_dict({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in leaves.items()})
+    places = flatten_dict(placement.shardings(shapes))
+    return unflatten_dict(
+        {path: _in_parts(shape, places[path], partial(read, path)) for path, shape in leaves.items()}
+    )
+
+
+def _in_parts(
+    shape: tuple[int, ...],
+    place: jax.sharding.NamedSharding,
+    read: Callable[[tuple[int, ...], Part], np.ndarray],
+) -> jax.Array:
+    """An array of parts, each read once for all devices that have it, one after the other."""
+    owners = defaultdict(list)
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        owners[tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))].append(device)
+    shares = []
+    for bounds, devices in owners.items():
+        part = read(place.shard_shape(shape), tuple(slice(*ends) for ends in bounds))
+        shares += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, place, shares)
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

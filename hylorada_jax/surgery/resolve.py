@@ -11,6 +11,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.math import linear_adapter, sparse
 from hylorada_jax.math.adapted_norm import KEPT
+from hylorada_jax.placement.shards import cut
 from hylorada_jax.surgery.build import map_layers
 from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
@@ -66,6 +67,8 @@ def _linear(
 ) -> dict[str, Array]:
     def one(layer: Array, leaves: Any, norm: Array, scale: Array) -> dict[str, Array]:
         weight = site.linear.weight(params, layer)
+        # On a mesh the weight stays where it is: what is small goes to it.
+        leaves, norm = jax.tree.map(cut, (leaves, norm))
         return linear_adapter.resolve_leaves(
             leaves, weight, norm, scale, detach_norm=bool(config.detach_norm)
         )

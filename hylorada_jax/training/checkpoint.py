@@ -23,7 +23,6 @@ import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hylorada_jax.devices import replicated
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import kind_of
 from hylorada_jax.io.reading import MAX_JSON_BYTES
@@ -210,8 +209,7 @@ class Checkpoints:
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         _refuse_unreadable(self._directory / str(step))
-        place = replicated()
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         state, run = restored["state"], restored["run"]

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.exact import fraction
+from hylorada_jax.placement.axes import mesh_sizes
 
 Schedule = Literal["linear", "cosine", "constant"]
 Keep = Literal["last", "best"]
@@ -23,6 +24,8 @@ class TrainingConfig:
             what no run wrote is never touched.
         steps: optimizer steps, ≥ 1.
         epochs: passes over the rows of the training data, which decide ``steps`` where they are given.
+        mesh: the devices as data × fsdp × tensor, such as fsdp=8,tensor=2: copies of the model, shares of its
+            weights, shares of its heads. What is left of the devices goes to data; by default all.
         batch_size: rows per optimizer step, over all microbatches and devices.
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
             More parts take less memory and, without dropout, give the same result.
@@ -65,6 +68,7 @@ class TrainingConfig:
     output: str | Path
     steps: int = 40
     epochs: float | None = None
+    mesh: str = ""
     batch_size: int = 4
     microbatches: int = 1
     seq_len: int = 256
@@ -107,6 +111,7 @@ class TrainingConfig:
             self._require_number("epochs", positive=True)
         self._require_one_of("schedule", get_args(Schedule))
         self._require_one_of("keep", get_args(Keep))
+        mesh_sizes(self.mesh)
         if self.report_to is not None:
             self._require_one_of("report_to", ("wandb",))
         for name in ("eval_every", "eval_stride", "eval_tokens", "patience"):
@@ -191,6 +196,7 @@ class TrainingConfig:
             "log_every",
             "report_to",
             "progress",
+            "mesh",
         )
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 

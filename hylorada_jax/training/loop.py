@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hylorada_jax.devices import in_use, shard_rows
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.batch import Batch, computed
+from hylorada_jax.placement.shards import in_use, shard_rows
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
@@ -98,7 +98,7 @@ class Loop:
             while not ended:
                 step += 1
                 batch = next(batches)
-                with in_use():
+                with in_use(self.frozen):
                     state, metrics = train_step(state, self.frozen, shard_rows(computed(batch)))
                 self._look_at(pending, bar)
                 pending = _Pending(step, batch, metrics)

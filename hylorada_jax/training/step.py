@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ from jaxtyping import Array, Int, UInt
 
 from hylorada_jax.models.scorable import Scorable
 from hylorada_jax.models.scoring import model_inputs, score
+from hylorada_jax.placement.placement import RULES, Rule
+from hylorada_jax.placement.shards import cut_by
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.trees import Adapters, Frozen, Resolved
 
@@ -45,7 +47,10 @@ def init_state(adapters: Adapters, optimizer: optax.GradientTransformation, seed
 
 
 def make_train_step(
-    model: Scorable, optimizer: optax.GradientTransformation, config: TrainingConfig
+    model: Scorable,
+    optimizer: optax.GradientTransformation,
+    config: TrainingConfig,
+    rules: Sequence[Rule] = RULES,
 ) -> jax.stages.Wrapped:
     """A function that does one optimizer step.
 
@@ -59,6 +64,7 @@ def make_train_step(
         model: what trains; its frozen tree is an argument of the step, not a constant of the program.
         optimizer: from :func:`make_optimizer`.
         config: microbatches are read.
+        rules: by which the state is cut over the mesh in use.
 
     Returns:
         ``step(state, frozen, batch) -> (state, metrics)``, jitted; ``state`` is donated. ``frozen`` is
@@ -68,7 +74,10 @@ def make_train_step(
     """
 
     def step(state: TrainState, frozen: Frozen, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
-        resolved, pull = jax.vjp(lambda adapters: model.resolve(adapters, frozen), state.adapters)
+        def resolve(adapters: Adapters) -> Resolved:
+            return cut_by(rules, model.resolve(adapters, frozen))
+
+        resolved, pull = jax.vjp(resolve, state.adapters)
         step_key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def loss_sum(resolved: Resolved, rows: Mapping[str, Array], key: Array) -> Array:
@@ -100,7 +109,8 @@ def make_train_step(
             "adapter_norm": optax.tree.norm(adapters),
             "tokens": tokens,
         }
-        return TrainState(state.step + 1, state.seed, adapters, opt_state), metrics
+        # As the state was, so that the next step is the same program, in the same memory.
+        return cut_by(rules, TrainState(state.step + 1, state.seed, adapters, opt_state)), metrics
 
     return jax.jit(step, donate_argnums=0)
 

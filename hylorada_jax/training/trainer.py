@@ -14,13 +14,15 @@ from hylorada_jax.data.document import TokenizedDocument, as_documents, check_pr
 from hylorada_jax.data.loading import mixed_batches, rows_of_epoch
 from hylorada_jax.data.mixture import Mixture, as_mixture
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.devices import replicate
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_json
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
+from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.placement.axes import mesh_sizes
+from hylorada_jax.placement.placement import Placement, parse_mesh, placement_of
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
@@ -121,8 +123,9 @@ class HyLoRADATrainer:
         recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none.
 
     Raises:
-        ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
-            rows, nothing in the model reads structure, or wandb is asked for and not installed.
+        ConfigError: packing is asked for and the model knows no segments, the mesh does not fit the devices,
+            the rows or the heads, or is not the one that the model lies on, nothing in the model reads
+            structure, or wandb is asked for and not installed.
         DataError: there is too little data, none is held out where the settings need it, a token id is
             outside the vocabulary, a row is longer than the model's table of positions, or a field of a
             document does not fit its tokens.
@@ -147,7 +150,8 @@ class HyLoRADATrainer:
         self._model, self._recipe = model, recipe
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
-        check_training(model.base, config)
+        placement = check_training(model.base, config)
+        self._placement = model.placement or placement
         check_groups(model.config, config)
         mixture, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
         self._rows = [
@@ -174,7 +178,7 @@ class HyLoRADATrainer:
         try:
             run = directory.open(
                 self._identity,
-                circumstances(self._model),
+                circumstances(self._model) | {"mesh": config.mesh or None},
                 defaults=defaults(self._model.config),
                 resume=config.resume,
                 overwrite=config.overwrite,
@@ -193,7 +197,8 @@ class HyLoRADATrainer:
     def _train(self, checkpoints: Checkpoints, run: RunRecord) -> TrainingResult:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
-        state = replicate(init_state(model.adapters, optimizer, config.seed))
+        placement = self._placement
+        state = placement.put(init_state(model.adapters, optimizer, config.seed))
         batches = mixed_batches(self._rows, config.batch_size, config.seed)
         if found := checkpoints.restore(state):
             state, position = found
@@ -207,14 +212,17 @@ class HyLoRADATrainer:
             if config.report_to == "wandb":
                 settings = {**run.identity, "ran_on": run.recorded, "recipe": self._recipe}
                 log.send_to(WandbRun(directory.path, run.id, settings))
-            loop = Loop(config, directory, checkpoints, log, replicate(model.frozen), self._evaluator)
-            state = loop.run(make_train_step(model, optimizer, config), state, batches)
+            frozen = model.frozen if model.placement else placement.put(model.frozen)
+            loop = Loop(config, directory, checkpoints, log, frozen, self._evaluator)
+            step = make_train_step(model, optimizer, config, placement.rules)
+            state = loop.run(step, state, batches)
             checkpoints.wait()
             steps = kept = int(state.step)
             if config.keep == "best" and (kept := log.bests[-1]["step"]) != steps:
                 state = checkpoints.state_of(kept, state)
-            # Through the host: the frozen weights that the model still has are on one device.
-            model.adapters = jax.device_put(jax.device_get(state.adapters))
+            model.adapters = state.adapters
+            if model.placement is None:  # its frozen weights are on one device
+                model.adapters = jax.device_put(jax.device_get(state.adapters))
             model.save_pretrained(directory.adapter, overwrite=True, weights=True)
             plot_losses(log.records, directory.loss_plot)
             return TrainingResult(
@@ -263,7 +271,7 @@ def _perplexity(record: Record | None) -> float | None:
     return None if record is None else record["eval_perplexity"]
 
 
-def check_training(base: BaseModel, config: TrainingConfig) -> None:
+def check_training(base: BaseModel, config: TrainingConfig) -> Placement:
     """Refuses settings that a model cannot be trained with, as far as its shapes and the devices tell.
 
     Args:
@@ -271,9 +279,13 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
             :func:`hylorada_jax.models.loading.empty_model` does.
         config: the settings.
 
+    Returns:
+        Where it is trained: on the mesh that it lies on, or else on that of the settings.
+
     Raises:
-        ConfigError: packing is asked for and the model knows no segments, the devices do not divide the rows,
-            or wandb is asked for and not installed.
+        ConfigError: packing is asked for and the model knows no segments, the mesh does not fit the devices,
+            the rows or the heads, or is not the one that the model lies on, or wandb is asked for and not
+            installed.
         DataError: a row is longer than the model's table of positions.
         ModelError: the model has no output head that the built-in loss can read.
     """
@@ -283,13 +295,15 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
     if config.packing:
         require_segments(base)
     check_range((config.batch_size, config.seq_len), limit=base.position_limit)
-    rows, devices = config.batch_size // config.microbatches, jax.device_count()
-    if rows % devices:
+    placement = placement_of(base.params) or fitted(Placement(parse_mesh(config.mesh)), base)
+    if config.mesh and mesh_sizes(config.mesh, placement.mesh.size) != placement.mesh.shape:
         raise ConfigError(
-            "The number of devices must divide batch_size / microbatches.",
-            f"{config.batch_size} / {config.microbatches} = {rows} rows, {devices} devices",
-            f"Choose a batch_size that is a multiple of {devices * config.microbatches}.",
+            "A model is trained on the mesh that it lies on.",
+            f"mesh={config.mesh!r}, a model on {placement}",
+            "Leave mesh out, or load the model with this one.",
         )
+    placement.check_rows(config.batch_size, config.microbatches)
+    return placement
 
 
 def check_groups(adapter: HyLoRADAConfig, config: TrainingConfig) -> None:

@@ -23,7 +23,6 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, as_documents
 from hylorada_jax.data.mixture import Mixture
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.devices import shard_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation import sweep as sweep_module
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
@@ -34,6 +33,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.placement.shards import shard_rows
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.training import loop as loop_module
 from hylorada_jax.training import report
@@ -600,9 +600,3 @@ def test_two_devices_give_the_loss_of_one(tmp_path, compilation_cache):
     np.testing.assert_allclose(losses[1][:2], losses[0][:2], rtol=1e-6)  # before and in the first step
     # Adam divides a gradient by its own size, and so carries its rounding into the following steps.
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-
-
-def test_a_number_of_devices_that_does_not_divide_the_rows_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    with pytest.raises(ConfigError, match="devices must divide"):
-        train(tmp_path)

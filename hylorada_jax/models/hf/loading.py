@@ -31,6 +31,7 @@ from hylorada_jax.models.weights import (
     shorten,
     tensor_names,
 )
+from hylorada_jax.placement.placement import Placement
 
 
 def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
@@ -105,7 +106,11 @@ def _layers_there(source: Source) -> int | None:
 
 
 def load_hf_flax(
-    model: FlaxPreTrainedModel, source: Source, weights: Weights, dtype: np.dtype
+    model: FlaxPreTrainedModel,
+    source: Source,
+    weights: Weights,
+    dtype: np.dtype,
+    placement: Placement | None = None,
 ) -> FlaxPreTrainedModel:
     """Load a Flax model of transformers from PyTorch's safetensors, one tensor at a time and without torch.
 
@@ -114,6 +119,7 @@ def load_hf_flax(
         source: its directory.
         weights: its tensors.
         dtype: of the weights and of the computation.
+        placement: where the weights go.
 
     Returns:
         The model.
@@ -133,7 +139,7 @@ def load_hf_flax(
         warnings.warn(
             f"{source.path}: {type(model).__name__} has no place for {shorten(leftover)}", stacklevel=3
         )
-    model.params = load_tree(leaves, slots, weights, dtype)
+    model.params = load_tree(leaves, slots, weights, dtype, placement)
     return model
 
 

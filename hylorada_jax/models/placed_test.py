@@ -1,0 +1,195 @@
+"""Laws of a model that is cut over devices: each holds its share, and the numbers are those of one device."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.weights import SafetensorsWeights
+from hylorada_jax.models.weights_digest import tree_digest
+from hylorada_jax.placement.axes import mesh_sizes
+from hylorada_jax.placement.placement import Placement, parse_mesh
+
+MESHES = ["data=8", "fsdp=8", "fsdp=2,tensor=2", "fsdp=2,tensor=4"]
+COMPUTED = MESHES[-2:]
+CONFIG = HyLoRADAConfig(method="hylorada", lora_rank=2, target_modules=("k_proj", "down_proj"))
+SHAPE = {
+    "model_type": "qwen2", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def write(directory):
+    """A model's files."""
+    (directory / "config.json").write_text(json.dumps(SHAPE))
+    base = CausalLM.from_config(DecoderConfig.from_hf(SHAPE), jax.random.key(0), dtype=np.float32)
+    tensors = {}
+    for (*path, leaf), value in flatten_dict(base.params).items():
+        name = lambda at, leaf=leaf: ".".join([*at, "bias" if leaf == "bias" else "weight"])
+        turn = lambda x, leaf=leaf: np.ascontiguousarray(x.T if leaf == "kernel" else x)
+        if "layers" not in path:
+            tensors[name(path)] = turn(np.asarray(value))
+            continue
+        for number, layer in enumerate(np.asarray(value)):
+            tensors[name([*path[:2], str(number), *path[2:]])] = turn(layer)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def shares(tree):
+    """For each leaf, how many bytes the device with most of them has, and how many there are."""
+    return {
+        "/".join(path): (max(part.data.nbytes for part in leaf.addressable_shards), leaf.nbytes)
+        for path, leaf in flatten_dict(tree).items()
+    }
+
+
+def held():
+    """The bytes of all arrays on each device, by their shardings: to look at a part makes another array."""
+    gc.collect()
+    bytes_on = dict.fromkeys(jax.devices(), 0)
+    for array in jax.live_arrays():
+        for device in array.sharding.device_set:
+            bytes_on[device] += math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return np.array([*bytes_on.values()])
+
+
+def largest_read(load):
+    """What a call gives, and the numbers of the largest array that it read from a file."""
+    sizes, read = [0], SafetensorsWeights.read
+
+    def counted(*arguments):
+        sizes.append((tensor := read(*arguments)).size)
+        return tensor
+
+    with mock.patch.object(SafetensorsWeights, "read", counted):
+        return load(), max(sizes)
+
+
+def facts(directory, placement=None, *, computed=True):
+    """What one placement makes of the files."""
+    before = held()
+    base, read = largest_read(lambda: load_model(directory, dtype=np.float32, placement=placement))
+    most = int((held() - before).max())
+    model = HyLoRADAModel(base, CONFIG)
+    adapters = shares(model.adapters)
+    rng = np.random.default_rng(1)
+    model.adapters = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.sharding), model.adapters
+    )
+    documents = [np.random.default_rng(n).integers(0, 40, 30) for n in range(5)]
+    prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
+    found = {"read": read, "held": most, "params": shares(base.params), "adapters": adapters}
+    found["digest"] = tree_digest(base.params)
+    found["norms"] = np.asarray(
+        model.frozen["constants"]["model"]["layers"]["mlp"]["down_proj"]["norm"]
+    ).tolist()
+    model.save_pretrained(Path(directory) / "adapter", overwrite=True)
+    again = HyLoRADAModel.from_pretrained(base, Path(directory) / "adapter")
+    found["again"] = shares(again.adapters) == adapters
+    if not computed:
+        return found
+    found["loss"] = evaluate_perplexity(model, documents, seq_len=16, batch_size=3, progress=False).loss
+    found["tokens"] = model.generate(prompts, max_new_tokens=6)
+    found["streamed"] = [token for some in model.stream(prompts[0], max_new_tokens=6) for token in some]
+    found["logits"] = np.asarray(model(jnp.array([[1, 2, 3, 4]])).logits).tolist()
+    return found
+
+
+def measure(directory):
+    """What is found on eight devices, as JSON on stdout."""
+    write(Path(directory))
+    found = {}
+    for mesh in MESHES:
+        found[mesh] = facts(directory, Placement(parse_mesh(mesh)), computed=mesh in COMPUTED)
+    found["alone"] = facts(directory)
+    odd = {
+        "q_proj": {
+            "kernel": jax.ShapeDtypeStruct((6, 8), "float32"),
+            "lora_A": jax.ShapeDtypeStruct((2, 16), "f4"),
+        }
+    }
+    found["undivided"] = Placement(parse_mesh("fsdp=4,tensor=2")).undivided(odd)
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    variables = os.environ | flags | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    program = f"import sys\nfrom {__name__} import measure\nmeasure(sys.argv[1])"
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path_factory.mktemp("model")],
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+on_each_mesh = pytest.mark.parametrize("mesh", MESHES)
+
+
+@on_each_mesh
+def test_weights_are_the_files_bit_by_bit(mesh, found):
+    assert found[mesh]["digest"] == found["alone"]["digest"]
+
+
+@on_each_mesh
+def test_fresh_and_loaded_adapters_are_those_of_one_device(mesh, found):
+    np.testing.assert_allclose(found[mesh]["norms"], found["alone"]["norms"], rtol=1e-6)
+    assert found[mesh]["again"]
+
+
+# Of the weights; norms, biases, gates are whole, and over tensor what cuts heads.
+SHARES = {"data=8": 1, "fsdp=8": 8, "fsdp=2,tensor=2": 4, "fsdp=2,tensor=4": 8}
+
+
+@pytest.mark.parametrize(("mesh", "share"), SHARES.items(), ids=SHARES)
+def test_no_device_holds_more_than_its_share(mesh, share, found):
+    params, adapters = found[mesh]["params"], found[mesh]["adapters"]
+    for path, (held, whole) in params.items():
+        if path.endswith(("kernel", "embedding")):
+            heads = mesh == "fsdp=2,tensor=4" and ("k_proj" in path or "v_proj" in path)
+            assert held == whole // (2 if heads else share), path
+        else:
+            assert held == whole, path
+    for path, (held, whole) in adapters.items():
+        assert held == whole // (mesh_sizes(mesh, 8)["fsdp"] if path.endswith(("lora_A", "lora_B")) else 1), (
+            path
+        )
+    # At no time: what loading leaves is on the device, and nothing beside it.
+    assert found[mesh]["held"] == sum(held for held, _ in params.values())
+    assert found[mesh]["read"] <= 48 * 16 // (2 if mesh == "fsdp=2,tensor=4" else share)
+
+
+@pytest.mark.parametrize("mesh", COMPUTED)
+def test_a_model_on_a_mesh_computes_what_it_does_on_one_device(mesh, found):
+    ours, alone = found[mesh], found["alone"]
+    # float32, and sums in another order; logits are of order 10.
+    np.testing.assert_allclose(ours["loss"], alone["loss"], rtol=1e-6)
+    np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
+    assert ours["tokens"] == alone["tokens"]
+    assert ours["streamed"] == alone["tokens"][0]
+
+
+def test_what_does_not_divide_is_listed(found):
+    assert found["undivided"] == ["q_proj/kernel (6, 8)"]

@@ -1,0 +1,182 @@
+"""Where each leaf of a model, of its adapters and of an optimizer's state lies."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.leaves import LEAVES
+from hylorada_jax.placement.axes import AXES, FSDP, ROWS, TENSOR, Axis, dividing, mesh_sizes
+
+Rule = tuple[str, tuple[Axis, ...]]
+"""A regular expression for the end of a leaf's path, and what the leaf's last axes are cut over.
+
+What stacked layers have in front, their depth, is so never cut.
+"""
+
+_ADAPTERS: tuple[Rule, ...] = tuple(
+    (rf"{leaf.name}|{leaf.resolved}", (FSDP, None) if leaf.cut == 0 else (None, FSDP))
+    for leaf in LEAVES
+    if leaf.cut is not None
+)
+
+# The first that matches decides; a leaf that none matches (norms, biases, gates …) is whole on each device.
+# A kernel is Wᵀ, [in, out], and a table [vocabulary, width].
+RULES: tuple[Rule, ...] = (
+    (r"(q|k|v|qkv|gate|up|gate_up)_proj/kernel", (FSDP, TENSOR)),
+    (r"(o|down)_proj/kernel", (TENSOR, FSDP)),
+    (r"kernel", (FSDP, None)),  # of Hugging Face's Flax models
+    (r"embedding", (TENSOR, FSDP)),  # the head's too
+    *_ADAPTERS,
+)
+_WHOLE_HEADS: Rule = (r"(k|v|qkv)_proj/kernel", (FSDP, None))
+
+
+def parse_mesh(text: str = "") -> Mesh:
+    """The mesh of all devices that a user writes.
+
+        data · fsdp · tensor = devices
+
+    Args:
+        text: sizes of its axes, such as "fsdp=8,tensor=2"; what they leave of the devices goes to data.
+
+    Raises:
+        ConfigError: an axis is unknown, or the sizes do not multiply to the devices.
+
+    Example:
+        >>> dict(parse_mesh("fsdp=1").shape)["fsdp"]
+        1
+    """
+    sizes = mesh_sizes(text, jax.device_count())
+    return jax.make_mesh([sizes[axis] for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh, and the rules by which leaves are cut over it.
+
+    Args:
+        mesh: from :func:`parse_mesh`. Rows of a batch are divided over data and fsdp.
+        rules: the first that matches a leaf decides; an axis that does not divide stays whole.
+
+    Example:
+        >>> str(Placement(parse_mesh("fsdp=1,tensor=1,data=1")))  # of one device
+        'data=1,fsdp=1,tensor=1'
+    """
+
+    mesh: Mesh
+    rules: tuple[Rule, ...] = RULES
+
+    def shardings(self, tree: Any) -> Any:
+        """The sharding of every leaf of a tree: parameters, adapters, or an optimizer's state of them."""
+        specs = specs_of(tree, self.rules, self.mesh.shape)
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def put(self, tree: Any) -> Any:
+        """A tree with every leaf where it belongs; what lies there, or on the only device, is not copied."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def undivided(self, tree: Any) -> list[str]:
+        """The leaves that a rule would cut further than they divide, with their shapes, as lines to print."""
+        found = []
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            axes = _axes_of(path := _path(keys), len(leaf.shape), self.rules)
+            meant = dividing(axes, (0,) * len(axes), self.mesh.shape)  # 0 is divided by all
+            if dividing(axes, leaf.shape, self.mesh.shape) != meant:
+                found.append(f"{path} {tuple(leaf.shape)}")
+        return found
+
+    @property
+    def rows(self) -> int:
+        """Into how many parts the rows of a batch are divided."""
+        return rows_of(self.mesh.shape)
+
+    def for_heads(self, heads: int, kv_heads: int) -> Placement:
+        """The placement for layers of so many heads, none of which is cut.
+
+        Args:
+            heads: query heads.
+            kv_heads: key and value heads; where tensor does not divide them, their weights stay whole.
+
+        Raises:
+            ConfigError: tensor does not divide the query heads.
+        """
+        tensor = self.mesh.shape.get(TENSOR, 1)
+        if heads % tensor:
+            raise ConfigError(
+                "The mesh's axis tensor must divide the model's attention heads.",
+                f"tensor={tensor}, {heads} heads",
+                "Choose another size of tensor, and give the rest to fsdp.",
+            )
+        return self if kv_heads % tensor == 0 else replace(self, rules=(_WHOLE_HEADS, *self.rules))
+
+    def check_rows(self, batch_size: int, microbatches: int) -> None:
+        """Refuses batches whose rows cannot be divided; a ConfigError."""
+        if batch_size // microbatches % self.rows:
+            raise ConfigError(
+                "The mesh's data × fsdp, over which rows are divided, must divide batch_size / microbatches.",
+                f"{batch_size} / {microbatches} = {batch_size // microbatches} rows, {self}",
+                f"Choose a batch_size that is a multiple of {self.rows * microbatches}, or a larger tensor.",
+            )
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+
+
+def placement_of(tree: Any) -> Placement | None:
+    """The placement of a tree that lies on a mesh, by the usual rules; None of one that does not."""
+    mesh = mesh_of(tree)
+    return None if mesh is None else Placement(mesh)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's leaves lie on; None where they are on one device, or no arrays."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
+
+
+def rows_of(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of such sizes divides rows."""
+    return math.prod(sizes.get(axis, 1) for axis in ROWS)
+
+
+def specs_of(tree: Any, rules: Sequence[Rule], sizes: Mapping[str, int]) -> Any:
+    """The ``PartitionSpec`` of every leaf of a tree, on a mesh of such sizes."""
+
+    def spec(keys: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        return as_spec(dividing(_axes_of(_path(keys), len(leaf.shape), rules), leaf.shape, sizes))
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def as_spec(cuts: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    """What :func:`dividing` found, as jax writes it."""
+    parts = [names[0] if len(names) == 1 else names or None for names in cuts]
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
+
+
+def _axes_of(path: str, ndim: int, rules: Sequence[Rule]) -> tuple[Axis, ...]:
+    for pattern, axes in rules:
+        if len(axes) <= ndim and re.search(rf"(^|/)({pattern})$", path):
+            return (None,) * (ndim - len(axes)) + axes
+    return (None,) * ndim
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    """A leaf's path in the tree of dictionaries that it is in: an optimizer's state has such trees within."""
+    names: list[str] = []
+    for key in keys:
+        names = [*names, str(key.key)] if isinstance(key, jax.tree_util.DictKey) else []
+    return "/".join(names)

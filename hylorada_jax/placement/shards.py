@@ -1,0 +1,79 @@
+"""What a program knows of the mesh in use, and the arrays that it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hylorada_jax.placement.axes import AXES, ROWS, Axis, dividing
+from hylorada_jax.placement.placement import (
+    Placement,
+    Rule,
+    as_spec,
+    mesh_of,
+    parse_mesh,
+    rows_of,
+    specs_of,
+)
+
+
+def on_devices(tree: Any, *, like: Any) -> Any:
+    """A tree as it lies, where ``like`` is on a mesh; else with a copy on every other device."""
+    return Placement(parse_mesh()).put(tree) if mesh_of(like) is None else tree
+
+
+def in_use(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which programs know of the mesh that a tree lies on, if it lies on several devices."""
+    mesh = mesh_of(tree)
+    return contextlib.nullcontext() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh)
+
+
+def shard_rows(batch: Any) -> Any:
+    """A batch with its rows divided over the mesh in use, which must divide their number."""
+    spec = PartitionSpec(ROWS) if _sizes() else None
+    return jax.device_put(batch, spec)
+
+
+def row_groups(rows: int) -> int:
+    """Into how many groups the rows of a batch fall, none of which is divided over devices.
+
+    Example:
+        >>> row_groups(8)
+        1
+    """
+    return math.gcd(rows, rows_of(_sizes()))
+
+
+def place_in_use(shape: Sequence[int], *axes: Axis) -> NamedSharding | None:
+    """Where to make an array whose first axes are cut over the mesh in use; None: there is no mesh."""
+    return NamedSharding(jax.sharding.get_mesh(), _spec(shape, axes)) if _sizes() else None
+
+
+def cut(x: Array, *axes: Axis) -> Array:
+    """An array whose first axes the compiler shall cut over those of the mesh in use, and no others."""
+    return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes)) if _sizes() else x
+
+
+def cut_by(rules: Sequence[Rule], tree: Any) -> Any:
+    """A tree whose leaves the compiler shall cut over the mesh in use as rules say."""
+    if not (sizes := _sizes()):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, specs_of(tree, rules, sizes))
+
+
+def _spec(shape: Sequence[int], axes: tuple[Axis, ...]) -> PartitionSpec:
+    """As far as the axes of the mesh in use divide those of the array."""
+    return as_spec(dividing((*axes, *(None,) * (len(shape) - len(axes))), tuple(shape), _sizes()))
+
+
+def _sizes() -> dict[str, int]:
+    """Of the mesh in use; none where it is one device, a user's own mesh, or within a shard."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = not mesh.empty and mesh.size > 1 and set(mesh.axis_names) <= set(AXES)
+    return dict(mesh.shape) if ours and not mesh.are_all_axes_manual else {}

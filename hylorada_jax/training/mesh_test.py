@@ -1,0 +1,230 @@
+"""Oracle of a step on eight devices: the step on one, in float64. And what its program may gather.
+
+The devices are a CPU's, in one process beside this one, which measures; the tests judge what it found.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from hylorada_jax.config import METHODS, HyLoRADAConfig
+from hylorada_jax.data.document import TokenizedDocument
+from hylorada_jax.data.packing import Rows, batches
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.batch import computed
+from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.placement.axes import AXES
+from hylorada_jax.placement.placement import Placement, parse_mesh
+from hylorada_jax.placement.shards import in_use, shard_rows
+from hylorada_jax.training.checkpoint import Checkpoints
+from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.optimizer import make_optimizer
+from hylorada_jax.training.step import init_state, make_train_step
+from hylorada_jax.training.trainer import check_training
+
+# Lengths that no two axes share. Two key-value heads, which a tensor of 4 does not divide.
+SHAPE: dict[str, Any] = {
+    "model_type": "qwen2", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 48,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
+}  # fmt: skip
+# Every method where the mesh has all axes, and every other mesh.
+EVERYWHERE = "fsdp=2,tensor=2"
+CASES = [
+    *((method, EVERYWHERE) for method in METHODS),
+    *(("dora", mesh) for mesh in ("data=8", "fsdp=8", "fsdp=4")),
+    ("hylorada", "fsdp=2,tensor=4"),
+]
+TRAINING = TrainingConfig(
+    output="run", steps=10, batch_size=16, microbatches=2, seq_len=12, warmup_steps=0, learning_rate=1e-2
+)
+STEPS = 3
+
+
+def model_of(method, placement=None):
+    """A model whose adapters are away from their start, where B = 0 hides half of the gradients."""
+    config = HyLoRADAConfig(
+        method=method, lora_rank=2, lora_dropout=0.2, s2_group_size=4, sparse_adapter_dim=8,
+        # Cut along outputs, or not at all, and along inputs.
+        target_modules=None if method == "sparse" else ("k_proj", "o_proj"),
+        sparse_enabled=True if method in ("sparse", "hylorada") else None,
+    )  # fmt: skip
+    decoder = DecoderConfig.from_hf(SHAPE)
+    base = CausalLM.from_config(decoder, jax.random.key(0), dtype=jnp.float64, remat="full")
+    model = HyLoRADAModel(base, config, placement=placement)
+    rng = np.random.default_rng(1)
+    noisy = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape), model.adapters)
+    model.adapters = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), noisy, model.adapters)
+    return model
+
+
+def rows(has_encoder):
+    """Packed documents of many lengths."""
+    rng = np.random.default_rng(2)
+    ids = [rng.integers(0, SHAPE["vocab_size"], n, dtype=np.int32) for n in rng.integers(3, 20, 90)]
+    return Rows(
+        [TokenizedDocument(x, structure_ids=x % 8 if has_encoder else None) for x in ids], TRAINING.seq_len
+    )
+
+
+class Run:
+    """A method's training where its model lies, by a program that takes a state only as it lay at first."""
+
+    def __init__(self, model):
+        self.frozen = model.frozen
+        self.batches = [*batches(rows(model.has_encoder), TRAINING.batch_size)][:STEPS]
+        optimizer = make_optimizer(model.adapters, TRAINING, model.config)
+        self.state = init_state(model.adapters, optimizer)
+        if model.placement:
+            self.state = model.placement.put(self.state)
+        with in_use(self.frozen):
+            step = make_train_step(model, optimizer, TRAINING)
+            self.compiled = step.lower(self.state, self.frozen, self._batch(0)).compile()
+
+    def _batch(self, number):
+        return shard_rows(computed(self.batches[number]))
+
+    def steps(self, *numbers):
+        losses = []
+        for number in numbers:
+            with in_use(self.frozen):
+                self.state, metrics = self.compiled(self.state, self.frozen, self._batch(number))
+            losses.append(metrics["loss"])
+        return jax.tree.map(np.asarray, (losses, self.state))
+
+
+def gathered(program):
+    """The shapes of what a program's collectives gather, or move from device to device."""
+    kinds = "all-gather|all-to-all|collective-permute"
+    lines = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", program)
+    return [
+        [int(n) for n in shape.split(",") if n]
+        for line in lines
+        for shape in re.findall(r"\[([\d,]*)\]", line)
+    ]
+
+
+def furthest(ours, theirs):
+    """How far apart two trees of numbers are."""
+    return max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True))
+
+
+def on_some(count):
+    """The placement on the first of the devices."""
+    return Placement(Mesh(np.array(jax.devices()[:count]).reshape(1, count, 1), AXES))
+
+
+def refused(mesh, **changes):
+    decoder = DecoderConfig.from_hf(SHAPE)
+    base = CausalLM.from_config(decoder, jax.random.key(0))
+    settings = {"output": "run", "batch_size": 16, "mesh": mesh} | changes
+    try:
+        check_training(base, TrainingConfig(**settings))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def measure(directory):
+    """What is found on eight devices, as JSON on stdout."""
+    runs = {method: Run(model_of(method)) for method in METHODS}
+    alone = {method: run.steps(*range(STEPS)) for method, run in runs.items()}
+    found: dict[str, Any] = {"apart": [], "gathered": {}}
+    begun = Path(directory) / "checkpoints"
+    for method, mesh in CASES:
+        run = Run(model_of(method, Placement(parse_mesh(mesh))))
+        found["gathered"][mesh] = gathered(run.compiled.as_text())
+        losses, _ = run.steps(0)
+        if (method, mesh) == ("lora", EVERYWHERE):
+            with Checkpoints(begun, 3) as checkpoints:
+                checkpoints.save(run.state, data={"next_index": 1})
+        more, state = run.steps(*range(1, STEPS))
+        found["apart"].append(furthest(([*losses, *more], state), alone[method]))
+
+    # Begun on eight devices, gone on with on four, and ended on one.
+    with Checkpoints(begun, 3) as checkpoints:
+        for number, run in enumerate((Run(model_of("lora", on_some(4))), runs["lora"]), start=1):
+            run.state = checkpoints.state_of(number, run.state)
+            run.steps(number)
+            checkpoints.save(run.state, data={"next_index": number})
+    found["restored"] = furthest(runs["lora"].state, alone["lora"][1])
+
+    found["refused"] = {
+        "devices": refused("fsdp=3"),
+        "data": refused("data=2,fsdp=2"),
+        "heads": refused("tensor=8"),
+        "rows": refused("fsdp=8", batch_size=12),
+        "none": refused("fsdp=8"),
+    }
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    variables = os.environ | flags | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    program = f"import sys\nfrom {__name__} import measure\nmeasure(sys.argv[1])"
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path_factory.mktemp("mesh")],
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
+def test_steps_on_a_mesh_are_those_on_one_device(case, found):
+    """Losses, adapters and both moments of all gradients, with microbatches, packing, remat and dropout."""
+    assert found["apart"][case] < 1e-10
+
+
+def test_a_checkpoint_goes_on_with_fewer_devices(found):
+    assert found["restored"] < 1e-10
+
+
+WIDTHS = (SHAPE["hidden_size"], SHAPE["intermediate_size"])
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", EVERYWHERE])
+def test_weights_are_gathered_a_layer_at_a_time(mesh, found):
+    kernels = [shape for shape in found["gathered"][mesh] if len(shape) >= 2 and set(shape) & {*WIDTHS}]
+    largest = max(math.prod(shape) for shape in kernels)
+    of_a_layer = math.prod(WIDTHS) // (1 if mesh == "fsdp=8" else 2)
+    assert largest == of_a_layer
+
+
+@pytest.mark.parametrize("mesh", [EVERYWHERE, "fsdp=2,tensor=4"])
+def test_no_logits_are_gathered_over_the_vocabulary(mesh, found):
+    assert not [shape for shape in found["gathered"][mesh] if SHAPE["vocab_size"] in shape]
+
+
+def test_on_a_mesh_that_only_copies_nothing_is_gathered(found):
+    assert found["gathered"]["data=8"] == []
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("devices", "'fsdp=3' on 8 devices"),
+        ("data", "'data=2,fsdp=2' on 8 devices"),
+        ("heads", "tensor=8, 4 heads"),
+        ("rows", "12 / 1 = 12 rows, data=1,fsdp=8,tensor=1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(what, said, found):
+    assert said in found["refused"][what]
+    assert found["refused"]["none"] is None
