@@ -44,8 +44,7 @@ SLOW_FILES = (
     "hf/t5_test", "merged_test", "mesh_test", "model_test", "placed_test", "step_test", "surgery_test",
     "test_config_layouts", "test_decoder", "test_evaluation", "test_files", "test_fixtures", "test_fuzz",
     "test_hf_flax_faults", "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft",
-    "test_peft_files",
-    "test_peft_settings", "test_precision", "test_trajectories", "trainer_test",
+    "test_peft_files", "test_peft_settings", "test_precision", "test_trajectories", "trainer_test",
 )  # fmt: skip
 
 
