@@ -138,6 +138,9 @@ class HyLoRADAModel:
             seed: of the initial lora_A; the constructor's gave ``model.adapters``.
         """
         constants = self.frozen["constants"]
+        if self.placement is not None:
+            # Drawn on one device: to divide the draw would cost more than it saves.
+            constants = jax.device_get(constants)
         return self._put(build.build_adapters(self.sites, constants, self.base.params, self.config, seed))
 
     def _put(self, tree: dict[str, Any]) -> dict[str, Any]:
