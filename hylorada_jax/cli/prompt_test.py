@@ -52,7 +52,7 @@ class Answering:
 
 def test_a_prompt_goes_in_as_in_training_and_comes_out_with_its_continuation(tmp_path, monkeypatch, capsys):
     path, model = llama2(tmp_path), Answering(4, 5, 6, 2)
-    monkeypatch.setattr("hylorada_jax.cli.generate.loaded", lambda *_: model)
+    monkeypatch.setattr("hylorada_jax.cli.generate.loaded", lambda *_, **__: model)
     for prompt, chat, expected in (
         ("The", (), "The capital of France\n"),
         ("<s>The", (), "<s>The capital of France\n"),

@@ -7,6 +7,7 @@ from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -69,7 +70,7 @@ def as_it_lies(kernel: Array) -> Array:
 
     Left to choose, a TPU's compiler turns the kernels of all layers over, in a copy, before a loop over them.
     """
-    return with_layout_constraint(kernel, Layout((0, 1)))
+    return with_layout_constraint(jnp.asarray(kernel), Layout((0, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
