@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from benchmarks.command import run
 from hylorada_jax.errors import HyLoRADAError
@@ -49,13 +49,30 @@ LLAMA_1B = {  # the shape of Llama 3.2 1B
     "intermediate_size": 8192,
     "tie_word_embeddings": True,
 }
-# The model's shape, method, rows, tokens and remat of the steps whose memory is that of attention.
-LONG_ROWS: dict[str, tuple[str | dict[str, Any], str, int, int, str]] = {
+# A model's shape, method, rows, tokens and remat.
+LongRow: TypeAlias = tuple[str | dict[str, Any], str, int, int, str]
+# The steps whose memory is that of attention.
+LONG_ROWS: dict[str, LongRow] = {
     "llama-1b lora 1 × 4096, remat full": (LLAMA_1B, "lora", 1, 4096, "full"),
     "llama-1b hylorada 1 × 4096, remat full": (LLAMA_1B, "hylorada", 1, 4096, "full"),
     "smollm2-135m lora 4 × 1024": (MODEL, "lora", 4, 1024, "none"),
     "llama-1b lora 1 × 32768, remat full": (LLAMA_1B, "lora", 1, 32768, "full"),
     "llama-1b hylorada 1 × 32768, remat full": (LLAMA_1B, "hylorada", 1, 32768, "full"),
+    **{
+        f"llama-1b {method} 1 × 4096, remat full": (LLAMA_1B, method, 1, 4096, "full")
+        for method in ("hylorada_v1", "dora", "lorada", "hylorada_v2")
+    },
+}
+# Of the same widths, with fewer layers and tokens in the vocabulary: both compile in about a minute.
+SMALL_LONG_ROWS: dict[str, LongRow] = {
+    f"4 layers of llama-1b {method} 1 × 4096, remat full": (
+        LLAMA_1B | {"num_hidden_layers": 4, "vocab_size": 2048},
+        method,
+        1,
+        4096,
+        "full",
+    )
+    for method in ("lora", "hylorada_v1")
 }
 
 
@@ -102,7 +119,8 @@ def main(
         output: the directory that it is written to.
         topologies: of what TPUs; each has four chips, of which all but one step use one.
         small: of a tiny model instead of SmolLM2-135M, in a minute: what the test compiles.
-        long_rows: the steps of ``LONG_ROWS`` instead, for the first topology, into tpu-compile-long.json.
+        long_rows: the steps of ``LONG_ROWS`` instead (of ``SMALL_LONG_ROWS`` with small), for the first
+            topology, into tpu-compile-long.json.
     """
     refuse_unusable(output)
     use_libtpu()
@@ -120,8 +138,11 @@ def main(
     if long_rows:
         devices = tpu_programs.topology_devices(topologies[0])[:1]
         record |= {"device": devices[0].device_kind, "steps": {}}
-        for name in LONG_ROWS:  # written after each, for they take minutes
-            record["steps"] |= _reported(f"{topologies[0]} step", _long_row(name, devices))
+        programs, steps = SMALL_LONG_ROWS if small else LONG_ROWS, record["steps"]
+        for name, row in programs.items():  # written after each, for they take minutes
+            steps |= _reported(f"{topologies[0]} step", _long_row(name, row, devices))
+            lora = steps[name.replace(row[1], "lora")]
+            steps[name] = steps[name] | {"to_lora": tpu_programs.to_lora(steps[name], lora)}
             write_json(output / "tpu-compile-long.json", record)
         return
     config = DecoderConfig.from_hf(SMALL if small else find_source(MODEL, config_only=True).config)
@@ -150,16 +171,16 @@ def main(
         write_json(output / "tpu-compile.json", record)
 
 
-def _long_row(name: str, devices: Sequence[Any]) -> Iterator[tuple[str, dict[str, float]]]:
+def _long_row(name: str, row: LongRow, devices: Sequence[Any]) -> Iterator[tuple[str, dict[str, float]]]:
     """(name, record) of one step of ``LONG_ROWS``."""
     from benchmarks.tpu_programs import compile_step
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source
 
-    shape, method, batch_size, seq_len, remat = LONG_ROWS[name]
+    shape, method, batch_size, seq_len, remat = row
     hf = find_source(shape, config_only=True).config if isinstance(shape, str) else shape
-    rows: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "remat": remat}
-    yield name, compile_step(method, DecoderConfig.from_hf(hf), devices, **rows)
+    settings: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "remat": remat}
+    yield name, compile_step(method, DecoderConfig.from_hf(hf), devices, **settings)
 
 
 def _reported(what: str, programs: Iterable[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
