@@ -73,14 +73,14 @@ def base_of(adapter: Path, given: str | None) -> str:
     return name
 
 
-def unloaded(model: str, dtype: str = "float32", remat: str = "none") -> "BaseModel":
+def unloaded(model: str, dtype: str = "float32") -> "BaseModel":
     """The model from its config alone: what a setting cannot do with it is reported before it is loaded."""
     import jax.numpy as jnp
 
     from hylorada_jax.models.loading import empty_model
     from hylorada_jax.models.wrapped import as_base
 
-    return as_base(empty_model(model, dtype=jnp.dtype(dtype), remat=remat))
+    return as_base(empty_model(model, dtype=jnp.dtype(dtype)))
 
 
 def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:

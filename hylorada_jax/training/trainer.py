@@ -8,28 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, as_documents, check_predicted
 from hylorada_jax.data.loading import mixed_batches, rows_of_epoch
 from hylorada_jax.data.mixture import Mixture, as_mixture
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.devices import replicate
+from hylorada_jax.devices import in_use, replicate, replicated, shard_rows
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_json
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
+from hylorada_jax.models.batch import computed
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.identity import circumstances, defaults, run_identity
 from hylorada_jax.training.loop import Loop
+from hylorada_jax.training.memory import Choice, Setting, candidates, choose, device_memory
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
-from hylorada_jax.training.run_record import RunRecord
+from hylorada_jax.training.run_record import RunRecord, read_record
 from hylorada_jax.training.step import init_state, make_train_step
 from hylorada_jax.training.wandb_run import WandbRun, require_wandb
 
@@ -118,11 +121,17 @@ class HyLoRADATrainer:
             or a sequence of token ids; or a :class:`Mixture` of such data from several sources.
         eval_data: the same of the held-out documents, or None.
         config: the settings.
-        recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none.
+        recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none. Its
+            "remat" and "microbatches" are kept as they were chosen.
+        memory: bytes that a step may take on each device; None asks the devices.
+
+    Attributes:
+        choice: remat and microbatches, as given or chosen; its text says why.
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the
-            rows, nothing in the model reads structure, or wandb is asked for and not installed.
+            rows, nothing in the model reads structure, wandb is asked for and not installed, the model knows
+            no rematerialisation, or the step does not fit the memory.
         DataError: there is too little data, none is held out where the settings need it, a token id is
             outside the vocabulary, a row is longer than the model's table of positions, or a field of a
             document does not fit its tokens.
@@ -143,8 +152,9 @@ class HyLoRADATrainer:
         config: TrainingConfig,
         *,
         recipe: Mapping[str, Any] | None = None,
+        memory: int | None = None,
     ) -> None:
-        self._model, self._recipe = model, recipe
+        self._model = model
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         check_training(model.base, config)
@@ -154,9 +164,31 @@ class HyLoRADATrainer:
             (Rows(documents, config.seq_len, packing=config.packing), weight)
             for documents, weight in mixture.sources
         ]
-        self._config = config = config.for_rows(rows_of_epoch(self._rows))
+        config = config.for_rows(rows_of_epoch(self._rows))
+        self.choice = self._chosen(_as_begun(config, self._directory), memory or device_memory())
+        setting = self.choice.setting._asdict()
+        self._config = config = dataclasses.replace(config, **setting)
+        self._recipe = recipe and {name: setting.get(name, value) for name, value in recipe.items()}
         self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
         self._identity = run_identity(model, config, train_data=mixture, eval_data=held_out)
+
+    def _chosen(self, config: TrainingConfig, limit: int | None) -> Choice:
+        """Remat and microbatches, with the step."""
+        model, devices = self._model, jax.device_count()
+        optimizer = make_optimizer(model.adapters, config, model.config)
+
+        def step_of(setting: Setting) -> jax.stages.Wrapped:
+            training = dataclasses.replace(config, **setting._asdict())
+            return make_train_step(model.with_remat(setting.remat), optimizer, training)
+
+        def arguments() -> tuple[Any, Any, Any]:
+            state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
+            batch = next(mixed_batches(self._rows, config.batch_size, config.seed))
+            return _replicated(state), _replicated(model.frozen), shard_rows(computed(batch))
+
+        settings = candidates(config, own=getattr(model.base.module, "remat", None), devices=devices)
+        with in_use():
+            return choose(settings, step_of, arguments, limit, remedy=_smaller(config, model.base))
 
     def train(self) -> TrainingResult:
         """Runs to the end, from the start or from the newest usable checkpoint.
@@ -174,7 +206,7 @@ class HyLoRADATrainer:
         try:
             run = directory.open(
                 self._identity,
-                circumstances(self._model),
+                circumstances(self._model, config),
                 defaults=defaults(self._model.config),
                 resume=config.resume,
                 overwrite=config.overwrite,
@@ -208,7 +240,7 @@ class HyLoRADATrainer:
                 settings = {**run.identity, "ran_on": run.recorded, "recipe": self._recipe}
                 log.send_to(WandbRun(directory.path, run.id, settings))
             loop = Loop(config, directory, checkpoints, log, replicate(model.frozen), self._evaluator)
-            state = loop.run(make_train_step(model, optimizer, config), state, batches)
+            state = loop.run(self.choice.step, state, batches)
             checkpoints.wait()
             steps = kept = int(state.step)
             if config.keep == "best" and (kept := log.bests[-1]["step"]) != steps:
@@ -229,6 +261,36 @@ class HyLoRADATrainer:
             )
 
 
+def _as_begun(config: TrainingConfig, directory: RunDirectory) -> TrainingConfig:
+    """The settings, with what was chosen when the run began in the place of "auto"."""
+    if not (config.resume and directory.run.exists()):
+        return config
+    run = read_record(directory.run)
+    training = run.identity.get("training")
+    begun = {"remat": run.recorded.get("remat")}
+    if isinstance(training, dict):
+        begun["microbatches"] = training.get("microbatches")
+    auto = {name: value for name, value in begun.items() if value and getattr(config, name) == "auto"}
+    return dataclasses.replace(config, **auto)
+
+
+def _replicated(tree: Any) -> Any:
+    """The shapes of a tree that every device has whole."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated()), tree)
+
+
+def _smaller(config: TrainingConfig, base: BaseModel) -> str:
+    """What would make a step smaller that does not fit."""
+    ways = ["shorter rows (seq_len)", "a smaller batch_size"]
+    if config.microbatches != "auto" and config.microbatches < config.batch_size and not config.resume:
+        ways.insert(0, "microbatches='auto' (--microbatches auto)")
+    if config.remat in ("none", "dots") and hasattr(base.module, "remat"):
+        ways.insert(0, "remat='full' (--remat full)")
+    if base.dtype == jnp.float32:
+        ways.append("bfloat16 (--dtype bfloat16)")
+    return f"Choose {', '.join(ways[:-1])} or {ways[-1]}."
+
+
 def _evaluator(
     model: HyLoRADAModel, documents: Sequence[TokenizedDocument], config: TrainingConfig
 ) -> PerplexityEvaluator:
@@ -237,7 +299,7 @@ def _evaluator(
         documents,
         seq_len=config.seq_len,
         stride=config.eval_stride or config.seq_len,
-        batch_size=config.batch_size // config.microbatches,
+        batch_size=config.batch_size // config.passes,
         max_tokens=config.eval_tokens,
     )
 
@@ -273,22 +335,28 @@ def check_training(base: BaseModel, config: TrainingConfig) -> None:
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the devices do not divide the rows,
-            or wandb is asked for and not installed.
+            wandb is asked for and not installed, or the model knows no rematerialisation.
         DataError: a row is longer than the model's table of positions.
         ModelError: the model has no output head that the built-in loss can read.
     """
     if config.report_to == "wandb":
         require_wandb()
+    if config.remat not in ("auto", "none") and not hasattr(base.module, "remat"):
+        raise ConfigError(
+            "Rematerialisation is a feature of our decoder.",
+            f"remat={config.remat!r} for model_type {base.config.model_type!r}",
+            "Leave remat at 'auto'.",
+        )
     vocab_size(base)  # asks for the head
     if config.packing:
         require_segments(base)
     check_range((config.batch_size, config.seq_len), limit=base.position_limit)
-    rows, devices = config.batch_size // config.microbatches, jax.device_count()
+    rows, devices = config.batch_size // config.passes, jax.device_count()
     if rows % devices:
         raise ConfigError(
             "The number of devices must divide batch_size / microbatches.",
-            f"{config.batch_size} / {config.microbatches} = {rows} rows, {devices} devices",
-            f"Choose a batch_size that is a multiple of {devices * config.microbatches}.",
+            f"{config.batch_size} / {config.passes} = {rows} rows, {devices} devices",
+            f"Choose a batch_size that is a multiple of {devices * config.passes}.",
         )
 
 
