@@ -1,11 +1,12 @@
 """A frozen base model with trainable adapters: the object that users hold."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -426,6 +427,17 @@ class HyLoRADAModel:
     def linear_names(self) -> list[str]:
         """The full names of all linear layers that can be adapted."""
         return self.modules.linear_names
+
+    def with_remat(self, remat: str) -> Self:
+        """This model, with the same arrays, under another rematerialisation; others' decoders know none.
+
+        Args:
+            remat: "none", "dots" or "full" (:class:`hylorada_jax.models.decoder.DecoderLM`).
+        """
+        model = copy.copy(self)
+        if isinstance(self.base, CausalLM):
+            model.base = dataclasses.replace(self.base, module=self.base.module.clone(remat=remat))
+        return model
 
     def identity(self, *, weights: bool = False) -> dict[str, Any]:
         """What tells the base model from others, as :func:`base_identity` gives it.

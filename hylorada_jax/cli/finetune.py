@@ -1,7 +1,7 @@
 """The command that trains an adapter."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -47,7 +47,6 @@ def finetune(
     structure: Domain | None = None,
     chat_template: Path | None = None,
     dtype: Dtype = "float32",
-    remat: Literal["none", "dots", "full"] = "none",
     prompt: str = 'def read_lines(path):\n    """',
     offline: bool = False,
     recipe: Path | None = None,
@@ -71,7 +70,6 @@ def finetune(
         structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
         chat_template: a file of jinja in the place of the model's template; the adapter keeps it.
         dtype: of the frozen weights and the computation; the adapter is float32.
-        remat: what the backward pass recomputes to save memory.
         prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
         recipe: a file of these options by name, .json or .yaml; options beside it win.
@@ -92,7 +90,7 @@ def finetune(
     from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
 
     # All that the config can tell is reported before data and weights are read.
-    empty = unloaded(model, dtype, remat)
+    empty = unloaded(model, dtype)
     if saved is None:
         fit(empty, settings)
     else:
@@ -112,14 +110,14 @@ def finetune(
     chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
     del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, training)
-    base = load_model(model, dtype=jnp.dtype(dtype), remat=remat, placement=placement_on(training.mesh))
+    base = load_model(model, dtype=jnp.dtype(dtype), placement=placement_on(training.mesh))
     if saved is None:
         adapted = HyLoRADAModel(base, settings, training.seed)
     else:
         adapted = HyLoRADAModel.from_pretrained(base, saved)
     adapted.chat_template = template
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
-    options |= {"structure": structure, "dtype": dtype, "remat": remat, "prompt": prompt}
+    options |= {"structure": structure, "dtype": dtype, "prompt": prompt}
     options |= {"chat_template": chat_template}
     trainer = HyLoRADATrainer(
         adapted, train, held_out, training, recipe=recipe_of(training, adapter, reading, **options)
@@ -127,6 +125,7 @@ def finetune(
     print(f"model    {one_line(model)}, {dtype}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
+    print(f"memory   {trainer.choice}")
 
     result = trainer.train()
     print(f"{what}  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")

@@ -74,7 +74,7 @@ def base_of(adapter: Path, given: str | None) -> str:
     return name
 
 
-def unloaded(model: str, dtype: str = "float32", remat: str = "none", mesh: str = "") -> "BaseModel":
+def unloaded(model: str, dtype: str = "float32", mesh: str = "") -> "BaseModel":
     """The model from its config alone: what a setting cannot do with it is reported before it is loaded."""
     import jax.numpy as jnp
 
@@ -82,7 +82,7 @@ def unloaded(model: str, dtype: str = "float32", remat: str = "none", mesh: str 
     from hylorada_jax.models.placed import fitted
     from hylorada_jax.models.wrapped import as_base
 
-    base = as_base(empty_model(model, dtype=jnp.dtype(dtype), remat=remat))
+    base = as_base(empty_model(model, dtype=jnp.dtype(dtype)))
     if placement := placement_on(mesh):
         fitted(placement, base)
     return base

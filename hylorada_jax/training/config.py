@@ -13,6 +13,7 @@ from hylorada_jax.placement.axes import mesh_sizes
 
 Schedule = Literal["linear", "cosine", "constant"]
 Keep = Literal["last", "best"]
+Remat = Literal["auto", "none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,12 @@ class TrainingConfig:
             weights, shares of its heads. What is left of the devices goes to data; by default all.
         batch_size: rows per optimizer step, over all microbatches and devices.
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
-            More parts take less memory and, without dropout, give the same result.
+            More parts take less memory and, without dropout, give the same result. "auto" takes more than one
+            where the step would not fit a device with remat="full" either.
+        remat: what the backward pass computes again, for less memory: "none"; "dots", all but the outputs of
+            linear layers; "full", whole layers. "auto" takes the first of them that fits the device, by the
+            compiler's figures, and on a CPU "none"; a model loaded with another remat keeps that. A resumed
+            run keeps what was chosen.
         seq_len: tokens per row.
         packing: several documents share a row, isolated from each other. The model must support segments.
         learning_rate: peak rate of lora_A and all that follows it, made for LoRA+, which trains lora_B at ten
@@ -70,7 +76,8 @@ class TrainingConfig:
     epochs: float | None = None
     mesh: str = ""
     batch_size: int = 4
-    microbatches: int = 1
+    microbatches: int | Literal["auto"] = 1
+    remat: Remat = "auto"
     seq_len: int = 256
     packing: bool = True
     learning_rate: float = 5e-4
@@ -97,12 +104,13 @@ class TrainingConfig:
         for name in (
             "steps",
             "batch_size",
-            "microbatches",
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
         ):
             self._require_int(name, 1)
+        if self.microbatches != "auto":
+            self._require_int("microbatches", 1)
         self._require_int("seq_len", 2)
         self._require_int("seed", 0)
         if self.warmup_steps is not None:
@@ -112,6 +120,7 @@ class TrainingConfig:
         self._require_one_of("schedule", get_args(Schedule))
         self._require_one_of("keep", get_args(Keep))
         mesh_sizes(self.mesh)
+        self._require_one_of("remat", get_args(Remat))
         if self.report_to is not None:
             self._require_one_of("report_to", ("wandb",))
         for name in ("eval_every", "eval_stride", "eval_tokens", "patience"):
@@ -127,7 +136,7 @@ class TrainingConfig:
             )
         if self.seed >= 2**32:
             raise ConfigError("seed must be below 2³².", self.seed, "Choose a smaller seed.")
-        if self.batch_size % self.microbatches:
+        if self.batch_size % self.passes:
             raise ConfigError(
                 "microbatches must divide batch_size.",
                 f"batch_size={self.batch_size}, microbatches={self.microbatches}",
@@ -151,6 +160,11 @@ class TrainingConfig:
                 "both",
                 "Choose one of resume and overwrite.",
             )
+
+    @property
+    def passes(self) -> int:
+        """The microbatches, at least: 1 where they are still to be chosen."""
+        return 1 if self.microbatches == "auto" else self.microbatches
 
     @property
     def needs_evaluations(self) -> bool:
@@ -186,6 +200,7 @@ class TrainingConfig:
         """
         free = (
             "output",
+            "remat",
             "resume",
             "overwrite",
             "eval_every",

@@ -90,11 +90,12 @@ def defaults(adapter: HyLoRADAConfig) -> dict[str, Any]:
     }
 
 
-def circumstances(model: HyLoRADAModel) -> dict[str, Any]:
+def circumstances(model: HyLoRADAModel, config: TrainingConfig) -> dict[str, Any]:
     """What a run ran on: recorded, and free to differ.
 
     Args:
         model: what is trained.
+        config: ``remat`` is read.
 
     Returns:
         Plain JSON types.
@@ -106,7 +107,7 @@ def circumstances(model: HyLoRADAModel) -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         "devices": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "remat": getattr(model.base.module, "remat", "none"),
+        "remat": config.remat,
     }
 
 

@@ -63,7 +63,7 @@ def make_train_step(
     Args:
         model: what trains; its frozen tree is an argument of the step, not a constant of the program.
         optimizer: from :func:`make_optimizer`.
-        config: microbatches are read.
+        config: microbatches are read, of which "auto" is one; the model has its own remat.
         rules: by which the state is cut over the mesh in use.
 
     Returns:
@@ -92,10 +92,10 @@ def make_train_step(
             key = jax.random.fold_in(step_key, number)
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(resolved, rows, key)), None
 
-        rows = jax.tree.map(lambda x: _microbatches(x, config.microbatches), dict(batch))
+        rows = jax.tree.map(lambda x: _microbatches(x, config.passes), dict(batch))
         loss_shape = jax.eval_shape(loss_sum, resolved, jax.tree.map(lambda x: x[0], rows), step_key)
         zero = jnp.zeros((), loss_shape.dtype), jax.tree.map(jnp.zeros_like, resolved)
-        (loss, cotangent), _ = jax.lax.scan(add_microbatch, zero, (jnp.arange(config.microbatches), rows))
+        (loss, cotangent), _ = jax.lax.scan(add_microbatch, zero, (jnp.arange(config.passes), rows))
 
         tokens = jnp.sum(batch["targets"] >= 0)
         # A row always predicts something, but a user's own batch may not: 0/1 is a loss of 0, not NaN.

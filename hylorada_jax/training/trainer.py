@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, as_documents, check_predicted
@@ -19,19 +20,22 @@ from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_json
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
+from hylorada_jax.models.batch import computed
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.placement.axes import mesh_sizes
 from hylorada_jax.placement.placement import Placement, parse_mesh, placement_of
+from hylorada_jax.placement.shards import in_use, shard_rows
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.identity import circumstances, defaults, run_identity
 from hylorada_jax.training.loop import Loop
+from hylorada_jax.training.memory import Choice, Setting, candidates, choose, device_memory
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
-from hylorada_jax.training.run_record import RunRecord
+from hylorada_jax.training.run_record import RunRecord, read_record
 from hylorada_jax.training.step import init_state, make_train_step
 from hylorada_jax.training.wandb_run import WandbRun, require_wandb
 
@@ -120,12 +124,18 @@ class HyLoRADATrainer:
             or a sequence of token ids; or a :class:`Mixture` of such data from several sources.
         eval_data: the same of the held-out documents, or None.
         config: the settings.
-        recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none.
+        recipe: what repeats the run, as plain JSON types, to be kept in recipe.json; None for none. Its
+            "remat" and "microbatches" are kept as they were chosen.
+        memory: bytes that a step may take on each device; None asks the devices.
+
+    Attributes:
+        choice: remat and microbatches, as given or chosen; its text says why.
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the mesh does not fit the devices,
             the rows or the heads, or is not the one that the model lies on, nothing in the model reads
-            structure, or wandb is asked for and not installed.
+            structure, wandb is asked for and not installed, the model knows no rematerialisation, or the
+            step does not fit the memory.
         DataError: there is too little data, none is held out where the settings need it, a token id is
             outside the vocabulary, a row is longer than the model's table of positions, or a field of a
             document does not fit its tokens.
@@ -146,8 +156,9 @@ class HyLoRADATrainer:
         config: TrainingConfig,
         *,
         recipe: Mapping[str, Any] | None = None,
+        memory: int | None = None,
     ) -> None:
-        self._model, self._recipe = model, recipe
+        self._model = model
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         placement = check_training(model.base, config)
@@ -158,9 +169,33 @@ class HyLoRADATrainer:
             (Rows(documents, config.seq_len, packing=config.packing), weight)
             for documents, weight in mixture.sources
         ]
-        self._config = config = config.for_rows(rows_of_epoch(self._rows))
+        config = config.for_rows(rows_of_epoch(self._rows))
+        self.choice = self._chosen(_as_begun(config, self._directory), memory or device_memory())
+        setting = self.choice.setting._asdict()
+        self._config = config = dataclasses.replace(config, **setting)
+        self._recipe = recipe and {name: setting.get(name, value) for name, value in recipe.items()}
         self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
         self._identity = run_identity(model, config, train_data=mixture, eval_data=held_out)
+
+    def _chosen(self, config: TrainingConfig, limit: int | None) -> Choice:
+        """Remat and microbatches, with the step."""
+        model, placement = self._model, self._placement
+        optimizer = make_optimizer(model.adapters, config, model.config)
+        frozen = model.frozen if model.placement else _shapes(model.frozen, placement)
+
+        def step_of(setting: Setting) -> jax.stages.Wrapped:
+            training = dataclasses.replace(config, **setting._asdict())
+            return make_train_step(model.with_remat(setting.remat), optimizer, training, placement.rules)
+
+        def arguments() -> tuple[Any, Any, Any]:
+            state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
+            batch = next(mixed_batches(self._rows, config.batch_size, config.seed))
+            return _shapes(state, placement), frozen, shard_rows(computed(batch))
+
+        own = getattr(model.base.module, "remat", None)
+        settings = candidates(config, own=own, devices=placement.rows)
+        with in_use(frozen):
+            return choose(settings, step_of, arguments, limit, remedy=_smaller(config, model.base))
 
     def train(self) -> TrainingResult:
         """Runs to the end, from the start or from the newest usable checkpoint.
@@ -178,7 +213,7 @@ class HyLoRADATrainer:
         try:
             run = directory.open(
                 self._identity,
-                circumstances(self._model) | {"mesh": config.mesh or None},
+                circumstances(self._model, config) | {"mesh": config.mesh or None},
                 defaults=defaults(self._model.config),
                 resume=config.resume,
                 overwrite=config.overwrite,
@@ -214,8 +249,7 @@ class HyLoRADATrainer:
                 log.send_to(WandbRun(directory.path, run.id, settings))
             frozen = model.frozen if model.placement else placement.put(model.frozen)
             loop = Loop(config, directory, checkpoints, log, frozen, self._evaluator)
-            step = make_train_step(model, optimizer, config, placement.rules)
-            state = loop.run(step, state, batches)
+            state = loop.run(self.choice.step, state, batches)
             checkpoints.wait()
             steps = kept = int(state.step)
             if config.keep == "best" and (kept := log.bests[-1]["step"]) != steps:
@@ -237,6 +271,40 @@ class HyLoRADATrainer:
             )
 
 
+def _as_begun(config: TrainingConfig, directory: RunDirectory) -> TrainingConfig:
+    """The settings, with what was chosen when the run began in the place of "auto"."""
+    if not (config.resume and directory.run.exists()):
+        return config
+    run = read_record(directory.run)
+    training = run.identity.get("training")
+    begun = {"remat": run.recorded.get("remat")}
+    if isinstance(training, dict):
+        begun["microbatches"] = training.get("microbatches")
+    auto = {name: value for name, value in begun.items() if value and getattr(config, name) == "auto"}
+    return dataclasses.replace(config, **auto)
+
+
+def _shapes(tree: Any, placement: Placement) -> Any:
+    """The shapes of a tree where a placement puts it."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        placement.shardings(tree),
+    )
+
+
+def _smaller(config: TrainingConfig, base: BaseModel) -> str:
+    """What would make a step smaller that does not fit."""
+    ways = ["shorter rows (seq_len)", "a smaller batch_size"]
+    if config.microbatches != "auto" and config.microbatches < config.batch_size and not config.resume:
+        ways.insert(0, "microbatches='auto' (--microbatches auto)")
+    if config.remat in ("none", "dots") and hasattr(base.module, "remat"):
+        ways.insert(0, "remat='full' (--remat full)")
+    if base.dtype == jnp.float32:
+        ways.append("bfloat16 (--dtype bfloat16)")
+    return f"Choose {', '.join(ways[:-1])} or {ways[-1]}."
+
+
 def _evaluator(
     model: HyLoRADAModel, documents: Sequence[TokenizedDocument], config: TrainingConfig
 ) -> PerplexityEvaluator:
@@ -245,7 +313,7 @@ def _evaluator(
         documents,
         seq_len=config.seq_len,
         stride=config.eval_stride or config.seq_len,
-        batch_size=config.batch_size // config.microbatches,
+        batch_size=config.batch_size // config.passes,
         max_tokens=config.eval_tokens,
     )
 
@@ -284,13 +352,19 @@ def check_training(base: BaseModel, config: TrainingConfig) -> Placement:
 
     Raises:
         ConfigError: packing is asked for and the model knows no segments, the mesh does not fit the devices,
-            the rows or the heads, or is not the one that the model lies on, or wandb is asked for and not
-            installed.
+            the rows or the heads, or is not the one that the model lies on, wandb is asked for and not
+            installed, or the model knows no rematerialisation.
         DataError: a row is longer than the model's table of positions.
         ModelError: the model has no output head that the built-in loss can read.
     """
     if config.report_to == "wandb":
         require_wandb()
+    if config.remat not in ("auto", "none") and not hasattr(base.module, "remat"):
+        raise ConfigError(
+            "Rematerialisation is a feature of our decoder.",
+            f"remat={config.remat!r} for model_type {base.config.model_type!r}",
+            "Leave remat at 'auto'.",
+        )
     vocab_size(base)  # asks for the head
     if config.packing:
         require_segments(base)
@@ -302,7 +376,7 @@ def check_training(base: BaseModel, config: TrainingConfig) -> Placement:
             f"mesh={config.mesh!r}, a model on {placement}",
             "Leave mesh out, or load the model with this one.",
         )
-    placement.check_rows(config.batch_size, config.microbatches)
+    placement.check_rows(config.batch_size, config.passes)
     return placement
 
 

@@ -1,0 +1,165 @@
+"""The fastest setting of a training step whose program fits a device, found without running it."""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_args
+
+import jax
+
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.training.config import Remat, TrainingConfig
+from hylorada_jax.training.step import Metrics, TrainState
+
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+
+
+class Setting(NamedTuple):
+    """What a step gives up speed for, to take less memory.
+
+    Attributes:
+        remat: what the backward pass recomputes.
+        microbatches: passes over parts of the rows.
+    """
+
+    remat: Remat
+    microbatches: int
+
+    def __str__(self) -> str:
+        passes = f"{self.microbatches} microbatch" + "es" * (self.microbatches > 1)
+        return f"remat {self.remat}, {passes}"
+
+
+class Choice(NamedTuple):
+    """A setting, its step, and what the compiler says of it.
+
+    Attributes:
+        setting: what was chosen.
+        step: compiled where a device's memory had to be compared.
+        needed: bytes that the compiled step takes on a device; None where it was not compiled ahead.
+        limit: bytes that there are; None where the device does not say.
+    """
+
+    setting: Setting
+    step: Step
+    needed: int | None = None
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        if self.needed is None or self.limit is None:
+            return f"{self.setting}: the device states no limit"
+        return f"{self.setting}: the step needs {_gib(self.needed)} of {_gib(self.limit)}"
+
+
+def device_memory() -> int | None:
+    """The bytes that a program may take on each of the devices; None where they do not say, as CPUs."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    limits = [each["bytes_limit"] for each in stats if "bytes_limit" in each]
+    return min(limits, default=None)
+
+
+def needed_bytes(compiled: jax.stages.Compiled) -> int:
+    """The bytes that a program takes on each device: arguments + temporaries + outputs − aliased.
+
+    Example:
+        >>> x = jax.ShapeDtypeStruct((256,), "float32")
+        >>> needed_bytes(jax.jit(lambda x: x + 1).lower(x).compile())
+        2048
+    """
+    memory: Any = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def candidates(config: TrainingConfig, *, own: str | None, devices: int) -> list[Setting]:
+    """The settings that may be chosen, the fastest first; each needs less memory than the one before it.
+
+    First more is recomputed in one pass, then the rows are computed in more passes.
+
+    Args:
+        config: remat and microbatches are those settings, or "auto".
+        own: the model's remat, kept under "auto" unless it is "none"; None of a model that knows no remat.
+        devices: that divide the rows of a microbatch.
+
+    Example:
+        >>> auto = TrainingConfig(output="runs/a", batch_size=4, microbatches="auto")
+        >>> [tuple(setting) for setting in candidates(auto, own="none", devices=2)]
+        [('none', 1), ('dots', 1), ('full', 1), ('full', 2)]
+    """
+    rows = config.batch_size
+    if config.remat != "auto":
+        remats: Sequence[Any] = (config.remat,)
+    elif own in (None, "none"):
+        remats = [each for each in get_args(Remat) if each != "auto"] if own else ("none",)
+    else:
+        remats = (own,)
+    if config.microbatches == "auto":
+        passes = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n % devices == 0]
+    else:
+        passes = [config.microbatches]
+    return [Setting(remat, passes[0]) for remat in remats] + [Setting(remats[-1], n) for n in passes[1:]]
+
+
+def choose(
+    settings: Sequence[Setting],
+    step_of: Callable[[Setting], jax.stages.Wrapped],
+    arguments: Callable[[], Sequence[Any]],
+    limit: int | None,
+    *,
+    remedy: str = "Choose shorter rows (seq_len) or a smaller batch_size.",
+) -> Choice:
+    """The first setting whose step fits, by the compiler's figures; nothing is run.
+
+    Args:
+        settings: of :func:`candidates`.
+        step_of: a setting's step, jitted.
+        arguments: gives those of the steps, or their shapes; asked for where something is compiled.
+        limit: the bytes that there are on each device; None takes the first setting, and compiles nothing.
+        remedy: of the error.
+
+    Returns:
+        The setting with its step; the program that was measured is the one that trains. The setting before
+        it was measured too, and does not fit.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    if limit is None:
+        return Choice(settings[0], step_of(settings[0]))
+
+    @functools.cache
+    def compiled(number: int) -> jax.stages.Compiled | str:
+        """The program; what the compiler says where it makes none that the device could not hold."""
+        try:
+            return step_of(settings[number]).lower(*arguments()).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return str(error)
+
+    def fits(number: int) -> bool:
+        program = compiled(number)
+        return not isinstance(program, str) and needed_bytes(program) <= limit
+
+    # Most steps fit as they are: one compilation. Else by halves.
+    number = 0 if fits(0) else bisect_left(range(len(settings)), True, lo=1, key=fits)
+    program = compiled(min(number, len(settings) - 1))
+    if isinstance(program, str):
+        why = program
+    elif (needed := needed_bytes(program)) > limit:
+        why = f"{needed:,} bytes needed, {needed - limit:,} more than the {limit:,} that there are"
+    else:
+        return Choice(settings[number], program, needed, limit)
+    raise ConfigError(
+        "A training step must fit the memory of a device.", f"with {settings[-1]}: {why}", remedy
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
