@@ -38,6 +38,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(scope="session")
+def on_devices():
+    """count → the environment of a process of this package, for which the CPU is so many devices."""
+
+    def variables(count, **more):
+        return os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "JAX_PLATFORMS": "cpu",
+            # A collective of theirs holds a thread until all have come: with one for each device, two of them
+            # that begin in another order wait for ever.
+            "NPROC": str(8 * count),
+            "PYTHONPATH": str(ROOT),
+            **more,
+        }
+
+    return variables
+
+
 # More than twenty seconds each: whole models, most of it compilation. `make test-quick` leaves them out.
 SLOW_FILES = (
     "adapter_bank_test", "adapting_test", "cli_test", "decoder_test", "hf/attention_test", "hf/base_test",

@@ -1,7 +1,6 @@
 """Attention by blocks against dense attention, which has the formula's own tests."""
 
 import logging
-import os
 import subprocess
 import sys
 
@@ -278,9 +277,6 @@ for ours, theirs in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
 """
 
 
-def test_rows_and_heads_on_eight_devices():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
-    )
+def test_rows_and_heads_on_eight_devices(on_devices):
+    run = subprocess.run([sys.executable, "-c", SHARDED], env=on_devices(8), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

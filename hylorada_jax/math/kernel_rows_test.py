@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -37,7 +36,6 @@ for sizes, count, on_each in (
 """
 
 
-def test_devices_run_on_their_own_rows_and_heads():
+def test_devices_run_on_their_own_rows_and_heads(on_devices):
     """With the gradients of what they share, also where there are fewer key-value heads than devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=os.environ | flags, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=on_devices(4), check=True, timeout=120)

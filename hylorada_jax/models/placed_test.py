@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,13 +130,11 @@ def measure(directory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    variables = os.environ | flags | {"PYTHONPATH": str(Path(__file__).parents[2])}
+def found(tmp_path_factory, on_devices):
     program = f"import sys\nfrom {__name__} import measure\nmeasure(sys.argv[1])"
     run = subprocess.run(
         [sys.executable, "-c", program, tmp_path_factory.mktemp("model")],
-        env=variables,
+        env=on_devices(8),
         capture_output=True,
         text=True,
     )

@@ -1,9 +1,7 @@
 """Oracle of the sharded loss: the loss on one device."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -38,13 +36,8 @@ print(*set(re.findall("all-[a-z]+|collective-[a-z]+|reduce-scatter", program)))
 
 
 @pytest.mark.parametrize("rows", [8, 16])
-def test_no_token_of_rows_on_eight_devices_goes_to_another(rows):
-    variables = {
-        **os.environ,
-        "JAX_ENABLE_X64": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+def test_no_token_of_rows_on_eight_devices_goes_to_another(rows, on_devices):
+    variables = on_devices(8, JAX_ENABLE_X64="1")
     program = f"ROWS = {rows}{PROGRAM}"
     run = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -5,7 +5,6 @@ The devices are a CPU's, in one process beside this one, which measures; the tes
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -172,13 +171,11 @@ def measure(directory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    variables = os.environ | flags | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+def found(tmp_path_factory, on_devices):
     program = f"import sys\nfrom {__name__} import measure\nmeasure(sys.argv[1])"
     run = subprocess.run(
         [sys.executable, "-c", program, tmp_path_factory.mktemp("mesh")],
-        env=variables,
+        env=on_devices(8, JAX_ENABLE_X64="1"),
         capture_output=True,
         text=True,
     )

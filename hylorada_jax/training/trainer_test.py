@@ -556,7 +556,7 @@ def errors_of(directory):
     return directory.with_suffix(".stderr")
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_cache):
     steps = 60
     # Held out is text that counts down: the better the run counts up, the worse, from some step on.
@@ -588,11 +588,10 @@ def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_c
 
 
 @pytest.mark.slow
-def test_two_devices_give_the_loss_of_one(tmp_path, compilation_cache):
+def test_two_devices_give_the_loss_of_one(tmp_path, compilation_cache, on_devices):
     losses = []
     for count in (1, 2):
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-        process = child(tmp_path / str(count), compilation_cache | flags, steps=3)
+        process = child(tmp_path / str(count), on_devices(count, **compilation_cache), steps=3)
         assert process.wait(timeout=600) == 0, errors_of(tmp_path / str(count)).read_text()
         records = read_metrics(tmp_path / str(count) / "metrics.jsonl")
         losses.append([r.get("loss", r.get("eval_loss")) for r in records])
