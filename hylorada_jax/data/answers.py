@@ -20,7 +20,10 @@ _AT_ONCE = 256
 
 
 class Scored(NamedTuple):
-    """Tokens, which of them are scored, the characters of a text that each stands for, and the text."""
+    """Tokens, which of them are scored, the characters of a text that each stands for, and the text.
+
+    There may be no such characters where nobody asked for them.
+    """
 
     ids: list[int]
     scored: list[bool]
@@ -29,7 +32,11 @@ class Scored(NamedTuple):
 
 
 def score_answers(
-    examples: Sequence[Completion | Conversation], tokenizer: Tokenizer, score: Score = "answers"
+    examples: Sequence[Completion | Conversation],
+    tokenizer: Tokenizer,
+    score: Score = "answers",
+    *,
+    offsets: bool = True,
 ) -> Iterator[list[Scored] | DataError]:
     """The tokens of conversations and completions, and which of them are scored.
 
@@ -44,6 +51,7 @@ def score_answers(
         tokenizer: the model's.
         score: "answers": what the assistant says, or completions; "last": the last answer of a conversation;
             "all": every token.
+        offsets: whether anybody will read those of conversations.
 
     Yields:
         What each example gives; nothing where it has no answer. Or the error: the template refuses the
@@ -66,7 +74,7 @@ def score_answers(
     with ThreadPoolExecutor(1) as pool:
         begun: list[_Begun] = []
         while (batch := list(islice(remaining, _AT_ONCE))) or begun:
-            begun += [_begin(batch, tokenizer, score, pool)] if batch else []
+            begun += [_begin(batch, tokenizer, score, pool, offsets)] if batch else []
             if len(begun) == 2 or not batch:
                 yield from _ended(begun.pop(0), tokenizer, score)
 
@@ -88,7 +96,11 @@ class _Begun(NamedTuple):
 
 
 def _begin(
-    batch: list[Completion | Conversation], tokenizer: Tokenizer, score: Score, pool: Executor
+    batch: list[Completion | Conversation],
+    tokenizer: Tokenizer,
+    score: Score,
+    pool: Executor,
+    offsets: bool,
 ) -> _Begun:
     turns: list[list[int] | None] = []
     requests = []
@@ -105,7 +117,9 @@ def _begin(
             requests.append(request_of(example, tokenizer, number + 1))
     rendered = render_each(tokenizer.chat_template, requests)
     texts = ["" if isinstance(each, DataError) else each.text for each in rendered]
-    return _Begun(batch, turns, rendered, pool.submit(tokenizer.encode_each, texts))
+    # What a template marks are characters.
+    encoded = pool.submit(tokenizer.encode_each, texts, offsets=offsets or None in turns)
+    return _Begun(batch, turns, rendered, encoded)
 
 
 def _ended(begun: _Begun, tokenizer: Tokenizer, score: Score) -> Iterator[list[Scored] | DataError]:

@@ -15,6 +15,8 @@ from hylorada_jax.text import cut
 MAX_TEMPLATE = 2**18
 """The characters of a template: ten times the longest that is known."""
 # Under which of these a model's template looks for a turn's reasoning differs; the first is the newest name.
+# Most of what a template is given, and what it is asked for every turn.
+_SIMPLE = {str, bool, float, type(None)}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -83,8 +85,11 @@ def render_each(
     found: list[Rendered | DataError | None] = [None] * len(requests)
     by_source: dict[str, dict[int, dict[str, Any]]] = {}
     checked: dict[int, tuple[Any, dict[str, Any]]] = {}
+    sources: dict[bool, str] = {}
     for number, request in enumerate(requests):
-        source = _choose(template, request.tools)
+        if (has_tools := request.tools is not None) not in sources:
+            sources[has_tools] = _choose(template, request.tools)
+        source = sources[has_tools]
         try:
             by_source.setdefault(source, {})[number] = _variables(request, checked)
         except DataError as error:
@@ -162,7 +167,7 @@ def _variables(request: Request, checked: dict[int, tuple[Any, dict[str, Any]]])
             if id(message) not in checked:
                 checked[id(message)] = message, _plain(_message(message), f"messages[{number}]")
             sent.append(checked[id(message)][1])
-        plain = {name: _plain(value, name) for name, value in given.items()}
+        plain = {n: value if type(value) in _SIMPLE else _plain(value, n) for n, value in given.items()}
     except RecursionError as error:
         raise _not_json("a message", "a mapping or list that is nested too deeply") from error
     return plain | {"messages": sent}

@@ -50,13 +50,16 @@ def specials_of(backend: tokenizers.Tokenizer) -> Specials | None:
     return Specials(ids, begins, sorted({*map(len, ids)}, reverse=True))
 
 
-def encode_segments(backend: tokenizers.Tokenizer, specials: Specials, texts: Sequence[str]) -> list[Tokens]:
+def encode_segments(
+    backend: tokenizers.Tokenizer, specials: Specials, texts: Sequence[str], *, offsets: bool = True
+) -> list[Tokens]:
     """What the tokenizer makes of each text, with nothing added.
 
     Args:
         backend: the tokenizer.
         specials: from :func:`specials_of`.
         texts: any texts, such as a conversation at each of its turns.
+        offsets: whether they are wanted; without them there are none.
 
     Returns:
         Ids and offsets of each, those of ``backend.encode_batch(texts, add_special_tokens=False)``.
@@ -71,23 +74,23 @@ def encode_segments(backend: tokenizers.Tokenizer, specials: Specials, texts: Se
     )
     known: dict[tuple[str, bool], Tokens] = {}
     for key, encoding in zip(keys, encodings, strict=True):
-        ids, offsets = encoding.ids, encoding.offsets
-        known[key] = (ids, offsets) if key[1] else (ids[1:], _moved(offsets[1:], -len(opening)))
+        ids, places = encoding.ids, encoding.offsets if offsets else []
+        known[key] = (ids, places) if key[1] else (ids[1:], _moved(places[1:], -len(opening)))
     for part, number in specials.ids.items():
-        known[part, True] = known[part, False] = [number], [(0, len(part))]
+        known[part, True] = known[part, False] = [number], [(0, len(part))] if offsets else []
 
     found: list[Tokens] = []
     ends: list[int] = []  # of the parts of the text before, in tokens
     for shared, parts in parted:
         ends = ends[:shared]
         count = ends[-1] if ends else 0
-        ids, offsets = (found[-1][0][:count], found[-1][1][:count]) if count else ([], [])
+        ids, places = (found[-1][0][:count], found[-1][1][:count]) if count else ([], [])
         for at, part in parts[shared:]:
-            more, places = known[part, at == 0]
+            more, of_part = known[part, at == 0]
             ids += more
-            offsets += _moved(places, at)
+            places += _moved(of_part, at)
             ends.append(len(ids))
-        found.append((ids, offsets))
+        found.append((ids, places))
     return found
 
 

@@ -135,18 +135,20 @@ class Tokenizer:
             encoding = self.backend.encode(well_formed(text), add_special_tokens=False)
         return Encoded(encoding.ids, encoding.offsets)
 
-    def encode_each(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_each(self, texts: Sequence[str], *, offsets: bool = True) -> list[Encoded]:
         """What :meth:`encode_with_offsets` gives for each of several texts.
 
         Args:
             texts: any texts; they are encoded in parallel, and what they share between special tokens once.
+            offsets: whether they are wanted; without them there are none.
         """
         texts = [*map(well_formed, texts)]
         with refusing():
             if self._specials is not None:
-                return [Encoded(*each) for each in encode_segments(self.backend, self._specials, texts)]
+                segments = encode_segments(self.backend, self._specials, texts, offsets=offsets)
+                return [Encoded(*each) for each in segments]
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
-        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+        return [Encoded(each.ids, each.offsets if offsets else []) for each in encodings]
 
     def encode_prompt(self, text: str) -> Encoded:
         """Token ids of a text that a model is to continue: with the bos token where the model expects one.
