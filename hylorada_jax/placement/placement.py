@@ -66,6 +66,9 @@ class Placement:
         mesh: from :func:`parse_mesh`. Rows of a batch are divided over data and fsdp.
         rules: the first that matches a leaf decides; an axis that does not divide stays whole.
 
+    Raises:
+        ConfigError: a rule is none.
+
     Example:
         >>> str(Placement(parse_mesh("fsdp=1,tensor=1,data=1")))  # of one device
         'data=1,fsdp=1,tensor=1'
@@ -73,6 +76,16 @@ class Placement:
 
     mesh: Mesh
     rules: tuple[Rule, ...] = RULES
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if not _is_rule(rule):
+                raise ConfigError(
+                    "A rule must be a regular expression and what a leaf's last axes are cut over, two at "
+                    f"most: {', '.join(AXES)}, each at most once, or None.",
+                    repr(rule),
+                    'Write it as ("(q|k|v)_proj/kernel", ("fsdp", "tensor")); stacked layers are never cut.',
+                )
 
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of a tree: parameters, adapters, or an optimizer's state of them."""
@@ -165,6 +178,16 @@ def as_spec(cuts: Sequence[tuple[str, ...]]) -> PartitionSpec:
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)
+
+
+def _is_rule(rule: Any) -> bool:
+    try:
+        pattern, axes = rule
+        re.compile(pattern)
+        named = [name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis or ())]
+    except (TypeError, ValueError, re.error):
+        return False
+    return isinstance(axes, tuple) and len(axes) <= 2 and len({*named} & {*AXES}) == len(named)
 
 
 def _axes_of(path: str, ndim: int, rules: Sequence[Rule]) -> tuple[Axis, ...]:

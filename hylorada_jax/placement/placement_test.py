@@ -82,6 +82,26 @@ def test_what_does_not_divide_stays_whole_and_is_listed():
 
 
 @pytest.mark.parametrize(
+    "rule",
+    [
+        ("kernel", (None, "fsdp", None)),  # the depth of stacked layers, it may be
+        ("kernel", ("model", None)),
+        ("kernel", ("fsdp", "fsdp")),
+        ("kernel", (("data", "fsdp"), "data")),
+        ("kernel", "fsdp"),
+        ("(kernel", ("fsdp", None)),
+        ("kernel", 1),
+        ("kernel",),
+        None,
+    ],
+)
+def test_a_rule_that_is_none_is_refused(rule):
+    with pytest.raises(ConfigError, match="stacked layers are never cut"):
+        Placement(parse_mesh(), (*RULES, rule))
+    Placement(parse_mesh(), ((".*", (("data", "fsdp"), "tensor")), *RULES))
+
+
+@pytest.mark.parametrize(
     ("text", "sizes"),
     [
         ("", {"data": 16, "fsdp": 1, "tensor": 1}),
