@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent
 # Most of a test's time is compilation, and many tests compile the same small programs: keep them on disk.
 # Set in the environment, so that the processes which tests start share it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # The models are small, and JAX computes on all cores beside: several threads of torch wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test finds what another one, or its user, has tokenized.
@@ -44,7 +44,7 @@ def on_devices():
 
     def variables(count, **more):
         return os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}",
             "JAX_PLATFORMS": "cpu",
             # A collective of theirs holds a thread until all have come: with one for each device, two of them
             # that begin in another order wait for ever.
