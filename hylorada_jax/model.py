@@ -14,6 +14,7 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.math.quantized import dtype_name, dtype_of, size_of
 from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import pad_left
@@ -263,7 +264,7 @@ class HyLoRADAModel:
 
     def _dtype(self, frozen: Frozen | None) -> Any:
         """What the base computes in; what trains is wider."""
-        return jax.tree.leaves((self.frozen if frozen is None else frozen)["params"])[0].dtype
+        return dtype_of((self.frozen if frozen is None else frozen)["params"])
 
     def _run(
         self,
@@ -394,7 +395,7 @@ class HyLoRADAModel:
 
     def print_trainable_parameters(self) -> None:
         """Prints the trainable and the total number of parameters."""
-        total = self.num_trainable + sum(leaf.size for leaf in jax.tree.leaves(self.frozen["params"]))
+        total = self.num_trainable + size_of(self.frozen["params"])
         share = 100 * self.num_trainable / total
         print(f"trainable params: {self.num_trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
@@ -450,8 +451,7 @@ class HyLoRADAModel:
     @functools.cached_property
     def _weights(self) -> dict[str, str]:
         params = self.base.params
-        dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
-        return dict(zip(adapter_files.WEIGHTS, ("/".join(dtypes), tree_digest(params)), strict=True))
+        return dict(zip(adapter_files.WEIGHTS, (dtype_name(params), tree_digest(params)), strict=True))
 
     def save_pretrained(
         self, directory: str | Path, *, overwrite: bool = False, weights: bool = False

@@ -64,7 +64,7 @@ def test_weights_have_one_digest_on_disk_and_loaded(family):
     directory = saved(family, "float32").name
     found = set()
     for dtype in (jnp.float32, jnp.bfloat16):
-        digest = files_digest(find_source(directory), dtype)
+        digest = files_digest(find_source(directory), jnp.dtype(dtype).name)
         assert digest == tree_digest(load_model(directory, dtype=dtype).params)
         found.add(digest)
     assert len(found) == 2

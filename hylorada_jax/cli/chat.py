@@ -9,6 +9,7 @@ from hylorada_jax.cli.conversation import Talk, converse
 from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
+    BaseDtype,
     Dtype,
     chat_of,
     check_adapter,
@@ -17,6 +18,7 @@ from hylorada_jax.cli.shared import (
     puts_offline,
     template_of,
     tokenizer_of,
+    weights_in,
 )
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.structure.code import Domain
@@ -33,6 +35,7 @@ def chat(
     structure: Domain | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
+    base_dtype: BaseDtype | None = None,
     offline: bool = False,
 ) -> None:
     """Talk with a model: a line is a message, and the answer comes as it is made.
@@ -50,6 +53,7 @@ def chat(
         structure: tell a hylorada_v2 adapter the structure of the code in the conversation: code.
         seed: of the sampling.
         dtype: of the weights and the computation.
+        base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     saved = check_adapter(adapter, structure)
@@ -59,7 +63,8 @@ def chat(
 
     from hylorada_jax.models.sampling import check_settings
 
-    base = generating(model, dtype, saved)
+    weights = weights_in(dtype, base_dtype)
+    base = generating(model, weights, saved)
     limit = base.position_limit
     if max_context is not None and not 2 <= max_context <= (limit or max_context):
         raise ConfigError(
@@ -74,7 +79,7 @@ def chat(
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
     # A model without a table of positions says how long the texts were that it has seen.
     context = max_context or limit or getattr(base.config, "max_position_embeddings", None)
-    talk = Talk(loaded(model, adapter, dtype), tokenizer, structure, context, rng, settings)
+    talk = Talk(loaded(model, adapter, weights), tokenizer, structure, context, rng, settings)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # the history and the keys of a line; Windows has none

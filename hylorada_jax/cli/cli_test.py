@@ -164,6 +164,32 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
     assert (status, "--rank" in err) == (2, True)
 
 
+def test_a_quantised_base_is_tuned_and_its_adapter_merged_into_it(tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("qwix")
+    common = ("--model", tiny, "--data", tiny / "texts.txt", "--seq-len", 32)
+    train = (
+        "finetune",
+        *common,
+        "--output",
+        tmp_path / "run",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--prompt",
+        "",
+    )
+    adapter = ("--adapter", tmp_path / "run" / "adapter", "--check-weights")
+    assert run(monkeypatch, capsys, *train, "--method", "dora", "--base-dtype", "nf4")[0] == 0
+    options = ("evaluate", *common, "--base-dtype", "nf4", *adapter, "--json")
+    adapted = json.loads(run(monkeypatch, capsys, *options)[1])
+    assert run(monkeypatch, capsys, "merge", *adapter, "--output", tmp_path / "merged")[0] == 0
+    merged = ("evaluate", "--model", tmp_path / "merged", *common[2:], "--json")
+    assert json.loads(run(monkeypatch, capsys, *merged)[1])["loss"] == pytest.approx(
+        adapted["loss"], rel=1e-5
+    )
+
+
 def test_a_run_and_its_adapter_know_the_weights_they_were_trained_on(tiny, tmp_path, monkeypatch, capsys):
     model, output = tmp_path / "model", tmp_path / "lr=[1e-4,2e-4]" / "-run"
     shutil.copytree(tiny, model)
@@ -181,6 +207,9 @@ def test_a_run_and_its_adapter_know_the_weights_they_were_trained_on(tiny, tmp_p
     assert (status, "dtype: adapter float32, model bfloat16" in err) == (2, True)
     status, _, err = run(monkeypatch, capsys, "evaluate", *common, "--check-weights")
     assert (status, "--adapter" in err) == (2, True)
+
+    status, _, err = run(monkeypatch, capsys, "evaluate", *common, *adapter, "--base-dtype", "int8")
+    assert (status, "dtype: adapter float32, model float32+int8" in err) == (2, True)
 
     # Other weights at the same path: nothing but their digest tells.
     tensors = load_file(model / "model.safetensors")

@@ -5,6 +5,7 @@ from pathlib import Path
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
+    BaseDtype,
     Dtype,
     check_adapter,
     check_whole,
@@ -14,6 +15,7 @@ from hylorada_jax.cli.shared import (
     template_of,
     tokenizer_of,
     unloaded,
+    weights_in,
 )
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
 from hylorada_jax.data.packing import check_windows
@@ -36,6 +38,7 @@ def evaluate(
     structure: Domain | None = None,
     chat_template: Path | None = None,
     dtype: Dtype = "float32",
+    base_dtype: BaseDtype | None = None,
     mesh: str = "",
     check_weights: bool = False,
     json: bool = False,
@@ -56,6 +59,7 @@ def evaluate(
         structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
         chat_template: a file of jinja in the place of the model's template, or the adapter's.
         dtype: of the weights and the computation.
+        base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
         mesh: the devices as data × fsdp × tensor, such as fsdp=8; by default each has the whole model.
         check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
             was trained on.
@@ -67,7 +71,8 @@ def evaluate(
         source._replace(held_out=reading.load(source.name, "eval" if source.name in _EMBEDDED else "all"))
         for source in sources_of(data, weights=False, split=reading.split)
     ]
-    saved = check_adapter(adapter, structure, weights=dtype if check_weights else None)
+    weights = weights_in(dtype, base_dtype)
+    saved = check_adapter(adapter, structure, weights=weights if check_weights else None)
 
     from hylorada_jax.data.document import as_documents
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
@@ -75,7 +80,7 @@ def evaluate(
     from hylorada_jax.models.positions import check_range
 
     template = template_of(chat_template, saved)
-    base = unloaded(model, dtype, mesh=mesh)
+    base = unloaded(model, weights, mesh=mesh)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
     if saved is not None:
@@ -88,7 +93,7 @@ def evaluate(
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
-        loaded(model, adapter, dtype, check_weights=check_weights, mesh=mesh),
+        loaded(model, adapter, weights, check_weights=check_weights, mesh=mesh),
         documents,
         seq_len=seq_len,
         stride=stride,

@@ -11,14 +11,16 @@ from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
+    BaseDtype,
     Dtype,
     check_whole,
-    placement_on,
+    loaded,
     puts_offline,
     require_encoder,
     template_of,
     tokenizer_of,
     unloaded,
+    weights_in,
 )
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.data.examples import Conversation
@@ -47,6 +49,7 @@ def finetune(
     structure: Domain | None = None,
     chat_template: Path | None = None,
     dtype: Dtype = "float32",
+    base_dtype: BaseDtype | None = None,
     prompt: str = 'def read_lines(path):\n    """',
     offline: bool = False,
     recipe: Path | None = None,
@@ -70,6 +73,7 @@ def finetune(
         structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
         chat_template: a file of jinja in the place of the model's template; the adapter keeps it.
         dtype: of the frozen weights and the computation; the adapter is float32.
+        base_dtype: keeps the frozen linear layers in int8 or nf4, half and a quarter of bfloat16's memory.
         prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
         recipe: a file of these options by name, .json or .yaml; options beside it win.
@@ -90,7 +94,8 @@ def finetune(
     from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
 
     # All that the config can tell is reported before data and weights are read.
-    empty = unloaded(model, dtype)
+    weights = weights_in(dtype, base_dtype)
+    empty = unloaded(model, weights)
     if saved is None:
         fit(empty, settings)
     else:
@@ -99,10 +104,7 @@ def finetune(
     check_groups(settings, training)
     sources = reading.load_both(sources, own)
 
-    import jax.numpy as jnp
-
     from hylorada_jax.model import HyLoRADAModel
-    from hylorada_jax.models.loading import load_model
 
     tokenizer = tokenizer_of(model, template)
     train, held_out = reading.prepare_both(sources, tokenizer, training.seq_len, structure)
@@ -110,19 +112,19 @@ def finetune(
     chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
     del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, training)
-    base = load_model(model, dtype=jnp.dtype(dtype), placement=placement_on(training.mesh))
+    base = loaded(model, None, weights, mesh=training.mesh)
     if saved is None:
         adapted = HyLoRADAModel(base, settings, training.seed)
     else:
         adapted = HyLoRADAModel.from_pretrained(base, saved)
     adapted.chat_template = template
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
-    options |= {"structure": structure, "dtype": dtype, "prompt": prompt}
+    options |= {"structure": structure, "dtype": dtype, "base_dtype": base_dtype, "prompt": prompt}
     options |= {"chat_template": chat_template}
     trainer = HyLoRADATrainer(
         adapted, train, held_out, training, recipe=recipe_of(training, adapter, reading, **options)
     )
-    print(f"model    {one_line(model)}, {dtype}")
+    print(f"model    {one_line(model)}, {weights}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
     print(f"memory   {trainer.choice}")

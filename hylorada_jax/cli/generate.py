@@ -7,6 +7,7 @@ from hylorada_jax.cli.answer_rows import answers, asked, prompts_of, write
 from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
+    BaseDtype,
     Dtype,
     check_adapter,
     generating,
@@ -16,6 +17,7 @@ from hylorada_jax.cli.shared import (
     refuse_output,
     template_of,
     tokenizer_of,
+    weights_in,
 )
 from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError, DataError
@@ -38,6 +40,7 @@ def generate(
     structure: Domain | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
+    base_dtype: BaseDtype | None = None,
     mesh: str = "",
     offline: bool = False,
 ) -> None:
@@ -57,6 +60,7 @@ def generate(
         structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
         seed: of the sampling.
         dtype: of the weights and the computation.
+        base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
         mesh: the devices as data × fsdp × tensor, such as tensor=2; by default one has the whole model.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
@@ -86,7 +90,8 @@ def generate(
     from hylorada_jax.models.positions import check_range
     from hylorada_jax.models.sampling import check_settings
 
-    base = generating(model, dtype, saved, mesh)
+    weights = weights_in(dtype, base_dtype)
+    base = generating(model, weights, saved, mesh)
     tokenizer = tokenizer_of(model, template)
     structure_ids = None
     if chats is None:
@@ -108,7 +113,7 @@ def generate(
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     if structure_ids is not None:
         settings["structure_ids"] = [structure_ids]
-    generator = loaded(model, adapter, dtype, mesh=mesh)
+    generator = loaded(model, adapter, weights, mesh=mesh)
     if chats is not None:
         write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)
         return

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 PACKAGED_MODEL = "smollm2-135m"
 Dtype = Literal["float32", "bfloat16"]
+BaseDtype = Literal["int8", "nf4"]
+
+
+def weights_in(dtype: str, base_dtype: str | None) -> str:
+    """How a model is kept, in the name that an adapter's file has for it."""
+    return f"{dtype}+{base_dtype}" if base_dtype else dtype
 
 
 def puts_offline(command: Callable[..., None]) -> Callable[..., None]:
@@ -75,14 +81,20 @@ def base_of(adapter: Path, given: str | None) -> str:
 
 
 def unloaded(model: str, dtype: str = "float32", mesh: str = "") -> "BaseModel":
-    """The model from its config alone: what a setting cannot do with it is reported before it is loaded."""
-    import jax.numpy as jnp
+    """The model from its config alone: what a setting cannot do with it is reported before it is loaded.
 
+    Args:
+        model: as a user names it.
+        dtype: from :func:`weights_in`.
+        mesh: as a user writes it.
+    """
+    from hylorada_jax.math.quantized import split_name
     from hylorada_jax.models.loading import empty_model
     from hylorada_jax.models.placed import fitted
     from hylorada_jax.models.wrapped import as_base
 
-    base = as_base(empty_model(model, dtype=jnp.dtype(dtype)))
+    of_computation, base_dtype = split_name(dtype)
+    base = as_base(empty_model(model, dtype=of_computation, base_dtype=base_dtype))
     if placement := placement_on(mesh):
         fitted(placement, base)
     return base
@@ -196,14 +208,16 @@ def chat_of(
 def loaded(
     model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False, mesh: str = ""
 ) -> Any:
-    """The model with the adapter, or the base model where no adapter is named."""
-    import jax.numpy as jnp
-
+    """The model with the adapter, or the base model where none is named; as :func:`unloaded` reads it."""
+    from hylorada_jax.math.quantized import split_name
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.loading import load_model
     from hylorada_jax.models.wrapped import as_base
 
-    base = as_base(load_model(model, dtype=jnp.dtype(dtype), placement=placement_on(mesh)))
+    of_computation, base_dtype = split_name(dtype)
+    base = as_base(
+        load_model(model, dtype=of_computation, base_dtype=base_dtype, placement=placement_on(mesh))
+    )
     if adapter is None:
         return base
     return HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)

@@ -23,8 +23,10 @@ from hylorada_jax.exchange.shards import (
     write_shards,
 )
 from hylorada_jax.io.files import user_path, write_json
+from hylorada_jax.math.quantized import BASE_DTYPES
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import empty_model, open_weights
+from hylorada_jax.models.rounded_weights import RoundedWeights
 from hylorada_jax.models.source import SMALL_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
@@ -54,7 +56,8 @@ def write_merged(
         W' = c ⊙ (W + s·B A)          (and bias' = c ⊙ bias when the magnitude scales the bias)
 
     Memory holds the adapter and a part of one tensor at a time (of a GGUF file, one tensor). Adapted weights
-    are computed in float64 and rounded once; all other tensors are copied.
+    are computed in float64 and rounded once; all other tensors are copied. Of a base that was quantised when
+    the adapter was trained, W is what it was rounded to, in all of its linear layers.
 
     Args:
         model: what the adapter was trained on, as for :func:`hylorada_jax.load_model`.
@@ -83,15 +86,17 @@ def write_merged(
     sites, leaves = open_on(base, saved).sites, saved.tensors()
     refuse_live(live_parts(sites, leaves))
 
-    source = find_source(model)
+    source, trained = find_source(model), saved.base.get("dtype", "")
     if check_weights:
         adapter_files.check_weights(saved.base, {})  # whether it says
-        if (trained := saved.base["dtype"]) not in _NAMES:
+        if not _known(trained):
             raise ModelError("Weights on disk are checked in one dtype.", trained, "Leave the check out.")
-        adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, jnp.dtype(trained))})
+        adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
     tokenizer = load_tokenizer(model) if source.gguf else None
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
     weights = open_weights(source)
+    if "+" in trained and _known(trained):
+        weights = RoundedWeights(source, trained)
     changed = changed_tensors(sites, leaves, weights, saved.config)
     # A tied head that is written out is a copy of the embedding, which may have been trained.
     tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()
@@ -112,6 +117,12 @@ def write_merged(
                 _copy(beside, source.path, place)
             if saved.chat_template is not None:
                 (place / "chat_template.jinja").write_text(saved.chat_template, "utf-8")
+
+
+def _known(dtype: str) -> bool:
+    """Whether an adapter's record of its base's dtype is one that a base can be loaded in."""
+    name, *base_dtype = dtype.split("+")
+    return name in _NAMES and (not base_dtype or base_dtype[0] in BASE_DTYPES)
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:

@@ -1,7 +1,8 @@
 """One layer of our decoder.
 
 Every linear layer is a plain ``nn.Dense`` with HF's name, so that adapters attach from outside, by
-intercepting its call. Attention finds its direct adaptation in the collection ``hylorada``.
+intercepting its call; its kernel may be quantised. Attention finds its direct adaptation in the collection
+``hylorada``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hylorada_jax.math.groups import attend
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
+from hylorada_jax.models.dense import Dense
 from hylorada_jax.models.module_kinds import register
 from hylorada_jax.placement.axes import ROWS
 from hylorada_jax.placement.shards import cut
@@ -140,7 +142,7 @@ class DecoderAttention(nn.Module):
         scale, soft_cap = c.attention_scale, c.attention_soft_cap
         attended = attend(query, key, value, patterns, daa_of(self), scale=scale, soft_cap=soft_cap)
         attended = attended.reshape(*x.shape[:2], -1)
-        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
+        return Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
 
 
 register(DecoderAttention, "attention")
@@ -162,8 +164,8 @@ def projections(
 ) -> list[Float[Array, "batch query width"]]:
     """What linear layers of one input give, each its width by name; or one layer for all, side by side."""
     if fused is None:
-        return [nn.Dense(width, use_bias=bias, name=name)(x) for name, width in widths.items()]
-    together = nn.Dense(sum(widths.values()), use_bias=bias, name=fused)(x)
+        return [Dense(width, use_bias=bias, name=name)(x) for name, width in widths.items()]
+    together = Dense(sum(widths.values()), use_bias=bias, name=fused)(x)
     return jnp.split(together, np.cumsum([*widths.values()])[:-1], axis=-1)
 
 
@@ -184,7 +186,7 @@ class MLP(nn.Module):
         c = self.config
         widths = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
         gate, up = projections(x, widths, "gate_up_proj" if c.fused else None, bias=c.mlp_bias)
-        down = nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
+        down = Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
         return down(activation(c.hidden_act, gate) * up)
 
 

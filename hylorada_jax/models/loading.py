@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.math.quantized import is_quantized
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -22,6 +24,7 @@ from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, either
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.placed import fitted
+from hylorada_jax.models.quantize import quantize, read_quantized
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
 from hylorada_jax.placement.placement import Placement
@@ -36,6 +39,7 @@ def load_model(
     name: str | Path,
     *,
     dtype: DTypeLike = jnp.float32,
+    base_dtype: str | None = None,
     remat: str = "none",
     placement: Placement | None = None,
 ) -> CausalLM | FlaxPreTrainedModel:
@@ -45,6 +49,8 @@ def load_model(
         name: 'smollm2-135m', a directory, a .gguf file or a Hub name; see `find_source`. Before the Hub is
             contacted its name is printed on stderr; under :func:`hylorada_jax.offline` the cache is read.
         dtype: of the weights and of the computation: float32, bfloat16, float16, or float64 under x64.
+        base_dtype: 'int8' or 'nf4' keeps the linear layers of our decoder in 8 or 4 bits, quantised one
+            by one as they are read, and numbers of ``dtype`` again where they are used; None: in ``dtype``.
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
         placement: over which devices its weights are cut, each reading its own share; None: all of them go to
             the default device.
@@ -55,7 +61,8 @@ def load_model(
 
     Raises:
         ModelError: the model is not found, does not fit its config, is damaged, or would be computed wrongly.
-        ConfigError: the placement would cut an attention head.
+        ConfigError: the placement would cut an attention head; there is no such base_dtype, or its package is
+            not installed.
 
     Example:
         model = load_model("smollm2-135m", dtype=jnp.bfloat16)
@@ -63,7 +70,8 @@ def load_model(
     """
     dtype = _float_dtype(dtype)
     source = find_source(name, config_only=True)
-    empty = _empty(source, dtype, remat)  # refuses what it can before weights are looked for, or fetched
+    # Refuses what it can before weights are looked for, or fetched.
+    empty = _empty(source, dtype, remat, base_dtype)
     placement = placement and fitted(placement, empty)
     if source.gguf is None:
         source = find_source(name)
@@ -74,7 +82,11 @@ def load_model(
 
 
 def empty_model(
-    name: str | Path, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    name: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    base_dtype: str | None = None,
+    remat: str = "none",
 ) -> CausalLM | FlaxPreTrainedModel:
     """A base model as `load_model` gives it, with shapes in the place of its weights.
 
@@ -83,6 +95,7 @@ def empty_model(
     Args:
         name: as for `load_model`; a Hub name fetches no weights.
         dtype: as for `load_model`.
+        base_dtype: as for `load_model`.
         remat: as for `load_model`.
 
     Returns:
@@ -91,21 +104,32 @@ def empty_model(
     Raises:
         ModelError: the model is not found, its config is of no family that is read, or it would be computed
             wrongly.
-        ConfigError: there is no such remat.
+        ConfigError: there is no such remat or base_dtype.
 
     Example:
         >>> empty_model("smollm2-135m").params["model"]["embed_tokens"]["embedding"].shape
         (49152, 576)
     """
-    return _empty(find_source(name, config_only=True), _float_dtype(dtype), remat)
+    return _empty(find_source(name, config_only=True), _float_dtype(dtype), remat, base_dtype)
 
 
-def _empty(source: Source, dtype: np.dtype, remat: str) -> CausalLM | FlaxPreTrainedModel:
+def _empty(
+    source: Source, dtype: np.dtype, remat: str, base_dtype: str | None
+) -> CausalLM | FlaxPreTrainedModel:
     if source.config.get("model_type") in DECODERS:
         config = DecoderConfig.from_hf(source.config)
         module = DecoderLM(config, check_remat(remat))
         ends = end_tokens(source, config.vocab_size) or config.eos_token_ids
-        return CausalLM(module, param_shapes(config, dtype), config, source.name, ends)
+        params = param_shapes(config, dtype)
+        if base_dtype is not None:
+            params = jax.eval_shape(partial(quantize, base_dtype=base_dtype), params)
+        return CausalLM(module, params, config, source.name, ends)
+    if base_dtype is not None:
+        raise ModelError(
+            "Only our decoder's weights are kept in int8 or nf4.",
+            f"base_dtype={base_dtype!r} for model_type {source.config.get('model_type')!r}",
+            f"Leave base_dtype out, or choose a model of type {either(DECODERS)}.",
+        )
     if remat != "none":
         raise ModelError(
             "Rematerialisation is a feature of our decoder.",
@@ -165,7 +189,7 @@ def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dic
     Raises:
         ModelError: the weights do not fit the config.
     """
-    weights, empty = open_weights(source), _empty(source, np.dtype(np.float32), "none")
+    weights, empty = open_weights(source), _empty(source, np.dtype(np.float32), "none", None)
     if isinstance(empty, CausalLM):
         return *_decoder_layout(empty, source, weights), weights
     return *_hf_flax(source).layout(source, empty, weights), weights
@@ -184,7 +208,19 @@ def _load_decoder(
     empty: CausalLM, source: Source, weights: Weights, dtype: np.dtype, placement: Placement | None
 ) -> CausalLM:
     leaves, slots = _decoder_layout(empty, source, weights)
-    return empty.with_params(load_tree(leaves, slots, weights, dtype, placement))
+    kernels = {path: leaf for path, leaf in flatten_dict(empty.params).items() if is_quantized(leaf)}
+    rest = {path: shape for path, shape in leaves.items() if path not in kernels}
+    params = flatten_dict(load_tree(rest, _of(rest, slots), weights, dtype, placement))
+    places = flatten_dict(placement.shardings(empty.params)) if placement else {}
+    for path, leaf in kernels.items():
+        tensors = _of([path], slots).items()
+        params[path] = read_quantized(leaf, tensors, weights, places.get(path))
+    return empty.with_params(unflatten_dict(params))
+
+
+def _of(paths: Collection[TreePath], slots: Mapping[str, Slot]) -> dict[str, Slot]:
+    """The tensors that fill some of the leaves."""
+    return {name: slot for name, slot in slots.items() if slot.path in paths}
 
 
 def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:

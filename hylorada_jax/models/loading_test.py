@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,15 @@ CONFIG = {
 }  # fmt: skip
 
 
-def save_model(path: Path, dtype: type = np.float32, **config) -> Path:
+def save_model(path: Path, dtype: type = np.float32, **config: Any) -> Path:
     """A model directory written by hand from the shapes that transformers gives a Llama."""
     config = CONFIG | config
+    inner: Any = config["intermediate_size"]
     rng = np.random.default_rng(0)
     layer = {
         "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8),
-        "self_attn.o_proj": (8, 8), "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8),
-        "mlp.down_proj": (8, 12), "input_layernorm": (8,), "post_attention_layernorm": (8,),
+        "self_attn.o_proj": (8, 8), "mlp.gate_proj": (inner, 8), "mlp.up_proj": (inner, 8),
+        "mlp.down_proj": (8, inner), "input_layernorm": (8,), "post_attention_layernorm": (8,),
     }  # fmt: skip
     shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
     shapes |= {"model.embed_tokens.weight": (11, 8), "model.norm.weight": (8,)}

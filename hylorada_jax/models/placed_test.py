@@ -1,6 +1,7 @@
 """Laws of a model that is cut over devices: each holds its share, and the numbers are those of one device."""
 
 import gc
+import importlib.util
 import json
 import math
 import subprocess
@@ -112,6 +113,17 @@ def facts(directory, placement=None, *, computed=True):
     return found
 
 
+def quantised_facts(directory, placement=None):
+    """What one placement makes of them in nf4."""
+    base = load_model(directory, base_dtype="nf4", placement=placement)
+    codes = base.params["model"]["layers"]["mlp"]["up_proj"]["kernel"].qvalue
+    return {
+        "digest": tree_digest(base.params),
+        "share": codes.size // codes.addressable_shards[0].data.size,
+        "logits": np.asarray(base(jnp.array([[1, 2, 3, 4]])).logits).tolist(),
+    }
+
+
 def measure(directory):
     """What is found on eight devices, as JSON on stdout."""
     write(Path(directory))
@@ -119,6 +131,10 @@ def measure(directory):
     for mesh in MESHES:
         found[mesh] = facts(directory, Placement(parse_mesh(mesh)), computed=mesh in COMPUTED)
     found["alone"] = facts(directory)
+    found["quantised"] = None
+    if importlib.util.find_spec("qwix"):
+        placement = Placement(parse_mesh(COMPUTED[0]))
+        found["quantised"] = [quantised_facts(directory, place) for place in (placement, None)]
     odd = {
         "q_proj": {
             "kernel": jax.ShapeDtypeStruct((6, 8), "float32"),
@@ -186,6 +202,15 @@ def test_a_model_on_a_mesh_computes_what_it_does_on_one_device(mesh, found):
     np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
     assert ours["tokens"] == alone["tokens"]
     assert ours["streamed"] == alone["tokens"][0]
+
+
+def test_a_quantised_model_on_a_mesh_is_that_on_one_device(found):
+    if found["quantised"] is None:
+        pytest.skip("qwix is not installed")
+    ours, alone = found["quantised"]
+    assert ours["digest"] == alone["digest"]
+    assert (ours["share"], alone["share"]) == (4, 1)
+    np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
 
 
 def test_what_does_not_divide_is_listed(found):

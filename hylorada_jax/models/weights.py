@@ -157,18 +157,13 @@ def load_tree(
         by_leaf[slot.path].append((name, slot))
 
     def read(path: TreePath, shape: tuple[int, ...], part: Part) -> np.ndarray:
-        leaf = _aligned(shape, dtype)
+        leaf = aligned(shape, dtype)
         for name, slot in by_leaf[path]:
             own, target = (part, leaf) if slot.layer is None else (part[1:], leaf[slot.layer])
             tensor = weights.read(name, own[::-1] if slot.transpose else own)
             with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
                 target[...] = tensor.T if slot.transpose else tensor
-            if not np.isfinite(target).all():
-                raise ModelError(
-                    f"Weights must be finite in {np.dtype(dtype).name}.",
-                    f"{name} in {weights.file_of(name)} has NaN or infinite values",
-                    "The checkpoint is damaged: download it again; or load it in a wider dtype.",
-                )
+            check_finite(target, name, weights)
         return leaf
 
     if placement is None:
@@ -186,18 +181,33 @@ def _in_parts(
     read: Callable[[tuple[int, ...], Part], np.ndarray],
 ) -> jax.Array:
     """An array of parts, each read once for all devices that have it, one after the other."""
-    owners = defaultdict(list)
-    for device, index in place.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        owners[tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))].append(device)
     shares = []
-    for bounds, devices in owners.items():
-        part = read(place.shard_shape(shape), tuple(slice(*ends) for ends in bounds))
-        shares += [jax.device_put(part, device) for device in devices]
+    for part, devices in owners(shape, place):
+        values = read(place.shard_shape(shape), part)
+        shares += [jax.device_put(values, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, place, shares)
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def owners(shape: tuple[int, ...], place: jax.sharding.NamedSharding) -> list[tuple[Part, list[jax.Device]]]:
+    """The parts of an array of this process's devices, each once, and the devices that have it."""
+    found = defaultdict(list)
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        found[tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))].append(device)
+    return [(tuple(slice(*ends) for ends in bounds), devices) for bounds, devices in found.items()]
+
+
+def check_finite(values: np.ndarray, name: str, weights: Weights) -> None:
+    """Refuses a tensor with a value that is no number, or became infinite in its dtype; a ModelError."""
+    if not np.isfinite(values).all():
+        raise ModelError(
+            f"Weights must be finite in {values.dtype.name}.",
+            f"{name} in {weights.file_of(name)} has NaN or infinite values",
+            "The checkpoint is damaged: download it again; or load it in a wider dtype.",
+        )
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array that jax can use on CPU as it is: XLA wants 64 bytes of alignment, else it copies."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from numpy.typing import DTypeLike
 
+from hylorada_jax.math.quantized import is_quantized, split_name
 from hylorada_jax.models.loading import weights_layout
+from hylorada_jax.models.quantize import is_kernel, quantized_shapes, read_quantized
 from hylorada_jax.models.source import Source
 
 _PIECE_BYTES = 1 << 26
@@ -27,7 +28,7 @@ def tree_digest(params: Mapping[str, Any]) -> str:
     """The digest of a parameter tree: of each leaf's path, shape, dtype and bytes.
 
     Args:
-        params: nested dictionaries of arrays, on any device.
+        params: nested dictionaries of arrays, on any device; of a quantised kernel codes and scales count.
 
     Returns:
         A SHA-256, as hexadecimal digits.
@@ -37,20 +38,17 @@ def tree_digest(params: Mapping[str, Any]) -> str:
         >>> tree_digest(zeros) == tree_digest(zeros), tree_digest(zeros) == tree_digest(ones)
         (True, False)
     """
-    leaves = flatten_dict(params, sep="/")
-    with ThreadPoolExecutor() as pool:  # SHA-256 lets other threads run beside it
-        digests = pool.map(lambda leaf: _of_leaf(leaf.shape, leaf.dtype, _pieces(leaf)), leaves.values())
-        return _of_all(zip(leaves, digests, strict=True))
+    return _of_all(_of_leaves(params))
 
 
-def files_digest(source: Source, dtype: DTypeLike) -> str:
+def files_digest(source: Source, dtype: str) -> str:
     """The digest of the tree that `load_model` makes of a model's files, without making it.
 
-    Memory holds one tensor at a time.
+    Memory holds one tensor at a time, or all layers' quantised kernels of one name.
 
     Args:
         source: the model, with its weights.
-        dtype: of the tree.
+        dtype: of the tree, as :func:`dtype_name` gives it.
 
     Returns:
         What :func:`tree_digest` gives of the loaded model.
@@ -59,14 +57,31 @@ def files_digest(source: Source, dtype: DTypeLike) -> str:
         ModelError: the weights do not fit the config, or cannot be read.
     """
     leaves, slots, weights = weights_layout(source)
-    kept = np.dtype(dtype)
-    digests = {}
+    kept, base_dtype = split_name(dtype)
+    digests: dict[str, str] = {}
     for path, shape in leaves.items():
         parts = sorted((slot.layer or 0, name) for name, slot in slots.items() if slot.path == path)
+        if base_dtype and is_kernel(path):
+            codes = quantized_shapes(jax.ShapeDtypeStruct(shape, kept), base_dtype)
+            own = [(name, slots[name]) for _, name in parts]
+            digests |= _of_leaves(unflatten_dict({path: read_quantized(codes, own, weights)}))
+            continue
         tensors = ((weights.read(name), slots[name].transpose) for _, name in parts)
         turned = (tensor.T if transpose else tensor for tensor, transpose in tensors)
         digests["/".join(path)] = _of_leaf(shape, kept, (tensor.astype(kept) for tensor in turned))
-    return _of_all(digests.items())
+    return _of_all(digests)
+
+
+def _of_leaves(params: Mapping[str, Any]) -> dict[str, str]:
+    split = jax.tree.map(
+        lambda leaf: {"qvalue": leaf.qvalue, "scale": leaf.scale} if is_quantized(leaf) else leaf,
+        params,
+        is_leaf=is_quantized,
+    )
+    leaves = flatten_dict(split, sep="/")
+    with ThreadPoolExecutor() as pool:  # SHA-256 lets other threads run beside it
+        digests = pool.map(lambda leaf: _of_leaf(leaf.shape, leaf.dtype, _pieces(leaf)), leaves.values())
+        return dict(zip(leaves, digests, strict=True))
 
 
 def _of_leaf(shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray]) -> str:
@@ -77,8 +92,9 @@ def _of_leaf(shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarra
     return sha.hexdigest()
 
 
-def _of_all(digests: Iterable[tuple[str, str]]) -> str:
-    return hashlib.sha256("\n".join(f"{path} {sha}" for path, sha in sorted(digests)).encode()).hexdigest()
+def _of_all(digests: Mapping[str, str]) -> str:
+    lines = (f"{path} {sha}" for path, sha in sorted(digests.items()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _pieces(leaf: Array | np.ndarray) -> Iterator[np.ndarray]:

@@ -200,6 +200,10 @@ def _axes_of(path: str, ndim: int, rules: Sequence[Rule]) -> tuple[Axis, ...]:
 def _path(keys: tuple[Any, ...]) -> str:
     """A leaf's path in the tree of dictionaries that it is in: an optimizer's state has such trees within."""
     names: list[str] = []
+    within = False
     for key in keys:
-        names = [*names, str(key.key)] if isinstance(key, jax.tree_util.DictKey) else []
+        if isinstance(key, jax.tree_util.DictKey):
+            names, within = [*names, str(key.key)] if within else [str(key.key)], True
+        else:
+            within = False
     return "/".join(names)

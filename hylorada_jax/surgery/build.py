@@ -13,6 +13,7 @@ from jax import Array
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.leaves import Kind, leaf_of
 from hylorada_jax.math import linear_adapter, low_rank, sparse, structure
+from hylorada_jax.math.quantized import dtype_of
 from hylorada_jax.surgery.layout import rank_padding
 from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
@@ -40,7 +41,7 @@ def build_constants(sites: Sequence[Site], params: Params, config: HyLoRADAConfi
     def norms(params: Params) -> list[Array]:
         return [map_layers(site, lambda layer, s=site: _norm(s, params, layer)) for site in linears]
 
-    dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
+    dtype = jnp.promote_types(dtype_of(params), jnp.float32)
     tree: Constants = {DROPOUT_RATE: jnp.asarray(config.lora_dropout, dtype)} if config.lora_dropout else {}
     for site, norm in zip(linears, norms(params), strict=True):
         scales = jnp.asarray(site.scales if site.module.stacked else site.scales[0], norm.dtype)
@@ -89,7 +90,7 @@ def build_adapters(
     Returns:
         Nested dict with the model's paths; leaves named as in method.md, in at least float32.
     """
-    dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
+    dtype = jnp.promote_types(dtype_of(params), jnp.float32)
     tree: Adapters = {}
     for site in sites:
         if site.component == "unfrozen":

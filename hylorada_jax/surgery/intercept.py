@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
-from hylorada_jax.math import low_rank, position, sparse, structure
+from hylorada_jax.math import low_rank, position, quantized, sparse, structure
+from hylorada_jax.models.dense import promote_dtype
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
 from hylorada_jax.surgery.modules import as_it_lies, takes_positions
@@ -182,9 +183,9 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         bias = module.get_variable("params", "bias", None)
         dtype, precision = getattr(module, "dtype", None), getattr(module, "precision", None)
         kernel = as_it_lies(module.get_variable("params", "kernel"))
-        x, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=dtype)
+        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=dtype)
         axes = (((x.ndim - 1,), (1 if out_in else 0,)), ((), ()))
-        base = jax.lax.dot_general(x, kernel, axes, precision=precision)
+        base = quantized.dot_general(x, kernel, axes, precision=precision)
         scales_bias = self._config.magnitude_scales_bias
         if bias is not None and scales_bias:
             base = base + bias

@@ -13,6 +13,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import PARTS, Leaf, Part, leaf_of
 from hylorada_jax.math import low_rank
+from hylorada_jax.math.quantized import plain
 from hylorada_jax.surgery.layout import flatten, tensor_name
 from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
@@ -83,12 +84,13 @@ def merge(sites: Sequence[Site], resolved: Resolved, params: Params, config: HyL
         config: ``magnitude_scales_bias`` is read.
 
     Returns:
-        A new tree of the same structure and dtypes; each weight is computed in at least float32 and
-        rounded once.
+        A new tree of the same structure and dtypes, in which no kernel is quantised; each weight is computed
+        in at least float32 and rounded once.
 
     Source: method.md §1, Merging.
     """
-    merged: Params = dict(params)
+    params = plain(params)
+    merged = dict(params)
     for site in sites:
         path = site.module.path
         match site.component:

@@ -12,6 +12,7 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
 from hylorada_jax.surgery.targets import is_cross
@@ -53,7 +54,7 @@ class Linear(Module):
     kernel_is_out_in: bool
 
     def weight(self, params: Params, layer: Array | int = 0) -> Array:
-        """W [d_out, d_in] of one layer, as a view of the frozen tree.
+        """W [d_out, d_in] of one layer of the frozen tree.
 
         Args:
             params: the model's parameter tree.
@@ -61,16 +62,21 @@ class Linear(Module):
         """
         kernel = subtree(params, self.path)["kernel"]
         if self.stacked:
-            kernel = as_it_lies(jax.lax.dynamic_index_in_dim(kernel, layer, keepdims=False))
-        return kernel if self.kernel_is_out_in else kernel.T
+            kernel = as_it_lies(jax.tree.map(lambda leaf: _at(leaf, layer), kernel))
+        weight = as_array(kernel)
+        return weight if self.kernel_is_out_in else weight.T
 
 
-def as_it_lies(kernel: Array) -> Array:
-    """A layer's kernel, in the order of memory that it has among the parameters.
+def _at(leaf: Array, layer: Array | int) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def as_it_lies(kernel: Any) -> Any:
+    """A layer's kernel, perhaps quantised, in the order of memory that it has among the parameters.
 
     Left to choose, a TPU's compiler turns the kernels of all layers over, in a copy, before a loop over them.
     """
-    return with_layout_constraint(jnp.asarray(kernel), Layout((0, 1)))
+    return jax.tree.map(lambda leaf: with_layout_constraint(jnp.asarray(leaf), Layout((0, 1))), kernel)
 
 
 @dataclasses.dataclass(frozen=True)

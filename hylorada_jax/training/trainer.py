@@ -18,6 +18,7 @@ from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_json
+from hylorada_jax.math.quantized import dtype_name
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
 from hylorada_jax.models.batch import computed
@@ -302,6 +303,8 @@ def _smaller(config: TrainingConfig, base: BaseModel) -> str:
         ways.insert(0, "remat='full' (--remat full)")
     if base.dtype == jnp.float32:
         ways.append("bfloat16 (--dtype bfloat16)")
+    if hasattr(base.module, "remat") and dtype_name(base.params) == base.dtype.name:
+        ways.append("a base in 4 bits (--base-dtype nf4)")
     return f"Choose {', '.join(ways[:-1])} or {ways[-1]}."
 
 

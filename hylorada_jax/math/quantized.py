@@ -1,0 +1,156 @@
+"""Frozen kernels in int8 and nf4: qwix's arrays, made numbers again where they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from hylorada_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwix import QArray  # type: ignore[import-untyped]
+
+Kernel: TypeAlias = Any
+"""Numbers, or qwix's codes and scales of them."""
+
+BASE_DTYPES = ("int8", "nf4")
+"""What frozen kernels may be kept in: 8 bits, a scale per output; 4 bits, a scale per 64 inputs."""
+
+_TILE, _LEAST_TILE = 64, 4  # where 16-bit scales take no more than the codes
+
+
+def quantized(kernel: Array, base_dtype: str, dtype: DTypeLike) -> QArray:
+    """A kernel in int8 or nf4, by the largest magnitude that shares a scale.
+
+        int8: W ≈ s_j · q_ij, s_j = max_i |W_ij| / 127.5
+        nf4:  W ≈ s_bj · v[q_ij], v the 16 quantiles of a normal distribution in [−1, 1], b = ⌊i / 64⌋
+
+    Args:
+        kernel: [d_in, d_out], in float32 at least.
+        base_dtype: one of :data:`BASE_DTYPES`.
+        dtype: of the scales, and of what :func:`as_array` makes of it.
+
+    Returns:
+        qwix's array: qvalue [d_in, d_out] in int8 or uint4, scale [1 or d_in / 64, d_out]. Where 64 does not
+        divide d_in, the tile is the largest power of 2 that does.
+
+    Raises:
+        ConfigError: qwix is not installed, or not even 4 divides d_in.
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314, §3 and appendix E.
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise ConfigError(
+            "A base in int8 or nf4 needs qwix.",
+            f"base_dtype={base_dtype!r}, and no qwix",
+            'Install it: `pip install "hylorada[quantized]"`.',
+        ) from error
+    if base_dtype == "int8":
+        return qwix.quantize(kernel, "int8", channelwise_axes=(1,), scale_dtype=dtype)
+    tile = math.gcd(kernel.shape[0], _TILE)
+    if tile < _LEAST_TILE:
+        raise ConfigError(
+            f"nf4 needs linear layers whose inputs are a multiple of {_LEAST_TILE}.",
+            f"{kernel.shape[0]} inputs",
+            "Choose base_dtype='int8'.",
+        )
+    return qwix.quantize(kernel, "nf4", channelwise_axes=(1,), tiled_axes={0: tile}, scale_dtype=dtype)
+
+
+def as_array(kernel: Kernel) -> Array:
+    """The numbers of a kernel, or of stacked ones, which may be quantised, in the dtype of the scales."""
+    if not is_quantized(kernel):
+        return jnp.asarray(kernel)
+    codes, scale = kernel.qvalue, kernel.scale
+    values = _nf4(codes, scale.dtype) if kernel.qtype == "nf4" else codes.astype(scale.dtype)
+    *tiles, d_out = scale.shape
+    return (values.reshape(*tiles, -1, d_out) * scale[..., None, :]).reshape(codes.shape)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of a parameter tree is one of qwix's arrays."""
+    return hasattr(leaf, "qvalue")
+
+
+def plain(params: Any) -> Any:
+    """A parameter tree with numbers in the place of quantised kernels; other leaves are shared."""
+    return jax.tree.map(
+        lambda leaf: _jitted_as_array(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
+    )
+
+
+_jitted_as_array = jax.jit(as_array)
+
+
+def size_of(params: Any) -> int:
+    """How many numbers a parameter tree stands for."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
+
+
+def dtype_name(params: Any) -> str:
+    """The dtype of a parameter tree: "bfloat16", or of one with quantised kernels "bfloat16+nf4"."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    dtypes = {jnp.dtype(leaf.dtype).name for leaf in leaves}
+    base_dtypes = {leaf.qtype for leaf in leaves if is_quantized(leaf)}
+    return "+".join(["/".join(sorted(dtypes)), *base_dtypes])
+
+
+def split_name(name: str) -> tuple[Any, str | None]:
+    """The dtype and the base_dtype that :func:`dtype_name` names."""
+    dtype, _, base_dtype = name.partition("+")
+    return jnp.dtype(dtype), base_dtype or None
+
+
+def dtype_of(params: Any) -> Any:
+    """What a model of these parameters computes in: codes are no numbers."""
+    return next(leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _nf4(codes: Array, dtype: DTypeLike) -> Array:
+    """v[codes], chosen bit by bit.
+
+    On a TPU, qwix's lookup moves three times the bytes, because it lays the codes in a row.
+    """
+    bits = [codes.astype(jnp.uint8) >> place & 1 > 0 for place in range(4)]
+
+    def choose(values: Sequence[float], bits: Sequence[Array]) -> Array | float:
+        if not bits:
+            return values[0]
+        half = len(values) // 2
+        return jnp.where(bits[-1], choose(values[half:], bits[:-1]), choose(values[:half], bits[:-1]))
+
+    return jnp.asarray(choose(_nf4_values(), bits)).astype(dtype)
+
+
+@lru_cache
+def _nf4_values() -> list[float]:
+    """v, as literals: arrays would be broadcast to the shape of the codes, and kept."""
+    import qwix
+
+    with jax.ensure_compile_time_eval():
+        codes = qwix.QArray(jnp.arange(16, dtype=jnp.uint4)[:, None], jnp.ones((16, 1)), None, "nf4")
+        return qwix.dequantize(codes)[:, 0].tolist()
+
+
+def dot_general(x: Array, kernel: Kernel, dimensions: Any, **settings: Any) -> Array:
+    """``lax.dot_general`` of x and a kernel, which may be quantised.
+
+    The backward pass makes its numbers anew: of a model's kernels it would keep all.
+    """
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def product(x: Array, kernel: Kernel) -> Array:
+        return lax.dot_general(x, as_array(kernel), dimensions, **settings)
+
+    if is_quantized(kernel):
+        return product(x, kernel)
+    return lax.dot_general(x, kernel, dimensions, **settings)

@@ -1,0 +1,146 @@
+"""A frozen base's kernels in int8 or nf4: those of a tree, and those of files, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.math.quantized import BASE_DTYPES, is_quantized, quantized
+from hylorada_jax.models.weights import Slot, Weights, aligned, check_finite, owners
+
+if TYPE_CHECKING:
+    from qwix import QArray  # type: ignore[import-untyped]
+
+
+def check_base_dtype(base_dtype: str | None) -> None:
+    """Refuses what kernels cannot be kept in; a ConfigError."""
+    if base_dtype not in (None, *BASE_DTYPES):
+        raise ConfigError(
+            f"base_dtype must be {' or '.join(BASE_DTYPES)}, or None.",
+            repr(base_dtype),
+            "Choose one of them.",
+        )
+
+
+def quantize(params: dict[str, Any], base_dtype: str) -> dict[str, Any]:
+    """The parameter tree of a decoder with its linear layers' kernels in int8 or nf4.
+
+    Embeddings, head, norms and biases stay as they are.
+
+    Args:
+        params: of :class:`CausalLM`; under ``jax.eval_shape`` shapes serve.
+        base_dtype: "int8" or "nf4".
+
+    Raises:
+        ConfigError: there is no such base_dtype, qwix is not installed, or a layer's inputs do not divide.
+        ModelError: the kernels are quantised already.
+
+    Example:
+        base = base.with_params(quantize(base.params, "nf4"))
+
+    Source: :func:`hylorada_jax.math.quantized.quantized`.
+    """
+    leaves = flatten_dict(params)
+    if any(map(is_quantized, leaves.values())):
+        raise ModelError(
+            "What is quantised is not quantised again.", base_dtype, "Load the model without base_dtype."
+        )
+    check_base_dtype(base_dtype)
+    return unflatten_dict(
+        {path: _stack(leaf, base_dtype) if is_kernel(path) else leaf for path, leaf in leaves.items()}
+    )
+
+
+def quantized_shapes(kernels: jax.ShapeDtypeStruct, base_dtype: str) -> QArray:
+    """What :func:`quantize` makes of one leaf, [layers, d_in, d_out], as shapes."""
+    return jax.eval_shape(partial(_stack, base_dtype=base_dtype), kernels)
+
+
+def is_kernel(path: tuple[str, ...]) -> bool:
+    """Whether a leaf of a decoder's tree is one that is quantised."""
+    return path[-1] == "kernel"
+
+
+@partial(jax.jit, static_argnames="base_dtype")
+def _stack(kernels: Array, base_dtype: str) -> QArray:
+    return jax.lax.map(lambda kernel: _one(kernel, base_dtype, kernels.dtype.name), kernels)
+
+
+def _one(kernel: Array, base_dtype: str, dtype: str) -> QArray:
+    return quantized(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)), base_dtype, dtype)
+
+
+_jitted_one = jax.jit(_one, static_argnums=(1, 2))
+
+
+def read_quantized(
+    leaf: QArray, tensors: Iterable[tuple[str, Slot]], weights: Weights, places: QArray | None = None
+) -> QArray:
+    """The kernels of all layers from a model's files, each quantised as it is read.
+
+    Memory holds the result, or this process's share of it, and one tensor. On any platform a CPU quantises:
+    a TPU's division may give other codes.
+
+    Args:
+        leaf: what is wanted, as ``jax.ShapeDtypeStruct``.
+        tensors: each layer's, by its name.
+        weights: that has them.
+        places: where codes and scales go, as ``NamedSharding``; None: to the default device.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+    """
+    fields, structure = jax.tree.flatten(leaf)
+    shares = [
+        _Shares(field, place)
+        for field, place in zip(fields, jax.tree.leaves(places) or [None] * len(fields), strict=True)
+    ]
+    for name, slot in tensors:
+        for share, codes in zip(shares, jax.tree.leaves(one_quantized(name, weights, leaf)), strict=True):
+            assert slot.layer is not None  # kernels are those of stacked layers
+            share.put(slot.layer, np.asarray(codes))
+    return jax.tree.unflatten(structure, [share.array() for share in shares])
+
+
+def one_quantized(name: str, weights: Weights, leaf: QArray) -> QArray:
+    """One layer's kernel [d_in, d_out] from a model's files, as a leaf of all layers has it."""
+    dtype = jnp.dtype(leaf.dtype)
+    values = weights.read(name).T.astype(np.promote_types(dtype, np.float32))
+    check_finite(values, name, weights)
+    with jax.default_device(_cpu()):
+        return _jitted_one(values, str(leaf.qtype), dtype.name)
+
+
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # a user's JAX_PLATFORMS leaves it out
+        return None
+
+
+class _Shares:
+    """An array that grows layer by layer, of which each device has a part."""
+
+    def __init__(self, field: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding | None) -> None:
+        self._shape, self._place = field.shape, place
+        parts = [((), [None])] if place is None else owners(field.shape, place)
+        shape = field.shape if place is None else place.shard_shape(field.shape)
+        self._parts = [(part, devices, aligned(shape, field.dtype)) for part, devices in parts]
+
+    def put(self, layer: int, values: np.ndarray) -> None:
+        for part, _, buffer in self._parts:
+            buffer[layer] = values[part[1:]]
+
+    def array(self) -> Array:
+        shares = [jax.device_put(buffer, device) for _, devices, buffer in self._parts for device in devices]
+        if self._place is None:
+            return shares[0]
+        return jax.make_array_from_single_device_arrays(self._shape, self._place, shares)

@@ -1,0 +1,41 @@
+"""A model's tensors as a quantised base has them."""
+
+import jax
+import numpy as np
+
+from hylorada_jax.math.quantized import as_array, split_name
+from hylorada_jax.models.loading import open_weights, weights_layout
+from hylorada_jax.models.quantize import is_kernel, one_quantized, quantized_shapes
+from hylorada_jax.models.source import Source
+from hylorada_jax.models.weights import Part
+
+
+class RoundedWeights:
+    """The tensors of a model, those of its linear layers rounded to int8 or nf4.
+
+    Args:
+        source: the model, with its weights.
+        dtype: of the quantised base, as :func:`hylorada_jax.math.quantized.dtype_name` gives it.
+
+    Raises:
+        ModelError: the weights do not fit the config.
+    """
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self._weights = open_weights(source)
+        self._dtype, base_dtype = split_name(dtype)
+        assert base_dtype is not None
+        leaves, slots, _ = weights_layout(source)
+        shapes = {
+            path: quantized_shapes(jax.ShapeDtypeStruct(shape, self._dtype), base_dtype)
+            for path, shape in leaves.items()
+            if is_kernel(path)
+        }
+        self._kernels = {name: shapes[slot.path] for name, slot in slots.items() if slot.path in shapes}
+        self.shapes, self.file_of = self._weights.shapes, self._weights.file_of
+
+    def read(self, name: str, part: Part = ()) -> np.ndarray:
+        """One tensor, or a part of it."""
+        if name not in self._kernels:
+            return self._weights.read(name, part)
+        return np.asarray(as_array(one_quantized(name, self._weights, self._kernels[name]))).T[part]
