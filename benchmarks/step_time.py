@@ -2,6 +2,13 @@
 
     python benchmarks/step_time.py
 
+On a GPU, in the setting that NeMo publishes figures of, from random weights of the shape of Llama 3 8B:
+
+    python -m benchmarks.random_model llama-3-8b --output runs/llama-3-8b
+    python benchmarks/step_time.py --model runs/llama-3-8b --dtype bfloat16 --batch-size 2 --seq-len 4096 \\
+        --rank 16 --alpha 32 --targets all --remat --peak-tflops 989 --no-memory \\
+        --contenders lora dora hylorada "peft lora" "peft dora"
+
 All contenders have the same weights, batch, adapted layers, rank, clipping and device, and their losses
 before the first update must agree. A round runs a step of each, and each round begins with another one. Of a
 contender, step-time-<device>.json has:
@@ -10,6 +17,9 @@ contender, step-time-<device>.json has:
     ratio_to_lora           of the medians
     paired_ratio_to_lora    the median of the ratios within each round, on which slow phases of the machine
                             tell less
+    tokens_per_second       of the median step
+    model_tflops_per_second 4·N operations a token, N the base model's parameters: two forward, two for what
+                            goes back; mfu is their part of --peak-tflops
     first_loss, last_loss   nats per token, before the first and before the last step
     trainable_parameters, compile_seconds
     program_bytes           of the compiled step: weights, state, batch, results and temporaries, as XLA says
@@ -59,6 +69,11 @@ def main(
     contenders: tuple[str, ...] = NAMES,
     threads: int | None = None,
     memory: bool = True,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Literal["attention", "all"] = "attention",
+    remat: bool = False,
+    peak_tflops: float | None = None,
 ) -> None:
     """Time one training step of every contender, and write step-time-<device>.json.
 
@@ -72,22 +87,28 @@ def main(
         contenders: which of them; "peft lora" and the like are one word each, in quotes.
         threads: of torch; by default as many as the cores that JAX computes on.
         memory: measure resident memory too, of each contender in a process of its own.
+        rank: of the adapters.
+        alpha: their α.
+        targets: "attention" adapts q, k, v and o; "all" the MLP's three too.
+        remat: of a layer keep its input alone for the backward pass, in ours and in PEFT's.
+        peak_tflops: what the device can do at most, in this dtype; for the part of it that is used.
     """
     refuse_unusable(output)
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
     from benchmarks.contenders import roster
-    from benchmarks.contenders.setting import WARMUP, Setting
+    from benchmarks.contenders.setting import TARGETS, WARMUP, Setting
     from parity_tests.environment import environment
 
-    setting = Setting(model, batch_size, seq_len, dtype, WARMUP + rounds, threads or cores())
+    own = rank, alpha, TARGETS[targets], remat
+    setting = Setting(model, batch_size, seq_len, dtype, WARMUP + rounds, threads or cores(), *own)
     roster.check(contenders, setting, rounds)
     about = environment()
     record = {
         "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "environment": about | {"versions": about["versions"] | roster.versions(contenders)},  # type: ignore[operator]
-        **measure(setting, contenders, rounds, memory=memory),
+        **measure(setting, contenders, rounds, memory=memory, peak_tflops=peak_tflops),
     }
     device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())
     output.mkdir(parents=True, exist_ok=True)
@@ -102,7 +123,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure(setting: Setting, names: Sequence[str], rounds: int, *, memory: bool) -> dict[str, Any]:
+def measure(
+    setting: Setting,
+    names: Sequence[str],
+    rounds: int,
+    *,
+    memory: bool,
+    peak_tflops: float | None = None,
+) -> dict[str, Any]:
     """Builds all contenders, checks that they compute the same loss, and times them.
 
     Args:
@@ -110,6 +138,7 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, *, memory: bool
         names: of the contenders.
         rounds: timed steps of each.
         memory: measure resident memory too, of each contender in a process of its own.
+        peak_tflops: of the device.
 
     Returns:
         What is recorded, JSON-able: "settings", "differences" by nature, and "contenders" by name.
@@ -132,7 +161,10 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, *, memory: bool
     return {
         "settings": settings,
         "differences": list(roster.DIFFERENCES),
-        "contenders": {name: summary(one["seconds"], baseline) | one for name, one in found.items()},
+        "contenders": {
+            name: summary(one["seconds"], baseline) | speed(setting, one["seconds"], peak_tflops) | one
+            for name, one in found.items()
+        },
     }
 
 
@@ -232,9 +264,27 @@ def summary(seconds: Sequence[float], baseline: Sequence[float] | None) -> dict[
     }
 
 
+def speed(setting: Setting, seconds: Sequence[float], peak_tflops: float | None) -> dict[str, float]:
+    """Tokens a second, and the operations of a model whose weights are frozen, 4·N a token."""
+    tokens = setting.batch_size * setting.seq_len / statistics.median(seconds)
+    tflops = 4 * setting.parameters * tokens / 1e12
+    used = {} if peak_tflops is None else {"mfu": tflops / peak_tflops}
+    return {"tokens_per_second": tokens, "model_tflops_per_second": tflops} | used
+
+
 def table(contenders: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as text, a contender to a line."""
-    columns = ("median s", "iqr s", "to lora", "paired", "compile s", "trainable", "program MB", "peak MB")
+    columns = [
+        "median s",
+        "iqr s",
+        "to lora",
+        "paired",
+        "tokens/s",
+        "compile s",
+        "trainable",
+        "program MB",
+        "peak MB",
+    ]
     lines = [f"{'':12} " + " ".join(f"{column:>10}" for column in columns)]
     for name, one in contenders.items():
         peak = one.get("peak_device_bytes") or one.get("peak_resident_bytes")
@@ -243,6 +293,7 @@ def table(contenders: Mapping[str, Mapping[str, Any]]) -> str:
             _cell(one["iqr_seconds"], ".4f"),
             _cell(one["ratio_to_lora"], ".3f"),
             _cell(one["paired_ratio_to_lora"], ".3f"),
+            _cell(one["tokens_per_second"], ",.0f"),
             _cell(one["compile_seconds"], ".1f"),
             _cell(one["trainable_parameters"], ","),
             _cell(one["program_bytes"], ".0f", 1e6),

@@ -10,10 +10,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks import step_time  # noqa: E402
+from benchmarks import random_model, step_time  # noqa: E402
 from benchmarks.contenders import in_jax  # noqa: E402
 from benchmarks.contenders.roster import CONTENDERS, check  # noqa: E402
-from benchmarks.contenders.setting import Setting  # noqa: E402
+from benchmarks.contenders.setting import TARGETS, Setting  # noqa: E402
 from benchmarks.step_time import BASELINE, NAMES, check_agreement, measure, summary, table  # noqa: E402
 from hylorada_jax.errors import HyLoRADAError, ModelError  # noqa: E402
 
@@ -64,6 +64,23 @@ def test_every_contender_is_timed_at_the_same_model(llama):
     assert found[BASELINE]["ratio_to_lora"] == found[BASELINE]["paired_ratio_to_lora"] == 1
     assert len(table(found).splitlines()) == 1 + len(NAMES)
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_all_layers_are_adapted_alike_under_remat_at_a_shape_of_random_weights(tmp_path):
+    random_model.main("llama-3-8b", output=tmp_path / "base", shrink=64)
+    own = 3, 6.0, TARGETS["all"], True
+    setting = Setting(str(tmp_path / "base"), 1, 5, "float32", 3, 1, *own)
+    found = measure(setting, ["lora", "peft lora"], 1, memory=False, peak_tflops=1e-6)["contenders"]
+    # The widths of 8B, divided by 64, and one layer.
+    d, kv, mlp, vocab = 64, 16, 224, 2004
+    trained = 3 * (2 * (d + d) + 2 * (d + kv) + 3 * (d + mlp))
+    assert {one["trainable_parameters"] for one in found.values()} == {trained}
+    weights = 2 * vocab * d + 2 * d * (d + kv) + 3 * d * mlp + 3 * d
+    for one in found.values():
+        (seconds,) = one["seconds"]
+        assert one["tokens_per_second"] == pytest.approx(5 / seconds)
+        assert one["mfu"] == pytest.approx(4 * weights * 5 / seconds / 1e6)
 
 
 @pytest.mark.slow

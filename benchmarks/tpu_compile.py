@@ -49,18 +49,30 @@ LLAMA_1B = {  # the shape of Llama 3.2 1B
     "intermediate_size": 8192,
     "tie_word_embeddings": True,
 }
+QWEN3_4 = {  # four layers of the shape of Qwen3 0.6B
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "tie_word_embeddings": True,
+}
 # A model's shape, method, rows, tokens and remat.
 LongRow: TypeAlias = tuple[str | dict[str, Any], str, int, int, str]
 # The steps whose memory is that of attention.
 LONG_ROWS: dict[str, LongRow] = {
-    "llama-1b lora 1 × 4096, remat full": (LLAMA_1B, "lora", 1, 4096, "full"),
-    "llama-1b hylorada 1 × 4096, remat full": (LLAMA_1B, "hylorada", 1, 4096, "full"),
-    "smollm2-135m lora 4 × 1024": (MODEL, "lora", 4, 1024, "none"),
-    "llama-1b lora 1 × 32768, remat full": (LLAMA_1B, "lora", 1, 32768, "full"),
-    "llama-1b hylorada 1 × 32768, remat full": (LLAMA_1B, "hylorada", 1, 32768, "full"),
     **{
         f"llama-1b {method} 1 × 4096, remat full": (LLAMA_1B, method, 1, 4096, "full")
-        for method in ("hylorada_v1", "dora", "lorada", "hylorada_v2")
+        for method in ("lora", "dora", "hylorada_v1", "hylorada", "lorada", "hylorada_v2")
+    },
+    "smollm2-135m lora 4 × 1024": (MODEL, "lora", 4, 1024, "none"),
+    "4 layers of qwen3-0.6b lora 2 × 2048": (QWEN3_4, "lora", 2, 2048, "none"),
+    **{
+        f"llama-1b {method} 1 × 32768, remat full": (LLAMA_1B, method, 1, 32768, "full")
+        for method in ("lora", "hylorada")
     },
 }
 # Of the same widths, with fewer layers and tokens in the vocabulary: both compile in about a minute.

@@ -220,8 +220,8 @@ _OF_JAX = [
         ("mask left out", "jnp.where(mask, scores, ", "jnp.where(mask | True, scores, "),
         (
             "α scales the bias too",
-            "daa.beta, daa.position_bias\n",
-            "daa.beta, daa.position_bias if daa.position_bias is None else daa.alpha * daa.position_bias\n",
+            "table = logits.position_bias.astype(dtype)",
+            "table = (logits.alpha * logits.position_bias).astype(dtype)",
         ),
         (
             "bias scaled by 1/√d",
@@ -229,7 +229,7 @@ _OF_JAX = [
             "additions.append(logits.scale * relative_bias(",
         ),
         ("soft cap of the logits missing", "jnp.tanh(scores / logits.soft_cap)", "scores / logits.soft_cap"),
-        ("α added", "query = (query * daa.alpha", "query = (query + daa.alpha"),
+        ("α added", "(query * logits.alpha", "(query + logits.alpha"),
         (
             "query heads interleaved",
             "query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)",

@@ -52,8 +52,9 @@ def formula(query, key, value, pattern, *, alpha, position_bias=None, **settings
     return attention(query, key, value, pattern, daa=daa, **settings)
 
 
-def by_kernel(run, query, key, value, pattern, *, alpha, **settings):
-    return run((query * alpha[:, None]).astype(query.dtype), key, value, pattern, interpret=True, **settings)
+def by_kernel(run, query, key, value, pattern, *, alpha, scale, **settings):
+    by_head = jnp.broadcast_to(scale * alpha, query.shape[2:3])
+    return run(query, key, value, pattern, scale=by_head, interpret=True, **settings)
 
 
 def pulled(run, numbers, pattern, dtype):

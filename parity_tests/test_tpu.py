@@ -69,10 +69,10 @@ def test_everything_compiles_for_v5e(tmp_path):
 def test_a_long_row_needs_no_more_than_it_did(tmp_path):
     """Bounds a little above what is reached; the wish is 1.05 of lora's bytes and memory."""
     lora, v1 = compiled_by("tpu_compile --small --long-rows", tmp_path)["steps"].values()
-    assert lora["temp_bytes"] < 520e6
-    assert v1["to_lora"]["flops"] < 1.03
-    assert v1["to_lora"]["bytes_accessed"] < 1.12
-    assert v1["to_lora"]["temp_bytes"] < 1.11
+    assert lora["temp_bytes"] < 510e6
+    assert v1["to_lora"]["flops"] < 1.01
+    assert v1["to_lora"]["bytes_accessed"] < 1.07
+    assert v1["to_lora"]["temp_bytes"] < 1.10
 
 
 @pytest.mark.apart

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks.contenders.setting import ALPHA, RANK, Contender, Setting
+from benchmarks.contenders.setting import Contender, Setting
 from benchmarks.trial import program_bytes
-from hylorada_jax.config import QKVO, HyLoRADAConfig
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.causal_lm import CausalLM
@@ -29,12 +29,15 @@ from hylorada_jax.training.step import init_state, make_train_step
 
 def load_base(setting: Setting) -> CausalLM:
     """The base model of JAX's contenders."""
-    return load_model(setting.model, dtype=jnp.dtype(setting.dtype))
+    remat = "full" if setting.remat else "none"
+    return load_model(setting.model, dtype=jnp.dtype(setting.dtype), remat=remat)
 
 
 def ours(method: str, setting: Setting, batches: Sequence[Batch], base: CausalLM) -> Contender:
-    """One of our methods on q, k, v and o, with the library's own step, on one batch after the other."""
-    config = HyLoRADAConfig(method=method, lora_rank=RANK, lora_alpha=ALPHA, target_modules=QKVO)
+    """One of our methods, with the library's own step, on one batch after the other."""
+    config = HyLoRADAConfig(
+        method=method, lora_rank=setting.rank, lora_alpha=setting.alpha, target_modules=setting.adapted
+    )
     model = HyLoRADAModel(base, config)
     optimizer = make_optimizer(model.adapters, setting.training, config)
     state = init_state(model.adapters, optimizer)
@@ -45,7 +48,8 @@ def ours(method: str, setting: Setting, batches: Sequence[Batch], base: CausalLM
 def qwix_lora(setting: Setting, batches: Sequence[Batch], base: CausalLM) -> Contender:
     """Qwix's LoRA in our decoder: it adds A and B to the parameters of the layers that its rule names."""
     qwix: Any = importlib.import_module("qwix")  # no dependency of this project
-    rule = qwix.LoraRule(module_path=".*/(q|k|v|o)_proj", rank=RANK, alpha=ALPHA)
+    path = f".*/({'|'.join(setting.adapted)})"
+    rule = qwix.LoraRule(module_path=path, rank=setting.rank, alpha=setting.alpha)
     module = qwix.apply_lora_to_model(base.module, qwix.LoraProvider([rule]), methods=("__call__", "hidden"))
     model, training = dataclasses.replace(base, module=module), setting.training
 

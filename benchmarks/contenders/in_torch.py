@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contenders.setting import ALPHA, RANK, Contender, Setting
-from hylorada_jax.config import QKVO
+from benchmarks.contenders.setting import Contender, Setting
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.models.source import find_source
 from hylorada_jax.training.optimizer import schedule
@@ -36,19 +35,22 @@ def torch_device() -> str:
 
 
 def peft_adapter(use_dora: bool, setting: Setting, batch: dict[str, np.ndarray]) -> Contender:
-    """PEFT's LoRA or DoRA on q, k, v and o, in a loop as its users write it."""
+    """PEFT's LoRA or DoRA, in a loop as its users write it."""
     import peft
     import torch
 
     torch.set_num_threads(setting.torch_threads)
     device, training = torch_device(), setting.training
     options = peft.LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
+        r=setting.rank,
+        lora_alpha=setting.alpha,
         use_dora=use_dora,
-        target_modules=[f"{role}_proj" for role in QKVO],
+        target_modules=list(setting.adapted),
     )
-    model = peft.get_peft_model(torch_base(setting).to(device), options).train()
+    base = torch_base(setting).to(device)
+    if setting.remat:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = peft.get_peft_model(base, options).train()
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
     optimizer = torch.optim.AdamW(
         leaves, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True

@@ -26,8 +26,7 @@ DIFFERENCES = (
     "Optimizer: AdamW after clipping by the global norm everywhere. Ours has a rate and a decay per kind of "
     "parameter (LoRA+); qwix lora has optax's with one rate, peft's is torch's fused one with one rate.",
     "Precision of the adapters: float32 in ours and in peft's whatever the base's, the base's in qwix's.",
-    "A step of JAX is one compiled program, which takes its state in place; torch runs eagerly. Neither "
-    "rematerialises.",
+    "A step of JAX is one compiled program, which takes its state in place; torch runs eagerly.",
     "Resident memory: JAX's counts its compiled programs, and what its compiler does not give back.",
     "Rows are whole: no padding and no packed documents, and no contender is given a mask beside causality.",
 )
@@ -110,6 +109,7 @@ def check(names: Sequence[str], setting: Setting, rounds: int) -> None:
         "seq_len": setting.seq_len,
         "rounds": rounds,
         "threads": setting.torch_threads,
+        "rank": setting.rank,
     }
     if wrong := {number: value for number, value in numbers.items() if value < 1}:
         rule = ", ".join(numbers) + " must be ≥ 1."

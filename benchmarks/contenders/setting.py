@@ -12,13 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from hylorada_jax.config import QKVO
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.causal_lm import param_shapes
+from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.source import find_source
 from hylorada_jax.training.config import TrainingConfig
 
 RANK, ALPHA = 8, 16.0
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = {"attention": ATTENTION, "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj")}
 WARMUP = 2  # steps of each contender before any is timed, or its memory read
 
 
@@ -33,6 +36,10 @@ class Setting:
         dtype: of the frozen weights and the computation: float32 or bfloat16.
         steps: over which the learning rate falls to zero: those of a whole run.
         torch_threads: what torch computes with on a CPU.
+        rank: of the adapters.
+        alpha: their α.
+        adapted: names of the adapted layers.
+        remat: keep a layer's input alone for the backward pass, and compute the layer again.
     """
 
     model: str
@@ -41,6 +48,10 @@ class Setting:
     dtype: str
     steps: int
     torch_threads: int
+    rank: int = RANK
+    alpha: float = ALPHA
+    adapted: tuple[str, ...] = ATTENTION
+    remat: bool = False
 
     @property
     def training(self) -> TrainingConfig:
@@ -52,6 +63,12 @@ class Setting:
             seq_len=self.seq_len,
             warmup_ratio=0.0,
         )
+
+    @property
+    def parameters(self) -> int:
+        """Of the base model."""
+        config = DecoderConfig.from_hf(find_source(self.model, config_only=True).config)
+        return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config, "bfloat16")))
 
     def batch(self) -> dict[str, np.ndarray]:
         """The rows of every step: random "input_ids" and the "targets" that follow them.
@@ -110,10 +127,8 @@ def describe(setting: Setting) -> dict[str, Any]:
     training = setting.training
     return dataclasses.asdict(setting) | {
         "warmup_steps": WARMUP,
-        "rank": RANK,
-        "alpha": ALPHA,
+        "parameters": setting.parameters,
         "dropout": 0.0,
-        "adapted": [f"{role}_proj" for role in QKVO],
         "tokens": "random, the same in every step",
         "optimizer": "AdamW",
         "learning_rate": training.learning_rate,

@@ -84,21 +84,19 @@ def attention(
         >>> attention(q, kv, kv, Pattern.of_rows(jnp.array([[0, 1]]))).shape
         (1, 2, 4, 8)
     """
-    beta = table = None
     if daa is not None:
         check_heads(daa, query.shape[2])
-        dtype = jnp.promote_types(query.dtype, jnp.float32)
-        query = (query * daa.alpha[:, None].astype(dtype)).astype(query.dtype)
-        beta, table = daa.beta, daa.position_bias
-    logits = Logits(query.shape[-1] ** -0.5 if scale is None else scale, soft_cap, beta, table, bias)
+    alpha, beta, table = (None, None, None) if daa is None else daa
+    logits = Logits(query.shape[-1] ** -0.5 if scale is None else scale, soft_cap, alpha, beta, table, bias)
     return _chosen(implementation, query, key, pattern, logits)(query, key, value, pattern, logits)
 
 
 class Logits(NamedTuple):
-    """What becomes of q kᵀ before the mask, once α is in q; see :func:`attention`."""
+    """What becomes of q kᵀ before the mask; see :func:`attention`."""
 
     scale: float
     soft_cap: float | None
+    alpha: Float[Array, " heads_or_1"] | None
     beta: Float[Array, " heads_or_1"] | None
     position_bias: Float[Array, "buckets heads_or_1"] | None
     bias: Float[Array, "batch_or_1 heads_or_1 query key"] | None
@@ -108,6 +106,7 @@ def _dense(query: Array, key: Array, value: Array, pattern: Pattern, logits: Log
     """The formula as it is written, with all logits of a row at once."""
     batch, length, heads, head_dim = query.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
+    query = _times_alpha(query, logits)
     additions = [] if logits.bias is None else [logits.bias]
     if logits.beta is not None:
         additions.append(logits.beta.astype(dtype)[:, None, None])
@@ -133,28 +132,41 @@ def _dense(query: Array, key: Array, value: Array, pattern: Pattern, logits: Log
 
 def _blockwise(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
     """β is left out: it adds one number to all logits of a row, which the softmax does not see."""
-    return blockwise_attention(query, key, value, pattern, **_facts(logits))
+    query = _times_alpha(query, logits)
+    return blockwise_attention(query, key, value, pattern, scale=logits.scale, **_facts(logits))
+
+
+def _times_alpha(query: Array, logits: Logits) -> Array:
+    """The queries as α leaves them."""
+    if logits.alpha is None:
+        return query
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    return (query * logits.alpha[:, None].astype(dtype)).astype(query.dtype)
 
 
 def _splash(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
     from hylorada_jax.math.splash import splash_attention  # what it imports has no use elsewhere
 
-    return splash_attention(query, key, value, pattern, scale=logits.scale, soft_cap=logits.soft_cap)
+    scale = _scales(query, logits)
+    return splash_attention(query, key, value, pattern, scale=scale, soft_cap=logits.soft_cap)
 
 
 def _distance(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
     from hylorada_jax.math.distance_attention import distance_attention
 
-    return distance_attention(query, key, value, pattern, **_facts(logits))
+    return distance_attention(query, key, value, pattern, scale=_scales(query, logits), **_facts(logits))
+
+
+def _scales(query: Array, logits: Logits) -> float | Array:
+    """The scale of the logits, with α for each head: so that a kernel's queries are rounded once."""
+    if logits.alpha is None:
+        return logits.scale
+    return jnp.broadcast_to(logits.alpha * logits.scale, query.shape[2:3])
 
 
 def _facts(logits: Logits) -> dict[str, Any]:
-    """What is asked for, without β and a bias of its own for every query and key."""
-    return {
-        "scale": logits.scale,
-        "soft_cap": logits.soft_cap,
-        "position_bias": logits.position_bias,
-    }
+    """What is asked for, without the scale, β and a bias of its own for every query and key."""
+    return {"soft_cap": logits.soft_cap, "position_bias": logits.position_bias}
 
 
 def _on_tpu(query: Array, key: Array) -> bool:
@@ -196,7 +208,7 @@ class Implementation(NamedTuple):
     """A way to compute :func:`attention`.
 
     Attributes:
-        run: of query (α multiplied in), key, value, pattern and logits.
+        run: of query, key, value, pattern and logits.
         suits: whether it is worth while, by the shapes of query and key.
         lacks: what it does not have of what is asked for; "" where it has all.
     """

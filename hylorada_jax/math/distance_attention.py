@@ -20,7 +20,7 @@ def distance_attention(
     value: Float[Array, "batch seq kv_heads head_dim"],
     pattern: Pattern,
     *,
-    scale: float,
+    scale: float | Float[Array, " heads"],
     position_bias: Float[Array, "buckets heads_or_1"] | None = None,
     soft_cap: float | None = None,
     block: int | None = None,
@@ -37,11 +37,11 @@ def distance_attention(
     the dense formula lets it see tokens; nothing reads either.
 
     Args:
-        query: queries, float32 or bfloat16, multiplied by α.
+        query: queries, float32 or bfloat16.
         key: keys of the same tokens; heads is a multiple of kv_heads. They are never repeated.
         value: values.
         pattern: of whole rows, as :meth:`Pattern.of_rows` makes it.
-        scale: of the logits.
+        scale: of the logits, for all heads or, with α, for each.
         position_bias: DAA's bias per bucket of distances and head.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
         block: tokens of a block, a multiple of 128; None takes what suits the length.

@@ -63,7 +63,7 @@ def padded_rows(
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
     pattern: Pattern,
-    scale: float,
+    scale: float | Float[Array, " heads"],
     size: int,
 ) -> tuple[tuple[Float[Array, "batch _ long head_dim"], ...], Int[Array, "batch long"] | None]:
     """Rows with heads first and queries scaled, and their segments, filled up to a multiple of ``size``.
@@ -73,10 +73,9 @@ def padded_rows(
         key: keys.
         value: values.
         pattern: of whole rows. Where tokens see later ones, what fills the rows is a segment of its own.
-        scale: of the logits.
+        scale: of the logits, for all heads or for each.
         size: tokens of a block.
     """
-    rows = (query * jnp.float32(scale)).astype(query.dtype), key, value
     segment_ids = _own_segments(pattern)
     batch, length = query.shape[:2]
     short = -length % size
@@ -84,8 +83,33 @@ def padded_rows(
         segment_ids = jnp.zeros((batch, length), jnp.int32)
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, short)), constant_values=FILLING)
-    heads_first = (jnp.swapaxes(x, 1, 2) for x in rows)
-    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in heads_first), segment_ids
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    query = _scaled(query, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), query.shape[1:2]))
+    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in (query, key, value)), segment_ids
+
+
+@jax.custom_vjp
+def _scaled(
+    query: Float[Array, "batch heads seq head_dim"], scale: Float[Array, " heads"]
+) -> Float[Array, "batch heads seq head_dim"]:
+    """Queries times the scale of their head, whose gradient needs no more than what the kernel reads."""
+    return _scaled_forward(query, scale)[0]
+
+
+def _scaled_forward(query: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    # Of a scale of 0 the product would not tell what was scaled.
+    scale = jnp.where(jnp.abs(scale) < 1e-30, 1e-30, scale)[:, None, None]
+    product = (query * scale).astype(query.dtype)
+    return product, (product, scale)
+
+
+def _scaled_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    product, scale = residuals
+    wide = g.astype(scale.dtype)
+    return (wide * scale).astype(g.dtype), jnp.sum(wide * product, axis=(0, 2, 3)) / scale[:, 0, 0]
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def in_shards(

@@ -26,7 +26,7 @@ def splash_attention(
     value: Float[Array, "batch seq kv_heads head_dim"],
     pattern: Pattern,
     *,
-    scale: float,
+    scale: float | Float[Array, " heads"],
     soft_cap: float | None = None,
     block: int | None = None,
     interpret: bool = False,
@@ -40,11 +40,11 @@ def splash_attention(
     where the dense formula lets it see tokens; nothing reads either.
 
     Args:
-        query: queries, float32 or bfloat16, multiplied by α.
+        query: queries, float32 or bfloat16.
         key: keys of the same tokens; heads is a multiple of kv_heads. They are never repeated.
         value: values.
         pattern: of whole rows, as :meth:`Pattern.of_rows` makes it, with a window that is not traced.
-        scale: of the logits.
+        scale: of the logits, for all heads or, with α, for each.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
         block: tokens of a block, a multiple of 128; None takes what suits the length.
         interpret: runs the kernel's program step by step, on any platform, for tests.

@@ -7,6 +7,7 @@ intercepting its call; its kernel may be quantised. Attention finds its direct a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -56,6 +57,11 @@ class Stream(NamedTuple):
     cache: tuple[_Cache, _Cache] | None
 
 
+# For what is elementwise: to compute it again in the backward pass costs less than to write and read it, for
+# a norm in float32. Across the loops over the layers no compiler takes the second time for the first.
+computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, y = (offset + scale) · x / √(mean(x²) + eps), over the last axis.
 
@@ -70,11 +76,15 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Norms x; the mean is taken in float32 at least."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        if self.rounded_last:
-            return ((self.offset + scale.astype(wide.dtype)) * normed).astype(x.dtype)
-        return (self.offset + scale) * normed.astype(x.dtype)
+
+        def norm(x: Array, scale: Array) -> Array:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+            if self.rounded_last:
+                return ((self.offset + scale.astype(wide.dtype)) * normed).astype(x.dtype)
+            return (self.offset + scale) * normed.astype(x.dtype)
+
+        return computed_again(norm)(x, scale)
 
 
 register(RMSNorm, "norm")
@@ -187,7 +197,8 @@ class MLP(nn.Module):
         widths = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
         gate, up = projections(x, widths, "gate_up_proj" if c.fused else None, bias=c.mlp_bias)
         down = Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
-        return down(activation(c.hidden_act, gate) * up)
+        gated = computed_again(lambda gate, up: activation(c.hidden_act, gate) * up)
+        return down(gated(gate, up))
 
 
 class DecoderLayer(nn.Module):

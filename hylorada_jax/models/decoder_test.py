@@ -8,6 +8,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.causal_lm import CausalLM, init_params
 from hylorada_jax.models.decoder import REMAT_POLICIES, DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.decoder_layer import MLP, norm
 
 TINY = {
     "model_type": "qwen3",
@@ -146,3 +147,14 @@ def test_padding_gives_finite_logits_and_gradients():
 
     value, slopes = jax.jit(jax.value_and_grad(padded_loss))(base.params)
     assert all(jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(slopes)))
+
+
+@pytest.mark.parametrize(("module", "width", "count"), [(MLP, 48, 2), (norm, 32, 1)])
+def test_without_remat_only_inputs_of_what_is_elementwise_are_kept(module, width, count):
+    """Gate and up for the activation, x for a norm; in the model's dtype."""
+    layer = module(DecoderConfig.from_hf(TINY))
+    x = jnp.ones((2, 24, 32), jnp.bfloat16)
+    params = jax.tree.map(lambda leaf: leaf.astype(x.dtype), layer.init(jax.random.key(0), x))
+    _, pull = jax.vjp(lambda x: layer.apply(params, x), x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if jnp.shape(leaf) == (2, 24, width)]
+    assert [leaf.dtype for leaf in kept] == [x.dtype] * count
