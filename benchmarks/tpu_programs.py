@@ -11,7 +11,6 @@ from jax import Array
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.hlo_cost import program_cost
 from hylorada_jax.config import METHODS, QKVO, HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
@@ -22,6 +21,7 @@ from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.planning.hlo_cost import program_cost
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.step import init_state, make_train_step
