@@ -14,6 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
+from hylorada_jax.placement.shards import on_shards
 from hylorada_jax.surgery.targets import is_cross
 from hylorada_jax.trees import Params, Tree
 
@@ -61,16 +62,21 @@ class Linear(Module):
         """
         kernel = subtree(params, self.path)["kernel"]
         if self.stacked:
-            kernel = as_it_lies(jax.lax.dynamic_index_in_dim(kernel, layer, keepdims=False))
+            kernel = jax.lax.dynamic_index_in_dim(kernel, layer, keepdims=False)
+            kernel = as_it_lies(kernel, self.path)
         return kernel if self.kernel_is_out_in else kernel.T
 
 
-def as_it_lies(kernel: Array) -> Array:
-    """A layer's kernel, in the order of memory that it has among the parameters.
+def as_it_lies(kernel: Array, path: Path) -> Array:
+    """The kernel of a layer at a path, in the order of memory that it has among the parameters.
 
     Left to choose, a TPU's compiler turns the kernels of all layers over, in a copy, before a loop over them.
     """
-    return with_layout_constraint(jnp.asarray(kernel), Layout((0, 1)))
+
+    def keep(own: Array) -> Array:
+        return with_layout_constraint(own, Layout((0, 1)))
+
+    return on_shards(keep, jnp.asarray(kernel), *path, "kernel")
 
 
 @dataclasses.dataclass(frozen=True)
