@@ -1,6 +1,6 @@
 """Whether large models can be tuned on slices of TPUs, by the compiler's figures, each method beside lora.
 
-    python -m benchmarks.plans --output benchmarks/results
+    python -m benchmarks.plans --output benchmarks/results/plans
 
 Weights are bfloat16 and cut over all chips, each of which has one row and computes whole layers again in the
 backward pass. Figures are of one chip; what they are stands in hylorada_jax/planning/cases.py.
@@ -31,32 +31,33 @@ PLANS = (
 
 
 def main(*, output: Path) -> None:
-    """Compile every plan, and write plans.json.
+    """Compile every plan whose file is not there yet, and write it.
 
     Args:
-        output: the directory that it is written to.
+        output: the directory of the files.
     """
     refuse_unusable(output)
     from parity_tests.environment import environment
 
     (libtpu,) = importlib.metadata.distributions(name="libtpu", path=[str(libtpu_directory())])
     output.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.plans", *sys.argv[1:]]),
-        "environment": environment() | {"libtpu": libtpu.version},
-        "plans": {},
-    }
     for shape, topology, seq_len, methods in PLANS:
-        of_shape: dict[str, Any] = {}
-        record["plans"][f"{shape} {topology} rows of {seq_len}"] = of_shape
-        for method in methods:
-            of_shape[method] = found = planned(shape, topology, seq_len, method)
-            lora = of_shape["lora"]
-            found["to_lora"] = {
-                "temp_bytes": _ratio(found["temp_bytes"], lora["temp_bytes"]),
-                "sent_bytes": _ratio(*(sum((each["sent_bytes"] or {}).values()) for each in (found, lora))),
-            }
-            write_json(output / "plans.json", record)  # after each, for they take minutes
+        file = output / f"{shape}-{topology.replace(':', '-')}-{seq_len}.json"
+        if file.exists():
+            continue
+        found = {method: planned(shape, topology, seq_len, method) for method in methods}
+        record = {
+            "command": shlex.join(["python", "-m", "benchmarks.plans", *sys.argv[1:]]),
+            "environment": environment() | {"libtpu": libtpu.version},
+            "model": shape,
+            "topology": topology,
+            "seq_len": seq_len,
+            "methods": {
+                method: figures | {"to_lora": _to_lora(figures, found["lora"])}
+                for method, figures in found.items()
+            },
+        }
+        write_json(file, record)
 
 
 def planned(shape: str, topology: str, seq_len: int, method: str) -> dict[str, Any]:
@@ -78,8 +79,13 @@ def planned(shape: str, topology: str, seq_len: int, method: str) -> dict[str, A
     return plan.as_record(row)
 
 
-def _ratio(one: float | None, other: float | None) -> float | None:
-    return round(one / other, 3) if one and other else None
+def _to_lora(figures: dict[str, Any], lora: dict[str, Any]) -> dict[str, float]:
+    """How many times lora's figures a method's are, of those that fit."""
+    if figures["excess"] or lora["excess"]:
+        return {}
+    sent = (sum(each["sent_bytes"].values()) for each in (figures, lora))
+    ratios = {"temp_bytes": figures["temp_bytes"] / lora["temp_bytes"], "sent_bytes": next(sent) / next(sent)}
+    return {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 
 if __name__ == "__main__":

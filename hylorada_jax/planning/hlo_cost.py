@@ -13,6 +13,10 @@ from hylorada_jax.errors import DataError
 
 _WHILE = re.compile(r" while\(.*condition=%([\w.-]+), body=%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|computations?)=\{?%([\w.-]+)((?:, %[\w.-]+)*)")
+_CONDITIONAL = re.compile(r" conditional\(.*, (?:branch|true)_computations?=([^\n]*)")
+# A copy between a TPU's memories, which other operations may overlap.
+_STARTED = re.compile(r"^ *%([\w.-]+) = .* (copy|slice)-start\((%[\w.-]+)\)(, slice=\{.*?\})?.*\n", re.M)
+_DONE = re.compile(r" (?:copy|slice)-done\(%([\w.-]+)\).*")
 _KERNEL = re.compile(r'%([\w.-]+) = ([^\n]*) custom-call\([^\n]*custom_call_target="tpu_custom_call"[^\n]*')
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 # What splash_attention names the calls of jax's kernel; with its own name for each of three kernels.
@@ -38,7 +42,9 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
 
         cost(C) = xla(C) + Σ_{while w in C} (trips_w · cost(body_w) − xla(body_w))
 
-    XLA's own analysis counts the body of a loop once, and so a model under ``nn.scan`` as one layer. Of a
+    XLA's own analysis counts the body of a loop once, and so a model under ``nn.scan`` as one layer; a copy
+    that begins and ends apart, twice; and of a conditional the branch that costs most, where here the least
+    is counted: ours have another formula for what all but never happens (``math/adapted_norm.py``). Of a
     kernel for a TPU it knows nothing: what the kernel states is counted, and of jax's splash attention, which
     states nothing, the products of the blocks that it goes through, and what it reads and writes for them.
 
@@ -66,6 +72,11 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
             # −1 stands for what XLA does not know.
             own_flops += kernels[kernel[1]].flops + 1
             own_moved += kernels[kernel[1]].bytes_accessed + 1
+        for branches in _CONDITIONAL.findall(computations[name]):
+            costs = [xla(branch) for branch in re.findall(r"%([\w.-]+)", branches)]
+            branch_flops, branch_moved = zip(*costs, strict=True)
+            own_flops += min(branch_flops) - max(branch_flops)
+            own_moved += min(branch_moved) - max(branch_moved)
         for _, body in _WHILE.findall(computations[name]):
             own_flops -= xla(body).flops
             own_moved -= xla(body).bytes_accessed
@@ -77,6 +88,8 @@ def parsed(text: str) -> tuple[str, dict[str, str]]:
     """The name of a program's entry, and its computations by name, as text."""
     # Metadata names places in the source, which the parser misses in a part of a program.
     text = re.sub(r", metadata=\{[^}]*\}", "", _readable(text))
+    started = {found[1]: f"{found[2]}({found[3]}){found[4] or ''}" for found in _STARTED.finditer(text)}
+    text = _DONE.sub(lambda done: f" {started[done[1]]}", _STARTED.sub("", text))
     blocks = {found[2]: found[0] for found in re.finditer(r"^(ENTRY )?%([\w.-]+) .*?^}", text, re.M | re.S)}
     (entry,) = (name for name, block in blocks.items() if block.startswith("ENTRY"))
     return entry, {name: block.removeprefix("ENTRY ") for name, block in blocks.items()}

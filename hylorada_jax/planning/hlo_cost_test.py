@@ -58,6 +58,37 @@ def test_a_loop_of_unknown_length_is_refused_or_told_its_turns():
     assert program_cost(told, turns=1.5).flops == 5 * (1.5 * 128 + 1) + 1
 
 
+# Half of an array is moved to a TPU's other memory and back; then one of two branches is taken.
+MOVED = """HloModule moved
+
+%dear (p.1: f32[8,4]) -> f32[8,4] {
+  %p.1 = f32[8,4] parameter(0)
+  %x.1 = f32[8,4] add(%p.1, %p.1)
+  ROOT %y.1 = f32[8,4] multiply(%x.1, %x.1)
+}
+
+%cheap (p.2: f32[8,4]) -> f32[8,4] {
+  %p.2 = f32[8,4] parameter(0)
+  ROOT %x.2 = f32[8,4] add(%p.2, %p.2)
+}
+
+ENTRY %main (p: f32[16,4], which: s32[]) -> f32[8,4] {
+  %p = f32[16,4] parameter(0)
+  %which = s32[] parameter(1)
+  %s = ((f32[16,4]), f32[8,4]{1,0:S(1)}, s32[]) slice-start(%p), slice={[8:16], [0:4]}, metadata={op_name="a"}
+  %t = f32[8,4]{1,0:S(1)} slice-done(%s)
+  %u = (f32[8,4], f32[8,4]{1,0:S(1)}, u32[]) copy-start(%t)
+  %v = f32[8,4] copy-done(%u), metadata={op_name="b"}
+  ROOT %w = f32[8,4] conditional(%which, %v, %v), branch_computations={%dear, %cheap}
+}
+"""
+
+
+def test_a_copy_is_counted_once_and_of_two_branches_the_cheap_one():
+    # 128 bytes: two of them for the slice, two for the copy, three for the sum of 32 numbers.
+    assert program_cost(MOVED) == (32, 7 * 128)
+
+
 # A call of a kernel as XLA prints it: what pallas notes has a line of its own.
 CALL = """HloModule kernel
 
