@@ -81,7 +81,7 @@ def planned(shape: str, topology: str, seq_len: int, method: str) -> dict[str, A
 
 def _to_lora(figures: dict[str, Any], lora: dict[str, Any]) -> dict[str, float]:
     """How many times lora's figures a method's are, of those that fit."""
-    if figures["excess"] or lora["excess"]:
+    if not (figures["fits"] and lora["fits"]):
         return {}
     sent = (sum(each["sent_bytes"].values()) for each in (figures, lora))
     ratios = {"temp_bytes": figures["temp_bytes"] / lora["temp_bytes"], "sent_bytes": next(sent) / next(sent)}

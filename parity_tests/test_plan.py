@@ -111,7 +111,7 @@ def test_a_plan_is_printed_with_its_command(tmp_path, monkeypatch, capsys):
     record = json.loads(capsys.readouterr().out)
     (row,) = record["rows"]
     assert row["batch_size"] == 2
-    assert row["excess"] == 0
+    assert row["fits"]
     assert row["tokens_per_second"] > 0
     # Two operations per token and weight forward, two again, two backward; of half the heads' and MLP's.
     layer = 2 * WIDTH**2 * (1 + 1 / 2) + 3 * WIDTH * MLP

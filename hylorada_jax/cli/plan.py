@@ -35,7 +35,7 @@ def plan(
     over the mesh. A compilation takes a minute or more; a table's line is printed after each.
 
     Args:
-        topology: of TPUs, such as v5e:4x4, v5p:2x2x4, v6e:2x4 or v4:2x2x2, for which the package libtpu is
+        topology: of TPUs, such as v5e:4x4, v5p:2x2x4, or v6e:2x4, for which the package libtpu is
             needed; or here, the devices in front of you.
         model: smollm2-135m, a directory with a config.json, a .gguf file, a Hub name, or a shape of Llama's
             kind: llama-1b, llama-8b, llama-32b, llama-70b.
@@ -134,8 +134,10 @@ def _devices(topology: str) -> "Devices":
 
 def _command(model: str, adapter: AdapterOptions, seq_len: int, row: "Row") -> str:
     """The way of a row as a command to paste."""
+    from hylorada_jax.planning.shapes import SHAPES
+
     case = row.figures.case
-    words = ["hylorada", "finetune", "--model", model]
+    words = ["hylorada", "finetune", "--model", "MODEL" if model in SHAPES else model]
     for name, value in vars(adapter).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

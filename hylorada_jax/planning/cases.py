@@ -25,8 +25,9 @@ class Figures:
     Attributes:
         case: the way to train.
         batch_size: rows of all chips.
+        refused: the compiler made no program, for the chip lacks memory.
+        limit_bytes: memory that there is, where the compiler says so.
         needed_bytes: memory that the step takes.
-        refused_at: the memory that there is, where the compiler makes no program that takes more.
         argument_bytes: weights, adapters, the optimizer's state and the batch.
         temp_bytes: what there is beside arguments while it runs.
         flops: operations, kernels and all turns of loops included.
@@ -37,8 +38,9 @@ class Figures:
 
     case: Case
     batch_size: int
+    refused: bool = False
+    limit_bytes: int | None = None
     needed_bytes: int | None = None
-    refused_at: int | None = None
     argument_bytes: int | None = None
     temp_bytes: int | None = None
     flops: float | None = None

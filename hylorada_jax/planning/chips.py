@@ -27,10 +27,9 @@ class Chip(NamedTuple):
     links: float
 
 
-# Source: docs.cloud.google.com/tpu/docs/v4, …/v5e, …/v5p and …/v6e, "key specifications", 2026. A chip
+# Source: docs.cloud.google.com/tpu/docs/v5e, …/v5p and …/v6e, "key specifications", 2026. A chip
 # sends at one half of the bidirectional bandwidth that stands there.
 CHIPS = {
-    "v4": Chip("TPU v4", 3, 32 * 2**30, 275e12, 1.2e12, 150e9),
     "v5e": Chip("TPU v5 lite", 2, 16 * 2**30, 197e12, 0.82e12, 200e9),
     "v5p": Chip("TPU v5", 3, 95 * 2**30, 459e12, 2.765e12, 600e9),
     "v6e": Chip("TPU v6 lite", 2, 32 * 2**30, 918e12, 1.64e12, 400e9),

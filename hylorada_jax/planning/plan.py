@@ -46,14 +46,16 @@ class Row:
 
     Attributes:
         figures: the compiler's.
-        excess: bytes that each chip lacks; 0 where it fits.
+        fits: on each chip.
+        excess: bytes that each chip lacks; 0 where it fits, None where nobody says how many.
         seconds: of a step at the chip's highest rates, an estimate that no run falls below.
         bound: which of them it is that of: "flops", "memory" or "links".
         tokens_per_second: of all chips, an estimate that no run exceeds.
     """
 
     figures: Figures
-    excess: int
+    fits: bool
+    excess: int | None
     seconds: float | None = None
     bound: str | None = None
     tokens_per_second: float | None = None
@@ -140,16 +142,17 @@ def plan(
                 if devices.memory is not None and least > devices.memory:
                     batch = number * placement_on(mesh, devices.chips, base).rows
                     figures = Figures(case, batch, argument_bytes=least, needed_bytes=least)
-                else:
-                    figures = compiled(case)
+                elif (figures := compiled(case)).refused and figures.temp_bytes is not None:
+                    needed = least + figures.temp_bytes
+                    figures = dataclasses.replace(figures, argument_bytes=least, needed_bytes=needed)
                 yield (row := _row(figures, devices, seq_len))
-                if row.excess:
+                if not row.fits:
                     break
 
 
 def best(rows: Sequence[Row]) -> Row | None:
     """Of those that fit the one with the most tokens per second, by the estimate; without one, the last."""
-    fitting = [row for row in reversed(rows) if not row.excess]
+    fitting = [row for row in reversed(rows) if row.fits]
     return max(fitting, key=lambda row: row.tokens_per_second or 0, default=None)
 
 
@@ -161,14 +164,12 @@ def as_record(row: Row) -> dict[str, Any]:
 
 
 def _row(figures: Figures, devices: Devices, seq_len: int) -> Row:
-    limit = figures.refused_at or devices.memory
-    needed = figures.needed_bytes
-    excess = 0 if limit is None or needed is None else max(0, needed - limit)
-    if figures.refused_at:
-        excess = max(excess, 1)
-    chip = devices.chip
-    if excess or chip is None or figures.flops is None or figures.bytes_accessed is None:
-        return Row(figures, excess)
+    limit, needed, chip = figures.limit_bytes or devices.memory, figures.needed_bytes, devices.chip
+    over = None if limit is None or needed is None else needed - limit
+    if figures.refused or (over or 0) > 0:
+        return Row(figures, False, over)
+    if chip is None or figures.flops is None or figures.bytes_accessed is None:
+        return Row(figures, True, 0)
     seconds = {
         "flops": figures.flops / chip.flops,
         "memory": figures.bytes_accessed / chip.bandwidth,
@@ -176,4 +177,4 @@ def _row(figures: Figures, devices: Devices, seq_len: int) -> Row:
     }
     bound = max(seconds, key=lambda name: seconds[name])
     tokens = figures.batch_size * seq_len
-    return Row(figures, 0, seconds[bound], bound, tokens / seconds[bound])
+    return Row(figures, True, 0, seconds[bound], bound, tokens / seconds[bound])

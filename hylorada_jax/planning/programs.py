@@ -33,7 +33,8 @@ from hylorada_jax.training.memory import needed_bytes
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.step import init_state, make_train_step
 
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# What a TPU's compiler says of temporaries; arguments come to them.
+_LACKS = re.compile(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -127,11 +128,11 @@ def figures_of(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = _USED.search(str(error))
-        needed = round(float(used[1]) * _UNITS[used[2]]) if used else None
-        limit = round(float(used[3]) * _UNITS[used[4]]) if used else None
-        seconds = time.perf_counter() - start
-        return Figures(case, rows, needed_bytes=needed, refused_at=limit, compile_seconds=seconds)
+        refused = Figures(case, rows, refused=True, compile_seconds=time.perf_counter() - start)
+        if (said := _LACKS.search(str(error))) is None:
+            return refused
+        temporary, limit = (round(float(said[n]) * _UNITS[said[n + 1]]) for n in (1, 3))
+        return dataclasses.replace(refused, temp_bytes=temporary, limit_bytes=limit)
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     found = Figures(

@@ -12,7 +12,7 @@ UNITS = "GiB of each chip but for rows (of all), ms, tokens/s (of all) and compi
 def line(row: Row) -> str:
     """One way to train, under ``HEADER``."""
     found = row.figures
-    fits = f"lacks {_gib(row.excess).strip()}" if row.excess else "yes"
+    fits = "yes" if row.fits else "no" if row.excess is None else f"lacks {_gib(row.excess)}"
     speed = f"{'':>8} {'':>9}"
     if row.seconds is not None and row.tokens_per_second is not None:
         speed = f"{row.seconds * 1e3:>8.0f} {row.tokens_per_second:>9,.0f}"
