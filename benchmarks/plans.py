@@ -62,19 +62,19 @@ def main(*, output: Path) -> None:
 
 def planned(shape: str, topology: str, seq_len: int, method: str) -> dict[str, Any]:
     """The one row of a plan, cut over all chips, with remat full and a row for each."""
-    import jax.numpy as jnp
-
+    from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.planning import compiling, plan, table
     from hylorada_jax.planning.chips import parse_topology
     from hylorada_jax.planning.programs import base_of_shapes
     from hylorada_jax.planning.shapes import SHAPES
 
     config, adapter = SHAPES[shape], HyLoRADAConfig(method=method)
+    base = base_of_shapes(DecoderConfig.from_hf(config))
     chip, count = parse_topology(topology)
     devices = plan.Devices(topology, count, chip, chip.memory)
     with compiling.for_topology(topology, config, adapter, seq_len) as compiled:
         settings: dict[str, Any] = {"seq_len": seq_len, "meshes": [f"fsdp={count}"], "remats": ["full"]}
-        (row,) = plan.plan(base_of_shapes(config, jnp.bfloat16), adapter, devices, compiled, **settings)
+        (row,) = plan.plan(base, adapter, devices, compiled, **settings)
     print(f"{shape} {topology} {seq_len} {method}: {table.line(row)}", flush=True)
     return plan.as_record(row)
 

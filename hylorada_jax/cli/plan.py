@@ -57,8 +57,7 @@ def plan(
     if topology != HERE:
         parse_topology(topology)
 
-    import jax.numpy as jnp
-
+    from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.positions import check_range
     from hylorada_jax.planning import compiling, table
     from hylorada_jax.planning.plan import best, placement_on, sensible_meshes
@@ -67,7 +66,7 @@ def plan(
     from hylorada_jax.surgery.fit import fit
 
     config = _config(model)
-    base = base_of_shapes(config, jnp.bfloat16)
+    base = base_of_shapes(DecoderConfig.from_hf(config))
     fit(base, settings)
     check_range((1, seq_len), limit=base.position_limit)
     devices = _devices(topology)

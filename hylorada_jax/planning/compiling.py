@@ -73,9 +73,9 @@ def for_topology(
 def for_here(config: dict[str, Any], adapter: HyLoRADAConfig, seq_len: int) -> Iterator[Compile]:
     """What compiles steps of a bfloat16 base for the devices of this process; as :func:`for_topology`."""
     import jax
-    import jax.numpy as jnp
 
+    from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.planning.programs import base_of_shapes, figures_of
 
-    base = base_of_shapes(config, jnp.bfloat16)
+    base = base_of_shapes(DecoderConfig.from_hf(config))
     yield lambda case: figures_of(base, adapter, seq_len, jax.devices(), case)

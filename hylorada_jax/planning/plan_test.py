@@ -3,11 +3,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.planning.cases import Figures
 from hylorada_jax.planning.chips import CHIPS, parse_topology
 from hylorada_jax.planning.plan import Devices, argument_bytes, best, plan, sensible_meshes
@@ -24,7 +24,7 @@ CHIP = CHIPS["v5e"]
 
 @pytest.fixture(scope="module")
 def base():
-    return base_of_shapes(SHAPE, jnp.bfloat16)
+    return base_of_shapes(DecoderConfig.from_hf(SHAPE))
 
 
 def devices(memory, count=8):
@@ -125,5 +125,5 @@ def test_another_topology_is_refused(text):
 @pytest.mark.parametrize(("name", "billions"), [("1b", 1.236), ("8b", 8.030), ("32b", 32.76), ("70b", 70.55)])
 def test_shapes_have_the_parameters_of_the_models_that_they_are_of(name, billions):
     """As the models' cards count them; the biases of Qwen's q, k and v are few."""
-    params = base_of_shapes(SHAPES[f"llama-{name}"], jnp.bfloat16).params
+    params = base_of_shapes(DecoderConfig.from_hf(SHAPES[f"llama-{name}"])).params
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, rel=1e-3)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
@@ -38,17 +38,16 @@ _LACKS = re.compile(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG]
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def base_of_shapes(config: dict[str, Any], dtype: DTypeLike) -> CausalLM:
-    """One of our decoders without weights, from the content of its config.json."""
-    read = DecoderConfig.from_hf(config)
-    return CausalLM(DecoderLM(read), param_shapes(read, dtype), read, "shapes")
+def base_of_shapes(config: DecoderConfig) -> CausalLM:
+    """One of our decoders in bfloat16, without weights."""
+    return CausalLM(DecoderLM(config), param_shapes(config, jnp.bfloat16), config, "shapes")
 
 
 def model_of_shapes(base: CausalLM, adapter: HyLoRADAConfig) -> HyLoRADAModel:
     """An adapted model whose trees are shapes: it takes no weights and no memory.
 
     Args:
-        base: from :func:`hylorada_jax.models.loading.empty_model`.
+        base: without weights.
         adapter: what is adapted.
     """
     models = []
@@ -113,7 +112,7 @@ def figures_of(
     """What the compiler says of the step in one case.
 
     Args:
-        base: without weights, in the dtype that it is trained in.
+        base: without weights.
         adapter: what is trained.
         seq_len: tokens of a row.
         devices: all of a mesh.

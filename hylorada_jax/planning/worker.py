@@ -18,15 +18,14 @@ def main(requests: TextIO, answers: TextIO) -> None:
     from hylorada_jax.planning.libtpu import use_libtpu
 
     use_libtpu()
-    import jax.numpy as jnp
-
     from hylorada_jax.config import HyLoRADAConfig
     from hylorada_jax.errors import HyLoRADAError
+    from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.planning.cases import Case
     from hylorada_jax.planning.programs import base_of_shapes, figures_of
 
     job = json.loads(requests.readline())
-    base = base_of_shapes(job["config"], jnp.bfloat16)
+    base = base_of_shapes(DecoderConfig.from_hf(job["config"]))
     adapter = HyLoRADAConfig.from_dict(job["adapter"])
     for line in requests:
         answer: dict[str, Any]
