@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import run
-from benchmarks.tpu_compile import TOPOLOGIES, use_libtpu
+from benchmarks.tpu_compile import TOPOLOGIES
 from hylorada_jax.io.files import refuse_unusable, write_json
+from hylorada_jax.planning.libtpu import use_libtpu
 
 
 def main(

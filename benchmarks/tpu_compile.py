@@ -12,9 +12,7 @@ accepts, and its figures are the compiler's. Every record is of one device:
     to_lora                 the method's figures over those of lora
 """
 
-import importlib.machinery
 import importlib.metadata
-import os
 import shlex
 import sys
 import time
@@ -23,8 +21,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.command import run
-from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.io.files import refuse_unusable, write_json
+from hylorada_jax.planning.libtpu import use_libtpu
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 MODEL = "smollm2-135m"
@@ -86,40 +84,6 @@ SMALL_LONG_ROWS: dict[str, LongRow] = {
     )
     for method in ("lora", "hylorada_v1")
 }
-
-
-def libtpu_directory() -> Path:
-    """Where libtpu is installed: with the other packages, or apart from them in ``<environment>/libtpu``.
-
-    Apart, because JAX opens a TPU in every program that can import libtpu.
-
-    Raises:
-        HyLoRADAError: it is in neither place.
-    """
-    apart = Path(sys.prefix) / "libtpu"
-    found = importlib.machinery.PathFinder.find_spec("libtpu", [*sys.path, str(apart)])
-    if found is None or found.origin is None:
-        raise HyLoRADAError(
-            "Compiling for a TPU needs the package libtpu, though no TPU.",
-            f"no libtpu on the module path, nor in {apart}",
-            f"Run `make test`, or `pip install --no-deps --target {apart} -c constraints.txt libtpu`.",
-        )
-    return Path(found.origin).parents[1]
-
-
-def use_libtpu() -> None:
-    """Lets JAX compile for TPUs, though there is none; to be called before it is imported.
-
-    Raises:
-        HyLoRADAError: libtpu is not installed.
-    """
-    sys.path.append(str(libtpu_directory()))
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",  # else it asks the network which TPU this is
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is opened that two processes could not share
-        JAX_ENABLE_COMPILATION_CACHE="false",  # programs for a TPU that is not there cannot be read back
-    )
 
 
 def main(

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import run
-from benchmarks.tpu_compile import MODEL, use_libtpu
+from benchmarks.tpu_compile import MODEL
 from hylorada_jax.io.files import refuse_unusable, write_json
+from hylorada_jax.planning.libtpu import use_libtpu
 
 # Heads of SmolLM2-135M, Qwen3-0.6B and Llama 3.1 8B, and a small vocabulary.
 HEADS = ((49_152, 576), (151_936, 1024), (128_256, 4096), (32_000, 2048))

@@ -11,20 +11,14 @@ from jax import Array
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.hlo_cost import program_cost
 from hylorada_jax.config import METHODS, QKVO, HyLoRADAConfig
-from hylorada_jax.data.document import TokenizedDocument
-from hylorada_jax.data.packing import Rows
 from hylorada_jax.math.loss import chunk_tokens, token_nll
 from hylorada_jax.math.pattern import Pattern
-from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.batch import computed
-from hylorada_jax.models.causal_lm import CausalLM, param_shapes
-from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.placement.placement import Placement
+from hylorada_jax.planning import programs
+from hylorada_jax.planning.hlo_cost import program_cost
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.optimizer import make_optimizer
-from hylorada_jax.training.step import init_state, make_train_step
 from parity_tests.layers import LAYERS, Draw
 from parity_tests.measure import jax_side, measured_in, precision
 
@@ -102,20 +96,10 @@ def compiled_step(
         remat: what is computed again in the backward pass.
     """
     adapter = HyLoRADAConfig(method=method, target_modules=QKVO if METHODS[method]["roles"] else None)
-    training = TrainingConfig(output="unused", steps=10, batch_size=batch_size, seq_len=seq_len)
-    model = _model_of_shapes(config, adapter, remat)
-    optimizer = make_optimizer(model.adapters, training, adapter)
-    state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
-    ids = np.zeros(seq_len + 1, np.int32)
-    document = TokenizedDocument(ids, structure_ids=ids if adapter.use_hylorada_v2 else None)
-    (row,) = Rows([document], seq_len)
-    batch = {n: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for n, x in computed(row).items()}
-    mesh = _mesh(devices)
-    step = make_train_step(model, optimizer, training)
-    # These devices, not those of this machine: a mesh of devices would be given constants to hold.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = step.lower(_on(mesh, state), _on(mesh, model.frozen), _on(mesh, batch, "data"))
-    return lowered.compile()
+    rows: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "remat": remat}
+    training = TrainingConfig(output="unused", **rows)
+    model = programs.model_of_shapes(programs.base_of_shapes(config), adapter)
+    return programs.compiled_step(model, Placement(programs.mesh_of_devices(devices)), training)
 
 
 def compile_loss(vocab: int, width: int, chunk: int, device: Any, *, tokens: int) -> Record:
@@ -177,24 +161,8 @@ def to_lora(figures: Mapping[str, float], lora: Mapping[str, float]) -> Record:
     return {name: round(figures[name] / lora[name], 3) for name in COMPARED if lora[name]}
 
 
-def _model_of_shapes(config: DecoderConfig, adapter: HyLoRADAConfig, remat: str) -> HyLoRADAModel:
-    """An adapted model whose trees are shapes: it takes no weights and no memory."""
-    models = []
-
-    def build(params: dict[str, Any]) -> tuple[Any, Any]:
-        models.append(HyLoRADAModel(CausalLM(DecoderLM(config, remat), params, config, "shapes"), adapter))
-        return models[0].adapters, models[0].frozen
-
-    shapes = param_shapes(config, jnp.bfloat16)
-    adapters, frozen = jax.eval_shape(build, shapes)
-    (model,) = models
-    # What it was built with were tracers.
-    model.base, model.adapters, model.frozen = model.base.with_params(shapes), adapters, frozen
-    return model
-
-
 def _mesh(devices: Sequence[Any]) -> Mesh:
-    """The mesh that ``training.devices`` makes of the devices it finds."""
+    """A mesh that divides rows alone."""
     return Mesh(np.array(devices), ("data",))
 
 

@@ -14,7 +14,7 @@ JAX = Path(__file__).parents[1] / "hylorada_jax"
 ROOMS = [
     "text", "terminal", "exact", "leaves", "trees", "errors", "placement", "io", "config", "math", "modules",
     "structure", "models", "surgery", "saved", "model", "adapter_bank", "exchange", "data", "evaluation",
-    "training", "nnx", "cli",
+    "training", "planning", "nnx", "cli",
 ]  # fmt: skip
 
 

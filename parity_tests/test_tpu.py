@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_compile import SMALL, SMALL_LONG, TOPOLOGIES, libtpu_directory
+from benchmarks.tpu_compile import SMALL, SMALL_LONG, TOPOLOGIES
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.planning.libtpu import libtpu_directory
 from parity_tests.layers import LAYERS
 
 # What does all that the other does, and more.

@@ -18,6 +18,7 @@ from hylorada_jax.cli.merge import merge
 from hylorada_jax.cli.params import params
 from hylorada_jax.cli.parity import parity
 from hylorada_jax.cli.peft import export_peft, import_peft
+from hylorada_jax.cli.plan import plan
 from hylorada_jax.cli.recipe import expanded
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.terminal import brief, printable
@@ -66,6 +67,7 @@ def _run() -> None:
                 "generate": generate,
                 "chat": chat,
                 "params": params,
+                "plan": plan,
                 "inspect": inspect,
                 "merge": merge,
                 "export-peft": export_peft,

@@ -74,7 +74,7 @@ def splash_attention(
 
     def of_row(query: Array, key: Array, value: Array, own: Array | None) -> Array:
         run = _kernel(len(query), *kernel)  # of the heads that this device has
-        # The kernel states no cost; benchmarks/hlo_cost.py reads it off this name.
+        # The kernel states no cost; planning/hlo_cost.py reads it off this name.
         with jax.named_scope(f"{blocks}_blocks_of_{size}"):
             return run(query, key, value, None if own is None else splash.SegmentIds(own, own))
 

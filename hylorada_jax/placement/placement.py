@@ -92,6 +92,14 @@ class Placement:
         specs = specs_of(tree, self.rules, self.mesh.shape)
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
+    def shapes(self, tree: Any) -> Any:
+        """The shapes of a tree's leaves where they belong: arguments to compile a program for."""
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            tree,
+            self.shardings(tree),
+        )
+
     def put(self, tree: Any) -> Any:
         """A tree with every leaf where it belongs; what lies there, or on the only device, is not copied."""
         return jax.device_put(tree, self.shardings(tree))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hylorada_jax.placement.axes import AXES, ROWS, Axis, dividing
 from hylorada_jax.placement.placement import (
+    RULES,
     Placement,
     Rule,
     as_spec,
@@ -65,6 +66,22 @@ def cut_by(rules: Sequence[Rule], tree: Any) -> Any:
     if not (sizes := _sizes()):
         return tree
     return jax.lax.with_sharding_constraint(tree, specs_of(tree, rules, sizes))
+
+
+def on_shards(run: Callable[[Array], Array], leaf: Array, *path: str) -> Array:
+    """What a function of the leaf's shape gives for each device's own part of it, which stays where it is.
+
+    For operations that the compiler cannot divide, and would gather the leaf for.
+
+    Args:
+        run: gives an array of the shape of its argument.
+        leaf: lies over the mesh in use as the usual rules say.
+        path: of the leaf.
+    """
+    if not (sizes := _sizes()):
+        return run(leaf)
+    (spec,) = specs_of({"/".join(path): leaf}, RULES, sizes).values()
+    return jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=False)(leaf)
 
 
 def _spec(shape: Sequence[int], axes: tuple[Axis, ...]) -> PartitionSpec:

@@ -182,7 +182,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         # Of these, a class that is not flax's has what it needs.
         bias = module.get_variable("params", "bias", None)
         dtype, precision = getattr(module, "dtype", None), getattr(module, "precision", None)
-        kernel = as_it_lies(module.get_variable("params", "kernel"))
+        kernel = as_it_lies(module.get_variable("params", "kernel"), module.path)
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=dtype)
         axes = (((x.ndim - 1,), (1 if out_in else 0,)), ((), ()))
         base = quantized.dot_general(x, kernel, axes, precision=precision)

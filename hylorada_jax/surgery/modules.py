@@ -15,6 +15,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
+from hylorada_jax.placement.shards import on_shards
 from hylorada_jax.surgery.targets import is_cross
 from hylorada_jax.trees import Params, Tree
 
@@ -62,7 +63,7 @@ class Linear(Module):
         """
         kernel = subtree(params, self.path)["kernel"]
         if self.stacked:
-            kernel = as_it_lies(jax.tree.map(lambda leaf: _at(leaf, layer), kernel))
+            kernel = as_it_lies(jax.tree.map(lambda leaf: _at(leaf, layer), kernel), self.path)
         weight = as_array(kernel)
         return weight if self.kernel_is_out_in else weight.T
 
@@ -71,12 +72,16 @@ def _at(leaf: Array, layer: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def as_it_lies(kernel: Any) -> Any:
-    """A layer's kernel, perhaps quantised, in the order of memory that it has among the parameters.
+def as_it_lies(kernel: Any, path: Path) -> Any:
+    """The kernel of a layer at a path, perhaps quantised, in the order of memory that it has among parameters.
 
     Left to choose, a TPU's compiler turns the kernels of all layers over, in a copy, before a loop over them.
     """
-    return jax.tree.map(lambda leaf: with_layout_constraint(jnp.asarray(leaf), Layout((0, 1))), kernel)
+
+    def keep(own: Array) -> Array:
+        return with_layout_constraint(own, Layout((0, 1)))
+
+    return jax.tree.map(lambda leaf: on_shards(keep, jnp.asarray(leaf), *path, "kernel"), kernel)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 
-from benchmarks.hlo_cost import program_cost
 from hylorada_jax.errors import DataError
+from hylorada_jax.planning.hlo_cost import program_cost
 
 # A product in a loop of 3 runs inside a loop of 5, as XLA prints an optimized program.
 PROGRAM = """HloModule loops

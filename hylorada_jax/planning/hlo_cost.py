@@ -1,7 +1,9 @@
 """The cost of a compiled program, with every loop counted as often as it runs, and every kernel for a TPU."""
 
+import functools
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -56,45 +58,76 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
     Raises:
         DataError: it cannot be read off how often a loop runs, or what a kernel costs.
     """
-    # What pallas notes at a kernel goes over several lines, and the parser misses its end.
-    text = re.sub(r", frontend_attributes=\{kernel_metadata=\{.*?\}\}", "", text, flags=re.S)
-    kernels = {found[1]: _kernel_cost(found[0], found[2]) for found in _KERNEL.finditer(text)}
+    kernels = {found[1]: _kernel_cost(found[0], found[2]) for found in _KERNEL.finditer(_readable(text))}
+    entry, computations = parsed(text)
+
+    @functools.cache
+    def xla(name: str) -> Cost:
+        return _xla_cost(name, computations)
+
+    flops = moved = 0.0
+    for name, runs in executions(entry, computations, turns).items():
+        own_flops, own_moved = xla(name)
+        for kernel in _KERNEL.finditer(computations[name]):
+            # −1 stands for what XLA does not know.
+            own_flops += kernels[kernel[1]].flops + 1
+            own_moved += kernels[kernel[1]].bytes_accessed + 1
+        for branches in _CONDITIONAL.findall(computations[name]):
+            costs = [xla(branch) for branch in re.findall(r"%([\w.-]+)", branches)]
+            branch_flops, branch_moved = zip(*costs, strict=True)
+            own_flops += min(branch_flops) - max(branch_flops)
+            own_moved += min(branch_moved) - max(branch_moved)
+        for _, body in _WHILE.findall(computations[name]):
+            own_flops -= xla(body).flops
+            own_moved -= xla(body).bytes_accessed
+        flops, moved = flops + runs * own_flops, moved + runs * own_moved
+    return Cost(flops, moved)
+
+
+def parsed(text: str) -> tuple[str, dict[str, str]]:
+    """The name of a program's entry, and its computations by name, as text."""
     # Metadata names places in the source, which the parser misses in a part of a program.
-    text = re.sub(r", metadata=\{[^}]*\}", "", text)
+    text = re.sub(r", metadata=\{[^}]*\}", "", _readable(text))
     started = {found[1]: f"{found[2]}({found[3]}){found[4] or ''}" for found in _STARTED.finditer(text)}
     text = _DONE.sub(lambda done: f" {started[done[1]]}", _STARTED.sub("", text))
     blocks = {found[2]: found[0] for found in re.finditer(r"^(ENTRY )?%([\w.-]+) .*?^}", text, re.M | re.S)}
     (entry,) = (name for name, block in blocks.items() if block.startswith("ENTRY"))
-    computations = {name: block.removeprefix("ENTRY ") for name, block in blocks.items()}
-    reached = 0
+    return entry, {name: block.removeprefix("ENTRY ") for name, block in blocks.items()}
 
-    def cost(name: str) -> Cost:
-        nonlocal reached
-        flops, moved = _xla_cost(name, computations)
-        for kernel in _KERNEL.finditer(computations[name]):
-            # −1 stands for what XLA does not know.
-            flops += kernels[kernel[1]].flops + 1
-            moved += kernels[kernel[1]].bytes_accessed + 1
-        for branches in _CONDITIONAL.findall(computations[name]):
-            costs = [_xla_cost(branch, computations) for branch in re.findall(r"%([\w.-]+)", branches)]
-            flops += min(each.flops for each in costs) - max(each.flops for each in costs)
-            moved += min(each.bytes_accessed for each in costs) - max(each.bytes_accessed for each in costs)
+
+def executions(entry: str, computations: Mapping[str, str], turns: float | None) -> dict[str, float]:
+    """How often the entry of a program, and the body of each of its loops, runs.
+
+    Raises:
+        DataError: it cannot be read off how often a loop runs.
+    """
+    runs: dict[str, float] = {}
+
+    def visit(name: str, times: float) -> None:
+        runs[name] = runs.get(name, 0) + times
         for condition, body in _WHILE.findall(computations[name]):
-            reached += 1
-            trips = _trips(computations[condition], turns)
-            once, all_of_it = _xla_cost(body, computations), cost(body)
-            flops += trips * all_of_it.flops - once.flops
-            moved += trips * all_of_it.bytes_accessed - once.bytes_accessed
-        return Cost(flops, moved)
+            visit(body, times * _trips(computations[condition], turns))
 
-    total = cost(entry)
-    if reached != (loops := text.count(" while(")):
+    visit(entry, 1)
+    bodies = {body for block in computations.values() for _, body in _WHILE.findall(block)}
+    if missed := bodies - runs.keys():
         raise DataError(
             "Every loop of the program is run by its entry, or by the body of such a loop.",
-            f"{reached} of {loops} loops",
+            f"{len(missed)} of {len(bodies)} loops",
             "Let program_cost follow the operation that runs the others.",
         )
-    return total
+    return runs
+
+
+def called(text: str) -> Iterator[str]:
+    """The names of the computations that a part of a program calls, those of its loops too."""
+    for first, others in _CALLED.findall(text):
+        yield from (first, *re.findall(r"%([\w.-]+)", others))
+
+
+def _readable(text: str) -> str:
+    """Without what pallas notes at a kernel over several lines, whose end the parser misses."""
+    return re.sub(r", frontend_attributes=\{kernel_metadata=\{.*?\}\}", "", text, flags=re.S)
 
 
 def _kernel_cost(call: str, outputs: str) -> Cost:
@@ -134,15 +167,14 @@ def _trips(condition: str, turns: float | None) -> float:
     )
 
 
-def _xla_cost(name: str, computations: dict[str, str]) -> Cost:
+def _xla_cost(name: str, computations: Mapping[str, str]) -> Cost:
     """What XLA says of a computation, as the entry of a program of its own."""
     needed: dict[str, None] = {}  # an ordered set, callees first
 
     def visit(name: str) -> None:
         if name not in needed:
-            for first, others in _CALLED.findall(computations[name]):
-                for callee in [first, *re.findall(r"%([\w.-]+)", others)]:
-                    visit(callee)
+            for callee in called(computations[name]):
+                visit(callee)
             needed[name] = None
 
     visit(name)

@@ -1,0 +1,163 @@
+"""The command that tells what fits before anything is rented."""
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline
+from hylorada_jax.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from hylorada_jax.planning.plan import Devices, Row
+
+HERE = "here"
+Policy = Literal["none", "dots", "full"]
+
+
+@puts_offline
+def plan(
+    *,
+    topology: str,
+    model: str = PACKAGED_MODEL,
+    adapter: Adapter = DEFAULTS,
+    seq_len: int = 4096,
+    mesh: tuple[str, ...] = (),
+    remat: tuple[Policy, ...] = (),
+    rows: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (1,),
+    json: bool = False,
+    offline: bool = False,
+) -> None:
+    """Tell from a model's config alone how it can be trained on devices that need not be there.
+
+    The real training step is compiled for them: bfloat16 weights, the adapters and the optimizer's state cut
+    over the mesh. A compilation takes a minute or more; a table's line is printed after each.
+
+    Args:
+        topology: of TPUs, such as v5e:4x4, v5p:2x2x4, or v6e:2x4, for which the package libtpu is
+            needed; or here, the devices in front of you.
+        model: smollm2-135m, a directory with a config.json, a .gguf file, a Hub name, or a shape of Llama's
+            kind: llama-1b, llama-8b, llama-32b, llama-70b.
+        adapter: what would be trained.
+        seq_len: tokens per row.
+        mesh: as finetune takes it; several are compared [weights cut over all chips, over as few as leave
+            half of the memory, and heads cut in 2 and in 4].
+        remat: what the backward pass computes again [full, then dots and none while they fit].
+        rows: rows of a step for each part of data × fsdp; several are compared.
+        json: print one JSON object in place of the table.
+        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+    """
+    from hylorada_jax.planning.chips import parse_topology
+
+    settings = adapter.build()
+    for name, value in (("seq_len", seq_len), *(("rows", each) for each in rows)):
+        if value < 1:
+            raise ConfigError(f"{name} must be a positive integer.", str(value), "Choose a larger one.")
+    if topology != HERE:
+        parse_topology(topology)
+
+    from hylorada_jax.models.decoder_config import DecoderConfig
+    from hylorada_jax.models.positions import check_range
+    from hylorada_jax.planning import compiling, table
+    from hylorada_jax.planning.plan import best, placement_on, sensible_meshes
+    from hylorada_jax.planning.plan import plan as planned
+    from hylorada_jax.planning.programs import base_of_shapes
+    from hylorada_jax.surgery.fit import fit
+
+    config = _config(model)
+    base = base_of_shapes(DecoderConfig.from_hf(config))
+    fit(base, settings)
+    check_range((1, seq_len), limit=base.position_limit)
+    devices = _devices(topology)
+    for each in mesh:
+        placement_on(each, devices.chips, base)
+    meshes = mesh or sensible_meshes(base, settings, devices)
+    remats = [each for each in ("full", "dots", "none") if not remat or each in remat]
+    if topology == HERE:
+        compilers = compiling.for_here(config, settings, seq_len)
+    else:
+        compilers = compiling.for_topology(topology, config, settings, seq_len)
+    found: list[Row] = []
+    with compilers as compiled:
+        if not json:
+            print(table.HEADER, flush=True)
+        options: dict[str, Any] = {"seq_len": seq_len, "meshes": meshes, "remats": remats, "rows": rows}
+        for row in planned(base, settings, devices, compiled, **options):
+            found.append(row)
+            if not json:
+                print(table.line(row), flush=True)
+    winner = best(found)
+    command = None if winner is None else _command(model, adapter, seq_len, winner)
+    if json:
+        _print_json(devices, found, command)
+        return
+    print(table.UNITS)
+    if winner is None or command is None:
+        print("Nothing fits: take more chips, shorter rows, or more heads' shares (tensor).")
+        return
+    if winner.seconds is not None:
+        print(table.estimate(winner))
+    print(f"each chip sends, in the best row: {table.sent_by_kind(winner)}\n\n{command}")
+
+
+def _config(model: str) -> dict[str, Any]:
+    """config.json's content of a model of our decoder's."""
+    from hylorada_jax.models.families import DECODERS, either
+    from hylorada_jax.models.source import find_source
+    from hylorada_jax.planning.shapes import SHAPES
+
+    config = SHAPES.get(model) or find_source(model, config_only=True).config
+    if config.get("model_type") not in DECODERS:
+        raise ModelError(
+            "A plan is made for models of our decoder.",
+            f"model_type {config.get('model_type')!r}",
+            f"Choose a model of type {either(DECODERS)}.",
+        )
+    return config
+
+
+def _devices(topology: str) -> "Devices":
+    from hylorada_jax.planning.chips import chip_of_kind, parse_topology
+    from hylorada_jax.planning.plan import Devices
+
+    if topology != HERE:
+        chip, count = parse_topology(topology)
+        return Devices(topology, count, chip, chip.memory)
+    import jax
+
+    from hylorada_jax.training.memory import device_memory
+
+    return Devices(HERE, jax.device_count(), chip_of_kind(jax.devices()[0].device_kind), device_memory())
+
+
+def _command(model: str, adapter: AdapterOptions, seq_len: int, row: "Row") -> str:
+    """The way of a row as a command to paste."""
+    from hylorada_jax.planning.shapes import SHAPES
+
+    case = row.figures.case
+    words = ["hylorada", "finetune", "--model", "MODEL" if model in SHAPES else model]
+    for name, value in vars(adapter).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    words += ["--mesh", case.mesh] if case.mesh else []
+    words += ["--remat", case.remat, "--batch-size", str(row.figures.batch_size)]
+    return shlex.join([*words, "--seq-len", str(seq_len), "--dtype", "bfloat16"])
+
+
+def _print_json(devices: "Devices", rows: "list[Row]", command: str | None) -> None:
+    import json
+
+    from hylorada_jax.planning.plan import as_record
+
+    record = {
+        "topology": devices.name,
+        "devices": devices.chips,
+        "chip": None if devices.chip is None else devices.chip._asdict(),
+        "rows": [as_record(row) for row in rows],
+        "best": command,
+    }
+    print(json.dumps(record))

@@ -1,0 +1,1 @@
+"""What a training step takes on devices, said by their compiler before there are any."""

@@ -1,0 +1,81 @@
+"""Who compiles: this process for its own devices, or another one for TPUs that are not there."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ConfigError, HyLoRADAError
+from hylorada_jax.planning.cases import Case, Figures
+from hylorada_jax.planning.libtpu import libtpu_directory
+
+Compile = Callable[[Case], Figures]
+
+
+@contextlib.contextmanager
+def for_topology(
+    topology: str, config: dict[str, Any], adapter: HyLoRADAConfig, seq_len: int
+) -> Iterator[Compile]:
+    """What compiles steps of a bfloat16 base for TPUs, in a process of its own; JAX is not touched here.
+
+    Args:
+        topology: such as "v5e:2x2".
+        config: the content of the base's config.json.
+        adapter: what is trained.
+        seq_len: tokens of a row.
+
+    Raises:
+        HyLoRADAError: libtpu is not installed.
+        ConfigError: from the function that is given: the compiler knows no such topology, or the case cannot
+            be trained.
+    """
+    libtpu_directory()  # missing, it is reported before anything starts
+    job = {"config": config, "adapter": adapter.to_dict(), "seq_len": seq_len, "topology": topology}
+    command = [sys.executable, "-m", "hylorada_jax.planning.worker"]
+    with tempfile.TemporaryFile("w+", errors="replace") as noise:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": noise}
+        with subprocess.Popen(command, text=True, **pipes) as process:
+
+            def ask(line: dict[str, Any]) -> None:
+                assert process.stdin is not None
+                print(json.dumps(line), file=process.stdin, flush=True)
+
+            def compiled(case: Case) -> Figures:
+                assert process.stdout is not None
+                with contextlib.suppress(BrokenPipeError):
+                    ask(case._asdict())
+                if answer := process.stdout.readline():
+                    read = json.loads(answer)
+                    if "error" in read:
+                        raise ConfigError(*read["error"])
+                    return Figures.of_json(read["figures"])
+                process.wait()
+                noise.seek(0)
+                raise HyLoRADAError(
+                    "The process that compiles for TPUs must not end before it has answered.",
+                    f"{case} on {topology}: exit status {process.returncode}: {noise.read()[-1000:]}",
+                    "See the message above; where memory was short, give one mesh (--mesh) and one remat.",
+                )
+
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    ask(job)
+                yield compiled
+            finally:
+                process.kill()
+
+
+@contextlib.contextmanager
+def for_here(config: dict[str, Any], adapter: HyLoRADAConfig, seq_len: int) -> Iterator[Compile]:
+    """What compiles steps of a bfloat16 base for the devices of this process; as :func:`for_topology`."""
+    import jax
+
+    from hylorada_jax.models.decoder_config import DecoderConfig
+    from hylorada_jax.planning.programs import base_of_shapes, figures_of
+
+    base = base_of_shapes(DecoderConfig.from_hf(config))
+    yield lambda case: figures_of(base, adapter, seq_len, jax.devices(), case)
