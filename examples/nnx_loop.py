@@ -2,17 +2,17 @@
 
     python examples/nnx_loop.py
 
-The transformer knows nothing of adapters. Its paths and its arithmetic are Llama's, so that the adapter that
-is saved fits the same weights in Linen, in PyTorch and in PEFT too.
+All that the transformer knows of adapters is its ``Attention``, which is plain attention until direct
+adaptation or shifted groups are asked for; for hylorada_v1, as here, any other would do. Its paths and its
+arithmetic are Llama's, so that the adapter that is saved fits the same weights in Linen and in PyTorch too.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from hylorada_jax import HyLoRADAConfig, TrainingConfig
-from hylorada_jax.nnx import AdapterParam, adapt, make_optimizer, save_adapter
+from hylorada_jax.nnx import AdapterParam, Attention, adapt, make_optimizer, save_adapter
 
 
 def rotated(x):
@@ -24,19 +24,20 @@ def rotated(x):
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-class Attention(nnx.Module):
+class SelfAttention(nnx.Module):
     """Causal self-attention."""
 
     def __init__(self, width, heads, *, rngs):
         self.heads = heads
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nnx.Linear(width, width, use_bias=False, rngs=rngs))
+        self.attention = Attention(heads)
 
     def __call__(self, x):
         """The attended x [batch, seq, width]."""
         heads = lambda project: project(x).reshape(*x.shape[:2], self.heads, -1)
         query, key, value = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
-        y = jax.nn.dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
+        y = self.attention(rotated(query), rotated(key), value)
         return self.o_proj(y.reshape(x.shape))
 
 
@@ -58,7 +59,7 @@ class Block(nnx.Module):
 
     def __init__(self, width, heads, hidden, *, rngs):
         self.input_layernorm = nnx.RMSNorm(width, rngs=rngs)
-        self.self_attn = Attention(width, heads, rngs=rngs)
+        self.self_attn = SelfAttention(width, heads, rngs=rngs)
         self.post_attention_layernorm = nnx.RMSNorm(width, rngs=rngs)
         self.mlp = MLP(width, hidden, rngs=rngs)
 

@@ -171,7 +171,8 @@ def check_positions(positions: Array | np.ndarray, shape: tuple[int, ...] | None
     elif not jnp.issubdtype(positions.dtype, jnp.integer):
         wrong = f"dtype {positions.dtype}"
     elif not isinstance(positions, jax.core.Tracer) and positions.size:
-        lowest, highest = int(positions.min()), int(positions.max())
+        known = np.asarray(positions)  # by numpy: what is compiled around it may be being traced
+        lowest, highest = int(known.min()), int(known.max())
         if lowest < 0 or highest >= 2**31:  # they are int32 on a device
             wrong = f"a position of {lowest if lowest < 0 else highest}"
     if wrong:

@@ -4,6 +4,8 @@ from .attention import PositionalDAA as PositionalDAA
 from .attention import ShiftedSparseAttention as ShiftedSparseAttention
 from .files import load_adapter as load_adapter
 from .files import save_adapter as save_adapter
+from .hooks import Attention as Attention
+from .hooks import AttentionScores as AttentionScores
 from .kinds import register_einsum as register_einsum
 from .linear import DoRALinear as DoRALinear
 from .linear import HyLoRADALinear as HyLoRADALinear
@@ -12,6 +14,7 @@ from .linear import HyLoRADAv2Linear as HyLoRADAv2Linear
 from .linear import LoRALinear as LoRALinear
 from .optimizer import make_optimizer as make_optimizer
 from .position import PositionBias as PositionBias
+from .resolving import resolve as resolve
 from .sparse import SparseAdapter as SparseAdapter
 from .sparse import TopKGate as TopKGate
 from .structure import StructureEncoder as StructureEncoder
@@ -19,4 +22,5 @@ from .structure import TemporalStructureEncoder as TemporalStructureEncoder
 from .taking_off import disabled as disabled
 from .taking_off import merge as merge
 from .taking_off import unload as unload
+from .tokens import tokens as tokens
 from .variables import AdapterParam as AdapterParam

@@ -6,14 +6,20 @@ as before.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
 from jax import Array
 
-from hylorada_jax.leaves import KINDS, Kind
-from hylorada_jax.math import linear_adapter, sparse
+from hylorada_jax.errors import ModelError
+from hylorada_jax.leaves import KINDS, LEAVES, Kind
+from hylorada_jax.math import linear_adapter, low_rank, sparse
 from hylorada_jax.nnx.kinds import Contraction, contraction, kind_of
+from hylorada_jax.nnx.tokens import current
+
+RESOLVED = tuple(leaf.resolved for leaf in LEAVES if leaf.component == "linear" and leaf.resolved)
+"""The leaves of linear adapters that depend on weights only, once they are resolved."""
 
 
 class Settings(NamedTuple):
@@ -37,9 +43,15 @@ class Settings(NamedTuple):
 
 
 class Adapted(nnx.Module):
-    """What all adapted modules are, beside what they were."""
+    """What all adapted modules are, beside what they were.
+
+    Attributes:
+        plain: the class that the module had.
+        inner: the class that this one extends: the same, or that of the adapted layer that the model is.
+    """
 
     plain: type
+    inner: type
 
 
 class AdaptedLinear(Adapted):
@@ -61,19 +73,52 @@ class AdaptedLinear(Adapted):
         y = self.plain.__call__(layer, inputs, *arguments, **options)
         rows = form.rows_of_y(y)
         if settings.kind:
-            leaves = {name: getattr(self, name)[...] for name in KINDS[settings.kind]}
             x = self.lora_dropout(form.rows(inputs.astype(y.dtype)))
-            weight = form.matrix(getattr(self, kind.leaves[0])[...]).T
-            rows = linear_adapter.adapted_layer(
-                leaves, x, rows, weight, settings.scale, detach_norm=settings.detach_norm
-            )
+            leaves = self._resolved(form.matrix(getattr(self, kind.leaves[0])[...]).T)
+            p = token_scale(leaves, x)
+            delta = low_rank.low_rank_delta(x, leaves["lora_A"], leaves["scaled_B"], p)
+            rows = low_rank.adapted_output(rows, delta, leaves.get("column_scale"))
         if bias is not None:
             rows = rows + bias[...].reshape(-1).astype(rows.dtype)
         if settings.units_on:
-            mask = sparse.topk_mask(self.gate_scores[...], settings.units_on, settings.temperature)
-            units = self.sparse_dropout(sparse.units(rows, self.down[...], mask))
+            units = self.sparse_dropout(sparse.units(rows, self.down[...], self._mask()))
             rows = sparse.add_units(rows, units, self.up[...])
         return form.y_of(rows, y.shape)
+
+    def _resolved(self, weight: Array) -> dict[str, Array]:
+        """All of the adapter that depends on weights only: as :func:`resolve` left it, or from its leaves."""
+        settings: Settings = self.adapter_settings
+        if hasattr(self, "scaled_B"):
+            return {name: getattr(self, name)[...] for name in RESOLVED if hasattr(self, name)}
+        leaves = {name: getattr(self, name)[...] for name in KINDS[settings.kind or "lora"]}
+        norm, detached = low_rank.row_norm_squared(weight), settings.detach_norm
+        return linear_adapter.resolve_leaves(leaves, weight, norm, settings.scale, detach_norm=detached)
+
+    def _mask(self) -> Array:
+        settings: Settings = self.adapter_settings
+        if hasattr(self, "mask"):
+            return self.mask[...]
+        return sparse.topk_mask(self.gate_scores[...], settings.units_on, settings.temperature)
+
+
+def token_scale(leaves: Mapping[str, Array], x: Array) -> Array | None:
+    """p of every token of a layer's x, by the pass of the model; None where it is 1."""
+    if "position_gate" in leaves:
+        found, name = current().position, "position"
+    elif "scale_from_structure" in leaves:
+        found, name = current().prior, "structure"
+    else:
+        return None
+    if found is None or found.shape[:2] != x.shape[:-1]:
+        seen = "the call of no adapted model" if found is None else f"the model's {found.shape[:2]}"
+        raise ModelError(
+            f"A layer whose update depends on the {name} sees the model's tokens, [batch, seq, d_in].",
+            f"x {x.shape}, within {seen}",
+            "Call the adapted model itself, its tokens first; or exclude_modules=[the layer's name].",
+        )
+    if name == "position":
+        return low_rank.position_scale(found, leaves["position_gate"])
+    return low_rank.structure_scale(found, leaves["scale_from_structure"])
 
 
 class AdaptedEmbed(Adapted):
@@ -104,7 +149,11 @@ def _changed(module: Any, **attributes: Any) -> Any:
 @functools.cache
 def adapted_class(mixin: type[Adapted], cls: type) -> type:
     """The class of an adapted module of a class; one and the same for the same two."""
-    return type(f"Adapted{cls.__name__}", (mixin, cls), {"plain": cls, "__module__": cls.__module__})
+    return type(
+        f"Adapted{cls.__name__}",
+        (mixin, cls),
+        {"plain": plain_class(cls), "inner": cls, "__module__": cls.__module__},
+    )
 
 
 def plain_class(cls: type) -> type:

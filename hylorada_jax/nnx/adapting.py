@@ -10,6 +10,7 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import sparse
 from hylorada_jax.nnx.adapted import (
     Adapted,
@@ -22,7 +23,10 @@ from hylorada_jax.nnx.adapted import (
     plain_class,
     set_class,
 )
+from hylorada_jax.nnx.adapted_attention import AdaptedAttention, AdaptedMultiHead, AdaptedScores
+from hylorada_jax.nnx.adapted_model import AdaptedModel
 from hylorada_jax.nnx.finding import Found, find_modules
+from hylorada_jax.nnx.kinds import ATTENTIONS, Role
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.surgery import build
 from hylorada_jax.surgery.modules import Modules, Path, subtree, with_leaves
@@ -31,14 +35,14 @@ from hylorada_jax.trees import Adapters, Constants
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
-# What these need is not in the call of a linear layer, an embedding or a norm.
-_OUT_OF_REACH = {
-    "position_bias_enabled": "the tokens' positions",
-    "use_hylorada_v2": "a structure prior",
-    "daa_enabled": "the scores of attention",
-    "s2_attn_enabled": "the queries, keys and values of attention",
+_MIXINS: dict[Role, Any] = {
+    "linear": AdaptedLinear,
+    "embedding": AdaptedEmbed,
+    "norm": AdaptedNorm,
+    "attention": AdaptedAttention,
+    "scores": AdaptedScores,
+    "multi_head": AdaptedMultiHead,
 }
-_MIXINS = {"linear": AdaptedLinear, "embedding": AdaptedEmbed, "norm": AdaptedNorm}
 # The attributes of an adapted module that are no leaves.
 ASIDE = ("adapter_settings", "lora_dropout", "sparse_dropout")
 
@@ -51,11 +55,13 @@ class Adaptation:
         config: what is adapted.
         modules: what there was to adapt.
         sites: what is, and with which leaves.
+        resolved: it is the model that :func:`hylorada_jax.nnx.resolve` gives.
     """
 
     config: HyLoRADAConfig
     modules: Modules
     sites: tuple[Site, ...]
+    resolved: bool = False
 
 
 def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
@@ -63,11 +69,15 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
 
         y = (x Wᵀ + s·(x Aᵀ) Bᵀ)·c + bias   in every adapted linear module
         h + up(gelu(down(h) ⊙ mask))        behind every MLP's last (sparse adapter)
+        α_h·S + β_h + position_bias         in attention that is open to it: of its scores S
 
     Linear modules are nnx.Linear, LinearGeneral, Einsum, and what :func:`register_einsum` makes one; their
     names are the model's own paths, "layers.0.attn.query". The leaves lie beside each kernel, as
     :class:`AdapterParam`; embeddings and norms that train become such. Layers that ``nnx.vmap`` stacks have
     stacked leaves. For a copy: ``adapt(nnx.clone(model), …)``.
+
+    Attention is open in :class:`Attention` and :class:`AttentionScores`, which a model's author calls, and in
+    nnx.MultiHeadAttention. Positions are read off the model's own call, see :func:`tokens`.
 
     Args:
         model: any NNX module, whose other variables stay frozen as long as ``wrt=AdapterParam``.
@@ -80,7 +90,7 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
 
     Raises:
         ModelError: it is no NNX module, is adapted already, has no module to adapt, or the config asks for
-            what is not in the reach of its modules' calls.
+            what its attention does not let in.
         TargetError: a target matches no layer; near matches are named.
         ConfigError: ``rngs`` are none, or layers that are stacked would be adapted differently.
 
@@ -97,7 +107,11 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
         raise ConfigError("rngs are flax.nnx.Rngs.", type(rngs).__name__, "Give nnx.Rngs(0), or your own.")
     adaptation, found = plan_on(model, config)
     sites = adaptation.sites
-    raw = {site.module.path: found[site.module.path].leaves() for site in sites}
+    raw = {
+        site.module.path: found[site.module.path].leaves()
+        for site in sites
+        if site.component in ("linear", "sparse", "unfrozen")
+    }
     paths = [*raw]
 
     @jax.jit  # so that no kernel is laid out anew to be a matrix
@@ -121,13 +135,7 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
             f"{adapted[0]} and {len(adapted) - 1} more are adapted already",
             "Take the adapters off with hylorada_jax.nnx.unload(model), or merge them.",
         )
-    if out := {name: what for name, what in _OUT_OF_REACH.items() if getattr(config, name)}:
-        raise ModelError(
-            "adapt reaches what passes through linear layers, embeddings and norms.",
-            "; ".join(f"{name} needs {what}" for name, what in out.items()),
-            "Choose method='hylorada_v1', 'dora' or 'lora', set these to False where the method allows it, "
-            "or call the layers of hylorada_jax.nnx for it (HyLoRADAUnified, PositionalDAA, …) in the model.",
-        )
+    _refuse_closed(model, modules, found, config)
     if not modules.linears and (config.linear or config.sparse_enabled):
         raise ModelError(
             "A model to adapt has nnx.Linear, LinearGeneral or Einsum, or modules of a registered class.",
@@ -136,6 +144,14 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
         )
     sites = plan(modules, config)
     for site in sites:
+        if taken := [leaf for leaf in _new(site) if hasattr(module_of(model, found, site), leaf)]:
+            raise ModelError(
+                "The names of an adapter's leaves are free in the modules that it adapts.",
+                f"{'.'.join(site.module.path) or 'the model'} has {', '.join(taken)}",
+                "Exclude the module, exclude_modules=[its name], or rename the attribute.",
+            )
+        if site.component not in ("linear", "sparse", "unfrozen"):
+            continue
         if len(site.layers) != len(site.module.names) or len(set(site.scales)) > 1:
             raise ConfigError(
                 "Layers that are stacked are adapted all together, at one scale α/r.",
@@ -149,14 +165,54 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
                 f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
                 "Adapt the model as it was before it was quantised.",
             )
-        own = () if site.component == "unfrozen" else site.leaves
-        if taken := [leaf for leaf in (*own, *ASIDE) if hasattr(here.module, leaf)]:
-            raise ModelError(
-                "The names of an adapter's leaves are free in the modules that it adapts.",
-                f"{name} has {', '.join(taken)}",
-                "Exclude the module: exclude_modules=[its name].",
-            )
     return Adaptation(config, modules, sites), found
+
+
+def _refuse_closed(model: Any, modules: Modules, found: Mapping[Path, Found], config: HyLoRADAConfig) -> None:
+    """Refuses what acts in attention, where the model's does not let it in."""
+    roles = {found[attention.path].kind.role for attention in modules.attentions}
+    refused = []
+    if config.daa_enabled and not roles:
+        refused.append("direct attention adaptation (daa_enabled)")
+    if config.s2_attn_enabled and roles != {"attention"}:
+        refused.append("shifted sparse attention (s2_attn_enabled)")
+    if refused:
+        raise ModelError(
+            "Attention is open to adapters in hylorada_jax.nnx.Attention; to direct adaptation alone in "
+            "AttentionScores and nnx.MultiHeadAttention.",
+            f"{' and '.join(refused)} for {type(model).__name__}",
+            "Make an Attention(num_heads) in the model's own attention and call it; or set these to False, "
+            "as method='hylorada_v1' does.",
+        )
+    if (
+        config.position_bias_enabled
+        and config.daa_position_bias
+        and () in {a.path for a in modules.attentions}
+    ):
+        raise ModelError(
+            "The position bias of a model and that of its attention lie in two modules.",
+            f"{type(model).__name__}, which is its own attention",
+            "Put the attention into a module, or set daa_position_bias=False.",
+        )
+
+
+def _new(site: Site) -> tuple[str, ...]:
+    """The attributes that a site adds to its module."""
+    match site.component:
+        case "unfrozen":
+            return ASIDE
+        case "structure_encoder":
+            return (STRUCTURE_ENCODER,)
+        case "position_bias":
+            return site.leaves
+        case _:
+            return (*site.leaves, *ASIDE)
+
+
+def module_of(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
+    """The module that a site's leaves lie in; for what serves the whole model that is the model."""
+    whole = site.component in (POSITION_BIAS, STRUCTURE_ENCODER)
+    return model if whole else found[site.module.path].module
 
 
 def attach(
@@ -165,8 +221,19 @@ def attach(
     """Puts the leaves of an adapter tree on the modules that :func:`plan_on` found."""
     config = adaptation.config
     for site in adaptation.sites:
-        here, node = found[site.module.path], subtree(adapters, site.module.path)
-        module, layers = here.module, len(site.names) if site.module.stacked else None
+        node, module = subtree(adapters, site.module.path), module_of(model, found, site)
+        layers = len(site.names) if site.module.stacked else None
+        match site.component:
+            case "structure_encoder":
+                module.structure_encoder = module = nnx.Dict()
+            case "linear" | "sparse":
+                module.adapter_settings = _settings(
+                    site, getattr(module, "adapter_settings", Settings()), config
+                )
+        if site.component == "linear":
+            module.lora_dropout = dropout(config.lora_dropout, rngs, layers)
+        elif site.component == "sparse":
+            module.sparse_dropout = dropout(config.sparse_dropout, rngs, layers)
         for leaf in site.leaves:
             if site.component != "unfrozen":
                 setattr(module, leaf, AdapterParam(node[leaf], component=site.component))
@@ -175,26 +242,30 @@ def attach(
             variable.set_metadata(component=site.component, base=(type(variable), variable[...].dtype))
             set_class(variable, AdapterParam)
             variable.set_value(node[leaf])
-        settings: Settings = getattr(module, "adapter_settings", Settings())
-        match site.component:
-            case "linear":
-                settings = settings._replace(
-                    kind=config.linear,
-                    scale=site.scales[0],
-                    detach_norm=bool(config.detach_norm),
-                    scales_bias=config.magnitude_scales_bias,
-                )
-                module.lora_dropout = dropout(config.lora_dropout, rngs, layers)
-            case "sparse":
-                settings = settings._replace(
-                    units_on=sparse.units_on(config.sparse_topk_ratio, config.sparse_adapter_dim),
-                    temperature=config.sparse_temperature,
-                )
-                module.sparse_dropout = dropout(config.sparse_dropout, rngs, layers)
-        if here.kind.role == "linear":
-            module.adapter_settings = settings
-        set_class(module, adapted_class(_MIXINS[here.kind.role], plain_class(type(module))))
+    in_attention = config.daa_enabled or config.s2_attn_enabled
+    sites = {site.module.path for site in adaptation.sites}
+    for path, here in found.items():
+        opened = in_attention and here.kind.role in ATTENTIONS
+        if opened:
+            here.module.adapter_settings = adaptation
+        if opened or (path in sites and here.kind.role not in ATTENTIONS):
+            set_class(here.module, adapted_class(_MIXINS[here.kind.role], plain_class(type(here.module))))
+    if in_attention or config.position_bias_enabled or config.use_hylorada_v2:
+        cls: Any = type(model)
+        set_class(model, adapted_class(AdaptedModel, cls))
     model.hylorada = adaptation
+
+
+def _settings(site: Site, settings: Settings, config: HyLoRADAConfig) -> Settings:
+    if site.component == "linear":
+        return settings._replace(
+            kind=config.linear,
+            scale=site.scales[0],
+            detach_norm=bool(config.detach_norm),
+            scales_bias=config.magnitude_scales_bias,
+        )
+    units_on = sparse.units_on(config.sparse_topk_ratio, config.sparse_adapter_dim)
+    return settings._replace(units_on=units_on, temperature=config.sparse_temperature)
 
 
 def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
@@ -206,14 +277,22 @@ def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
             f"{type(model).__name__}, which was not",
             "Give the model that hylorada_jax.nnx.adapt or load_adapter was called with.",
         )
+    if adaptation.resolved:
+        raise ModelError(
+            "What is resolved computes; it is not trained, saved, merged or taken off.",
+            f"{type(model).__name__} of hylorada_jax.nnx.resolve",
+            "Give the model that it was resolved from.",
+        )
     return adaptation, found
 
 
-def adapters_of(adaptation: Adaptation, found: Mapping[Path, Found]) -> Adapters:
+def adapters_of(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> Adapters:
     """The adapters of a model, as the tree of the surgery."""
     leaves: dict[Path, dict[str, Array]] = {}
     for site in adaptation.sites:
-        module = found[site.module.path].module
+        module = module_of(model, found, site)
+        if site.component == STRUCTURE_ENCODER:
+            module = module.structure_encoder
         leaves.setdefault(site.module.path, {}).update(
             {leaf: getattr(module, leaf)[...] for leaf in site.leaves}
         )

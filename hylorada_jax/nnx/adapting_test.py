@@ -310,7 +310,7 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         (lambda: linen.Dense(3), aimed("all-linear"), RNGS, ModelError, "HyLoRADAModel"),
         (lambda: nnx.Conv(3, 3, 1, rngs=RNGS()), aimed("all-linear"), RNGS, ModelError, "register_einsum"),
         (NET, aimed("all-linear"), lambda: 0, ConfigError, r"nnx\.Rngs"),
-        (NET, HyLoRADAConfig(), RNGS, ModelError, "PositionalDAA"),
+        (NET, HyLoRADAConfig(), RNGS, ModelError, r"Attention\(num_heads\)"),
         (NET, aimed("don_proj"), RNGS, TargetError, r"Near matches: down_proj"),
         (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
         (lambda: with_kernel(Packed()), aimed("all-linear"), RNGS, ModelError, "quantised"),

@@ -56,7 +56,7 @@ def save_adapter(
     adaptation, found = adaptation_of(model)
     adapter_files.write_adapter(
         directory,
-        layout.flatten(adaptation.sites, adapters_of(adaptation, found)),
+        layout.flatten(adaptation.sites, adapters_of(model, adaptation, found)),
         adaptation.config,
         _identity(model, adaptation.modules, name, base_config),
         overwrite=overwrite,

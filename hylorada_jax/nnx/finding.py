@@ -10,8 +10,8 @@ from jax import Array
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.nnx.adapted import plain_class
-from hylorada_jax.nnx.kinds import Contraction, Kind, axes_of, contraction, kind_of
-from hylorada_jax.surgery.modules import SCANNED, Holder, Linear, Modules, Path
+from hylorada_jax.nnx.kinds import ATTENTIONS, Contraction, Kind, axes_of, contraction, kind_of
+from hylorada_jax.surgery.modules import SCANNED, Attention, Holder, Linear, Modules, Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,20 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
     linears: list[Linear] = []
     embeddings: list[Holder] = []
     norms: list[Holder] = []
+    attentions: dict[Path, Found] = {}
     modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model, graph=True)}
     for path, module in sorted(modules.items()):
         kind = kind_of(plain_class(type(module)))
+        if kind is not None and kind.role in ATTENTIONS:
+            place = path if kind.role == "multi_head" else path[:-1] or path
+            if place in attentions:
+                raise ModelError(
+                    "A module has one attention, whose adapters bear its name.",
+                    f"{'.'.join(place)} with two",
+                    "Give each a module of its own.",
+                )
+            attentions[place] = Found(module, kind)
+            continue
         first = None if kind is None else getattr(module, kind.leaves[0], None)
         if kind is None or first is None:
             continue
@@ -99,7 +110,17 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
             norms.append(Holder(path, names, stacked, tuple(shapes.items())))
         elif not path or path[-1] not in (*RELATIVE_POSITIONS, *HEADS):
             embeddings.append(Holder(path, names, stacked, tuple(shapes.items())))
-    return Modules(linears=tuple(linears), embeddings=tuple(embeddings), norms=tuple(norms)), found
+    reached = tuple(_attention(path, here, linears) for path, here in attentions.items())
+    parts = Modules(tuple(linears), reached, tuple(embeddings), tuple(norms))
+    return parts, found | attentions
+
+
+def _attention(path: Path, here: Found, linears: list[Linear]) -> Attention:
+    """An attention module, which is stacked as the layers in it are."""
+    beside = [linear for linear in linears if linear.path[: len(path)] == path]
+    if path and beside and all(linear.stacked for linear in beside):
+        return Attention(path, _layers(path, len(beside[0].names)), True, here.module.num_heads)
+    return Attention(path, (".".join(path),), False, here.module.num_heads)
 
 
 def _names(path: Path, module: Any, shape: tuple[int, ...], axes: int) -> tuple[tuple[str, ...], bool]:
@@ -113,8 +134,12 @@ def _names(path: Path, module: Any, shape: tuple[int, ...], axes: int) -> tuple[
             f"{'.'.join(path)} with {shape}" + ("" if own is None else f", of layers with {own}"),
             "Make them with nnx.vmap(…, in_axes=0, out_axes=0), and scan over that axis.",
         )
+    return _layers(path, shape[0]), True
+
+
+def _layers(path: Path, depth: int) -> tuple[str, ...]:
     split = path.index(SCANNED) + 1 if SCANNED in path else min(1, len(path))
-    return tuple(".".join((*path[:split], str(i), *path[split:])) for i in range(shape[0])), True
+    return tuple(".".join((*path[:split], str(i), *path[split:])) for i in range(depth))
 
 
 def _own_shape(module: Any) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.nnx.hooks import Attention, AttentionScores
 
 _Class = TypeVar("_Class", bound=type[nnx.Module])
 _LETTERS = string.ascii_letters
@@ -110,6 +111,11 @@ def _last(array: Array, letters: str, order: str) -> tuple[Array, int]:
     return array.transpose(*range(lead), *axes), lead
 
 
+Role = Literal["linear", "embedding", "norm", "attention", "scores", "multi_head"]
+# Those whose attention scores direct attention adaptation reaches.
+ATTENTIONS = ("attention", "scores", "multi_head")
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """What a class of modules is to adapters.
@@ -120,8 +126,8 @@ class Kind:
         equation: (module, axes of x) → the product of a linear module, as of ``jnp.einsum``.
     """
 
-    role: Literal["linear", "embedding", "norm"]
-    leaves: tuple[str, ...]
+    role: Role
+    leaves: tuple[str, ...] = ()
     equation: Callable[[Any, int], str] = lambda module, ndim: ""
 
 
@@ -142,6 +148,9 @@ _KINDS: dict[type, Kind] = {
     nnx.Embed: Kind("embedding", ("embedding",)),
     nnx.LayerNorm: Kind("norm", ("scale", "bias")),
     nnx.RMSNorm: Kind("norm", ("scale",)),
+    Attention: Kind("attention"),
+    AttentionScores: Kind("scores"),
+    nnx.MultiHeadAttention: Kind("multi_head"),
 }
 
 

@@ -8,8 +8,9 @@ from flax import nnx
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
+from hylorada_jax.leaves import STRUCTURE_ENCODER
 from hylorada_jax.nnx.adapted import Adapted, plain_class, set_class
-from hylorada_jax.nnx.adapting import ASIDE, Adaptation, adaptation_of, adapters_of, tree_of
+from hylorada_jax.nnx.adapting import ASIDE, Adaptation, adaptation_of, adapters_of, module_of, tree_of
 from hylorada_jax.nnx.finding import Found
 from hylorada_jax.surgery import build
 from hylorada_jax.surgery import merge as merging
@@ -46,7 +47,7 @@ def merge(model: _Model) -> _Model:
     Source: method.md §1, Merging.
     """
     adaptation, found = adaptation_of(model)
-    config, adapters = adaptation.config, adapters_of(adaptation, found)
+    config, adapters = adaptation.config, adapters_of(model, adaptation, found)
     merging.check_mergeable(adaptation.sites, adapters)
     _refuse_shared(adaptation, found)
     for site in adaptation.sites:  # one after another: no second copy of all weights
@@ -112,7 +113,7 @@ def disabled(model: _Model) -> Iterator[_Model]:
     """
     adaptation, found = adaptation_of(model)
     _refuse_trained(adaptation)
-    modules = {id(here.module): here.module for here in found.values() if isinstance(here.module, Adapted)}
+    modules = {id(module): module for module in _adapted(model, found)}
     classes = {key: type(module) for key, module in modules.items()}
     for module in modules.values():
         set_class(module, plain_class(type(module)))
@@ -150,13 +151,21 @@ def unload(model: _Model) -> _Model:
 
 def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
     for site in adaptation.sites:
-        module = found[site.module.path].module
-        own = () if site.component == "unfrozen" else site.leaves
-        for name in (*own, *ASIDE):
+        module = module_of(model, found, site)
+        own = {"unfrozen": (), STRUCTURE_ENCODER: (STRUCTURE_ENCODER,)}.get(site.component, site.leaves)
+        for name in own:
+            delattr(module, name)
+    for module in _adapted(model, found):
+        for name in ASIDE:
             if hasattr(module, name):
                 delattr(module, name)
         set_class(module, plain_class(type(module)))
     del model.hylorada
+
+
+def _adapted(model: Any, found: Mapping[Path, Found]) -> list[Any]:
+    modules = (model, *(here.module for here in found.values()))
+    return [module for module in modules if isinstance(module, Adapted)]
 
 
 def _refuse_trained(adaptation: Adaptation) -> None:

@@ -1,0 +1,114 @@
+"""Where a model's own attention lets adapters in: plain attention, until :func:`adapt` finds it."""
+
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from hylorada_jax.math.attention import DAA
+from hylorada_jax.math.groups import attend
+from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.modules.checks import token_positions
+from hylorada_jax.nnx.tokens import current
+
+
+class Attention(nnx.Module):
+    """Causal self-attention over whole rows, which adapters can reach; it has no variables of its own.
+
+        softmax(α_h·q kᵀ·scale + β_h + position_bias[bucket(q − k), h]) v       α = 1, β = position_bias = 0
+
+    Direct attention adaptation learns α, β and position_bias; shifted sparse attention, while the model
+    trains, attends in groups. In adapters' files its leaves bear the name of the module that holds it.
+
+    Args:
+        num_heads: query heads.
+        rngs: taken as by every NNX module, and not read.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> query, key = jnp.ones((1, 10, 4, 8)), jnp.ones((1, 10, 2, 8))
+        >>> Attention(4)(query, key, key).shape
+        (1, 10, 4, 8)
+
+    Source: method.md §§3, 6.
+    """
+
+    def __init__(self, num_heads: int, *, rngs: nnx.Rngs | None = None) -> None:
+        self.num_heads = num_heads
+        self.deterministic = False
+
+    def __call__(
+        self,
+        query: Float[Array, "batch seq heads head_dim"],
+        key: Float[Array, "batch seq kv_heads head_dim"],
+        value: Float[Array, "batch seq kv_heads head_dim"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        key_valid: Bool[Array, "batch seq"] | None = None,
+        window: int | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        """The attended values; query head h reads key-value head ⌊h·kv_heads/heads⌋.
+
+        Args:
+            query: queries, rotated where the model rotates them.
+            key: keys of the same tokens.
+            value: their values.
+            positions: of the tokens; by default those that the model was called with.
+            segment_ids: the document of every token; a token sees its own alone.
+            key_valid: False for padding.
+            window: a token sees itself and the window − 1 tokens before it; None: all of them.
+            scale: of the scores; None takes 1/√head_dim.
+            soft_cap: bound of the scores before anything is added to them.
+        """
+        positions = positions_of(query[..., 0, 0], positions)
+        pattern = Pattern.of_rows(positions, key_valid=key_valid, segment_ids=segment_ids, window=window)
+        patterns, daa = self._adapted(pattern)
+        return attend(query, key, value, patterns, daa, scale=scale, soft_cap=soft_cap)
+
+    def _adapted(self, pattern: Pattern) -> tuple[tuple[Pattern, ...], DAA | None]:
+        """Which keys each query sees, and the direct adaptation: here neither is changed."""
+        return (pattern,), None
+
+
+class AttentionScores(nnx.Module):
+    """The scores of a model's own attention, before its mask and softmax; it has no variables of its own.
+
+        S' = α_h·S + β_h + position_bias[bucket(q − k), h]                      α = 1, β = position_bias = 0
+
+    For attention that :class:`Attention` is not, such as with a KV cache. Direct attention adaptation learns
+    α, β and position_bias; shifted sparse attention needs queries and keys, which are not here.
+
+    Args:
+        num_heads: query heads.
+        rngs: taken as by every NNX module, and not read.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> scores = jnp.ones((1, 4, 2, 2))
+        >>> AttentionScores(4)(scores) is scores
+        True
+
+    Source: method.md §3.
+    """
+
+    def __init__(self, num_heads: int, *, rngs: nnx.Rngs | None = None) -> None:
+        self.num_heads = num_heads
+
+    def __call__(
+        self,
+        scores: Float[Array, "batch heads query key"],
+        query_positions: Int[Array, "batch query"] | None = None,
+        key_positions: Int[Array, "batch key"] | None = None,
+    ) -> Float[Array, "batch heads query key"]:
+        """The scores; positions are by default those that the model was called with."""
+        return scores
+
+
+def positions_of(tokens: Array, given: Array | None) -> Array:
+    """The checked positions of tokens [batch, seq]: as given, else of the model's call, else 0, 1, 2 …"""
+    if given is None:
+        own = current().positions
+        given = own if own is not None and own.shape == tokens.shape else None
+    return token_positions(given, tokens[..., None])

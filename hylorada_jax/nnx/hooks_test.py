@@ -1,0 +1,192 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import DataError, ModelError
+from hylorada_jax.modules.attention import PositionalDAA
+from hylorada_jax.nnx import (
+    Attention,
+    AttentionScores,
+    adapt,
+    disabled,
+    load_adapter,
+    save_adapter,
+    tokens,
+    unload,
+)
+from hylorada_jax.nnx.adapting_test import WRT, moved, output
+
+FULL = HyLoRADAConfig(lora_rank=2, target_modules="all-linear")
+DAA = HyLoRADAConfig(
+    method="lora", lora_rank=2, target_modules="all-linear", daa_enabled=True, daa_position_bias=True
+)
+POSITIONS = jnp.array([[0, 1, 2, 0, 1], [7, 8, 9, 10, 40]])
+
+
+def attended(scores, value):
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+class SelfAttention(nnx.Module):
+    """Attention of a model's own, whose scores are open in one of both ways."""
+
+    def __init__(self, hook, rngs):
+        self.qkv = nnx.LinearGeneral(6, (3, 2, 4), use_bias=False, rngs=rngs)
+        self.hook = hook(2)
+
+    def __call__(self, x):
+        query, key, value = jnp.moveaxis(self.qkv(x), 2, 0)
+        if isinstance(self.hook, Attention):
+            return self.hook(query, key, value)
+        return attended(self.hook(jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2), value)
+
+
+class Net(nnx.Module):
+    def __init__(self, hook, rngs):
+        self.attn = SelfAttention(hook, rngs)
+
+    def __call__(self, x, positions=None):
+        return self.attn(x)
+
+
+@pytest.mark.parametrize("hook", [Attention, AttentionScores])
+def test_direct_adaptation_is_linens_layer_and_nothing_changes_before(hook):
+    with jax.enable_x64(True):
+        net, x = Net(hook, nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 5, 6), jnp.float64)
+        nnx.update(net, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nnx.state(net)))
+        before = output(net, x)
+        adapt(net, DAA, nnx.Rngs(1))
+        np.testing.assert_allclose(output(net, x), before, rtol=1e-12, atol=1e-12)
+        moved(net)
+        leaves = {name: getattr(net.attn.hook, name)[...] for name in ("alpha", "beta", "position_bias")}
+
+        def by_linen(leaves):
+            query, key, value = jnp.moveaxis(net.attn.qkv(x), 2, 0)
+            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2
+            scores = PositionalDAA(2).apply({"params": leaves}, scores, POSITIONS, POSITIONS)
+            return attended(scores, value)
+
+        np.testing.assert_allclose(net(x, POSITIONS), by_linen(leaves), rtol=1e-10, atol=1e-10)
+        gradient = nnx.grad(lambda net: jnp.sum(jnp.sin(net(x, POSITIONS))), argnums=WRT)(net)
+        expected = jax.grad(lambda leaves: jnp.sum(jnp.sin(by_linen(leaves))))(leaves)
+        for name, value in expected.items():
+            np.testing.assert_allclose(gradient["attn"]["hook"][name][...], value, rtol=1e-10, atol=1e-10)
+        with disabled(net):
+            np.testing.assert_array_equal(output(net, x), before)
+        np.testing.assert_array_equal(output(unload(net), x), before)
+
+
+def multi_head(**options):
+    return nnx.MultiHeadAttention(2, 6, qkv_features=8, rngs=nnx.Rngs(0), **options)
+
+
+def test_flaxs_attention_is_adapted_in_rows_and_token_by_token():
+    net, x = multi_head(decode=False), jax.random.normal(jax.random.key(1), (2, 5, 6))
+    net = moved(adapt(net, DAA, nnx.Rngs(1)))
+    query, key, value = (project(x) for project in (net.query, net.key, net.value))
+    leaves = {name: getattr(net, name)[...] for name in ("alpha", "beta", "position_bias")}
+    scores = PositionalDAA(2).apply({"params": leaves}, jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2)
+    rows = net(x, is_causal=True)
+    np.testing.assert_allclose(rows, net.out(attended(scores, value)), rtol=1e-5, atol=1e-5)
+    net.init_cache(x.shape)
+    one = nnx.jit(lambda net, x: net(x, decode=True))
+    np.testing.assert_allclose(
+        jnp.concatenate([one(net, x[:, i : i + 1]) for i in range(5)], 1), rows, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(ModelError, match="self-attention"):
+        net(x, x + 1)
+
+
+class Words(nnx.Module):
+    """A model whose layers are scanned; whose call takes positions, or not."""
+
+    def __init__(self, depth=2, rngs=None):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.vmap(lambda rngs: Net(Attention, rngs), in_axes=0, out_axes=0)(rngs.split(depth))
+        self.out = nnx.Linear(8, 6, rngs=rngs)
+
+    def __call__(self, x, positions=None):
+        run = nnx.remat(lambda x, block: x + self.out(block(x).reshape(*x.shape[:2], 8)))
+        return nnx.scan(run, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+class Unaware(Words):
+    """Which is called with its batch alone."""
+
+    def __call__(self, x):  # type: ignore[override]
+        return super().__call__(x)
+
+
+X = jax.random.normal(jax.random.key(1), (2, 5, 6))
+run = nnx.jit(lambda net, x, positions: net(x, positions))
+
+
+@nnx.jit
+def within(net, x, positions):
+    with tokens(positions):
+        return net(x)
+
+
+def test_positions_are_those_of_the_call_or_of_the_context(tmp_path):
+    net = moved(adapt(Words(), FULL, nnx.Rngs(1)))
+    save_adapter(net, tmp_path)
+    unaware = load_adapter(Unaware(), tmp_path)
+    counted, given = run(net, X, None), run(net, X, POSITIONS)
+    assert float(jnp.abs(given - counted).max()) > 1e-3
+    np.testing.assert_array_equal(output(unaware, X), counted)
+    np.testing.assert_allclose(within(unaware, X, POSITIONS), given, rtol=1e-6, atol=1e-6)
+    # Around a compiled function too: it is compiled anew, and does not answer for other positions.
+    for positions, expected in ((POSITIONS, given), (jnp.arange(5), counted)):
+        with tokens(positions):
+            np.testing.assert_allclose(output(unaware, X), expected, rtol=1e-6, atol=1e-6)
+    gradient = nnx.jit(nnx.grad(lambda net: jnp.sum(net(X, POSITIONS) ** 2), argnums=WRT))(net)
+    silent = [path for path, leaf in nnx.to_flat_state(gradient) if not jnp.any(leaf[...])]
+    assert {path[-1] for path in silent} <= {"beta"}
+
+
+def test_structure_reaches_every_layer():
+    config: dict[str, Any] = {"method": "hylorada_v2", "structure_dim": 4, "structure_seq_len": 5}
+    net = moved(
+        adapt(Unaware(), HyLoRADAConfig(lora_rank=2, target_modules="all-linear", **config), nnx.Rngs(1))
+    )
+
+    @nnx.jit
+    def gradient(net, ids):
+        def loss(net):
+            with tokens(structure_ids=ids, structure_positions=POSITIONS + 0.5):
+                return jnp.sum(net(X) ** 2)
+
+        return nnx.value_and_grad(loss, argnums=WRT)(net)
+
+    (plain, found), (other, _) = gradient(net, POSITIONS), gradient(net, POSITIONS + 1)
+    assert abs(float(plain - other)) > 1e-4
+    assert all(jnp.any(leaf[...]) for _, leaf in nnx.to_flat_state(found))
+    base = output(Unaware(), X)
+    np.testing.assert_array_equal(output(unload(net), X), base)
+
+
+S2 = HyLoRADAConfig(method="longlora", target_modules="all-linear", train_embeddings=False, train_norms=False)
+scores = lambda: Net(AttentionScores, nnx.Rngs(0))
+full = lambda: adapt(Words(), FULL, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: adapt(scores(), S2, nnx.Rngs(0)), ModelError, "s2_attn_enabled"),
+        (lambda: adapt(multi_head(decode=False), FULL, nnx.Rngs(0)), ModelError, "daa_position_bias"),
+        (lambda: full().out(jnp.ones((2, 5, 8))), ModelError, "no adapted model"),
+        (lambda: full()(X, jnp.arange(6)), DataError, "Position ids"),
+    ],
+    ids=["groups of scores", "two biases", "outside", "shape"],
+)
+def test_what_cannot_reach_its_place_is_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

@@ -1,0 +1,142 @@
+"""What adapters read of the tokens: known to the model's own call, read in its layers."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from hylorada_jax.math.position import check_positions
+from hylorada_jax.modules.checks import check_structure
+
+# What a model calls the places of its tokens.
+_POSITIONS = ("position_ids", "positions")
+
+
+class Tokens(NamedTuple):
+    """Facts of a batch's tokens, [batch, seq] each, or None where they are not known."""
+
+    position_ids: Array | None = None
+    structure_ids: Array | None = None
+    structure_positions: Array | None = None
+
+
+class Pass(NamedTuple):
+    """One call of a model: what its layers multiply their updates by, computed once.
+
+    Attributes:
+        positions: of the tokens, [batch, seq]; None: the model was called with no batch of tokens.
+        position: t = tanh(position_bias[bucket]) of every token.
+        prior: the structure prior of every token.
+    """
+
+    positions: Array | None = None
+    position: Array | None = None
+    prior: Array | None = None
+
+
+_GIVEN: ContextVar[Tokens | None] = ContextVar("given", default=None)
+_PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
+# A function that jax has compiled for other tokens, which it read from here, must not answer for these.
+_TRACED: Any = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def tokens(
+    position_ids: Int[Array, "*batch seq"] | None = None,
+    *,
+    structure_ids: Int[Array, "batch seq"] | None = None,
+    structure_positions: Int[Array, "batch seq"] | Float[Array, "batch seq"] | None = None,
+) -> Iterator[None]:
+    """A context that tells an adapted model what its own call does not: where its tokens stand.
+
+    A model whose call takes ``positions`` or ``position_ids`` needs no context for these. Without either they
+    count 0, 1, 2 … in each row, which a KV cache or packed documents make wrong. Open it inside the compiled
+    function: around one, that is compiled anew every time.
+
+    Args:
+        position_ids: of the tokens.
+        structure_ids: what the domain knows of each token, for method="hylorada_v2".
+        structure_positions: their places in the domain, for the structure encoder; by default position_ids.
+
+    Raises:
+        DataError: they are not one of each for every token.
+
+    Example:
+        >>> from flax import nnx
+        >>> from hylorada_jax import HyLoRADAConfig
+        >>> from hylorada_jax.nnx import adapt
+        >>> config = HyLoRADAConfig(target_modules="all-linear", daa_enabled=False)
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+        >>> model = adapt(model, config, nnx.Rngs(1))
+        >>> with tokens(jnp.array([[4, 5, 6]])):
+        ...     model(jnp.ones((1, 3, 2))).shape
+        (1, 3, 2)
+
+    Source: method.md §§1, 2, 5.
+    """
+    given = Tokens(
+        *(None if x is None else jnp.asarray(x) for x in (position_ids, structure_ids, structure_positions))
+    )
+    if given.position_ids is not None:
+        check_positions(given.position_ids)
+    if given.structure_positions is not None:
+        check_structure(given.structure_positions, given.structure_ids)
+    with _within(_GIVEN, given):
+        yield
+
+
+@contextlib.contextmanager
+def called(now: Pass) -> Iterator[None]:
+    """A context in which the layers of a model see the pass that they are in."""
+    with _within(_PASS, now):
+        yield
+
+
+@contextlib.contextmanager
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    before = variable.set(value)
+    try:
+        with _TRACED(object()):
+            yield
+    finally:
+        variable.reset(before)
+
+
+def current() -> Pass:
+    """The pass of the model that is being called."""
+    return _PASS.get() or Pass()
+
+
+def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tokens:
+    """What is known of the tokens that a model is called with.
+
+    Args:
+        call: the model's ``__call__``.
+        arguments: its arguments, without the model itself; the first array of two axes or more is taken for
+            [batch, seq, …].
+        options: its keyword arguments.
+
+    Raises:
+        DataError: there is not one position for each of them.
+    """
+    given = _GIVEN.get() or Tokens()
+    bound = inspect.signature(call).bind(None, *arguments, **options).arguments
+    own = next((bound[name] for name in _POSITIONS if bound.get(name) is not None), None)
+    arrays = [value for value in bound.values() if getattr(value, "ndim", 0) >= 2]
+    if not arrays:
+        return given
+    shape = arrays[0].shape[:2]
+    positions = own if given.position_ids is None else given.position_ids
+    if positions is None:
+        positions = jnp.arange(shape[1])
+    positions = jnp.asarray(positions)
+    if positions.shape in ((shape[1],), (1, shape[1])):
+        positions = jnp.broadcast_to(positions, shape)
+    check_positions(positions, shape)
+    return given._replace(position_ids=positions)
