@@ -73,7 +73,7 @@ def _at(leaf: Array, layer: Array | int) -> Array:
 
 
 def as_it_lies(kernel: Any, path: Path) -> Any:
-    """The kernel of a layer at a path, perhaps quantised, in the order of memory that it has among parameters.
+    """The kernel of a layer, perhaps quantised, in the order of memory that it has among the parameters.
 
     Left to choose, a TPU's compiler turns the kernels of all layers over, in a copy, before a loop over them.
     """
