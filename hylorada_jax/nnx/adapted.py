@@ -7,6 +7,7 @@ as before.
 
 import functools
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -148,12 +149,14 @@ def _changed(module: Any, **attributes: Any) -> Any:
 
 @functools.cache
 def adapted_class(mixin: type[Adapted], cls: type) -> type:
-    """The class of an adapted module of a class; one and the same for the same two."""
-    return type(
-        f"Adapted{cls.__name__}",
-        (mixin, cls),
-        {"plain": plain_class(cls), "inner": cls, "__module__": cls.__module__},
-    )
+    """The class of an adapted module of a class; one and the same for the same two.
+
+    The module's class is the first base: an object takes no class whose first base is another, where its own
+    has several. So what the mixin defines is laid over it.
+    """
+    own = {name: value for name, value in vars(mixin).items() if isinstance(value, FunctionType | property)}
+    facts = {"plain": plain_class(cls), "inner": cls, "__module__": cls.__module__}
+    return type(f"Adapted{cls.__name__}", (cls, mixin), own | facts)
 
 
 def plain_class(cls: type) -> type:

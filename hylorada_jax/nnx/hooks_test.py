@@ -117,7 +117,11 @@ class Words(nnx.Module):
         return nnx.scan(run, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
 
 
-class Unaware(Words):
+class Mixin:
+    """As a library may put in front of nnx.Module."""
+
+
+class Unaware(Mixin, Words):
     """Which is called with its batch alone."""
 
     def __call__(self, x):  # type: ignore[override]
