@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 
 from hylorada_jax.models.loading import weights_layout
 from hylorada_jax.models.source import Source
+from hylorada_jax.placement.processes import whole
 
 _PIECE_BYTES = 1 << 26
 
@@ -38,7 +39,8 @@ def tree_digest(params: Mapping[str, Any]) -> str:
         (True, False)
     """
     leaves = flatten_dict(params, sep="/")
-    with ThreadPoolExecutor() as pool:  # SHA-256 lets other threads run beside it
+    # SHA-256 lets other threads run beside it; but processes must gather the leaves in one order.
+    with ThreadPoolExecutor(None if jax.process_count() == 1 else 1) as pool:
         digests = pool.map(lambda leaf: _of_leaf(leaf.shape, leaf.dtype, _pieces(leaf)), leaves.values())
         return _of_all(zip(leaves, digests, strict=True))
 
@@ -90,10 +92,12 @@ def _pieces(leaf: Array | np.ndarray) -> Iterator[np.ndarray]:
     length = len(leaf)
     step = max(1, min(length, _PIECE_BYTES * length // max(1, leaf.nbytes)))
     for start in range(0, length - step + 1, step):
-        yield np.asarray(jax.lax.dynamic_slice_in_dim(leaf, start, step))
+        yield whole(jax.lax.dynamic_slice_in_dim(leaf, start, step))
     if rest := length % step:
-        yield np.asarray(leaf[length - rest :])
+        yield whole(leaf[length - rest :])
 
 
 def _lies_on_host(leaf: Array | np.ndarray) -> bool:
-    return isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices())
+    return isinstance(leaf, np.ndarray) or (
+        leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
+    )
