@@ -59,15 +59,20 @@ def on_devices():
 # More than twenty seconds each: whole models, most of it compilation. `make test-quick` leaves them out.
 SLOW_FILES = (
     "adapter_bank_test", "adapting_test", "cli_test", "decoder_test", "hf/attention_test", "hf/base_test",
-    "hf/t5_test", "merged_test", "mesh_test", "model_test", "placed_test", "step_test", "surgery_test",
+    "hf/t5_test", "merged_test", "mesh_test", "model_test", "placed_test", "several_processes_test",
+    "step_test", "surgery_test",
     "test_config_layouts", "test_decoder", "test_evaluation", "test_files", "test_fixtures", "test_fuzz",
     "test_hf_flax_faults", "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft",
     "test_peft_files", "test_peft_settings", "test_precision", "test_trajectories", "trainer_test",
 )  # fmt: skip
 
 
-# Benchmarks that are run whole, on next to nothing, and what transformers 4.57 alone has: `make test-apart`.
-APART_FILES = ("hf", "optimize_hylorada_test", "step_time_test", "test_hf_flax_faults", "time_series_test")
+# Benchmarks and runs of several processes, whole, on next to nothing, and what transformers 4.57 alone has:
+# `make test-apart`.
+APART_FILES = (
+    "hf", "optimize_hylorada_test", "several_processes_test", "step_time_test", "test_hf_flax_faults",
+    "time_series_test",
+)  # fmt: skip
 
 # What a user does, from loading a model to merging its adapter: `make test-current` runs these too.
 MAIN_JOB_FILES = ("adapting_test", "cli_test", "model_test", "trainer_test")

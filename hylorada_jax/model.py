@@ -24,6 +24,7 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.placement.placement import Placement, placement_of
+from hylorada_jax.placement.processes import is_first, whole
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import identity, open_on
 from hylorada_jax.saved.saved_adapter import SavedAdapter
@@ -142,7 +143,7 @@ class HyLoRADAModel:
         constants = self.frozen["constants"]
         if self.placement is not None:
             # Drawn on one device: to divide the draw would cost more than it saves.
-            constants = jax.device_get(constants)
+            constants = jax.tree.map(whole, constants)
         return self._put(build.build_adapters(self.sites, constants, self.base.params, self.config, seed))
 
     def _put(self, tree: dict[str, Any]) -> dict[str, Any]:
@@ -458,6 +459,8 @@ class HyLoRADAModel:
     ) -> None:
         """Writes the adapter: adapter_config.json and adapter_model.safetensors.
 
+        Of several processes all must call it, and the first writes.
+
         Args:
             directory: made if it does not exist.
             overwrite: replace an adapter that is already there.
@@ -468,6 +471,8 @@ class HyLoRADAModel:
         """
         tensors = layout.flatten(self.sites, self.adapters)
         identity = self.identity(weights=weights)
+        if not is_first():
+            return
         adapter_files.write_adapter(
             directory,
             tensors,

@@ -9,7 +9,8 @@ from hylorada_jax.trees import COLLECTION
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hylorada_jax", "hylorada_torch", "parity_tests", "benchmarks", "examples")
-NAMED_TUPLES = {"_asdict", "_fields", "_replace"}  # public; the underscore keeps fields apart from them
+# Public: the underscore keeps a named tuple's fields apart from them, and says that nothing is tidied up.
+NO_PRIVATES = {"_asdict", "_fields", "_replace", "_exit"}
 # transformers', which has no public name for them; in the files that are tied to it.
 TRANSFORMERS = {
     "_attn_implementation", "_concatenate_to_cache", "_create_position_bias", "_is_initialized",
@@ -43,7 +44,7 @@ def defined(tree):
 
 def foreign_privates(tree):
     """The private names of another file that a file uses."""
-    own = {*defined(tree), *NAMED_TUPLES}
+    own = {*defined(tree), *NO_PRIVATES}
     for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module), names=names) if module.partition(".")[0] in PACKAGES:

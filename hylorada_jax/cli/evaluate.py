@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hylorada_jax.cli.joining import ALONE, Processes
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.shared import (
     PACKAGED_MODEL,
@@ -43,6 +44,7 @@ def evaluate(
     check_weights: bool = False,
     json: bool = False,
     offline: bool = False,
+    processes: Processes = ALONE,
 ) -> None:
     """Perplexity of a model, with or without an adapter, by a sliding window.
 
@@ -65,6 +67,7 @@ def evaluate(
             was trained on.
         json: print one JSON object.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        processes: for an evaluation on the devices of several.
     """
     check_windows(seq_len, stride, max_tokens, batch_size)
     sources = [
@@ -73,11 +76,16 @@ def evaluate(
     ]
     weights = weights_in(dtype, base_dtype)
     saved = check_adapter(adapter, structure, weights=weights if check_weights else None)
+    options = {"model": model, "adapter": adapter, "data": data, "seq_len": seq_len, "stride": stride}
+    options |= {"batch_size": batch_size, "max_tokens": max_tokens, "structure": structure}
+    options |= {"weights": weights, "check_weights": check_weights, "mesh": mesh, "json": json}
+    processes.join(options | vars(reading) | {"chat_template": chat_template})
 
     from hylorada_jax.data.document import as_documents
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.positions import check_range
+    from hylorada_jax.placement.processes import is_first
 
     template = template_of(chat_template, saved)
     base = unloaded(model, weights, mesh=mesh)
@@ -99,7 +107,7 @@ def evaluate(
         stride=stride,
         batch_size=batch_size,
         max_tokens=max_tokens,
-        progress=not json,
+        progress=is_first() and not json,
     )
     result = {
         "model": model,

@@ -1,11 +1,13 @@
 """The command that trains an adapter."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.joining import ALONE, Processes
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
@@ -53,6 +55,7 @@ def finetune(
     prompt: str = 'def read_lines(path):\n    """',
     offline: bool = False,
     recipe: Path | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Fine-tune a language model: its weights stay frozen, an adapter is trained.
 
@@ -77,6 +80,7 @@ def finetune(
         prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
         recipe: a file of these options by name, .json or .yaml; options beside it win.
+        processes: for a run of several, which all are given the same options but for their number.
     """
     from hylorada_jax.training.run_directory import RunDirectory
 
@@ -88,6 +92,11 @@ def finetune(
         require_encoder(settings, structure)
     template = template_of(chat_template, saved)
     RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
+    options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
+    options |= {"structure": structure, "dtype": dtype, "base_dtype": base_dtype, "prompt": prompt}
+    options |= {"chat_template": chat_template}
+    repeats = recipe_of(training, adapter, reading, **options)
+    processes.join(dataclasses.asdict(training) | repeats)
 
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.surgery.fit import fit
@@ -118,12 +127,7 @@ def finetune(
     else:
         adapted = HyLoRADAModel.from_pretrained(base, saved)
     adapted.chat_template = template
-    options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
-    options |= {"structure": structure, "dtype": dtype, "base_dtype": base_dtype, "prompt": prompt}
-    options |= {"chat_template": chat_template}
-    trainer = HyLoRADATrainer(
-        adapted, train, held_out, training, recipe=recipe_of(training, adapter, reading, **options)
-    )
+    trainer = HyLoRADATrainer(adapted, train, held_out, training, recipe=repeats)
     print(f"model    {one_line(model)}, {weights}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()

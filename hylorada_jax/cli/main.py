@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import warnings
+from typing import Any
 
 import tyro
 
@@ -28,7 +29,7 @@ def main() -> None:
     """Runs the command and ends with what went wrong alone, in a few lines.
 
     The exit status is 2 for bad input, 1 where memory is short, 130 for an interrupt, and 141 where nobody
-    reads the output any more, as in ``hylorada … | head``.
+    reads the output any more, as in ``hylorada … | head``. One of several processes that fails ends at once.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -49,7 +50,9 @@ def main() -> None:
         sys.exit(_fail(f"error: A text could not be written\n  received: {brief(error)}", 2))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            if not (message := (processes := _processes()) and processes.lost_another(error)):
+                raise
+            sys.exit(_fail(message, 1))
         sys.exit(_fail(f"error: There is not enough memory\n  received: {brief(error)}", 1))
     except KeyboardInterrupt as interrupt:
         sys.exit(_fail(str(interrupt) or "interrupted", 130))
@@ -85,7 +88,14 @@ def _run() -> None:
 def _fail(message: str, status: int) -> int:
     with contextlib.suppress(OSError):  # nobody reads stderr either
         print(printable(message), file=sys.stderr)
+    if processes := _processes():
+        processes.end_at_once(status)
     return status
+
+
+def _processes() -> Any:
+    """The module of that name, where a command has asked for it: only then there can be several."""
+    return sys.modules.get("hylorada_jax.placement.processes")
 
 
 if __name__ == "__main__":

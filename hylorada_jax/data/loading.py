@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -32,26 +34,40 @@ def shuffled_batches(
     return mixed_batches([(rows, 1)], batch_size, seed)
 
 
-def mixed_batches(shares: Shares, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
+def mixed_batches(
+    shares: Shares, batch_size: int, seed: int, own: Sequence[int] | None = None
+) -> grain.DatasetIterator[Batch]:
     """Batches without end of the rows of several sources, as :class:`hylorada_jax.data.mixture.Mixture` says.
 
     Args:
         shares: what to draw from.
         batch_size: rows per batch.
         seed: of the order.
+        own: the places in a batch whose rows are made, as one of several processes needs them; None: all.
 
     Returns:
         As :func:`shuffled_batches`; the rows of a source are numbered behind those of the ones before it.
+        ``row`` is of all rows, whoever makes them: so that order and state are those of one process.
     """
-    sources, first = [], 0
-    for number, (rows, _) in enumerate(shares):
+    sources = []
+    starts = [0, *itertools.accumulate(len(rows) for rows, _ in shares)]
+    for number, (start, end) in enumerate(itertools.pairwise(starts)):
         # Not repeat() without a number: grain then divides the largest int by the batch size in floating
         # point, which overflows for a batch of one.
-        epochs = _ENDLESS // len(rows) + 1
-        order = grain.MapDataset.range(len(rows)).shuffle(seed=(seed + number) % 2**32)
-        sources.append(order.map(_numbered(rows, first)).repeat(epochs))
-        first += len(rows)
-    dataset = grain.MapDataset.mix(sources, [weight for _, weight in shares]).batch(batch_size)
+        epochs = _ENDLESS // (end - start) + 1
+        order = grain.MapDataset.range(start, end).shuffle(seed=(seed + number) % 2**32)
+        sources.append(order.repeat(epochs))
+    places = slice(None) if own is None else [*own]
+
+    def made(drawn: np.ndarray) -> Batch:
+        found = []
+        for number in drawn[places]:
+            source = bisect_right(starts, number) - 1
+            found.append(shares[source][0][int(number) - starts[source]])
+        arrays = {name: np.stack([row[name] for row in found]) for name in found[0]}
+        return arrays | {"row": drawn.astype(KEYS["row"].dtype)}
+
+    dataset = grain.MapDataset.mix(sources, [weight for _, weight in shares]).batch(batch_size).map(made)
     # Making a row takes microseconds: threads would cost more than they save.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -60,9 +76,3 @@ def rows_of_epoch(shares: Shares) -> int:
     """The rows that are drawn until the first source is used up; of one source, all."""
     sources = [grain.MapDataset.range(len(rows)) for rows, _ in shares]
     return len(grain.MapDataset.mix(sources, [weight for _, weight in shares]))
-
-
-def _numbered(rows: Rows | Sequence[Batch], first: int) -> Callable[[int], Batch]:
-    """Gives a row by its index, with its number among those of all sources."""
-    dtype = KEYS["row"].dtype
-    return lambda index: {**rows[index], "row": np.array(first + index, dtype)}

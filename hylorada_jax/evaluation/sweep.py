@@ -18,7 +18,8 @@ from hylorada_jax.models.generate import not_finite
 from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.scoring import model_inputs, score
 from hylorada_jax.placement.placement import mesh_of, rows_of
-from hylorada_jax.placement.shards import in_use, on_devices, shard_rows
+from hylorada_jax.placement.processes import whole
+from hylorada_jax.placement.shards import in_use, on_devices, own_rows, shard_rows
 from hylorada_jax.trees import Adapters, Frozen, Resolved
 
 
@@ -69,17 +70,19 @@ class Sweep:
         Raises:
             NonFiniteError: a value is NaN or infinite; it names the document, or the row.
         """
-        own = self.model.frozen
-        frozen = on_devices(own, like=own) if frozen is None else frozen
-        adapters = on_devices(self.model.adapters, like=own) if adapters is None else adapters
+        like = self.model.frozen
+        frozen = on_devices(like, like=like) if frozen is None else frozen
+        adapters = on_devices(self.model.adapters, like=like) if adapters is None else adapters
         resolved = self._resolve(adapters, frozen)
         mesh = mesh_of(frozen)
         parts = 1 if mesh is None else rows_of(mesh.shape)
         batch_size = -(-batch_size // parts) * parts
+        own = own_rows(mesh, batch_size)
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
             with in_use(frozen):
-                values = np.asarray(self._run(resolved, frozen, shard_rows(batch)))
+                shards = shard_rows({name: values[own] for name, values in batch.items()})
+                values = whole(self._run(resolved, frozen, shards))
             if not np.isfinite(values).all():
                 raise _not_finite(batch, values)
             yield batch, values

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.models.sampling import Sampling, check_settings, sampling
+from hylorada_jax.placement.processes import whole
 from hylorada_jax.placement.shards import in_use
 
 # Prompt lengths and token budgets are rounded up to a multiple of this at least: few shapes are compiled.
@@ -173,11 +174,11 @@ def _rounds(
 
 def _rows(state: _State) -> list[list[int]]:
     """The new tokens so far."""
-    count = np.asarray(state.counts)
-    if not np.all(finite := np.asarray(state.finite)):
+    count = whole(state.counts)
+    if not np.all(finite := whole(state.finite)):
         row = int(np.argmin(finite))
         raise not_finite(f"at new token {count[row]} of prompt {row + 1}")
-    return [row[:n].tolist() for row, n in zip(np.asarray(state.tokens), count, strict=True)]
+    return [row[:n].tolist() for row, n in zip(whole(state.tokens), count, strict=True)]
 
 
 def _new(rounds: Iterator[_State]) -> Iterator[list[int]]:
@@ -185,7 +186,7 @@ def _new(rounds: Iterator[_State]) -> Iterator[list[int]]:
     given = 0
     for state in rounds:
         (row,) = _rows(state)
-        ended = bool(state.ended[0])
+        ended = bool(whole(state.ended)[0])
         yield row[given:]
         given = len(row)
         if ended:

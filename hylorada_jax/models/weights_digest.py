@@ -20,6 +20,7 @@ from hylorada_jax.math.quantized import is_quantized, split_name
 from hylorada_jax.models.loading import weights_layout
 from hylorada_jax.models.quantize import is_kernel, quantized_shapes, read_quantized
 from hylorada_jax.models.source import Source
+from hylorada_jax.placement.processes import whole
 
 _PIECE_BYTES = 1 << 26
 
@@ -79,7 +80,8 @@ def _of_leaves(params: Mapping[str, Any]) -> dict[str, str]:
         is_leaf=is_quantized,
     )
     leaves = flatten_dict(split, sep="/")
-    with ThreadPoolExecutor() as pool:  # SHA-256 lets other threads run beside it
+    # SHA-256 lets other threads run beside it; but processes must gather the leaves in one order.
+    with ThreadPoolExecutor(None if jax.process_count() == 1 else 1) as pool:
         digests = pool.map(lambda leaf: _of_leaf(leaf.shape, leaf.dtype, _pieces(leaf)), leaves.values())
         return dict(zip(leaves, digests, strict=True))
 
@@ -106,10 +108,12 @@ def _pieces(leaf: Array | np.ndarray) -> Iterator[np.ndarray]:
     length = len(leaf)
     step = max(1, min(length, _PIECE_BYTES * length // max(1, leaf.nbytes)))
     for start in range(0, length - step + 1, step):
-        yield np.asarray(jax.lax.dynamic_slice_in_dim(leaf, start, step))
+        yield whole(jax.lax.dynamic_slice_in_dim(leaf, start, step))
     if rest := length % step:
-        yield np.asarray(leaf[length - rest :])
+        yield whole(leaf[length - rest :])
 
 
 def _lies_on_host(leaf: Array | np.ndarray) -> bool:
-    return isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices())
+    return isinstance(leaf, np.ndarray) or (
+        leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
+    )

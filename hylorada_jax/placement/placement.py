@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.errors import ConfigError
@@ -101,8 +102,12 @@ class Placement:
         )
 
     def put(self, tree: Any) -> Any:
-        """A tree with every leaf where it belongs; what lies there, or on the only device, is not copied."""
-        return jax.device_put(tree, self.shardings(tree))
+        """A tree with every leaf where it belongs; what lies there, or on the only device, is not copied.
+
+        In several processes each gives its own devices their parts: a leaf that lies with one process must be
+        the same in all.
+        """
+        return jax.tree.map(_put, tree, self.shardings(tree))
 
     def undivided(self, tree: Any) -> list[str]:
         """The leaves that a rule would cut further than they divide, with their shapes, as lines to print."""
@@ -149,6 +154,13 @@ class Placement:
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+
+
+def _put(leaf: Any, place: NamedSharding) -> jax.Array:
+    if place.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, place)
+    host = np.asarray(leaf)  # not device_put, which gathers it from all processes to compare
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
 def placement_of(tree: Any) -> Placement | None:

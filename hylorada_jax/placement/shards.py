@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.placement.axes import AXES, ROWS, Axis, dividing
 from hylorada_jax.placement.placement import (
@@ -35,10 +35,31 @@ def in_use(tree: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh)
 
 
+def own_rows(mesh: Mesh | None, rows: int) -> list[int]:
+    """Those of the rows of a batch that this process's devices compute; of one process, all.
+
+    Example:
+        >>> own_rows(parse_mesh(), 4)
+        [0, 1, 2, 3]
+    """
+    if mesh is None:
+        return [*range(rows)]
+    places = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((rows,))
+    return sorted({row for index in places.values() if index for row in range(rows)[index[0]]})
+
+
 def shard_rows(batch: Any) -> Any:
-    """A batch with its rows divided over the mesh in use, which must divide their number."""
-    spec = PartitionSpec(ROWS) if _sizes() else None
-    return jax.device_put(batch, spec)
+    """A batch with its rows divided over the mesh in use, which must divide their number.
+
+    Args:
+        batch: arrays of the rows that :func:`own_rows` gives of it.
+    """
+    if not _sizes():
+        return jax.device_put(batch)
+    place = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(ROWS))
+    if place.is_fully_addressable:
+        return jax.device_put(batch, place)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
 
 
 def row_groups(rows: int) -> int:

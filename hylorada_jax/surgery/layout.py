@@ -8,6 +8,7 @@ import numpy as np
 
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.leaves import LEAVES, leaf_of
+from hylorada_jax.placement.processes import whole
 from hylorada_jax.surgery.modules import subtree, with_leaves
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.text import short
@@ -50,7 +51,7 @@ def flatten(sites: Sequence[Site], adapters: Adapters) -> dict[str, np.ndarray]:
     for site in sites:
         node = subtree(adapters, site.module.path)
         for leaf in site.leaves:
-            value = np.asarray(node[leaf])
+            value = whole(node[leaf])
             stack = value if site.module.stacked else value[None]
             for name, shapes, layer in zip(site.names, site.shapes, stack, strict=True):
                 cut = tuple(slice(length) for length in dict(shapes)[leaf])

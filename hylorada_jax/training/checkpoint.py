@@ -19,13 +19,14 @@ from types import TracebackType
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import msgspec
-import numpy as np
 import orbax.checkpoint as ocp
 
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import kind_of
 from hylorada_jax.io.reading import MAX_JSON_BYTES
+from hylorada_jax.placement.processes import are_several, everywhere, on_first
 from hylorada_jax.training.step import TrainState
 
 DAMAGED = "damaged_checkpoints"
@@ -70,6 +71,9 @@ class Checkpoints:
     (adapters, optimizer, step, seed), the position in the data, and a digest of the state, so that damage
     that still reads is noticed too. Use as a context manager; leaving it waits for the checkpoint under way.
 
+    Each process writes the parts of the state that its devices hold, and reads those that they shall hold,
+    whoever wrote them. So all of them save, wait and restore together, in one directory.
+
     Args:
         directory: made if it does not exist.
         keep: number of newest checkpoints kept.
@@ -109,6 +113,8 @@ class Checkpoints:
                 # With an error on its way, one of the background must not take its place.
                 if error is None:
                     self.wait()
+                elif are_several():  # closing would wait for those that may be gone
+                    return
                 self._manager.close()
             except Exception:
                 if error is None:
@@ -139,15 +145,15 @@ class Checkpoints:
             CheckpointError: this checkpoint or the one before could not be written.
         """
         self._policy.bests = bests
-        host = jax.tree.map(np.array, state)
-        run = {"data": data, "digest": _digest(host, data)}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run))
+        run = {"data": data, "digest": _digest(state, data)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        step = int(state.step)
         try:
-            saved = self._manager.save(int(host.step), args=items)
+            saved = self._manager.save(step, args=items)
         except Exception as error:  # whatever the file system, tensorstore and orbax may raise
             raise self._unwritten(error) from error
         if not saved:
-            raise self._unwritten(FileExistsError(f"step {host.step} is not later than all that are there"))
+            raise self._unwritten(FileExistsError(f"step {step} is not later than all that are there"))
 
     def wait(self) -> None:
         """Returns when the checkpoint under way is complete; a CheckpointError if it could not be written."""
@@ -172,11 +178,17 @@ class Checkpoints:
         """
         damage: dict[int, str] = {}
         for step in reversed(self.steps):
+            found: tuple[TrainState, dict[str, Any]] | str
             try:
-                state, data = self._read(step, like)
+                found = self._read(step, like)
             except Exception as error:  # damage shows as any of a dozen exceptions of orbax and tensorstore
-                damage[step] = self._in_words(error)
+                found = self._in_words(error)
+            # Damage to the part of one process is damage to all.
+            errors = [said for said in everywhere(found if isinstance(found, str) else None) if said]
+            if errors or isinstance(found, str):
+                damage[step] = errors[0]
                 continue
+            state, data = found
             self._set_aside(damage, used=step)
             return state, data
         if not damage:
@@ -214,7 +226,7 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         state, run = restored["state"], restored["run"]
         msgspec.convert(run, _Run)
-        if _digest(jax.tree.map(np.asarray, state), run["data"]) != run["digest"]:
+        if _digest(state, run["data"]) != run["digest"]:
             raise ValueError("its content does not match its digest")
         if state.seed != like.seed:
             raise ValueError(f"its seed is {state.seed}, the run's is {like.seed}")
@@ -222,19 +234,23 @@ class Checkpoints:
 
     def _set_aside(self, damage: dict[int, str], *, used: int) -> None:
         """Moves damaged checkpoints away, for their steps will be written again."""
+        if not damage:
+            return
         for step, what in damage.items():
-            target = self._directory.parent / DAMAGED / str(step)
-            while kind_of(target):
-                target = target.with_name(target.name + "_again")
-            target.parent.mkdir(exist_ok=True)
-            (self._directory / str(step)).rename(target)
+            target = on_first(functools.partial(self._moved, step))
             warnings.warn(
                 f"the checkpoint of step {step} is damaged ({what}); going on from step {used}. "
                 f"It was moved to {target}",
                 stacklevel=3,
             )
-        if damage:
-            self._manager.reload()
+        self._manager.reload()
+
+    def _moved(self, step: int) -> Path:
+        target = self._directory.parent / DAMAGED / str(step)
+        while kind_of(target):
+            target = target.with_name(target.name + "_again")
+        target.parent.mkdir(exist_ok=True)
+        return (self._directory / str(step)).rename(target)
 
     def _in_words(self, error: Exception) -> str:
         """An error in one line of bearable length: tensorstore's run over pages, with the cause within."""
@@ -265,10 +281,39 @@ def _refuse_unreadable(step: Path) -> None:
 def _digest(state: TrainState, data: dict[str, Any]) -> str:
     """A fingerprint of every leaf's place, shape, dtype and bytes, and of the position in the data."""
     sha = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        sha.update(np.ascontiguousarray(leaf).tobytes())
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
+    for (path, leaf), checksum in zip(leaves, sums, strict=True):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {checksum}".encode())
     return sha.hexdigest()
+
+
+@jax.jit
+def _checksums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """For each leaf a number of its bits, the same however it is cut over devices.
+
+        Σᵢ mix(bitsᵢ + φ·mix(i))   modulo 2³²
+
+    Each device sums up its part, and nothing is gathered. The mix is a bijection, so that no change of one
+    element goes unnoticed.
+
+    Source: the finalizer of MurmurHash3 (Appleby).
+    """
+
+    def mix(x: jax.Array) -> jax.Array:
+        x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)
+        return x ^ x >> 16
+
+    def checksum(leaf: jax.Array) -> jax.Array:
+        width = min(8 * leaf.dtype.itemsize, 32)  # of 64 bits it makes two of 32, on an axis of their own
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+        place = jnp.uint32(0)
+        for axis, length in enumerate(bits.shape):
+            place = place * length + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        return jnp.sum(mix(bits + jnp.uint32(0x9E3779B9) * mix(place)), dtype=jnp.uint32)
+
+    return [checksum(leaf) for leaf in leaves]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

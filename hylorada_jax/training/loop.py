@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,12 +14,14 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.batch import Batch, computed
+from hylorada_jax.placement.processes import are_several, is_first
 from hylorada_jax.placement.shards import in_use, shard_rows
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
@@ -109,7 +112,9 @@ class Loop:
                     self._evaluate(state)
                     ended = ended or self._out_of_patience()
                     best = config.keep == "best" and self.log.bests[-1]["step"] == step
-                stops = interrupted.is_set() and not ended
+                # The other processes have to stop too, and after the same step: jax finds it.
+                agreed = multihost_utils.reached_preemption_sync_point(step)
+                stops = (agreed or (interrupted.is_set() and not are_several())) and not ended
                 if ended or best or stops or step % config.checkpoint_every == 0:
                     self._look_at(pending, bar)
                     pending = None
@@ -163,8 +168,10 @@ class Loop:
                 f"{found} at step {done.step}, on rows {done.batch['row'].tolist()} of the training data, "
                 f"{self._save_batch(done.batch)}"
             )
-        # All that were computed with: in a conversation few are scored.
-        speed = self._speed.add(int((done.batch["segment_ids"] > 0).sum()))
+        # All that were computed with: in a conversation few are scored. Of the rows of other processes, as
+        # many as in those of this one.
+        computed_here = (done.batch["segment_ids"] > 0).mean()
+        speed = self._speed.add(round(computed_here * done.batch["row"].size * self.config.seq_len))
         if done.step % self.config.log_every == 0 or done.step == self.config.steps:
             self.log.write({"step": done.step, **values, "tokens_per_second": round(speed, 1)})
         bar.update()
@@ -172,6 +179,8 @@ class Loop:
 
     def _save_batch(self, batch: Batch) -> str:
         """Saves a batch to look at, and says where; a full disk must not hide that a loss was not finite."""
+        if not is_first():
+            return "of which the first process has saved its own"
         content = io.BytesIO()
         np.savez(content, **batch)  # type: ignore[arg-type]
         try:
@@ -202,7 +211,8 @@ class Loop:
 def _interrupts() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt as ever.
 
-    An exception in the middle of a step would lose the state, which the step has consumed.
+    An exception in the middle of a step would lose the state, which the step has consumed. One of several
+    processes tells jax by the signal that it takes for a preemption.
     """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
@@ -213,6 +223,8 @@ def _interrupts() -> Iterator[threading.Event]:
     def note(*_: object) -> None:
         interrupted.set()
         signal.signal(signal.SIGINT, before)
+        if are_several():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, note)
     try:

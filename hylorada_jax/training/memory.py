@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.placement.processes import everywhere
 from hylorada_jax.training.config import Remat, TrainingConfig
 from hylorada_jax.training.step import Metrics, TrainState
 
@@ -57,7 +58,8 @@ def device_memory() -> int | None:
     """The bytes that a program may take on each of the devices; None where they do not say, as CPUs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     limits = [each["bytes_limit"] for each in stats if "bytes_limit" in each]
-    return min(limits, default=None)
+    # Of all processes, so that they choose the same.
+    return min((limit for limit in everywhere(min(limits, default=None)) if limit is not None), default=None)
 
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int:

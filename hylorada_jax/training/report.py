@@ -17,6 +17,7 @@ import msgspec
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import write_figure, write_whole
 from hylorada_jax.io.reading import checked
+from hylorada_jax.placement.processes import is_first, on_first
 from hylorada_jax.text import parse_json
 
 Record = Mapping[str, Any]
@@ -79,7 +80,8 @@ class MetricsLog:
     """The lines of metrics.jsonl, also sent to TensorBoard where that is installed.
 
     A line is an object with ``step`` and either the metrics of a training step with ``tokens_per_second``, or
-    ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``. Use as a context manager.
+    ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``. Use as a context manager. Of several processes
+    each has the lines, and the first writes and sends them.
 
     Args:
         path: metrics.jsonl; what it holds is kept up to ``last_step``.
@@ -92,13 +94,19 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, tensorboard: Path, *, last_step: int) -> None:
-        self.records: list[Record] = [r for r in read_metrics(path) if r["step"] <= last_step]
+        self.records: list[Record] = on_first(
+            lambda: [r for r in read_metrics(path) if r["step"] <= last_step]
+        )
         self.evaluations = [r for r in self.records if "eval_loss" in r]
+        self._file: _Appending | None = None
+        self._boards: list[Board] = []
+        if not is_first():
+            return
         lines = [json.dumps(record) + "\n" for record in self.records]
         write_whole(path, "".join(lines).encode())
         self._file = _Appending(path, os.O_APPEND)
-        board = _TensorBoard.open(tensorboard)
-        self._boards: list[Board] = [] if board is None else [board]
+        if (board := _TensorBoard.open(tensorboard)) is not None:
+            self._boards.append(board)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -106,7 +114,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for board in self._boards:
             board.close(failed=error is not None)
 
@@ -121,7 +130,8 @@ class MetricsLog:
         self.records.append(record)
         if "eval_loss" in record:
             self.evaluations.append(record)
-        self._file.write((json.dumps(record) + "\n").encode())
+        if self._file is not None:
+            self._file.write((json.dumps(record) + "\n").encode())
         for board in self._boards:
             board.add(record)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 
@@ -21,12 +22,13 @@ from hylorada_jax.io.files import write_json
 from hylorada_jax.math.quantized import dtype_name
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
-from hylorada_jax.models.batch import computed
+from hylorada_jax.models.batch import Batch, computed
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.placement.axes import mesh_sizes
 from hylorada_jax.placement.placement import Placement, parse_mesh, placement_of
-from hylorada_jax.placement.shards import in_use, shard_rows
+from hylorada_jax.placement.processes import agree, everywhere, is_first, on_first, whole
+from hylorada_jax.placement.shards import in_use, own_rows, shard_rows
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
@@ -117,7 +119,8 @@ class HyLoRADATrainer:
 
     The directory gets adapter/ (the result), checkpoints/, metrics.jsonl, loss.png and run.json (what the run
     is). A run that was killed at any moment goes on with ``resume=True`` and ends with the same bits. All
-    settings are checked here, before any work.
+    settings are checked here, before any work. Of several processes each makes a trainer, of the same, and
+    the first writes all but its checkpoints.
 
     Args:
         model: what is trained; at the end it has the trained adapters.
@@ -171,12 +174,14 @@ class HyLoRADATrainer:
             for documents, weight in mixture.sources
         ]
         config = config.for_rows(rows_of_epoch(self._rows))
+        config = dataclasses.replace(config, progress=config.progress and is_first())
         self.choice = self._chosen(_as_begun(config, self._directory), memory or device_memory())
         setting = self.choice.setting._asdict()
         self._config = config = dataclasses.replace(config, **setting)
         self._recipe = recipe and {name: setting.get(name, value) for name, value in recipe.items()}
         self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
         self._identity = run_identity(model, config, train_data=mixture, eval_data=held_out)
+        agree(self._identity)
 
     def _chosen(self, config: TrainingConfig, limit: int | None) -> Choice:
         """Remat and microbatches, with the step."""
@@ -190,13 +195,17 @@ class HyLoRADATrainer:
 
         def arguments() -> tuple[Any, Any, Any]:
             state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
-            batch = next(mixed_batches(self._rows, config.batch_size, config.seed))
+            batch = next(self._batches(config))
             return _shapes(state, placement), frozen, shard_rows(computed(batch))
 
         own = getattr(model.base.module, "remat", None)
         settings = candidates(config, own=own, devices=placement.rows)
         with in_use(frozen):
             return choose(settings, step_of, arguments, limit, remedy=_smaller(config, model.base))
+
+    def _batches(self, config: TrainingConfig) -> grain.DatasetIterator[Batch]:
+        own = own_rows(self._placement.mesh, config.batch_size)
+        return mixed_batches(self._rows, config.batch_size, config.seed, own)
 
     def train(self) -> TrainingResult:
         """Runs to the end, from the start or from the newest usable checkpoint.
@@ -212,15 +221,13 @@ class HyLoRADATrainer:
         """
         config, directory = self._config, self._directory
         try:
-            run = directory.open(
-                self._identity,
-                circumstances(self._model, config) | {"mesh": config.mesh or None},
-                defaults=defaults(self._model.config),
-                resume=config.resume,
-                overwrite=config.overwrite,
-            )
-            if self._recipe is not None:
-                write_json(directory.recipe, self._recipe)
+            run = on_first(self._opened)
+            if not all(seen := everywhere(directory.run.exists())):
+                raise CheckpointError(
+                    "The output directory must be one that all processes see.",
+                    f"{directory.path}, which process {seen.index(False)} does not see",
+                    "Choose a directory on a file system that their machines share.",
+                )
             with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
                 return self._train(checkpoints, run)
         except OSError as error:  # a full disk also meets the small files
@@ -230,12 +237,26 @@ class HyLoRADATrainer:
                 "Free some space, then go on with resume (--resume).",
             ) from error
 
+    def _opened(self) -> RunRecord:
+        """The directory, made ready; in the first process."""
+        config, directory = self._config, self._directory
+        run = directory.open(
+            self._identity,
+            circumstances(self._model, config) | {"mesh": config.mesh or None},
+            defaults=defaults(self._model.config),
+            resume=config.resume,
+            overwrite=config.overwrite,
+        )
+        if self._recipe is not None:
+            write_json(directory.recipe, self._recipe)
+        return run
+
     def _train(self, checkpoints: Checkpoints, run: RunRecord) -> TrainingResult:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
         placement = self._placement
         state = placement.put(init_state(model.adapters, optimizer, config.seed))
-        batches = mixed_batches(self._rows, config.batch_size, config.seed)
+        batches = self._batches(config)
         if found := checkpoints.restore(state):
             state, position = found
             batches.set_state(position)
@@ -245,7 +266,7 @@ class HyLoRADATrainer:
         with MetricsLog(directory.metrics, directory.tensorboard, last_step=start) as log:
             if start and config.needs_evaluations:
                 _require_evaluations(log, checkpoints, config)
-            if config.report_to == "wandb":
+            if config.report_to == "wandb" and is_first():
                 settings = {**run.identity, "ran_on": run.recorded, "recipe": self._recipe}
                 log.send_to(WandbRun(directory.path, run.id, settings))
             frozen = model.frozen if model.placement else placement.put(model.frozen)
@@ -257,9 +278,10 @@ class HyLoRADATrainer:
                 state = checkpoints.state_of(kept, state)
             model.adapters = state.adapters
             if model.placement is None:  # its frozen weights are on one device
-                model.adapters = jax.device_put(jax.device_get(state.adapters))
+                model.adapters = jax.device_put(jax.tree.map(whole, state.adapters))
             model.save_pretrained(directory.adapter, overwrite=True, weights=True)
-            plot_losses(log.records, directory.loss_plot)
+            if is_first():
+                plot_losses(log.records, directory.loss_plot)
             return TrainingResult(
                 steps=steps,
                 kept=kept,

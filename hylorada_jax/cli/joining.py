@@ -1,0 +1,69 @@
+"""The command line's options that make a process one of several."""
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import tyro
+
+from hylorada_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """Which of several processes this is.
+
+    Args:
+        coordinator: HOST:PORT of process 0, a free port that the others can reach. On a TPU slice, on GKE,
+            under Slurm's srun and Open MPI's mpirun, processes find each other without it.
+        num_processes: how many there are; with --coordinator.
+        process_id: which of them this is, from 0; with --coordinator.
+        join_timeout: seconds within which all must be there.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_timeout: int = 300
+
+    def join(self, settings: Mapping[str, Any]) -> None:
+        """Joins the others, if there are any; all but the first then print nothing but errors.
+
+        Args:
+            settings: what all must have been given alike, as plain types.
+
+        Raises:
+            ConfigError: the options are no place among so many, the others are not there in time, or have
+                other code or settings.
+        """
+        given = (self.coordinator, self.num_processes, self.process_id)
+        count, number = self.num_processes or 1, self.process_id or 0
+        place = self.coordinator or ""
+        complete = None not in given and re.fullmatch(r"\S+:[0-9]{1,5}", place) and 0 <= number < count
+        if self.join_timeout < 1 or not (complete or given == (None, None, None)):
+            options = [
+                f"--{f.name.replace('_', '-')} {getattr(self, f.name)}" for f in dataclasses.fields(self)
+            ]
+            raise ConfigError(
+                "A process must have a coordinator HOST:PORT, a number of processes, and its own below that.",
+                " ".join(options),
+                "Write --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0, or none of them.",
+            )
+
+        from hylorada_jax.placement import processes
+
+        processes.join(place, count, number, timeout=self.join_timeout)
+        if not processes.are_several():
+            return
+        if not processes.is_first():
+            warnings.simplefilter("ignore")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the libraries' output too
+        processes.agree(settings)
+
+
+# Without a prefix: --coordinator, not --processes.coordinator.
+Processes = Annotated[ProcessOptions, tyro.conf.arg(name="")]
+ALONE = ProcessOptions()

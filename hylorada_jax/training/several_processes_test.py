@@ -1,0 +1,125 @@
+"""Oracle of a run of two processes: the run of one on as many devices, and the run that nobody killed."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
+from hylorada_jax.placement.processes_test import free_port
+from hylorada_jax.training.report import read_metrics
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, on_devices, tiny):  # noqa: F811
+    """(devices, output, options) → a process that trains."""
+    texts = tmp_path_factory.mktemp("data") / "texts.txt"
+    texts.write_text("".join(f"{n} brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
+    common = ["--model", tiny, "--data", texts, "--seq-len", 16, "--steps", 24, "--checkpoint-every", 4]
+    common += ["--learning-rate", 1e-4, "--dropout", 0.1, "--eval-every", 12, "--eval-tokens", 64]
+
+    def start(devices, output, *options):
+        command = [sys.executable, "-m", "hylorada_jax.cli.main", "finetune", *common, "--output", output]
+        return subprocess.Popen(
+            [*map(str, command), *map(str, options), "--prompt="],
+            env=on_devices(devices, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def pair(start, output, *options, second=()):
+    """Two processes of two devices each."""
+    meeting = ("--mesh", "fsdp=4", "--coordinator", f"localhost:{free_port()}", "--num-processes", 2)
+    return [
+        start(2, output, *meeting, "--process-id", number, *options, *own)
+        for number, own in enumerate(((), second))
+    ]
+
+
+def ended(*started):
+    """What each has printed, once it has ended well."""
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), said
+    return [printed for printed, _ in said]
+
+
+def furthest(one, other):
+    """How far apart two runs' adapters are."""
+    ours, theirs = (load_file(run / ADAPTER) for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def whole_run(start, tmp_path_factory):
+    """A run of two processes that nothing disturbs, and what they printed."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return output, ended(*pair(start, output))
+
+
+@pytest.fixture(scope="module")
+def killed(start, tmp_path_factory):
+    """A run whose second process was killed, and how the first one ended."""
+    output = tmp_path_factory.mktemp("killed") / "run"
+    first, second = pair(start, output)
+    while not (output / "checkpoints" / "8").exists():
+        assert second.poll() is None, second.communicate()
+        time.sleep(0.02)
+    second.send_signal(signal.SIGKILL)
+    _, said = first.communicate(timeout=60)
+    second.communicate()
+    return output, first.returncode, said
+
+
+def test_when_one_is_killed_the_other_ends_and_both_go_on_with_the_same_bits(start, killed, whole_run):
+    output, status, said = killed
+    assert whole_run[1][0].splitlines()[-3].startswith("adapter ")
+    assert "adapter" not in whole_run[1][1]
+    assert status == 1
+    assert said.splitlines()[-3] == "error: All processes of a run must go on until it ends."
+    assert not (output / "adapter").exists()
+    shutil.copytree(output, output.parent / "copy")  # for the next test
+    ended(*pair(start, output, "--resume"))
+    assert (output / ADAPTER).read_bytes() == (whole_run[0] / ADAPTER).read_bytes()
+
+
+def test_one_process_goes_on_on_another_mesh(start, killed, whole_run):
+    alone = killed[0].parent / "copy"
+    ended(start(4, alone, "--resume", "--mesh", "fsdp=2,tensor=2"))
+    # Sums of float32 in another order; the steps have changed the adapter by 1e-3.
+    assert furthest(alone, whole_run[0]) < 1e-6
+    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (alone, whole_run[0]))
+    for one, other in zip(ours, theirs, strict=True):
+        for name in one.keys() - {"tokens_per_second"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+
+
+def test_other_settings_are_refused_by_each_before_the_weights_are_read(start, tmp_path):
+    started = pair(start, tmp_path / "run", second=("--rank", 4))
+    for process in started:
+        printed, said = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "rank: None in process 0, 4 in process 1" in said
+        assert "data " not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_does_not_answer_ends_in_time(start, tmp_path):
+    begun = time.monotonic()
+    nowhere = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id", 1)
+    process = start(1, tmp_path / "run", *nowhere, "--join-timeout", 2)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: The processes of a run must meet within 2 seconds.\n" in said
+    assert time.monotonic() - begun < 60
