@@ -86,7 +86,7 @@ def test_when_one_is_killed_the_other_ends_and_both_go_on_with_the_same_bits(sta
     output, status, said = killed
     assert whole_run[1][0].splitlines()[-3].startswith("adapter ")
     assert "adapter" not in whole_run[1][1]
-    assert status == 1
+    assert status != 0  # by itself, or where a checkpoint was under way by jax
     assert said.splitlines()[-3] == "error: All processes of a run must go on until it ends."
     assert not (output / "adapter").exists()
     shutil.copytree(output, output.parent / "copy")  # for the next test
