@@ -2,31 +2,51 @@
 
     python -m benchmarks.plans --output benchmarks/results/plans
 
-Weights are bfloat16 and cut over all chips, each of which has one row and computes whole layers again in the
-backward pass. Figures are of one chip; what they are stands in hylorada_jax/planning/cases.py.
+Weights are bfloat16, of one in nf4, and cut over all chips, each of which has one row, or of that one two, and
+computes whole layers again in the backward pass. Figures are of one chip; what they are stands in
+hylorada_jax/planning/cases.py.
 """
 
 import importlib.metadata
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.command import run
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import libtpu_directory
 
-# Shape, topology, tokens of a row, methods.
+
+class Plan(NamedTuple):
+    """What is compiled: a shape, for a slice, its rows and their tokens, and methods."""
+
+    shape: str
+    topology: str
+    seq_len: int
+    methods: tuple[str, ...] = ("lora", "hylorada")
+    rows: int = 1
+    base_dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        words = [self.shape, self.topology.replace(":", "-"), str(self.seq_len), self.base_dtype]
+        return "-".join(filter(None, words))
+
+
+THREE = ("lora", "dora", "hylorada")
 PLANS = (
-    ("llama-8b", "v5e:2x2", 4096, ("lora", "dora", "hylorada")),
-    ("llama-70b", "v6e:4x4", 8192, ("lora", "hylorada")),
-    ("llama-32b", "v5e:4x4", 4096, ("lora", "hylorada")),
-    ("llama-8b", "v5e:2x4", 8192, ("lora", "dora", "hylorada")),
-    ("llama-70b", "v5p:2x2x4", 8192, ("lora", "hylorada")),
-    ("llama-32b", "v6e:2x4", 4096, ("lora", "hylorada")),
-    ("llama-8b", "v5e:2x2", 8192, ("lora", "dora", "hylorada")),
-    ("llama-8b", "v5e:2x4", 4096, ("lora", "dora", "hylorada")),
+    Plan("llama-8b", "v5e:1x1", 2048, rows=2, base_dtype="nf4"),
+    Plan("llama-8b", "v5e:2x2", 4096, THREE),
+    Plan("llama-70b", "v6e:4x4", 8192),
+    Plan("llama-32b", "v5e:4x4", 4096),
+    Plan("llama-8b", "v5e:2x4", 8192, THREE),
+    Plan("llama-70b", "v5p:2x2x4", 8192),
+    Plan("llama-32b", "v6e:2x4", 4096),
+    Plan("llama-8b", "v5e:2x2", 8192, THREE),
+    Plan("llama-8b", "v5e:2x4", 4096, THREE),
 )
 
 
@@ -41,17 +61,18 @@ def main(*, output: Path) -> None:
 
     (libtpu,) = importlib.metadata.distributions(name="libtpu", path=[str(libtpu_directory())])
     output.mkdir(parents=True, exist_ok=True)
-    for shape, topology, seq_len, methods in PLANS:
-        file = output / f"{shape}-{topology.replace(':', '-')}-{seq_len}.json"
+    for plan in PLANS:
+        file = output / f"{plan.name}.json"
         if file.exists():
             continue
-        found = {method: planned(shape, topology, seq_len, method) for method in methods}
+        found = {method: planned(plan, method) for method in plan.methods}
         record = {
             "command": shlex.join(["python", "-m", "benchmarks.plans", *sys.argv[1:]]),
             "environment": environment() | {"libtpu": libtpu.version},
-            "model": shape,
-            "topology": topology,
-            "seq_len": seq_len,
+            "model": plan.shape,
+            "topology": plan.topology,
+            "seq_len": plan.seq_len,
+            "base_dtype": plan.base_dtype,
             "methods": {
                 method: figures | {"to_lora": _to_lora(figures, found["lora"])}
                 for method, figures in found.items()
@@ -60,31 +81,36 @@ def main(*, output: Path) -> None:
         write_json(file, record)
 
 
-def planned(shape: str, topology: str, seq_len: int, method: str) -> dict[str, Any]:
-    """The one row of a plan, cut over all chips, with remat full and a row for each."""
+def planned(plan: Plan, method: str) -> dict[str, Any]:
+    """The one row of a plan, cut over all chips, with remat full."""
     from hylorada_jax.models.decoder_config import DecoderConfig
-    from hylorada_jax.planning import compiling, plan, table
+    from hylorada_jax.planning import compiling, table
     from hylorada_jax.planning.chips import parse_topology
+    from hylorada_jax.planning.plan import Devices, as_record
+    from hylorada_jax.planning.plan import plan as rows_of
     from hylorada_jax.planning.programs import base_of_shapes
     from hylorada_jax.planning.shapes import SHAPES
 
-    config, adapter = SHAPES[shape], HyLoRADAConfig(method=method)
-    base = base_of_shapes(DecoderConfig.from_hf(config))
-    chip, count = parse_topology(topology)
-    devices = plan.Devices(topology, count, chip, chip.memory)
-    with compiling.for_topology(topology, config, adapter, seq_len) as compiled:
-        settings: dict[str, Any] = {"seq_len": seq_len, "meshes": [f"fsdp={count}"], "remats": ["full"]}
-        (row,) = plan.plan(base, adapter, devices, compiled, **settings)
-    print(f"{shape} {topology} {seq_len} {method}: {table.line(row)}", flush=True)
-    return plan.as_record(row)
+    config, adapter = SHAPES[plan.shape], HyLoRADAConfig(method=method)
+    base = base_of_shapes(DecoderConfig.from_hf(config), plan.base_dtype)
+    chip, count = parse_topology(plan.topology)
+    devices = Devices(plan.topology, count, chip, chip.memory)
+    step = (plan.topology, config, adapter, plan.seq_len, plan.base_dtype)
+    with compiling.for_topology(*step) as compiled:
+        settings: dict[str, Any] = {"meshes": [f"fsdp={count}"], "remats": ["full"], "rows": [plan.rows]}
+        (row,) = rows_of(base, adapter, devices, compiled, seq_len=plan.seq_len, **settings)
+    print(f"{plan.name} {method}: {table.line(row)}", flush=True)
+    return as_record(row)
 
 
 def _to_lora(figures: dict[str, Any], lora: dict[str, Any]) -> dict[str, float]:
     """How many times lora's figures a method's are, of those that fit."""
     if not (figures["fits"] and lora["fits"]):
         return {}
-    sent = (sum(each["sent_bytes"].values()) for each in (figures, lora))
-    ratios = {"temp_bytes": figures["temp_bytes"] / lora["temp_bytes"], "sent_bytes": next(sent) / next(sent)}
+    ratios = {"temp_bytes": figures["temp_bytes"] / lora["temp_bytes"]}
+    sent, of_lora = (sum(each["sent_bytes"].values()) for each in (figures, lora))
+    if of_lora:  # one chip sends nothing
+        ratios["sent_bytes"] = sent / of_lora
     return {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 

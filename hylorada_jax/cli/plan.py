@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
-from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline
+from hylorada_jax.cli.shared import PACKAGED_MODEL, BaseDtype, puts_offline
 from hylorada_jax.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def plan(
     topology: str,
     model: str = PACKAGED_MODEL,
     adapter: Adapter = DEFAULTS,
+    base_dtype: BaseDtype | None = None,
     seq_len: int = 4096,
     mesh: tuple[str, ...] = (),
     remat: tuple[Policy, ...] = (),
@@ -40,6 +41,7 @@ def plan(
         model: smollm2-135m, a directory with a config.json, a .gguf file, a Hub name, or a shape of Llama's
             kind: llama-1b, llama-8b, llama-32b, llama-70b.
         adapter: what would be trained.
+        base_dtype: as finetune takes it.
         seq_len: tokens per row.
         mesh: as finetune takes it; several are compared [weights cut over all chips, over as few as leave
             half of the memory, and heads cut in 2 and in 4].
@@ -66,7 +68,7 @@ def plan(
     from hylorada_jax.surgery.fit import fit
 
     config = _config(model)
-    base = base_of_shapes(DecoderConfig.from_hf(config))
+    base = base_of_shapes(DecoderConfig.from_hf(config), base_dtype)
     fit(base, settings)
     check_range((1, seq_len), limit=base.position_limit)
     devices = _devices(topology)
@@ -75,9 +77,9 @@ def plan(
     meshes = mesh or sensible_meshes(base, settings, devices)
     remats = [each for each in ("full", "dots", "none") if not remat or each in remat]
     if topology == HERE:
-        compilers = compiling.for_here(config, settings, seq_len)
+        compilers = compiling.for_here(config, settings, seq_len, base_dtype)
     else:
-        compilers = compiling.for_topology(topology, config, settings, seq_len)
+        compilers = compiling.for_topology(topology, config, settings, seq_len, base_dtype)
     found: list[Row] = []
     with compilers as compiled:
         if not json:
@@ -88,7 +90,7 @@ def plan(
             if not json:
                 print(table.line(row), flush=True)
     winner = best(found)
-    command = None if winner is None else _command(model, adapter, seq_len, winner)
+    command = None if winner is None else _command(model, adapter, base_dtype, seq_len, winner)
     if json:
         _print_json(devices, found, command)
         return
@@ -131,7 +133,7 @@ def _devices(topology: str) -> "Devices":
     return Devices(HERE, jax.device_count(), chip_of_kind(jax.devices()[0].device_kind), device_memory())
 
 
-def _command(model: str, adapter: AdapterOptions, seq_len: int, row: "Row") -> str:
+def _command(model: str, adapter: AdapterOptions, base_dtype: str | None, seq_len: int, row: "Row") -> str:
     """The way of a row as a command to paste."""
     from hylorada_jax.planning.shapes import SHAPES
 
@@ -145,7 +147,8 @@ def _command(model: str, adapter: AdapterOptions, seq_len: int, row: "Row") -> s
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     words += ["--mesh", case.mesh] if case.mesh else []
     words += ["--remat", case.remat, "--batch-size", str(row.figures.batch_size)]
-    return shlex.join([*words, "--seq-len", str(seq_len), "--dtype", "bfloat16"])
+    words += ["--seq-len", str(seq_len), "--dtype", "bfloat16"]
+    return shlex.join([*words, "--base-dtype", base_dtype] if base_dtype else words)
 
 
 def _print_json(devices: "Devices", rows: "list[Row]", command: str | None) -> None:

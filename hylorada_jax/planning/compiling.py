@@ -18,7 +18,11 @@ Compile = Callable[[Case], Figures]
 
 @contextlib.contextmanager
 def for_topology(
-    topology: str, config: dict[str, Any], adapter: HyLoRADAConfig, seq_len: int
+    topology: str,
+    config: dict[str, Any],
+    adapter: HyLoRADAConfig,
+    seq_len: int,
+    base_dtype: str | None = None,
 ) -> Iterator[Compile]:
     """What compiles steps of a bfloat16 base for TPUs, in a process of its own; JAX is not touched here.
 
@@ -27,6 +31,7 @@ def for_topology(
         config: the content of the base's config.json.
         adapter: what is trained.
         seq_len: tokens of a row.
+        base_dtype: what the base's linear layers are kept in, where it is not bfloat16.
 
     Raises:
         HyLoRADAError: libtpu is not installed.
@@ -35,6 +40,7 @@ def for_topology(
     """
     libtpu_directory()  # missing, it is reported before anything starts
     job = {"config": config, "adapter": adapter.to_dict(), "seq_len": seq_len, "topology": topology}
+    job["base_dtype"] = base_dtype
     command = [sys.executable, "-m", "hylorada_jax.planning.worker"]
     with tempfile.TemporaryFile("w+", errors="replace") as noise:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": noise}
@@ -70,12 +76,14 @@ def for_topology(
 
 
 @contextlib.contextmanager
-def for_here(config: dict[str, Any], adapter: HyLoRADAConfig, seq_len: int) -> Iterator[Compile]:
+def for_here(
+    config: dict[str, Any], adapter: HyLoRADAConfig, seq_len: int, base_dtype: str | None = None
+) -> Iterator[Compile]:
     """What compiles steps of a bfloat16 base for the devices of this process; as :func:`for_topology`."""
     import jax
 
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.planning.programs import base_of_shapes, figures_of
 
-    base = base_of_shapes(DecoderConfig.from_hf(config))
+    base = base_of_shapes(DecoderConfig.from_hf(config), base_dtype)
     yield lambda case: figures_of(base, adapter, seq_len, jax.devices(), case)

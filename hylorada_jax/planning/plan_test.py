@@ -41,6 +41,14 @@ def test_arguments_are_counted_by_shards(base):
     assert four == one - 3 * (cut + adapters) / 4
 
 
+def test_codes_of_four_bits_are_half_a_byte(base):
+    pytest.importorskip("qwix")
+    kernels, scales = 3 * (4 * 16 * 16 + 3 * 16 * 24), 3 * (4 * 16 + 2 * 24 + 3 * 16)
+    coded = base_of_shapes(DecoderConfig.from_hf(SHAPE), "nf4")
+    expected = argument_bytes(base, LORA, "", 1) - 2 * kernels + kernels // 2 + 2 * scales
+    assert argument_bytes(coded, LORA, "", 1) == expected
+
+
 @pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", "fsdp=4", "data=4", "fsdp=3"])
 def test_a_mesh_of_devices_that_are_not_there_is_checked(base, mesh):
     if mesh == "fsdp=3":

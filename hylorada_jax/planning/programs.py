@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.placed import fitted
+from hylorada_jax.models.quantize import quantize
 from hylorada_jax.placement.axes import AXES, ROWS, mesh_sizes
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.planning.cases import Case, Figures
@@ -38,9 +40,12 @@ _LACKS = re.compile(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG]
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def base_of_shapes(config: DecoderConfig) -> CausalLM:
-    """One of our decoders in bfloat16, without weights."""
-    return CausalLM(DecoderLM(config), param_shapes(config, jnp.bfloat16), config, "shapes")
+def base_of_shapes(config: DecoderConfig, base_dtype: str | None = None) -> CausalLM:
+    """One of our decoders in bfloat16, its linear layers perhaps in int8 or nf4, without weights."""
+    params = param_shapes(config, jnp.bfloat16)
+    if base_dtype is not None:
+        params = jax.eval_shape(partial(quantize, base_dtype=base_dtype), params)
+    return CausalLM(DecoderLM(config), params, config, "shapes")
 
 
 def model_of_shapes(base: CausalLM, adapter: HyLoRADAConfig) -> HyLoRADAModel:

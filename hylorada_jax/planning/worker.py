@@ -1,6 +1,6 @@
 """The process that compiles for TPUs: a line of JSON in for each case, and one out.
 
-    {"config": …, "adapter": …, "seq_len": …, "topology": …}    once
+    {"config": …, "adapter": …, "seq_len": …, "topology": …, "base_dtype": …}    once
     {"mesh": …, "remat": …, "rows": …}    →    {"figures": …} or {"error": [rule, received, remedy]}
 
 It is a process of its own because JAX, once it can import libtpu, looks for a TPU.
@@ -25,7 +25,7 @@ def main(requests: TextIO, answers: TextIO) -> None:
     from hylorada_jax.planning.programs import base_of_shapes, figures_of
 
     job = json.loads(requests.readline())
-    base = base_of_shapes(DecoderConfig.from_hf(job["config"]))
+    base = base_of_shapes(DecoderConfig.from_hf(job["config"]), job["base_dtype"])
     adapter = HyLoRADAConfig.from_dict(job["adapter"])
     for line in requests:
         answer: dict[str, Any]
