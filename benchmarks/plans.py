@@ -2,9 +2,9 @@
 
     python -m benchmarks.plans --output benchmarks/results/plans
 
-Weights are bfloat16, of one in nf4, and cut over all chips, each of which has one row, or of that one two, and
-computes whole layers again in the backward pass. Figures are of one chip; what they are stands in
-hylorada_jax/planning/cases.py.
+Weights are bfloat16, or nf4 where that is said, and cut over all chips, each of which has one row, or those
+that are said, and computes whole layers again in the backward pass. Figures are of one chip; what they are
+stands in hylorada_jax/planning/cases.py.
 """
 
 import importlib.metadata
