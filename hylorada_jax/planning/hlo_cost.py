@@ -181,4 +181,4 @@ def _xla_cost(name: str, computations: Mapping[str, str]) -> Cost:
     blocks = [("ENTRY " if block == name else "") + computations[block] for block in needed]
     module = _hlo.hlo_module_from_text("\n\n".join(["HloModule part", *blocks]))
     found = _jax.hlo_module_cost_analysis(jax.devices()[0].client, module)
-    return Cost(found["flops"], found["bytes accessed"])
+    return Cost(found.get("flops", 0.0), found.get("bytes accessed", 0.0))  # it names what there is
