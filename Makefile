@@ -27,7 +27,7 @@ test-quick: $(VENV)/.installed-dev
 # What measures a user's programs as they are compiled; the notebook, README's lines, three benchmarks, the compiler
 # for TPUs, the real model beside torch's, runs that are killed, and Hugging Face's Flax classes: a minute or more each.
 test-apart: $(VENV)/.installed-dev
-	$(PYTEST) -m "apart or optimized" benchmarks parity_tests hylorada_jax/models/hf hylorada_jax/training $(ARGS)
+	$(PYTEST) -m "apart or optimized" hylorada_jax/training parity_tests benchmarks hylorada_jax/models/hf $(ARGS)
 
 # The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,
 # whose build there takes gigabytes, and without Hugging Face's Flax classes.
