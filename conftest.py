@@ -75,7 +75,7 @@ APART_FILES = (
 )  # fmt: skip
 
 # What a user does, from loading a model to merging its adapter: `make test-current` runs these too.
-MAIN_JOB_FILES = ("adapting_test", "cli_test", "model_test", "trainer_test")
+MAIN_JOB_FILES = ("adapting_test", "cli_test", "model_test")
 
 
 def pytest_collection_modifyitems(items):

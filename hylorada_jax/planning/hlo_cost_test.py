@@ -43,8 +43,8 @@ ENTRY %main (p.4: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
 def test_loops_are_counted_as_often_as_they_run():
     # 2·4³ operations in the product, and one comparison wherever a loop is started.
     assert program_cost(PROGRAM).flops == 5 * (3 * 128 + 1) + 1
-    # 64 bytes for each operand and the result, 16 for the tuple; each comparison 4 + 4 + 1.
-    assert program_cost(PROGRAM).bytes_accessed == 5 * (3 * (3 * 64 + 16) + 9) + 9
+    # 64 bytes for each operand and the result; each comparison 4 + 4 + 1; for the tuple 16, with jax 0.12 8.
+    assert program_cost(PROGRAM).bytes_accessed in [5 * (3 * (3 * 64 + n) + 9) + 9 for n in (16, 8)]
 
 
 def test_a_loop_of_unknown_length_is_refused_or_told_its_turns():
