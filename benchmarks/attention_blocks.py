@@ -44,6 +44,7 @@ def main(
     from benchmarks import tpu_programs
     from hylorada_jax.math.distance_attention import distance_attention
     from hylorada_jax.math.splash import splash_attention
+    from hylorada_jax.planning.programs import topology_devices
 
     table = jax.ShapeDtypeStruct((64, 8), "float32")
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -53,7 +54,7 @@ def main(
     }
     records = []
     for topology in topologies:
-        devices = tpu_programs.topology_devices(topology)[:chips]
+        devices = topology_devices(topology)[:chips]
         for length, head_dim, block in ((n, d, b) for n in lengths for d in head_dims for b in blocks):
             for name, (kernel, options) in kernels.items():
                 try:

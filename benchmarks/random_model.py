@@ -12,18 +12,10 @@ import tyro
 
 from benchmarks.command import run
 from hylorada_jax.io.files import refuse_unusable
+from hylorada_jax.planning.shapes import SHAPES as LLAMA_SHAPES
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_theta": 500000.0,
-    },
+    "llama-3-8b": LLAMA_SHAPES["llama-8b"] | {"rope_theta": 500000.0},
     "qwen2.5-7b": {
         "model_type": "qwen2",
         "vocab_size": 152064,

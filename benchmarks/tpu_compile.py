@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 from benchmarks.command import run
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import use_libtpu
+from hylorada_jax.planning.shapes import SHAPES
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 MODEL = "smollm2-135m"
@@ -37,16 +38,7 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 SMALL_LONG = 2048
-LLAMA_1B = {  # the shape of Llama 3.2 1B
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 8192,
-    "tie_word_embeddings": True,
-}
+LLAMA_1B = SHAPES["llama-1b"]
 QWEN3_4 = {  # four layers of the shape of Qwen3 0.6B
     "model_type": "qwen3",
     "vocab_size": 151936,
@@ -103,6 +95,7 @@ def main(
     from benchmarks import tpu_programs
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source
+    from hylorada_jax.planning.programs import topology_devices
     from parity_tests.environment import environment
 
     output.mkdir(parents=True, exist_ok=True)
@@ -112,7 +105,7 @@ def main(
         "dtype": "bfloat16",
     }
     if long_rows:
-        devices = tpu_programs.topology_devices(topologies[0])[:1]
+        devices = topology_devices(topologies[0])[:1]
         record |= {"device": devices[0].device_kind, "steps": {}}
         programs, steps = SMALL_LONG_ROWS if small else LONG_ROWS, record["steps"]
         for name, row in programs.items():  # written after each, for they take minutes
@@ -125,7 +118,7 @@ def main(
     rows: dict[str, Any] = {"batch_size": 4, "seq_len": 64 if small else 1024}
     record |= {"model": SMALL if small else MODEL, **rows, "topologies": {}}
     for topology in topologies:
-        devices = tpu_programs.topology_devices(topology)
+        devices = topology_devices(topology)
         layers = _reported(f"{topology} layer", tpu_programs.compile_layers(devices))
         steps = _reported(f"{topology} step", tpu_programs.compile_steps(config, devices[:1], **rows))
         on_all = tpu_programs.compile_step("hylorada", config, devices, **rows)

@@ -45,9 +45,10 @@ def main(*, output: Path) -> None:
     from hylorada_jax.math.loss import chunk_tokens
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source
+    from hylorada_jax.planning.programs import topology_devices
     from parity_tests.environment import environment
 
-    device = tpu_programs.topology_devices("v5e:2x2")[0]
+    device = topology_devices("v5e:2x2")[0]
     tokens = BATCH_SIZE * SEQ_LEN
     losses: dict[str, Any] = {}
     for vocab, width in HEADS:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.config import METHODS, QKVO, HyLoRADAConfig
@@ -28,11 +27,6 @@ Record = dict[str, float]
 LAYER_DRAW = Draw(seq=64, d_in=576, d_out=576, rank=8, alpha=16.0)
 # The ratios to lora that are worth a look.
 COMPARED = ("flops", "bytes_accessed", "temp_bytes")
-
-
-def topology_devices(name: str) -> Sequence[Any]:
-    """The devices of a topology such as v5e:2x2; compiling for them is all that they can do."""
-    return get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 def compile_layers(devices: Sequence[Any]) -> Iterator[tuple[str, Record]]:
@@ -90,7 +84,7 @@ def compiled_step(
     Args:
         method: a key of ``METHODS``.
         config: the base model's shape.
-        devices: from :func:`topology_devices`.
+        devices: from :func:`hylorada_jax.planning.programs.topology_devices`.
         batch_size: rows, over all devices.
         seq_len: tokens per row.
         remat: what is computed again in the backward pass.
@@ -128,7 +122,7 @@ def compile_attention(
 
     Args:
         run: ``run(query, key, value, pattern, scale=, …)``, for TPUs.
-        devices: from :func:`topology_devices`.
+        devices: from :func:`hylorada_jax.planning.programs.topology_devices`.
         length: tokens of a row.
         head_dim: numbers of a head.
         heads: of the queries.

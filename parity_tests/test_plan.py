@@ -29,17 +29,18 @@ PROGRAM = """
 import json, sys
 from hylorada_jax.planning.libtpu import use_libtpu
 use_libtpu()
-from jax.experimental.topologies import get_topology_desc
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.planning.collectives import collectives, sent_bytes
 from hylorada_jax.planning.plan import argument_bytes
-from hylorada_jax.planning.programs import base_of_shapes, compiled_step, mesh_of_devices, model_of_shapes
+from hylorada_jax.planning.programs import (
+    base_of_shapes, compiled_step, mesh_of_devices, model_of_shapes, topology_devices
+)
 from hylorada_jax.training.config import TrainingConfig
 
 shape, mesh, seq_len = json.loads(sys.argv[1])
-devices = get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+devices = topology_devices("v5e:2x2")
 base, found = base_of_shapes(DecoderConfig.from_hf(shape)), {}
 training = TrainingConfig(output="none", batch_size=2, seq_len=seq_len, remat="full")
 for method in ("lora", "hylorada"):

@@ -12,6 +12,7 @@ from hylorada_jax.config import METHODS
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.planning.libtpu import libtpu_directory
 from parity_tests.layers import LAYERS
+from parity_tests.test_plan import require_libtpu
 
 # What does all that the other does, and more.
 INCLUDES = {
@@ -25,10 +26,7 @@ INCLUDES = {
 
 def compiled_by(command, output):
     """The record of a benchmark that needs TPUs' compiler."""
-    try:
-        libtpu_directory()
-    except HyLoRADAError as missing:
-        pytest.skip(str(missing))
+    require_libtpu()
     name, *options = command.split()
     # A process of its own: once libtpu can be imported, JAX looks for a TPU unless that is forbidden.
     run = subprocess.run(

@@ -62,7 +62,7 @@ def plan(
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.positions import check_range
     from hylorada_jax.planning import compiling, table
-    from hylorada_jax.planning.plan import best, placement_on, sensible_meshes
+    from hylorada_jax.planning.plan import REMATS, best, placement_on, sensible_meshes
     from hylorada_jax.planning.plan import plan as planned
     from hylorada_jax.planning.programs import base_of_shapes
     from hylorada_jax.surgery.fit import fit
@@ -75,7 +75,7 @@ def plan(
     for each in mesh:
         placement_on(each, devices.chips, base)
     meshes = mesh or sensible_meshes(base, settings, devices)
-    remats = [each for each in ("full", "dots", "none") if not remat or each in remat]
+    remats = [each for each in REMATS if not remat or each in remat]
     if topology == HERE:
         compilers = compiling.for_here(config, settings, seq_len, base_dtype)
     else:

@@ -94,9 +94,8 @@ def write_merged(
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
     tokenizer = load_tokenizer(model) if source.gguf else None
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
-    weights = open_weights(source)
-    if "+" in trained and _known(trained):
-        weights = RoundedWeights(source, trained)
+    quantised = "+" in trained and _known(trained)
+    weights = RoundedWeights(source, trained) if quantised else open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
     # A tied head that is written out is a copy of the embedding, which may have been trained.
     tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()

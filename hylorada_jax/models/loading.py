@@ -24,7 +24,7 @@ from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, either
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.placed import fitted
-from hylorada_jax.models.quantize import quantize, read_quantized
+from hylorada_jax.models.quantize import read_quantized, shapes_kept
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
 from hylorada_jax.placement.placement import Placement
@@ -120,9 +120,7 @@ def _empty(
         config = DecoderConfig.from_hf(source.config)
         module = DecoderLM(config, check_remat(remat))
         ends = end_tokens(source, config.vocab_size) or config.eos_token_ids
-        params = param_shapes(config, dtype)
-        if base_dtype is not None:
-            params = jax.eval_shape(partial(quantize, base_dtype=base_dtype), params)
+        params = shapes_kept(param_shapes(config, dtype), base_dtype)
         return CausalLM(module, params, config, source.name, ends)
     if base_dtype is not None:
         raise ModelError(

@@ -59,6 +59,11 @@ def quantize(params: dict[str, Any], base_dtype: str) -> dict[str, Any]:
     )
 
 
+def shapes_kept(shapes: dict[str, Any], base_dtype: str | None) -> dict[str, Any]:
+    """The shapes of a parameter tree as a base keeps it: quantised, or with None as they are."""
+    return shapes if base_dtype is None else jax.eval_shape(partial(quantize, base_dtype=base_dtype), shapes)
+
+
 def quantized_shapes(kernels: jax.ShapeDtypeStruct, base_dtype: str) -> QArray:
     """What :func:`quantize` makes of one leaf, [layers, d_in, d_out], as shapes."""
     return jax.eval_shape(partial(_stack, base_dtype=base_dtype), kernels)

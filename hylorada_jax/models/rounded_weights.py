@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from hylorada_jax.math.quantized import as_array, split_name
-from hylorada_jax.models.loading import open_weights, weights_layout
+from hylorada_jax.models.loading import weights_layout
 from hylorada_jax.models.quantize import is_kernel, one_quantized, quantized_shapes
 from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import Part
@@ -22,12 +22,11 @@ class RoundedWeights:
     """
 
     def __init__(self, source: Source, dtype: str) -> None:
-        self._weights = open_weights(source)
-        self._dtype, base_dtype = split_name(dtype)
+        dtype_kept, base_dtype = split_name(dtype)
         assert base_dtype is not None
-        leaves, slots, _ = weights_layout(source)
+        leaves, slots, self._weights = weights_layout(source)
         shapes = {
-            path: quantized_shapes(jax.ShapeDtypeStruct(shape, self._dtype), base_dtype)
+            path: quantized_shapes(jax.ShapeDtypeStruct(shape, dtype_kept), base_dtype)
             for path, shape in leaves.items()
             if is_kernel(path)
         }

@@ -5,18 +5,18 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.loss import chunk_tokens
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
@@ -24,10 +24,11 @@ from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.placed import fitted
-from hylorada_jax.models.quantize import quantize
+from hylorada_jax.models.quantize import shapes_kept
 from hylorada_jax.placement.axes import AXES, ROWS, mesh_sizes
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.planning.cases import Case, Figures
+from hylorada_jax.planning.chips import parse_topology
 from hylorada_jax.planning.collectives import collectives, sent_bytes
 from hylorada_jax.planning.hlo_cost import program_cost
 from hylorada_jax.training.config import TrainingConfig
@@ -42,9 +43,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 def base_of_shapes(config: DecoderConfig, base_dtype: str | None = None) -> CausalLM:
     """One of our decoders in bfloat16, its linear layers perhaps in int8 or nf4, without weights."""
-    params = param_shapes(config, jnp.bfloat16)
-    if base_dtype is not None:
-        params = jax.eval_shape(partial(quantize, base_dtype=base_dtype), params)
+    params = shapes_kept(param_shapes(config, jnp.bfloat16), base_dtype)
     return CausalLM(DecoderLM(config), params, config, "shapes")
 
 
@@ -66,6 +65,24 @@ def model_of_shapes(base: CausalLM, adapter: HyLoRADAConfig) -> HyLoRADAModel:
     # What it was built with were tracers.
     model.base, model.adapters, model.frozen = base, adapters, frozen
     return model
+
+
+def topology_devices(name: str) -> Sequence[Any]:
+    """The devices of a topology such as v5e:2x2; compiling for them is all that they can do.
+
+    Raises:
+        ConfigError: the compiler knows no such topology.
+    """
+    try:
+        # A host has four chips by default; a single one is a host's only one.
+        hosts = {"chips_per_host_bounds": (1, 1, 1)} if parse_topology(name)[1] == 1 else {}
+        return get_topology_desc(platform="tpu", topology_name=name, **hosts).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise ConfigError(
+            "A topology must be one that the TPU's compiler knows.",
+            f"{name}: {error}",
+            "Choose one that can be rented, such as v5e:2x4, v5e:4x4 or v5p:2x2x4.",
+        ) from error
 
 
 def mesh_of_devices(devices: Sequence[Any], mesh: str = "") -> Mesh:

@@ -15,7 +15,6 @@ def _llama(
         "num_key_value_heads": kv_heads,
         "intermediate_size": mlp,
         "tie_word_embeddings": tied,
-        "head_dim": 128 if width > 2048 else 64,
     }
 
 

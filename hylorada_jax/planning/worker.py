@@ -22,7 +22,7 @@ def main(requests: TextIO, answers: TextIO) -> None:
     from hylorada_jax.errors import HyLoRADAError
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.planning.cases import Case
-    from hylorada_jax.planning.programs import base_of_shapes, figures_of
+    from hylorada_jax.planning.programs import base_of_shapes, figures_of, topology_devices
 
     job = json.loads(requests.readline())
     base = base_of_shapes(DecoderConfig.from_hf(job["config"]), job["base_dtype"])
@@ -30,31 +30,12 @@ def main(requests: TextIO, answers: TextIO) -> None:
     for line in requests:
         answer: dict[str, Any]
         try:
-            devices = _devices(job["topology"])
+            devices = topology_devices(job["topology"])
             case = Case(**json.loads(line))
             answer = {"figures": dataclasses.asdict(figures_of(base, adapter, job["seq_len"], devices, case))}
         except HyLoRADAError as error:
             answer = {"error": [str(error.rule), str(error.received), str(error.remedy)]}
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def _devices(topology: str) -> list[Any]:
-    from jax.errors import JaxRuntimeError
-    from jax.experimental.topologies import get_topology_desc
-
-    from hylorada_jax.errors import ConfigError
-    from hylorada_jax.planning.chips import parse_topology
-
-    try:
-        # A host has four chips by default; a single one is a host's only one.
-        hosts = {"chips_per_host_bounds": (1, 1, 1)} if parse_topology(topology)[1] == 1 else {}
-        return get_topology_desc(platform="tpu", topology_name=topology, **hosts).devices
-    except (JaxRuntimeError, ValueError) as error:
-        raise ConfigError(
-            "A topology must be one that the TPU's compiler knows.",
-            f"{topology}: {error}",
-            "Choose one that can be rented, such as v5e:2x4, v5e:4x4 or v5p:2x2x4.",
-        ) from error
 
 
 if __name__ == "__main__":
