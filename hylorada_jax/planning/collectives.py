@@ -39,19 +39,22 @@ def collectives(text: str, turns: float | None = None) -> list[Collective]:
         all-gather, all-to-all: (n−1)/n · result;   reduce-scatter: (n−1) · result
         all-reduce: 2 · (n−1)/n · result;   collective-permute: result        n devices in a group
 
-    A TPU's compiler writes one that overlaps with other work several times, under one channel: it is counted
-    once. Of a choice between two computations the one that sends less is counted: in a step these are rows of
-    weights that an update all but removes.
+    A TPU's compiler writes one that overlaps with other work several times, under one channel, also into
+    loops that run meanwhile: it is counted once where it begins, outside of them. Of a choice between two
+    computations the one that sends less is counted: in a step these are rows of weights that an update all
+    but removes.
 
     Args:
         text: from ``jax.stages.Compiled.as_text``.
         turns: as for :func:`hylorada_jax.planning.hlo_cost.program_cost`.
     """
     entry, computations = parsed(text)
-    found = []
+    found: dict[str, Collective] = {}
     for name, runs in executions(entry, computations, turns).items():
-        found += [each._replace(runs=runs) for each in _within(name, computations)]
-    return found
+        for channel, each in _within(name, computations).items():
+            if channel not in found or runs < found[channel].runs:
+                found[channel] = each._replace(runs=runs)
+    return [*found.values()]
 
 
 def sent_bytes(found: list[Collective]) -> dict[str, float]:
@@ -59,8 +62,8 @@ def sent_bytes(found: list[Collective]) -> dict[str, float]:
     return {kind: total for kind in KINDS if (total := sum(c.sent * c.runs for c in found if c.kind == kind))}
 
 
-def _within(name: str, computations: Mapping[str, str]) -> list[Collective]:
-    """Those of one run of a computation, without its loops."""
+def _within(name: str, computations: Mapping[str, str]) -> dict[str, Collective]:
+    """Those of one run of a computation, without its loops, by channel."""
     channels: dict[str, Collective] = {}
     pending, seen = [name], {name}
     while pending:
@@ -75,11 +78,11 @@ def _within(name: str, computations: Mapping[str, str]) -> list[Collective]:
                     callees = [min(callees, key=lambda callee: _sent(callee, computations))]
                 pending += [callee for callee in callees if callee not in seen]
                 seen |= {*callees}
-    return [*channels.values()]
+    return channels
 
 
 def _sent(name: str, computations: Mapping[str, str]) -> float:
-    return sum(each.sent for each in _within(name, computations))
+    return sum(each.sent for each in _within(name, computations).values())
 
 
 def _read(operation: re.Match[str]) -> Collective:

@@ -4,7 +4,8 @@ import pytest
 
 from hylorada_jax.planning.collectives import Collective, collectives, sent_bytes
 
-# Three layers gather a weight under way of another operation; then one number is summed over all.
+# Three layers gather a weight under way of other operations, one of them a loop; then one number is summed
+# over all.
 PROGRAM = """HloModule layers
 
 %started (p: bf16[8,16]) -> bf16[32,16] {
@@ -17,11 +18,20 @@ PROGRAM = """HloModule layers
   ROOT %g.1 = bf16[32,16]{1,0} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
 }
 
+%turn (t: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %t = (s32[], bf16[8,16]) parameter(0)
+  %i.3 = s32[] get-tuple-element(%t), index=0
+  %w.3 = bf16[8,16] get-tuple-element(%t), index=1
+  %under_way = bf16[32,16] fusion(%w.3), kind=kCustom, calls=%ended
+  ROOT %r.3 = (s32[], bf16[8,16]) tuple(%i.3, %w.3)
+}
+
 %layer (q: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
   %q = (s32[], bf16[8,16]) parameter(0)
   %i = s32[] get-tuple-element(%q), index=0
   %w = bf16[8,16] get-tuple-element(%q), index=1
   %start = bf16[32,16] fusion(%w), kind=kCustom, calls=%started
+  %meanwhile = (s32[], bf16[8,16]) while(%q), condition=%three, body=%turn
   %done = bf16[32,16] fusion(%w), kind=kCustom, calls=%ended
   ROOT %r = (s32[], bf16[8,16]) tuple(%i, %w)
 }

@@ -106,7 +106,7 @@ def executions(entry: str, computations: Mapping[str, str], turns: float | None)
     def visit(name: str, times: float) -> None:
         runs[name] = runs.get(name, 0) + times
         for condition, body in _WHILE.findall(computations[name]):
-            visit(body, times * _trips(computations[condition], turns))
+            visit(body, times * _trips(computations[condition], computations[body], turns))
 
     visit(entry, 1)
     bodies = {body for block in computations.values() for _, body in _WHILE.findall(block)}
@@ -153,11 +153,11 @@ def _kernel_cost(call: str, outputs: str) -> Cost:
     return Cost(2 * products * steps * size**2 * dim, once + 2 * width * steps * size * dim)
 
 
-def _trips(condition: str, turns: float | None) -> float:
+def _trips(condition: str, body: str, turns: float | None) -> float:
     """How often a loop runs that counts from 0: its condition compares the counter with a limit."""
     limits = re.findall(r" constant\((\d+)\)", condition)
     if "direction=LT" in condition and len(limits) == 1:
-        return int(limits[0])
+        return math.ceil(int(limits[0]) / _growth(condition, body))
     if "direction=LT" in condition and not limits and turns is not None:
         return turns
     raise DataError(
@@ -165,6 +165,20 @@ def _trips(condition: str, turns: float | None) -> float:
         condition,
         "Let program_cost read this one too.",
     )
+
+
+def _growth(condition: str, body: str) -> int:
+    """What a loop's counter grows by: 1, or more where XLA has put several turns into one."""
+    counter = re.search(r" compare\(%([\w.-]+),", condition)
+    place = counter and re.search(rf"%{re.escape(counter[1])} = .*, index=(\d+)", condition)
+    given = re.search(r"ROOT .* tuple\((.*)\)", body)
+    if place and given:
+        grown = re.findall(r"%([\w.-]+)", given[1])[int(place[1])]
+        by = re.search(rf"%{re.escape(grown)} = .* add\(%[\w.-]+, %([\w.-]+)\)", body)
+        number = by and re.search(rf"%{re.escape(by[1])} = .* constant\((\d+)\)", body)
+        if number:
+            return int(number[1])
+    return 1
 
 
 def _xla_cost(name: str, computations: Mapping[str, str]) -> Cost:

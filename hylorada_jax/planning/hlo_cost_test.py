@@ -47,6 +47,17 @@ def test_loops_are_counted_as_often_as_they_run():
     assert program_cost(PROGRAM).bytes_accessed in [5 * (3 * (3 * 64 + n) + 9) + 9 for n in (16, 8)]
 
 
+STEP = """  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  ROOT %r = (s32[], f32[4,4]) tuple(%next,"""
+
+
+def test_turns_that_were_put_into_one_are_not_counted_again():
+    """As XLA does where an operand of a product comes from other devices in parts, two at a time."""
+    by_two = PROGRAM.replace("  ROOT %r = (s32[], f32[4,4]) tuple(%i,", STEP)
+    assert program_cost(by_two).flops == 5 * (2 * (128 + 1) + 1) + 1  # 0, 2, and one for the sum in each
+
+
 def test_a_loop_of_unknown_length_is_refused_or_told_its_turns():
     with pytest.raises(DataError, match="direction=GT"):
         program_cost(PROGRAM.replace("direction=LT", "direction=GT"), turns=2)
