@@ -190,12 +190,13 @@ class AdapterBank:
             self.model.adapters = self._trees[self._active] = self._fitted(self.model.adapters)
 
     def _fitted(self, adapters: Adapters) -> Adapters:
-        """The adapters in the structure and dtypes that the compiled programs know."""
+        """The adapters in the structure and dtypes that the compiled programs know, where they belong."""
         given, wanted = _by_name(adapters), _by_name(self._like)
         shapes = ({name: np.shape(leaf) for name, leaf in leaves.items()} for leaves in (given, wanted))
         layout.check_keys(*shapes)
         leaves = [jnp.asarray(given[name], leaf.dtype) for name, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(self._like), leaves)
+        tree = jax.tree.unflatten(jax.tree.structure(self._like), leaves)
+        return tree if (placement := self.model.placement) is None else placement.put(tree)
 
     def _check_new(self, name: str) -> None:
         if name in self._trees:

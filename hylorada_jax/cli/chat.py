@@ -15,6 +15,7 @@ from hylorada_jax.cli.shared import (
     check_adapter,
     generating,
     loaded,
+    placement_for,
     puts_offline,
     template_of,
     tokenizer_of,
@@ -36,6 +37,7 @@ def chat(
     seed: int = 0,
     dtype: Dtype = "float32",
     base_dtype: BaseDtype | None = None,
+    mesh: str = "",
     offline: bool = False,
 ) -> None:
     """Talk with a model: a line is a message, and the answer comes as it is made.
@@ -54,6 +56,7 @@ def chat(
         seed: of the sampling.
         dtype: of the weights and the computation.
         base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
+        mesh: the devices, as generate takes them.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     saved = check_adapter(adapter, structure)
@@ -65,6 +68,7 @@ def chat(
 
     weights = weights_in(dtype, base_dtype)
     base = generating(model, weights, saved)
+    placement = placement_for(base, mesh)
     limit = base.position_limit
     if max_context is not None and not 2 <= max_context <= (limit or max_context):
         raise ConfigError(
@@ -79,7 +83,7 @@ def chat(
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
     # A model without a table of positions says how long the texts were that it has seen.
     context = max_context or limit or getattr(base.config, "max_position_embeddings", None)
-    talk = Talk(loaded(model, adapter, weights), tokenizer, structure, context, rng, settings)
+    talk = Talk(loaded(model, adapter, weights, placement), tokenizer, structure, context, rng, settings)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # the history and the keys of a line; Windows has none

@@ -11,6 +11,7 @@ from hylorada_jax.cli.shared import (
     check_adapter,
     check_whole,
     loaded,
+    placement_for,
     print_result,
     puts_offline,
     template_of,
@@ -62,13 +63,15 @@ def evaluate(
         chat_template: a file of jinja in the place of the model's template, or the adapter's.
         dtype: of the weights and the computation.
         base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
-        mesh: the devices as data × fsdp × tensor, such as fsdp=8; by default each has the whole model.
+        mesh: the devices as data × fsdp × tensor, such as fsdp=8; by default each has the whole model, if it
+            leaves half of the memory, and else a share of it.
         check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
             was trained on.
         json: print one JSON object.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
         processes: for an evaluation on the devices of several.
     """
+    given = {**locals()}
     check_windows(seq_len, stride, max_tokens, batch_size)
     sources = [
         source._replace(held_out=reading.load(source.name, "eval" if source.name in _EMBEDDED else "all"))
@@ -76,10 +79,7 @@ def evaluate(
     ]
     weights = weights_in(dtype, base_dtype)
     saved = check_adapter(adapter, structure, weights=weights if check_weights else None)
-    options = {"model": model, "adapter": adapter, "data": data, "seq_len": seq_len, "stride": stride}
-    options |= {"batch_size": batch_size, "max_tokens": max_tokens, "structure": structure}
-    options |= {"weights": weights, "check_weights": check_weights, "mesh": mesh, "json": json}
-    processes.join(options | vars(reading) | {"chat_template": chat_template})
+    processes.join(given)
 
     from hylorada_jax.data.document import as_documents
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
@@ -88,7 +88,8 @@ def evaluate(
     from hylorada_jax.placement.processes import is_first
 
     template = template_of(chat_template, saved)
-    base = unloaded(model, weights, mesh=mesh)
+    base = unloaded(model, weights)
+    placement = placement_for(base, mesh)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
     if saved is not None:
@@ -101,7 +102,7 @@ def evaluate(
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
-        loaded(model, adapter, weights, check_weights=check_weights, mesh=mesh),
+        loaded(model, adapter, weights, placement, check_weights=check_weights),
         documents,
         seq_len=seq_len,
         stride=stride,

@@ -82,6 +82,7 @@ def finetune(
         recipe: a file of these options by name, .json or .yaml; options beside it win.
         processes: for a run of several, which all are given the same options but for their number.
     """
+    given = {**locals()}
     from hylorada_jax.training.run_directory import RunDirectory
 
     sources = sources_of(data, split=reading.split)
@@ -96,10 +97,14 @@ def finetune(
     options |= {"structure": structure, "dtype": dtype, "base_dtype": base_dtype, "prompt": prompt}
     options |= {"chat_template": chat_template}
     repeats = recipe_of(training, adapter, reading, **options)
-    processes.join(dataclasses.asdict(training) | repeats)
+    processes.join(given)
+
+    import jax
 
     from hylorada_jax.models.base_model import vocab_size
+    from hylorada_jax.models.placed import default_mesh
     from hylorada_jax.surgery.fit import fit
+    from hylorada_jax.training.memory import device_memory
     from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
 
     # All that the config can tell is reported before data and weights are read.
@@ -109,7 +114,9 @@ def finetune(
         fit(empty, settings)
     else:
         check_whole(saved, empty)
-    check_training(empty, training)
+    mesh, why = (training.mesh, "") if training.mesh else default_mesh(empty, device_memory())
+    training = dataclasses.replace(training, mesh=mesh)
+    placement = check_training(empty, training)
     check_groups(settings, training)
     sources = reading.load_both(sources, own)
 
@@ -121,7 +128,7 @@ def finetune(
     chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
     del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, training)
-    base = loaded(model, None, weights, mesh=training.mesh)
+    base = loaded(model, None, weights, placement if mesh else None)
     if saved is None:
         adapted = HyLoRADAModel(base, settings, training.seed)
     else:
@@ -131,6 +138,8 @@ def finetune(
     print(f"model    {one_line(model)}, {weights}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
+    if why and jax.device_count() > 1:
+        print(f"mesh     {why}")
     print(f"memory   {trainer.choice}")
 
     result = trainer.train()

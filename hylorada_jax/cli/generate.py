@@ -12,6 +12,7 @@ from hylorada_jax.cli.shared import (
     check_adapter,
     generating,
     loaded,
+    placement_for,
     prompt_of,
     puts_offline,
     refuse_output,
@@ -61,7 +62,8 @@ def generate(
         seed: of the sampling.
         dtype: of the weights and the computation.
         base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
-        mesh: the devices as data × fsdp × tensor, such as tensor=2; by default one has the whole model.
+        mesh: the devices as data × fsdp × tensor, such as tensor=2; by default one has the whole model, if
+            it leaves half of the memory, and else each a share of it.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     if (prompt is None) == (messages is None):
@@ -91,7 +93,8 @@ def generate(
     from hylorada_jax.models.sampling import check_settings
 
     weights = weights_in(dtype, base_dtype)
-    base = generating(model, weights, saved, mesh)
+    base = generating(model, weights, saved)
+    placement = placement_for(base, mesh)
     tokenizer = tokenizer_of(model, template)
     structure_ids = None
     if chats is None:
@@ -113,7 +116,7 @@ def generate(
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     if structure_ids is not None:
         settings["structure_ids"] = [structure_ids]
-    generator = loaded(model, adapter, weights, mesh=mesh)
+    generator = loaded(model, adapter, weights, placement)
     if chats is not None:
         write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)
         return

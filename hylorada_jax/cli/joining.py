@@ -33,7 +33,7 @@ class ProcessOptions:
         """Joins the others, if there are any; all but the first then print nothing but errors.
 
         Args:
-            settings: what all must have been given alike, as plain types.
+            settings: the command's options by name, which all must have been given alike, but for these.
 
         Raises:
             ConfigError: the options are no place among so many, the others are not there in time, or have
@@ -61,7 +61,8 @@ class ProcessOptions:
         if not processes.is_first():
             warnings.simplefilter("ignore")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the libraries' output too
-        processes.agree(settings)
+        others = {name: value for name, value in settings.items() if value is not self}
+        processes.agree({n: vars(v) if dataclasses.is_dataclass(v) else v for n, v in others.items()})
 
 
 # Without a prefix: --coordinator, not --processes.coordinator.

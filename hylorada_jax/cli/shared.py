@@ -80,31 +80,38 @@ def base_of(adapter: Path, given: str | None) -> str:
     return name
 
 
-def unloaded(model: str, dtype: str = "float32", mesh: str = "") -> "BaseModel":
+def unloaded(model: str, dtype: str = "float32") -> "BaseModel":
     """The model from its config alone: what a setting cannot do with it is reported before it is loaded.
 
     Args:
         model: as a user names it.
         dtype: from :func:`weights_in`.
-        mesh: as a user writes it.
     """
     from hylorada_jax.math.quantized import split_name
     from hylorada_jax.models.loading import empty_model
-    from hylorada_jax.models.placed import fitted
     from hylorada_jax.models.wrapped import as_base
 
     of_computation, base_dtype = split_name(dtype)
-    base = as_base(empty_model(model, dtype=of_computation, base_dtype=base_dtype))
-    if placement := placement_on(mesh):
-        fitted(placement, base)
-    return base
+    return as_base(empty_model(model, dtype=of_computation, base_dtype=base_dtype))
 
 
-def placement_on(mesh: str) -> "Placement | None":
-    """The placement on a mesh that a user writes; None where none is written."""
+def placement_for(base: "BaseModel", mesh: str) -> "Placement | None":
+    """Where a model shall be loaded; None: on one device.
+
+    Args:
+        base: perhaps without its weights.
+        mesh: as a user writes it; where that is "", a model is cut that is too large for one device, which is
+            announced.
+    """
+    from hylorada_jax.models.placed import default_mesh, fitted
     from hylorada_jax.placement.placement import Placement, parse_mesh
+    from hylorada_jax.training.memory import device_memory
 
-    return Placement(parse_mesh(mesh)) if mesh else None
+    if not mesh:
+        mesh, why = default_mesh(base, device_memory())
+        if mesh:
+            print(f"mesh {why}", file=sys.stderr)
+    return fitted(Placement(parse_mesh(mesh)), base) if mesh else None
 
 
 def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
@@ -148,11 +155,11 @@ def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:
     open_on(base, adapter).saved.tensors()
 
 
-def generating(model: str, dtype: str, saved: "SavedAdapter | None", mesh: str = "") -> "BaseModel":
+def generating(model: str, dtype: str, saved: "SavedAdapter | None") -> "BaseModel":
     """As :func:`unloaded`; reports a model that generates nothing, and an adapter that does not fit it."""
     from hylorada_jax.models.base_model import require_generation
 
-    base = unloaded(model, dtype, mesh=mesh)
+    base = unloaded(model, dtype)
     require_generation(base)
     if saved is not None:
         check_whole(saved, base)
@@ -206,7 +213,12 @@ def chat_of(
 
 
 def loaded(
-    model: str, adapter: Path | None, dtype: str, *, check_weights: bool = False, mesh: str = ""
+    model: str,
+    adapter: Path | None,
+    dtype: str,
+    placement: "Placement | None",
+    *,
+    check_weights: bool = False,
 ) -> Any:
     """The model with the adapter, or the base model where none is named; as :func:`unloaded` reads it."""
     from hylorada_jax.math.quantized import split_name
@@ -215,9 +227,7 @@ def loaded(
     from hylorada_jax.models.wrapped import as_base
 
     of_computation, base_dtype = split_name(dtype)
-    base = as_base(
-        load_model(model, dtype=of_computation, base_dtype=base_dtype, placement=placement_on(mesh))
-    )
+    base = as_base(load_model(model, dtype=of_computation, base_dtype=base_dtype, placement=placement))
     if adapter is None:
         return base
     return HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)

@@ -96,6 +96,16 @@ def size_of(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
 
 
+def bits_of(dtype: Any) -> int:
+    """What one number takes on a device: TPUs lay two of nf4's codes in a byte.
+
+    Example:
+        >>> bits_of(jnp.dtype("bfloat16"))
+        16
+    """
+    return 4 if dtype == "uint4" else 8 * dtype.itemsize
+
+
 def dtype_name(params: Any) -> str:
     """The dtype of a parameter tree: "bfloat16", or of one with quantised kernels "bfloat16+nf4"."""
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)

@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import jax
+
+from hylorada_jax.math.quantized import bits_of
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.placement.axes import FSDP, leaves_room
 from hylorada_jax.placement.placement import Placement
 
 
@@ -21,6 +25,27 @@ def fitted(placement: Placement, model: Any) -> Placement:
     if not isinstance(model, CausalLM):
         return placement
     return placement.for_heads(model.config.num_attention_heads, model.config.num_key_value_heads)
+
+
+def default_mesh(model: BaseModel, memory: int | None) -> tuple[str, str]:
+    """The mesh where a user names none, and why it is that.
+
+    Args:
+        model: perhaps without its weights.
+        memory: bytes of each device; None where they do not say.
+
+    Returns:
+        One that cuts the weights over all devices, where a copy on each would leave no room to train; else
+        "", which copies them. And a sentence to print.
+    """
+    count = jax.device_count()
+    held = sum(leaf.size * bits_of(leaf.dtype) for leaf in jax.tree.leaves(model.params)) // 8
+    if memory is None:
+        return "", f"data={count}: each device has the weights, for none states its memory"
+    of = f"{held / 2**30:.1f} of the {memory / 2**30:.1f} GiB of each device"
+    if count == 1 or leaves_room(held, memory):
+        return "", f"data={count}: each device has the weights, {of}"
+    return (mesh := f"{FSDP}={count}"), f"{mesh}: the weights are cut, for a copy would take {of}"
 
 
 def placed(base: BaseModel, placement: Placement) -> BaseModel:

@@ -16,12 +16,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from hylorada_jax.adapter_bank import AdapterBank
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.loading import empty_model, load_model
+from hylorada_jax.models.placed import default_mesh
 from hylorada_jax.models.weights import SafetensorsWeights
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.placement.axes import mesh_sizes
@@ -113,6 +115,29 @@ def facts(directory, placement=None, *, computed=True):
     return found
 
 
+def several_facts(directory, placement=None):
+    """What one placement makes of them with two adapters, by row and merged."""
+    base = load_model(directory, dtype=np.float32, placement=placement)
+    model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2))
+    rng = np.random.default_rng(1)
+    noisy = lambda: jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape), model.adapters)
+    bank = AdapterBank(model)
+    bank.add("noisy", noisy())
+    bank.switch("noisy")
+    model.save_pretrained(Path(directory) / "noisy", overwrite=True)
+    bank.load("loaded", Path(directory) / "noisy")
+    bank.switch("loaded")
+    ids = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+    merged = model.merge_and_unload()
+    return {
+        "shares": shares(model.adapters),
+        "rows": np.asarray(bank(ids, ["noisy", "default", None, "loaded"]).logits).tolist(),
+        "alone": np.asarray(model(ids).logits).tolist(),
+        "merged": np.asarray(merged(ids).logits).tolist(),
+        "params": shares(merged.params) == shares(base.params),
+    }
+
+
 def quantised_facts(directory, placement=None):
     """What one placement makes of them in nf4."""
     base = load_model(directory, base_dtype="nf4", placement=placement)
@@ -131,10 +156,19 @@ def measure(directory):
     for mesh in MESHES:
         found[mesh] = facts(directory, Placement(parse_mesh(mesh)), computed=mesh in COMPUTED)
     found["alone"] = facts(directory)
+    found["several"] = [
+        several_facts(directory, place) for place in (Placement(parse_mesh(COMPUTED[0])), None)
+    ]
     found["quantised"] = None
     if importlib.util.find_spec("qwix"):
         placement = Placement(parse_mesh(COMPUTED[0]))
         found["quantised"] = [quantised_facts(directory, place) for place in (placement, None)]
+    found["default"] = {}
+    params = load_model(directory).params
+    for name, spare in (("roomy", 0), ("small", -1)):
+        memory = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + spare
+        found["default"][name] = default_mesh(empty_model(directory), memory)
+    found["default"]["unknown"] = default_mesh(empty_model(directory), None)
     odd = {
         "q_proj": {
             "kernel": jax.ShapeDtypeStruct((6, 8), "float32"),
@@ -204,6 +238,16 @@ def test_a_model_on_a_mesh_computes_what_it_does_on_one_device(mesh, found):
     assert ours["streamed"] == alone["tokens"][0]
 
 
+def test_adapters_by_row_and_merged_on_a_mesh_are_those_of_one_device(found):
+    ours, alone = found["several"]
+    for name in ("rows", "alone", "merged"):
+        np.testing.assert_allclose(ours[name], alone[name], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours["merged"], ours["alone"], rtol=0, atol=1e-4)
+    assert ours["params"]
+    for path, (held, whole) in ours["shares"].items():
+        assert held == whole // (2 if path.endswith(("lora_A", "lora_B")) else 1), path
+
+
 def test_a_quantised_model_on_a_mesh_is_that_on_one_device(found):
     if found["quantised"] is None:
         pytest.skip("qwix is not installed")
@@ -211,6 +255,22 @@ def test_a_quantised_model_on_a_mesh_is_that_on_one_device(found):
     assert ours["digest"] == alone["digest"]
     assert (ours["share"], alone["share"]) == (4, 1)
     np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("memory", "mesh", "why"),
+    [
+        ("roomy", "", "data=8: each device has the weights, 0.0 of the 0.0 GiB of each device"),
+        (
+            "small",
+            "fsdp=8",
+            "fsdp=8: the weights are cut, for a copy would take 0.0 of the 0.0 GiB of each device",
+        ),
+        ("unknown", "", "data=8: each device has the weights, for none states its memory"),
+    ],
+)
+def test_weights_are_copied_where_that_leaves_half_of_the_memory(memory, mesh, why, found):
+    assert found["default"][memory] == [mesh, why]
 
 
 def test_what_does_not_divide_is_listed(found):

@@ -56,6 +56,20 @@ def mesh_sizes(text: str, devices: int | None = None) -> dict[str, int]:
     return {DATA: devices // named, FSDP: 1, TENSOR: 1} | sizes
 
 
+def leaves_room(held: int, memory: int | None) -> bool:
+    """Whether a device can train beside what it holds: half of its memory is for what a step takes.
+
+    Args:
+        held: bytes.
+        memory: bytes that the device has; None where it does not say, which is taken for enough.
+
+    Example:
+        >>> leaves_room(15 * 2**30, 16 * 2**30)
+        False
+    """
+    return memory is None or held <= memory / 2
+
+
 def dividing(
     axes: tuple[Axis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> tuple[tuple[str, ...], ...]:

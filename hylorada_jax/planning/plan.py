@@ -9,9 +9,10 @@ import jax
 from jax.sharding import AbstractMesh
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.math.quantized import bits_of
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.placed import fitted
-from hylorada_jax.placement.axes import AXES, mesh_sizes
+from hylorada_jax.placement.axes import AXES, leaves_room, mesh_sizes
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.planning.cases import Case, Figures
 from hylorada_jax.planning.chips import Chip
@@ -78,15 +79,10 @@ def argument_bytes(base: CausalLM, adapter: HyLoRADAConfig, mesh: str, count: in
     optimizer = make_optimizer(model.adapters, training, adapter)
     state, frozen, _ = step_arguments(model, placement_on(mesh, count, base), training, optimizer)
     bits = (
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits_of(leaf.dtype)
         for leaf in jax.tree.leaves((state, frozen))
     )
     return sum(bits) // 8
-
-
-def _bits(dtype: Any) -> int:
-    """Of one number: TPUs lay two of nf4's codes in a byte."""
-    return 4 if dtype == "uint4" else 8 * dtype.itemsize
 
 
 def sensible_meshes(base: CausalLM, adapter: HyLoRADAConfig, devices: Devices) -> list[str]:
@@ -103,7 +99,8 @@ def sensible_meshes(base: CausalLM, adapter: HyLoRADAConfig, devices: Devices) -
         roomy = (
             n
             for n in range(1, count)
-            if count % n == 0 and argument_bytes(base, adapter, f"fsdp={n}", count) <= devices.memory / 2
+            if count % n == 0
+            and leaves_room(argument_bytes(base, adapter, f"fsdp={n}", count), devices.memory)
         )
         meshes += [f"data={count // n},fsdp={n}" for n in [*roomy][:1]]
     meshes += [f"fsdp={count}"]

@@ -26,7 +26,8 @@ class TrainingConfig:
         steps: optimizer steps, ≥ 1.
         epochs: passes over the rows of the training data, which decide ``steps`` where they are given.
         mesh: the devices as data × fsdp × tensor, such as fsdp=8,tensor=2: copies of the model, shares of its
-            weights, shares of its heads. What is left of the devices goes to data; by default all.
+            weights, shares of its heads. What is left of the devices goes to data; by default all, and for
+            the command to fsdp where a copy of the weights would take more than half of a device's memory.
         batch_size: rows per optimizer step, over all microbatches and devices.
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
             More parts take less memory and, without dropout, give the same result. "auto" takes more than one

@@ -323,6 +323,8 @@ def _smaller(config: TrainingConfig, base: BaseModel) -> str:
         ways.insert(0, "microbatches='auto' (--microbatches auto)")
     if config.remat in ("none", "dots") and hasattr(base.module, "remat"):
         ways.insert(0, "remat='full' (--remat full)")
+    if placement_of(base.params) is None and (count := jax.device_count()) > 1:
+        ways.append(f"weights that are cut over the devices (--mesh fsdp={count})")
     if base.dtype == jnp.float32:
         ways.append("bfloat16 (--dtype bfloat16)")
     if hasattr(base.module, "remat") and dtype_name(base.params) == base.dtype.name:
