@@ -10,12 +10,14 @@ class Case(NamedTuple):
     Attributes:
         mesh: as a user writes it.
         remat: what the backward pass computes again.
-        rows: that each part of data × fsdp computes in a step.
+        rows: that each part of data × fsdp computes at a time.
+        microbatches: how often it does so in a step.
     """
 
     mesh: str
     remat: Any
     rows: int
+    microbatches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

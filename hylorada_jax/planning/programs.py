@@ -141,8 +141,10 @@ def figures_of(
         case: how it is trained.
     """
     placement = Placement(mesh_of_devices(devices, case.mesh))
-    rows = case.rows * placement.rows
-    training = TrainingConfig(output="none", batch_size=rows, seq_len=seq_len, remat=case.remat)
+    rows = case.rows * placement.rows * case.microbatches
+    training = TrainingConfig(
+        output="none", batch_size=rows, microbatches=case.microbatches, seq_len=seq_len, remat=case.remat
+    )
     start = time.perf_counter()
     try:
         compiled = compiled_step(model_of_shapes(base, adapter), placement, training)
