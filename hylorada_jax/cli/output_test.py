@@ -55,6 +55,12 @@ def test_an_output_that_cannot_be_written(place, command, name, monkeypatch, cap
     assert "The output must be a directory" in error
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_url_is_no_output(place, command, monkeypatch, capsys):
+    """Else it would be a directory "gs:" beside the user's own."""
+    assert "received: gs://bucket" in refused(command, "gs://bucket/run.json", monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("command", ["finetune", "finetune --overwrite", "finetune --resume"])
 def test_a_home_directory_with_a_users_own_work_is_no_run(place, command, monkeypatch, capsys):
     home = place / "home"

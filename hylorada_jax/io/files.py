@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ Kind = Literal["file", "directory", "link", "special file"]
 
 TEMPORARY = r"\.hylorada-[0-9a-f]{16}"
 """The names of files that are being written, as a pattern: a kill leaves one behind."""
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
 
 # The longest path that is written within an output directory is shorter.
 _ROOM = "x" * 200
@@ -72,6 +75,14 @@ def refuse_unusable(directory: Path) -> None:
     Args:
         directory: exists or not; a link to a directory is one.
     """
+    first, *rest = directory.parts or (".",)
+    if rest and _SCHEME.fullmatch(first) and not os.path.lexists(first):  # a directory of such a name is one
+        raise CheckpointError(
+            "An output must be a path of the file system, which no URL is.",
+            f"{first}//{'/'.join(rest)}",
+            "Choose a directory, such as one that a bucket is mounted on (gcsfuse), or copy the output there "
+            "when it is written.",
+        )
     try:
         place, missing = directory, []
         while (kind := kind_of(place)) is None:
