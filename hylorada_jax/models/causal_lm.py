@@ -20,6 +20,7 @@ from hylorada_jax.models.generate import Decode, generate, stream
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.placement.axes import ROWS, TENSOR
+from hylorada_jax.placement.placement import Placement
 from hylorada_jax.placement.shards import place_in_use
 
 Variables = Mapping[str, Any]
@@ -69,14 +70,34 @@ def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float3
     drawn = (jax.random.normal(rng, (size,), jnp.float32) * config.initializer_range).astype(dtype)
     params, start = [], 0
     for path, leaf in leaves:
-        match path[-1].key:
-            case "bias":
-                params.append(jnp.zeros(leaf.shape, dtype))
-            case "scale":
-                params.append(jnp.ones(leaf.shape, dtype))
-            case _:
-                params.append(drawn[start : start + leaf.size].reshape(leaf.shape))
+        values = drawn[start : start + leaf.size].reshape(leaf.shape)
+        params.append(values if (constant := _start(path)) is None else jnp.full(leaf.shape, constant, dtype))
         start += leaf.size
+    return jax.tree_util.tree_unflatten(tree, params)
+
+
+def _start(path: Any) -> int | None:
+    """What a leaf is filled with; None of one that is drawn."""
+    return {"bias": 0, "scale": 1}.get(path[-1].key)
+
+
+def _init_in_shares(
+    config: DecoderConfig, rng: Array, dtype: DTypeLike, placement: Placement
+) -> dict[str, Any]:
+    """As :func:`init_params`, but each leaf is drawn by itself, and each share on its device."""
+    shapes = param_shapes(config, dtype)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    places = jax.tree.leaves(placement.shardings(shapes))
+
+    def drawn(path: Any, leaf: Any, key: Array) -> Array:
+        if (constant := _start(path)) is not None:
+            return jnp.full(leaf.shape, constant, dtype)
+        return (jax.random.normal(key, leaf.shape, jnp.float32) * config.initializer_range).astype(dtype)
+
+    params = [
+        jax.jit(partial(drawn, path, leaf), out_shardings=place)(jax.random.fold_in(rng, number))
+        for number, ((path, leaf), place) in enumerate(zip(leaves, places, strict=True))
+    ]
     return jax.tree_util.tree_unflatten(tree, params)
 
 
@@ -153,7 +174,13 @@ class CausalLM:
 
     @classmethod
     def from_config(
-        cls, config: DecoderConfig, rng: Array, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+        cls,
+        config: DecoderConfig,
+        rng: Array,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        placement: Placement | None = None,
     ) -> CausalLM:
         """A model with random weights.
 
@@ -162,11 +189,21 @@ class CausalLM:
             rng: a ``jax.random`` key.
             dtype: of the weights, and so of the computation.
             remat: see ``DecoderLM``.
+            placement: each device draws its own share, leaf by leaf: the same numbers on every mesh, but
+                others than without.
 
         Returns:
             The model, named 'random'.
+
+        Raises:
+            ConfigError: the placement would cut an attention head.
         """
-        return cls(DecoderLM(config, remat), _jitted_init_params(config, rng, dtype), config, "random")
+        if placement is None:
+            params = _jitted_init_params(config, rng, dtype)
+        else:
+            placement = placement.for_heads(config.num_attention_heads, config.num_key_value_heads)
+            params = _init_in_shares(config, rng, dtype, placement)
+        return cls(DecoderLM(config, remat), params, config, "random")
 
     @property
     def logit_soft_cap(self) -> float | None:
