@@ -3,13 +3,17 @@
 The devices are a CPU's, in one process beside this one, which measures; the tests judge what it found.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +32,11 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.placement.axes import AXES
 from hylorada_jax.placement.placement import Placement, parse_mesh
 from hylorada_jax.placement.shards import in_use, shard_rows
-from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
+from hylorada_jax.training.report import MetricsLog
 from hylorada_jax.training.step import init_state, make_train_step
-from hylorada_jax.training.trainer import check_training
+from hylorada_jax.training.trainer import HyLoRADATrainer, check_training
 
 # Lengths that no two axes share. Two key-value heads, which a tensor of 4 does not divide.
 SHAPE: dict[str, Any] = {
@@ -69,13 +73,11 @@ def model_of(method, placement=None):
     return model
 
 
-def rows(has_encoder):
-    """Packed documents of many lengths."""
+def documents(has_encoder=False):
+    """Of many lengths."""
     rng = np.random.default_rng(2)
     ids = [rng.integers(0, SHAPE["vocab_size"], n, dtype=np.int32) for n in rng.integers(3, 20, 90)]
-    return Rows(
-        [TokenizedDocument(x, structure_ids=x % 8 if has_encoder else None) for x in ids], TRAINING.seq_len
-    )
+    return [TokenizedDocument(x, structure_ids=x % 8 if has_encoder else None) for x in ids]
 
 
 class Run:
@@ -83,7 +85,8 @@ class Run:
 
     def __init__(self, model):
         self.frozen = model.frozen
-        self.batches = [*batches(rows(model.has_encoder), TRAINING.batch_size)][:STEPS]
+        rows = Rows(documents(model.has_encoder), TRAINING.seq_len)
+        self.batches = [*batches(rows, TRAINING.batch_size)][:STEPS]
         optimizer = make_optimizer(model.adapters, TRAINING, model.config)
         self.state = init_state(model.adapters, optimizer)
         if model.placement:
@@ -120,9 +123,24 @@ def furthest(ours, theirs):
     return max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True))
 
 
-def on_some(count):
-    """The placement on the first of the devices."""
-    return Placement(Mesh(np.array(jax.devices()[:count]).reshape(1, count, 1), AXES))
+def run_on(count, output, *, interrupted=None, **settings):
+    """The adapters and the losses of a run on the first of the devices; None of one that is interrupted."""
+    write = MetricsLog.write
+
+    def interrupting(log, record):
+        write(log, record)
+        if record["step"] == interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model = model_of("lora", Placement(Mesh(np.array(jax.devices()[:count]).reshape(1, count, 1), AXES)))
+    config = dataclasses.replace(TRAINING, output=output, steps=6, progress=False, **settings)
+    with (
+        mock.patch.object(MetricsLog, "write", interrupting),
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        result = HyLoRADATrainer(model, documents(), None, config).train()
+        return jax.tree.map(np.asarray, (model.adapters, result.losses))
 
 
 def refused(mesh, **changes):
@@ -141,24 +159,18 @@ def measure(directory):
     runs = {method: Run(model_of(method)) for method in METHODS}
     alone = {method: run.steps(*range(STEPS)) for method, run in runs.items()}
     found: dict[str, Any] = {"apart": [], "gathered": {}}
-    begun = Path(directory) / "checkpoints"
     for method, mesh in CASES:
         run = Run(model_of(method, Placement(parse_mesh(mesh))))
         found["gathered"][mesh] = gathered(run.compiled.as_text())
         losses, _ = run.steps(0)
-        if (method, mesh) == ("lora", EVERYWHERE):
-            with Checkpoints(begun, 3) as checkpoints:
-                checkpoints.save(run.state, data={"next_index": 1})
         more, state = run.steps(*range(1, STEPS))
         found["apart"].append(furthest(([*losses, *more], state), alone[method]))
 
     # Begun on eight devices, gone on with on four, and ended on one.
-    with Checkpoints(begun, 3) as checkpoints:
-        for number, run in enumerate((Run(model_of("lora", on_some(4))), runs["lora"]), start=1):
-            run.state = checkpoints.state_of(number, run.state)
-            run.steps(number)
-            checkpoints.save(run.state, data={"next_index": number})
-    found["restored"] = furthest(runs["lora"].state, alone["lora"][1])
+    begun = f"{directory}/begun"
+    assert run_on(8, begun, interrupted=2) is None
+    assert run_on(4, begun, interrupted=4, resume=True) is None
+    found["resumed"] = furthest(run_on(1, begun, resume=True), run_on(1, f"{directory}/alone"))
 
     found["refused"] = {
         "devices": refused("fsdp=3"),
@@ -189,8 +201,9 @@ def test_steps_on_a_mesh_are_those_on_one_device(case, found):
     assert found["apart"][case] < 1e-10
 
 
-def test_a_checkpoint_goes_on_with_fewer_devices(found):
-    assert found["restored"] < 1e-10
+def test_a_run_goes_on_with_fewer_devices(found):
+    """Losses of all steps, so of the same rows; and the adapters."""
+    assert found["resumed"] < 1e-10
 
 
 WIDTHS = (SHAPE["hidden_size"], SHAPE["intermediate_size"])

@@ -585,17 +585,3 @@ def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_c
     metrics = [numbers(read_metrics(run / "metrics.jsonl")) for run in (directory, tmp_path / "whole")]
     assert metrics[0] == metrics[1]
     assert 0 < min(Checkpoints(directory / "checkpoints", 3).steps) < steps - 3
-
-
-@pytest.mark.slow
-def test_two_devices_give_the_loss_of_one(tmp_path, compilation_cache, on_devices):
-    losses = []
-    for count in (1, 2):
-        process = child(tmp_path / str(count), on_devices(count, **compilation_cache), steps=3)
-        assert process.wait(timeout=600) == 0, errors_of(tmp_path / str(count)).read_text()
-        records = read_metrics(tmp_path / str(count) / "metrics.jsonl")
-        losses.append([r.get("loss", r.get("eval_loss")) for r in records])
-    # float32: the sum over rows is split in two. Dropout masks are equal, for they follow the global row.
-    np.testing.assert_allclose(losses[1][:2], losses[0][:2], rtol=1e-6)  # before and in the first step
-    # Adam divides a gradient by its own size, and so carries its rounding into the following steps.
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
