@@ -1,5 +1,6 @@
 """Oracle of a run of two processes: the run of one on as many devices, and the run that nobody killed."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -18,32 +19,37 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, on_devices, tiny):  # noqa: F811
-    """(devices, output, options) → a process that trains."""
+def command(tmp_path_factory, on_devices, tiny):  # noqa: F811
+    """(devices, command, options) → a process that reads the tiny model and texts."""
     texts = tmp_path_factory.mktemp("data") / "texts.txt"
     texts.write_text("".join(f"{n} brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
-    common = ["--model", tiny, "--data", texts, "--seq-len", 16, "--steps", 24, "--checkpoint-every", 4]
-    common += ["--learning-rate", 1e-4, "--dropout", 0.1, "--eval-every", 12, "--eval-tokens", 64]
 
-    def start(devices, output, *options):
-        command = [sys.executable, "-m", "hylorada_jax.cli.main", "finetune", *common, "--output", output]
+    def command(devices, name, *options):
+        words = [sys.executable, "-m", "hylorada_jax.cli.main", name, "--model", tiny, "--data", texts]
         return subprocess.Popen(
-            [*map(str, command), *map(str, options), "--prompt="],
+            [*map(str, words), *map(str, options), "--seq-len", "16"],
             env=on_devices(devices, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    return start
+    return command
 
 
-def pair(start, output, *options, second=()):
+@pytest.fixture(scope="module")
+def start(command):
+    """(devices, output, options) → a process that trains."""
+    common = ["--steps", 24, "--checkpoint-every", 4, "--learning-rate", 1e-4, "--dropout", 0.1]
+    common += ["--eval-every", 12, "--eval-tokens", 64, "--prompt="]
+    return lambda devices, *rest: command(devices, "finetune", *common, "--output", *rest)
+
+
+def pair(start, *options, second=()):
     """Two processes of two devices each."""
     meeting = ("--mesh", "fsdp=4", "--coordinator", f"localhost:{free_port()}", "--num-processes", 2)
     return [
-        start(2, output, *meeting, "--process-id", number, *options, *own)
-        for number, own in enumerate(((), second))
+        start(2, *options, *meeting, "--process-id", number, *own) for number, own in enumerate(((), second))
     ]
 
 
@@ -103,6 +109,23 @@ def test_one_process_goes_on_on_another_mesh(start, killed, whole_run):
     for one, other in zip(ours, theirs, strict=True):
         for name in one.keys() - {"tokens_per_second"}:
             assert one[name] == pytest.approx(other[name], rel=1e-5), name
+
+
+def test_two_processes_evaluate_as_one(command, whole_run):
+    def evaluating(devices, *options):
+        adapter = whole_run[0] / "adapter"
+        return command(devices, "evaluate", "--adapter", adapter, "--max-tokens", 300, "--json", *options)
+
+    first, second = ended(*pair(evaluating))
+    (alone,) = ended(evaluating(1))
+    assert second == ""
+    ours, theirs = json.loads(first.splitlines()[-1]), json.loads(alone)  # gloo says that it has connected
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-6)  # sums in another order
+    assert ours["tokens"] == theirs["tokens"]
+    for process in pair(evaluating, second=("--stride", 4)):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "stride: None in process 0, 4 in process 1" in said
 
 
 def test_other_settings_are_refused_by_each_before_the_weights_are_read(start, tmp_path):
