@@ -5,7 +5,8 @@
 No TPU is needed. tpu-loss.json has, for a v5e in bfloat16, by the names of ``benchmarks.tpu_compile``:
 
     losses          the loss with its gradient by the hidden states, of 4,096 scored tokens, by shape of the
-                    head (vocabulary × d) and tokens in a chunk; ``chosen`` is the library's own chunk
+                    head (vocabulary × d): by the kernel, and without it by tokens in a chunk; ``chosen`` is
+                    the library's own chunk where there is no kernel
     step            of LoRA on SmolLM2-135M, eight rows of 512 tokens, where all count (``text``), and on
                     python-docstrings, packed (``conversations``): the same program, whose loop over the
                     chunks takes ``turns`` of ``chunks``, in the mean of an epoch's steps
@@ -42,7 +43,7 @@ def main(*, output: Path) -> None:
     refuse_unusable(output)
     use_libtpu()
     from benchmarks import tpu_programs
-    from hylorada_jax.math.loss import chunk_tokens
+    from hylorada_jax.math.loss import chunk_tokens, kernel_tokens
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source
     from hylorada_jax.planning.programs import topology_devices
@@ -56,9 +57,10 @@ def main(*, output: Path) -> None:
         for chunk in sorted({*CHUNKS, chosen}):
             found[str(chunk)] = tpu_programs.compile_loss(vocab, width, chunk, device, tokens=tokens)
             print(vocab, width, chunk, found[str(chunk)], flush=True)
-        losses[f"{vocab} × {width}"] = {"chosen": chosen, "chunks": found}
+        kernel = tpu_programs.compile_loss(vocab, width, None, device, tokens=tokens)
+        losses[f"{vocab} × {width}"] = {"kernel": kernel, "chosen": chosen, "chunks": found}
     config = DecoderConfig.from_hf(find_source(MODEL, config_only=True).config)
-    size = chunk_tokens(tokens, config.vocab_size)
+    size = kernel_tokens(tokens, config.hidden_size)
     chunks, scored = math.ceil(tokens / size), scored_tokens()
     turns = sum(math.ceil(count / size) for count in scored) / len(scored)
     step = tpu_programs.compiled_step("lora", config, [device], batch_size=BATCH_SIZE, seq_len=SEQ_LEN)

@@ -90,6 +90,7 @@ class Full:
         frozen: Frozen,
         train: bool = False,
         rngs: Mapping[str, Array] | None = None,
+        rows: Array | None = None,
         **inputs: Any,
     ) -> Array:
         """The states [batch, seq, d] that the output head reads."""

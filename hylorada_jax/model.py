@@ -277,6 +277,7 @@ class HyLoRADAModel:
         frozen: Frozen | None = None,
         structure_ids: Array | None = None,
         structure_positions: Array | None = None,
+        rows: Array | None = None,
         **inputs: Any,
     ) -> Any:
         check_tokens(input_ids, self.base.token_limit)
@@ -286,7 +287,8 @@ class HyLoRADAModel:
         if train and self.config.s2_attn_enabled:
             inputs["groups"] = self.config.s2_groups(input_ids.shape[1])
         variables = {"params": self._params(resolved, frozen), COLLECTION: resolved}
-        with adapt(resolved, self.config, train=train, dtype=self._dtype(frozen), structure=structure):
+        facts = {"dtype": self._dtype(frozen), "structure": structure, "rows": rows}
+        with adapt(resolved, self.config, train=train, **facts):
             return function(variables, input_ids, rngs=rngs, **inputs)
 
     def _check_structure(self, structure: Structure, shape: tuple[int, ...]) -> None:

@@ -66,11 +66,11 @@ def test_everything_compiles_for_v5e(tmp_path):
 
 @pytest.mark.apart
 def test_a_long_row_needs_no_more_than_it_did(tmp_path):
-    """Bounds a little above what is reached; the wish is 1.05 of lora's bytes and memory."""
+    """Bounds a little above what is reached."""
     lora, v1 = compiled_by("tpu_compile --small --long-rows", tmp_path)["steps"].values()
     assert lora["temp_bytes"] < 510e6
     assert v1["to_lora"]["flops"] < 1.01
-    assert v1["to_lora"]["bytes_accessed"] < 1.07
+    assert v1["to_lora"]["uncopied_bytes"] < 1.05
     assert v1["to_lora"]["temp_bytes"] < 1.10
 
 

@@ -1,10 +1,13 @@
 """‖W + s·B A‖² of every row, also where the update all but removes the row (method.md §1)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.lax import Precision
+from jax.tree_util import Partial
 from jaxtyping import Float
 
 # n² is a sum whose terms may cancel; their rounding stays, a few units in the last place of the terms. A row
@@ -18,7 +21,7 @@ KEPT = "adapted norm"
 # Its own derivative: through a choice between two formulas jax would keep what either of them needs.
 @jax.custom_vjp
 def adapted_norm_squared(
-    weight: Float[Array, "d_out d_in"],
+    weight: Float[Array, "d_out d_in"] | Partial,
     initial: Float[Array, " d_out"],
     lora_A: Float[Array, "r d_in"],
     scaled_B: Float[Array, "d_out r"],
@@ -33,7 +36,8 @@ def adapted_norm_squared(
     not with its square. A step without such rows pays nothing.
 
     Args:
-        weight: W.
+        weight: W, or what gives it from arrays, where it is read: so that no copy of it is made for the
+            formula that all but never runs. Such a W has no gradient.
         initial: n₀² = ‖W‖², in A's dtype.
         lora_A: A, float32 or wider.
         scaled_B: s·B, in A's dtype.
@@ -51,8 +55,8 @@ def adapted_norm_squared(
     return _forward(weight, initial, lora_A, scaled_B)[0]
 
 
-def _forward(weight: Array, initial: Array, lora_A: Array, scaled_B: Array) -> tuple[Array, tuple]:
-    cross = _product(weight.astype(lora_A.dtype), lora_A.T)
+def _forward(weight: Array | Partial, initial: Array, lora_A: Array, scaled_B: Array) -> tuple[Array, tuple]:
+    cross = _product(_read(weight, lora_A), lora_A.T)
     gram = _product(lora_A, lora_A.T)
     square = _product(scaled_B, gram)
     squared = initial + jnp.sum((2 * cross + square) * scaled_B, axis=-1)
@@ -69,31 +73,36 @@ def _forward(weight: Array, initial: Array, lora_A: Array, scaled_B: Array) -> t
     return n_squared, (is_any, weight, lora_A, scaled_B, expanded)
 
 
-def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, Array]:
+def _backward(residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, Array, Array, Array]:
     """With V = W + s·B A:  ∂n²/∂(sB) = 2·V Aᵀ  and  ∂n²/∂A = 2·(sB)ᵀ V, row by row of n²."""
     is_any, weight, lora_A, scaled_B, expanded = residuals
     slope = 2 * g[:, None]
     rows = slope * scaled_B
 
+    d_A = _product(rows.T, _read(weight, lora_A)) + _product(_product(rows.T, scaled_B), lora_A)
+    d_B = slope * expanded
+
     def directly() -> tuple[Array, Array]:
         updated = _updated(weight, lora_A, scaled_B)
         return _product(rows.T, updated), slope * _product(updated, lora_A.T)
 
-    def by_expansion() -> tuple[Array, Array]:
-        through_weight = _product(rows.T, weight.astype(lora_A.dtype))
-        return through_weight + _product(_product(rows.T, scaled_B), lora_A), slope * expanded
-
-    d_A, d_B = jax.lax.cond(is_any, directly, by_expansion)
+    d_A, d_B = jax.lax.cond(is_any, directly, lambda: (d_A, d_B))
     # What nobody asks for (a frozen weight) the compiler removes.
-    return _product(rows, lora_A).astype(weight.dtype), g, d_A, d_B
+    of_weight = None if isinstance(weight, Partial) else _product(rows, lora_A).astype(weight.dtype)
+    return of_weight, g, d_A, d_B
 
 
 adapted_norm_squared.defvjp(_forward, _backward)
 
 
-def _updated(weight: Array, lora_A: Array, scaled_B: Array) -> Array:
+def _read(weight: Array | Partial, lora_A: Array) -> Array:
+    """W in A's dtype."""
+    return (weight() if isinstance(weight, Partial) else weight).astype(lora_A.dtype)
+
+
+def _updated(weight: Array | Partial, lora_A: Array, scaled_B: Array) -> Array:
     """W + s·B A."""
-    return weight.astype(lora_A.dtype) + _product(scaled_B, lora_A)
+    return _read(weight, lora_A) + _product(scaled_B, lora_A)
 
 
 def _product(one: Array, other: Array) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.blockwise import BLOCK, blockwise_attention
+from hylorada_jax.math.kernel_rows import on_tpu
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import relative_bias
 
@@ -170,13 +171,8 @@ def _facts(logits: Logits) -> dict[str, Any]:
 
 
 def _on_tpu(query: Array, key: Array) -> bool:
-    """Rows of a block at least, on a TPU: the one there is, or those of the mesh in use."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        known = jax.default_backend() == "tpu" and jax.device_count() == 1
-    else:
-        known = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
-    return known and min(query.shape[1], key.shape[1]) >= 128 and query.dtype != jnp.float64
+    """Rows of a block at least, on a TPU."""
+    return on_tpu() and min(query.shape[1], key.shape[1]) >= 128 and query.dtype != jnp.float64
 
 
 def _kernel_lacks(pattern: Pattern, logits: Logits) -> str:

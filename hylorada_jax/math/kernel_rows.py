@@ -112,6 +112,26 @@ def _scaled_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
+def on_tpu() -> bool:
+    """What is traced is for a TPU: the one there is, or those of the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend() == "tpu" and jax.device_count() == 1
+    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+
+
+def divided_over(rows: int) -> tuple[tuple[str, ...] | None, int] | None:
+    """The axes of the mesh in use that divide so many rows, or None where they do not, and the size of
+    ``tensor``; None where a kernel's arrays are on one device as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual or mesh.size == 1:
+        return None
+    tensor = mesh.shape.get(TENSOR, 1)
+    axes = tuple(axis for axis in mesh.axis_names if axis != TENSOR)
+    return (None if rows % (mesh.size // tensor) else axes), tensor
+
+
 def in_shards(
     run: Callable[..., Array],
     heads: tuple[Array, ...],
@@ -132,18 +152,14 @@ def in_shards(
         by_head: what all rows share [heads, …].
         shared: what both share.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.are_all_axes_manual or mesh.size == 1:
+    if (axes := divided_over(len(heads[0]))) is None:
         return run(*heads, *rows, *by_head, *shared)
-    tensor = mesh.shape.get(TENSOR, 1)
-    own_rows = tuple(axis for axis in mesh.axis_names if axis != TENSOR)
-    if heads[0].shape[0] % (mesh.size // tensor):
-        own_rows = ()
+    own_rows, tensor = axes
     own_heads = TENSOR if tensor > 1 and heads[0].shape[1] % tensor == 0 else None
     if own_heads:
         heads = tuple(jnp.repeat(x, math.lcm(x.shape[1], tensor) // x.shape[1], axis=1) for x in heads)
-    own = PartitionSpec(own_rows or None, own_heads)
-    specs = (own,) * len(heads) + (PartitionSpec(own_rows or None),) * len(rows)
+    own = PartitionSpec(own_rows, own_heads)
+    specs = (own,) * len(heads) + (PartitionSpec(own_rows),) * len(rows)
     specs += (PartitionSpec(own_heads),) * len(by_head) + (PartitionSpec(),) * len(shared)
     divided = jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)
     return divided(*heads, *rows, *by_head, *shared)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 from jaxtyping import Float
 
 from hylorada_jax.leaves import KINDS, Kind
@@ -99,7 +100,7 @@ def init_leaves(
 
 def resolve_leaves(
     leaves: Mapping[str, Array],
-    weight: Float[Array, "d_out d_in"],
+    weight: Float[Array, "d_out d_in"] | Partial,
     norm_squared: Float[Array, " d_out"],
     scale: float | Float[Array, ""],
     *,
@@ -109,7 +110,7 @@ def resolve_leaves(
 
     Args:
         leaves: the adapter's leaves; their names tell its kind.
-        weight: W.
+        weight: W, or what gives it from arrays.
         norm_squared: n₀² = ‖W‖² of every row.
         scale: s.
         detach_norm: stop the gradient at n (DoRA §4.3).

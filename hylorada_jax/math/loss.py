@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from hylorada_jax.math.kernel_rows import on_tpu
 
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
@@ -44,6 +46,7 @@ def token_nll(
     *,
     soft_cap: float | None = None,
     chunk_elements: int | None = None,
+    kernel: bool | None = None,
 ) -> Float[Array, "groups tokens"]:
     """Negative log-likelihood of each target under softmax(head · hidden), perhaps with a soft cap.
 
@@ -54,7 +57,8 @@ def token_nll(
     not grow with tokens x vocab, and what is not scored costs no product. The loop over the chunks ends when
     the group with the most scored tokens is done. The forward pass computes the gradient with respect to
     ``hidden`` on the way, while a chunk's logits are there: training costs two products with the head and
-    evaluation one, where recomputing the logits in the backward pass would cost three.
+    evaluation one, where recomputing the logits in the backward pass would cost three. On a TPU, in bfloat16,
+    logits never leave its fast memory (:mod:`hylorada_jax.math.loss_kernel`).
 
     Args:
         hidden: final hidden states, [groups, tokens, d]; their dtype is the dtype of the products. Groups may
@@ -65,6 +69,8 @@ def token_nll(
         soft_cap: as in :func:`logits`.
         chunk_elements: upper bound on a group's logits held at one time (at least one token's); None takes
             2²⁴, or 2²⁶ of a vocabulary beyond 2¹⁶.
+        kernel: by the kernel for TPUs, elsewhere step by step; None: where it serves, unless
+            ``chunk_elements`` are given. Of these a gradient of the head still holds so many.
 
     Returns:
         Negative log-likelihoods in nats, [groups, tokens], float32 or wider.
@@ -76,8 +82,12 @@ def token_nll(
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (the idea of never
     materialising the logits); the gradient on the forward pass as in Liger Kernel, Hsu et al. 2024.
     """
-    chunk = chunk_tokens(targets.shape[1], head.shape[0], chunk_elements)
-    return _token_nll(hidden, head, targets, chunk, soft_cap)
+    if kernel is None:
+        kernel = chunk_elements is None and on_tpu() and hidden.dtype == jnp.bfloat16
+    tokens, vocab = targets.shape[1], head.shape[0]
+    part = chunk_tokens(tokens, vocab, chunk_elements)
+    chunks = Chunks(kernel_tokens(tokens, hidden.shape[2]) if kernel else part, part, kernel)
+    return _token_nll(hidden, head, targets, chunks, soft_cap)
 
 
 def chunk_tokens(tokens: int, vocab: int, chunk_elements: int | None = None) -> int:
@@ -95,40 +105,82 @@ def chunk_tokens(tokens: int, vocab: int, chunk_elements: int | None = None) -> 
     return -(-tokens // chunks)
 
 
+def kernel_tokens(tokens: int, width: int) -> int:
+    """How many of a group's tokens the kernel takes at a time; a chunk reads the head once.
+
+    Its sums in float32, and blocks on their way, take 18 bytes for each number of the hidden states.
+
+    Example:
+        >>> [kernel_tokens(tokens, width) for tokens, width in ((4096, 1024), (4096, 4096), (1100, 576))]
+        [1024, 512, 640]
+    """
+    most = min(1024, max(128, 2**21 // width // 128 * 128))
+    chunks = -(-tokens // most)
+    return -(-tokens // chunks // 128) * 128
+
+
+class Chunks(NamedTuple):
+    """How the tokens are taken.
+
+    Attributes:
+        size: tokens of a chunk.
+        part: of how many of them all logits may exist.
+        kernel: by the kernel.
+    """
+
+    size: int
+    part: int
+    kernel: bool
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_nll(hidden: Array, head: Array, targets: Array, chunk: int, soft_cap: float | None) -> Array:
+def _token_nll(hidden: Array, head: Array, targets: Array, chunks: Chunks, soft_cap: float | None) -> Array:
     """The loss alone: what evaluation runs."""
     narrow = head.astype(hidden.dtype)  # once, not in every chunk
 
     def chunk_nll(h: Array, y: Array) -> Array:
+        if chunks.kernel:
+            return _nll_and_jacobian(h, y, narrow, soft_cap, with_jacobian=False)[0]
         return _nll_and_slope(h, y, narrow, soft_cap)[0]
 
-    return _in_place(_map(chunk_nll, hidden, targets, chunk), targets)
+    return _in_place(_map(chunk_nll, hidden, targets, chunks.size), targets)
 
 
 def _forward(
-    hidden: Array, head: Array, targets: Array, chunk: int, soft_cap: float | None
+    hidden: Array, head: Array, targets: Array, chunks: Chunks, soft_cap: float | None
 ) -> tuple[Array, tuple]:
     """The loss, and J_t = d nll_t / d h_t while the chunk's logits are there."""
     narrow = head.astype(hidden.dtype)
 
-    def chunk_nll_and_jacobian(h: Array, y: Array) -> tuple[Array, Array]:
+    def chunk_nll_and_jacobian(h: Array, y: Array) -> tuple[Array, Array | None]:
+        if chunks.kernel:
+            return _nll_and_jacobian(h, y, narrow, soft_cap, with_jacobian=True)
         nll, slope = _nll_and_slope(h, y, narrow, soft_cap)
         return nll, _matmul("gtv,vd->gtd", slope.astype(h.dtype), narrow).astype(h.dtype)
 
-    nll, jacobian = _map(chunk_nll_and_jacobian, hidden, targets, chunk)
+    nll, jacobian = _map(chunk_nll_and_jacobian, hidden, targets, chunks.size)
     return _in_place(nll, targets), (jacobian, hidden, head, targets)
 
 
-def _backward(chunk: int, soft_cap: float | None, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
+def _backward(
+    chunks: Chunks, soft_cap: float | None, residuals: tuple, g: Array
+) -> tuple[Array, Array, None]:
     jacobian, hidden, head, targets = residuals
     narrow = head.astype(hidden.dtype)
+    size, most = chunks.size, chunks.part
+    parts = next(n for n in range(1, size + 1) if size % n == 0 and size <= n * most)
 
-    def add_chunk(d_head: Array, _: Array, y: Array, h: Array, g_chunk: Array) -> Array:
-        slope = g_chunk[..., None] * _nll_and_slope(h, y, narrow, soft_cap)[1]
-        return d_head + _matmul("gtv,gtd->vd", slope.astype(h.dtype), h)
+    def add_part(d_head: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        y, h, g_part = part
+        slope = g_part[..., None] * _nll_and_slope(h, y, narrow, soft_cap)[1]
+        return d_head + _matmul("gtv,gtd->vd", slope.astype(h.dtype), h), None
 
-    d_head = _fold(add_chunk, jnp.zeros(head.shape, _wide(hidden.dtype)), targets, (hidden, g), chunk)
+    def add_chunk(d_head: Array, _: Array, *chunk: Array) -> Array:
+        split = [jnp.moveaxis(x.reshape(len(x), parts, -1, *x.shape[2:]), 1, 0) for x in chunk]
+        return jax.lax.scan(add_part, d_head, tuple(split))[0]
+
+    zero = jnp.zeros(head.shape, _wide(hidden.dtype))
+    d_head = _fold(add_chunk, zero, targets, (hidden, g), size)
     d_hidden = g[..., None] * _in_place(jacobian, targets).astype(g.dtype)
     return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None
 
@@ -149,6 +201,22 @@ def _nll_and_slope(h: Array, y: Array, head: Array, soft_cap: float | None) -> t
     if soft_cap is not None:
         slope = slope * (1 - jnp.square(scores / soft_cap))
     return nll, jnp.where(scored, slope, 0)
+
+
+def _nll_and_jacobian(
+    h: Array, y: Array, head: Array, soft_cap: float | None, *, with_jacobian: bool
+) -> tuple[Array, Array | None]:
+    """A chunk's nll [groups, chunk] and, by the kernel, its derivative with respect to h, in h's dtype."""
+    from hylorada_jax.math.loss_kernel import over_vocabulary  # what it imports has no use elsewhere
+
+    lse, mean = over_vocabulary(h, head, soft_cap, with_mean=with_jacobian)
+    own = jnp.take(head, jnp.maximum(y, 0), axis=0).astype(lse.dtype)
+    scores = jnp.sum(h.astype(lse.dtype) * own, axis=-1)
+    if soft_cap is not None:
+        capped = jnp.tanh(scores / soft_cap)
+        scores, own = soft_cap * capped, own * (1 - capped * capped)[..., None]
+    nll = jnp.where(y >= 0, lse - scores, 0)
+    return nll, None if mean is None else jnp.where((y >= 0)[..., None], mean - own, 0).astype(h.dtype)
 
 
 def _matmul(spec: str, x: Array, y: Array) -> Array:
@@ -189,7 +257,8 @@ def _map(function: Callable[..., Any], hidden: Array, targets: Array, chunk: int
         part = function(h, y)
         return jax.tree.map(lambda x, p: jax.lax.dynamic_update_slice_in_dim(x, p, first, axis=1), made, part)
 
-    one = jax.eval_shape(function, hidden[:, :1], targets[:, :1])
+    shapes = [jax.ShapeDtypeStruct((groups, chunk, *x.shape[2:]), x.dtype) for x in (hidden, targets)]
+    one = jax.eval_shape(function, *shapes)
     start = jax.tree.map(lambda x: jnp.zeros((groups, length, *x.shape[2:]), x.dtype), one)
     return _fold(put, start, targets, (hidden,), chunk)
 

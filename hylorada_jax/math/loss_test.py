@@ -11,8 +11,10 @@ from hylorada_jax.math import loss
 from hylorada_jax.math.loss import chunk_tokens, logits, token_nll
 
 
-def full_nll(hidden, head, targets):
-    log_probabilities = jax.nn.log_softmax(hidden @ head.T)
+def full_nll(hidden, head, targets, soft_cap=None):
+    scores = hidden @ head.T
+    scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+    log_probabilities = jax.nn.log_softmax(scores)
     picked = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(targets >= 0, -picked, 0)
 
@@ -35,7 +37,7 @@ def results(nll):
 
     def of(hidden, head, weights, targets):
         loss, pull = jax.vjp(lambda h, w: nll(h, w, targets), hidden, head)
-        return nll(hidden, head, targets), loss, *pull(weights)
+        return nll(hidden, head, targets), loss, *pull(weights.astype(loss.dtype))
 
     return jax.jit(of)
 
@@ -74,6 +76,23 @@ def test_nll_and_both_gradients_equal_log_softmax(scored, chunk, turns, monkeypa
     jax.effects_barrier()
     # As many turns as the group with the most scored tokens needs, in each of the three loops.
     assert len(products) == 3 * turns
+
+
+@pytest.mark.parametrize(
+    ("dtype", "soft_cap", "tolerance"),
+    # Of sums of 300 weights and 150 tokens, of 24 and 8 bits: what they are rounded to, and the sums.
+    [(jnp.float32, None, 1e-5), (jnp.float32, 3.0, 1e-5), (jnp.bfloat16, None, 1e-2)],
+)
+def test_the_kernel_and_its_gradients_equal_log_softmax(dtype, soft_cap, tolerance):
+    """Two chunks of tokens, and blocks of words; the last of each is not full."""
+    given = example(dtype, scored=(150, 1030), tokens=1100, d=16, vocab=900)
+    ours = results(partial(token_nll, soft_cap=soft_cap, kernel=True, chunk_elements=900 * 100))(*given)
+    assert [x.dtype for x in ours] == [jnp.float32, jnp.float32, dtype, dtype]
+    with jax.enable_x64(True):
+        wide = (*(jnp.asarray(np.asarray(x, np.float64)) for x in given[:3]), given[3])
+        exact = [np.asarray(x) for x in results(partial(full_nll, soft_cap=soft_cap))(*wide)]
+    for mine, oracle in zip(ours, exact, strict=True):
+        assert np.abs(np.asarray(mine, np.float64) - oracle).max() < tolerance * np.abs(oracle).max()
 
 
 def test_where_a_token_stands_in_its_group_changes_nothing():

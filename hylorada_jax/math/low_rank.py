@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
+from jax.tree_util import Partial
 from jaxtyping import Float
 
 from hylorada_jax.math.adapted_norm import adapted_norm_squared
@@ -217,7 +218,7 @@ def safe_sqrt(squared: Float[Array, "*any"]) -> Float[Array, "*any"]:
 
 
 def adapted_norm(
-    weight: Float[Array, "d_out d_in"],
+    weight: Float[Array, "d_out d_in"] | Partial,
     norm_squared: Float[Array, " d_out"],
     lora_A: Float[Array, "r d_in"],
     scaled_B: Float[Array, "d_out r"],
@@ -227,7 +228,7 @@ def adapted_norm(
         n² = n₀² + 2·Σ_r (W Aᵀ ⊙ sB) + Σ_r (sB (A Aᵀ) ⊙ sB)
 
     Args:
-        weight: W.
+        weight: W, or what gives it, as of :func:`adapted_norm_squared`.
         norm_squared: n₀² = ‖W‖², from :func:`row_norm_squared`.
         lora_A: A.
         scaled_B: s·B.

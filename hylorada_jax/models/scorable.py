@@ -54,9 +54,20 @@ class Scorable(Protocol):
         frozen: Frozen,
         train: bool = False,
         rngs: Mapping[str, Array] | None = None,
+        rows: Array | None = None,
         **inputs: Any,
     ) -> Array:
-        """The states [batch, seq, d] that the output head reads; inputs as in calling the model."""
+        """The states [batch, seq, d] that the output head reads.
+
+        Args:
+            resolved: of :meth:`resolve`.
+            input_ids: tokens.
+            frozen: what does not train.
+            train: apply dropout.
+            rngs: {"dropout": key}.
+            rows: the number of every row among those of its step, on which its dropout depends.
+            inputs: as in calling the model.
+        """
 
     def head(self, resolved: Resolved, frozen: Frozen) -> Array:
         """The output embedding [vocab, d]."""
@@ -83,6 +94,7 @@ class BareModel:
         frozen: Frozen,
         train: bool = False,
         rngs: Mapping[str, Array] | None = None,
+        rows: Array | None = None,
         **inputs: Any,
     ) -> Array:
         """The states [batch, seq, d] that the output head reads."""

@@ -16,6 +16,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|condition|body|computations?)=\{?%([\w.
 _CONDITIONAL = re.compile(r" conditional\(.*, (?:branch|true)_computations?=([^\n]*)")
 # A copy between a TPU's memories, which other operations may overlap.
 _STARTED = re.compile(r"^ *%([\w.-]+) = .* (copy|slice)-start\((%[\w.-]+)\)(, slice=\{.*?\})?.*\n", re.M)
+_OVERLAPPED = 'frontend_attributes={overlapped="1"}'
+_COPIED = re.compile(rf" = (?:s|u|f|bf)(\d+)\[([\d,]+)\].*{re.escape(_OVERLAPPED)}")
 _DONE = re.compile(r" (?:copy|slice)-done\(%([\w.-]+)\).*")
 _KERNEL = re.compile(r'%([\w.-]+) = ([^\n]*) custom-call\([^\n]*custom_call_target="tpu_custom_call"[^\n]*')
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
@@ -31,10 +33,13 @@ class Cost(NamedTuple):
     Args:
         flops: floating-point operations.
         bytes_accessed: what its operations read and write, in any memory, without the padding of tiles.
+        copied_bytes: of these, what the compiler has copied from one memory of a TPU to another while other
+            operations run: where there is room, so that it differs between programs that compute the same.
     """
 
     flops: float
     bytes_accessed: float
+    copied_bytes: float = 0.0
 
 
 def program_cost(text: str, turns: float | None = None) -> Cost:
@@ -65,23 +70,25 @@ def program_cost(text: str, turns: float | None = None) -> Cost:
     def xla(name: str) -> Cost:
         return _xla_cost(name, computations)
 
-    flops = moved = 0.0
+    flops = moved = copied = 0.0
     for name, runs in executions(entry, computations, turns).items():
-        own_flops, own_moved = xla(name)
+        own_flops, own_moved, _ = xla(name)
         for kernel in _KERNEL.finditer(computations[name]):
             # −1 stands for what XLA does not know.
             own_flops += kernels[kernel[1]].flops + 1
             own_moved += kernels[kernel[1]].bytes_accessed + 1
         for branches in _CONDITIONAL.findall(computations[name]):
             costs = [xla(branch) for branch in re.findall(r"%([\w.-]+)", branches)]
-            branch_flops, branch_moved = zip(*costs, strict=True)
+            branch_flops, branch_moved, _ = zip(*costs, strict=True)
             own_flops += min(branch_flops) - max(branch_flops)
             own_moved += min(branch_moved) - max(branch_moved)
         for _, body in _WHILE.findall(computations[name]):
             own_flops -= xla(body).flops
             own_moved -= xla(body).bytes_accessed
+        for bits, shape in _COPIED.findall(computations[name]):
+            copied += runs * 2 * int(bits) // 8 * math.prod(map(int, shape.split(",")))
         flops, moved = flops + runs * own_flops, moved + runs * own_moved
-    return Cost(flops, moved)
+    return Cost(flops, moved, copied)
 
 
 def parsed(text: str) -> tuple[str, dict[str, str]]:
@@ -89,7 +96,7 @@ def parsed(text: str) -> tuple[str, dict[str, str]]:
     # Metadata names places in the source, which the parser misses in a part of a program.
     text = re.sub(r", metadata=\{[^}]*\}", "", _readable(text))
     started = {found[1]: f"{found[2]}({found[3]}){found[4] or ''}" for found in _STARTED.finditer(text)}
-    text = _DONE.sub(lambda done: f" {started[done[1]]}", _STARTED.sub("", text))
+    text = _DONE.sub(lambda done: f" {started[done[1]]}, {_OVERLAPPED}", _STARTED.sub("", text))
     blocks = {found[2]: found[0] for found in re.finditer(r"^(ENTRY )?%([\w.-]+) .*?^}", text, re.M | re.S)}
     (entry,) = (name for name, block in blocks.items() if block.startswith("ENTRY"))
     return entry, {name: block.removeprefix("ENTRY ") for name, block in blocks.items()}

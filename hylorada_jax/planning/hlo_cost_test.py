@@ -97,7 +97,7 @@ ENTRY %main (p: f32[16,4], which: s32[]) -> f32[8,4] {
 
 def test_a_copy_is_counted_once_and_of_two_branches_the_cheap_one():
     # 128 bytes: two of them for the slice, two for the copy, three for the sum of 32 numbers.
-    assert program_cost(MOVED) == (32, 7 * 128)
+    assert program_cost(MOVED) == (32, 7 * 128, 4 * 128)
 
 
 # A call of a kernel as XLA prints it: what pallas notes has a line of its own.
@@ -116,7 +116,7 @@ STATED = ',"cost_estimate":{"flops":"7","transcendentals":"5","bytes_accessed":"
 
 
 def test_a_kernel_costs_what_it_states():
-    assert program_cost(CALL.replace("STATED", STATED)) == (7, 11)
+    assert program_cost(CALL.replace("STATED", STATED)) == (7, 11, 0)
     with pytest.raises(DataError, match="states its cost"):
         program_cost(CALL.replace("STATED", ""))
 
@@ -127,4 +127,4 @@ def test_jax_s_splash_attention_costs_its_products_and_what_it_fetches(kernel, p
     call = CALL.replace("NAME", f"vmap(3_blocks_of_512)/jit(s)/splash_mha_{kernel}").replace("STATED", "")
     table, tensor, sums, block = 4, 4 * 1024 * 64 * 2, 512 * 128 * 4, 512 * 64 * 2
     expected = products * 3 * 4 * 2 * 512**2 * 64, table + 2 * tensor + sums + 3 * 4 * 2 * block
-    assert program_cost(call) == expected
+    assert program_cost(call)[:2] == expected

@@ -17,7 +17,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import ConfigError, DataError
-from hylorada_jax.math.loss import chunk_tokens
+from hylorada_jax.math.loss import kernel_tokens
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -167,8 +167,7 @@ def figures_of(
         compile_seconds=seconds,
     )
     text, tokens = compiled.as_text(), case.rows * seq_len
-    vocab = base.config.vocab_size
-    turns = math.ceil(tokens / chunk_tokens(tokens, vocab))
+    turns = math.ceil(tokens / kernel_tokens(tokens, base.config.hidden_size))
     try:
         cost, sent = program_cost(text or "", turns), sent_bytes(collectives(text or "", turns))
     except DataError:  # a program that is written in another way than a TPU's

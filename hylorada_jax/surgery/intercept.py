@@ -83,6 +83,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         train: apply dropout, where ``resolved`` has a rate of it; needs an rng named "dropout".
         dtype: of the base, to which an embedding that trains is rounded; read where the module names none.
         structure: what the structure encoder reads.
+        rows: the number of every row among those of its step: its dropout is its own, whatever rows it is
+            computed with. None: they count from 0.
 
     Example:
         >>> dense, x = nn.Dense(4, use_bias=False), jnp.ones((1, 3))
@@ -102,11 +104,13 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         train: bool = False,
         dtype: DTypeLike | None = None,
         structure: Structure = Structure(),
+        rows: Array | None = None,
     ) -> None:
         self._bias, self._encoder = resolved.get(POSITION_BIAS), resolved.get(STRUCTURE_ENCODER)
         # Resolved leaves are differentiated, and this one is not a parameter.
         self._rate = jax.lax.stop_gradient(resolved.get(DROPOUT_RATE))
         self._config, self._train, self._dtype, self._structure = config, train, dtype, structure
+        self._rows = rows
         self._pass: _Pass | None = None
         self._context = nn.intercept_methods(self._intercept)
 
@@ -226,8 +230,13 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     def _dropout(self, module: Any, x: Array, rate: Array | float | None) -> Array:
         if not self._train or rate is None:
             return x
-        kept = 1 - jnp.asarray(rate)
-        keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), kept, x.shape)
+        kept, key = 1 - jnp.asarray(rate), module.make_rng(DROPOUT_RNG)
+        rows = jnp.arange(len(x)) if self._rows is None else self._rows
+        if len(rows) == len(x):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+            keep = jax.vmap(lambda own: jax.random.bernoulli(own, kept, x.shape[1:]))(keys)
+        else:  # a layer that sees the tokens of all rows together
+            keep = jax.random.bernoulli(jax.random.fold_in(key, rows[0]), kept, x.shape)
         return jnp.where(keep, x / kept.astype(x.dtype), 0)
 
     def _with_sparse(self, module: Any, h: Array, adapter: dict[str, Array]) -> Array:

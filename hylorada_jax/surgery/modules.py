@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.tree_util import Partial
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.quantized import as_array
@@ -61,7 +62,13 @@ class Linear(Module):
             params: the model's parameter tree.
             layer: the index along the stacked axis; not read for an unstacked module.
         """
-        kernel = subtree(params, self.path)["kernel"]
+        return self.reader(params, layer)()
+
+    def reader(self, params: Params, layer: Array | int = 0) -> Partial:
+        """What gives :meth:`weight` where it is called, from the kernels of all layers."""
+        return Partial(self._weight, subtree(params, self.path)["kernel"], layer)
+
+    def _weight(self, kernel: Any, layer: Array | int) -> Array:
         if self.stacked:
             kernel = as_it_lies(jax.tree.map(lambda leaf: _at(leaf, layer), kernel), self.path)
         weight = as_array(kernel)

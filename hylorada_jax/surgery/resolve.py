@@ -66,7 +66,7 @@ def _linear(
     site: Site, leaves: dict[str, Array], params: Params, constants: Tree, config: HyLoRADAConfig
 ) -> dict[str, Array]:
     def one(layer: Array, leaves: Any, norm: Array, scale: Array) -> dict[str, Array]:
-        weight = site.linear.weight(params, layer)
+        weight = site.linear.reader(params, layer)
         # On a mesh the weight stays where it is: what is small goes to it.
         leaves, norm = jax.tree.map(cut, (leaves, norm))
         return linear_adapter.resolve_leaves(

@@ -30,7 +30,7 @@ class TrainingConfig:
             the command to fsdp where a copy of the weights would take more than half of a device's memory.
         batch_size: rows per optimizer step, over all microbatches and devices.
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
-            More parts take less memory and, without dropout, give the same result. "auto" takes more than one
+            More parts take less memory and give the same result. "auto" takes more than one
             where the step would not fit a device with remat="full" either.
         remat: what the backward pass computes again, for less memory: "none"; "dots", all but the outputs of
             linear layers; "full", whole layers. "auto" takes the first of them that fits the device, by the

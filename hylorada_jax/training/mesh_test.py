@@ -25,6 +25,7 @@ from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows, batches
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.loss import token_nll
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM
@@ -154,6 +155,23 @@ def refused(mesh, **changes):
     return None
 
 
+def loss_apart():
+    """How far the loss by the kernel, and its gradients, are from what they are without; in float32."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 6, 8), (40, 8)))
+    targets = jnp.asarray(rng.integers(-10, 40, (4, 6)), jnp.int32)
+
+    def both(kernel):
+        return jax.value_and_grad(
+            lambda hidden, head: token_nll(hidden, head, targets, kernel=kernel).sum(), (0, 1)
+        )(hidden, head)
+
+    with jax.set_mesh(parse_mesh(EVERYWHERE)):
+        return furthest(
+            *(jax.tree.map(np.asarray, jax.jit(both, static_argnums=0)(k)) for k in (True, False))
+        )
+
+
 def measure(directory):
     """What is found on eight devices, as JSON on stdout."""
     runs = {method: Run(model_of(method)) for method in METHODS}
@@ -172,6 +190,7 @@ def measure(directory):
     assert run_on(4, begun, interrupted=4, resume=True) is None
     found["resumed"] = furthest(run_on(1, begun, resume=True), run_on(1, f"{directory}/alone"))
 
+    found["loss"] = loss_apart()
     found["refused"] = {
         "devices": refused("fsdp=3"),
         "data": refused("data=2,fsdp=2"),
@@ -199,6 +218,11 @@ def found(tmp_path_factory, on_devices):
 def test_steps_on_a_mesh_are_those_on_one_device(case, found):
     """Losses, adapters and both moments of all gradients, with microbatches, packing, remat and dropout."""
     assert found["apart"][case] < 1e-10
+
+
+def test_the_kernel_of_the_loss_is_divided_over_a_mesh(found):
+    # float32: 40 words in two parts of 20.
+    assert found["loss"] < 1e-4
 
 
 def test_a_run_goes_on_with_fewer_devices(found):

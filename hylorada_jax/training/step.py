@@ -57,8 +57,9 @@ def make_train_step(
         R = resolve(adapters);   g_R = Σ_microbatches ∂(Σ_t nll_t)/∂R;   g = (∂R/∂adapters)ᵀ g_R / tokens
 
     The column scales are resolved once, and the gradient of what they were resolved to is pulled back once,
-    however many microbatches there are. Loss and gradient are means over all scored tokens of the step, so
-    the number of microbatches does not change them (with dropout it changes the masks).
+    however many microbatches there are. Loss and gradient are means over all scored tokens of the step, and
+    what dropout drops of a row depends on the seed, the step and the row's place in the batch: the number of
+    microbatches changes neither.
 
     Args:
         model: what trains; its frozen tree is an argument of the step, not a constant of the program.
@@ -78,24 +79,22 @@ def make_train_step(
             return cut_by(rules, model.resolve(adapters, frozen))
 
         resolved, pull = jax.vjp(resolve, state.adapters)
-        step_key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        rngs = {"dropout": jax.random.fold_in(jax.random.key(state.seed), state.step)}
 
-        def loss_sum(resolved: Resolved, rows: Mapping[str, Array], key: Array) -> Array:
-            rngs = {"dropout": key}
+        def loss_sum(resolved: Resolved, rows: Mapping[str, Array], numbers: Array) -> Array:
             inputs = model_inputs(model.base, rows)
-            hidden = model.hidden(resolved, **inputs, frozen=frozen, train=True, rngs=rngs)
+            hidden = model.hidden(resolved, **inputs, frozen=frozen, train=True, rngs=rngs, rows=numbers)
             head, soft_cap = model.head(resolved, frozen), model.base.logit_soft_cap
             return score(hidden, head, rows["targets"], soft_cap).sum()
 
-        def add_microbatch(total: Any, numbered: tuple[Array, Mapping[str, Array]]) -> tuple[Any, None]:
-            number, rows = numbered
-            key = jax.random.fold_in(step_key, number)
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(resolved, rows, key)), None
+        def add_microbatch(total: Any, part: tuple[Mapping[str, Array], Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(resolved, *part)), None
 
-        rows = jax.tree.map(lambda x: _microbatches(x, config.passes), dict(batch))
-        loss_shape = jax.eval_shape(loss_sum, resolved, jax.tree.map(lambda x: x[0], rows), step_key)
+        numbered = dict(batch), jnp.arange(len(batch["targets"]))
+        parts = jax.tree.map(lambda x: _microbatches(x, config.passes), numbered)
+        loss_shape = jax.eval_shape(loss_sum, resolved, *jax.tree.map(lambda x: x[0], parts))
         zero = jnp.zeros((), loss_shape.dtype), jax.tree.map(jnp.zeros_like, resolved)
-        (loss, cotangent), _ = jax.lax.scan(add_microbatch, zero, (jnp.arange(config.passes), rows))
+        (loss, cotangent), _ = jax.lax.scan(add_microbatch, zero, parts)
 
         tokens = jnp.sum(batch["targets"] >= 0)
         # A row always predicts something, but a user's own batch may not: 0/1 is a loss of 0, not NaN.

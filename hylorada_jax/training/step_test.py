@@ -265,22 +265,32 @@ def test_a_step_tells_the_model_each_tokens_structure_position():
     assert abs(float(others["loss"]) - expected) > 1e-4
 
 
-def test_dropout_masks_depend_on_seed_and_step_only():
-    config = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, lora_dropout=0.5)
+def test_dropout_masks_depend_on_seed_step_and_row_only():
+    config = dataclasses.replace(ALL_ON, lora_dropout=0.5, sparse_dropout=0.5)
     model = tiny_model(config)
     batch = first_batch(Rows(documents(), 16), 4)
 
-    def losses(seed, steps):
-        training = TrainingConfig(output="run", steps=10, batch_size=4)
+    def metrics(microbatches, *seeds_and_steps):
+        training = TrainingConfig(output="run", steps=10, batch_size=4, microbatches=microbatches)
         optimizer = make_optimizer(model.adapters, training, config)
         step = make_train_step(model, optimizer, training)
-        for at in steps:
+        for seed, at in seeds_and_steps:
             state = init_state(trained(model.adapters), optimizer, seed)._replace(step=jnp.int32(at))
-            yield float(step(state, model.frozen, batch)[1]["loss"])
+            found = step(state, model.frozen, batch)[1]
+            yield float(found["loss"]), float(found["grad_norm"])
 
-    (first, again, other_step), (other_seed,) = losses(0, [3, 3, 4]), losses(1, [3])
+    first, again, other_step, other_seed = metrics(1, (0, 3), (0, 3), (0, 4), (1, 3))
     assert first == again
     assert len({first, other_step, other_seed}) == 3
+    for microbatches in (2, 4):
+        (parted,) = metrics(microbatches, (0, 3))
+        # float32: the same sums in another order.
+        assert parted == pytest.approx(first, rel=1e-5)
+    # The same row four times loses other inputs each time.
+    same = {name: np.stack([x[0]] * 4) for name, x in batch.items()}
+    rows = {"frozen": model.frozen, "train": True, "rngs": {"dropout": jax.random.key(0)}}
+    hidden = model.hidden(model.resolve(trained(model.adapters)), same["input_ids"], **rows)
+    assert len({np.asarray(row).tobytes() for row in hidden}) == 4
 
 
 def test_a_second_step_does_not_compile_again_and_holds_no_weights():
