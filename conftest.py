@@ -1,6 +1,7 @@
 """Settings of every test run."""
 
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def on_devices():
 
     return variables
 
+
+# Models of tunix, which takes part in `make test-current` alone.
+collect_ignore = [] if importlib.util.find_spec("tunix") else ["hylorada_jax/nnx/tunix_test.py"]
 
 # More than twenty seconds each: whole models, most of it compilation. `make test-quick` leaves them out.
 SLOW_FILES = (

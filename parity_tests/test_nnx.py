@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from flax import nnx
+from peft import PeftModel
 
 from hylorada_jax import CausalLM, HyLoRADAConfig, HyLoRADAModel
 from hylorada_jax.errors import CheckpointError, ModelError
+from hylorada_jax.exchange.peft_export import export_peft
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.nnx import AdapterParam, adapt, load_adapter, merge, save_adapter
 from hylorada_jax.nnx.adapting import adaptation_of, adapters_of
@@ -35,21 +39,27 @@ def base():
     return CausalLM.from_config(CONFIG, jax.random.key(0))
 
 
-def transformer(base):
-    """The example's model with the weights of our decoder, found by their names."""
-    model = EXAMPLE["Transformer"](29, 16, 2, 24, 2, rngs=nnx.Rngs(0))
-    theirs, found = find_modules(model)[0], find_modules(model)[1]
+def weights_of(base):
+    """The weights of our decoder as Hugging Face's models have them, by their modules' names."""
     ours = surgery.find_modules(base.init_params)
     weights = {
-        name: module.weight(base.params, layer).T
+        name: module.weight(base.params, layer)
         for module in ours.linears
         for layer, name in enumerate(module.names)
     }
     for module in (*ours.embeddings, *ours.norms):
         (leaf,) = surgery.subtree(base.params, module.path).values()
         weights |= dict(zip(module.names, leaf if module.stacked else [leaf], strict=True))
+    return weights
+
+
+def transformer(base):
+    """The example's model with the weights of our decoder, found by their names."""
+    model, weights = EXAMPLE["Transformer"](29, 16, 2, 24, 2, rngs=nnx.Rngs(0)), weights_of(base)
+    theirs, found = find_modules(model)
     for own in (*theirs.linears, *theirs.embeddings, *theirs.norms):
-        found[own.path].kernel.set_value(jnp.asarray(weights.pop(own.names[0])))
+        weight = jnp.asarray(weights.pop(own.names[0]))
+        found[own.path].kernel.set_value(weight.T if own in theirs.linears else weight)
     assert not weights
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.RMSNorm):
@@ -88,7 +98,29 @@ def test_an_adapter_goes_to_linen_and_back(base, config, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("config", METHODS[1:], ids=lambda config: config.method)
+@pytest.fixture(scope="module")
+def torch_model(base):
+    """transformers' model of the same weights."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()
+    tensors = {f"{name}.weight": torch.tensor(np.asarray(w)) for name, w in weights_of(base).items()}
+    assert model.load_state_dict(tensors, strict=False).missing_keys == ["lm_head.weight"]  # it is tied
+    return model
+
+
+@pytest.mark.parametrize("config", METHODS[:2], ids=lambda config: config.method)
+def test_peft_takes_what_nnx_trained(base, torch_model, config, tmp_path):
+    model = moved(adapt(transformer(base), config, nnx.Rngs(2)))
+    save_adapter(model, tmp_path / "nnx", base_config=CONFIG)
+    export_peft(HyLoRADAModel.from_pretrained(base, tmp_path / "nnx"), tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(torch_model, tmp_path / "peft")
+    with torch.no_grad():
+        logits = theirs(torch.tensor(np.asarray(IDS, np.int64))).logits
+    theirs.unload()
+    assert relative_error(output(model, IDS), logits.numpy()) <= 1e-5
+
+
+# Of the others each leaf is in one of these, or in the layers' own parity.
+@pytest.mark.parametrize("config", METHODS[3:], ids=lambda config: config.method)
 def test_gradients_of_training_are_linens(base, config):
     model = moved(adapt(transformer(base), config, nnx.Rngs(2)))
     linen = HyLoRADAModel(base, config)

@@ -4,6 +4,7 @@ The Flax modules, the tree surgery and the parameter counts all read this file.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,24 @@ def resolve_leaves(
     if "position_scale" in leaves:
         resolved["position_gate"] = jax.nn.sigmoid(leaves["position_scale"])
     return resolved
+
+
+def token_scale(
+    resolved: Mapping[str, Array], factor_of: Callable[[Literal["position", "prior"]], Array]
+) -> Array | None:
+    """p of every token, by what the adapter's leaves ask for; None where it is 1.
+
+    Args:
+        resolved: from :func:`resolve_leaves`.
+        factor_of: what the model's call knows of its tokens: t of their positions, or their structure prior.
+
+    Source: method.md §1.
+    """
+    if "position_gate" in resolved:
+        return low_rank.position_scale(factor_of("position"), resolved["position_gate"])
+    if "scale_from_structure" in resolved:
+        return low_rank.structure_scale(factor_of("prior"), resolved["scale_from_structure"])
+    return None
 
 
 def adapted_layer(

@@ -2,6 +2,7 @@ from .adapting import adapt as adapt
 from .attention import DirectAttentionAdapter as DirectAttentionAdapter
 from .attention import PositionalDAA as PositionalDAA
 from .attention import ShiftedSparseAttention as ShiftedSparseAttention
+from .bank import AdapterBank as AdapterBank
 from .files import load_adapter as load_adapter
 from .files import save_adapter as save_adapter
 from .hooks import Attention as Attention

@@ -6,7 +6,6 @@ as before.
 """
 
 import functools
-from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import KINDS, LEAVES, Kind
 from hylorada_jax.math import linear_adapter, low_rank, sparse
 from hylorada_jax.nnx.kinds import Contraction, contraction, kind_of
+from hylorada_jax.nnx.quantized import numbers, untouched, value_of
 from hylorada_jax.nnx.tokens import current
 
 RESOLVED = tuple(leaf.resolved for leaf in LEAVES if leaf.component == "linear" and leaf.resolved)
@@ -72,11 +72,16 @@ class AdaptedLinear(Adapted):
         bias = getattr(self, "bias", None) if settings.kind and not settings.scales_bias else None
         layer = self if bias is None else _changed(self, bias=None, use_bias=False)
         y = self.plain.__call__(layer, inputs, *arguments, **options)
+        return untouched(self._adapted)(form, inputs, y, bias)
+
+    def _adapted(self, form: Contraction, inputs: Array, y: Array, bias: nnx.Variable | None) -> Array:
+        """The module's own y, with the adapters and then the bias."""
+        settings: Settings = self.adapter_settings
         rows = form.rows_of_y(y)
         if settings.kind:
             x = self.lora_dropout(form.rows(inputs.astype(y.dtype)))
-            leaves = self._resolved(form.matrix(getattr(self, kind.leaves[0])[...]).T)
-            p = token_scale(leaves, x)
+            leaves = self._resolved(form)
+            p = linear_adapter.token_scale(leaves, lambda name: _factor(name, x.shape[:-1]))
             delta = low_rank.low_rank_delta(x, leaves["lora_A"], leaves["scaled_B"], p)
             rows = low_rank.adapted_output(rows, delta, leaves.get("column_scale"))
         if bias is not None:
@@ -86,12 +91,15 @@ class AdaptedLinear(Adapted):
             rows = sparse.add_units(rows, units, self.up[...])
         return form.y_of(rows, y.shape)
 
-    def _resolved(self, weight: Array) -> dict[str, Array]:
+    def _resolved(self, form: Contraction) -> dict[str, Array]:
         """All of the adapter that depends on weights only: as :func:`resolve` left it, or from its leaves."""
         settings: Settings = self.adapter_settings
         if hasattr(self, "scaled_B"):
             return {name: getattr(self, name)[...] for name in RESOLVED if hasattr(self, name)}
         leaves = {name: getattr(self, name)[...] for name in KINDS[settings.kind or "lora"]}
+        kind = kind_of(self.plain)
+        assert kind is not None
+        weight = form.matrix(numbers(value_of(getattr(self, kind.leaves[0])))).T
         norm, detached = low_rank.row_norm_squared(weight), settings.detach_norm
         return linear_adapter.resolve_leaves(leaves, weight, norm, settings.scale, detach_norm=detached)
 
@@ -102,24 +110,17 @@ class AdaptedLinear(Adapted):
         return sparse.topk_mask(self.gate_scores[...], settings.units_on, settings.temperature)
 
 
-def token_scale(leaves: Mapping[str, Array], x: Array) -> Array | None:
-    """p of every token of a layer's x, by the pass of the model; None where it is 1."""
-    if "position_gate" in leaves:
-        found, name = current().position, "position"
-    elif "scale_from_structure" in leaves:
-        found, name = current().prior, "structure"
-    else:
-        return None
-    if found is None or found.shape[:2] != x.shape[:-1]:
+def _factor(name: str, tokens: tuple[int, ...]) -> Array:
+    """What the model's call knows of the tokens that a layer sees."""
+    found = getattr(current(), name)
+    if found is None or found.shape[:2] != tokens:
         seen = "the call of no adapted model" if found is None else f"the model's {found.shape[:2]}"
         raise ModelError(
-            f"A layer whose update depends on the {name} sees the model's tokens, [batch, seq, d_in].",
-            f"x {x.shape}, within {seen}",
+            "A layer whose update depends on the token sees the model's tokens, [batch, seq, d_in].",
+            f"x {(*tokens, 'd_in')}, within {seen}",
             "Call the adapted model itself, its tokens first; or exclude_modules=[the layer's name].",
         )
-    if name == "position":
-        return low_rank.position_scale(found, leaves["position_gate"])
-    return low_rank.structure_scale(found, leaves["scale_from_structure"])
+    return found
 
 
 class AdaptedEmbed(Adapted):

@@ -27,6 +27,7 @@ from hylorada_jax.nnx.adapted_attention import AdaptedAttention, AdaptedMultiHea
 from hylorada_jax.nnx.adapted_model import AdaptedModel
 from hylorada_jax.nnx.finding import Found, find_modules
 from hylorada_jax.nnx.kinds import ATTENTIONS, Role
+from hylorada_jax.nnx.quantized import is_quantized
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.surgery import build
 from hylorada_jax.surgery.modules import Modules, Path, subtree, with_leaves
@@ -115,7 +116,7 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
     paths = [*raw]
 
     @jax.jit  # so that no kernel is laid out anew to be a matrix
-    def constants_of(raw: list[dict[str, Array]]) -> Constants:
+    def constants_of(raw: list[dict[str, Any]]) -> Constants:
         matrices = {path: found[path].as_matrix(leaves) for path, leaves in zip(paths, raw, strict=True)}
         return build.build_constants(sites, tree_of(matrices), config)
 
@@ -159,9 +160,9 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
                 "Name them all, or stack the layers in a list.",
             )
         here, name = found[site.module.path], ".".join(site.module.path)
-        if not isinstance(here.kernel, nnx.Variable):
+        if not isinstance(here.kernel, nnx.Variable) and not is_quantized(here.kernel):
             raise ModelError(
-                "What is adapted holds its weight as an nnx.Param, an array of floats.",
+                "What is adapted holds its weight as an nnx.Param, or as qwix's array of one.",
                 f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
                 "Adapt the model as it was before it was quantised.",
             )
@@ -299,7 +300,7 @@ def adapters_of(model: Any, adaptation: Adaptation, found: Mapping[Path, Found])
     return tree_of(leaves)
 
 
-def tree_of(leaves: Mapping[Path, Mapping[str, Array]]) -> dict[str, Any]:
+def tree_of(leaves: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     """The leaves of modules by path, as the nested tree of the surgery."""
     tree: dict[str, Any] = {}
     for path, node in leaves.items():

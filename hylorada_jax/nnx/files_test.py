@@ -10,8 +10,10 @@ from hylorada_jax.nnx import AdapterParam, adapt, load_adapter, save_adapter
 from hylorada_jax.nnx.adapting_test import METHODS, config_of, made, moved
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layer", ["Linear", "LinearGeneral, heads", "foreign"])
+@pytest.mark.parametrize(
+    ("layer", "method"),
+    [*(("Linear", method) for method in METHODS), *((layer, "dora") for layer in ("Einsum", "foreign"))],
+)
 def test_a_saved_adapter_is_loaded_bit_for_bit(layer, method, tmp_path):
     net, x = made(layer)
     moved(adapt(net, config_of(method), nnx.Rngs(3)))

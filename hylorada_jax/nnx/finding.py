@@ -11,7 +11,9 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.nnx.adapted import plain_class
 from hylorada_jax.nnx.kinds import ATTENTIONS, Contraction, Kind, axes_of, contraction, kind_of
-from hylorada_jax.surgery.modules import SCANNED, Attention, Holder, Linear, Modules, Path
+from hylorada_jax.nnx.peers import names_of
+from hylorada_jax.nnx.quantized import numbers, value_of
+from hylorada_jax.surgery.modules import Attention, Holder, Linear, Modules, Path, layer_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +31,24 @@ class Found:
     form: Contraction | None = None
 
     @property
-    def kernel(self) -> nnx.Variable:
-        """The variable that holds a linear module's weight."""
+    def kernel(self) -> Any:
+        """What holds a linear module's weight: a variable, or qwix's array of variables."""
         return getattr(self.module, self.kind.leaves[0])
 
-    def leaves(self) -> dict[str, Array]:
-        """The module's own arrays, by name; a linear module's weight is its "kernel"."""
+    def leaves(self) -> dict[str, Any]:
+        """The module's own arrays, by name; a linear module's weight is its "kernel", which qwix may hold."""
         found = {name: getattr(self.module, name, None) for name in self.kind.leaves}
-        arrays = {name: variable[...] for name, variable in found.items() if variable is not None}
+        arrays = {name: value_of(variable) for name, variable in found.items() if variable is not None}
         return arrays if self.form is None else {"kernel": arrays.pop(self.kind.leaves[0]), **arrays}
 
-    def as_matrix(self, leaves: dict[str, Array]) -> dict[str, Array]:
+    def as_matrix(self, leaves: dict[str, Any]) -> dict[str, Array]:
         """The arrays as the surgery knows them: kernel [d_in, d_out], bias [d_out]."""
         if self.form is None:
             return leaves
-        kernel = self.form.matrix(leaves["kernel"])
-        flat = {name: leaf.reshape(*kernel.shape[:-2], -1) for name, leaf in leaves.items()}
+        kernel = self.form.matrix(numbers(leaves["kernel"]))
+        flat = {
+            name: leaf.reshape(*kernel.shape[:-2], -1) for name, leaf in leaves.items() if name != "kernel"
+        }
         return flat | {"kernel": kernel}
 
 
@@ -75,6 +79,7 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
     embeddings: list[Holder] = []
     norms: list[Holder] = []
     attentions: dict[Path, Found] = {}
+    named = names_of(model)
     modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model, graph=True)}
     for path, module in sorted(modules.items()):
         kind = kind_of(plain_class(type(module)))
@@ -96,6 +101,7 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
         except ModelError:
             continue  # such as one with a kernel for each expert
         names, stacked = _names(path, module, first.shape, axes_of(module, kind))
+        names = tuple(map(named, names))
         found[path] = Found(module, kind, form)
         shapes = {
             name: variable.shape[1:] if stacked else variable.shape
@@ -119,7 +125,7 @@ def _attention(path: Path, here: Found, linears: list[Linear]) -> Attention:
     """An attention module, which is stacked as the layers in it are."""
     beside = [linear for linear in linears if linear.path[: len(path)] == path]
     if path and beside and all(linear.stacked for linear in beside):
-        return Attention(path, _layers(path, len(beside[0].names)), True, here.module.num_heads)
+        return Attention(path, layer_names(path, len(beside[0].names)), True, here.module.num_heads)
     return Attention(path, (".".join(path),), False, here.module.num_heads)
 
 
@@ -134,12 +140,7 @@ def _names(path: Path, module: Any, shape: tuple[int, ...], axes: int) -> tuple[
             f"{'.'.join(path)} with {shape}" + ("" if own is None else f", of layers with {own}"),
             "Make them with nnx.vmap(…, in_axes=0, out_axes=0), and scan over that axis.",
         )
-    return _layers(path, shape[0]), True
-
-
-def _layers(path: Path, depth: int) -> tuple[str, ...]:
-    split = path.index(SCANNED) + 1 if SCANNED in path else min(1, len(path))
-    return tuple(".".join((*path[:split], str(i), *path[split:])) for i in range(depth))
+    return layer_names(path, shape[0]), True
 
 
 def _own_shape(module: Any) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.nnx.hooks import Attention, AttentionScores
+from hylorada_jax.nnx.peers import EINSUMS, qualified
 
 _Class = TypeVar("_Class", bound=type[nnx.Module])
 _LETTERS = string.ascii_letters
@@ -154,6 +155,13 @@ _KINDS: dict[type, Kind] = {
 }
 
 
+def _einsum(kernel: str, equation: str) -> Kind:
+    return Kind("linear", (kernel,), lambda layer, ndim: getattr(layer, equation))
+
+
+_KNOWN = dict.fromkeys(EINSUMS, _einsum("w", "einsum_str"))
+
+
 def register_einsum(cls: _Class, kernel: str = "w", equation: str = "einsum_str") -> _Class:
     """Makes the modules of a class linear layers, to which :func:`hylorada_jax.nnx.adapt` attaches.
 
@@ -187,7 +195,7 @@ def register_einsum(cls: _Class, kernel: str = "w", equation: str = "einsum_str"
             repr(cls),
             "Give the class itself, a subclass of flax.nnx.Module; Linen has hylorada_jax.register_linear.",
         )
-    kind = Kind("linear", (kernel,), lambda layer, ndim: getattr(layer, equation))
+    kind = _einsum(kernel, equation)
     if _KINDS.setdefault(cls, kind).leaves != kind.leaves:
         raise ConfigError(
             "A class of modules must be registered as one thing.",
@@ -202,8 +210,10 @@ def kind_of(cls: type) -> Kind | None:
 
     A subclass counts as its class does where it leaves ``__call__`` alone; else it is registered by itself.
     """
-    found = next((base for base in cls.__mro__ if base in _KINDS), None)
-    return None if found is None or cls.__call__ is not found.__call__ else _KINDS[found]
+    for base in cls.__mro__:
+        if kind := _KINDS.get(base) or _KNOWN.get(qualified(base)):
+            return kind if cls.__call__ is base.__call__ else None
+    return None
 
 
 def axes_of(module: Any, kind: Kind) -> int:

@@ -12,6 +12,7 @@ from hylorada_jax.leaves import STRUCTURE_ENCODER
 from hylorada_jax.nnx.adapted import Adapted, plain_class, set_class
 from hylorada_jax.nnx.adapting import ASIDE, Adaptation, adaptation_of, adapters_of, module_of, tree_of
 from hylorada_jax.nnx.finding import Found
+from hylorada_jax.nnx.quantized import is_quantized
 from hylorada_jax.surgery import build
 from hylorada_jax.surgery import merge as merging
 from hylorada_jax.surgery.modules import Path, subtree
@@ -35,7 +36,7 @@ def merge(model: _Model) -> _Model:
 
     Raises:
         ModelError: it is not adapted, a sparse adapter has learnt something, or a kernel that is adapted is
-            also that of another module.
+            also that of another module, or quantised.
 
     Example:
         >>> from hylorada_jax.nnx import AdapterParam, adapt
@@ -49,7 +50,7 @@ def merge(model: _Model) -> _Model:
     adaptation, found = adaptation_of(model)
     config, adapters = adaptation.config, adapters_of(model, adaptation, found)
     merging.check_mergeable(adaptation.sites, adapters)
-    _refuse_shared(adaptation, found)
+    _refuse_unmergeable(adaptation, found)
     for site in adaptation.sites:  # one after another: no second copy of all weights
         here, path = found[site.module.path], site.module.path
         if site.component == "linear":
@@ -77,13 +78,19 @@ def _merge_linear(site: Site, here: Found, adapters: Adapters, config: HyLoRADAC
         here.module.bias.set_value(merged["bias"].reshape(here.module.bias.shape))
 
 
-def _refuse_shared(adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
+def _refuse_unmergeable(adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
     owners: dict[int, list[Path]] = {}
     for path, here in found.items():
         for name in here.kind.leaves:
             if (variable := getattr(here.module, name, None)) is not None:
                 owners.setdefault(id(variable), []).append(path)
     paths = {site.module.path for site in adaptation.sites if site.component == "linear"}
+    if codes := [".".join(path) for path in sorted(paths) if is_quantized(found[path].kernel)]:
+        raise ModelError(
+            "A kernel is merged where it is an array of floats.",
+            f"{', '.join(codes[:4])}, quantised by qwix",
+            "Save the adapter, and load it onto the model as it was before it was quantised.",
+        )
     for shared in owners.values():
         if len(shared) > 1 and paths & {*shared}:
             raise ModelError(

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
-from hylorada_jax.math import low_rank, position, quantized, sparse, structure
+from hylorada_jax.math import linear_adapter, low_rank, position, quantized, sparse, structure
 from hylorada_jax.models.dense import promote_dtype
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
@@ -202,14 +202,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
     def _token_scale(self, module: Any, x: Array, adapter: dict[str, Array]) -> Array | None:
         """p of every token; None where it is 1."""
-        if "position_gate" in adapter:
-            tokens = self._of_pass("position", module)
-            scale = low_rank.position_scale(tokens, adapter["position_gate"])
-        elif "scale_from_structure" in adapter:
-            scale = low_rank.structure_scale(self._of_pass("prior", module), adapter["scale_from_structure"])
-        else:
-            return None
-        if scale.shape != x.shape[:-1]:
+        scale = linear_adapter.token_scale(adapter, lambda name: self._of_pass(name, module))
+        if scale is not None and scale.shape != x.shape[:-1]:
             raise ModelError(
                 "A layer whose update depends on the token must see the model's tokens, [batch, seq, d_in].",
                 f"{'.'.join(module.path)} sees {x.shape}, the tokens are {scale.shape}",

@@ -248,8 +248,18 @@ def _names(path: Path, leaves: Mapping[Path, tuple[int, ...]]) -> tuple[tuple[st
 
     nn.scan's submodule has no number in its path: HF's Flax models write "layers" too, but number the blocks.
     """
-    split = path.index(SCANNED) + 1 if SCANNED in path else None
-    if split is None or not leaves or (split < len(path) and path[split].isdigit()):
+    after = path[path.index(SCANNED) + 1 :] if SCANNED in path else None
+    if after is None or not leaves or (after and after[0].isdigit()):
         return (".".join(path),), False
-    depth = next(iter(leaves.values()))[0]
-    return tuple(".".join((*path[:split], str(layer), *path[split:])) for layer in range(depth)), True
+    return layer_names(path, next(iter(leaves.values()))[0]), True
+
+
+def layer_names(path: Path, depth: int) -> tuple[str, ...]:
+    """The full names of a module of stacked layers, whose path has no number.
+
+    Example:
+        >>> layer_names(("model", "layers", "mlp"), 2), layer_names(("blocks", "mlp"), 1)
+        (('model.layers.0.mlp', 'model.layers.1.mlp'), ('blocks.0.mlp',))
+    """
+    split = path.index(SCANNED) + 1 if SCANNED in path else min(1, len(path))
+    return tuple(".".join((*path[:split], str(layer), *path[split:])) for layer in range(depth))

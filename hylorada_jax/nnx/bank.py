@@ -1,0 +1,215 @@
+"""Several adapters on one NNX model: by name, one at a time or one per row of a batch."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, near
+from hylorada_jax.leaves import leaf_at
+from hylorada_jax.nnx.adapting import adaptation_of
+from hylorada_jax.nnx.files import load_adapter
+from hylorada_jax.nnx.resolving import resolve
+from hylorada_jax.nnx.taking_off import unload
+from hylorada_jax.nnx.variables import AdapterParam
+from hylorada_jax.surgery.layout import check_keys
+
+
+class AdapterBank:
+    """Several adapters of one config on one NNX model, by name.
+
+        y_i = (x_i Wᵀ + s·(x_i Aₖᵀ) Bₖᵀ·p)·cₖ + bias          row i of a batch with its adapter k = k(i)
+
+    The frozen products are taken once over the whole batch. The model has the active adapter: train it,
+    or ``nnx.update`` it, and the bank has the new one.
+
+    Args:
+        model: one that :func:`adapt` was called with; its adapter is the bank's first, named "default".
+
+    Raises:
+        ModelError: it is not adapted, or embeddings or norms themselves train, of which a model has one.
+
+    Example:
+        >>> from hylorada_jax import HyLoRADAConfig
+        >>> from hylorada_jax.nnx import adapt
+        >>> config = HyLoRADAConfig(method="lora", lora_rank=2, target_modules="all-linear")
+        >>> bank = AdapterBank(adapt(nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0))), config, nnx.Rngs(1)))
+        >>> bank.add("other", nnx.state(bank.model, AdapterParam))
+        >>> bank(jnp.ones((3, 3)), adapters=["other", "default", None]).shape
+        (3, 4)
+        >>> bank.switch("other")
+        >>> bank.names, bank.active
+        (('default', 'other'), 'other')
+    """
+
+    def __init__(self, model: nnx.Module) -> None:
+        unload(nnx.clone(model))  # refuses what cannot be
+        self.model = model
+        self._states: dict[str, nnx.State] = {"default": _state(model)}
+        self._active = "default"
+        called: Any = resolve(model)
+        called.eval()
+        self._graph = nnx.graphdef(called)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order in which they came."""
+        return tuple(self._states)
+
+    @property
+    def active(self) -> str:
+        """The name of the adapter that the model has."""
+        return self._active
+
+    def add(self, name: str, state: nnx.State) -> None:
+        """Takes an adapter in under a new name; the active one stays.
+
+        Args:
+            name: a new name.
+            state: ``nnx.state(…, AdapterParam)`` of a model with the same config.
+
+        Raises:
+            ConfigError: the name is taken.
+            CheckpointError: the leaves have other names or shapes.
+        """
+        if name in self._states:
+            raise ConfigError(
+                "An adapter is not replaced unasked.", repr(name), "Choose another name, or remove it first."
+            )
+        check_keys(*(_shapes(each) for each in (state, self._states[self._active])))
+        self._states[name] = _copied(state)
+
+    def load(self, name: str, directory: str | Path, *, base_config: Any = None) -> None:
+        """Takes an adapter in from its files; the active one stays.
+
+        Args:
+            name: a new name.
+            directory: of an adapter of the same base and config.
+            base_config: as of :func:`load_adapter`.
+
+        Raises:
+            ConfigError: the name is taken.
+            CheckpointError: the adapter is damaged, was trained on another base, or has another config.
+        """
+        twin: Any = load_adapter(unload(nnx.clone(self.model)), directory, base_config=base_config)
+        if twin.hylorada.config != adaptation_of(self.model)[0].config:
+            raise CheckpointError(
+                "The adapters of a bank have the config of its model.",
+                f"{directory} with another",
+                "Put it on a model of its own, which shares the frozen arrays: "
+                "load_adapter(unload(nnx.clone(bank.model)), directory).",
+            )
+        self.add(name, _state(twin))
+
+    def remove(self, name: str) -> None:
+        """Drops an adapter; a ConfigError for one that is not there, or is active."""
+        self._check_known(name)
+        if name == self._active:
+            raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
+        del self._states[name]
+
+    def switch(self, name: str) -> None:
+        """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there."""
+        self._check_known(name)
+        self._states[self._active] = _state(self.model)
+        nnx.update(self.model, self._states[name])
+        self._active = name
+
+    def __call__(self, *arguments: Any, adapters: Sequence[str | None] | None = None, **options: Any) -> Any:
+        """The model's output, of a batch whose rows have an adapter each, in evaluation mode.
+
+        Args:
+            arguments: the model's; every array has an axis of rows in front.
+            adapters: the adapter's name for each row; None for a row that has none. Absent: the active
+                adapter for all rows, as in calling the model.
+            options: the model's keyword arguments, likewise.
+
+        Raises:
+            ConfigError: a name is not in the bank.
+            DataError: there is not one name for each row.
+        """
+        if adapters is None:
+            return self.model(*arguments, **options)
+        for name in adapters:
+            if name is not None:
+                self._check_known(name)
+        leaves, structure = jax.tree.flatten((arguments, options))
+        arrays = [leaf if isinstance(leaf, jax.Array | np.ndarray) else None for leaf in leaves]
+        fixed = tuple(leaf if array is None else None for leaf, array in zip(leaves, arrays, strict=True))
+        if wrong := [
+            array.shape for array in arrays if array is not None and array.shape[:1] != (len(adapters),)
+        ]:
+            raise DataError(
+                "A batch has an adapter for each row, and every array an axis of rows in front.",
+                f"{len(adapters)} adapters for {', '.join(map(str, wrong))}",
+                "Give a name, or None, for each row.",
+            )
+        places = {name: place for place, name in enumerate((None, *self._states))}
+        index = jnp.asarray(np.array([places[name] for name in adapters], np.int32))
+        stack, frozen = self._resolved()
+        return _rows(self._graph, fixed, structure, stack, frozen, index, arrays)
+
+    def _resolved(self) -> tuple[nnx.State, nnx.State]:
+        """The resolved adapters with an axis in front, first none and then all; and what is not theirs."""
+        self._states[self._active] = _state(self.model)
+        twin = nnx.clone(self.model)
+        resolved = []
+        for state in self._states.values():
+            nnx.update(twin, state)
+            _, adapters, frozen = nnx.split(resolve(twin), AdapterParam, ...)
+            resolved.append(_copied(adapters))  # what is not resolved is the twin's own
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), _none(resolved[0]), *resolved)
+        return stack, frozen
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._states:
+            raise ConfigError("An adapter must be in the bank.", repr(name), near(name, self._states))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rows(
+    graph: Any,
+    fixed: tuple[Any, ...],
+    structure: Any,
+    stack: Any,
+    frozen: Any,
+    index: Array,
+    arrays: list[Any],
+) -> Any:
+    def one(adapter: Any, frozen: Any, row: list[Any]) -> Any:
+        leaves = [kept if given is None else given[None] for kept, given in zip(fixed, row, strict=True)]
+        arguments, options = jax.tree.unflatten(structure, leaves)
+        output = nnx.merge(graph, adapter, frozen)(*arguments, **options)
+        return jax.tree.map(lambda leaf: leaf[0], output)
+
+    return jax.vmap(one, (0, None, 0))(jax.tree.map(lambda leaf: leaf[index], stack), frozen, arrays)
+
+
+def _state(model: nnx.Module) -> nnx.State:
+    """A model's adapter."""
+    return _copied(nnx.state(model, AdapterParam))
+
+
+def _copied(state: nnx.State) -> nnx.State:
+    """The same arrays in variables of their own, which stay as they are when a model learns."""
+    return jax.tree.map(jnp.asarray, state)
+
+
+def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+
+
+def _none(resolved: nnx.State) -> nnx.State:
+    """The resolved adapter under which a model computes what its base does."""
+
+    def idle(path: Any, leaf: Any) -> Any:
+        row = leaf_at(tuple(map(str, path)), resolved=True)
+        return leaf.replace(jnp.full_like(leaf[...], 0 if row is None else row.idle))
+
+    return nnx.from_flat_state([(path, idle(path, leaf)) for path, leaf in nnx.to_flat_state(resolved)])

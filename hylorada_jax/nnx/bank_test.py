@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError
+from hylorada_jax.nnx import AdapterBank, AdapterParam, adapt, disabled, resolve, save_adapter
+from hylorada_jax.nnx.adapting_test import config_of, made, moved
+from hylorada_jax.nnx.hooks_test import FULL, POSITIONS, Words, run
+
+X = jax.random.normal(jax.random.key(1), (4, 5, 6))
+PLACES = jnp.concatenate([POSITIONS, POSITIONS])
+
+
+def test_every_row_has_its_adapter_and_what_the_model_learns_the_bank_has(tmp_path):
+    model = moved(adapt(Words(), FULL, nnx.Rngs(1)), seed=3)
+    save_adapter(model, tmp_path)
+    bank = AdapterBank(moved(model, seed=4))
+    bank.load("saved", tmp_path)
+    expected: dict[str | None, jax.Array] = {"default": run(model, X, PLACES)}
+    with disabled(model):
+        expected[None] = run(model, X, PLACES)
+    bank.switch("saved")
+    expected["saved"] = run(model, X, PLACES)
+    assert float(jnp.abs(expected["saved"] - expected["default"]).max()) > 1e-3
+    for rows in (["saved", None, "default", "saved"], [None, "default", "default", "saved"]):
+        got = bank(X, PLACES, adapters=rows)
+        for i, name in enumerate(rows):
+            np.testing.assert_allclose(got[i], expected[name][i], rtol=1e-5, atol=1e-5)
+    moved(model, seed=5)
+    np.testing.assert_allclose(
+        bank(X, PLACES, adapters=["saved"] * 4), run(model, X, PLACES), rtol=1e-5, atol=1e-5
+    )
+    bank.switch("default")
+    np.testing.assert_array_equal(run(model, X, PLACES), expected["default"])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda bank: bank.switch("defalt"), ConfigError, "Did you mean default"),
+        (lambda bank: bank.remove("default"), ConfigError, "active"),
+        (lambda bank: bank.add("default", nnx.state(bank.model, AdapterParam)), ConfigError, "unasked"),
+        (lambda bank: bank.add("other", nnx.state(bank.model, nnx.BatchStat)), CheckpointError, "missing"),
+        (lambda bank: bank(jnp.ones((2, 6)), adapters=["default"]), DataError, "1 adapters"),
+        (lambda bank: AdapterBank(resolve(bank.model)), ModelError, "resolved"),
+    ],
+    ids=["unknown", "active", "taken", "other leaves", "rows", "resolved"],
+)
+def test_what_a_bank_cannot_do_is_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call(AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0))))
+
+
+def test_an_adapter_of_another_config_is_refused(tmp_path):
+    save_adapter(adapt(made("Linear")[0], config_of("dora"), nnx.Rngs(0)), tmp_path)
+    with pytest.raises(CheckpointError, match="have the config"):
+        AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0))).load("other", tmp_path)
