@@ -14,6 +14,8 @@ from hylorada_jax.planning.libtpu import libtpu_directory
 from parity_tests.layers import LAYERS
 from parity_tests.test_plan import require_libtpu
 
+ROOT = Path(__file__).parents[1]
+
 # What does all that the other does, and more.
 INCLUDES = {
     "dora": "lora",
@@ -31,7 +33,7 @@ def compiled_by(command, output):
     # A process of its own: once libtpu can be imported, JAX looks for a TPU unless that is forbidden.
     run = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *options, "--output", output],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -85,6 +87,29 @@ def test_the_kernels_of_attention_compile_for_every_tpu(tmp_path):
     products = 9 * 3 * 8 * 2 * 256**2 * 80
     for record in records:
         assert products <= record["figures"]["flops"] < 1.01 * products
+
+
+OLD_TPUS = """
+from hylorada_jax.planning.libtpu import use_libtpu
+use_libtpu()
+import jax, jax.numpy as jnp
+from jax.experimental.topologies import get_topology_desc
+from benchmarks.tpu_programs import compile_attention, compile_loss
+from hylorada_jax.math.attention import attention
+
+for topology in ("v3:2x2", "v4:2x2x1"):
+    device = get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    compile_attention(attention, [device], length=256, head_dim=64)
+    compile_loss(4096, 2048, None, device, tokens=1024)
+"""
+
+
+@pytest.mark.apart
+def test_old_tpus_get_no_kernel_that_they_do_not_take():
+    """A v3 multiplies no bfloat16 in one, and a v4 has fast memory for few tokens of the loss's."""
+    require_libtpu()
+    run = subprocess.run([sys.executable, "-c", OLD_TPUS], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
 
 
 def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch, tmp_path):

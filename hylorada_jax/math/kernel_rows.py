@@ -111,13 +111,25 @@ def _scaled_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)
 
+# Their compiler for kernels multiplies no bfloat16.
+_NO_KERNELS = ("TPU v2", "TPU v3")
 
-def on_tpu() -> bool:
-    """What is traced is for a TPU: the one there is, or those of the mesh in use."""
+
+def on_tpu(*, but: tuple[str, ...] = ()) -> bool:
+    """What is traced is for a TPU that takes kernels: the one there is, or those of the mesh in use.
+
+    Args:
+        but: kinds that the kernel is too large for.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.default_backend() == "tpu" and jax.device_count() == 1
-    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    if not mesh.empty:
+        device = mesh.abstract_device
+        platform, kind = (device.platform, device.device_kind) if device is not None else ("", "")
+    elif jax.device_count() == 1:
+        platform, kind = jax.default_backend(), jax.devices()[0].device_kind
+    else:
+        return False
+    return platform == "tpu" and kind not in (*_NO_KERNELS, *but)
 
 
 def divided_over(rows: int) -> tuple[tuple[str, ...] | None, int] | None:

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.kernel_rows import on_tpu
 
+# 16 MiB: a chunk that is worth its reading of the head takes more.
+_LITTLE_FAST_MEMORY = ("TPU v4", "TPU v4 lite")
+
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
 
@@ -83,7 +86,8 @@ def token_nll(
     materialising the logits); the gradient on the forward pass as in Liger Kernel, Hsu et al. 2024.
     """
     if kernel is None:
-        kernel = chunk_elements is None and on_tpu() and hidden.dtype == jnp.bfloat16
+        serves = on_tpu(but=_LITTLE_FAST_MEMORY) and hidden.dtype == jnp.bfloat16
+        kernel = serves and chunk_elements is None
     tokens, vocab = targets.shape[1], head.shape[0]
     part = chunk_tokens(tokens, vocab, chunk_elements)
     chunks = Chunks(kernel_tokens(tokens, hidden.shape[2]) if kernel else part, part, kernel)
