@@ -1,6 +1,6 @@
 """A training step of tunix's Llama 3 with our adapters beside qwix's LoRA: time, flops, bytes, memory.
 
-    pip install --no-deps google-tunix clu google-metrax tensorboardX sentencepiece einops
+    pip install --no-deps google-tunix clu google-metrax tensorboardX sentencepiece einops perfetto
     python -m benchmarks.nnx_tunix --output benchmarks/results
 
 All have the same weights, batch, rank, adapted layers (q, k, v, o) and AdamW. Of each, nnx-tunix.json has the
