@@ -9,7 +9,8 @@ from hylorada_jax.planning.hlo_cost import called, executions, parsed
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-_OPERATION = re.compile(rf" = ([^=\n]*?) ({'|'.join(KINDS)})(-start)?\(([^\n]*)")
+# XLA numbers the results where there are many: /*index=5*/.
+_OPERATION = re.compile(rf" = ((?:index=|[^=\n])*?) ({'|'.join(KINDS)})(-start)?\(([^\n]*)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")

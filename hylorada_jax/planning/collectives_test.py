@@ -86,3 +86,11 @@ def test_each_is_counted_once_and_as_often_as_it_runs(operation, kind, sent):
     gather = Collective("all-gather", ((32, 16),), 3 / 4 * 32 * 16 * 2, 3)
     assert sorted(found) == sorted([gather, Collective(kind, ((4,),), sent, 1)])
     assert sent_bytes(found) == {"all-gather": 3 * gather.sent, kind: sent}
+
+
+def test_of_many_results_all_are_counted():
+    many = f"({'f32[4], ' * 5}/*index=5*/f32[8])"
+    program = PROGRAM.replace(
+        "%sum = f32[4] OPERATION", f"%sum = {many} all-reduce(%c.2), replica_groups=[2,4]<=[8]"
+    )
+    assert sent_bytes(collectives(program))["all-reduce"] == 2 * 3 / 4 * (5 * 16 + 32)
