@@ -30,8 +30,8 @@ test-apart: $(VENV)/.installed-dev
 	$(PYTEST) -m "apart or optimized" hylorada_jax/training parity_tests benchmarks hylorada_jax/models/hf $(ARGS)
 
 # The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,
-# whose build there takes gigabytes, and without Hugging Face's Flax classes. Of tunix only what its models and
-# its trainer import: with all of it come a vLLM's worth of packages.
+# whose build there takes gigabytes, and without Hugging Face's Flax classes. Of tunix, what its models and its
+# trainer import.
 test-current: $(VENV)-current/.installed
 	$(VENV)-current/bin/$(RUN_PYTEST) -m "(not slow or main_job) and not apart" --doctest-ignore-import-errors hylorada_jax $(ARGS)
 

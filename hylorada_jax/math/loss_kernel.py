@@ -77,10 +77,9 @@ def _on_a_device(
         outputs.append(jax.ShapeDtypeStruct(hidden.shape, jnp.float32))
         out_specs.append(chunk)
         sums.append((width, tokens))
-    products = len(outputs)
     moved = hidden.nbytes + groups * head.nbytes + sum(4 * out.size for out in outputs)
     lse, *mean = pl.pallas_call(
-        functools.partial(_kernel, vocab, soft_cap),
+        functools.partial(_kernel, vocab, soft_cap, len(outputs)),
         grid=(groups, -(-vocab // block)),
         in_specs=[chunk, pl.BlockSpec((block, width), lambda group, j: (j, 0))],
         out_specs=out_specs,
@@ -90,7 +89,7 @@ def _on_a_device(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_FAST_MEMORY
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * groups * tokens * vocab * width,
+            flops=2 * len(outputs) * groups * tokens * vocab * width,
             transcendentals=groups * tokens * vocab,
             bytes_accessed=moved,
         ),
@@ -99,9 +98,9 @@ def _on_a_device(
     return lse[:, 0], mean[0] if mean else None
 
 
-def _kernel(vocab: int, soft_cap: float | None, hidden: Any, head: Any, lse: Any, *references: Any) -> None:
+def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head: Any, *kept: Any) -> None:
     """A block of the vocabulary [block, d] with all tokens: what belongs to a token is a column."""
-    mean, (top, total, *weighted) = references[: len(references) // 4], references[len(references) // 4 :]
+    (lse, *mean), (top, total, *weighted) = kept[:outputs], kept[outputs:]
     block, j = len(head), pl.program_id(1)
 
     @pl.when(j == 0)

@@ -266,7 +266,14 @@ def test_a_step_tells_the_model_each_tokens_structure_position():
 
 
 def test_dropout_masks_depend_on_seed_step_and_row_only():
-    config = dataclasses.replace(ALL_ON, lora_dropout=0.5, sparse_dropout=0.5)
+    config = HyLoRADAConfig(
+        method="lora",
+        lora_rank=2,
+        lora_dropout=0.5,
+        sparse_enabled=True,
+        sparse_adapter_dim=6,
+        sparse_dropout=0.5,
+    )
     model = tiny_model(config)
     batch = first_batch(Rows(documents(), 16), 4)
 
@@ -288,8 +295,9 @@ def test_dropout_masks_depend_on_seed_step_and_row_only():
         assert parted == pytest.approx(first, rel=1e-5)
     # The same row four times loses other inputs each time.
     same = {name: np.stack([x[0]] * 4) for name, x in batch.items()}
-    rows = {"frozen": model.frozen, "train": True, "rngs": {"dropout": jax.random.key(0)}}
-    hidden = model.hidden(model.resolve(trained(model.adapters)), same["input_ids"], **rows)
+    resolved = model.resolve(trained(model.adapters))
+    dropped = partial(model.hidden, train=True, rngs={"dropout": jax.random.key(0)})
+    hidden = jax.jit(dropped)(resolved, same["input_ids"])
     assert len({np.asarray(row).tobytes() for row in hidden}) == 4
 
 
