@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -33,13 +32,12 @@ from typing import TYPE_CHECKING, Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run
+from benchmarks.command import run, write_record
 from benchmarks.experiment import INSTALL
-from benchmarks.report import device, markdown, replaced
+from benchmarks.report import device, filled, markdown
 from benchmarks.step_time import AGREEMENT, cores, rotated, time_steps
-from hylorada_jax.errors import ConfigError, HyLoRADAError, require_packages
-from hylorada_jax.io.files import refuse_unusable, write_json, write_whole
-from hylorada_jax.io.reading import read_bounded
+from hylorada_jax.errors import HyLoRADAError, require_packages
+from hylorada_jax.io.files import refuse_unusable, write_whole
 from hylorada_jax.terminal import show
 
 if TYPE_CHECKING:
@@ -79,7 +77,7 @@ def main(
     if conversations < 1:
         raise HyLoRADAError("conversations must be ≥ 1.", conversations, "Correct it.")
     if page is not None:
-        _filled(page, "")
+        filled(page, "conversations", "")
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
@@ -105,24 +103,16 @@ def main(
         # Of other work too: threads that wait for one another then lose more than those that do not.
         "load_per_core": [before, _load()],
     }
-    path = output / f"conversations-{re.sub(r'[^a-z0-9]+', '-', str(about['device']).lower())}.json"
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    path = write_record(output, "conversations", record)
     show(text := table(record))
     if page is not None:
-        write_whole(page, _filled(page, text))
+        write_whole(page, filled(page, "conversations", text))
     print(path)
 
 
 def _load() -> float:
     """How much this machine has to do, all that runs on it, per core."""
     return os.getloadavg()[0] / (os.cpu_count() or 1)
-
-
-def _filled(page: Path, table: str) -> bytes:
-    """A page with another table, not yet written."""
-    text = read_bounded(page, "A page must be a Markdown file.", ConfigError, "Check its path.").decode()
-    return replaced(text, "conversations", table).encode()
 
 
 def measure_preparation(
