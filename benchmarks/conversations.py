@@ -56,6 +56,7 @@ def main(
     batch_size: int = 2,
     seq_len: int = 256,
     rounds: int = 8,
+    methods: tuple[str, ...] = ("lora", "dora"),
     threads: int | None = None,
 ) -> None:
     """Measure preparing chats and training on them beside TRL, and write conversations-<device>.json.
@@ -68,6 +69,7 @@ def main(
         batch_size: rows per step.
         seq_len: tokens per row.
         rounds: how often each contender is measured.
+        methods: whose steps are measured, of lora and dora.
         threads: of torch; by default as many as the cores that JAX computes on.
     """
     refuse_unusable(output)
@@ -88,7 +90,7 @@ def main(
     from parity_tests.environment import environment
 
     setting = Setting(model, batch_size, seq_len, "float32", WARMUP + rounds, threads or cores())
-    roster.check(("lora", "peft lora"), setting, rounds)
+    roster.check([name for method in methods for name in (method, f"peft {method}")], setting, rounds)
     about, of, before = environment(), pieces(), _load()
     versions = about["versions"] | {name: importlib.metadata.version(name) for name in PACKAGES}  # type: ignore[operator]
     record = {
@@ -99,7 +101,7 @@ def main(
         | {"rounds": rounds, "cores": cores()},
         "differences": list(DIFFERENCES),
         "preparation": measure_preparation(model, seq_len, of, conversations, rounds),
-        "step": measure_steps(setting, made_up(of, 16 * batch_size), rounds),
+        "step": measure_steps(setting, methods, made_up(of, 16 * batch_size), rounds),
         # Of other work too: threads that wait for one another then lose more than those that do not.
         "load_per_core": [before, _load()],
     }
@@ -172,11 +174,14 @@ def same_tokens(measured: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
-def measure_steps(setting: Setting, rows: Sequence[Row], rounds: int) -> dict[str, Any]:
-    """A training step on conversations, by each side: LoRA and DoRA, one to a row and packed.
+def measure_steps(
+    setting: Setting, methods: Sequence[str], rows: Sequence[Row], rounds: int
+) -> dict[str, Any]:
+    """A training step on conversations, by each side: one to a row and packed.
 
     Args:
         setting: what all have in common.
+        methods: of lora and dora.
         rows: the conversations, of which the first that fit into a batch are taken.
         rounds: timed steps of each contender.
 
@@ -196,7 +201,7 @@ def measure_steps(setting: Setting, rows: Sequence[Row], rounds: int) -> dict[st
         return in_jax.ours(method, setting, batches, base), tokens
 
     measured: dict[str, Any] = {}
-    for method in ("lora", "dora"):
+    for method in methods:
         theirs = functools.partial(in_trl.sft, method == "dora", setting, chosen)
         padded = {
             method: functools.partial(ours, method, False),
