@@ -26,8 +26,10 @@ test-quick: $(VENV)/.installed-dev
 
 # What measures a user's programs as they are compiled; the notebook, README's lines, three benchmarks, the compiler
 # for TPUs, the real model beside torch's, runs that are killed, and Hugging Face's Flax classes: a minute or more each.
+APART := hylorada_jax/training parity_tests benchmarks hylorada_jax/models/hf
 test-apart: $(VENV)/.installed-dev
-	$(PYTEST) -m "apart or optimized" hylorada_jax/training parity_tests benchmarks hylorada_jax/models/hf $(ARGS)
+	$(COMPILED_SOON) $(PYTEST) -m "apart and not optimized" $(APART) $(ARGS)
+	$(PYTEST) -m optimized parity_tests benchmarks $(ARGS)
 
 # The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,
 # whose build there takes gigabytes, and without Hugging Face's Flax classes. Of tunix, what its models and its

@@ -1,11 +1,15 @@
-"""The command line of a benchmark."""
+"""The command line of a benchmark, and the file of what it measured."""
 
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import tyro
 
 from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.io.files import write_json
 
 
 def run(command: Callable[..., None]) -> None:
@@ -15,3 +19,16 @@ def run(command: Callable[..., None]) -> None:
     except HyLoRADAError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def write_record(output: Path, name: str, record: dict[str, Any]) -> Path:
+    """Writes a record, of which "environment" names the device, to <output>/<name>-<device>.json.
+
+    Returns:
+        The file.
+    """
+    device = re.sub(r"[^a-z0-9]+", "-", str(record["environment"]["device"]).lower())
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{name}-{device}.json"
+    write_json(path, record)
+    return path

@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -33,13 +32,12 @@ from typing import TYPE_CHECKING, Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run
+from benchmarks.command import run, write_record
 from benchmarks.experiment import INSTALL
-from benchmarks.report import device, markdown, replaced
+from benchmarks.report import device, filled, markdown
 from benchmarks.step_time import AGREEMENT, cores, rotated, time_steps
-from hylorada_jax.errors import ConfigError, HyLoRADAError, require_packages
-from hylorada_jax.io.files import refuse_unusable, write_json, write_whole
-from hylorada_jax.io.reading import read_bounded
+from hylorada_jax.errors import HyLoRADAError, require_packages
+from hylorada_jax.io.files import refuse_unusable, write_whole
 from hylorada_jax.terminal import show
 
 if TYPE_CHECKING:
@@ -58,6 +56,7 @@ def main(
     batch_size: int = 2,
     seq_len: int = 256,
     rounds: int = 8,
+    methods: tuple[str, ...] = ("lora", "dora"),
     threads: int | None = None,
 ) -> None:
     """Measure preparing chats and training on them beside TRL, and write conversations-<device>.json.
@@ -70,6 +69,7 @@ def main(
         batch_size: rows per step.
         seq_len: tokens per row.
         rounds: how often each contender is measured.
+        methods: whose steps are measured, of lora and dora.
         threads: of torch; by default as many as the cores that JAX computes on.
     """
     refuse_unusable(output)
@@ -79,7 +79,7 @@ def main(
     if conversations < 1:
         raise HyLoRADAError("conversations must be ≥ 1.", conversations, "Correct it.")
     if page is not None:
-        _filled(page, "")
+        filled(page, "conversations", "")
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
@@ -90,7 +90,7 @@ def main(
     from parity_tests.environment import environment
 
     setting = Setting(model, batch_size, seq_len, "float32", WARMUP + rounds, threads or cores())
-    roster.check(("lora", "peft lora"), setting, rounds)
+    roster.check([name for method in methods for name in (method, f"peft {method}")], setting, rounds)
     about, of, before = environment(), pieces(), _load()
     versions = about["versions"] | {name: importlib.metadata.version(name) for name in PACKAGES}  # type: ignore[operator]
     record = {
@@ -101,28 +101,20 @@ def main(
         | {"rounds": rounds, "cores": cores()},
         "differences": list(DIFFERENCES),
         "preparation": measure_preparation(model, seq_len, of, conversations, rounds),
-        "step": measure_steps(setting, made_up(of, 16 * batch_size), rounds),
+        "step": measure_steps(setting, methods, made_up(of, 16 * batch_size), rounds),
         # Of other work too: threads that wait for one another then lose more than those that do not.
         "load_per_core": [before, _load()],
     }
-    path = output / f"conversations-{re.sub(r'[^a-z0-9]+', '-', str(about['device']).lower())}.json"
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    path = write_record(output, "conversations", record)
     show(text := table(record))
     if page is not None:
-        write_whole(page, _filled(page, text))
+        write_whole(page, filled(page, "conversations", text))
     print(path)
 
 
 def _load() -> float:
     """How much this machine has to do, all that runs on it, per core."""
     return os.getloadavg()[0] / (os.cpu_count() or 1)
-
-
-def _filled(page: Path, table: str) -> bytes:
-    """A page with another table, not yet written."""
-    text = read_bounded(page, "A page must be a Markdown file.", ConfigError, "Check its path.").decode()
-    return replaced(text, "conversations", table).encode()
 
 
 def measure_preparation(
@@ -182,11 +174,14 @@ def same_tokens(measured: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
-def measure_steps(setting: Setting, rows: Sequence[Row], rounds: int) -> dict[str, Any]:
-    """A training step on conversations, by each side: LoRA and DoRA, one to a row and packed.
+def measure_steps(
+    setting: Setting, methods: Sequence[str], rows: Sequence[Row], rounds: int
+) -> dict[str, Any]:
+    """A training step on conversations, by each side: one to a row and packed.
 
     Args:
         setting: what all have in common.
+        methods: of lora and dora.
         rows: the conversations, of which the first that fit into a batch are taken.
         rounds: timed steps of each contender.
 
@@ -206,7 +201,7 @@ def measure_steps(setting: Setting, rows: Sequence[Row], rounds: int) -> dict[st
         return in_jax.ours(method, setting, batches, base), tokens
 
     measured: dict[str, Any] = {}
-    for method in ("lora", "dora"):
+    for method in methods:
         theirs = functools.partial(in_trl.sft, method == "dora", setting, chosen)
         padded = {
             method: functools.partial(ours, method, False),

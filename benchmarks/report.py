@@ -25,6 +25,7 @@ from benchmarks.command import run
 from benchmarks.rows import Record, Row, mean, read
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.io.files import write_figure, write_whole
+from hylorada_jax.io.reading import read_bounded
 from hylorada_jax.terminal import show
 
 
@@ -53,7 +54,7 @@ def main(
     if rate is None:
         plot(rows, directory)
     if page is not None:
-        write_whole(page, replaced(page.read_text("utf-8"), directory.name, text).encode())
+        write_whole(page, filled(page, directory.name, text))
 
 
 def table(rows: Sequence[Row], *, against: str | None = None) -> str:
@@ -196,6 +197,16 @@ def _difference(row: Row, other: Row) -> str:
         theirs = dict.fromkeys(ours, other.values("perplexity")[0])
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return plus_minus(differences, 2) if differences else ""
+
+
+def filled(page: Path, name: str, table: str) -> bytes:
+    """A Markdown file with another table, not yet written.
+
+    Raises:
+        ConfigError: there is no such file, or it has no place for this table.
+    """
+    rule = "A page must be a Markdown file."
+    return replaced(read_bounded(page, rule, ConfigError, "Check its path.").decode(), name, table).encode()
 
 
 def replaced(text: str, name: str, table: str) -> str:

@@ -31,7 +31,6 @@ contender, step-time-<device>.json has:
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -45,9 +44,9 @@ from typing import TYPE_CHECKING, Any, Literal
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run
+from benchmarks.command import run, write_record
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.io.files import refuse_unusable, write_json
+from hylorada_jax.io.files import refuse_unusable
 
 if TYPE_CHECKING:
     from benchmarks.contenders.setting import Contender, Setting
@@ -110,10 +109,7 @@ def main(
         "environment": about | {"versions": about["versions"] | roster.versions(contenders)},  # type: ignore[operator]
         **measure(setting, contenders, rounds, memory=memory, peak_tflops=peak_tflops),
     }
-    device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower())
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"step-time-{device}.json"
-    write_json(path, record)
+    path = write_record(output, "step-time", record)
     print(table(record["contenders"]))
     print(path)
 
