@@ -150,10 +150,11 @@ def draw(programs: Mapping[str, Mapping[str, float]], file: Path) -> None:
             for growth, style in ((weak, "-"), (strong, "--")):
                 names = {count: name_of(model, count, growth(count)) for count in TOPOLOGIES}
                 known = {count: of(programs[name]) for count, name in names.items() if name in programs}
-                label = f"{model}, {growth.__name__}"
-                axes.plot([*known], [*known.values()], style, color=color, marker="o", label=label)
+                if known:
+                    label = f"{model}, {growth.__name__}"
+                    axes.plot([*known], [*known.values()], style, color=color, marker="o", label=label)
         axes.set(xscale="log", title=title, xlabel="chips", xticks=[*TOPOLOGIES], xticklabels=[*TOPOLOGIES])
-        axes.set_yscale("symlog" if "sends" in title else "log")
+        axes.set_yscale("log") if "TFLOP" in title else axes.set_ylim(bottom=0)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
