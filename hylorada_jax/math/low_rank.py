@@ -156,7 +156,7 @@ def low_rank_delta(
 def adapted_output(
     base_output: Float[Array, "*tokens d_out"],
     delta: Float[Array, "*tokens d_out"],
-    column_scale: Float[Array, " d_out"] | None = None,
+    column_scale: Float[Array, "*own d_out"] | None = None,
 ) -> Float[Array, "*tokens d_out"]:
     """The adapted layer's output.
 
@@ -165,7 +165,7 @@ def adapted_output(
     Args:
         base_output: what the frozen layer gave.
         delta: δ.
-        column_scale: c, or None for c = 1 (LoRA), which costs nothing.
+        column_scale: c of all tokens or of each, or None for c = 1 (LoRA), which costs nothing.
 
     Returns:
         y in base_output's dtype; the sum and the product are taken in at least float32.

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
-from hylorada_jax.math import low_rank, position, quantized, sparse, structure
+from hylorada_jax.math import experts, low_rank, position, quantized, sparse, structure
 from hylorada_jax.models.dense import promote_dtype
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
@@ -127,14 +127,12 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         kind = kind_of(context)
         if kind is None or COLLECTION not in module.variables:
             return next_fun(*args, **kwargs)
-        x, *_ = inspect.signature(context.orig_method).bind(*args, **kwargs).args
+        x, *more = inspect.signature(context.orig_method).bind(*args, **kwargs).args
         match kind.role:
+            case "experts":
+                return self._experts(module, x, _adapter(module), *more)
             case "linear":
-                adapter = {
-                    name: module.get_variable(COLLECTION, name)
-                    for name in _RESOLVED
-                    if module.has_variable(COLLECTION, name)
-                }
+                adapter = _adapter(module)
                 adapted = "lora_A" in adapter
                 y = self._adapted(module, x, adapter, kind.out_in) if adapted else next_fun(*args, **kwargs)
                 return self._with_sparse(module, y, adapter) if "mask" in adapter else y
@@ -189,29 +187,42 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         scales_bias = self._config.magnitude_scales_bias
         if bias is not None and scales_bias:
             base = base + bias
-        x = self._dropout(module, x, self._rate)
-        delta = low_rank.low_rank_delta(
-            x, adapter["lora_A"], adapter["scaled_B"], self._token_scale(module, x, adapter)
-        )
-        y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
-        return y if bias is None or scales_bias else y + bias
-
-    def _token_scale(self, module: Any, x: Array, adapter: dict[str, Array]) -> Array | None:
-        """p of every token; None where it is 1."""
-        if "position_gate" in adapter:
-            tokens = self._of_pass("position", module)
-            scale = low_rank.position_scale(tokens, adapter["position_gate"])
-        elif "scale_from_structure" in adapter:
-            scale = low_rank.structure_scale(self._of_pass("prior", module), adapter["scale_from_structure"])
-        else:
-            return None
-        if scale.shape != x.shape[:-1]:
+        x, scale = self._dropout(module, x, self._rate), self._token_scale(module, adapter)
+        if scale is not None and scale.shape != x.shape[:-1]:
             raise ModelError(
                 "A layer whose update depends on the token must see the model's tokens, [batch, seq, d_in].",
                 f"{'.'.join(module.path)} sees {x.shape}, the tokens are {scale.shape}",
                 "Exclude the layer: exclude_modules=[its name].",
             )
-        return scale
+        delta = low_rank.low_rank_delta(x, adapter["lora_A"], adapter["scaled_B"], scale)
+        y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
+        return y if bias is None or scales_bias else y + bias
+
+    def _experts(self, module: Any, inputs: Array, adapter: dict[str, Array], rows: experts.Rows) -> Array:
+        x, kernel, _ = promote_dtype(inputs, module.get_variable("params", "kernel"), None)
+        base = experts.experts_dot(x, kernel, rows)
+        x = self._dropout(module, x, self._rate, rows)
+        scale = self._token_scale(module, adapter, rows)
+        delta = experts.low_rank_delta(x, adapter["lora_A"], adapter["scaled_B"], rows, scale)
+        columns = adapter.get("column_scale")
+        return low_rank.adapted_output(base, delta, None if columns is None else columns[rows.expert])
+
+    def _token_scale(
+        self, module: Any, adapter: dict[str, Array], rows: experts.Rows | None = None
+    ) -> Array | None:
+        """p of every token, [batch, seq], or of every row of experts; None where it is 1."""
+        scale: Callable[..., Array]
+        if "position_gate" in adapter:
+            scale, own, tokens = low_rank.position_scale, adapter["position_gate"], "position"
+        elif "scale_from_structure" in adapter:
+            scale, own, tokens = low_rank.structure_scale, adapter["scale_from_structure"], "prior"
+        else:
+            return None
+        read = self._of_pass(tokens, module)
+        if rows is None:
+            return scale(read, own)
+        read = experts.rows_of(read.reshape(len(rows.order), -1, *read.shape[2:]), rows)
+        return jax.vmap(jax.vmap(scale))(read, own[rows.expert])
 
     def _of_pass(self, name: str, module: Any) -> Array:
         found = getattr(self._pass, name, None)
@@ -223,14 +234,29 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             )
         return found
 
-    def _dropout(self, module: Any, x: Array, rate: Array | float | None) -> Array:
+    def _dropout(
+        self, module: Any, x: Array, rate: Array | float | None, rows: experts.Rows | None = None
+    ) -> Array:
         if not self._train or rate is None:
             return x
         kept = 1 - jnp.asarray(rate)
-        keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), kept, x.shape)
+        # Of experts, for tokens in their own order: how they are sorted differs from mesh to mesh.
+        shape = x.shape if rows is None else (x.shape[0] * x.shape[1], x.shape[2])
+        keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), kept, shape).reshape(x.shape)
+        if rows is not None:
+            keep = experts.in_order(keep, rows)
         return jnp.where(keep, x / kept.astype(x.dtype), 0)
 
     def _with_sparse(self, module: Any, h: Array, adapter: dict[str, Array]) -> Array:
         units = sparse.units(h, adapter["down"], adapter["mask"])
         units = self._dropout(module, units, self._config.sparse_dropout or None)
         return sparse.add_units(h, units, adapter["up"])
+
+
+def _adapter(module: Any) -> dict[str, Array]:
+    """The resolved leaves of a module's own adapters."""
+    return {
+        name: module.get_variable(COLLECTION, name)
+        for name in _RESOLVED
+        if module.has_variable(COLLECTION, name)
+    }
