@@ -68,6 +68,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**_SIZES, head_dim=6, sliding_window=5, rope_scaling=_YARN)
     ),
+    # A window in one layer of two.
+    "ministral": lambda: transformers.MinistralForCausalLM(
+        transformers.MinistralConfig(
+            **_SIZES, head_dim=6, sliding_window=4, rope_scaling=_YARN,
+            layer_types=["full_attention", "sliding_attention"],
+        )
+    ),
     # Experts in the place of the MLP, of which each token has two.
     "mixtral": lambda: transformers.MixtralForCausalLM(
         transformers.MixtralConfig(

@@ -33,6 +33,8 @@ def built(model_type: str) -> Any:
             setattr(config, depth, 1)
     if model_type == "gpt_neo":
         config.attention_types, config.attention_layers = [[["global"], 1]], ["global"]
+    if model_type == "ministral":
+        config.head_dim = 8  # without one its class fails
     if not pair and FAMILIES[model_type].cross_attention:
         config.is_decoder = config.add_cross_attention = True
     config.max_position_embeddings = 8  # sines are made one by one

@@ -120,6 +120,11 @@ def test_mixtures_that_are_not_computed_are_refused(changed, said):
         DecoderConfig.from_hf(SHAPE | changed)
 
 
+def test_the_number_of_experts_has_the_key_of_either_transformers():
+    of_5 = {key: value for key, value in SHAPE.items() if key != "num_experts"} | {"num_local_experts": 5}
+    assert DecoderConfig.from_hf(of_5) == DecoderConfig.from_hf(SHAPE)
+
+
 def test_a_missing_expert_is_named(tmp_path):
     missing = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     path = save_model(tmp_path / "m", **MIXTURE)

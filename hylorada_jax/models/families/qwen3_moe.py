@@ -1,5 +1,7 @@
 """Qwen3 with a mixture of experts in the place of each MLP."""
 
+from typing import Any
+
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.bounds import Experts, Heads, Layers, Width
 from hylorada_jax.models.families.family import Decoder, Family, Mixture, Options, alike, check_mixture
@@ -20,6 +22,12 @@ class Qwen3MoeKeys(Qwen3Keys, frozen=True, kw_only=True):
     norm_topk_prob: bool = False
     decoder_sparse_step: Layers = 1
     mlp_only_layers: tuple[int, ...] = ()
+
+
+def settings(said: dict[str, Any]) -> dict[str, Any]:
+    """With the number of experts under the key of transformers 4.57; version 5 writes another."""
+    rest = {key: value for key, value in said.items() if key != "num_local_experts"}
+    return {"num_experts": said["num_local_experts"], **rest} if "num_local_experts" in said else said
 
 
 def options(keys: Qwen3MoeKeys) -> Options:
@@ -53,6 +61,8 @@ FAMILIES = [
         mlp_output=None,
         router="mlp.gate",
         tokenizer="Qwen2Tokenizer",
-        decoder=Decoder(causal_lm="Qwen3MoeForCausalLM", keys=Qwen3MoeKeys, options=options),
+        decoder=Decoder(
+            causal_lm="Qwen3MoeForCausalLM", keys=Qwen3MoeKeys, options=options, settings=settings
+        ),
     )
 ]
