@@ -68,6 +68,28 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**_SIZES, head_dim=6, sliding_window=5, rope_scaling=_YARN)
     ),
+    # A window in one layer of two.
+    "ministral": lambda: transformers.MinistralForCausalLM(
+        transformers.MinistralConfig(
+            **_SIZES, head_dim=6, sliding_window=4, rope_scaling=_YARN,
+            layer_types=["full_attention", "sliding_attention"],
+        )
+    ),
+    # Experts in the place of the MLP, of which each token has two.
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **_SIZES, head_dim=6, sliding_window=5, rope_scaling=_YARN, num_local_experts=4,
+            hidden_act="gelu",
+        )
+    ),
+    # The weights of a token's experts do not sum to 1.
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **_SIZES, head_dim=6, attention_bias=True, tie_word_embeddings=True, use_sliding_window=True,
+            sliding_window=4, rope_scaling=_LLAMA3, moe_intermediate_size=10, num_experts=5,
+            num_experts_per_tok=3,
+        )
+    ),
     # Fused projections, of which an adapter is one; two of a head's four dimensions rotate.
     "phi3": lambda: transformers.Phi3ForCausalLM(
         transformers.Phi3Config(
@@ -144,9 +166,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 HF_FLAX = ("gpt2", "bert", "t5")
 
 
+# In transformers 5 their experts are one parameter and no layers, which the reference does not adapt.
+FUSED = () if hasattr(transformers, "FlaxPreTrainedModel") else ("mixtral", "qwen3_moe")
+
+
 def runs_in_jax(family: str) -> bool:
-    """Whether the installed transformers has the classes that the family's model in JAX is made of."""
-    return family not in HF_FLAX or hasattr(transformers, "FlaxPreTrainedModel")
+    """Whether the installed transformers has the classes that both sides of the family are made of."""
+    return family not in FUSED and (family not in HF_FLAX or hasattr(transformers, "FlaxPreTrainedModel"))
 
 
 @contextlib.contextmanager

@@ -89,13 +89,13 @@ def params_of(model: Any) -> dict[str, Any]:
         )
         array = tensor.numpy().T if leaf == "kernel" else tensor.numpy()
         if path[:2] == ["model", "layers"]:
-            layers.setdefault(("model", "layers", *path[3:], leaf), []).append(
-                array
-            )  # in the order of layers
+            own = [part for part in path if not part.isdigit()]
+            layers.setdefault((*own, leaf), []).append(array)  # in the order of layers, and of experts
         else:
             _put(tree, (*path, leaf), array)
     for where, arrays in layers.items():
-        _put(tree, where, np.stack(arrays))
+        depth = (model.config.num_hidden_layers, -1) if "experts" in where else (len(arrays),)
+        _put(tree, where, np.stack(arrays).reshape(*depth, *arrays[0].shape))
     return tree
 
 

@@ -95,6 +95,9 @@ MATRIX = [
         (family, "hylorada")
         for family in ("phi3", "granite", "olmo2", "smollm3", "gemma", "gemma2", "gemma3_text")
     ),
+    ("ministral", "lora, rslora, its own targets"),
+    ("mixtral", "hylorada_v1"),
+    ("qwen3_moe", "longlora"),
     ("gpt2", "lora, rslora, its own targets"),
     ("qwen3", "lora"),
     ("gpt2", "dora"),

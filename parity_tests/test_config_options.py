@@ -20,6 +20,7 @@ IDLE = {
     "output_attentions", "output_hidden_states", "return_dict", "problem_type", "finetuning_task", "prefix",
     "id2label", "label2id", "task_specific_params", "chunk_size_feed_forward", "pruned_heads",
     "tf_legacy_loss", "pretraining_tp", "model_type", "tie_encoder_decoder",
+    "router_aux_loss_coef",  # of a loss that is refused
 }  # fmt: skip
 # transformers' own class does not read them.
 IGNORED = {

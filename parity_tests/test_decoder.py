@@ -102,6 +102,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe": {
+        **SHAPE,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 2,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "moe_intermediate_size": 40,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+    },
     "phi3": {
         **SHAPE,
         "model_type": "phi3",
@@ -259,6 +270,8 @@ OFF = [
     ("qwen2", {"max_window_layers": 1}),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
     ("qwen3", {"sliding_window": 6}),
+    ("qwen3_moe", {"norm_topk_prob": True}),
+    ("qwen3_moe", {"num_experts_per_tok": 2}),
     ("phi3", {"sliding_window": 8}),
     ("phi3", {"original_max_position_embeddings": 64}),
     ("granite", {"embedding_multiplier": 1.0}),
@@ -434,7 +447,8 @@ def test_sampling_filters_equal_transformers(top_k, top_p, min_p):
 
 DICTS: list[dict[str, Any]] = [
     *MODELS.values(),
-    *({"model_type": family} for family in DECODERS),
+    *({"model_type": family} for family in DECODERS if family != "ministral"),
+    {"model_type": "ministral", "head_dim": 64},  # without one its class fails
     {"model_type": "llama", "num_key_value_heads": None, "hidden_size": 576, "num_attention_heads": 9},
     {"model_type": "qwen2", "use_sliding_window": True},
     {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 31},
@@ -457,12 +471,19 @@ def test_config_reads_what_transformers_reads(hf):
         "self_attn.o_proj": config.o_bias,
         "mlp.down_proj": config.mlp_bias,
     }
+    if mixture := config.mixture:
+        block = layer.get_submodule(mixture.name)
+        assert (mixture.experts, mixture.chosen) == (len(block.experts), block.top_k)
+        assert mixture.normalised == getattr(block, "norm_topk_prob", True)
+        gate, up, down = (block.experts[0].get_submodule(name) for name in mixture.layers)
+        assert gate.out_features == up.out_features == down.in_features == mixture.width
+        biases[f"{mixture.name}.experts.0.{mixture.layers[2]}"] = biases.pop("mlp.down_proj")
     assert {name: layer.get_submodule(name).bias is not None for name in biases} == biases
     assert hasattr(layer.self_attn, "q_norm") == config.qk_norm
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     assert config.rope_theta == theirs.rope_theta
     assert config.rms_norm_eps == theirs.rms_norm_eps
-    if hf["model_type"] in ("mistral", "phi3"):
+    if hf["model_type"] in ("mistral", "mixtral", "phi3", "qwen3_moe"):
         assert config.sliding_window == theirs.sliding_window
     elif hasattr(theirs, "layer_types"):
         kinds = tuple(kind == "sliding_attention" for kind in theirs.layer_types)

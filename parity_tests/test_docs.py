@@ -13,8 +13,15 @@ import pytest
 
 from hylorada_jax import CausalLM, HyLoRADAModel
 from hylorada_jax.models.decoder_config import DecoderConfig
+from parity_tests import tables
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("table", [tables.families, tables.weights])
+def test_the_tables_of_models_are_those_of_the_code(table):
+    """`python -m parity_tests.tables` prints them."""
+    assert table() in (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
 
 def blocks(name):

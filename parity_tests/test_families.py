@@ -12,6 +12,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import TargetError
 from hylorada_jax.models import families
 from hylorada_jax.models.families import DECODERS, FAMILIES
 from hylorada_jax.surgery.targets import is_head, mlp_outputs, select_targets, self_attentions
@@ -32,6 +33,8 @@ def built(model_type: str) -> Any:
             setattr(config, depth, 1)
     if model_type == "gpt_neo":
         config.attention_types, config.attention_layers = [[["global"], 1]], ["global"]
+    if model_type == "ministral":
+        config.head_dim = 8  # without one its class fails
     if not pair and FAMILIES[model_type].cross_attention:
         config.is_decoder = config.add_cross_attention = True
     config.max_position_embeddings = 8  # sines are made one by one
@@ -58,9 +61,18 @@ def test_names_are_those_of_transformers(model_type):
         own = [name for name in names if f".{name}".endswith(f".{getattr(family, role)}")]
         assert select_targets(names, HyLoRADAConfig(target_modules=(role,))) == own
     stacks = 2 if family.task == "SEQ_2_SEQ_LM" else 1
-    outputs = mlp_outputs(names)
-    assert len(outputs) == len(self_attentions(names)) == stacks
-    assert all(f".{name}".endswith(f".{family.mlp_output}") for name in outputs)
+    assert len(self_attentions(names)) == stacks
+    if family.mlp_output:
+        outputs = mlp_outputs(names)
+        assert len(outputs) == stacks
+        assert all(f".{name}".endswith(f".{family.mlp_output}") for name in outputs)
+    else:
+        with pytest.raises(TargetError, match="sparse_enabled"):
+            mlp_outputs(names)
+    everything = select_targets(names, HyLoRADAConfig(target_modules=("all-linear",)))
+    routers = [name for name in names if family.router and name.endswith(f".{family.router}")]
+    assert len(routers) == (stacks if family.router else 0)
+    assert {*names} - {*everything} == {*routers, family.heads[0]}
     queries = [name for name in names if f".{name}".endswith(f".{family.q}")]
     assert {name.rpartition(".")[0] for name in queries} >= {*self_attentions(names)}
     if family.cross_attention:

@@ -12,7 +12,7 @@ from hylorada_jax.config import METHODS
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.wrapped import as_base
-from parity_tests.families import FAMILIES, HF_FLAX, jax_base, measuring
+from parity_tests.families import FAMILIES, FUSED, HF_FLAX, jax_base, measuring
 from parity_tests.models import (
     CONFIGS,
     FULLEST,
@@ -45,6 +45,7 @@ def test_every_attention_of_hugging_faces_that_is_ours_is_registered():
 ROWS = [
     pytest.param(*row, marks=() if row[0] in ("gpt2", "llama") and row not in FULLEST else pytest.mark.slow)
     for row in MATRIX
+    if row[0] not in FUSED
 ]
 
 

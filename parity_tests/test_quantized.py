@@ -7,6 +7,7 @@ import torch
 import hylorada_torch
 from hylorada_jax.math.quantized import plain
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.surgery.modules import find_modules
 from parity_tests.families import all_in_float64, measuring, saved, torch_base
@@ -15,7 +16,7 @@ from parity_tests.models import CONFIGS, SPREAD, Pair, budgets, draw_inputs, err
 
 @pytest.mark.parametrize(
     ("family", "name", "base_dtype"),
-    [("phi3", "hylorada", "nf4"), ("qwen2", "hylorada_v1", "int8")],
+    [("phi3", "hylorada", "nf4"), ("mixtral", "hylorada_v1", "int8")],
 )
 def test_a_quantised_base_is_the_reference_on_its_numbers(family, name, base_dtype):
     with measuring("float64"):
@@ -27,7 +28,7 @@ def test_a_quantised_base_is_the_reference_on_its_numbers(family, name, base_dty
                 for layer, full in enumerate(linear.names):
                     weight = theirs.get_submodule(full).weight
                     rounded = torch.tensor(np.asarray(linear.weight(numbers, layer)))
-                    assert not torch.equal(weight, rounded)
+                    assert torch.equal(weight, rounded) == full.endswith(ROUTERS)
                     weight.data.copy_(rounded)
             reference = hylorada_torch.HyLoRADAModel(theirs, CONFIGS[name])
         pair = Pair(reference, HyLoRADAModel(base, CONFIGS[name]), draw_inputs(family, CONFIGS[name]))

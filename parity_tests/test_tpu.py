@@ -112,6 +112,36 @@ def test_old_tpus_get_no_kernel_that_they_do_not_take():
     assert run.returncode == 0, run.stderr
 
 
+# A step of a model with experts, and of one whose MLP is as wide as the experts that a token has.
+MIXTURES = """
+from hylorada_jax.planning.libtpu import use_libtpu
+use_libtpu()
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.planning.cases import Case
+from hylorada_jax.planning.programs import base_of_shapes, figures_of, topology_devices
+
+shape = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+shape |= {"num_key_value_heads": 2, "head_dim": 128}
+dense = shape | {"model_type": "qwen3", "intermediate_size": 512}
+mixed = shape | {"model_type": "qwen3_moe", "moe_intermediate_size": 256, "num_experts_per_tok": 2}
+for hf in (dense, mixed | {"num_experts": 64}):
+    base, case = base_of_shapes(DecoderConfig.from_hf(hf)), Case("fsdp=2", "full", 1)
+    figures = figures_of(base, HyLoRADAConfig(method="lora"), 512, topology_devices("v5e:2x2")[:2], case)
+    print(figures.flops, figures.temp_bytes)
+"""
+
+
+@pytest.mark.apart
+def test_a_mixture_costs_the_experts_that_tokens_have():
+    require_libtpu()
+    run = subprocess.run([sys.executable, "-c", MIXTURES], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    dense, mixed = ([float(n) for n in line.split()] for line in run.stdout.splitlines())
+    assert dense[0] < mixed[0] < 1.1 * dense[0]  # with a router of 64
+    assert mixed[1] < 1.25 * dense[1]
+
+
 def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "prefix", str(tmp_path))

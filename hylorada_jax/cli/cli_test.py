@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
     tensors = {}
     for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(DecoderConfig.from_hf(TINY))):
         for name, slot in _slots(tuple(key.key for key in leaf_path), leaf.shape):
-            shape = leaf.shape[1:] if slot.layer is not None else leaf.shape
+            shape = leaf.shape[len(slot.at) :]
             tensors[name] = rng.normal(0, 0.3, shape[::-1] if slot.transpose else shape).astype(np.float32)
     save_file(tensors, path / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -149,20 +149,27 @@ def resolve_leaves(
 
 
 def token_scale(
-    resolved: Mapping[str, Array], factor_of: Callable[[Literal["position", "prior"]], Array]
+    resolved: Mapping[str, Array],
+    factor_of: Callable[[Literal["position", "prior"]], Array],
+    expert: Array | None = None,
 ) -> Array | None:
     """p of every token, by what the adapter's leaves ask for; None where it is 1.
 
     Args:
         resolved: from :func:`resolve_leaves`.
         factor_of: what the model's call knows of its tokens: t of their positions, or their structure prior.
+        expert: of each token, where every expert has leaves of its own.
 
     Source: method.md §1.
     """
+
+    def own(name: str) -> Array:
+        return resolved[name] if expert is None else resolved[name][expert]
+
     if "position_gate" in resolved:
-        return low_rank.position_scale(factor_of("position"), resolved["position_gate"])
+        return low_rank.position_scale(factor_of("position"), own("position_gate"))
     if "scale_from_structure" in resolved:
-        return low_rank.structure_scale(factor_of("prior"), resolved["scale_from_structure"])
+        return low_rank.structure_scale(factor_of("prior"), own("scale_from_structure"))
     return None
 
 

@@ -73,7 +73,7 @@ def kaiming_init(key: Array, rank: int, d_in: int) -> Float[Array, "r d_in"]:
 
 
 def structure_scale(
-    prior: Float[Array, "*tokens s"], scale_from_structure: Float[Array, " s"]
+    prior: Float[Array, "*tokens s"], scale_from_structure: Float[Array, "*own s"]
 ) -> Float[Array, "*tokens"]:
     """The scale that a structure prior gives each token's update (HyLoRADA v2).
 
@@ -81,7 +81,7 @@ def structure_scale(
 
     Args:
         prior: of :func:`hylorada_jax.math.structure.structure_prior`.
-        scale_from_structure: the layer's own reading of it; zeros at the start.
+        scale_from_structure: the layer's own reading of it, or its token's expert's; zeros at the start.
 
     Returns:
         p in (0.5, 1.5), exactly 1 while scale_from_structure is 0; at least float32.
@@ -98,7 +98,7 @@ def structure_scale(
 
 
 def position_scale(
-    factor: Float[Array, "*tokens"], position_gate: Float[Array, ""]
+    factor: Float[Array, "*tokens"], position_gate: Float[Array, "*own"]
 ) -> Float[Array, "*tokens"]:
     """The scale that its position gives each token's update (HyLoRADA Unified).
 
@@ -106,7 +106,7 @@ def position_scale(
 
     Args:
         factor: t, of :func:`hylorada_jax.math.position.position_factor`, one for the whole model.
-        position_gate: g = σ(position_scale), the layer's own.
+        position_gate: g = σ(position_scale), the layer's own, or its token's expert's.
 
     Returns:
         p in (0, 2), exactly 1 while the position bias is 0.
@@ -157,7 +157,7 @@ def low_rank_delta(
 def adapted_output(
     base_output: Float[Array, "*tokens d_out"],
     delta: Float[Array, "*tokens d_out"],
-    column_scale: Float[Array, " d_out"] | None = None,
+    column_scale: Float[Array, "*own d_out"] | None = None,
 ) -> Float[Array, "*tokens d_out"]:
     """The adapted layer's output.
 
@@ -166,7 +166,7 @@ def adapted_output(
     Args:
         base_output: what the frozen layer gave.
         delta: δ.
-        column_scale: c, or None for c = 1 (LoRA), which costs nothing.
+        column_scale: c of all tokens or of each, or None for c = 1 (LoRA), which costs nothing.
 
     Returns:
         y in base_output's dtype; the sum and the product are taken in at least float32.

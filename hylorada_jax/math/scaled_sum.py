@@ -18,14 +18,16 @@ _LEAST = 1e-30
 
 @jax.custom_vjp
 def scaled_sum(
-    base: Float[Array, "*tokens d_out"], delta: Float[Array, "*tokens d_out"], scale: Float[Array, " d_out"]
+    base: Float[Array, "*tokens d_out"],
+    delta: Float[Array, "*tokens d_out"],
+    scale: Float[Array, "*own d_out"],
 ) -> Float[Array, "*tokens d_out"]:
     """y = (base + δ)·c.
 
     Args:
         base: what the frozen layer gave.
         delta: δ, in at least float32.
-        scale: c, in δ's dtype.
+        scale: c, in δ's dtype; one for all tokens, or one for each.
 
     Returns:
         y in base's dtype. In bfloat16 the gradient of c sums what is rounded to 8 bits.
@@ -63,7 +65,7 @@ def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, A
     y, scale = residuals
     wide = rounded(g, g.dtype).astype(scale.dtype)
     d_sum = rounded(wide * scale, g.dtype)
-    d_scale = jnp.sum(wide * y.astype(scale.dtype), axis=tuple(range(g.ndim - 1))) / scale
+    d_scale = jnp.sum(wide * y.astype(scale.dtype), axis=tuple(range(g.ndim - scale.ndim))) / scale
     return d_sum, d_sum.astype(scale.dtype), d_scale
 
 

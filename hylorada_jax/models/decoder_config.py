@@ -43,6 +43,8 @@ _REFUSED: dict[str, Any] = {
     "rope_interleaved": False,
     "use_mrope": False,
     "is_causal": True,
+    "router_jitter_noise": 0.0,
+    "output_router_logits": False,  # with it transformers adds a loss of the router's
 }
 
 
@@ -70,6 +72,7 @@ class DecoderConfig(Options):
         qkv_bias: biases in q_proj, k_proj and v_proj.
         o_bias: a bias in o_proj.
         mlp_bias: biases in gate_proj, up_proj and down_proj.
+        mixture: of experts, in the place of the MLP; None: there is one MLP.
         qk_norm: a norm over each head's queries and keys.
         fused: q_proj, k_proj and v_proj are one layer, qkv_proj, and gate_proj and up_proj are gate_up_proj.
         qk_norm_whole: that norm is over all heads together.

@@ -8,7 +8,7 @@ intercepting its call; its kernel may be quantised. Attention finds its direct a
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.dense import Dense
+from hylorada_jax.models.mixture import MixtureBlock
 from hylorada_jax.models.module_kinds import register
 from hylorada_jax.placement.axes import ROWS
 from hylorada_jax.placement.shards import cut
@@ -197,8 +198,19 @@ class MLP(nn.Module):
         widths = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
         gate, up = projections(x, widths, "gate_up_proj" if c.fused else None, bias=c.mlp_bias)
         down = Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
-        gated = computed_again(lambda gate, up: activation(c.hidden_act, gate) * up)
-        return down(gated(gate, up))
+        return down(gated(c)(gate, up))
+
+
+def gated(c: DecoderConfig) -> Callable[[Array, Array], Array]:
+    """(gate, up) → act(gate) ⊙ up."""
+    return computed_again(lambda gate, up: activation(c.hidden_act, gate) * up)
+
+
+def block(c: DecoderConfig) -> nn.Module:
+    """What follows attention in a layer: one MLP, or a mixture of experts."""
+    if c.mixture is None:
+        return MLP(c, name="mlp")
+    return MixtureBlock(c.mixture, gated(c), name=c.mixture.name)
 
 
 class DecoderLayer(nn.Module):
@@ -217,7 +229,7 @@ class DecoderLayer(nn.Module):
         x = normed(c, before_attention, stream.x)
         attended, stream = DecoderAttention(c, name="self_attn")(stream, x, layer, step)
         x = stream.x + scaled(normed(c, after_attention, attended), c.residual_scale)
-        y = normed(c, after_mlp, MLP(c, name="mlp")(normed(c, before_mlp, x)))
+        y = normed(c, after_mlp, block(c)(normed(c, before_mlp, x)))
         # Rows stay where they are, so that weights are gathered, and a layer's alone.
         return stream._replace(x=cut(x + scaled(y, c.residual_scale), ROWS)), None
 

@@ -23,6 +23,7 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, either
 from hylorada_jax.models.gguf import GGUFWeights
+from hylorada_jax.models.mixture import EXPERTS, each_expert
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import read_quantized, shapes_kept
 from hylorada_jax.models.source import Source, find_source
@@ -222,16 +223,20 @@ def _of(paths: Collection[TreePath], slots: Mapping[str, Slot]) -> dict[str, Slo
 
 
 def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:
-    """The tensors that fill one leaf of our decoder: one, or one per layer where the leaf stacks them."""
+    """The tensors that fill one leaf of our decoder: one, or one per layer, and expert, that it stacks."""
     *module, leaf = path
     suffix, transpose = _TENSOR_SUFFIX[leaf], leaf == "kernel"
     if "layers" not in module:
-        return [(".".join([*module, suffix]), Slot(path, None, transpose))]
-    after = module.index("layers") + 1
-    return [
-        (".".join([*module[:after], str(layer), *module[after:], suffix]), Slot(path, layer, transpose))
-        for layer in range(shape[0])
-    ]
+        return [(".".join([*module, suffix]), Slot(path, (), transpose))]
+    after, found = module.index("layers") + 1, []
+    for layer in range(shape[0]):
+        name = ".".join([*module[:after], str(layer), *module[after:]])
+        if EXPERTS in module:
+            experts = enumerate(each_expert(name, shape[1]))
+            found += [(f"{own}.{suffix}", Slot(path, (layer, e), transpose)) for e, own in experts]
+        else:
+            found.append((f"{name}.{suffix}", Slot(path, (layer,), transpose)))
+    return found
 
 
 def _is_harmless(config: DecoderConfig, weights: Weights, name: str) -> bool:

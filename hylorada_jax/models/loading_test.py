@@ -18,16 +18,26 @@ CONFIG = {
 }  # fmt: skip
 
 
+# Of which each token has two, as in every Mixtral.
+MIXTURE: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 3}
+
+
 def save_model(path: Path, dtype: type = np.float32, **config: Any) -> Path:
-    """A model directory written by hand from the shapes that transformers gives a Llama."""
+    """A model directory written by hand from the shapes that transformers gives a Llama, or a Mixtral."""
     config = CONFIG | config
     inner: Any = config["intermediate_size"]
     rng = np.random.default_rng(0)
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8),
-        "self_attn.o_proj": (8, 8), "mlp.gate_proj": (inner, 8), "mlp.up_proj": (inner, 8),
-        "mlp.down_proj": (8, inner), "input_layernorm": (8,), "post_attention_layernorm": (8,),
+        "self_attn.o_proj": (8, 8), "input_layernorm": (8,), "post_attention_layernorm": (8,),
     }  # fmt: skip
+    experts: Any = config.get("num_local_experts")
+    if experts is None:
+        layer |= {"mlp.gate_proj": (inner, 8), "mlp.up_proj": (inner, 8), "mlp.down_proj": (8, inner)}
+    else:
+        layer["block_sparse_moe.gate"] = (experts, 8)
+        own = {"w1": (inner, 8), "w2": (8, inner), "w3": (inner, 8)}
+        layer |= {f"block_sparse_moe.experts.{n}.{w}": own[w] for n in range(experts) for w in own}
     shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
     shapes |= {"model.embed_tokens.weight": (11, 8), "model.norm.weight": (8,)}
     if not config["tie_word_embeddings"]:

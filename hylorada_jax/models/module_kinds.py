@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from hylorada_jax.errors import ConfigError
 
-Role = Literal["linear", "attention", "embedding", "norm"]
+Role = Literal["linear", "experts", "attention", "embedding", "norm"]
 _Class = TypeVar("_Class", bound=type[nn.Module])
 
 
@@ -18,7 +18,8 @@ class ModuleKind:
     """What a class of modules is to adapters.
 
     Attributes:
-        role: "attention" is self-attention that reads its direct adaptation itself, see ``models.daa``.
+        role: "attention" is self-attention that reads its direct adaptation itself, see ``models.daa``;
+            "experts" a linear layer that each of many experts has, see ``models.mixture``.
         out_in: the kernel of a linear module is [d_out, d_in]; else [d_in, d_out].
     """
 

@@ -14,6 +14,7 @@ from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.math.quantized import BASE_DTYPES, is_quantized, quantized
+from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.weights import Slot, Weights, aligned, check_finite, owners
 
 if TYPE_CHECKING:
@@ -65,18 +66,20 @@ def shapes_kept(shapes: dict[str, Any], base_dtype: str | None) -> dict[str, Any
 
 
 def quantized_shapes(kernels: jax.ShapeDtypeStruct, base_dtype: str) -> QArray:
-    """What :func:`quantize` makes of one leaf, [layers, d_in, d_out], as shapes."""
+    """What :func:`quantize` makes of one leaf, stacked kernels [d_in, d_out], as shapes."""
     return jax.eval_shape(partial(_stack, base_dtype=base_dtype), kernels)
 
 
 def is_kernel(path: tuple[str, ...]) -> bool:
-    """Whether a leaf of a decoder's tree is one that is quantised."""
-    return path[-1] == "kernel"
+    """Whether a leaf of a decoder's tree is one that is quantised: not a router's, on which choices hang."""
+    return path[-1] == "kernel" and ".".join(path[-3:-1]) not in ROUTERS
 
 
 @partial(jax.jit, static_argnames="base_dtype")
 def _stack(kernels: Array, base_dtype: str) -> QArray:
-    return jax.lax.map(lambda kernel: _one(kernel, base_dtype, kernels.dtype.name), kernels)
+    matrices = kernels.reshape(-1, *kernels.shape[-2:])
+    codes = jax.lax.map(lambda kernel: _one(kernel, base_dtype, kernels.dtype.name), matrices)
+    return jax.tree.map(lambda field: field.reshape(*kernels.shape[:-2], *field.shape[1:]), codes)
 
 
 def _one(kernel: Array, base_dtype: str, dtype: str) -> QArray:
@@ -110,8 +113,7 @@ def read_quantized(
     ]
     for name, slot in tensors:
         for share, codes in zip(shares, jax.tree.leaves(one_quantized(name, weights, leaf)), strict=True):
-            assert slot.layer is not None  # kernels are those of stacked layers
-            share.put(slot.layer, np.asarray(codes))
+            share.put(slot.at, np.asarray(codes))
     return jax.tree.unflatten(structure, [share.array() for share in shares])
 
 
@@ -140,9 +142,9 @@ class _Shares:
         shape = field.shape if place is None else place.shard_shape(field.shape)
         self._parts = [(part, devices, aligned(shape, field.dtype)) for part, devices in parts]
 
-    def put(self, layer: int, values: np.ndarray) -> None:
+    def put(self, at: tuple[int, ...], values: np.ndarray) -> None:
         for part, _, buffer in self._parts:
-            buffer[layer] = values[part[1:]]
+            buffer[at] = values[part[len(at) :]]
 
     def array(self) -> Array:
         shares = [jax.device_put(buffer, device) for _, devices, buffer in self._parts for device in devices]

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.exchange.merged import write_merged
-from hylorada_jax.math.quantized import dtype_name, plain
+from hylorada_jax.math.quantized import dtype_name, is_quantized, plain
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import empty_model, load_model
-from hylorada_jax.models.loading_test import edit, save_model
+from hylorada_jax.models.loading_test import MIXTURE, edit, save_model
 from hylorada_jax.models.quantize import quantize
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.weights_digest import files_digest, tree_digest
@@ -63,17 +64,20 @@ def test_adapters_see_the_numbers_of_a_quantised_base(method, base_dtype):
         jax.tree.map(np.testing.assert_array_equal, model.adapters, fresh.adapters)
 
 
-@pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
-def test_a_model_is_quantised_as_it_is_read(base_dtype, tmp_path):
-    path = save_model(tmp_path / "m", **FILES)
+@pytest.mark.parametrize(("base_dtype", "kind"), [("int8", {}), ("nf4", MIXTURE)])
+def test_a_model_is_quantised_as_it_is_read(base_dtype, kind, tmp_path):
+    path = save_model(tmp_path / "m", **FILES, **kind)
     loaded = load_model(path, dtype="bfloat16", base_dtype=base_dtype)
     expected = quantize(load_model(path).params, base_dtype)
     placed = load_model(
         path, dtype="bfloat16", base_dtype=base_dtype, placement=Placement(parse_mesh("fsdp=1,tensor=1"))
     )
     empty = empty_model(path, dtype="bfloat16", base_dtype=base_dtype)
-    kernel = lambda params: params["model"]["layers"]["mlp"]["down_proj"]["kernel"]
-    np.testing.assert_array_equal(kernel(loaded.params).qvalue, kernel(expected).qvalue)
+    codes = lambda params: {
+        path: leaf.qvalue for path, leaf in flatten_dict(params).items() if is_quantized(leaf)
+    }
+    assert len(codes(loaded.params)) == 7
+    jax.tree.map(np.testing.assert_array_equal, codes(loaded.params), codes(expected))
     jax.tree.map(np.testing.assert_array_equal, loaded.params, placed.params)
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), loaded.params, empty.params)
     assert loaded.params["model"]["norm"]["scale"].dtype == "bfloat16"
@@ -82,9 +86,10 @@ def test_a_model_is_quantised_as_it_is_read(base_dtype, tmp_path):
 
 
 def test_an_adapter_is_merged_into_what_it_was_trained_on(tmp_path):
-    path = save_model(tmp_path / "m", **FILES)
+    path = save_model(tmp_path / "m", **FILES, **MIXTURE)
     base = load_model(path, base_dtype="nf4")
-    model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2))
+    config = HyLoRADAConfig(method="dora", lora_rank=2, target_modules=("k_proj", "w2", "1.w1"))
+    model = HyLoRADAModel(base, config)
     model.adapters = jax.tree.map(lambda x: x + 0.1, model.adapters)
     expected = model(IDS % 11).logits
     merged = model.merge_and_unload()

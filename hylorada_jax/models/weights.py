@@ -117,12 +117,13 @@ class Slot:
 
     Args:
         path: the leaf.
-        layer: its index on the leaf's first axis, where the leaf stacks all layers; None: the whole leaf.
+        at: its index on the leaf's first axes, where the leaf stacks layers, or layers of experts; empty: it
+            is the whole leaf.
         transpose: whether the leaf is (in, out) and the tensor (out, in).
     """
 
     path: TreePath
-    layer: int | None = None
+    at: tuple[int, ...] = ()
     transpose: bool = False
 
 
@@ -159,7 +160,7 @@ def load_tree(
     def read(path: TreePath, shape: tuple[int, ...], part: Part) -> np.ndarray:
         leaf = aligned(shape, dtype)
         for name, slot in by_leaf[path]:
-            own, target = (part, leaf) if slot.layer is None else (part[1:], leaf[slot.layer])
+            own, target = part[len(slot.at) :], leaf[slot.at] if slot.at else leaf
             tensor = weights.read(name, own[::-1] if slot.transpose else own)
             with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
                 target[...] = tensor.T if slot.transpose else tensor
@@ -236,7 +237,7 @@ def check_match(
     """
     misshapen = []
     for name, slot in slots.items():
-        shape = leaves[slot.path] if slot.layer is None else leaves[slot.path][1:]
+        shape = leaves[slot.path][len(slot.at) :]
         expected = shape[::-1] if slot.transpose else shape
         if name in weights.shapes and weights.shapes[name] != expected:
             misshapen.append(f"{name} {weights.shapes[name]} instead of {expected}")

@@ -61,7 +61,7 @@ def files_digest(source: Source, dtype: str) -> str:
     kept, base_dtype = split_name(dtype)
     digests: dict[str, str] = {}
     for path, shape in leaves.items():
-        parts = sorted((slot.layer or 0, name) for name, slot in slots.items() if slot.path == path)
+        parts = sorted((slot.at, name) for name, slot in slots.items() if slot.path == path)
         if base_dtype and is_kernel(path):
             codes = quantized_shapes(jax.ShapeDtypeStruct(shape, kept), base_dtype)
             own = [(name, slots[name]) for _, name in parts]

@@ -17,9 +17,9 @@ LEAVES: dict[tuple[str, ...], tuple[int, ...]] = {
     ("norm", "scale"): (3,),
 }
 SLOTS = {
-    "a.weight": Slot(("a", "kernel"), None, transpose=True),
-    "layers.0.weight": Slot(("layers", "kernel"), 0, transpose=True),
-    "layers.1.weight": Slot(("layers", "kernel"), 1, transpose=True),
+    "a.weight": Slot(("a", "kernel"), transpose=True),
+    "layers.0.weight": Slot(("layers", "kernel"), (0,), transpose=True),
+    "layers.1.weight": Slot(("layers", "kernel"), (1,), transpose=True),
     "norm.weight": Slot(("norm", "scale")),
 }
 

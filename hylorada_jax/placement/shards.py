@@ -105,6 +105,26 @@ def on_shards(run: Callable[[Array], Array], leaf: Array, *path: str) -> Array:
     return jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=False)(leaf)
 
 
+def on_rows(run: Callable[..., Array], x: Array, shared: Any, *others: Array) -> Array:
+    """What a function gives for each device's own part of x's first axis, which are rows of a batch.
+
+    For operations that the compiler cannot divide over rows. What it gives has that axis too.
+
+    Args:
+        run: (x, shared, *others) → array.
+        x: an array over rows.
+        shared: what all rows have; gathered, but for what is cut over tensor.
+        others: more arrays over rows.
+    """
+    if not _sizes():
+        return run(x, shared, *others)
+    own = _spec(x.shape[:1], (ROWS,))
+    specs = own, PartitionSpec(), *(own for _ in others)
+    return jax.shard_map(run, in_specs=specs, out_specs=own, axis_names={*ROWS}, check_vma=False)(
+        x, shared, *others
+    )
+
+
 def _spec(shape: Sequence[int], axes: tuple[Axis, ...]) -> PartitionSpec:
     """As far as the axes of the mesh in use divide those of the array."""
     return as_spec(dividing((*axes, *(None,) * (len(shape) - len(axes))), tuple(shape), _sizes()))

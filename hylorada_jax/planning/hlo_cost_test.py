@@ -117,6 +117,7 @@ STATED = ',"cost_estimate":{"flops":"7","transcendentals":"5","bytes_accessed":"
 
 def test_a_kernel_costs_what_it_states():
     assert program_cost(CALL.replace("STATED", STATED)) == (7, 11, 0)
+    assert program_cost(CALL.replace("jit(f)/NAME/pallas_call", "ragged-dot-metadata")) == (0, 0, 0)
     with pytest.raises(DataError, match="states its cost"):
         program_cost(CALL.replace("STATED", ""))
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
-from hylorada_jax.math import linear_adapter, low_rank, position, quantized, sparse, structure
+from hylorada_jax.math import experts, linear_adapter, low_rank, position, quantized, sparse, structure
 from hylorada_jax.models.dense import promote_dtype
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
@@ -131,14 +131,12 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         kind = kind_of(context)
         if kind is None or COLLECTION not in module.variables:
             return next_fun(*args, **kwargs)
-        x, *_ = inspect.signature(context.orig_method).bind(*args, **kwargs).args
+        x, *more = inspect.signature(context.orig_method).bind(*args, **kwargs).args
         match kind.role:
+            case "experts":
+                return self._experts(module, x, _adapter(module), *more)
             case "linear":
-                adapter = {
-                    name: module.get_variable(COLLECTION, name)
-                    for name in _RESOLVED
-                    if module.has_variable(COLLECTION, name)
-                }
+                adapter = _adapter(module)
                 adapted = "lora_A" in adapter
                 y = self._adapted(module, x, adapter, kind.out_in) if adapted else next_fun(*args, **kwargs)
                 return self._with_sparse(module, y, adapter) if "mask" in adapter else y
@@ -193,23 +191,38 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         scales_bias = self._config.magnitude_scales_bias
         if bias is not None and scales_bias:
             base = base + bias
-        x = self._dropout(module, x, self._rate)
-        delta = low_rank.low_rank_delta(
-            x, adapter["lora_A"], adapter["scaled_B"], self._token_scale(module, x, adapter)
-        )
-        y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
-        return y if bias is None or scales_bias else y + bias
-
-    def _token_scale(self, module: Any, x: Array, adapter: dict[str, Array]) -> Array | None:
-        """p of every token; None where it is 1."""
-        scale = linear_adapter.token_scale(adapter, lambda name: self._of_pass(name, module))
+        x, scale = self._dropout(module, x, self._rate), self._token_scale(module, adapter)
         if scale is not None and scale.shape != x.shape[:-1]:
             raise ModelError(
                 "A layer whose update depends on the token must see the model's tokens, [batch, seq, d_in].",
                 f"{'.'.join(module.path)} sees {x.shape}, the tokens are {scale.shape}",
                 "Exclude the layer: exclude_modules=[its name].",
             )
-        return scale
+        delta = low_rank.low_rank_delta(x, adapter["lora_A"], adapter["scaled_B"], scale)
+        y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
+        return y if bias is None or scales_bias else y + bias
+
+    def _experts(self, module: Any, inputs: Array, adapter: dict[str, Array], rows: experts.Rows) -> Array:
+        x, kernel, _ = promote_dtype(inputs, module.get_variable("params", "kernel"), None)
+        base = experts.experts_dot(x, kernel, rows)
+        x = self._dropout(module, x, self._rate, rows)
+        scale = self._token_scale(module, adapter, rows)
+        delta = experts.low_rank_delta(x, adapter["lora_A"], adapter["scaled_B"], rows, scale)
+        columns = adapter.get("column_scale")
+        return low_rank.adapted_output(base, delta, None if columns is None else columns[rows.expert])
+
+    def _token_scale(
+        self, module: Any, adapter: dict[str, Array], rows: experts.Rows | None = None
+    ) -> Array | None:
+        """p of every token, [batch, seq], or of every row of experts; None where it is 1."""
+        if rows is None:
+            return linear_adapter.token_scale(adapter, lambda name: self._of_pass(name, module))
+
+        def of_rows(name: str) -> Array:
+            found = self._of_pass(name, module)
+            return experts.rows_of(found.reshape(len(rows.order), -1, *found.shape[2:]), rows)
+
+        return linear_adapter.token_scale(adapter, of_rows, rows.expert)
 
     def _of_pass(self, name: str, module: Any) -> Array:
         found = getattr(self._pass, name, None)
@@ -221,19 +234,36 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             )
         return found
 
-    def _dropout(self, module: Any, x: Array, rate: Array | float | None) -> Array:
+    def _dropout(
+        self, module: Any, x: Array, rate: Array | float | None, rows: experts.Rows | None = None
+    ) -> Array:
         if not self._train or rate is None:
             return x
         kept, key = 1 - jnp.asarray(rate), module.make_rng(DROPOUT_RNG)
-        rows = jnp.arange(len(x)) if self._rows is None else self._rows
-        if len(rows) == len(x):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-            keep = jax.vmap(lambda own: jax.random.bernoulli(own, kept, x.shape[1:]))(keys)
+        shape, own_rows = x.shape, self._rows
+        if own_rows is None:
+            own_rows = jnp.arange(len(x) if rows is None else 1)
+        if rows is not None:  # of experts, as tokens lie: how they are sorted differs from mesh to mesh
+            shape = (len(own_rows), shape[0] * shape[1] // len(own_rows), shape[2])
+        if len(own_rows) == shape[0]:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, own_rows)
+            keep = jax.vmap(lambda own: jax.random.bernoulli(own, kept, shape[1:]))(keys)
         else:  # a layer that sees the tokens of all rows together
-            keep = jax.random.bernoulli(jax.random.fold_in(key, rows[0]), kept, x.shape)
+            keep = jax.random.bernoulli(jax.random.fold_in(key, own_rows[0]), kept, shape)
+        if rows is not None:
+            keep = experts.in_order(keep.reshape(x.shape), rows)
         return jnp.where(keep, x / kept.astype(x.dtype), 0)
 
     def _with_sparse(self, module: Any, h: Array, adapter: dict[str, Array]) -> Array:
         units = sparse.units(h, adapter["down"], adapter["mask"])
         units = self._dropout(module, units, self._config.sparse_dropout or None)
         return sparse.add_units(h, units, adapter["up"])
+
+
+def _adapter(module: Any) -> dict[str, Array]:
+    """The resolved leaves of a module's own adapters."""
+    return {
+        name: module.get_variable(COLLECTION, name)
+        for name in _RESOLVED
+        if module.has_variable(COLLECTION, name)
+    }

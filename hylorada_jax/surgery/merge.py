@@ -128,7 +128,9 @@ def _merge_site(site: Site, adapter: Tree, leaves: Tree, scales_bias: bool) -> d
         return weight if out_in else weight.T
 
     slices = (leaves["kernel"], dict(adapter))
-    result = dict(leaves) | {"kernel": jax.lax.map(one, slices) if site.module.stacked else one(slices)}
+    for _ in range(site.module.stacked + (site.linear.experts is not None)):
+        one = partial(jax.lax.map, one)
+    result = dict(leaves) | {"kernel": one(slices)}
     if scales_bias and "bias" in leaves and "column_scale" in adapter:
         wide = leaves["bias"].astype(jnp.promote_types(leaves["bias"].dtype, jnp.float32))
         result["bias"] = (wide * adapter["column_scale"]).astype(leaves["bias"].dtype)

@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
+from hylorada_jax.models.mixture import each_expert
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
 from hylorada_jax.placement.shards import on_shards
 from hylorada_jax.surgery.targets import is_cross
@@ -33,7 +34,7 @@ class Module:
     Attributes:
         path: its path in the parameter tree.
         names: its full HF names, "model.layers.3.self_attn.q_proj": one, or one per stacked layer.
-        stacked: the leaves have a leading layer axis.
+        stacked: the leaves have a leading layer axis, of experts' layers followed by one of experts.
     """
 
     path: Path
@@ -49,18 +50,20 @@ class Linear(Module):
         d_in: input features.
         d_out: output features.
         kernel_is_out_in: the kernel is [d_out, d_in]; else [d_in, d_out].
+        experts: how many have the layer; each of them is one of ``names``, layer by layer.
     """
 
     d_in: int
     d_out: int
     kernel_is_out_in: bool
+    experts: int | None = None
 
     def weight(self, params: Params, layer: Array | int = 0) -> Array:
         """W [d_out, d_in] of one layer of the frozen tree.
 
         Args:
             params: the model's parameter tree.
-            layer: the index along the stacked axis; not read for an unstacked module.
+            layer: the index of its name; not read for an unstacked module.
         """
         return self.reader(params, layer)()
 
@@ -70,7 +73,9 @@ class Linear(Module):
 
     def _weight(self, kernel: Any, layer: Array | int) -> Array:
         if self.stacked:
-            kernel = as_it_lies(jax.tree.map(lambda leaf: _at(leaf, layer), kernel), self.path)
+            for index in (layer,) if self.experts is None else divmod(layer, self.experts):
+                kernel = jax.tree.map(lambda leaf, index=index: _at(leaf, index), kernel)
+            kernel = as_it_lies(kernel, self.path)
         weight = as_array(kernel)
         return weight if self.kernel_is_out_in else weight.T
 
@@ -208,6 +213,10 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
                 if "kernel" in own or (path and leaves):
                     sizes = _sizes(module, own, kind.out_in)
                     linears.append(Linear(path, names, stacked, *sizes, kind.out_in))
+            case "experts":
+                count, d_in, d_out = own["kernel"]
+                each = tuple(one for name in names for one in each_expert(name, count))
+                linears.append(Linear(path, each, stacked, d_in, d_out, kind.out_in, count))
             case "attention":
                 if not is_cross(".".join(path)):
                     attentions.append(Attention(path, names, stacked, module.config.num_attention_heads))

@@ -13,7 +13,7 @@ from hylorada_jax.math import linear_adapter, sparse
 from hylorada_jax.math.adapted_norm import KEPT
 from hylorada_jax.placement.shards import cut
 from hylorada_jax.surgery.build import map_layers
-from hylorada_jax.surgery.modules import subtree, with_leaves
+from hylorada_jax.surgery.modules import Linear, subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
 from hylorada_jax.trees import Adapters, Constants, Params, Resolved, Tree
 
@@ -94,13 +94,21 @@ def _sparse(site: Site, leaves: dict[str, Array], config: HyLoRADAConfig) -> dic
 def _spread(site: Site, resolved: dict[str, Array]) -> dict[str, Array]:
     """The leaves of the adapted layers, put at their places among all layers of the stacked module."""
     count = len(site.module.names)
-    if not site.module.stacked or len(site.layers) == count:
+    if not site.module.stacked:
         return resolved
+    if len(site.layers) == count:
+        return {name: _by_expert(site, leaf) for name, leaf in resolved.items()}
 
     def spread(name: str, leaf: Array) -> Array:
         row = leaf_at((name,), resolved=True)
         assert row is not None, name
         idle = jnp.full((count, *leaf.shape[1:]), row.idle, leaf.dtype)
-        return idle.at[jnp.asarray(site.layers)].set(leaf)
+        return _by_expert(site, idle.at[jnp.asarray(site.layers)].set(leaf))
 
     return {name: spread(name, leaf) for name, leaf in resolved.items()}
+
+
+def _by_expert(site: Site, leaf: Array) -> Array:
+    """A leaf of all a module's names, with an axis of experts behind the layers, where it has them."""
+    experts = site.module.experts if isinstance(site.module, Linear) else None
+    return leaf if experts is None else leaf.reshape(-1, experts, *leaf.shape[1:])

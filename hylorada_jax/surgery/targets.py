@@ -10,7 +10,7 @@ from typing import Any
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import TargetError
-from hylorada_jax.models.families import CROSS_ATTENTIONS, HEADS, MLP_OUTPUTS, ROLES
+from hylorada_jax.models.families import CROSS_ATTENTIONS, HEADS, MLP_OUTPUTS, ROLES, ROUTERS
 from hylorada_jax.surgery.patterns import matches
 
 ALL_LINEAR = "all-linear"
@@ -21,7 +21,7 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
 
     A pattern matches a layer by its full name, by the end of its name after a dot ("q_proj" matches
     "model.layers.0.self_attn.q_proj"), or as a regular expression over the full name. "all-linear"
-    matches every linear layer but the output head.
+    matches every linear layer but the output head and a mixture's router.
 
     Args:
         names: the full names of all linear layers of a model.
@@ -208,7 +208,7 @@ def by_pattern(pattern: Any, names: Sequence[str]) -> dict[str, Any]:
 def _matching(patterns: Iterable[str], names: Sequence[str]) -> Iterator[set[str]]:
     for pattern, found in zip(patterns, matches(patterns, names), strict=True):
         if pattern == ALL_LINEAR:
-            yield {name for name in names if not is_head(name)}
+            yield {name for name in names if not is_head(name) and not _is_one_of(name, ROUTERS)}
             continue
         found |= {name for name in names if _is_one_of(name, ROLES.get(pattern, (pattern,)))}
         if not found:

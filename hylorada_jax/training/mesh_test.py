@@ -44,12 +44,18 @@ SHAPE: dict[str, Any] = {
     "model_type": "qwen2", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 48,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
 }  # fmt: skip
+# With experts, whose widths are those of the MLP above.
+EXPERTS = SHAPE | {
+    "model_type": "qwen3_moe", "moe_intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2,
+}  # fmt: skip
+OF_EXPERTS, OVER_EXPERTS = "hylorada_v1 of experts", "fsdp=4,tensor=2"
 # Every method where the mesh has all axes, and every other mesh.
 EVERYWHERE = "fsdp=2,tensor=2"
 CASES = [
     *((method, EVERYWHERE) for method in METHODS),
-    *(("dora", mesh) for mesh in ("data=8", "fsdp=8", "fsdp=4")),
+    *(("dora", mesh) for mesh in ("data=8", "fsdp=8")),
     ("hylorada", "fsdp=2,tensor=4"),
+    (OF_EXPERTS, OVER_EXPERTS),
 ]
 TRAINING = TrainingConfig(
     output="run", steps=10, batch_size=16, microbatches=2, seq_len=12, warmup_steps=0, learning_rate=1e-2
@@ -59,13 +65,15 @@ STEPS = 3
 
 def model_of(method, placement=None):
     """A model whose adapters are away from their start, where B = 0 hides half of the gradients."""
+    method, of_experts = method.removesuffix(" of experts"), method == OF_EXPERTS
+    targets = ("k_proj", "up_proj", "down_proj") if of_experts else ("k_proj", "o_proj")
     config = HyLoRADAConfig(
         method=method, lora_rank=2, lora_dropout=0.2, s2_group_size=4, sparse_adapter_dim=8,
         # Cut along outputs, or not at all, and along inputs.
-        target_modules=None if method == "sparse" else ("k_proj", "o_proj"),
+        target_modules=None if method == "sparse" else targets,
         sparse_enabled=True if method in ("sparse", "hylorada") else None,
     )  # fmt: skip
-    decoder = DecoderConfig.from_hf(SHAPE)
+    decoder = DecoderConfig.from_hf(EXPERTS if of_experts else SHAPE)
     base = CausalLM.from_config(decoder, jax.random.key(0), dtype=jnp.float64, remat="full")
     model = HyLoRADAModel(base, config, placement=placement)
     rng = np.random.default_rng(1)
@@ -174,7 +182,7 @@ def loss_apart():
 
 def measure(directory):
     """What is found on eight devices, as JSON on stdout."""
-    runs = {method: Run(model_of(method)) for method in METHODS}
+    runs = {method: Run(model_of(method)) for method in (*METHODS, OF_EXPERTS)}
     alone = {method: run.steps(*range(STEPS)) for method, run in runs.items()}
     found: dict[str, Any] = {"apart": [], "gathered": {}}
     for method, mesh in CASES:
@@ -233,11 +241,12 @@ def test_a_run_goes_on_with_fewer_devices(found):
 WIDTHS = (SHAPE["hidden_size"], SHAPE["intermediate_size"])
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", EVERYWHERE])
+@pytest.mark.parametrize("mesh", ["fsdp=8", EVERYWHERE, OVER_EXPERTS])
 def test_weights_are_gathered_a_layer_at_a_time(mesh, found):
     kernels = [shape for shape in found["gathered"][mesh] if len(shape) >= 2 and set(shape) & {*WIDTHS}]
     largest = max(math.prod(shape) for shape in kernels)
     of_a_layer = math.prod(WIDTHS) // (1 if mesh == "fsdp=8" else 2)
+    of_a_layer *= EXPERTS["num_experts"] if mesh == OVER_EXPERTS else 1
     assert largest == of_a_layer
 
 

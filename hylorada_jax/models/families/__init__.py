@@ -27,6 +27,7 @@ _ALL = FAMILIES.values()
 ROLES = {role: _every(getattr(family, role) for family in _ALL) for role in "qkvo"}
 MLP_OUTPUTS = _every(family.mlp_output for family in _ALL)
 CROSS_ATTENTIONS = _every(family.cross_attention for family in _ALL)
+ROUTERS = _every(family.router for family in _ALL)
 HEADS = _every(head for family in _ALL for head in family.heads)
 TOKEN_EMBEDDINGS = _every(family.embedding.rpartition(".")[2] for family in _ALL)
 RELATIVE_POSITIONS = _every(family.relative_positions for family in _ALL)

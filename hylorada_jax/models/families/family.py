@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
@@ -42,6 +42,28 @@ class Keys(Struct, frozen=True, kw_only=True):
     max_window_layers: Annotated[int, Meta(ge=0)] = 28
 
 
+class Mixture(NamedTuple):
+    """A mixture of experts in the place of the MLP of every layer.
+
+    Attributes:
+        experts: how many there are.
+        chosen: how many of them each token has.
+        width: inside each.
+        normalised: the weights of a token's experts are made to sum to 1.
+        name: of the block in a layer.
+        router: the linear layer in it that weighs the experts.
+        layers: those of an expert: gate, up, down.
+    """
+
+    experts: int
+    chosen: int
+    width: int
+    normalised: bool = True
+    name: str = "mlp"
+    router: str = "gate"
+    layers: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What families compute differently, as fields of ``DecoderConfig``, where each is explained.
@@ -52,6 +74,7 @@ class Options:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    mixture: Mixture | None = None
     qk_norm: bool = False
     qk_norm_whole: bool = False
     fused: bool = False
@@ -151,7 +174,8 @@ class Family:
     Attributes:
         model_type: its name in config.json.
         q, k, v, o: the projections of attention; one name more than once where one layer is several of them.
-        mlp_output: the last linear layer of an MLP block.
+        mlp_output: the last linear layer of an MLP block; None: there is no such layer for all tokens.
+        router: the linear layer that weighs the experts of a mixture.
         cross_attention: the attention that reads an encoder.
         embedding: of tokens; its full name.
         heads: the output layers, first the language model's.
@@ -167,7 +191,8 @@ class Family:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
-    mlp_output: str = "mlp.down_proj"
+    mlp_output: str | None = "mlp.down_proj"
+    router: str | None = None
     cross_attention: str | None = None
     embedding: str = "model.embed_tokens"
     heads: tuple[str, ...] = ("lm_head", "score")
@@ -189,6 +214,17 @@ BEHIND = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 """The same of a layer's norms behind attention and MLP."""
+
+
+def check_mixture(mixture: Mixture) -> Mixture:
+    """The mixture, where a token's experts are no more than there are; a ModelError otherwise."""
+    if mixture.chosen > mixture.experts:
+        raise ModelError(
+            "A token chooses no more experts than there are.",
+            f"num_experts_per_tok={mixture.chosen} of {mixture.experts}",
+            "Check config.json.",
+        )
+    return mixture
 
 
 def alike(keys: Keys, window: int | None, family: str) -> tuple[int | None, tuple[bool, ...]]:

@@ -194,6 +194,6 @@ def _slots(leaves: Mapping[TreePath, tuple[int, ...]], weights: Weights, prefix:
             path = (prefix, *path)
         if path in leaves:
             # A kernel comes from a PyTorch weight by transposition; what keeps its name stays as it is.
-            slots[name] = Slot(path, None, transpose=path[-1] == "kernel")
+            slots[name] = Slot(path, transpose=path[-1] == "kernel")
     filled = {slot.path for slot in slots.values()}
     return slots | {".".join(path): Slot(path) for path in leaves if path not in filled}

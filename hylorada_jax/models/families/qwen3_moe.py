@@ -1,0 +1,68 @@
+"""Qwen3 with a mixture of experts in the place of each MLP."""
+
+from typing import Any
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.bounds import Experts, Heads, Layers, Width
+from hylorada_jax.models.families.family import Decoder, Family, Mixture, Options, alike, check_mixture
+from hylorada_jax.models.families.qwen3 import Qwen3Keys
+
+
+class Qwen3MoeKeys(Qwen3Keys, frozen=True, kw_only=True):
+    """With transformers' defaults for Qwen3-MoE."""
+
+    hidden_size: Width = 2048
+    intermediate_size: Width = 6144  # of layers without experts
+    num_hidden_layers: Layers = 24
+    num_key_value_heads: Heads | None = 4
+    head_dim: Width | None = None
+    moe_intermediate_size: Width = 768
+    num_experts: Experts = 128
+    num_experts_per_tok: Experts = 8
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Layers = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+
+def settings(said: dict[str, Any]) -> dict[str, Any]:
+    """With the number of experts under the key of transformers 4.57; version 5 writes another."""
+    rest = {key: value for key, value in said.items() if key != "num_local_experts"}
+    return {"num_experts": said["num_local_experts"], **rest} if "num_local_experts" in said else said
+
+
+def options(keys: Qwen3MoeKeys) -> Options:
+    """Qwen3's, one window for all layers, and the experts."""
+    if keys.decoder_sparse_step != 1 or keys.mlp_only_layers:
+        raise ModelError(
+            "The layers of a qwen3_moe model must be alike here, each with experts.",
+            f"decoder_sparse_step={keys.decoder_sparse_step}, mlp_only_layers={[*keys.mlp_only_layers]}",
+            "Take a model all of whose layers have experts, such as Qwen3-30B-A3B.",
+        )
+    mixture = Mixture(
+        experts=keys.num_experts,
+        chosen=keys.num_experts_per_tok,
+        width=keys.moe_intermediate_size,
+        normalised=keys.norm_topk_prob,
+    )
+    window, layers = alike(keys, keys.sliding_window if keys.use_sliding_window else None, "qwen3_moe")
+    return Options(
+        qkv_bias=keys.attention_bias,
+        o_bias=keys.attention_bias,
+        mixture=check_mixture(mixture),
+        qk_norm=True,
+        sliding_window=window,
+        sliding_layers=layers,
+    )
+
+
+FAMILIES = [
+    Family(
+        model_type="qwen3_moe",
+        mlp_output=None,
+        router="mlp.gate",
+        tokenizer="Qwen2Tokenizer",
+        decoder=Decoder(
+            causal_lm="Qwen3MoeForCausalLM", keys=Qwen3MoeKeys, options=options, settings=settings
+        ),
+    )
+]
