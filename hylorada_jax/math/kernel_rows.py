@@ -112,12 +112,16 @@ def _scaled_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
-def on_tpu() -> bool:
-    """What is traced is for a TPU: the one there is, or those of the mesh in use."""
+def tpu_kind() -> str | None:
+    """The kind of TPU that is traced for, such as "TPU v5 lite": the one there is, or those of the mesh in
+    use; None where there is none.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.default_backend() == "tpu" and jax.device_count() == 1
-    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    if not mesh.empty:
+        device: Any = mesh.abstract_device
+        return device.device_kind if device is not None and device.platform == "tpu" else None
+    alone = jax.default_backend() == "tpu" and jax.device_count() == 1
+    return jax.devices()[0].device_kind if alone else None
 
 
 def divided_over(rows: int) -> tuple[tuple[str, ...] | None, int] | None:

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from hylorada_jax.math.kernel_rows import divided_over, on_tpu
+from hylorada_jax.math.kernel_rows import divided_over, tpu_kind
 from hylorada_jax.placement.axes import TENSOR
 
 # All that a chunk of ``hylorada_jax.math.loss.kernel_tokens`` takes; TPUs since v5 have 64 MiB or more.
@@ -93,14 +93,14 @@ def _on_a_device(
             transcendentals=groups * tokens * vocab,
             bytes_accessed=moved,
         ),
-        interpret=not on_tpu(),
+        interpret=tpu_kind() is None,
     )(hidden, head)
     return lse[:, 0], mean[0] if mean else None
 
 
-def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head: Any, *kept: Any) -> None:
+def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head: Any, *parts: Any) -> None:
     """A block of the vocabulary [block, d] with all tokens: what belongs to a token is a column."""
-    (lse, *mean), (top, total, *weighted) = kept[:outputs], kept[outputs:]
+    (lse, *mean), (top, total, *weighted) = parts[:outputs], parts[outputs:]
     block, j = len(head), pl.program_id(1)
 
     @pl.when(j == 0)
