@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.blockwise import BLOCK, blockwise_attention
-from hylorada_jax.math.kernel_rows import on_tpu
+from hylorada_jax.math.kernel_rows import tpu_kind
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import relative_bias
 
@@ -171,8 +171,9 @@ def _facts(logits: Logits) -> dict[str, Any]:
 
 
 def _on_tpu(query: Array, key: Array) -> bool:
-    """Rows of a block at least, on a TPU."""
-    return on_tpu() and min(query.shape[1], key.shape[1]) >= 128 and query.dtype != jnp.float64
+    """Rows of a block at least, on a TPU whose kernels multiply bfloat16: those before v4 do not."""
+    serves = (tpu_kind() or "TPU v2") not in ("TPU v2", "TPU v3")
+    return serves and min(query.shape[1], key.shape[1]) >= 128 and query.dtype != jnp.float64
 
 
 def _kernel_lacks(pattern: Pattern, logits: Logits) -> str:

@@ -111,25 +111,17 @@ def _scaled_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)
 
-# Their compiler for kernels multiplies no bfloat16.
-_NO_KERNELS = ("TPU v2", "TPU v3")
 
-
-def on_tpu(*, but: tuple[str, ...] = ()) -> bool:
-    """What is traced is for a TPU that takes kernels: the one there is, or those of the mesh in use.
-
-    Args:
-        but: kinds that the kernel is too large for.
+def tpu_kind() -> str | None:
+    """The kind of TPU that is traced for, such as "TPU v5 lite": the one there is, or those of the mesh in
+    use; None where there is none.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        device = mesh.abstract_device
-        platform, kind = (device.platform, device.device_kind) if device is not None else ("", "")
-    elif jax.device_count() == 1:
-        platform, kind = jax.default_backend(), jax.devices()[0].device_kind
-    else:
-        return False
-    return platform == "tpu" and kind not in (*_NO_KERNELS, *but)
+        device: Any = mesh.abstract_device
+        return device.device_kind if device is not None and device.platform == "tpu" else None
+    alone = jax.default_backend() == "tpu" and jax.device_count() == 1
+    return jax.devices()[0].device_kind if alone else None
 
 
 def divided_over(rows: int) -> tuple[tuple[str, ...] | None, int] | None:

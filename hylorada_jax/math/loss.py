@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hylorada_jax.math.kernel_rows import on_tpu
-
-# 16 MiB: a chunk that is worth its reading of the head takes more.
-_LITTLE_FAST_MEMORY = ("TPU v4", "TPU v4 lite")
+from hylorada_jax.math.kernel_rows import tpu_kind
 
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
@@ -86,8 +83,7 @@ def token_nll(
     materialising the logits); the gradient on the forward pass as in Liger Kernel, Hsu et al. 2024.
     """
     if kernel is None:
-        serves = on_tpu(but=_LITTLE_FAST_MEMORY) and hidden.dtype == jnp.bfloat16
-        kernel = serves and chunk_elements is None
+        kernel = chunk_elements is None and hidden.dtype == jnp.bfloat16 and _kernel_fits(tpu_kind())
     tokens, vocab = targets.shape[1], head.shape[0]
     part = chunk_tokens(tokens, vocab, chunk_elements)
     chunks = Chunks(kernel_tokens(tokens, hidden.shape[2]) if kernel else part, part, kernel)
@@ -121,6 +117,11 @@ def kernel_tokens(tokens: int, width: int) -> int:
     most = min(1024, max(128, 2**21 // width // 128 * 128))
     chunks = -(-tokens // most)
     return -(-tokens // chunks // 128) * 128
+
+
+def _kernel_fits(kind: str | None) -> bool:
+    """Whether a TPU's fast memory holds what the kernel takes: until v4 it was 32 MiB at most."""
+    return kind is not None and not kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
 
 
 class Chunks(NamedTuple):

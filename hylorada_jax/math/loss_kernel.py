@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from hylorada_jax.math.kernel_rows import divided_over, on_tpu
+from hylorada_jax.math.kernel_rows import divided_over, tpu_kind
 from hylorada_jax.placement.axes import TENSOR
 
 # All that a chunk of ``hylorada_jax.math.loss.kernel_tokens`` takes; TPUs since v5 have 64 MiB or more.
@@ -93,14 +93,14 @@ def _on_a_device(
             transcendentals=groups * tokens * vocab,
             bytes_accessed=moved,
         ),
-        interpret=not on_tpu(),
+        interpret=tpu_kind() is None,
     )(hidden, head)
     return lse[:, 0], mean[0] if mean else None
 
 
-def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head: Any, *kept: Any) -> None:
+def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head: Any, *parts: Any) -> None:
     """A block of the vocabulary [block, d] with all tokens: what belongs to a token is a column."""
-    (lse, *mean), (top, total, *weighted) = kept[:outputs], kept[outputs:]
+    (lse, *mean), (top, total, *weighted) = parts[:outputs], parts[outputs:]
     block, j = len(head), pl.program_id(1)
 
     @pl.when(j == 0)
@@ -109,7 +109,8 @@ def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head:
         for numbers in (total, *weighted):
             numbers[...] = jnp.zeros_like(numbers)
 
-    words, slope = head[...], None
+    words: Array = head[...]
+    slope: Array | None = None
     if part := vocab % block:  # what the last block has beyond may be anything, NaN too
         number = j * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
         words = jnp.where(number < vocab, words, 0)
