@@ -63,6 +63,7 @@ def test_it_maps_over_rows_with_experts_in_common_and_with_their_own(axis):
 
 
 def test_a_quantised_kernel_is_the_numbers_that_it_stands_for():
+    pytest.importorskip("qwix")
     with jax.enable_x64(True):
         x, kernel, logits = drawn()
         codes = jax.vmap(lambda kernel: quantized(kernel, "nf4", "float64"))(kernel)
