@@ -1,7 +1,8 @@
 # Everything runs from a virtual environment of the project's own; constraints.txt pins every version.
 VENV ?= .venv
 PYTHON ?= python3
-INSTALL := -m pip install --quiet --disable-pip-version-check
+# What is imported is compiled when it is; compiling all of it takes longer than the installation.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(VENV)/bin/python $(INSTALL) -c constraints.txt
 
 .PHONY: finetune finetune-chat test test-quick test-apart test-current test-transformers5 current-python mutate fuzz lint clean
