@@ -5,7 +5,6 @@
 The main job, on each base from the same adapters and the same batches. A round takes a step on every base,
 and each round begins with another one. Of a base, base-dtypes-<device>.json has:
 
-    weights_bytes           of the frozen weights
     before, after           perplexity of the held-out text, before the first and after the last step
     losses                  of the steps, in nats per token
     seconds, median_seconds of the steps but the first, and their median
@@ -98,7 +97,6 @@ def measure(model: str, config: HyLoRADAConfig, training: TrainingConfig) -> dic
         config: of the adapter.
         training: how it is trained.
     """
-    import jax
     import jax.numpy as jnp
     from tqdm import tqdm
 
@@ -132,7 +130,6 @@ def measure(model: str, config: HyLoRADAConfig, training: TrainingConfig) -> dic
             batch_size=training.batch_size, max_tokens=training.eval_tokens,
         )  # fmt: skip
         found[name] = {
-            "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(base.params)),
             "before": evaluators[name](models[name].adapters, progress=False).perplexity,
             "losses": [],
             "seconds": [],
@@ -156,11 +153,11 @@ def measure(model: str, config: HyLoRADAConfig, training: TrainingConfig) -> dic
 def table(record: Mapping[str, Any]) -> str:
     """The results as Markdown, with what they were measured on."""
     settings, about = record["settings"], record["environment"]
-    rows = [["base", "weights, MB", "perplexity before", "after", "step, to bfloat16's"]]
-    rows.append(["---", *["---:"] * 4])
+    rows = [["base", "perplexity before", "after", "step, to bfloat16's"]]
+    rows.append(["---", *["---:"] * 3])
     for name, one in record["bases"].items():
         numbers = [f"{one['before']:.3f}", f"{one['after']:.3f}", f"{one['paired_ratio']:.2f}"]
-        rows.append([name, f"{one['weights_bytes'] / 1e6:,.0f}", *numbers])
+        rows.append([name, *numbers])
     return (
         f"{markdown(rows)}\n\n"
         f"{settings['model']}, {settings['method']}; {settings['steps']} steps of {settings['batch_size']} × "
