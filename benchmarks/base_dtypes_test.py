@@ -46,8 +46,6 @@ def test_every_base_is_tuned_on_the_same_rows(llama, tmp_path, capsys):
     assert page.read_text() == f"before\n<!-- results:base-dtypes -->\n{text}<!-- end -->\nafter"
     found = record["bases"]
     assert list(found) == list(BASES)
-    weights = [one["weights_bytes"] for one in found.values()]
-    assert weights[0] > weights[1] > weights[2]
     first = found["bfloat16"]
     for name, one in found.items():
         assert len(one["losses"]) == 3

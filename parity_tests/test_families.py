@@ -88,6 +88,7 @@ def test_a_decoders_class_is_that_of_transformers(model_type):
 # from which transformers' torch BERT counts positions; the content of a config.json.
 ELSEWHERE = {
     "hylorada_jax/models/tokenizer_gguf.py",
+    "hylorada_jax/nnx/peers.py",
     "hylorada_jax/planning/shapes.py",
     "hylorada_jax/saved/base_identity.py",
     "hylorada_torch/model.py",
