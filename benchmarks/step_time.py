@@ -11,7 +11,7 @@ On a GPU, in the setting that NeMo publishes figures of, from random weights of 
 
 All contenders have the same weights, batch, adapted layers, rank, clipping and device, and their losses
 before the first update must agree. A round runs a step of each, and each round begins with another one. Of a
-contender, step-time-<device>.json has:
+contender, step-time-<tokens of a row>-<device>.json has:
 
     seconds, median_seconds, iqr_seconds    of the timed steps; a step ends when its loss is on the host
     ratio_to_lora           of the medians
@@ -45,8 +45,9 @@ from typing import TYPE_CHECKING, Any, Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.command import run, write_record
+from benchmarks.report import device, filled, markdown
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.io.files import refuse_unusable
+from hylorada_jax.io.files import refuse_unusable, write_whole
 
 if TYPE_CHECKING:
     from benchmarks.contenders.setting import Contender, Setting
@@ -60,6 +61,7 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
 def main(
     *,
     output: Path = Path("runs"),
+    page: Path | None = None,
     model: str = "smollm2-135m",
     batch_size: int = 2,
     seq_len: int = 256,
@@ -74,10 +76,11 @@ def main(
     remat: bool = False,
     peak_tflops: float | None = None,
 ) -> None:
-    """Time one training step of every contender, and write step-time-<device>.json.
+    """Time one training step of every contender, and write step-time-<tokens of a row>-<device>.json.
 
     Args:
         output: the directory that it is written to.
+        page: a Markdown file whose table is replaced.
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
         batch_size: rows per step.
         seq_len: tokens per row.
@@ -93,6 +96,9 @@ def main(
         peak_tflops: what the device can do at most, in this dtype; for the part of it that is used.
     """
     refuse_unusable(output)
+    name = f"step-time-{seq_len}"
+    if page is not None:
+        filled(page, name, "")
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
@@ -109,8 +115,10 @@ def main(
         "environment": about | {"versions": about["versions"] | roster.versions(contenders)},  # type: ignore[operator]
         **measure(setting, contenders, rounds, memory=memory, peak_tflops=peak_tflops),
     }
-    path = write_record(output, "step-time", record)
+    path = write_record(output, name, record)
     print(table(record["contenders"]))
+    if page is not None:
+        write_whole(page, filled(page, name, ratios(record)))
     print(path)
 
 
@@ -297,6 +305,20 @@ def table(contenders: Mapping[str, Mapping[str, Any]]) -> str:
         )
         lines.append(f"{name:12} " + " ".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
+
+
+def ratios(record: Mapping[str, Any]) -> str:
+    """The times beside LoRA's as Markdown, with what they were measured on."""
+    settings, about = record["settings"], record["environment"]
+    rows = [["step", "s, median", "time, to lora's"], ["---", "---:", "---:"]]
+    for name, one in record["contenders"].items():
+        rows.append([name, f"{one['median_seconds']:.2f}", _cell(one["paired_ratio_to_lora"], ".2f")])
+    return (
+        f"{markdown(rows)}\n\n"
+        f"{settings['model']}; steps of {settings['batch_size']} × {settings['seq_len']} tokens, "
+        f"{settings['dtype']}, rank {settings['rank']}; medians of {settings['rounds']} rounds, ratios "
+        f"within each, on {settings['cores']} cores of {device(about)}. Commit {about['commit']}.\n"
+    )
 
 
 def _cell(value: float | None, style: str, unit: float = 1) -> str:

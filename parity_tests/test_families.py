@@ -85,7 +85,7 @@ def test_a_decoders_class_is_that_of_transformers(model_type):
 
 
 # Where these words name something else: llama.cpp's tokenizers; what versions of transformers wrote; the side
-# from which transformers' torch BERT counts positions; the content of a config.json.
+# from which transformers' torch BERT counts positions; the content of a config.json; modules of tunix.
 ELSEWHERE = {
     "hylorada_jax/models/tokenizer_gguf.py",
     "hylorada_jax/nnx/peers.py",
