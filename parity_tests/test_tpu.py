@@ -72,7 +72,7 @@ def test_a_long_row_needs_no_more_than_it_did(tmp_path):
     lora, v1 = compiled_by("tpu_compile --small --long-rows", tmp_path)["steps"].values()
     assert lora["temp_bytes"] < 510e6
     assert v1["to_lora"]["flops"] < 1.01
-    assert v1["to_lora"]["uncopied_bytes"] < 1.05
+    assert v1["to_lora"]["uncopied_bytes"] < 1.06
     assert v1["to_lora"]["temp_bytes"] < 1.10
 
 

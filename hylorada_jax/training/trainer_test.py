@@ -561,7 +561,7 @@ def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_c
     steps = 60
     # Held out is text that counts down: the better the run counts up, the worse, from some step on.
     held_out = [list(range(28, -1, -1))]
-    settings = {"steps": steps, "keep": "best", "learning_rate": 0.03, "eval_data": held_out}
+    settings = {"steps": steps, "keep": "best", "learning_rate": 0.1, "eval_data": held_out}
     expected = child(tmp_path / "whole", compilation_cache, **settings)
     assert expected.wait(timeout=600) == 0, errors_of(tmp_path / "whole").read_text()
 
