@@ -325,8 +325,10 @@ def _ignore_the_rest() -> None:
 
     orbax raises for the first array that it cannot read or write, and closes its event loop. Those of the
     others fail later, in threads: their futures are never asked, or find the loop closed, and orbax's
-    coroutines for them are thrown away, and raise at that. Each would put a stack on stderr.
+    coroutines for them are thrown away, and raise at that, or were never begun. Each would put a stack or a
+    warning on stderr.
     """
+    warnings.filterwarnings("ignore", "coroutine 'async_(de)?serialize", RuntimeWarning)
     logging.getLogger("asyncio").addFilter(_not_of_a_checkpoint)  # adding it again changes nothing
     if getattr(sys.unraisablehook, "func", None) is not _report_unless_late:
         sys.unraisablehook = functools.partial(_report_unless_late, sys.unraisablehook)
