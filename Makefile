@@ -46,7 +46,7 @@ current-python:
 
 # The torch reference, and JAX against it, beside the newest transformers.
 test-transformers5: $(VENV)-transformers5/.installed
-	$(VENV)-transformers5/bin/$(RUN_PYTEST) hylorada_torch parity_tests/test_models.py parity_tests/test_files.py \
+	$(COMPILED_SOON) $(VENV)-transformers5/bin/$(RUN_PYTEST) hylorada_torch parity_tests/test_models.py parity_tests/test_files.py \
 		parity_tests/test_fixtures.py -k "not lower_precision" $(ARGS)
 	$(VENV)-transformers5/bin/python -m hylorada_jax.cli.main parity --only "topk_gate" "qwen2, hylorada_v1" \
 		--output $(VENV)-transformers5/parity.json --overwrite

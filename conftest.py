@@ -78,8 +78,9 @@ APART_FILES = (
     "time_series_test",
 )  # fmt: skip
 
-# What a user does, from loading a model to merging its adapter: `make test-current` runs these too.
-MAIN_JOB_FILES = ("adapting_test", "cli_test", "model_test")
+# What a user does, from loading a model to merging its adapter: `make test-current` runs these and tests
+# that are marked so.
+MAIN_JOB_FILES = ("adapting_test", "model_test")
 
 
 def pytest_collection_modifyitems(items):

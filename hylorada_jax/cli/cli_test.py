@@ -76,6 +76,7 @@ def run(monkeypatch, capsys, *arguments):
     return status, printed.out, printed.err
 
 
+@pytest.mark.main_job
 def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsys):
     output, data = tmp_path / "run", tiny / "texts.txt"
     common = ("--model", tiny, "--data", data, "--seq-len", 32)
@@ -260,6 +261,7 @@ for limit, cut, sys.argv in commands:
 """
 
 
+@pytest.mark.main_job
 def test_a_full_disk_and_damage_print_our_message_alone(tiny, tmp_path):
     """In a process of its own, for all that its threads and its end may write is captured."""
     output = tmp_path / "run"
