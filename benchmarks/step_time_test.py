@@ -14,7 +14,7 @@ from benchmarks import random_model, step_time  # noqa: E402
 from benchmarks.contenders import in_jax  # noqa: E402
 from benchmarks.contenders.roster import CONTENDERS, check  # noqa: E402
 from benchmarks.contenders.setting import TARGETS, Setting  # noqa: E402
-from benchmarks.step_time import BASELINE, NAMES, check_agreement, measure, summary, table  # noqa: E402
+from benchmarks.step_time import BASELINE, NAMES, check_agreement, measure, ratios, summary, table  # noqa: E402
 from hylorada_jax.errors import HyLoRADAError, ModelError  # noqa: E402
 
 ROUNDS = 2
@@ -103,6 +103,14 @@ def test_the_command_writes_what_it_measured(llama, tmp_path):
     assert one["libraries_resident_bytes"] > 0
     assert one["peak_resident_bytes"] > 0
     assert "peft lora" in run.stdout
+
+
+@pytest.mark.parametrize("seq_len", [256, 1024])
+def test_the_page_has_the_table_of_the_recorded_run(seq_len):
+    root = Path(step_time.__file__).parents[1]
+    record = json.loads((root / f"benchmarks/results/step-time-{seq_len}-cpu.json").read_text())
+    table_of_record = f"<!-- results:step-time-{seq_len} -->\n{ratios(record)}<!-- end -->"
+    assert table_of_record in (root / "docs/results.md").read_text("utf-8")
 
 
 def test_losses_that_differ_are_refused():
