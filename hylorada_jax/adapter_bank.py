@@ -1,6 +1,5 @@
 """Several adapters on one frozen base: by name, one at a time or one per row of a batch."""
 
-import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.errors import CheckpointError, DataError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
@@ -19,6 +18,7 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.saved.opening import open_on
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import subtree
+from hylorada_jax.surgery.named import NamedAdapters
 from hylorada_jax.surgery.split import unfrozen_paths
 from hylorada_jax.text import shown
 from hylorada_jax.trees import Adapters, Frozen, Resolved, Tree
@@ -58,8 +58,7 @@ class AdapterBank:
 
     def __init__(self, model: HyLoRADAModel) -> None:
         self.model = model
-        self._trees: dict[str, Adapters] = {"default": model.adapters}
-        self._active = "default"
+        self._named = NamedAdapters(model.adapters)
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.adapters)
         self._stacked: tuple[list[Adapters], Resolved] = [], {}
         self._rows = jax.jit(functools.partial(apply_rows, model))
@@ -68,12 +67,12 @@ class AdapterBank:
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in the order in which they came."""
-        return tuple(self._trees)
+        return tuple(self._named.by_name)
 
     @property
     def active(self) -> str:
         """The name of the adapter that ``model`` has."""
-        return self._active
+        return self._named.active
 
     def add(self, name: str, adapters: Adapters) -> None:
         """Takes an adapter in under a new name; the active one stays.
@@ -86,8 +85,8 @@ class AdapterBank:
             ConfigError: the name is taken.
             CheckpointError: the tree has other leaves or shapes; both sides are listed.
         """
-        self._check_new(name)
-        self._trees[name] = self._fitted(adapters)
+        self._named.check_new(name)
+        self._named.by_name[name] = self._fitted(adapters)
 
     def load(self, name: str, directory: str | Path) -> None:
         """Takes an adapter in from its files.
@@ -100,7 +99,7 @@ class AdapterBank:
             ConfigError: the name is taken.
             CheckpointError: the adapter is damaged, was trained on another base, or has another config.
         """
-        self._check_new(name)
+        self._named.check_new(name)
         saved = open_on(self.model.base, directory, self.model.modules).saved
         theirs, ours = saved.config.to_dict(), self.model.config.to_dict()
         if differing := [
@@ -114,20 +113,17 @@ class AdapterBank:
                 "Give it a model of its own, which shares the frozen weights: "
                 "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
             )
-        self._trees[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
+        self._named.by_name[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
-        self._check_known(name)
-        if name == self._active:
-            raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
-        del self._trees[name]
+        self._named.remove(name)
 
     def switch(self, name: str) -> None:
         """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there."""
-        self._check_known(name)
+        self._named.check_known(name)
         self._keep_active()
-        self.model.adapters, self._active = self._trees[name], name
+        self.model.adapters, self._named.active = self._named.by_name[name], name
 
     def __call__(
         self, input_ids: Array, adapters: Sequence[str | None] | None = None, **inputs: Array | None
@@ -161,22 +157,12 @@ class AdapterBank:
 
     def index(self, adapters: Sequence[str | None]) -> Array:
         """The place of each row's adapter in :meth:`stack`, int [batch]; errors as in calling the bank."""
-        if isinstance(adapters, str):
-            raise DataError(
-                "The adapters of a batch are a name for each row.",
-                repr(adapters),
-                "Give a list of names, or switch to the adapter.",
-            )
-        for name in adapters:
-            if name is not None:
-                self._check_known(name)
-        places = {name: place for place, name in enumerate((None, *self._trees))}
-        return jnp.asarray(np.array([places[name] for name in adapters], np.int32))
+        return self._named.index(adapters)
 
     def stack(self) -> Resolved:
         """The resolved adapters for :func:`apply_rows`: first none, then all in the order of ``names``."""
         self._keep_active()
-        trees = list(self._trees.values())
+        trees = list(self._named.by_name.values())
         # Kept until an adapter comes, goes or is trained.
         if [*map(id, trees)] != [*map(id, self._stacked[0])]:
             resolved = [self._resolve(tree, self.model.frozen) for tree in trees]
@@ -186,8 +172,8 @@ class AdapterBank:
 
     def _keep_active(self) -> None:
         """What the user assigned to ``model.adapters`` is the active adapter."""
-        if self.model.adapters is not self._trees[self._active]:
-            self.model.adapters = self._trees[self._active] = self._fitted(self.model.adapters)
+        if self.model.adapters is not self._named.by_name[self._named.active]:
+            self.model.adapters = self._named.by_name[self._named.active] = self._fitted(self.model.adapters)
 
     def _fitted(self, adapters: Adapters) -> Adapters:
         """The adapters in the structure and dtypes that the compiled programs know, where they belong."""
@@ -197,21 +183,6 @@ class AdapterBank:
         leaves = [jnp.asarray(given[name], leaf.dtype) for name, leaf in wanted.items()]
         tree = jax.tree.unflatten(jax.tree.structure(self._like), leaves)
         return tree if (placement := self.model.placement) is None else placement.put(tree)
-
-    def _check_new(self, name: str) -> None:
-        if name in self._trees:
-            raise ConfigError(
-                "An adapter is not replaced unasked.", repr(name), "Choose another name, or remove it first."
-            )
-
-    def _check_known(self, name: str) -> None:
-        if name not in self._trees:
-            near = difflib.get_close_matches(str(name), self.names)
-            raise ConfigError(
-                f"An adapter must be in the bank, which has {', '.join(self.names)}.",
-                repr(name),
-                f"Did you mean {' or '.join(near)}?" if near else "Add or load it first.",
-            )
 
 
 def apply_rows(

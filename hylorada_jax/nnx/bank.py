@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError, near
+from hylorada_jax.errors import CheckpointError, DataError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.nnx.adapting import adaptation_of
 from hylorada_jax.nnx.files import load_adapter
@@ -19,6 +19,7 @@ from hylorada_jax.nnx.resolving import resolve
 from hylorada_jax.nnx.taking_off import unload
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.surgery.layout import check_keys
+from hylorada_jax.surgery.named import NamedAdapters
 
 
 class AdapterBank:
@@ -51,8 +52,8 @@ class AdapterBank:
     def __init__(self, model: nnx.Module) -> None:
         unload(nnx.clone(model))  # refuses what cannot be
         self.model = model
-        self._states: dict[str, nnx.State] = {"default": _state(model)}
-        self._active = "default"
+        self._named = NamedAdapters(_state(model))
+        self._read: list[Any] = []
         called: Any = resolve(model)
         called.eval()
         self._graph = nnx.graphdef(called)
@@ -60,12 +61,12 @@ class AdapterBank:
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, in the order in which they came."""
-        return tuple(self._states)
+        return tuple(self._named.by_name)
 
     @property
     def active(self) -> str:
         """The name of the adapter that the model has."""
-        return self._active
+        return self._named.active
 
     def add(self, name: str, state: nnx.State) -> None:
         """Takes an adapter in under a new name; the active one stays.
@@ -78,12 +79,9 @@ class AdapterBank:
             ConfigError: the name is taken.
             CheckpointError: the leaves have other names or shapes.
         """
-        if name in self._states:
-            raise ConfigError(
-                "An adapter is not replaced unasked.", repr(name), "Choose another name, or remove it first."
-            )
-        check_keys(*(_shapes(each) for each in (state, self._states[self._active])))
-        self._states[name] = _copied(state)
+        self._named.check_new(name)
+        check_keys(*(_shapes(each) for each in (state, self._named.by_name[self._named.active])))
+        self._named.by_name[name] = _copied(state)
 
     def load(self, name: str, directory: str | Path, *, base_config: Any = None) -> None:
         """Takes an adapter in from its files; the active one stays.
@@ -109,17 +107,14 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
-        self._check_known(name)
-        if name == self._active:
-            raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
-        del self._states[name]
+        self._named.remove(name)
 
     def switch(self, name: str) -> None:
         """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there."""
-        self._check_known(name)
-        self._states[self._active] = _state(self.model)
-        nnx.update(self.model, self._states[name])
-        self._active = name
+        self._named.check_known(name)
+        self._named.by_name[self._named.active] = _state(self.model)
+        nnx.update(self.model, self._named.by_name[name])
+        self._named.active = name
 
     def __call__(self, *arguments: Any, adapters: Sequence[str | None] | None = None, **options: Any) -> Any:
         """The model's output, of a batch whose rows have an adapter each, in evaluation mode.
@@ -136,9 +131,7 @@ class AdapterBank:
         """
         if adapters is None:
             return self.model(*arguments, **options)
-        for name in adapters:
-            if name is not None:
-                self._check_known(name)
+        index = self._named.index(adapters)
         leaves, structure = jax.tree.flatten((arguments, options))
         arrays = [leaf if isinstance(leaf, jax.Array | np.ndarray) else None for leaf in leaves]
         fixed = tuple(leaf if array is None else None for leaf, array in zip(leaves, arrays, strict=True))
@@ -150,26 +143,26 @@ class AdapterBank:
                 f"{len(adapters)} adapters for {', '.join(map(str, wrong))}",
                 "Give a name, or None, for each row.",
             )
-        places = {name: place for place, name in enumerate((None, *self._states))}
-        index = jnp.asarray(np.array([places[name] for name in adapters], np.int32))
-        stack, frozen = self._resolved()
-        return _rows(self._graph, fixed, structure, stack, frozen, index, arrays)
+        return _rows(self._graph, fixed, structure, *self._resolved(), index, arrays)
 
     def _resolved(self) -> tuple[nnx.State, nnx.State]:
         """The resolved adapters with an axis in front, first none and then all; and what is not theirs."""
-        self._states[self._active] = _state(self.model)
+        self._named.by_name[self._named.active] = _state(self.model)
+        # Kept until the model or an adapter changes.
+        read = jax.tree.leaves((nnx.state(self.model), list(self._named.by_name.values())))
+        if [*map(id, read)] != [*map(id, self._read)]:
+            self._read, self._stacked = read, self._resolve()
+        return self._stacked
+
+    def _resolve(self) -> tuple[nnx.State, nnx.State]:
         twin = nnx.clone(self.model)
         resolved = []
-        for state in self._states.values():
+        for state in self._named.by_name.values():
             nnx.update(twin, state)
             _, adapters, frozen = nnx.split(resolve(twin), AdapterParam, ...)
             resolved.append(_copied(adapters))  # what is not resolved is the twin's own
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), _none(resolved[0]), *resolved)
         return stack, frozen
-
-    def _check_known(self, name: str) -> None:
-        if name not in self._states:
-            raise ConfigError("An adapter must be in the bank.", repr(name), near(name, self._states))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,0 +1,70 @@
+"""Adapters by name, one of them active: what the banks of Linen and of NNX models have in common."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hylorada_jax.errors import ConfigError, DataError
+
+
+class NamedAdapters:
+    """The adapters of a model that has one of them.
+
+    Attributes:
+        by_name: the adapters, in the order in which they came.
+        active: the name of the one that the model has.
+
+    Args:
+        first: the adapter that the model has, named "default".
+    """
+
+    def __init__(self, first: Any) -> None:
+        self.by_name: dict[str, Any] = {"default": first}
+        self.active = "default"
+
+    def remove(self, name: str) -> None:
+        """Drops an adapter; a ConfigError for one that is not there, or is active."""
+        self.check_known(name)
+        if name == self.active:
+            raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
+        del self.by_name[name]
+
+    def index(self, adapters: Sequence[str | None]) -> Array:
+        """The place of each row's adapter, int [batch]: 0 for None, then in their order.
+
+        Raises:
+            ConfigError: a name is not in the bank.
+            DataError: there is one name, and not one for each row.
+        """
+        if isinstance(adapters, str):
+            raise DataError(
+                "The adapters of a batch are a name for each row.",
+                repr(adapters),
+                "Give a list of names, or switch to the adapter.",
+            )
+        for name in adapters:
+            if name is not None:
+                self.check_known(name)
+        places = {name: place for place, name in enumerate((None, *self.by_name))}
+        return jnp.asarray(np.array([places[name] for name in adapters], np.int32))
+
+    def check_new(self, name: str) -> None:
+        """A ConfigError for a name that is taken."""
+        if name in self.by_name:
+            raise ConfigError(
+                "An adapter is not replaced unasked.", repr(name), "Choose another name, or remove it first."
+            )
+
+    def check_known(self, name: str) -> None:
+        """A ConfigError for a name that no adapter has."""
+        if name not in self.by_name:
+            near = difflib.get_close_matches(str(name), self.by_name)
+            raise ConfigError(
+                f"An adapter must be in the bank, which has {', '.join(self.by_name)}.",
+                repr(name),
+                f"Did you mean {' or '.join(near)}?" if near else "Add or load it first.",
+            )
