@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.command import run, write_record
 from benchmarks.experiment import INSTALL
 from benchmarks.report import device, filled, markdown
-from benchmarks.step_time import rotated
+from benchmarks.step_time import paired_ratio, rotated
 from hylorada_jax.errors import HyLoRADAError, require_packages
 from hylorada_jax.io.files import refuse_unusable, write_whole
 from hylorada_jax.terminal import show
@@ -145,8 +145,7 @@ def measure(model: str, config: HyLoRADAConfig, training: TrainingConfig) -> dic
         one["after"] = evaluators[name](states[name].adapters, progress=False).perplexity
         del one["seconds"][0]  # it compiles
         one["median_seconds"] = statistics.median(one["seconds"])
-        pairs = zip(one["seconds"], next(iter(found.values()))["seconds"], strict=True)
-        one["paired_ratio"] = statistics.median(own / first for own, first in pairs)
+        one["paired_ratio"] = paired_ratio(one["seconds"], next(iter(found.values()))["seconds"])
     return found
 
 

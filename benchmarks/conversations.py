@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.command import run, write_record
 from benchmarks.experiment import INSTALL
 from benchmarks.report import device, filled, markdown
-from benchmarks.step_time import AGREEMENT, cores, rotated, time_steps
+from benchmarks.step_time import AGREEMENT, cores, paired_ratio, rotated, time_steps
 from hylorada_jax.errors import HyLoRADAError, require_packages
 from hylorada_jax.io.files import refuse_unusable, write_whole
 from hylorada_jax.terminal import show
@@ -253,7 +253,7 @@ def summary(seconds: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
     return {
         "seconds": list(seconds),
         "median_seconds": statistics.median(seconds),
-        "paired_ratio": statistics.median(own / other for own, other in zip(seconds, first, strict=True)),
+        "paired_ratio": paired_ratio(seconds, first),
     }
 
 

@@ -14,7 +14,6 @@ another one.
 
 import importlib.metadata
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import run
+from benchmarks.step_time import paired_ratio, rotated
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import use_libtpu
 
@@ -78,8 +78,7 @@ def main(
     for name, own in figures.items():
         contenders[name] = {"tpu": own | {"to_qwix": to_lora(own, figures[BASELINE])}}
         if rounds:
-            pairs = zip(seconds[name], seconds[BASELINE], strict=True)
-            ratio = statistics.median(mine / theirs for mine, theirs in pairs)
+            ratio = paired_ratio(seconds[name], seconds[BASELINE])
             contenders[name]["cpu"] = {"seconds": seconds[name], "paired_ratio_to_qwix": ratio}
             print(f"{name}: {ratio:.3f} of qwix's time")
     about = environment()
@@ -155,7 +154,7 @@ def timed(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     states = {name: arguments for name, (_, arguments) in programs.items()}
     for round_ in range(-2, rounds):
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+        for name in rotated(names, round_):
             adapters, state, frozen, ids = states[name]
             start = time.perf_counter()
             adapters, state, _loss = jax.block_until_ready(programs[name][0](adapters, state, frozen, ids))
