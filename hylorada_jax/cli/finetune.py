@@ -99,8 +99,6 @@ def finetune(
     repeats = recipe_of(training, adapter, reading, **options)
     processes.join(given)
 
-    import jax
-
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.placed import default_mesh
     from hylorada_jax.surgery.fit import fit
@@ -138,7 +136,7 @@ def finetune(
     print(f"model    {one_line(model)}, {weights}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
-    if why and jax.device_count() > 1:
+    if why:
         print(f"mesh     {why}")
     print(f"memory   {trainer.choice}")
 

@@ -172,7 +172,7 @@ def _facts(logits: Logits) -> dict[str, Any]:
 
 def _on_tpu(query: Array, key: Array) -> bool:
     """Rows of a block at least, on a TPU whose kernels multiply bfloat16: those before v4 do not."""
-    serves = (tpu_kind() or "TPU v2") not in ("TPU v2", "TPU v3")
+    serves = tpu_kind() not in (None, "TPU v2", "TPU v3")
     return serves and min(query.shape[1], key.shape[1]) >= 128 and query.dtype != jnp.float64
 
 

@@ -36,14 +36,15 @@ def default_mesh(model: BaseModel, memory: int | None) -> tuple[str, str]:
 
     Returns:
         One that cuts the weights over all devices, where a copy on each would leave no room to train; else
-        "", which copies them. And a sentence to print.
+        "", which copies them. And a sentence to print; "" where there is one device.
     """
-    count = jax.device_count()
+    if (count := jax.device_count()) == 1:
+        return "", ""
     held = sum(leaf.size * bits_of(leaf.dtype) for leaf in jax.tree.leaves(model.params)) // 8
     if memory is None:
         return "", f"data={count}: each device has the weights, for none states its memory"
     of = f"{held / 2**30:.1f} of the {memory / 2**30:.1f} GiB of each device"
-    if count == 1 or leaves_room(held, memory):
+    if leaves_room(held, memory):
         return "", f"data={count}: each device has the weights, {of}"
     return (mesh := f"{FSDP}={count}"), f"{mesh}: the weights are cut, for a copy would take {of}"
 
