@@ -14,22 +14,12 @@ SHAPE = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "initializer_range": 0.2,
 }
 
 
 @pytest.fixture
-def llama(tmp_path):
-    """The directory of a small random Llama with SmolLM2's tokenizer."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from hylorada_jax.models.tokenizer import load_tokenizer
-
-    own = load_tokenizer("smollm2-135m")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=own.vocab_size, **SHAPE)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=own.backend).save_pretrained(tmp_path / "llama")
-    return str(tmp_path / "llama")
+def llama(worded_llama):
+    return worded_llama(**SHAPE)
 
 
 @pytest.mark.apart

@@ -16,26 +16,12 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.2,
 }
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """The directory of a small random Llama with SmolLM2's tokenizer."""
-    transformers = pytest.importorskip("transformers")
-    from hylorada_jax.models.tokenizer import load_tokenizer
-
-    own = load_tokenizer("smollm2-135m")
-    directory = tmp_path_factory.mktemp("base") / "llama"
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=own.vocab_size, **SHAPE)
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=own.backend, chat_template=own.chat_template, **own.special_tokens
-    ).save_pretrained(directory)
-    return str(directory)
+def llama(worded_llama):
+    return worded_llama(**SHAPE)
 
 
 @pytest.mark.apart
