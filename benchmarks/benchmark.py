@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.experiment import BASE, Candidate, Experiment, Variant, best_part, dev_loss, differences
-from benchmarks.trainables import trainable
+from benchmarks.rows import is_measured
+from benchmarks.trainables import Adapted, Full, trainable
 from benchmarks.trial import Evaluation, Runner, require_row, training_rows, whole
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, load_documents
 from hylorada_jax.data.document import TokenizedDocument, digest
@@ -80,6 +82,14 @@ class Program(NamedTuple):
 
     runner: Runner
     evaluation: Evaluation
+
+
+class Best(NamedTuple):
+    """Of a search so far, the run with the least held-out loss, and what it trained."""
+
+    name: str = ""
+    dev_loss: float = math.inf
+    adapters: Any = None
 
 
 class Benchmark:
@@ -166,6 +176,7 @@ class Benchmark:
                             self._done(run)
         self._base: Any = None
         self._programs: dict[str, Program] = {}
+        self._best = Best()
 
     def run(self) -> None:
         """Does what is missing: of each budget all methods' searches, and then the other seeds."""
@@ -188,10 +199,14 @@ class Benchmark:
     def _ranked(
         self, variant: Variant, candidates: Sequence[Candidate], steps: int, seed: int
     ) -> list[Candidate]:
-        """The candidates, the one with the least held-out loss first."""
+        """The candidates, the one with the least held-out loss first, which is measured on the test data."""
+        self._best = Best()
         runs = [Run(variant, candidate, steps, seed) for candidate in candidates]
-        losses = [dev_loss(self._record(run)) for run in runs]
-        return [candidates[at] for at in sorted(range(len(losses)), key=losses.__getitem__)]
+        measured = self._experiment.report_on == "all"
+        losses = [dev_loss(self._record(run, measured=measured)) for run in runs]
+        ranked = sorted(range(len(losses)), key=losses.__getitem__)
+        self._record(runs[ranked[0]])
+        return [candidates[at] for at in ranked]
 
     def _tokenized(
         self, part: str, texts: list[Example], structure: Domain | None
@@ -200,14 +215,16 @@ class Benchmark:
             return tokenize(texts, self._tokenizer, structure)
         return prepare(texts, self._tokenizer, self._experiment.seq_len, structure=structure)[0]
 
-    def _record(self, run: Run) -> Record:
-        """A run's record, from its file where there is one."""
-        if (done := self._done(run)) is not None:
+    def _record(self, run: Run, *, measured: bool = True) -> Record:
+        """A run's record, from its file where there is one; with or without measures of the test data."""
+        done = self._done(run)
+        if done is not None and (not measured or "dev_loss" not in done["result"] or is_measured(done)):
             return done
         print(f"{one_line(run.name)} …", flush=True)
         try:
-            result = self._result(run)
-            print(f"    held out {result['dev_loss']:.4f}, perplexity {result['perplexity']:.3f}", flush=True)
+            result = self._result(run, measured)
+            found = f", perplexity {result['perplexity']:.3f}" if measured else ""
+            print(f"    held out {result['dev_loss']:.4f}{found}", flush=True)
         except NonFiniteError as error:  # a result too: the settings are not this method's
             result = {"diverged": error.received}
         except (MemoryError, RuntimeError) as error:
@@ -226,7 +243,7 @@ class Benchmark:
         write_json(self._file(run), record)
         return record
 
-    def _result(self, run: Run) -> Record:
+    def _result(self, run: Run, measured: bool) -> Record:
         """What the table says of a run."""
         if self._base is None:
             self._base = load_model(self._experiment.model, dtype=jnp.dtype(self._experiment.dtype))
@@ -237,6 +254,18 @@ class Benchmark:
                 "parameters": 0,
                 "dev_loss": program.evaluation.dev_loss({}),
             } | program.evaluation.measure({})
+        if run.name == self._best.name and (done := self._done(run)) is not None:
+            adapters, result = self._best.adapters, done["result"]
+        else:
+            adapters, result = self._train(run, trained, program)
+        if result["dev_loss"] < self._best.dev_loss:
+            self._best = Best(run.name, result["dev_loss"], adapters)
+        if measured:
+            result |= program.evaluation.measure(adapters)
+        return result
+
+    def _train(self, run: Run, trained: Adapted | Full, program: Program) -> tuple[Any, Record]:
+        """What a run trains, and what is known of it without the test data."""
         held_out: dict[int, float] = {}
 
         def judge(step: int, adapters: Any) -> None:
@@ -244,11 +273,9 @@ class Benchmark:
                 held_out[step] = program.evaluation.dev_loss(adapters)
 
         adapters, result = program.runner.train(trained, self._training(run), on_step=judge)
-        result |= {"held_out": held_out, "dev_loss": held_out[run.steps]}
-        result |= program.evaluation.measure(adapters)
-        if self._keep_adapters and run.candidate.config is not None:
+        if self._keep_adapters and isinstance(trained, Adapted):
             trained.trained(adapters).save_pretrained(self._directory / "adapters" / run.name, overwrite=True)
-        return result
+        return adapters, result | {"held_out": held_out, "dev_loss": held_out[run.steps]}
 
     def _compiled(self, run: Run, model: Any) -> Program:
         """What is compiled for a run, and for those of its budget that differ from it in numbers alone."""

@@ -25,7 +25,7 @@ from benchmarks.bootstrap import Effect, paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
 from benchmarks.report import caption, draw, markdown, plus_minus, replaced, styles
-from benchmarks.rows import Record, Row, budgets, point, read, records
+from benchmarks.rows import Record, Row, budgets, is_measured, point, read, records
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.files import write_whole
 from hylorada_jax.terminal import show
@@ -40,8 +40,8 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
         page: a Markdown file whose table is replaced.
     """
     runs = records(directory)
-    ended = [record["result"] for record in runs if "dev_loss" in record["result"]]
-    if old := [result for result in ended if "passages" not in result]:
+    measured = [record["result"] for record in runs if is_measured(record)]
+    if old := [result for result in measured if "passages" not in result]:
         rule = "The runs must have the losses of each passage."
         raise CheckpointError(rule, f"{len(old)} in {directory} without", "Run the experiment anew.")
     found = {steps: read(directory, steps=steps) for steps in budgets(runs)}

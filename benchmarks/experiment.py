@@ -89,6 +89,8 @@ class Experiment:
         dev_tokens: of the held-out data, about so many.
         test_tokens: of the test data, about so many.
         retrieval_samples: facts at each depth of the retrieval probe; 0 leaves it out.
+        report_on: "all" runs the test data is measured, or of each search "chosen" ones alone: at the smaller
+            budgets the measures take as long as the training.
         dtype: of the frozen weights and the computation.
 
     Raises:
@@ -118,6 +120,7 @@ class Experiment:
     dev_tokens: int = 4096
     test_tokens: int = 8192
     retrieval_samples: int = 0
+    report_on: Literal["all", "chosen"] = "all"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -138,6 +141,8 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive.", repr(value), "Correct it.")
+        if self.report_on not in ("all", "chosen"):
+            raise ConfigError('report_on must be "all" or "chosen".', repr(self.report_on), "Correct it.")
         if not 0 < self.keep <= 1:
             raise ConfigError("keep must be in (0, 1].", repr(self.keep), "Give a part, as 0.5.")
         for name in ("seeds", "methods"):

@@ -21,8 +21,8 @@ class Row(NamedTuple):
     Attributes:
         label: the method's.
         point: the settings that were searched, with the values of these runs.
-        runs: those that ended, in the order of the seeds.
-        failed: how many did not.
+        runs: those with measures of the test data, in the order of the seeds.
+        failed: how many did not end.
         tried: how many combinations of settings it was tried with.
     """
 
@@ -109,8 +109,13 @@ def _row(label: str, runs: list[Record], rate: float | None) -> Row | None:
         return None
     best = point(min(grid, key=dev_loss))
     own = [run for run in runs if point(run) == best]
-    ended = [run for run in own if "dev_loss" in run["result"]]
-    return Row(label, best, ended, len(own) - len(ended), len(grid))
+    failed = sum("dev_loss" not in run["result"] for run in own)
+    return Row(label, best, [run for run in own if is_measured(run)], failed, len(grid))
+
+
+def is_measured(record: Record) -> bool:
+    """The test data was measured: the run ended, and was not only tried in a search."""
+    return "perplexity" in record["result"]
 
 
 def point(record: Record) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Oracles: the evaluation functions, the records' own statistics, and what a kill leaves."""
 
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -162,6 +163,7 @@ def test_a_run_that_does_not_end_is_kept_and_not_chosen(tiny, tmp_path, monkeypa
 
 
 HALVING = {
+    "report_on": "chosen",
     "steps": [2, 4],
     "keep": 0.5,
     "methods": {"lora": {}, "hylorada_v1": {"grid": {"lora_A_gain": [0.5, 1.0]}}},
@@ -204,8 +206,29 @@ def test_the_better_half_of_the_settings_goes_on_to_the_next_budget(halved):
             }
             seeds[steps] = [point[id(run)] for run in runs if run["settings"]["seed"] == 4]
             assert seeds[steps] == [min(losses[steps], key=losses[steps].__getitem__)]
+            measured = [point[id(run)] for run in runs if "perplexity" in run["result"]]
+            assert measured == seeds[steps] * 2  # the search's winner, with both seeds
         assert len(losses[2]) == tried
         assert set(losses[4]) == set(sorted(losses[2], key=losses[2].__getitem__)[: tried // 2])
+
+
+def test_a_winner_whose_test_measures_a_kill_prevented_is_trained_again(halved, tiny, tmp_path):  # noqa: F811
+    shutil.copytree(halved[0], tmp_path / "tiny")
+    (winner,) = (
+        name
+        for name, run in records(halved[0]).items()
+        if "perplexity" in run["result"]
+        and {"label": "lora", "steps": 4, "seed": 3}.items() <= run["settings"].items()
+    )
+    file = tmp_path / "tiny" / winner
+    before = json.loads(file.read_text())
+    measures = ("perplexity", "passages", "lim_buckets")
+    searched = {name: value for name, value in before["result"].items() if name not in measures}
+    file.write_text(json.dumps(before | {"result": searched}))
+    run(tiny, tmp_path, **HALVING)
+    after = json.loads(file.read_text())["result"]
+    for name in ("losses", "dev_loss", *measures):
+        assert after[name] == before["result"][name], name
 
 
 def test_settings_that_are_numbers_share_a_program(halved):
@@ -410,6 +433,7 @@ def test_a_file_of_experiments_is_called_as_its_experiment(path):
         ({"epochs": 1.0}, "epochs"),
         ({"steps": [4, 2]}, "steps must grow"),
         ({"keep": 0}, "keep"),
+        ({"report_on": "best"}, "report_on"),
         ({"grid": {"lora_ranc": [2]}}, "lora_rank"),
         ({"grid": {"lora_plus_ratio": [2]}, "adapter": {}}, "LoRA"),
         ({"seeds": [1, 1]}, "seeds"),
