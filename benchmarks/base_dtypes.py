@@ -153,7 +153,6 @@ def table(record: Mapping[str, Any]) -> str:
     """The results as Markdown, with what they were measured on."""
     settings, about = record["settings"], record["environment"]
     rows = [["base", "perplexity before", "after", "step, to bfloat16's"]]
-    rows.append(["---", *["---:"] * 3])
     for name, one in record["bases"].items():
         numbers = [f"{one['before']:.3f}", f"{one['after']:.3f}", f"{one['paired_ratio']:.2f}"]
         rows.append([name, *numbers])

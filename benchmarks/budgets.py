@@ -71,7 +71,7 @@ def table(found: dict[int, list[Row]], against: str) -> str:
             f"A method of the table is one of {', '.join(labels)}.", repr(against), "Choose one."
         )
     heads = ["method", *(name for steps in found for name in (f"PPL, {steps} steps", f"− {against}"))]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines = [heads]
     for label in dict.fromkeys(labels):
         cells = [label]
         for rows in found.values():
@@ -131,7 +131,7 @@ def search(runs: Sequence[Record]) -> str:
     for label, found in losses.items():
         order = sorted(found, key=lambda chosen: (-max(found[chosen]), found[chosen][max(found[chosen])]))
         steps = budgets(runs)
-        lines = [["settings", *(f"{n} steps" for n in steps)], ["---", *["---:"] * len(steps)]]
+        lines = [["settings", *(f"{n} steps" for n in steps)]]
         for chosen in order:
             cells = [f"{found[chosen][n]:.4f}" if n in found[chosen] else "" for n in steps]
             lines.append([chosen, *cells])

@@ -274,8 +274,6 @@ def table(record: Mapping[str, Any]) -> str:
     steps = [["step", "tokens/s", "time per token, to ours"]]
     for name, one in record["step"].items():
         steps.append([name, f"{one['tokens_per_second']:,.0f}", f"{one['paired_ratio']:.2f}"])
-    for lines in (prepared, steps):
-        lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "torch", *PACKAGES[:4]))
     tokens, load = record["preparation"]["ours"]["tokens"], record["load_per_core"]
     return (

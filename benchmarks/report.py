@@ -78,7 +78,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
     heads += [f"PPL − {against}"] if against is not None else []
     heads += (["LiM PPL", "middle / ends"] if placed else []) + (["found"] if probed else [])
     heads += ["step, s", "tokens/s", "memory, MB"]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines = [heads]
     seeds = _seeds(rows)
     for row in rows:
         if not row.runs:
@@ -164,9 +164,11 @@ def _rates(rows: Sequence[Row]) -> str:
     return f"each method with the {chosen} best for it on held-out training data, of {usual} {many}{others}"
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The lines of a table, each of its cells."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def markdown(lines: Sequence[Sequence[str]], *, words: int = 1) -> str:
+    """A table of lines of cells, its head the first, with columns of words and then of numbers."""
+    head, *body = lines
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
 
 
 def device(environment: Record) -> str:

@@ -319,7 +319,7 @@ def table(contenders: Mapping[str, Mapping[str, Any]]) -> str:
 def ratios(record: Mapping[str, Any]) -> str:
     """The times beside LoRA's as Markdown, with what they were measured on."""
     settings, about = record["settings"], record["environment"]
-    rows = [["step", "s, median", "time, to lora's"], ["---", "---:", "---:"]]
+    rows = [["step", "s, median", "time, to lora's"]]
     for name, one in record["contenders"].items():
         rows.append([name, f"{one['median_seconds']:.2f}", _cell(one["paired_ratio_to_lora"], ".2f")])
     return (

@@ -39,7 +39,6 @@ def table(found: Record) -> str:
     against = "hylorada_v1"
     lines = [
         ["series and context", "method", "parameters", "rate", "PPL", f"PPL − {against}", "MAE"],
-        ["---", "---", *["---:"] * 5],
     ]
     for name, series in found["series"].items():
         for label, baseline in found["baselines"][name].items():
@@ -65,7 +64,7 @@ def table(found: Record) -> str:
                     f"{plus_minus([run['mae'] for run in runs], 3)} {series['unit']}",
                 ]
             )
-    return f"{markdown(lines)}\n\n{caption(found)}\n"
+    return f"{markdown(lines, words=2)}\n\n{caption(found)}\n"
 
 
 def caption(found: Record) -> str:
