@@ -149,6 +149,10 @@ class Benchmark:
         rows = len(self._rows(plain["train"]))
         length = TrainingConfig(output="", epochs=experiment.epochs or 1, batch_size=experiment.batch_size)
         self._budgets = experiment.steps or (length.for_rows(rows).steps,)
+        # What is forgotten is a measure: with another text, or without one, the runs stay the same.
+        other = plain.get("other")
+        self._other = {"data": experiment.other_data, "sha256": digest(other)} if other else None
+        shared = {part: documents for part, documents in plain.items() if part != "other"}
         device = jax.devices()[0]
         self._settings = {
             "model": experiment.model,
@@ -163,8 +167,8 @@ class Benchmark:
             "retrieval_samples": experiment.retrieval_samples,
             "train_data": experiment.train_data,
             "test_data": experiment.test_data,
-            "sha256": {part: digest(documents) for part, documents in plain.items()},
-            "tokens": {part: sum(map(len, documents)) for part, documents in plain.items()},
+            "sha256": {part: digest(documents) for part, documents in shared.items()},
+            "tokens": {part: sum(map(len, documents)) for part, documents in shared.items()},
         }
         for variant in experiment.variants:
             for steps in self._budgets:
@@ -218,7 +222,7 @@ class Benchmark:
     def _record(self, run: Run, *, measured: bool = True) -> Record:
         """A run's record, from its file where there is one; with or without measures of the test data."""
         done = self._done(run)
-        if done is not None and (not measured or "dev_loss" not in done["result"] or is_measured(done)):
+        if done is not None and (not measured or "dev_loss" not in done["result"] or self._is_measured(done)):
             return done
         print(f"{one_line(run.name)} …", flush=True)
         try:
@@ -250,19 +254,20 @@ class Benchmark:
         trained = trainable(self._base, run.variant.kind, run.candidate.config)
         program = self._compiled(run, self._base if trained is None else trained.model)
         if trained is None:
-            return {
-                "parameters": 0,
-                "dev_loss": program.evaluation.dev_loss({}),
-            } | program.evaluation.measure({})
+            result = {"parameters": 0, "dev_loss": program.evaluation.dev_loss({})}
+            return result | self._measures(program, {})
         if run.name == self._best.name and (done := self._done(run)) is not None:
             adapters, result = self._best.adapters, done["result"]
         else:
             adapters, result = self._train(run, trained, program)
         if result["dev_loss"] < self._best.dev_loss:
             self._best = Best(run.name, result["dev_loss"], adapters)
-        if measured:
-            result |= program.evaluation.measure(adapters)
-        return result
+        return result | self._measures(program, adapters) if measured else result
+
+    def _measures(self, program: Program, adapters: Any) -> Record:
+        """What the table says of the model with these adapters."""
+        found = program.evaluation.measure(adapters)
+        return found if self._other is None else found | {"other": self._other}
 
     def _train(self, run: Run, trained: Adapted | Full, program: Program) -> tuple[Any, Record]:
         """What a run trains, and what is known of it without the test data."""
@@ -283,7 +288,7 @@ class Benchmark:
         key = json.dumps([run.variant.label, shape], sort_keys=True)
         if key not in self._programs:
             texts = self._texts[run.variant.structure]
-            evaluation = Evaluation(model, texts["dev"], texts["test"], self._experiment, self._tokenizer)
+            evaluation = Evaluation(model, texts, self._experiment, self._tokenizer)
             self._programs[key] = Program(Runner(self._rows(texts["train"])), evaluation)
         return self._programs[key]
 
@@ -314,6 +319,9 @@ class Benchmark:
             )
         return record
 
+    def _is_measured(self, record: Record) -> bool:
+        return is_measured(record) and self._other in (None, record["result"].get("other"))
+
     def _file(self, run: Run) -> Path:
         return self._directory / f"{run.name}.json"
 
@@ -328,21 +336,25 @@ def _places(first: int, steps: int) -> set[int]:
 
 
 def _texts(experiment: Experiment, data_dir: Path | None) -> dict[str, list[Example]]:
-    """The documents to train on, to choose settings by, and to report on."""
+    """The documents to train on, to choose settings by, to report on, and of another kind."""
 
     def source(data: str) -> str:
         if data_dir is None or data in (PYTHON_STDLIB, PYTHON_DOCSTRINGS):
             return data
         return str(data_dir / data)
 
-    train_data = source(experiment.train_data)
-    train, held_out = (load_documents(train_data, split) for split in ("train", "eval"))
+    train, held_out = (load_documents(source(experiment.train_data), split) for split in ("train", "eval"))
+    texts = {"train": train, "dev": held_out}
     if experiment.test_data is not None:
-        return {"train": train, "dev": held_out, "test": load_documents(source(experiment.test_data))}
-    if len(held_out) < 2:
+        texts["test"] = load_documents(source(experiment.test_data))
+    elif len(held_out) < 2:
         raise ConfigError(
             "Without test data, half of the held-out documents are tested on.",
             f"{experiment.train_data}: {len(held_out)} held out",
             "Give --test-data.",
         )
-    return {"train": train, "dev": held_out[::2], "test": held_out[1::2]}
+    else:
+        texts |= {"dev": held_out[::2], "test": held_out[1::2]}
+    if experiment.other_data is not None:
+        texts["other"] = load_documents(source(experiment.other_data), "eval")
+    return texts

@@ -71,6 +71,7 @@ class Experiment:
         train_data: what is adapted on: a file, a glob, a Hub dataset, python-stdlib or python-docstrings.
             About 5 % of it is held out, by which settings are chosen.
         test_data: what is reported on, and nothing is chosen by; None: half of what is held out.
+        other_data: data of another kind, whose held-out part shows what is forgotten; None leaves it out.
         methods: {label: settings}: of :class:`HyLoRADAConfig`, the method being the label where none is
             given; or the labels base and full. Further: ``"structure": "code"``, and a ``grid``, whose
             settings are added to those of all or take their place.
@@ -86,7 +87,7 @@ class Experiment:
         batch_size: rows per step.
         seq_len: tokens per row, in training and in every measure.
         train_tokens: of the training data, about so many, spread evenly; None takes all.
-        dev_tokens: of the held-out data, about so many.
+        dev_tokens: of the held-out data, about so many; as many of other_data.
         test_tokens: of the test data, about so many.
         retrieval_samples: facts at each depth of the retrieval probe; 0 leaves it out.
         report_on: "all" runs the test data is measured, or of each search "chosen" ones alone: at the smaller
@@ -103,6 +104,7 @@ class Experiment:
     model: str = "smollm2-135m"
     train_data: str = PYTHON_STDLIB
     test_data: str | None = None
+    other_data: str | None = None
     methods: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=lambda: {name: {} for name in ("lora", "dora", "lorada", "hylorada")}
     )

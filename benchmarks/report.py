@@ -69,14 +69,15 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
         raise ConfigError(
             f"A method of the table is one of {', '.join(labels)}.", repr(against), "Choose one."
         )
-    placed, probed = (
+    placed, other, probed = (
         all(name in run["result"] for row in rows for run in row.runs)
-        for name in ("lim_perplexity", "retrieval")
+        for name in ("lim_perplexity", "other_perplexity", "retrieval")
     )
     searched = list(dict.fromkeys(name for row in rows for name in row.point if name != "learning_rate"))
     heads = ["method", "parameters", "rate", *searched, "PPL"]
     heads += [f"PPL − {against}"] if against is not None else []
-    heads += (["LiM PPL", "middle / ends"] if placed else []) + (["found"] if probed else [])
+    heads += (["LiM PPL", "middle / ends"] if placed else []) + (["other PPL"] if other else [])
+    heads += ["found"] if probed else []
     heads += ["step, s", "tokens/s", "memory, MB"]
     lines = [heads]
     seeds = _seeds(rows)
@@ -98,6 +99,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
             plus_minus(row.values("perplexity"), 2),
             *([_difference(row, labels[against])] if against is not None else []),
             *(_places(row) if placed else []),
+            *([plus_minus(row.values("other_perplexity"), 2)] if other else []),
             *([plus_minus([mean(found) for found in row.values("retrieval")], 2)] if probed else []),  # type: ignore[arg-type]
             *(
                 f"{scale * statistics.median(row.values(name)):,.{digits}f}" if trained else ""
@@ -131,10 +133,11 @@ def caption(rows: Sequence[Row]) -> str:
     loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
     load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
     test = settings["test_data"] or "the other half of what was held out"
+    other = f"; other PPL, of the held-out part of {result['other']['data']}" if "other" in result else ""
     return (
         f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
-        f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens. "
+        f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens{other}. "
         f"Mean ± standard deviation over {_seeds(rows)} "
         f"seeds, not over other text; {_rates(rows)}. Step, tokens/s: medians on "
         f"{_devices(rows)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."

@@ -46,7 +46,8 @@ ADAPTER = {"lora_plus_enabled": True}
 def experiment(directory, **changes):
     settings = {
         "name": "tiny", "model": str(directory), "train_data": "texts.txt", "test_data": "test.txt",
-        "methods": METHODS, "adapter": ADAPTER, "grid": {"learning_rate": [1e-2, 1e-4]}, "seeds": [3, 4],
+        "other_data": "texts.txt", "methods": METHODS, "adapter": ADAPTER,
+        "grid": {"learning_rate": [1e-2, 1e-4]}, "seeds": [3, 4],
         "steps": 3, "seq_len": 24, "dev_tokens": 48, "test_tokens": 96,
     }  # fmt: skip
     return settings | changes
@@ -109,7 +110,11 @@ def test_the_base_models_numbers_are_those_of_the_evaluation(done, tiny):  # noq
     base = load_model(tiny)
     tokens = tokenize(load_documents(tiny / "test.txt"), load_tokenizer(tiny))
     expected = evaluate_perplexity(base, tokens, seq_len=24, max_tokens=96, progress=False)
-    assert records(done)["base.json"]["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    found = records(done)["base.json"]["result"]
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    other = tokenize(load_documents(tiny / "texts.txt", "eval"), load_tokenizer(tiny))
+    expected = evaluate_perplexity(base, other, seq_len=24, stride=24, max_tokens=48, progress=False)
+    assert found["other_perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
 
 
 def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -281,8 +286,9 @@ def test_of_completions_the_answers_count(tiny, tmp_path):  # noqa: F811
             {"prompt": f"the quick brown {n}", "completion": " jumps over the lazy dog"} for n in range(30)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    changes = {"train_data": "train.jsonl", "test_data": "test.jsonl", "methods": {"base": {}, "lora": {}}}
-    settings = Experiment(**experiment(tiny, **changes, test_tokens=10**6))
+    changes = {"train_data": "train.jsonl", "test_data": "test.jsonl", "other_data": None}
+    methods = {"base": {}, "lora": {}}
+    settings = Experiment(**experiment(tiny, **changes, methods=methods, test_tokens=10**6))
     Benchmark(settings, tmp_path / "tiny", tmp_path, "a test", keep_adapters=True).run()
     documents = tokenize(load_documents(tmp_path / "test.jsonl"), load_tokenizer(tiny))
     (adapter,) = (tmp_path / "tiny" / "adapters").glob("lora-*rate0.01-seed4")

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,8 +116,8 @@ class Evaluation:
 
     Args:
         model: one of them: an adapted model or a base model.
-        dev: held-out text, by which settings are chosen.
-        test: the text to report on.
+        texts: held-out text, by which settings are chosen ("dev"), that to report on ("test"), and where the
+            experiment has it, one of another kind ("other").
         experiment: how much of them, in what windows.
         tokenizer: the model's.
     """
@@ -125,21 +125,28 @@ class Evaluation:
     def __init__(
         self,
         model: Any,
-        dev: Sequence[TokenizedDocument],
-        test: Sequence[TokenizedDocument],
+        texts: Mapping[str, Sequence[TokenizedDocument]],
         experiment: Experiment,
         tokenizer: Tokenizer,
     ) -> None:
         self._sweep = loss_sweep(model)
-        self._test, self._experiment, self._tokenizer = test, experiment, tokenizer
+        self._test, self._experiment, self._tokenizer = texts["test"], experiment, tokenizer
         self._options: dict[str, Any] = {"seq_len": experiment.seq_len, "batch_size": experiment.batch_size}
-        self._dev = PerplexityEvaluator(
-            self._sweep, dev, stride=experiment.seq_len, max_tokens=experiment.dev_tokens, **self._options
-        )
+        self._held_out = {
+            part: PerplexityEvaluator(
+                self._sweep,
+                texts[part],
+                stride=experiment.seq_len,
+                max_tokens=experiment.dev_tokens,
+                **self._options,
+            )
+            for part in ("dev", "other")
+            if part in texts
+        }
 
     def dev_loss(self, adapters: Any) -> float:
         """The held-out loss, in nats; a NonFiniteError where it is NaN or infinite."""
-        return self._dev(adapters, progress=False).loss
+        return self._held_out["dev"](adapters, progress=False).loss
 
     def measure(self, adapters: Any) -> dict[str, Any]:
         """What the table says of the model with these adapters.
@@ -168,6 +175,9 @@ class Evaluation:
                 "lim_ends": by_place.ends,
                 "lim_sequences": by_place.sequences,
             }
+        if "other" in self._held_out:
+            other = self._held_out["other"](adapters, progress=False)
+            result["other_perplexity"] = other.perplexity
         if experiment.retrieval_samples:
             samples = experiment.retrieval_samples
             found = evaluate_retrieval(self._sweep.model, self._tokenizer, samples=samples, **options)
