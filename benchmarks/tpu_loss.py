@@ -43,10 +43,10 @@ def main(*, output: Path) -> None:
     refuse_unusable(output)
     use_libtpu()
     from benchmarks import tpu_programs
-    from hylorada_jax.math.loss import chunk_tokens, kernel_tokens
+    from hylorada_jax.math.loss import chunk_tokens
     from hylorada_jax.models.decoder_config import DecoderConfig
     from hylorada_jax.models.source import find_source
-    from hylorada_jax.planning.programs import topology_devices
+    from hylorada_jax.planning.programs import loss_chunk, mesh_of_devices, topology_devices
     from parity_tests.environment import environment
 
     device = topology_devices("v5e:2x2")[0]
@@ -60,7 +60,7 @@ def main(*, output: Path) -> None:
         kernel = tpu_programs.compile_loss(vocab, width, None, device, tokens=tokens)
         losses[f"{vocab} × {width}"] = {"kernel": kernel, "chosen": chosen, "chunks": found}
     config = DecoderConfig.from_hf(find_source(MODEL, config_only=True).config)
-    size = kernel_tokens(tokens, config.hidden_size)
+    size = loss_chunk(config, tokens, mesh_of_devices([device]))
     chunks, scored = math.ceil(tokens / size), scored_tokens()
     turns = sum(math.ceil(count / size) for count in scored) / len(scored)
     step = tpu_programs.compiled_step("lora", config, [device], batch_size=BATCH_SIZE, seq_len=SEQ_LEN)

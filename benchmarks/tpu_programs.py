@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.config import METHODS, QKVO, HyLoRADAConfig
-from hylorada_jax.math.loss import chunk_tokens, kernel_tokens, token_nll
+from hylorada_jax.math.loss import chosen_chunks, token_nll
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.placement.placement import Placement
@@ -65,7 +65,8 @@ def compile_step(
     rows = {"batch_size": batch_size, "seq_len": seq_len}
     compiled = compiled_step(method, config, devices, **rows, remat=remat)
     tokens = batch_size * seq_len // len(devices)
-    return record(compiled, turns=math.ceil(tokens / kernel_tokens(tokens, config.hidden_size)))
+    size = programs.loss_chunk(config, tokens, programs.mesh_of_devices(devices))
+    return record(compiled, turns=math.ceil(tokens / size))
 
 
 def compiled_step(
@@ -103,14 +104,15 @@ def compile_loss(vocab: int, width: int, chunk: int | None, device: Any, *, toke
     """
     shapes = [((1, tokens, width), "bfloat16"), ((vocab, width), "bfloat16"), ((1, tokens), "int32")]
     arguments = _on(_mesh([device]), [jax.ShapeDtypeStruct(*each) for each in shapes])
+    elements = chunk and chunk * vocab
 
     def total(*arrays: jax.Array) -> jax.Array:
-        return token_nll(*arrays, chunk_elements=chunk and chunk * vocab).sum()
+        return token_nll(*arrays, chunk_elements=elements).sum()
 
     mesh = _mesh([device]).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):  # by which the kernel knows the platform
         compiled = jax.jit(jax.value_and_grad(total)).lower(*arguments).compile()
-    size = chunk_tokens(tokens, vocab, chunk * vocab) if chunk else kernel_tokens(tokens, width)
+        size = chosen_chunks(tokens, (vocab, width), jnp.bfloat16, elements).size
     return record(compiled, turns=math.ceil(tokens / size))
 
 

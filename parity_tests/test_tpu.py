@@ -100,7 +100,7 @@ from hylorada_jax.math.attention import attention
 for topology in ("v3:2x2", "v4:2x2x1"):
     device = get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     compile_attention(attention, [device], length=256, head_dim=64)
-    compile_loss(4096, 2048, None, device, tokens=1024)
+    print(compile_loss(32_768, 256, None, device, tokens=2048)["flops"])
 """
 
 
@@ -110,6 +110,9 @@ def test_old_tpus_get_no_kernel_that_they_do_not_take():
     require_libtpu()
     run = subprocess.run([sys.executable, "-c", OLD_TPUS], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
+    # All turns of the loss are counted: two products with the head, and a few operations for every logit.
+    products = 2 * 2 * 2048 * 32_768 * 256
+    assert all(1 < float(flops) / products < 1.1 for flops in run.stdout.split())
 
 
 # A step of a model with experts, and of one whose MLP is as wide as the experts that a token has.

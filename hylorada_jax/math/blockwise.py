@@ -33,22 +33,38 @@ from hylorada_jax.math.blocks import (
     find_visits,
 )
 from hylorada_jax.math.pattern import Pattern
-from hylorada_jax.math.relative_bias import all_buckets, few_buckets
+from hylorada_jax.math.relative_bias import all_buckets, band, bias_of_offsets, few_buckets
 
 # Tokens of a block, at most.
 BLOCK = 256
 
 
-# A block's bias as a function of the table; None: there is none.
-_Bias = Callable[[Array | None], Array] | None
+class _Bias(NamedTuple):
+    """The bias of a block.
+
+    Attributes:
+        of: of what is read for it.
+        read: the table, or the line that the block needs.
+    """
+
+    of: Callable[[Array], Array]
+    read: Array
 
 
 class _Setting(NamedTuple):
-    """What is the same in all blocks, and static."""
+    """What is the same in all blocks, and static.
+
+    Attributes:
+        scale: of the logits.
+        soft_cap: of the logits.
+        causal: whether later keys are hidden.
+        banded: the bias comes as lines, of which each pair of blocks reads one; else as the table.
+    """
 
     scale: float
     soft_cap: float | None
     causal: bool
+    banded: bool
 
 
 def blockwise_attention(
@@ -83,15 +99,16 @@ def blockwise_attention(
     batch, length, heads, head_dim = query.shape
     kv_heads, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
     of_queries, of_keys = block_size(length, BLOCK), block_size(key.shape[1], BLOCK)
-    table = None
+    bias, banded = None, pattern.own and pattern.counted
     if position_bias is not None:
-        table = jnp.broadcast_to(position_bias.astype(dtype), (len(position_bias), heads))
+        bias = jnp.broadcast_to(position_bias.astype(dtype), (len(position_bias), heads))
+        bias = _lines(bias, of_queries, -(-length // of_queries)) if banded else bias
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     out, seen = _attend(
-        _Setting(scale, soft_cap, pattern.causal),
+        _Setting(scale, soft_cap, pattern.causal, banded),
         cut(jnp.moveaxis(grouped, 1, 3), 3, of_queries),
         *(cut(jnp.moveaxis(x, 1, 2), 2, of_keys) for x in (key, value)),
-        table,
+        bias,
         cut_pattern(pattern, of_queries, of_keys),
     )
     # [blocks, batch, kv_heads, group, block, head_dim] → [batch, query, heads, head_dim]
@@ -102,22 +119,46 @@ def blockwise_attention(
     return jnp.where(seen, rows, mean)
 
 
+def _lines(table: Array, size: int, blocks: int) -> Array:
+    """The bias of a row's offsets by how far two blocks are apart [2·blocks − 1, heads, 2·size].
+
+    Of each it has the offsets k − q in order, as :func:`band` reads them.
+    """
+    length = size * blocks
+    line = bias_of_offsets(table, jnp.arange(length - 1, -length - 1, -1, dtype=jnp.int32))
+    pieces = cut(line, 1, size)
+    return jnp.concatenate([pieces[:-1], pieces[1:]], axis=2)
+
+
+def _line(lines: Array, i: Array, j: Array) -> Array:
+    """Which line blocks i of the queries and j of the keys read."""
+    return len(lines) // 2 + j - i
+
+
 def _by_distance(
-    run: Callable[[_Bias], Any],
-    table: Array | None,
+    setting: _Setting,
+    run: Callable[[_Bias | None], Any],
+    bias: Array | None,
     block: Pattern,
-    rank: Array,
-    few: Array,
+    visit: Visits,
+    i: Array,
+    j: Array,
 ) -> Any:
-    """``run`` with a block's bias as a function of the table, by the formula that suits the block.
+    """``run`` with the bias of blocks i of the queries and j of the keys, by the formula that suits them.
 
     All of the block's work is in the branch, so that compilers fuse the bias into it.
     """
-    if table is None:
+    if bias is None:
         return run(None)
+    batch, size = block.query_positions.shape
+    if setting.banded:
+        heads = bias.shape[1]
+        in_rows = lambda line: jnp.broadcast_to(band(line), (batch, heads, size, size))
+        # By their numbers: XLA would not vectorise what reads by an index that it looks up.
+        return run(_Bias(in_rows, bias[_line(bias, i, j)]))
     at = {"query_positions": block.query_positions, "key_positions": block.key_positions}
-    far, near = functools.partial(few_buckets, rank=rank, **at), functools.partial(all_buckets, **at)
-    return lax.cond(few, lambda: run(far), lambda: run(near))
+    far, near = functools.partial(few_buckets, rank=visit.rank[j], **at), functools.partial(all_buckets, **at)
+    return lax.cond(visit.few[j], lambda: run(_Bias(far, bias)), lambda: run(_Bias(near, bias)))
 
 
 def _scores(setting: _Setting, query: Array, key: Array) -> Array:
@@ -134,7 +175,7 @@ def _heads_as_one(x: Array) -> Array:
 
 
 def _forward(
-    setting: _Setting, query: Array, key: Array, value: Array, table: Array | None, sides: Sides
+    setting: _Setting, query: Array, key: Array, value: Array, bias: Array | None, sides: Sides
 ) -> tuple[Array, Array, Array]:
     """The attended values, whether a query sees a key at all, and lse; by blocks of queries."""
     of_queries, of_keys, window = sides
@@ -142,17 +183,18 @@ def _forward(
     dtype, shape = jnp.promote_types(query.dtype, jnp.float32), query.shape[1:]
     per_row, lowest = _heads_as_one(jnp.zeros(shape[:-1], dtype)), jnp.finfo(dtype).min
 
-    def per_block(_: None, x: tuple[Array, Tokens, Visits]) -> tuple[None, tuple[Array, ...]]:
-        q, queries, visit = x
+    def per_block(_: None, x: tuple[Array, Array, Tokens, Visits]) -> tuple[None, tuple[Array, ...]]:
+        i, q, queries, visit = x
 
         def step(j: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
             k, v, keys = jax.tree.map(lambda x: x[j], (key, value, of_keys))
             block = block_pattern(queries, keys, window, causal=setting.causal)
 
-            def run(bias: _Bias) -> tuple[Array, ...]:
+            def run(own: _Bias | None) -> tuple[Array, ...]:
                 peak, mass, total = state
                 scores, mask = _scores(setting, q, k), block.mask()
-                scores = jnp.where(mask, scores if bias is None else scores + bias(table), lowest)
+                scores = scores if own is None else scores + own.of(own.read)
+                scores = jnp.where(mask, scores, lowest)
                 above = jnp.maximum(peak, scores.max(axis=-1))
                 rescale = jnp.exp(peak - above)
                 p = jnp.where(mask, jnp.exp(scores - above[..., None]), 0)
@@ -161,7 +203,7 @@ def _forward(
                 total = total * rescale.reshape(*shape[:-1], 1) + weighted
                 return above, mass * rescale + p.sum(axis=-1), total
 
-            return _by_distance(run, table, block, visit.rank[j], visit.few[j])
+            return _by_distance(setting, run, bias, block, visit, i, j)
 
         state = jnp.full_like(per_row, lowest), per_row, jnp.zeros(shape, dtype)
         peak, mass, total = lax.fori_loop(visit.first, visit.end, step, state)
@@ -170,16 +212,16 @@ def _forward(
         out = total / mass.reshape(*shape[:-1], 1)
         return None, (out.astype(query.dtype), seen[:, 0], peak + jnp.log(mass))
 
-    _, (out, seen, lse) = lax.scan(per_block, None, (query, of_queries, visits))
+    _, (out, seen, lse) = lax.scan(per_block, None, (jnp.arange(len(query)), query, of_queries, visits))
     return out, seen, lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    setting: _Setting, query: Array, key: Array, value: Array, table: Array | None, sides: Sides
+    setting: _Setting, query: Array, key: Array, value: Array, bias: Array | None, sides: Sides
 ) -> tuple[Array, Array]:
     """The attended values, and whether a query sees a key at all; all arrays are cut into blocks."""
-    return _forward(setting, query, key, value, table, sides)[:2]
+    return _forward(setting, query, key, value, bias, sides)[:2]
 
 
 def _keep(setting: _Setting, *arguments: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
@@ -188,45 +230,47 @@ def _keep(setting: _Setting, *arguments: Any) -> tuple[tuple[Array, Array], tupl
 
 
 def _backward(setting: _Setting, kept: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    query, key, value, table, sides, out, lse = kept
+    query, key, value, bias, sides, out, lse = kept
     of_queries, of_keys, window = sides
     visits = find_visits(*sides, causal=setting.causal)
     dtype, shape = jnp.promote_types(query.dtype, jnp.float32), query.shape[1:]
     product = functools.partial(jnp.einsum, preferred_element_type=dtype)
 
     def per_block(sums: tuple[Any, ...], x: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
-        q, g, out, lse, queries, visit = x
+        i, q, g, out, lse, queries, visit = x
         delta = _heads_as_one((g.astype(dtype) * out.astype(dtype)).sum(axis=-1))
 
         def step(j: Array, sums: tuple[Any, ...]) -> tuple[Any, ...]:
             k, v, keys = jax.tree.map(lambda x: x[j], (key, value, of_keys))
             block = block_pattern(queries, keys, window, causal=setting.causal)
 
-            def run(bias: _Bias) -> tuple[Any, ...]:
+            def run(own: _Bias | None) -> tuple[Any, ...]:
                 capped = _scores(setting, q, k)
-                added, pull = (0, None) if bias is None else jax.vjp(bias, table)
+                added, pull = (0, None) if own is None else jax.vjp(*own)
                 p = jnp.where(block.mask(), jnp.exp(capped + added - lse[..., None]), 0)
                 dp = _heads_as_one(product("bkgqd,bksd->bkgqs", g, v))
                 ds = p * (dp - delta[..., None])
-                dtable = None if pull is None else pull(ds)[0]
+                dbias = None if pull is None else pull(ds)[0]
                 if setting.soft_cap is not None:
                     ds = ds * (1 - jnp.square(capped / setting.soft_cap))
                 p = p.astype(g.dtype).reshape(*shape[:-1], -1)
                 ds = (setting.scale * ds).astype(k.dtype).reshape(p.shape)
                 dq, dk = product("bkgqs,bksd->bkgqd", ds, k), product("bkgqs,bkgqd->bksd", ds, q)
-                return dq, dk, product("bkgqs,bkgqd->bksd", p, g), dtable
+                return dq, dk, product("bkgqs,bkgqd->bksd", p, g), dbias
 
-            dq, dk, dv, dtable = _by_distance(run, table, block, visit.rank[j], visit.few[j])
-            dqs, dks, dvs, dtables = sums
-            return dqs + dq, dks.at[j].add(dk), dvs.at[j].add(dv), jax.tree.map(jnp.add, dtables, dtable)
+            dq, dk, dv, dbias = _by_distance(setting, run, bias, block, visit, i, j)
+            dqs, dks, dvs, dbiases = sums
+            if dbiases is not None:
+                dbiases = dbiases.at[_line(dbiases, i, j)].add(dbias) if setting.banded else dbiases + dbias
+            return dqs + dq, dks.at[j].add(dk), dvs.at[j].add(dv), dbiases
 
         dq, *sums = lax.fori_loop(visit.first, visit.end, step, (jnp.zeros(shape, dtype), *sums))
         return tuple(sums), dq.astype(query.dtype)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (key, value, table))
-    blocks = query, cotangents[0], out, lse, of_queries, visits
-    (dk, dv, dtable), dq = lax.scan(per_block, zeros, blocks)
-    return dq, dk.astype(key.dtype), dv.astype(value.dtype), dtable, None
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (key, value, bias))
+    blocks = jnp.arange(len(query)), query, cotangents[0], out, lse, of_queries, visits
+    (dk, dv, dbias), dq = lax.scan(per_block, zeros, blocks)
+    return dq, dk.astype(key.dtype), dv.astype(value.dtype), dbias, None
 
 
 _attend.defvjp(_keep, _backward)

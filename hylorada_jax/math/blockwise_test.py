@@ -85,9 +85,11 @@ def difference(got, expected):
     )
 
 
+COUNTED = {"own": True, "counted": True}
 CASES = {
     "one block less than full": {"queries": 5, "keys": 5, "heads": 6, "kv_heads": 1},
-    "documents, bias": {"documents": True, "daa": True, "head_dim": 6},
+    "documents, counted bias": {"documents": True, "daa": True, "head_dim": 6, **COUNTED},
+    "both ways, counted bias, cap": {"causal": False, "daa": True, "columns": 1, "soft_cap": 2.0, **COUNTED},
     "padding left, window, cap": {"padding": "left", "window": 11, "soft_cap": 1.5, "daa": True},
     "padding right, shared bias": {"padding": "right", "daa": True, "columns": 1, "kv_heads": 4},
     "padding anywhere, documents, window": {"padding": "anywhere", "documents": True, "window": 5},
@@ -154,7 +156,7 @@ def test_a_hidden_block_is_not_visited():
 def test_under_vmap_scan_and_remat():
     """Rows one by one under vmap are the rows of a batch; layers under a rematerialised scan, a loop."""
     with jax.enable_x64(True):
-        leaves, pattern = draw(documents=True, padding="right", daa=True, window=13)
+        leaves, pattern = draw(documents=True, padding="right", daa=True, window=13, **COUNTED)
         leaves = jax.tree.map(jnp.asarray, leaves)
         daa = DAA(*(leaves[name] for name in DAA._fields))
         qkv = [leaves[name] for name in QKV]
@@ -170,7 +172,7 @@ def test_under_vmap_scan_and_remat():
         expected = run(leaves["query"], leaves["key"], leaves["value"], pattern, "dense")
 
         def row(query, key, value, positions, valid, documents):
-            facts = {"key_valid": valid[None], "segment_ids": documents[None], "window": 13}
+            facts = {"key_valid": valid[None], "segment_ids": documents[None], "window": 13, "counted": True}
             pattern = Pattern.of_rows(positions[None], **facts)
             return run(query[None], key[None], value[None], pattern, "blockwise")[0]
 
@@ -260,7 +262,7 @@ from hylorada_jax.math import blockwise
 from hylorada_jax.math.blockwise_test import CASES, QKV, draw, results
 from hylorada_jax.math.attention import DAA, attention
 blockwise.BLOCK = 8
-leaves, pattern = draw(batch=8, documents=True, daa=True)
+leaves, pattern = draw(batch=8, documents=True, daa=True, own=True, counted=True)
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "heads"))
 on = lambda *axes: lambda x: jax.device_put(np.asarray(x, np.float32) if x.dtype == float else x,
                                             NamedSharding(mesh, P(*axes)))

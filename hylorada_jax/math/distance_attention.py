@@ -11,7 +11,7 @@ from hylorada_jax.math.distance_kernels import HIDDEN, attended
 from hylorada_jax.math.kernel_grid import Settings
 from hylorada_jax.math.kernel_rows import block_length, in_shards, padded_rows
 from hylorada_jax.math.pattern import Pattern
-from hylorada_jax.math.relative_bias import relative_bias
+from hylorada_jax.math.relative_bias import bias_of_offsets
 
 
 def distance_attention(
@@ -63,8 +63,7 @@ def distance_attention(
     distances = jnp.arange(-settings.origin(long), long, dtype=jnp.int32)
     bias = jnp.zeros((1, distances.size), jnp.float32)
     if position_bias is not None:
-        table = position_bias.astype(jnp.float32)
-        bias = relative_bias(table, distances[None], jnp.zeros((1, 1), jnp.int32))[0, :, :, 0]
+        bias = bias_of_offsets(position_bias.astype(jnp.float32), distances)
     limit = jnp.asarray(long if window is None else window, jnp.int32)
     visible = (distances < limit) & ((distances >= 0) | (not causal))
     bias = jnp.broadcast_to(jnp.where(visible, bias, HIDDEN), (heads, distances.size))

@@ -1,11 +1,12 @@
 """Logits, and cross-entropy of the tokens that are scored, in chunks: all logits never exist at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.kernel_rows import tpu_kind
@@ -82,12 +83,48 @@ def token_nll(
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (the idea of never
     materialising the logits); the gradient on the forward pass as in Liger Kernel, Hsu et al. 2024.
     """
-    if kernel is None:
-        kernel = chunk_elements is None and hidden.dtype == jnp.bfloat16 and _kernel_fits(tpu_kind())
-    tokens, vocab = targets.shape[1], head.shape[0]
-    part = chunk_tokens(tokens, vocab, chunk_elements)
-    chunks = Chunks(kernel_tokens(tokens, hidden.shape[2]) if kernel else part, part, kernel)
+    chunks = chosen_chunks(targets.shape[1], head.shape, hidden.dtype, chunk_elements, kernel)
     return _token_nll(hidden, head, targets, chunks, soft_cap)
+
+
+class Chunks(NamedTuple):
+    """How the tokens are taken.
+
+    Attributes:
+        size: tokens of a chunk.
+        part: of how many of them all logits may exist.
+        kernel: by the kernel.
+    """
+
+    size: int
+    part: int
+    kernel: bool
+
+
+def chosen_chunks(
+    tokens: int,
+    head: Sequence[int],
+    dtype: DTypeLike,
+    chunk_elements: int | None = None,
+    kernel: bool | None = None,
+) -> Chunks:
+    """How :func:`token_nll` takes a group's tokens on the platform that is traced for.
+
+    Args:
+        tokens: of a group.
+        head: the head's shape, vocab and d.
+        dtype: of the hidden states.
+        chunk_elements: see :func:`token_nll`.
+        kernel: see there.
+
+    Example:
+        >>> chosen_chunks(4096, (151_936, 1024), jnp.bfloat16, kernel=True)
+        Chunks(size=1024, part=410, kernel=True)
+    """
+    if kernel is None:
+        kernel = chunk_elements is None and jnp.dtype(dtype) == jnp.bfloat16 and _kernel_fits(tpu_kind())
+    part = chunk_tokens(tokens, head[0], chunk_elements)
+    return Chunks(kernel_tokens(tokens, head[1]) if kernel else part, part, kernel)
 
 
 def chunk_tokens(tokens: int, vocab: int, chunk_elements: int | None = None) -> int:
@@ -122,20 +159,6 @@ def kernel_tokens(tokens: int, width: int) -> int:
 def _kernel_fits(kind: str | None) -> bool:
     """Whether a TPU's fast memory holds what the kernel takes: until v4 it was 32 MiB at most."""
     return kind is not None and not kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
-
-
-class Chunks(NamedTuple):
-    """How the tokens are taken.
-
-    Attributes:
-        size: tokens of a chunk.
-        part: of how many of them all logits may exist.
-        kernel: by the kernel.
-    """
-
-    size: int
-    part: int
-    kernel: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -68,6 +68,44 @@ def selected(table: Array, query_positions: Array, key_positions: Array) -> Arra
     return bias
 
 
+def bias_of_offsets(
+    position_bias: Float[Array, "buckets heads"], offsets: Int[Array, " offsets"]
+) -> Float[Array, "heads offsets"]:
+    """:func:`relative_bias` of offsets q − k, one of each.
+
+    Args:
+        position_bias: see :func:`relative_bias`.
+        offsets: q − k.
+
+    Example:
+        >>> table = jnp.arange(64.0)[:, None]
+        >>> bias_of_offsets(table, jnp.array([-1, 0, 20])).tolist()
+        [[33.0, 0.0, 16.0]]
+    """
+    return relative_bias(position_bias, offsets[None], jnp.zeros((1, 1), jnp.int32))[0, :, :, 0]
+
+
+def band(line: Float[Array, "heads twice_block"]) -> Float[Array, "heads block block"]:
+    """The bias of a block whose tokens stand side by side: what lies on one diagonal is one number.
+
+        band[h, q, k] = line[h, block − 1 + k − q]
+
+    Rows of the line, one longer than the rows they are cut into, lie one further to the right each time. So
+    it takes no lookup, and its gradient is a sum of columns.
+
+    Args:
+        line: the bias of k − q from 1 − block on; the last one is not read.
+
+    Example:
+        >>> band(jnp.array([[1.0, 2.0, 3.0, 4.0]])).tolist()
+        [[[2.0, 3.0], [1.0, 2.0]]]
+    """
+    heads, twice = line.shape
+    block = twice // 2
+    rows = jnp.broadcast_to(line[:, None], (heads, block, twice)).reshape(heads, -1)
+    return rows[:, :-block].reshape(heads, block, twice - 1)[:, :, block - 1 :]
+
+
 def offset_rank(offset: Int[Array, "*any"]) -> Int[Array, "*any"]:
     """How many steps of the bias lie at or below an offset q − k.
 

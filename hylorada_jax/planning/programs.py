@@ -17,7 +17,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import ConfigError, DataError
-from hylorada_jax.math.loss import kernel_tokens
+from hylorada_jax.math.loss import chosen_chunks
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -128,6 +128,18 @@ def compiled_step(
         return step.lower(*arguments).compile()
 
 
+def loss_chunk(config: DecoderConfig, tokens: int, mesh: Mesh) -> int:
+    """How many scored tokens the loss of a step in bfloat16 takes in one turn of its loop.
+
+    Args:
+        config: of the base model.
+        tokens: of a microbatch on one device.
+        mesh: that the step is compiled for.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # by which the loss knows the platform
+        return chosen_chunks(tokens, (config.vocab_size, config.hidden_size), jnp.bfloat16).size
+
+
 def figures_of(
     base: CausalLM, adapter: HyLoRADAConfig, seq_len: int, devices: Sequence[Any], case: Case
 ) -> Figures:
@@ -167,7 +179,7 @@ def figures_of(
         compile_seconds=seconds,
     )
     text, tokens = compiled.as_text(), case.rows * seq_len
-    turns = math.ceil(tokens / kernel_tokens(tokens, base.config.hidden_size))
+    turns = math.ceil(tokens / loss_chunk(base.config, tokens, placement.mesh))
     try:
         cost, sent = program_cost(text or "", turns), sent_bytes(collectives(text or "", turns))
     except DataError:  # a program that is written in another way than a TPU's
