@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import safe_open
 from tqdm import tqdm
 
 from hylorada_jax.errors import ModelError
@@ -103,7 +102,7 @@ def write_merged(
     with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress) as bar:
         tensors = []
         for name in names:
-            kept = _dtype_of(source, weights, name) if target is None else target
+            kept = _dtype_of(weights, name) if target is None else target
             pieces = changed.get(name) or partial(unchanged, weights, name)
             rounded = partial(cast, pieces, kept, name, bar.update)
             tensors.append(Tensor(name, weights.shapes[name], kept, rounded))
@@ -155,11 +154,8 @@ def _is_constant(name: str, weights: Weights) -> bool:
     return bool(CONSTANTS.search(name)) and not vector
 
 
-def _dtype_of(source: Source, weights: Weights, name: str) -> np.dtype:
-    if source.gguf:
-        return np.dtype(np.float32)
-    with safe_open(weights.file_of(name), framework="numpy") as file:
-        code = file.get_slice(name).get_dtype()
+def _dtype_of(weights: Weights, name: str) -> np.dtype:
+    code = weights.dtypes[name]
     if code not in DTYPES:
         weights.read(name)  # refuses it
     return DTYPES[code]

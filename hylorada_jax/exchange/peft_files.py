@@ -19,6 +19,7 @@ from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
 from hylorada_jax.models.families import family_of
+from hylorada_jax.models.text_part import text_name
 from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -80,7 +81,7 @@ NEW_BASE = (
 
 
 def peft_name(name: str) -> str:
-    """PEFT's name of a tensor of ours.
+    """PEFT's name of a tensor of the model that PEFT has.
 
     Example:
         >>> peft_name("h.0.c_attn.magnitude"), peft_name("h.0.ln_1.weight")
@@ -100,7 +101,7 @@ def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], setting
 
     Args:
         directory: made if it does not exist.
-        tensors: {layer name + "." + leaf name: array}.
+        tensors: {layer name + "." + leaf name: array}, by the names of the model that PEFT has.
         settings: of PEFT's LoraConfig.
 
     Raises:
@@ -128,6 +129,15 @@ class SavedPeft:
     settings: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     names: dict[str, str]
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """The layers that have an A: PEFT's names by ours."""
+        own = {name: theirs for name, theirs in self.names.items() if name.endswith(".lora_A")}
+        return {
+            name.removesuffix(".lora_A"): theirs.removeprefix(_PREFIX).partition(".lora_A")[0]
+            for name, theirs in own.items()
+        }
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Reads the tensors, float32 at least: after ``shapes`` have been compared with what is needed.
@@ -202,6 +212,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             short([f"{key}={shown(value)}" for key, value in unknown.items()]),
             _remedy(unknown),
         )
+    settings["modules_to_save"] = [text_name(name) or name for name in settings["modules_to_save"]]
     return settings
 
 
@@ -218,7 +229,7 @@ def _remedy(unknown: Mapping[str, Any]) -> str:
 
 
 def _our_name(theirs: str, path: Path) -> str:
-    name = theirs.removeprefix(_PREFIX)
+    name = text_name(theirs.removeprefix(_PREFIX)) or theirs
     for ours, ending in _LEAVES.items():
         for known in (ending, f"{ending}.weight"):
             if name.endswith("." + known):

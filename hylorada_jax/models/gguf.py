@@ -275,6 +275,7 @@ class GGUFWeights:
             for hf_name, name in self._names.items()
             if name != "rope_freqs.weight"
         }
+        self.dtypes = dict.fromkeys(self.shapes, "F32")
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""

@@ -122,7 +122,7 @@ def _empty(
         module = DecoderLM(config, check_remat(remat))
         ends = end_tokens(source, config.vocab_size) or config.eos_token_ids
         params = shapes_kept(param_shapes(config, dtype), base_dtype)
-        return CausalLM(module, params, config, source.name, ends)
+        return CausalLM(module, params, config, source.name, ends, source.inside)
     if base_dtype is not None:
         raise ModelError(
             "Only our decoder's weights are kept in int8 or nf4.",
@@ -176,7 +176,9 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype:
 
 def open_weights(source: Source) -> Weights:
     """The tensors of a base model on disk, under Hugging Face's names; none is read yet."""
-    return GGUFWeights(source.gguf) if source.gguf else SafetensorsWeights(source.weights)
+    if source.gguf:
+        return GGUFWeights(source.gguf)
+    return SafetensorsWeights(source.weights, inside=source.inside)
 
 
 def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot], Weights]:

@@ -31,7 +31,8 @@ class RoundedWeights:
             if is_kernel(path)
         }
         self._kernels = {name: shapes[slot.path] for name, slot in slots.items() if slot.path in shapes}
-        self.shapes, self.file_of = self._weights.shapes, self._weights.file_of
+        self.shapes, self.dtypes = self._weights.shapes, self._weights.dtypes
+        self.file_of = self._weights.file_of
 
     def read(self, name: str, part: Part = ()) -> np.ndarray:
         """One tensor, or a part of it."""
