@@ -88,12 +88,12 @@ def write_merged(
     source, trained = find_source(model), saved.base.get("dtype", "")
     if check_weights:
         adapter_files.check_weights(saved.base, {})  # whether it says
-        if not _known(trained):
+        if not known_dtype(trained):
             raise ModelError("Weights on disk are checked in one dtype.", trained, "Leave the check out.")
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
     tokenizer = load_tokenizer(model) if source.gguf else None
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
-    quantised = "+" in trained and _known(trained)
+    quantised = "+" in trained and known_dtype(trained)
     weights = RoundedWeights(source, trained) if quantised else open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
     # A tied head that is written out is a copy of the embedding, which may have been trained.
@@ -117,7 +117,7 @@ def write_merged(
                 (place / "chat_template.jinja").write_text(saved.chat_template, "utf-8")
 
 
-def _known(dtype: str) -> bool:
+def known_dtype(dtype: str) -> bool:
     """Whether an adapter's record of its base's dtype is one that a base can be loaded in."""
     name, *base_dtype = dtype.split("+")
     return name in _NAMES and (not base_dtype or base_dtype[0] in BASE_DTYPES)

@@ -12,9 +12,12 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
+from hylorada_jax.exchange.peft_card import card
 from hylorada_jax.exchange.peft_files import tied_head, write_peft
 from hylorada_jax.leaves import Part, collapsed_kind
+from hylorada_jax.math.quantized import dtype_name
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.families import TOKEN_EMBEDDINGS, family_of
 from hylorada_jax.models.text_part import INSIDE, names_in_peft
 from hylorada_jax.surgery import layout
@@ -39,7 +42,8 @@ def export_peft(
         magnitude in the file = c ⊙ n = (1−β)·m + β·n
 
     LoRA goes as LoRA, DoRA and HyLoRADA as DoRA of that magnitude. Embeddings and norms that were trained go
-    as modules_to_save. Of the text part of a multimodal model the names are those in the whole one.
+    as modules_to_save. Of the text part of a multimodal model the names are those in the whole one. Where the
+    base is quantised, a README.md says how to load it.
 
     Args:
         model: carries the adapter.
@@ -79,7 +83,8 @@ def export_peft(
         embedding = next(name for name in whole if name.split(".")[-2] in TOKEN_EMBEDDINGS)
         whole[tied_head(model.base.config.model_type)] = whole[embedding]
     settings, theirs = _settings(model, linear, list(whole)), names_in_peft(model.base.inside)
-    write_peft(directory, {theirs(name): value for name, value in (made | whole).items()}, settings)
+    named = {theirs(name): value for name, value in (made | whole).items()}
+    write_peft(directory, named, settings, _card(model.base))
 
 
 def effect(model: HyLoRADAModel, component: str, input_ids: Any) -> float:
@@ -199,6 +204,12 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
         "bias": "none",
         "modules_to_save": sorted({theirs(name.rpartition(".")[0]) for name in whole}) or None,
     }
+
+
+def _card(base: BaseModel) -> str | None:
+    """What a user of PEFT must know of a base that is quantised."""
+    dtype = dtype_name(base.params)
+    return card(base.name, dtype) if "+" in dtype else None
 
 
 def _targets(chosen: list[str], names: list[str], inside: bool) -> list[str] | str:

@@ -14,7 +14,8 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.files import user_path
+from hylorada_jax.exchange.peft_card import CARD_NAME
+from hylorada_jax.io.files import kind_of, user_path
 from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
@@ -96,22 +97,37 @@ def tied_head(model_type: str) -> str:
     return f"{family_of(model_type).heads[0]}.weight"
 
 
-def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
+def write_peft(
+    directory: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+    card: str | None = None,
+) -> None:
     """Writes an adapter as PEFT does.
 
     Args:
         directory: made if it does not exist.
         tensors: {layer name + "." + leaf name: array}, by the names of the model that PEFT has.
         settings: of PEFT's LoraConfig.
+        card: the content of README.md; None: there is none.
 
     Raises:
-        CheckpointError: an adapter is already there, or the directory cannot be written.
+        CheckpointError: an adapter, or with a card a README.md, is already there, or the directory cannot be
+            written.
     """
     directory = user_path(directory)
     refuse_existing(directory)
+    if card is not None and kind_of(directory / CARD_NAME):
+        raise CheckpointError(
+            f"The adapter of a quantised base comes with a {CARD_NAME}, which replaces none.",
+            directory,
+            "Choose another directory.",
+        )
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     config = json.dumps(settings, indent=2, ensure_ascii=False).encode()
     write_files(directory, dump_safetensors(named, {"format": "pt"}), config)
+    if card is not None:
+        (directory / CARD_NAME).write_text(card, "utf-8")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.mixture import EXPERTS, each_expert
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import read_quantized, shapes_kept
+from hylorada_jax.models.quantized_elsewhere import refuse_quantized
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
 from hylorada_jax.placement.placement import Placement
@@ -135,6 +136,7 @@ def _empty(
             f"remat={remat!r} for model_type {source.config.get('model_type')!r}",
             f"Leave remat at 'none', or choose a model of type {either(DECODERS)}.",
         )
+    refuse_quantized(source.config)
     return _hf_flax(source).empty_model(source, dtype)
 
 
