@@ -10,7 +10,7 @@ import hylorada_torch
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.exchange.peft_card import CARD_NAME
 from hylorada_jax.exchange.peft_export import export_peft
-from hylorada_jax.math.quantized import plain
+from hylorada_jax.math.quantized import HEAD, as_array, plain
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.loading import load_model
@@ -42,7 +42,7 @@ def test_an_export_says_how_its_base_was_quantised(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "name", "base_dtype"),
-    [("phi3", "hylorada", "nf4"), ("mixtral", "hylorada_v1", "int8")],
+    [("phi3", "hylorada", "nf4"), ("mixtral", "hylorada_v1", "int8+head")],
 )
 def test_a_quantised_base_is_the_reference_on_its_numbers(family, name, base_dtype):
     with measuring("float64"):
@@ -56,6 +56,9 @@ def test_a_quantised_base_is_the_reference_on_its_numbers(family, name, base_dty
                     rounded = torch.tensor(np.asarray(linear.weight(numbers, layer)))
                     assert torch.equal(weight, rounded) == full.endswith(ROUTERS)
                     weight.data.copy_(rounded)
+            head = np.asarray(as_array(base.head({"params": base.params})))
+            assert np.array_equal(head, theirs.lm_head.weight.detach()) != base_dtype.endswith(HEAD)
+            theirs.lm_head.weight.data.copy_(torch.tensor(head))
             reference = hylorada_torch.HyLoRADAModel(theirs, CONFIGS[name])
         pair = Pair(reference, HyLoRADAModel(base, CONFIGS[name]), draw_inputs(family, CONFIGS[name]))
         pair.load(random_adapters(reference, SPREAD))

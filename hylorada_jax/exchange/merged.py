@@ -119,8 +119,8 @@ def write_merged(
 
 def known_dtype(dtype: str) -> bool:
     """Whether an adapter's record of its base's dtype is one that a base can be loaded in."""
-    name, *base_dtype = dtype.split("+")
-    return name in _NAMES and (not base_dtype or base_dtype[0] in BASE_DTYPES)
+    name, _, base_dtype = dtype.partition("+")
+    return name in _NAMES and base_dtype in ("", *BASE_DTYPES)
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:

@@ -5,7 +5,7 @@ PEFT's adapter_config.json has no place for it; PEFT itself writes it into READM
 
 import json
 
-from hylorada_jax.math.quantized import split_name
+from hylorada_jax.math.quantized import HEAD, split_name
 
 CARD_NAME = "README.md"
 _BITS = {
@@ -48,15 +48,16 @@ def card(name: str, dtype: str) -> str:
         >>> print(card("a/b", "bfloat16+int8").splitlines()[5])
         The base model, "a/b", had its linear layers in 8 bits (int8, a scale in bfloat16 for each output)
     """
-    scales, base_dtype = split_name(dtype)
-    assert base_dtype is not None
+    scales, named = split_name(dtype)
+    assert named is not None
+    base_dtype, layers = named.removesuffix(HEAD), "linear layers" + " and its head" * named.endswith(HEAD)
     quoted = json.dumps(name, ensure_ascii=False)
     return f"""---
 base_model: {quoted}
 library_name: peft
 ---
 
-The base model, {quoted}, had its linear layers in {_BITS[base_dtype].format(dtype=scales.name)}
+The base model, {quoted}, had its {layers} in {_BITS[base_dtype].format(dtype=scales.name)}
 when this adapter was trained. {_BASES[base_dtype].format(name=quoted, dtype=scales.name)}
 
 `hylorada merge` writes the very numbers that it was trained on, with the adapter in them.
