@@ -7,6 +7,8 @@ go; data (a generated text, JSON, a table) on a terminal only, and a file or a p
 import re
 import sys
 
+_said: set[str] = set()
+
 MAX_LENGTH = 2000
 """Characters of a part of a message."""
 
@@ -84,6 +86,17 @@ def show(text: str) -> None:
         text: what a model has written, a table, or JSON.
     """
     print(printable(text) if sys.stdout is not None and sys.stdout.isatty() else text)
+
+
+def say_once(line: str) -> None:
+    """Prints a line to stderr, the first time in a process.
+
+    Args:
+        line: printable.
+    """
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr)
 
 
 def _cut(text: str) -> str:

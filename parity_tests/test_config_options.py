@@ -1,13 +1,16 @@
 """No option of a model's config is ignored in silence: another value changes what we read, or is refused."""
 
+import json
 from typing import Any
 
 import pytest
 import transformers
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.families import DECODERS
+from hylorada_jax.models.loading import load_model
 from parity_tests.families import FAMILIES
 
 # What decides no number of these families' forward pass: names in the file, what is for generation, for the
@@ -54,6 +57,19 @@ def another(key: str, value: Any) -> Any:
             return {**value, "an unknown key": 1.0}
         case _:
             return {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}.get(key, 3)
+
+
+METHODS = [method.value for method in QuantizationMethod]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_that_is_quantised_is_refused_by_its_method(method, tmp_path):
+    """From the config alone: there are no weights."""
+    for family in ({"model_type": "llama"}, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}):
+        said = family | {"quantization_config": {"quant_method": method, "bits": 4}}
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        with pytest.raises(ModelError, match=rf"'{method}'\n.*quantised from; --base-dtype nf4"):
+            load_model(tmp_path)
 
 
 GENERATION = vars(transformers.GenerationConfig())

@@ -1,6 +1,7 @@
 """Base models as we load them against transformers' torch models."""
 
 import copy
+import math
 import pydoc_data.topics
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.saved.base_identity import base_identity
 from parity_tests.hf_weights import make_float64, random_torch_model
 from parity_tests.memory import needs_proc, peak_memory
 from parity_tests.tolerances import DECODER, SMOLLM2_LOGITS
@@ -204,7 +206,8 @@ GGUF_NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
 # Of families with norms behind their blocks.
 GGUF_NORMS = GGUF_NAMES | {
@@ -238,9 +241,20 @@ def convert_to_gguf(oracle, path: Path) -> Path:
         keys["attention.sliding_window"] = c.sliding_window
     own = {theirs: getattr(c, ours, None) for ours, theirs in GGUF_KEYS.items()}
     keys |= {key: float(value) for key, value in own.items() if value is not None}
-    if hasattr(c, "head_dim"):
-        keys |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
     tensors = {}
+    if architecture == "phi3":
+        head_dim, original = c.hidden_size // c.num_attention_heads, c.original_max_position_embeddings
+        keys["rope.dimension_count"] = int(head_dim * c.partial_rotary_factor)
+        keys["attention.sliding_window"] = c.sliding_window or 0
+        keys["rope.scaling.original_context_length"] = original
+        if c.rope_scaling:
+            stretch = math.log(c.max_position_embeddings / original) / math.log(original)
+            keys["rope.scaling.attn_factor"] = math.sqrt(1 + stretch)
+            for kind in ("long", "short"):
+                factors = np.array(c.rope_scaling[f"{kind}_factor"], np.float32)
+                tensors[f"rope_factors_{kind}.weight"] = factors
+    elif hasattr(c, "head_dim"):
+        keys |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
     for name, tensor in oracle.state_dict().items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
@@ -255,11 +269,12 @@ def convert_to_gguf(oracle, path: Path) -> Path:
             tensors[f"blk.{layer}.{names[module]}.{suffix}"] = np.ascontiguousarray(array)
         else:
             tensors[f"{names[module]}.{suffix}"] = array
-    return write_gguf(path, architecture, keys, tensors)
+    extra = {} if c.pad_token_id is None else {"tokenizer.ggml.padding_token_id": c.pad_token_id}
+    return write_gguf(path, architecture, keys, tensors, extra=extra)
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text"]
+    "family", ["llama", "qwen2", "qwen3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"]
 )
 def test_gguf_of_each_family(family, tmp_path):
     oracle = decoder(family)
@@ -284,6 +299,35 @@ def test_gguf_is_read_as_transformers_reads_it(family, tmp_path):
         torch_logits(theirs.eval()),
         atol=DECODER["float32"],
         rtol=DECODER["float32"],
+    )
+
+
+PHI3 = SHAPE | {"model_type": "phi3", "pad_token_id": 0, "eos_token_id": 2}
+
+
+def test_gguf_of_phi3_is_read_as_transformers_reads_it(tmp_path):
+    """Which passes over the window, and over LongRoPE: here there is none."""
+    path = convert_to_gguf(random_torch_model(PHI3 | {"sliding_window": None}), tmp_path / "m.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    np.testing.assert_allclose(
+        load_model(path)(IDS).logits,
+        torch_logits(theirs.eval()),
+        atol=DECODER["float32"],
+        rtol=DECODER["float32"],
+    )
+
+
+def test_gguf_of_phi3_has_longrope_and_rotates_a_part(tmp_path):
+    rope = {"type": "longrope", "short_factor": [1.5, 2.5], "long_factor": [3.0, 5.0]}
+    options = {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, "rope_scaling": rope}
+    oracle = random_torch_model(PHI3 | options)
+    model = load_model(convert_to_gguf(oracle, tmp_path / "m.gguf"))
+    names = (base_identity("m", config, [])["config_sha256"] for config in (model.config, oracle.config))
+    assert len({*names}) == 1
+    np.testing.assert_allclose(
+        model(IDS).logits, torch_logits(oracle), atol=DECODER["float32"], rtol=DECODER["float32"]
     )
 
 

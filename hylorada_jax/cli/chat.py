@@ -55,7 +55,8 @@ def chat(
         structure: tell a hylorada_v2 adapter the structure of the code in the conversation: code.
         seed: of the sampling.
         dtype: of the weights and the computation.
-        base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
+        base_dtype: keeps the linear layers in int8 or nf4, with +head the output head too, as an adapter may
+            have been trained on.
         mesh: the devices, as generate takes them.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """

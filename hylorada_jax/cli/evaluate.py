@@ -62,7 +62,8 @@ def evaluate(
         structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
         chat_template: a file of jinja in the place of the model's template, or the adapter's.
         dtype: of the weights and the computation.
-        base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
+        base_dtype: keeps the linear layers in int8 or nf4, with +head the output head too, as an adapter may
+            have been trained on.
         mesh: the devices as data × fsdp × tensor, such as fsdp=8; by default each has the whole model, if it
             leaves half of the memory, and else a share of it.
         check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter

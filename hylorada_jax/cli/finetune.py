@@ -76,7 +76,8 @@ def finetune(
         structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
         chat_template: a file of jinja in the place of the model's template; the adapter keeps it.
         dtype: of the frozen weights and the computation; the adapter is float32.
-        base_dtype: keeps the frozen linear layers in int8 or nf4, half and a quarter of bfloat16's memory.
+        base_dtype: keeps the frozen linear layers in int8 or nf4, half and a quarter of bfloat16's memory;
+            with +head an output head of its own too.
         prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
         recipe: a file of these options by name, .json or .yaml; options beside it win.

@@ -61,7 +61,8 @@ def generate(
         structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
         seed: of the sampling.
         dtype: of the weights and the computation.
-        base_dtype: keeps the linear layers in int8 or nf4, as an adapter may have been trained on.
+        base_dtype: keeps the linear layers in int8 or nf4, with +head the output head too, as an adapter may
+            have been trained on.
         mesh: the devices as data × fsdp × tensor, such as tensor=2; by default one has the whole model, if
             it leaves half of the memory, and else each a share of it.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.

@@ -35,8 +35,10 @@ def export_peft(
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax import load_model
+    from hylorada_jax.exchange.merged import known_dtype
     from hylorada_jax.exchange.peft_export import check_export, effect
     from hylorada_jax.exchange.peft_export import export_peft as export
+    from hylorada_jax.math.quantized import split_name
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
     from hylorada_jax.saved.adapter_files import refuse_existing
@@ -54,7 +56,10 @@ def export_peft(
         if not (ids := load_tokenizer(name).encode_prompt(sample).ids):
             raise DataError("A sample must have at least one token.", repr(sample), "Give some text.")
         tokens = [ids]
-    adapted = HyLoRADAModel.from_pretrained(load_model(name), saved)
+    # Magnitudes are those of the weights that were trained on.
+    trained = saved.base.get("dtype", "")
+    dtype, base_dtype = split_name(trained if "+" in trained and known_dtype(trained) else "float32")
+    adapted = HyLoRADAModel.from_pretrained(load_model(name, dtype=dtype, base_dtype=base_dtype), saved)
     export(adapted, output, drop=drop, sample=tokens)
     for component in drop if tokens else ():
         print(

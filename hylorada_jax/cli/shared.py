@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PACKAGED_MODEL = "smollm2-135m"
 Dtype = Literal["float32", "bfloat16"]
-BaseDtype = Literal["int8", "nf4"]
+BaseDtype = Literal["int8", "nf4", "int8+head", "nf4+head"]
 
 
 def weights_in(dtype: str, base_dtype: str | None) -> str:

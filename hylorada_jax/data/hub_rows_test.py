@@ -69,7 +69,7 @@ def library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("hylorada_jax.io.hub._announced", set())
+    monkeypatch.setattr("hylorada_jax.terminal._said", set())
     return calls
 
 

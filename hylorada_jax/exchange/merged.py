@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import safe_open
 from tqdm import tqdm
 
 from hylorada_jax.errors import ModelError
@@ -89,12 +88,12 @@ def write_merged(
     source, trained = find_source(model), saved.base.get("dtype", "")
     if check_weights:
         adapter_files.check_weights(saved.base, {})  # whether it says
-        if not _known(trained):
+        if not known_dtype(trained):
             raise ModelError("Weights on disk are checked in one dtype.", trained, "Leave the check out.")
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
     tokenizer = load_tokenizer(model) if source.gguf else None
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
-    quantised = "+" in trained and _known(trained)
+    quantised = "+" in trained and known_dtype(trained)
     weights = RoundedWeights(source, trained) if quantised else open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
     # A tied head that is written out is a copy of the embedding, which may have been trained.
@@ -103,7 +102,7 @@ def write_merged(
     with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress) as bar:
         tensors = []
         for name in names:
-            kept = _dtype_of(source, weights, name) if target is None else target
+            kept = _dtype_of(weights, name) if target is None else target
             pieces = changed.get(name) or partial(unchanged, weights, name)
             rounded = partial(cast, pieces, kept, name, bar.update)
             tensors.append(Tensor(name, weights.shapes[name], kept, rounded))
@@ -118,10 +117,10 @@ def write_merged(
                 (place / "chat_template.jinja").write_text(saved.chat_template, "utf-8")
 
 
-def _known(dtype: str) -> bool:
+def known_dtype(dtype: str) -> bool:
     """Whether an adapter's record of its base's dtype is one that a base can be loaded in."""
-    name, *base_dtype = dtype.split("+")
-    return name in _NAMES and (not base_dtype or base_dtype[0] in BASE_DTYPES)
+    name, _, base_dtype = dtype.partition("+")
+    return name in _NAMES and base_dtype in ("", *BASE_DTYPES)
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:
@@ -155,11 +154,8 @@ def _is_constant(name: str, weights: Weights) -> bool:
     return bool(CONSTANTS.search(name)) and not vector
 
 
-def _dtype_of(source: Source, weights: Weights, name: str) -> np.dtype:
-    if source.gguf:
-        return np.dtype(np.float32)
-    with safe_open(weights.file_of(name), framework="numpy") as file:
-        code = file.get_slice(name).get_dtype()
+def _dtype_of(weights: Weights, name: str) -> np.dtype:
+    code = weights.dtypes[name]
     if code not in DTYPES:
         weights.read(name)  # refuses it
     return DTYPES[code]

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from safetensors import safe_open
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
@@ -162,12 +161,7 @@ def _reader(weights: Weights, name: str) -> Reader:
         whole = weights.read(name)
         return lambda part: whole[part]
 
-    def read(part: Any) -> np.ndarray:
-        # Opened anew for each part: closing gives the mapped pages back, so that they never add up.
-        with safe_open(weights.file_of(name), framework="numpy") as file:
-            return file.get_slice(name)[part]
-
-    return read
+    return lambda part: weights.read(name, part if isinstance(part, tuple) else (part,))
 
 
 def _parts(shape: tuple[int, ...]) -> Iterator[slice]:

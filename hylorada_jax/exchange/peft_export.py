@@ -1,6 +1,7 @@
 """A trained adapter as PEFT's LoRA or DoRA."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
+from hylorada_jax.exchange.peft_card import card
 from hylorada_jax.exchange.peft_files import tied_head, write_peft
 from hylorada_jax.leaves import Part, collapsed_kind
+from hylorada_jax.math.quantized import dtype_name
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.families import TOKEN_EMBEDDINGS, family_of
+from hylorada_jax.models.text_part import INSIDE, names_in_peft
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import collapse, without
 from hylorada_jax.surgery.merge import live_parts
@@ -37,7 +42,8 @@ def export_peft(
         magnitude in the file = c ⊙ n = (1−β)·m + β·n
 
     LoRA goes as LoRA, DoRA and HyLoRADA as DoRA of that magnitude. Embeddings and norms that were trained go
-    as modules_to_save.
+    as modules_to_save. Of the text part of a multimodal model the names are those in the whole one. Where the
+    base is quantised, a README.md says how to load it.
 
     Args:
         model: carries the adapter.
@@ -76,8 +82,9 @@ def export_peft(
         # PEFT gives a trained embedding a copy of its own, and so leaves the head as it was: said twice.
         embedding = next(name for name in whole if name.split(".")[-2] in TOKEN_EMBEDDINGS)
         whole[tied_head(model.base.config.model_type)] = whole[embedding]
-    settings = _settings(model, linear, list(whole))
-    write_peft(directory, made | whole, settings)
+    settings, theirs = _settings(model, linear, list(whole)), names_in_peft(model.base.inside)
+    named = {theirs(name): value for name, value in (made | whole).items()}
+    write_peft(directory, named, settings, _card(model.base))
 
 
 def effect(model: HyLoRADAModel, component: str, input_ids: Any) -> float:
@@ -168,8 +175,9 @@ def _refuse_inexpressible(
 def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dict[str, Any]:
     """What PEFT's LoraConfig is made from."""
     config, kinds = model.config, {site.linear.kernel_is_out_in for site in linear}
-    ranks = {name: rank for site in linear for name, rank in zip(site.names, site.ranks, strict=True)}
-    scales = {name: s for site in linear for name, s in zip(site.names, site.scales, strict=True)}
+    theirs = names_in_peft(model.base.inside)
+    ranks = {theirs(name): rank for site in linear for name, rank in zip(site.names, site.ranks, strict=True)}
+    scales = {theirs(name): s for site in linear for name, s in zip(site.names, site.scales, strict=True)}
     alphas = {
         name: scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
         for name, scale in scales.items()
@@ -182,7 +190,7 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
         "r": config.lora_rank,
         "lora_alpha": _plain(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
-        "target_modules": list(shortest_targets(list(ranks), model.linear_names)),
+        "target_modules": _targets(list(ranks), [*map(theirs, model.linear_names)], model.base.inside),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.lora_rank},
         "alpha_pattern": {
             name: _plain(alpha)
@@ -194,8 +202,22 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
         # torch's Conv1D has its weight [d_in, d_out]; Flax's, whose kernel is [d_out, d_in], is its port.
         "fan_in_fan_out": kinds == {True},
         "bias": "none",
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+        "modules_to_save": sorted({theirs(name.rpartition(".")[0]) for name in whole}) or None,
     }
+
+
+def _card(base: BaseModel) -> str | None:
+    """What a user of PEFT must know of a base that is quantised."""
+    dtype = dtype_name(base.params)
+    return card(base.name, dtype) if "+" in dtype else None
+
+
+def _targets(chosen: list[str], names: list[str], inside: bool) -> list[str] | str:
+    """What PEFT finds the adapted layers by: endings, or for one part of a model a regular expression."""
+    endings = shortest_targets(chosen, names)
+    if not inside:
+        return list(endings)
+    return rf"(?={re.escape(INSIDE)}\.)(.*\.)?({'|'.join(map(re.escape, endings))})"
 
 
 def _is_dora(config: HyLoRADAConfig) -> bool:

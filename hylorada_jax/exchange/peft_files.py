@@ -14,11 +14,13 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.files import user_path
+from hylorada_jax.exchange.peft_card import CARD_NAME
+from hylorada_jax.io.files import kind_of, user_path
 from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
 from hylorada_jax.models.families import family_of
+from hylorada_jax.models.text_part import text_name
 from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -80,7 +82,7 @@ NEW_BASE = (
 
 
 def peft_name(name: str) -> str:
-    """PEFT's name of a tensor of ours.
+    """PEFT's name of a tensor of the model that PEFT has.
 
     Example:
         >>> peft_name("h.0.c_attn.magnitude"), peft_name("h.0.ln_1.weight")
@@ -95,22 +97,37 @@ def tied_head(model_type: str) -> str:
     return f"{family_of(model_type).heads[0]}.weight"
 
 
-def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
+def write_peft(
+    directory: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+    card: str | None = None,
+) -> None:
     """Writes an adapter as PEFT does.
 
     Args:
         directory: made if it does not exist.
-        tensors: {layer name + "." + leaf name: array}.
+        tensors: {layer name + "." + leaf name: array}, by the names of the model that PEFT has.
         settings: of PEFT's LoraConfig.
+        card: the content of README.md; None: there is none.
 
     Raises:
-        CheckpointError: an adapter is already there, or the directory cannot be written.
+        CheckpointError: an adapter, or with a card a README.md, is already there, or the directory cannot be
+            written.
     """
     directory = user_path(directory)
     refuse_existing(directory)
+    if card is not None and kind_of(directory / CARD_NAME):
+        raise CheckpointError(
+            f"The adapter of a quantised base comes with a {CARD_NAME}, which replaces none.",
+            directory,
+            "Choose another directory.",
+        )
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     config = json.dumps(settings, indent=2, ensure_ascii=False).encode()
     write_files(directory, dump_safetensors(named, {"format": "pt"}), config)
+    if card is not None:
+        (directory / CARD_NAME).write_text(card, "utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +145,15 @@ class SavedPeft:
     settings: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     names: dict[str, str]
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """The layers that have an A: PEFT's names by ours."""
+        own = {name: theirs for name, theirs in self.names.items() if name.endswith(".lora_A")}
+        return {
+            name.removesuffix(".lora_A"): theirs.removeprefix(_PREFIX).partition(".lora_A")[0]
+            for name, theirs in own.items()
+        }
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Reads the tensors, float32 at least: after ``shapes`` have been compared with what is needed.
@@ -202,6 +228,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             short([f"{key}={shown(value)}" for key, value in unknown.items()]),
             _remedy(unknown),
         )
+    settings["modules_to_save"] = [text_name(name) or name for name in settings["modules_to_save"]]
     return settings
 
 
@@ -218,7 +245,7 @@ def _remedy(unknown: Mapping[str, Any]) -> str:
 
 
 def _our_name(theirs: str, path: Path) -> str:
-    name = theirs.removeprefix(_PREFIX)
+    name = text_name(theirs.removeprefix(_PREFIX)) or theirs
     for ours, ending in _LEAVES.items():
         for known in (ending, f"{ending}.weight"):
             if name.endswith("." + known):

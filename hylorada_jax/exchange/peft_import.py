@@ -1,6 +1,6 @@
 """An adapter that PEFT has saved, to go on from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
     saved, base = open_peft(directory), as_base(base_model)
     settings, modules = saved.settings, check_import(saved, base, method)
     tensors, trained = settle_whole(saved.tensors(), settings, base, modules)
-    config = _config(saved.shapes, settings, modules.linear_names, method or _theirs(settings), trained)
+    config = _config(saved, modules.linear_names, method or _theirs(settings), trained)
     model = HyLoRADAModel(base, config)
     if config.method == "hylorada_v1":
         tensors = tensors | expand(model.sites, tensors, model.base.params, model.frozen["constants"], config)
@@ -74,7 +74,7 @@ def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modul
         CheckpointError: the files fit another model.
         ConfigError: the adapter uses what this library does not have, or cannot start that method.
     """
-    settings, theirs = saved.settings, _theirs(saved.settings)
+    theirs = _theirs(saved.settings)
     if (method or theirs) not in ({"lora"} if theirs == "lora" else {"dora", "hylorada_v1"}):
         raise ConfigError(
             "LoRA goes on as lora, DoRA as dora or hylorada_v1.",
@@ -93,7 +93,7 @@ def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modul
             f"{short(alien)}; the model has {short(modules.linear_names)}",
             "Load the base model that the adapter was trained on.",
         )
-    stated = _by_pattern(settings, "rank_pattern", "r", [*ranks])
+    stated = _by_pattern(saved, "rank_pattern", "r")
     if wrong := [f"{name}: {ranks[name]}, not {r}" for name, r in stated.items() if r != ranks[name]]:
         raise CheckpointError(
             "The tensors must have the ranks of their config.", short(wrong), "Save it again."
@@ -121,16 +121,15 @@ def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _config(
-    shapes: Mapping[str, tuple[int, ...]],
-    settings: Mapping[str, Any],
+    saved: SavedPeft,
     names: list[str],
     method: str,
     trained: tuple[bool, bool],
 ) -> HyLoRADAConfig:
     """Our config of what PEFT's file holds: the layers that its tensors name, each with its rank and α."""
-    ranks = _ranks(shapes)
+    ranks, settings = _ranks(saved.shapes), saved.settings
     rank, alpha = settings["r"], settings["lora_alpha"]
-    alphas = _by_pattern(settings, "alpha_pattern", "lora_alpha", [*ranks])
+    alphas = _by_pattern(saved, "alpha_pattern", "lora_alpha")
     return HyLoRADAConfig(
         method=method,
         lora_rank=rank,
@@ -145,15 +144,13 @@ def _config(
     )
 
 
-def _by_pattern(
-    settings: Mapping[str, Any], pattern: str, default: str, names: Sequence[str]
-) -> dict[str, Any]:
+def _by_pattern(saved: SavedPeft, pattern: str, default: str) -> dict[str, Any]:
     """{name: what a setting of PEFT's is for that layer}, by the rule that PEFT has for its patterns."""
-    found = settings.get(pattern) or {}
+    found, theirs = saved.settings.get(pattern) or {}, saved.layers
     values: dict[str, Any] = {}
-    for value, matching in zip(found.values(), matches(found, names, endings=True), strict=True):
+    for value, matching in zip(found.values(), matches(found, [*theirs.values()], endings=True), strict=True):
         values = dict.fromkeys(matching, value) | values  # the first one wins
-    return dict.fromkeys(names, settings[default]) | values
+    return {name: values.get(own, saved.settings[default]) for name, own in theirs.items()}
 
 
 def _of_dtype(model: HyLoRADAModel, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

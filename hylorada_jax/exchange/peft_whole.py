@@ -12,6 +12,7 @@ import numpy as np
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.exchange.peft_files import NEW_BASE, tied_head
 from hylorada_jax.leaves import KINDS
+from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.families import TOKEN_EMBEDDINGS
 from hylorada_jax.surgery.layout import tensor_name
@@ -141,7 +142,7 @@ def _values(holders: Iterable[Holder], params: Params) -> dict[str, np.ndarray]:
 def _head(base: BaseModel) -> np.ndarray:
     """The output embedding; empty, and so equal to none, where the model's head is more than that."""
     try:
-        return np.asarray(base.head({"params": base.params}))
+        return np.asarray(as_array(base.head({"params": base.params})))
     except ModelError:
         return np.empty((0, 0))
 

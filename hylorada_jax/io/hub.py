@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hylorada_jax.terminal import say_once
+
 _offline = False
-_announced: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -95,7 +95,6 @@ def dataset(name: str, configuration: str | None, split: str) -> Any:
 def _is_local(name: str, kind: str) -> bool:
     """Whether nothing may be contacted; where something may, it is announced."""
     local = is_offline()
-    if not local and f"{kind} {name}" not in _announced:
-        _announced.add(f"{kind} {name}")
-        print(f"{kind} {name}: from the Hugging Face Hub", file=sys.stderr)
+    if not local:
+        say_once(f"{kind} {name}: from the Hugging Face Hub")
     return local

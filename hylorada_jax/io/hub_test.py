@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import hylorada_jax
+from hylorada_jax import terminal
 from hylorada_jax.cli.cli_test import run
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import load_documents
@@ -37,7 +38,7 @@ def tried(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(hub, "_announced", set())
+    monkeypatch.setattr(terminal, "_said", set())
     return hosts
 
 

@@ -10,13 +10,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.kernel_rows import tpu_kind
+from hylorada_jax.math.loss_blocks import block_rows, over_blocks, rows_of
+from hylorada_jax.math.quantized import Kernel, as_array, is_quantized
 
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""
 
 
 def logits(
-    hidden: Float[Array, "*tokens d"], head: Float[Array, "vocab d"], soft_cap: float | None = None
+    hidden: Float[Array, "*tokens d"], head: Kernel, soft_cap: float | None = None
 ) -> Float[Array, "*tokens vocab"]:
     """The score of every token of the vocabulary: the one function for the loss, probes and generation.
 
@@ -24,7 +26,7 @@ def logits(
 
     Args:
         hidden: final hidden states; their dtype is the dtype of the product's operands.
-        head: output embedding.
+        head: output embedding [vocab, d], which may be quantised.
         soft_cap: bound of the logits (Gemma 2); None: none.
 
     Returns:
@@ -34,15 +36,14 @@ def logits(
         >>> logits(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [0.5, 0.0], [0.0, 0.0]])).tolist()
         [[3.0, 0.5, 0.0]]
     """
-    raw = jnp.einsum(
-        "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=_wide(hidden.dtype)
-    )
+    words = as_array(head).astype(hidden.dtype)
+    raw = jnp.einsum("...d,vd->...v", hidden, words, preferred_element_type=_wide(hidden.dtype))
     return raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
 
 
 def token_nll(
     hidden: Float[Array, "groups tokens d"],
-    head: Float[Array, "vocab d"],
+    head: Kernel,
     targets: Int[Array, "groups tokens"],
     *,
     soft_cap: float | None = None,
@@ -65,7 +66,8 @@ def token_nll(
         hidden: final hidden states, [groups, tokens, d]; their dtype is the dtype of the products. Groups may
             be divided over devices: nothing of one is moved to another.
         head: output embedding, [vocab, d]. Its gradient costs a second loop, which the compiler removes
-            where nobody asks for it (a frozen head).
+            where nobody asks for it (a frozen head). Of one that is quantised, which has no gradient, a block
+            of rows at a time is made numbers.
         targets: token ids [groups, tokens]; a negative one is ignored: nll 0, gradient 0.
         soft_cap: as in :func:`logits`.
         chunk_elements: upper bound on a group's logits held at one time (at least one token's); None takes
@@ -83,7 +85,9 @@ def token_nll(
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (the idea of never
     materialising the logits); the gradient on the forward pass as in Liger Kernel, Hsu et al. 2024.
     """
-    chunks = chosen_chunks(targets.shape[1], head.shape, hidden.dtype, chunk_elements, kernel)
+    chunks = chosen_chunks(
+        targets.shape[1], head.shape, hidden.dtype, chunk_elements, kernel, quantized=is_quantized(head)
+    )
     return _token_nll(hidden, head, targets, chunks, soft_cap)
 
 
@@ -107,6 +111,8 @@ def chosen_chunks(
     dtype: DTypeLike,
     chunk_elements: int | None = None,
     kernel: bool | None = None,
+    *,
+    quantized: bool = False,
 ) -> Chunks:
     """How :func:`token_nll` takes a group's tokens on the platform that is traced for.
 
@@ -116,11 +122,15 @@ def chosen_chunks(
         dtype: of the hidden states.
         chunk_elements: see :func:`token_nll`.
         kernel: see there.
+        quantized: the head is in codes, and taken a block of rows at a time.
 
     Example:
         >>> chosen_chunks(4096, (151_936, 1024), jnp.bfloat16, kernel=True)
         Chunks(size=1024, part=410, kernel=True)
     """
+    if quantized:
+        size = chunk_tokens(tokens, block_rows(*head), chunk_elements)
+        return Chunks(size, size, False)
     if kernel is None:
         kernel = chunk_elements is None and jnp.dtype(dtype) == jnp.bfloat16 and _kernel_fits(tpu_kind())
     part = chunk_tokens(tokens, head[0], chunk_elements)
@@ -162,12 +172,12 @@ def _kernel_fits(kind: str | None) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_nll(hidden: Array, head: Array, targets: Array, chunks: Chunks, soft_cap: float | None) -> Array:
+def _token_nll(hidden: Array, head: Kernel, targets: Array, chunks: Chunks, soft_cap: float | None) -> Array:
     """The loss alone: what evaluation runs."""
-    narrow = head.astype(hidden.dtype)  # once, not in every chunk
+    narrow = _in(hidden.dtype, head)  # once, not in every chunk
 
     def chunk_nll(h: Array, y: Array) -> Array:
-        if chunks.kernel:
+        if chunks.kernel or is_quantized(head):
             return _nll_and_jacobian(h, y, narrow, soft_cap, with_jacobian=False)[0]
         return _nll_and_slope(h, y, narrow, soft_cap)[0]
 
@@ -175,13 +185,13 @@ def _token_nll(hidden: Array, head: Array, targets: Array, chunks: Chunks, soft_
 
 
 def _forward(
-    hidden: Array, head: Array, targets: Array, chunks: Chunks, soft_cap: float | None
+    hidden: Array, head: Kernel, targets: Array, chunks: Chunks, soft_cap: float | None
 ) -> tuple[Array, tuple]:
     """The loss, and J_t = d nll_t / d h_t while the chunk's logits are there."""
-    narrow = head.astype(hidden.dtype)
+    narrow = _in(hidden.dtype, head)
 
     def chunk_nll_and_jacobian(h: Array, y: Array) -> tuple[Array, Array | None]:
-        if chunks.kernel:
+        if chunks.kernel or is_quantized(head):
             return _nll_and_jacobian(h, y, narrow, soft_cap, with_jacobian=True)
         nll, slope = _nll_and_slope(h, y, narrow, soft_cap)
         return nll, _matmul("gtv,vd->gtd", slope.astype(h.dtype), narrow).astype(h.dtype)
@@ -192,8 +202,11 @@ def _forward(
 
 def _backward(
     chunks: Chunks, soft_cap: float | None, residuals: tuple, g: Array
-) -> tuple[Array, Array, None]:
+) -> tuple[Array, Array | None, None]:
     jacobian, hidden, head, targets = residuals
+    d_hidden = (g[..., None] * _in_place(jacobian, targets).astype(g.dtype)).astype(hidden.dtype)
+    if is_quantized(head):
+        return d_hidden, None, None
     narrow = head.astype(hidden.dtype)
     size, most = chunks.size, chunks.part
     parts = next(n for n in range(1, size + 1) if size % n == 0 and size <= n * most)
@@ -209,8 +222,7 @@ def _backward(
 
     zero = jnp.zeros(head.shape, _wide(hidden.dtype))
     d_head = _fold(add_chunk, zero, targets, (hidden, g), size)
-    d_hidden = g[..., None] * _in_place(jacobian, targets).astype(g.dtype)
-    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None
+    return d_hidden, d_head.astype(head.dtype), None
 
 
 _token_nll.defvjp(_forward, _backward)
@@ -232,13 +244,19 @@ def _nll_and_slope(h: Array, y: Array, head: Array, soft_cap: float | None) -> t
 
 
 def _nll_and_jacobian(
-    h: Array, y: Array, head: Array, soft_cap: float | None, *, with_jacobian: bool
+    h: Array, y: Array, head: Kernel, soft_cap: float | None, *, with_jacobian: bool
 ) -> tuple[Array, Array | None]:
-    """A chunk's nll [groups, chunk] and, by the kernel, its derivative with respect to h, in h's dtype."""
-    from hylorada_jax.math.loss_kernel import over_vocabulary  # what it imports has no use elsewhere
+    """A chunk's nll [groups, chunk] and its derivative with respect to h, in h's dtype: no logits are held.
 
-    lse, mean = over_vocabulary(h, head, soft_cap, with_mean=with_jacobian)
-    own = jnp.take(head, jnp.maximum(y, 0), axis=0).astype(lse.dtype)
+    By the kernel for TPUs, or over a quantised head.
+    """
+    if is_quantized(head):
+        lse, mean = over_blocks(h, head, soft_cap, with_mean=with_jacobian)
+    else:
+        from hylorada_jax.math.loss_kernel import over_vocabulary  # what it imports has no use elsewhere
+
+        lse, mean = over_vocabulary(h, head, soft_cap, with_mean=with_jacobian)
+    own = rows_of(head, jnp.maximum(y, 0)).astype(h.dtype).astype(lse.dtype)
     scores = jnp.sum(h.astype(lse.dtype) * own, axis=-1)
     if soft_cap is not None:
         capped = jnp.tanh(scores / soft_cap)
@@ -250,6 +268,11 @@ def _nll_and_jacobian(
 def _matmul(spec: str, x: Array, y: Array) -> Array:
     """A product in x's dtype, accumulated at least in float32."""
     return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=_wide(x.dtype))
+
+
+def _in(dtype: jnp.dtype, head: Kernel) -> Kernel:
+    """The head in the dtype of a product; codes stay what they are."""
+    return head if is_quantized(head) else head.astype(dtype)
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hylorada_jax.math import loss
+from hylorada_jax.math import loss, loss_blocks
 from hylorada_jax.math.loss import chunk_tokens, logits, token_nll
+from hylorada_jax.math.quantized import as_array, quantized
 
 
 def full_nll(hidden, head, targets, soft_cap=None):
@@ -93,6 +94,26 @@ def test_the_kernel_and_its_gradients_equal_log_softmax(dtype, soft_cap, toleran
         exact = [np.asarray(x) for x in results(partial(full_nll, soft_cap=soft_cap))(*wide)]
     for mine, oracle in zip(ours, exact, strict=True):
         assert np.abs(np.asarray(mine, np.float64) - oracle).max() < tolerance * np.abs(oracle).max()
+
+
+@pytest.mark.parametrize(("kind", "soft_cap"), [("int8", 3.0), ("nf4", None)])
+def test_the_loss_over_a_quantised_head_equals_log_softmax_on_its_numbers(kind, soft_cap, monkeypatch):
+    """Two chunks of tokens, and blocks of 4 words, of which the last begins among known ones."""
+    pytest.importorskip("qwix")
+    monkeypatch.setattr(loss_blocks, "_NUMBERS", 4 * 8)
+    with jax.enable_x64(True):
+        hidden, head, weights, targets = example(jnp.float64, (0, 13, 7), d=8)
+        codes = quantized(head, kind, "float64", out_in=True)
+        nll = partial(token_nll, soft_cap=soft_cap, chunk_elements=4 * 7)
+
+        @jax.jit
+        def of(hidden, codes):
+            loss, pull = jax.vjp(lambda h: nll(h, codes, targets), hidden)
+            return nll(hidden, codes, targets), loss, *pull(weights)
+
+        oracle = results(partial(full_nll, soft_cap=soft_cap))(hidden, as_array(codes), weights, targets)
+        for mine, expected in zip(of(hidden, codes), oracle[:3], strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-13)
 
 
 def test_where_a_token_stands_in_its_group_changes_nothing():

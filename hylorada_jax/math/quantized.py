@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 Kernel: TypeAlias = Any
 """Numbers, or qwix's codes and scales of them."""
 
-BASE_DTYPES = ("int8", "nf4")
-"""What frozen kernels may be kept in: 8 bits, a scale per output; 4 bits, a scale per 64 inputs."""
+KINDS = ("int8", "nf4")
+"""What frozen weights may be kept in: 8 bits, a scale per output; 4 bits, a scale per 64 inputs."""
+HEAD = "+head"
+BASE_DTYPES = (*KINDS, *(kind + HEAD for kind in KINDS))
+"""What a base may be kept in: its kernels, or with "+head" its output head too."""
 
 _TILE, _LEAST_TILE = 64, 4  # where 16-bit scales take no more than the codes
 
 
-def quantized(kernel: Array, base_dtype: str, dtype: DTypeLike) -> QArray:
+def quantized(kernel: Array, base_dtype: str, dtype: DTypeLike, *, out_in: bool = False) -> QArray:
     """A kernel in int8 or nf4, by the largest magnitude that shares a scale.
 
         int8: W ≈ s_j · q_ij, s_j = max_i |W_ij| / 127.5
@@ -34,8 +37,9 @@ def quantized(kernel: Array, base_dtype: str, dtype: DTypeLike) -> QArray:
 
     Args:
         kernel: [d_in, d_out], in float32 at least.
-        base_dtype: one of :data:`BASE_DTYPES`.
+        base_dtype: one of :data:`KINDS`.
         dtype: of the scales, and of what :func:`as_array` makes of it.
+        out_in: it is [d_out, d_in], as an output head, and so are codes and scales.
 
     Returns:
         qwix's array: qvalue [d_in, d_out] in int8 or uint4, scale [1 or d_in / 64, d_out]. Where 64 does not
@@ -54,24 +58,31 @@ def quantized(kernel: Array, base_dtype: str, dtype: DTypeLike) -> QArray:
             f"base_dtype={base_dtype!r}, and no qwix",
             'Install it: `pip install "hylorada[quantized]"`.',
         ) from error
+    inputs, outputs = (1, 0) if out_in else (0, 1)
     if base_dtype == "int8":
-        return qwix.quantize(kernel, "int8", channelwise_axes=(1,), scale_dtype=dtype)
-    tile = math.gcd(kernel.shape[0], _TILE)
+        return qwix.quantize(kernel, "int8", channelwise_axes=(outputs,), scale_dtype=dtype)
+    tile = math.gcd(kernel.shape[inputs], _TILE)
     if tile < _LEAST_TILE:
         raise ConfigError(
             f"nf4 needs linear layers whose inputs are a multiple of {_LEAST_TILE}.",
-            f"{kernel.shape[0]} inputs",
+            f"{kernel.shape[inputs]} inputs",
             "Choose base_dtype='int8'.",
         )
-    return qwix.quantize(kernel, "nf4", channelwise_axes=(1,), tiled_axes={0: tile}, scale_dtype=dtype)
+    tiles = {inputs: tile}
+    return qwix.quantize(kernel, "nf4", channelwise_axes=(outputs,), tiled_axes=tiles, scale_dtype=dtype)
 
 
 def as_array(kernel: Kernel) -> Array:
-    """The numbers of a kernel, or of stacked ones, which may be quantised, in the dtype of the scales."""
+    """The numbers of a kernel, or of stacked ones, which may be quantised, in the dtype of the scales.
+
+    Rows of an output head, any of them, serve too.
+    """
     if not is_quantized(kernel):
         return jnp.asarray(kernel)
     codes, scale = kernel.qvalue, kernel.scale
     values = _nf4(codes, scale.dtype) if kernel.qtype == "nf4" else codes.astype(scale.dtype)
+    if codes.shape[-1] != scale.shape[-1]:  # [d_out, d_in]: the scales of an output lie side by side
+        return (values.reshape(*scale.shape, -1) * scale[..., None]).reshape(codes.shape)
     *tiles, d_out = scale.shape
     return (values.reshape(*tiles, -1, d_out) * scale[..., None, :]).reshape(codes.shape)
 
@@ -106,12 +117,16 @@ def bits_of(dtype: Any) -> int:
     return 4 if dtype == "uint4" else 8 * dtype.itemsize
 
 
-def dtype_name(params: Any) -> str:
-    """The dtype of a parameter tree: "bfloat16", or of one with quantised kernels "bfloat16+nf4"."""
+def dtype_name(params: Mapping[str, Any]) -> str:
+    """The dtype of a parameter tree: "bfloat16", of one with quantised kernels "bfloat16+nf4".
+
+    Where the head is quantised too, it is "bfloat16+nf4+head".
+    """
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     dtypes = {jnp.dtype(leaf.dtype).name for leaf in leaves}
     base_dtypes = {leaf.qtype for leaf in leaves if is_quantized(leaf)}
-    return "+".join(["/".join(sorted(dtypes)), *base_dtypes])
+    head = is_quantized(params.get("lm_head", {}).get("embedding"))
+    return "+".join(["/".join(sorted(dtypes)), *base_dtypes]) + (HEAD if head else "")
 
 
 def split_name(name: str) -> tuple[Any, str | None]:

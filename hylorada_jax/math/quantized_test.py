@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.math.quantized import BASE_DTYPES, as_array, dot_general, quantized
+from hylorada_jax.math.quantized import KINDS, as_array, dot_general, quantized
 
 qwix = pytest.importorskip("qwix")
 AXES = (((1,), (0,)), ((), ()))
@@ -19,13 +19,15 @@ def kernel(d_in=192, d_out=10):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("base_dtype", BASE_DTYPES)
+@pytest.mark.parametrize("base_dtype", KINDS)
 def test_the_numbers_are_qwixs(base_dtype, dtype):
     codes = quantized(kernel(), base_dtype, dtype)
     np.testing.assert_array_equal(as_array(codes), qwix.dequantize(codes))
     assert as_array(codes).dtype == dtype
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), codes)
     np.testing.assert_array_equal(as_array(stacked)[1], as_array(codes))
+    head = quantized(kernel().T, base_dtype, dtype, out_in=True)
+    np.testing.assert_array_equal(as_array(head), as_array(codes).T)
 
 
 def test_int8_is_the_nearest_of_the_numbers_of_an_outputs_scale():
@@ -47,7 +49,7 @@ def test_nf4_is_the_nearest_of_16_numbers_of_a_tiles_scale(d_in, tile):
     np.testing.assert_allclose(as_array(quantized(kernel(d_in), "nf4", "float32")), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("base_dtype", BASE_DTYPES)
+@pytest.mark.parametrize("base_dtype", KINDS)
 def test_a_product_and_its_gradient_are_those_of_the_numbers(base_dtype):
     codes, x = quantized(kernel(), base_dtype, "float32"), jax.random.normal(jax.random.key(1), (3, 192))
     square = lambda kernel: lambda x: jnp.sum(dot_general(x, kernel, AXES) ** 2)

@@ -65,6 +65,10 @@ class BaseModel(Protocol):
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text, as the model's files name them."""
 
+    @property
+    def inside(self) -> bool:
+        """It is the text part of a multimodal model."""
+
     def init_params(self, rng: Array) -> Params:
         """Fresh random parameters; traced to learn the model's modules and shapes."""
 

@@ -148,6 +148,7 @@ class CausalLM:
         config: its configuration.
         name: what the user typed: a directory, a Hub name, 'smollm2-135m'.
         end_token_ids: the tokens that end a text; a model of random weights has none.
+        inside: it is the text part of a multimodal model.
 
     Example:
         >>> config = DecoderConfig.from_hf({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2,
@@ -161,6 +162,7 @@ class CausalLM:
     config: DecoderConfig
     name: str
     end_token_ids: tuple[int, ...] = ()
+    inside: bool = False
 
     supports_segments = True
     supports_groups = True

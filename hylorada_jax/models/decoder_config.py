@@ -11,6 +11,7 @@ from hylorada_jax.io.reading import checked
 from hylorada_jax.models.bounds import REMEDY, RULE
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.families.family import Options
+from hylorada_jax.models.quantized_elsewhere import refuse_quantized
 from hylorada_jax.models.rope_config import RopeScaling, partial_rotary_factor, read_rope
 
 # An activation by HF's name → its name in jax.nn, and the settings there.
@@ -35,7 +36,6 @@ _NULLS = (
 # Settings that change the computation, with the value that means "off": refused where a family's keys do not
 # have them.
 _REFUSED: dict[str, Any] = {
-    "quantization_config": None,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "attention_dropout": 0.0,
@@ -147,6 +147,7 @@ class DecoderConfig(Options):
                 f"model_type={family!r}",
                 "Take a model of one of these families; load_model takes others from HF's Flax classes.",
             )
+        refuse_quantized(hf)
         decoder = DECODERS[family]
         hf = decoder.settings(hf)
         for key, off in _REFUSED.items():

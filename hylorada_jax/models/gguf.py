@@ -45,6 +45,7 @@ class _Architecture(
         "factor": "rope.scaling.factor",
         "original_context": "rope.scaling.original_context_length",
         "finetuned": "rope.scaling.finetuned",
+        "attention_factor": "rope.scaling.attn_factor",
     },
     kw_only=True,
 ):
@@ -67,10 +68,17 @@ class _Architecture(
     vocab_size: _Size | None = None
     tensor_data_layout: str | None = None
     finetuned: bool | None = None
+    attention_factor: _Factor | None = None
 
 
 # The roles of special tokens, by their keys: eot and eom end a turn, and a message that calls a tool.
 _SPECIAL = ("bos", "eos", "eot", "eom", "padding", "unknown")
+
+# Factors of the rotary wavelengths, which go by pairs: Llama 3's, and LongRoPE's two.
+_FREQUENCIES, _SHORT, _LONG = _FACTORS = (
+    "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight",
+)  # fmt: skip
+_QKV = "attn_qkv"  # of a family whose gate and up are one tensor too
 
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSORS = {
@@ -98,13 +106,13 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
     keys, own = _architecture(gguf, family)
     head_dim = keys.embedding_length // keys.head_count if keys.key_length is None else keys.key_length
     kv_heads = keys.head_count if keys.head_count_kv is None else keys.head_count_kv
-    if widths := {keys.value_length, keys.rotated} - {None, head_dim}:
+    if keys.value_length not in (None, head_dim):
         raise ModelError(
-            "Keys, values and rotated dimensions must have one width.",
-            f"{gguf.path}: head_dim {head_dim}, and {widths}",
-            "Partial rotary embeddings are not supported: choose another model.",
+            "Keys and values must have one width.",
+            f"{gguf.path}: head_dim {head_dim}, and values of {keys.value_length}",
+            "Choose another model.",
         )
-    _check_tensors(gguf, keys, head_dim, kv_heads)
+    _check_tensors(gguf, family, keys, head_dim, kv_heads)
     ids = special_ids(gguf)
     config = {
         "model_type": model_type,
@@ -120,6 +128,7 @@ def gguf_config(gguf: GGUFFile) -> dict[str, Any]:
         "rms_norm_eps": keys.epsilon,
         "rope_theta": keys.theta,
         "rope_scaling": _rope_scaling(gguf, keys, head_dim),
+        "partial_rotary_factor": (keys.rotated or head_dim) / head_dim,
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "bos_token_id": ids.get("bos"),
@@ -182,7 +191,7 @@ def _architecture(gguf: GGUFFile, family: GGUF) -> tuple[_Architecture, dict[str
     return checked(keys, _Architecture, rule, ModelError, REMEDY), own
 
 
-def _check_tensors(gguf: GGUFFile, keys: _Architecture, head_dim: int, kv_heads: int) -> None:
+def _check_tensors(gguf: GGUFFile, family: GGUF, keys: _Architecture, head_dim: int, kv_heads: int) -> None:
     """Compares depth and widths with the tensors, before anything of these sizes is made."""
     layers = {name.split(".")[1] for name in gguf.tensors if name.startswith("blk.")}
     if len(layers) != keys.block_count:
@@ -191,15 +200,19 @@ def _check_tensors(gguf: GGUFFile, keys: _Architecture, head_dim: int, kv_heads:
             f"{gguf.path}: block_count {keys.block_count}, and tensors of {len(layers)} layers",
             REMEDY,
         )
-    width = keys.embedding_length
+    width, inner = keys.embedding_length, keys.feed_forward_length
+    heads = {"attn_q": keys.head_count, "attn_k": kv_heads}
+    if _QKV in family.tensors:
+        heads, inner = {_QKV: keys.head_count + 2 * kv_heads}, 2 * inner
     shapes: dict[str, tuple[int | None, ...]] = {
         "token_embd.weight": (None, width),
-        "blk.0.attn_q.weight": (keys.head_count * head_dim, width),
-        "blk.0.attn_k.weight": (kv_heads * head_dim, width),
-        "blk.0.ffn_up.weight": (keys.feed_forward_length, width),
+        **{f"blk.0.{tensor}.weight": (count * head_dim, width) for tensor, count in heads.items()},
+        "blk.0.ffn_up.weight": (inner, width),
     }
-    if "rope_freqs.weight" in gguf.tensors:
-        shapes["rope_freqs.weight"] = (head_dim // 2,)
+    pairs = ((keys.rotated or head_dim) // 2,)
+    for together in ({_FREQUENCIES}, {_SHORT, _LONG}):
+        if together & gguf.tensors.keys():
+            shapes |= dict.fromkeys(together, pairs)
     for name, shape in shapes.items():
         found = gguf.tensors[name].shape if name in gguf.tensors else ()
         if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found, strict=True)):
@@ -211,8 +224,17 @@ def _check_tensors(gguf: GGUFFile, keys: _Architecture, head_dim: int, kv_heads:
 
 
 def _rope_scaling(gguf: GGUFFile, keys: _Architecture, head_dim: int) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in gguf.tensors:
+    if _FREQUENCIES in gguf.tensors:
         return _llama3_scaling(gguf, keys.theta, head_dim)
+    if _LONG in gguf.tensors:
+        short, long = (GGUFWeights(gguf).read(name).tolist() for name in (_SHORT, _LONG))
+        return {
+            "rope_type": "longrope",
+            "short_factor": short,
+            "long_factor": long,
+            "original_max_position_embeddings": keys.original_context or keys.context_length,
+            "attention_factor": keys.attention_factor,
+        }
     if keys.scaling == "none":
         return None
     scaling = {"rope_type": keys.scaling, "factor": keys.factor}
@@ -229,7 +251,7 @@ def _rope_scaling(gguf: GGUFFile, keys: _Architecture, head_dim: int) -> dict[st
 
 def _llama3_scaling(gguf: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Llama 3's scaling; a GGUF keeps only the factor per frequency: guess its four numbers, then check."""
-    factors = GGUFWeights(gguf).read("rope_freqs.weight").astype(np.float64)
+    factors = GGUFWeights(gguf).read(_FREQUENCIES).astype(np.float64)
     factor = float(factors.max())
     scaling = {
         "rope_type": "llama3",
@@ -269,12 +291,11 @@ class GGUFWeights:
         for kind in {entry.kind for entry in gguf.tensors.values()}:
             _check_kind(gguf, kind)
         self._names = {_hf_name(name, self._family): name for name in gguf.tensors}
-        # The rotary frequency factors are not a weight: `gguf_config` reads them into rope_scaling.
+        # The rotary frequency factors are no weights: `gguf_config` reads them into rope_scaling.
         self.shapes = {
-            hf_name: gguf.tensors[name].shape
-            for hf_name, name in self._names.items()
-            if name != "rope_freqs.weight"
+            hf_name: gguf.tensors[name].shape for hf_name, name in self._names.items() if name not in _FACTORS
         }
+        self.dtypes = dict.fromkeys(self.shapes, "F32")
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""

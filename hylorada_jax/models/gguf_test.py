@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.gguf import GGUFWeights, gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, TensorEntry, read_gguf
 
@@ -146,7 +147,9 @@ def test_what_is_not_understood_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"llama\.expert_count, llama\.logit_scale"):
         config("llama", KEYS | {"expert_count": 8, "logit_scale": 0.5})
     with pytest.raises(ModelError, match="one width"):
-        config("llama", KEYS | {"rope.dimension_count": 4})
+        config("llama", KEYS | {"attention.value_length": 4})
+    with pytest.raises(ModelError, match="rotates whole heads"):
+        DecoderConfig.from_hf(config("llama", KEYS | {"rope.dimension_count": 4}))
     with pytest.raises(ModelError, match="missing required field `embedding_length`"):
         config("llama", {k: v for k, v in KEYS.items() if k != "embedding_length"})
     with pytest.raises(ModelError, match="llama-gguf-split"):

@@ -26,6 +26,7 @@ from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.mixture import EXPERTS, each_expert
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import read_quantized, shapes_kept
+from hylorada_jax.models.quantized_elsewhere import refuse_quantized
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
 from hylorada_jax.placement.placement import Placement
@@ -51,7 +52,8 @@ def load_model(
             contacted its name is printed on stderr; under :func:`hylorada_jax.offline` the cache is read.
         dtype: of the weights and of the computation: float32, bfloat16, float16, or float64 under x64.
         base_dtype: 'int8' or 'nf4' keeps the linear layers of our decoder in 8 or 4 bits, quantised one
-            by one as they are read, and numbers of ``dtype`` again where they are used; None: in ``dtype``.
+            by one as they are read, and numbers of ``dtype`` again where they are used; 'int8+head' and
+            'nf4+head' the output head too; None: in ``dtype``.
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
         placement: over which devices its weights are cut, each reading its own share; None: all of them go to
             the default device.
@@ -122,7 +124,7 @@ def _empty(
         module = DecoderLM(config, check_remat(remat))
         ends = end_tokens(source, config.vocab_size) or config.eos_token_ids
         params = shapes_kept(param_shapes(config, dtype), base_dtype)
-        return CausalLM(module, params, config, source.name, ends)
+        return CausalLM(module, params, config, source.name, ends, source.inside)
     if base_dtype is not None:
         raise ModelError(
             "Only our decoder's weights are kept in int8 or nf4.",
@@ -135,6 +137,7 @@ def _empty(
             f"remat={remat!r} for model_type {source.config.get('model_type')!r}",
             f"Leave remat at 'none', or choose a model of type {either(DECODERS)}.",
         )
+    refuse_quantized(source.config)
     return _hf_flax(source).empty_model(source, dtype)
 
 
@@ -176,7 +179,9 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype:
 
 def open_weights(source: Source) -> Weights:
     """The tensors of a base model on disk, under Hugging Face's names; none is read yet."""
-    return GGUFWeights(source.gguf) if source.gguf else SafetensorsWeights(source.weights)
+    if source.gguf:
+        return GGUFWeights(source.gguf)
+    return SafetensorsWeights(source.weights, inside=source.inside)
 
 
 def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot], Weights]:

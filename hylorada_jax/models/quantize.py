@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.math.quantized import BASE_DTYPES, is_quantized, quantized
+from hylorada_jax.math.quantized import BASE_DTYPES, HEAD, is_quantized, quantized
 from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.weights import Slot, Weights, aligned, check_finite, owners
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from qwix import QArray  # type: ignore[import-untyped]
 
 
+_HEAD = ("lm_head", "embedding")
+
+
 def check_base_dtype(base_dtype: str | None) -> None:
     """Refuses what kernels cannot be kept in; a ConfigError."""
     if base_dtype not in (None, *BASE_DTYPES):
         raise ConfigError(
-            f"base_dtype must be {' or '.join(BASE_DTYPES)}, or None.",
+            f"base_dtype must be {', '.join(BASE_DTYPES)} or None.",
             repr(base_dtype),
             "Choose one of them.",
         )
@@ -34,14 +37,15 @@ def check_base_dtype(base_dtype: str | None) -> None:
 def quantize(params: dict[str, Any], base_dtype: str) -> dict[str, Any]:
     """The parameter tree of a decoder with its linear layers' kernels in int8 or nf4.
 
-    Embeddings, head, norms and biases stay as they are.
+    Embeddings, norms and biases stay as they are, and the head does unless base_dtype names it.
 
     Args:
         params: of :class:`CausalLM`; under ``jax.eval_shape`` shapes serve.
-        base_dtype: "int8" or "nf4".
+        base_dtype: one of :data:`hylorada_jax.math.quantized.BASE_DTYPES`.
 
     Raises:
-        ConfigError: there is no such base_dtype, qwix is not installed, or a layer's inputs do not divide.
+        ConfigError: there is no such base_dtype, qwix is not installed, a layer's inputs do not divide, or
+            the head is to be quantised and is the embedding.
         ModelError: the kernels are quantised already.
 
     Example:
@@ -55,8 +59,17 @@ def quantize(params: dict[str, Any], base_dtype: str) -> dict[str, Any]:
             "What is quantised is not quantised again.", base_dtype, "Load the model without base_dtype."
         )
     check_base_dtype(base_dtype)
+    if base_dtype.endswith(HEAD) and _HEAD not in leaves:
+        raise ConfigError(
+            "A head that is the embedding is not quantised: codes beside it would take memory, not save it.",
+            f"base_dtype={base_dtype!r} for a model with tie_word_embeddings",
+            f"Choose base_dtype={base_dtype.removesuffix(HEAD)!r}.",
+        )
     return unflatten_dict(
-        {path: _stack(leaf, base_dtype) if is_kernel(path) else leaf for path, leaf in leaves.items()}
+        {
+            path: _in_codes(path, leaf, base_dtype) if is_kept_in_codes(path, base_dtype) else leaf
+            for path, leaf in leaves.items()
+        }
     )
 
 
@@ -65,14 +78,21 @@ def shapes_kept(shapes: dict[str, Any], base_dtype: str | None) -> dict[str, Any
     return shapes if base_dtype is None else jax.eval_shape(partial(quantize, base_dtype=base_dtype), shapes)
 
 
-def quantized_shapes(kernels: jax.ShapeDtypeStruct, base_dtype: str) -> QArray:
-    """What :func:`quantize` makes of one leaf, stacked kernels [d_in, d_out], as shapes."""
-    return jax.eval_shape(partial(_stack, base_dtype=base_dtype), kernels)
+def quantized_shapes(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, base_dtype: str) -> QArray:
+    """What :func:`quantize` makes of one leaf, stacked kernels [d_in, d_out] or the head, as shapes."""
+    return jax.eval_shape(partial(_in_codes, path, base_dtype=base_dtype), leaf)
 
 
-def is_kernel(path: tuple[str, ...]) -> bool:
+def is_kept_in_codes(path: tuple[str, ...], base_dtype: str) -> bool:
     """Whether a leaf of a decoder's tree is one that is quantised: not a router's, on which choices hang."""
-    return path[-1] == "kernel" and ".".join(path[-3:-1]) not in ROUTERS
+    if path[-1] == "kernel":
+        return ".".join(path[-3:-1]) not in ROUTERS
+    return path == _HEAD and base_dtype.endswith(HEAD)
+
+
+def _in_codes(path: tuple[str, ...], leaf: Array, base_dtype: str) -> QArray:
+    kind = base_dtype.removesuffix(HEAD)
+    return _jitted_one(leaf, kind, leaf.dtype.name, True) if path == _HEAD else _stack(leaf, kind)
 
 
 @partial(jax.jit, static_argnames="base_dtype")
@@ -82,11 +102,12 @@ def _stack(kernels: Array, base_dtype: str) -> QArray:
     return jax.tree.map(lambda field: field.reshape(*kernels.shape[:-2], *field.shape[1:]), codes)
 
 
-def _one(kernel: Array, base_dtype: str, dtype: str) -> QArray:
-    return quantized(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)), base_dtype, dtype)
+def _one(kernel: Array, base_dtype: str, dtype: str, out_in: bool = False) -> QArray:
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    return quantized(wide, base_dtype, dtype, out_in=out_in)
 
 
-_jitted_one = jax.jit(_one, static_argnums=(1, 2))
+_jitted_one = jax.jit(_one, static_argnums=(1, 2, 3))
 
 
 def read_quantized(
@@ -112,18 +133,19 @@ def read_quantized(
         for field, place in zip(fields, jax.tree.leaves(places) or [None] * len(fields), strict=True)
     ]
     for name, slot in tensors:
-        for share, codes in zip(shares, jax.tree.leaves(one_quantized(name, weights, leaf)), strict=True):
+        whole = one_quantized(name, weights, leaf, slot)
+        for share, codes in zip(shares, jax.tree.leaves(whole), strict=True):
             share.put(slot.at, np.asarray(codes))
     return jax.tree.unflatten(structure, [share.array() for share in shares])
 
 
-def one_quantized(name: str, weights: Weights, leaf: QArray) -> QArray:
-    """One layer's kernel [d_in, d_out] from a model's files, as a leaf of all layers has it."""
-    dtype = jnp.dtype(leaf.dtype)
-    values = weights.read(name).T.astype(np.promote_types(dtype, np.float32))
+def one_quantized(name: str, weights: Weights, leaf: QArray, slot: Slot) -> QArray:
+    """One layer's kernel [d_in, d_out] from a model's files, as a leaf of all layers has it; or the head."""
+    dtype, tensor = jnp.dtype(leaf.dtype), weights.read(name)
+    values = (tensor.T if slot.transpose else tensor).astype(np.promote_types(dtype, np.float32))
     check_finite(values, name, weights)
     with jax.default_device(_cpu()):
-        return _jitted_one(values, str(leaf.qtype), dtype.name)
+        return _jitted_one(values, str(leaf.qtype), dtype.name, not slot.transpose)
 
 
 def _cpu() -> jax.Device | None:

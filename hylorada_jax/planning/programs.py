@@ -18,6 +18,7 @@ from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.loss import chosen_chunks
+from hylorada_jax.math.quantized import is_quantized
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -128,16 +129,18 @@ def compiled_step(
         return step.lower(*arguments).compile()
 
 
-def loss_chunk(config: DecoderConfig, tokens: int, mesh: Mesh) -> int:
+def loss_chunk(config: DecoderConfig, tokens: int, mesh: Mesh, *, quantized: bool = False) -> int:
     """How many scored tokens the loss of a step in bfloat16 takes in one turn of its loop.
 
     Args:
         config: of the base model.
         tokens: of a microbatch on one device.
         mesh: that the step is compiled for.
+        quantized: the head is in codes.
     """
+    head = config.vocab_size, config.hidden_size
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # by which the loss knows the platform
-        return chosen_chunks(tokens, (config.vocab_size, config.hidden_size), jnp.bfloat16).size
+        return chosen_chunks(tokens, head, jnp.bfloat16, quantized=quantized).size
 
 
 def figures_of(
@@ -179,7 +182,8 @@ def figures_of(
         compile_seconds=seconds,
     )
     text, tokens = compiled.as_text(), case.rows * seq_len
-    turns = math.ceil(tokens / loss_chunk(base.config, tokens, placement.mesh))
+    quantized = is_quantized(base.head({"params": base.params}))
+    turns = math.ceil(tokens / loss_chunk(base.config, tokens, placement.mesh, quantized=quantized))
     try:
         cost, sent = program_cost(text or "", turns), sent_bytes(collectives(text or "", turns))
     except DataError:  # a program that is written in another way than a TPU's

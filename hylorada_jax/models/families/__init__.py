@@ -16,6 +16,8 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family for file in _FILES for family in getattr(file, "FAMILIES", ())
 }
 DECODERS: dict[str, Decoder] = {name: f.decoder for name, f in FAMILIES.items() if f.decoder}
+TEXT_PARTS: dict[str, str] = {whole: name for name, d in DECODERS.items() for whole in d.text_of}
+"""A multimodal model_type → the family that its text part is of."""
 FLAX: dict[str, Flax] = {name: f.flax for name, f in FAMILIES.items() if f.flax}
 
 

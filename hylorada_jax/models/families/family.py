@@ -128,6 +128,7 @@ class Decoder:
         gguf: None where a GGUF file has it under another family's name, or not at all.
         rope_theta: the base of the rotary wavelengths where config.json names none.
         settings: the content of config.json → the same in the layout of transformers 4.57.
+        text_of: the multimodal model_types whose text part it is.
     """
 
     causal_lm: str
@@ -136,6 +137,7 @@ class Decoder:
     gguf: GGUF | None = None
     rope_theta: float = 10000.0
     settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: said
+    text_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ FAMILIES = [
             options=options,
             rope_theta=1000000.0,
             settings=settings,
+            text_of=("gemma3",),
             gguf=GGUF(
                 architecture="gemma3",
                 tensors={**gemma2.NORMS, **QK_NORMS},

@@ -35,7 +35,9 @@ FAMILIES = [
     Family(
         model_type="mistral",
         tokenizer="LlamaTokenizer",
-        decoder=Decoder(causal_lm="MistralForCausalLM", keys=MistralKeys, options=options),
+        decoder=Decoder(
+            causal_lm="MistralForCausalLM", keys=MistralKeys, options=options, text_of=("mistral3",)
+        ),
         flax=Flax(can=("loss",), faults=_faults),
     )
 ]

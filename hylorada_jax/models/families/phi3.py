@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from hylorada_jax.models.bounds import Epsilon, Positions, Tokens, Vocabulary, Width
-from hylorada_jax.models.families.family import Decoder, Family, Keys, Options, alike
+from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options, alike
 from hylorada_jax.models.rope_config import partial_rotary_factor
 
 
@@ -46,6 +46,17 @@ FAMILIES = [
         k="qkv_proj",
         v="qkv_proj",
         tokenizer="LlamaTokenizer",
-        decoder=Decoder(causal_lm="Phi3ForCausalLM", keys=Phi3Keys, options=options, settings=settings),
+        decoder=Decoder(
+            causal_lm="Phi3ForCausalLM",
+            keys=Phi3Keys,
+            options=options,
+            settings=settings,
+            gguf=GGUF(
+                architecture="phi3",
+                tensors={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+                keys={"attention.sliding_window": "sliding_window"},
+                settings=lambda said: {"sliding_window": said.get("sliding_window") or None},  # 0: none
+            ),
+        ),
     )
 ]

@@ -47,6 +47,8 @@ class HFFlaxModel:
 
     model: FlaxPreTrainedModel
 
+    inside = False
+
     @property
     def _family(self) -> Flax:
         return flax_of(self.config.model_type)

@@ -1,0 +1,48 @@
+"""Checkpoints that others have quantised: refused by the name of the method, before weights are looked for.
+
+Imports neither jax nor torch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.text import shown
+
+_ORIGINAL = (
+    "Load the checkpoint that it was quantised from; --base-dtype nf4 or int8 (base_dtype= of load_model) "
+    "keeps its weights in 4 or 8 bits. GGUF files are read too."
+)
+_THEN = "AutoModelForCausalLM.from_pretrained(name{}){}.save_pretrained(directory)"
+# What makes ordinary weights of a checkpoint in transformers, where something does.
+_IN_TRANSFORMERS = {
+    "bitsandbytes": _THEN.format("", ".dequantize()"),
+    "mxfp4": _THEN.format(", quantization_config=Mxfp4Config(dequantize=True)", ""),
+    "compressed-tensors": _THEN.format(
+        ", quantization_config=CompressedTensorsConfig(run_compressed=False)", ""
+    ),
+}
+
+
+def refuse_quantized(hf: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose weights are codes.
+
+    Args:
+        hf: the content of config.json.
+
+    Raises:
+        ModelError: it has a ``quantization_config``; its method is named.
+    """
+    if (said := hf.get("quantization_config")) is None:
+        return
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    if method is None and isinstance(said, Mapping) and {"load_in_4bit", "load_in_8bit"} & said.keys():
+        method = "bitsandbytes"  # whose first files do not name it
+    way = _IN_TRANSFORMERS.get(method) if isinstance(method, str) else None
+    raise ModelError(
+        "Checkpoints that are quantised already are not read.",
+        f"quantization_config of quant_method {shown(method)}"
+        if method
+        else f"quantization_config={shown(said)}",
+        f"{_ORIGINAL} Or, in transformers, {way}." if way else _ORIGINAL,
+    )
