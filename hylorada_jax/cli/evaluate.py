@@ -114,7 +114,7 @@ def evaluate(
     )
     result = {
         "model": model,
-        "adapter": adapter and str(adapter),
+        "adapter": saved and str(saved.directory),
         "data": data,
         "perplexity": measured.perplexity,
         "loss": measured.loss,

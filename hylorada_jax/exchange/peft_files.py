@@ -14,7 +14,7 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.files import user_path
+from hylorada_jax.io.files import any_path, user_path
 from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
@@ -106,7 +106,7 @@ def write_peft(directory: str | Path, tensors: Mapping[str, np.ndarray], setting
     Raises:
         CheckpointError: an adapter is already there, or the directory cannot be written.
     """
-    directory = user_path(directory)
+    directory = any_path(directory)
     refuse_existing(directory)
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     config = json.dumps(settings, indent=2, ensure_ascii=False).encode()

@@ -17,7 +17,7 @@ from safetensors.numpy import save as dump_safetensors
 from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import kind_of, refuse_unusable, user_path, write_whole
+from hylorada_jax.io.files import any_path, kind_of, make_directory, refuse_unusable, write_whole
 from hylorada_jax.text import short
 
 CONFIG_NAME = "adapter_config.json"
@@ -49,7 +49,7 @@ def write_adapter(
     Raises:
         CheckpointError: an adapter is already there, a tensor is not finite, or the disk is full.
     """
-    directory = user_path(directory)
+    directory = any_path(directory)
     if not overwrite:
         refuse_existing(directory)
     check_finite(tensors)
@@ -70,7 +70,7 @@ def write_adapter(
 def write_files(directory: Path, weights: bytes, config: bytes) -> None:
     """Writes the content of an adapter's two files, each whole; a CheckpointError where that fails."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         write_whole(directory / WEIGHTS_NAME, weights)
         write_whole(directory / CONFIG_NAME, config)
     except OSError as error:
@@ -83,8 +83,8 @@ def write_files(directory: Path, weights: bytes, config: bytes) -> None:
 
 def refuse_existing(directory: str | Path) -> None:
     """Raises a CheckpointError where an adapter is already, or none can be written; changes nothing."""
-    directory = user_path(directory)
-    refuse_unusable(directory)
+    directory = any_path(directory)
+    refuse_unusable(directory, in_bucket=True)
     if any(kind_of(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
         raise CheckpointError(
             "An adapter is not overwritten unasked.",
