@@ -27,11 +27,12 @@ class Bucket:
     Attributes:
         objects: {name: content}.
         read_only: refuses uploads, as where the caller has no right to write.
+        hidden: does not describe itself, as where the caller may only see what is in it.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
-        self.read_only = False
+        self.read_only = self.hidden = False
         self.lock = threading.RLock()
         self._generations: dict[str, tuple[bytes, int]] = {}
         self._uploads: list[str] = []
@@ -58,8 +59,11 @@ class Bucket:
             with self.lock:
                 if parts.path.startswith("/upload/"):
                     return self._upload(query, content, head)
+                if found[2] is None and parts.path.endswith("/o"):
+                    return self._listed(query)
                 if found[2] is None:
-                    return self._listed(query) if parts.path.endswith("/o") else (200, {"name": NAME}, {})
+                    no = "The caller does not have storage.buckets.get access."
+                    return _failed(403, no) if self.hidden else (200, {"name": NAME}, {})
                 return self._of_one(method, unquote(found[2]), query, head)
         return _failed(501, f"{method} {url}")
 

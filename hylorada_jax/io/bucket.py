@@ -176,6 +176,25 @@ def refuse_unusable(directory: Path, name: str) -> None:
         ) from error
 
 
+def refuse_undescribed(directory: Path) -> None:
+    """Raises a CheckpointError where a bucket does not say of what kind it is.
+
+    orbax asks that before it deletes a checkpoint, so a run would end when its first one is to go.
+    """
+    from google.cloud import storage  # which gcsfs needs
+
+    try:
+        with answering(directory):
+            storage.Client().get_bucket(str(directory).split("/")[2])
+    except OSError as error:
+        raise CheckpointError(
+            "A run's bucket must say of what kind it is, which is asked before an old checkpoint is deleted.",
+            f"{directory}: {error.strerror or error}",
+            "Ask for the right storage.buckets.get there (the role Storage Legacy Bucket Reader has it), and "
+            "set GOOGLE_CLOUD_PROJECT.",
+        ) from error
+
+
 def _store(path: Path) -> tuple[Any, str]:
     """The file system of a path, and the path's name there."""
     import fsspec

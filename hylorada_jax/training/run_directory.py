@@ -101,6 +101,8 @@ class RunDirectory:
                 holds something else of a name that a run writes.
         """
         refuse_unusable(self.path, in_bucket=True)
+        if bucket.is_in_bucket(self.path):
+            bucket.refuse_undescribed(self.path)
         try:
             there = self._there()
             held = self._held(there)

@@ -346,6 +346,10 @@ def test_in_a_bucket_too_a_deletion_takes_the_run_alone_and_can_be_finished(buck
         opened(place, overwrite=True)
         assert within(place).keys() == {"run.json", *mine}
     assert steps == 10  # run.json under its other name, all files and directories, the new run.json
+    monkeypatch.setattr(bucket, "hidden", True)
+    with pytest.raises(CheckpointError, match=r"storage\.buckets\.get access"):
+        opened(place, resume=True)
+    monkeypatch.setattr(bucket, "hidden", False)
     changes["write"](run.adapter / "thesis.md", b"mine")
     for how, found in (
         (FLAGS["neither"], "overwritten unasked"),
