@@ -40,6 +40,22 @@ hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
+def bucket():
+    """The bucket ``gs://bucket``, served by this process; those who read it keep its address for good."""
+    if importlib.util.find_spec("gcsfs") is None:
+        pytest.skip("gcsfs is not installed")
+    import fsspec
+
+    from parity_tests.bucket_server import serving
+
+    with serving() as (bucket, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fsspec.config.set_conf_env(fsspec.config.conf)  # which it has read when it was imported
+        yield bucket
+
+
+@pytest.fixture(scope="session")
 def on_devices():
     """count → the environment of a process of this package, for which the CPU is so many devices."""
 

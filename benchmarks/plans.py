@@ -1,6 +1,6 @@
 """Whether large models can be tuned on slices of TPUs, by the compiler's figures, each method beside lora.
 
-    python -m benchmarks.plans --output benchmarks/results/plans
+    python -m benchmarks.plans --output benchmarks/results/plans --page docs/results.md
 
 Weights are bfloat16, or nf4 where that is said, and cut over all chips, each of which has one row, or those
 that are said, and computes whole layers again in the backward pass. Figures are of one chip; what they are
@@ -8,14 +8,17 @@ stands in hylorada_jax/planning/cases.py.
 """
 
 import importlib.metadata
+import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.command import run
+from benchmarks.report import filled, markdown
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.io.files import refuse_unusable, write_json
+from hylorada_jax.io.files import refuse_unusable, write_json, write_whole
 from hylorada_jax.planning.libtpu import libtpu_directory
 
 
@@ -50,13 +53,16 @@ PLANS = (
 )
 
 
-def main(*, output: Path) -> None:
+def main(*, output: Path, page: Path | None = None) -> None:
     """Compile every plan whose file is not there yet, and write it.
 
     Args:
         output: the directory of the files.
+        page: a Markdown file whose table is replaced.
     """
     refuse_unusable(output)
+    if page is not None:
+        filled(page, "plans", "")
     from parity_tests.environment import environment
 
     (libtpu,) = importlib.metadata.distributions(name="libtpu", path=[str(libtpu_directory())])
@@ -79,6 +85,43 @@ def main(*, output: Path) -> None:
             },
         }
         write_json(file, record)
+    if page is not None:
+        write_whole(page, filled(page, "plans", table(recorded(output))))
+
+
+def recorded(directory: Path) -> list[dict[str, Any]]:
+    """The records that a directory has, the smallest models first."""
+    plans = sorted(PLANS, key=lambda plan: (len(plan.shape), plan.shape, plan.topology, plan.seq_len))
+    files = [directory / f"{plan.name}.json" for plan in plans]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """What a chip needs, method by method, as Markdown; what it sends, where the records have it.
+
+    Args:
+        records: one for each plan.
+    """
+    head = ["model, slice, row", "arguments, GiB", "temporary, GiB", "to LoRA's"]
+    sent = any("sent_bytes" in one for record in records for one in record["methods"].values())
+    rows = [[*head, *(["sent, GiB", "to LoRA's"] if sent else [])]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    for record in records:
+        shape = " in ".join(filter(None, (record["model"], record.get("base_dtype"))))
+        for method, one in record["methods"].items():
+            of_lora = one["to_lora"]
+            row = [f"{shape}, {record['topology']}, {record['seq_len']:,} tokens: {method}"]
+            row += [f"{one[name] / 2**30:.2f}" for name in ("argument_bytes", "temp_bytes")]
+            row.append(_ratio(of_lora, "temp_bytes"))
+            if sent:
+                row.append(f"{sum(one['sent_bytes'].values()) / 2**30:.1f}" if "sent_bytes" in one else "")
+                row.append(_ratio(of_lora, "sent_bytes"))
+            rows.append(row)
+    return f"{markdown(rows)}\n"
+
+
+def _ratio(of_lora: dict[str, float], name: str) -> str:
+    return f"{of_lora[name]:.2f}" if name in of_lora else ""
 
 
 def planned(plan: Plan, method: str) -> dict[str, Any]:

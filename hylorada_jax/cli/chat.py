@@ -38,6 +38,7 @@ def chat(
     dtype: Dtype = "float32",
     base_dtype: BaseDtype | None = None,
     mesh: str = "",
+    verbose: bool = False,
     offline: bool = False,
 ) -> None:
     """Talk with a model: a line is a message, and the answer comes as it is made.
@@ -58,6 +59,7 @@ def chat(
         base_dtype: keeps the linear layers in int8 or nf4, with +head the output head too, as an adapter may
             have been trained on.
         mesh: the devices, as generate takes them.
+        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     saved = check_adapter(adapter, structure)
@@ -84,7 +86,14 @@ def chat(
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
     # A model without a table of positions says how long the texts were that it has seen.
     context = max_context or limit or getattr(base.config, "max_position_embeddings", None)
-    talk = Talk(loaded(model, adapter, weights, placement), tokenizer, structure, context, rng, settings)
+    talk = Talk(
+        loaded(model, adapter, weights, placement, verbose=verbose),
+        tokenizer,
+        structure,
+        context,
+        rng,
+        settings,
+    )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # the history and the keys of a line; Windows has none

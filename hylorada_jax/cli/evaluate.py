@@ -43,6 +43,7 @@ def evaluate(
     base_dtype: BaseDtype | None = None,
     mesh: str = "",
     check_weights: bool = False,
+    verbose: bool = False,
     json: bool = False,
     offline: bool = False,
     processes: Processes = ALONE,
@@ -68,6 +69,7 @@ def evaluate(
             leaves half of the memory, and else a share of it.
         check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
             was trained on.
+        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
         json: print one JSON object.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
         processes: for an evaluation on the devices of several.
@@ -103,7 +105,7 @@ def evaluate(
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
-        loaded(model, adapter, weights, placement, check_weights=check_weights),
+        loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose),
         documents,
         seq_len=seq_len,
         stride=stride,
@@ -113,7 +115,7 @@ def evaluate(
     )
     result = {
         "model": model,
-        "adapter": adapter and str(adapter),
+        "adapter": saved and str(saved.directory),
         "data": data,
         "perplexity": measured.perplexity,
         "loss": measured.loss,

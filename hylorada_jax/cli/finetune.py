@@ -19,6 +19,7 @@ from hylorada_jax.cli.shared import (
     loaded,
     puts_offline,
     require_encoder,
+    tell_undivided,
     template_of,
     tokenizer_of,
     unloaded,
@@ -54,6 +55,7 @@ def finetune(
     base_dtype: BaseDtype | None = None,
     prompt: str = 'def read_lines(path):\n    """',
     offline: bool = False,
+    verbose: bool = False,
     recipe: Path | None = None,
     processes: Processes = ALONE,
 ) -> None:
@@ -80,6 +82,7 @@ def finetune(
             with +head an output head of its own too.
         prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
         recipe: a file of these options by name, .json or .yaml; options beside it win.
         processes: for a run of several, which all are given the same options but for their number.
     """
@@ -140,6 +143,8 @@ def finetune(
     if why:
         print(f"mesh     {why}")
     print(f"memory   {trainer.choice}")
+    if verbose:
+        tell_undivided(placement, adapted)
 
     result = trainer.train()
     print(f"{what}  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")

@@ -43,6 +43,7 @@ def generate(
     dtype: Dtype = "float32",
     base_dtype: BaseDtype | None = None,
     mesh: str = "",
+    verbose: bool = False,
     offline: bool = False,
 ) -> None:
     """Continue a prompt, or answer conversations.
@@ -65,6 +66,7 @@ def generate(
             have been trained on.
         mesh: the devices as data × fsdp × tensor, such as tensor=2; by default one has the whole model, if
             it leaves half of the memory, and else each a share of it.
+        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     if (prompt is None) == (messages is None):
@@ -117,7 +119,7 @@ def generate(
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     if structure_ids is not None:
         settings["structure_ids"] = [structure_ids]
-    generator = loaded(model, adapter, weights, placement)
+    generator = loaded(model, adapter, weights, placement, verbose=verbose)
     if chats is not None:
         write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)
         return

@@ -18,7 +18,7 @@ import pytest
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.cli.main import main
 
-MESH = ("--mesh", "fsdp=2,tensor=2")
+MESH = ("--mesh", "fsdp=2,tensor=2", "--verbose")
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 # Twice this is more than the tiny model's weights take, and this is less.
 SMALL, LARGE = 50_000, 10**9
@@ -51,7 +51,8 @@ def measure(model, directory):
     training += ["--method", "dora", "--learning-rate", 0.01, "--prompt="]
     found: dict[str, Any] = {}
     run = Path(directory) / "run"
-    printed, _ = command("finetune", *of, *training, "--output", run, memory=SMALL)
+    printed, reported = command("finetune", *of, *training, "--output", run, "--verbose", memory=SMALL)
+    found["undivided"] = {"finetune": reported}
     found["announced"] = next(line for line in printed.splitlines() if line.startswith("mesh"))
     found["recorded"] = json.loads((run / "run.json").read_text())["recorded"]["mesh"]
     adapted = [*of, "--adapter", run / "adapter"]
@@ -66,6 +67,8 @@ def measure(model, directory):
             "said": command("chat", *adapted, *talking, *mesh, memory=memory, said="foxes\n"),
         }
         found[name] = {key: printed for key, (printed, _) in runs.items()}
+        if name == "mesh":
+            found["undivided"] |= {key: reported for key, (_, reported) in runs.items()}
         found[name]["announced"] = {key: "mesh fsdp=8" in reported for key, (_, reported) in runs.items()}
 
     command("merge", "--adapter", run / "adapter", "--output", f"{directory}/merged", *of)
@@ -90,6 +93,16 @@ def found(tmp_path_factory, on_devices, tiny):  # noqa: F811
 def test_weights_are_cut_where_a_copy_would_leave_no_room_to_train(found):
     assert found["announced"].startswith("mesh     fsdp=8: the weights are cut, for a copy would take ")
     assert found["recorded"] == "fsdp=8"
+
+
+def test_verbose_lists_the_leaves_that_the_mesh_does_not_divide(found):
+    table = "model/embed_tokens/embedding (257, 16)"  # tied to the head; all other axes are even
+    for key, reported in found["undivided"].items():
+        mesh = "data=1,fsdp=8,tensor=1" if key == "finetune" else "data=2,fsdp=2,tensor=2"
+        lines = ["0"] if key == "finetune" else ["1", f"  {table}, not over tensor"]
+        expected = "\n".join([f"mesh {mesh}: leaves that it does not divide: {lines[0]}", *lines[1:], ""])
+        assert expected in reported, key
+    assert found["undivided"].keys() == {"finetune", "evaluated", "generated", "said"}
 
 
 @pytest.mark.parametrize("name", ["mesh", "cut"])

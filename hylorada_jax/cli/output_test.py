@@ -57,7 +57,12 @@ def test_an_output_that_cannot_be_written(place, command, name, monkeypatch, cap
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_url_is_no_output(place, command, monkeypatch, capsys):
-    """Else it would be a directory "gs:" beside the user's own."""
+    """Else it would be a directory "s3:" beside the user's own."""
+    assert "received: s3://bucket" in refused(command, "s3://bucket/run.json", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect", "generate", "parity"])
+def test_in_a_bucket_are_runs_and_adapters_alone(place, command, monkeypatch, capsys):
     assert "received: gs://bucket" in refused(command, "gs://bucket/run.json", monkeypatch, capsys)
 
 

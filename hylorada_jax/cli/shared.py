@@ -219,6 +219,7 @@ def loaded(
     placement: "Placement | None",
     *,
     check_weights: bool = False,
+    verbose: bool = False,
 ) -> Any:
     """The model with the adapter, or the base model where none is named; as :func:`unloaded` reads it."""
     from hylorada_jax.math.quantized import split_name
@@ -228,9 +229,30 @@ def loaded(
 
     of_computation, base_dtype = split_name(dtype)
     base = as_base(load_model(model, dtype=of_computation, base_dtype=base_dtype, placement=placement))
-    if adapter is None:
-        return base
-    return HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)
+    found: Any = base
+    if adapter is not None:
+        found = HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)
+    if verbose and placement is not None:
+        tell_undivided(placement, found)
+    return found
+
+
+def tell_undivided(placement: "Placement", model: Any) -> None:
+    """Reports the leaves of a model that its mesh does not divide; of several processes, the first does.
+
+    Args:
+        placement: where the model lies, fitted to its heads.
+        model: the base model, or one with adapters.
+    """
+    from hylorada_jax.model import HyLoRADAModel
+    from hylorada_jax.placement.processes import is_first
+
+    trees = (model.base.params, model.adapters) if isinstance(model, HyLoRADAModel) else (model.params,)
+    lines = [line for tree in trees for line in placement.undivided(tree)]
+    if is_first():
+        print(f"mesh {placement}: leaves that it does not divide: {len(lines)}", file=sys.stderr)
+        for line in lines:
+            print(f"  {line}", file=sys.stderr)
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import save as dump_safetensors
 from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.exchange.peft_card import CARD_NAME
-from hylorada_jax.io.files import kind_of, user_path
+from hylorada_jax.io.files import any_path, kind_of, user_path
 from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
@@ -115,7 +115,7 @@ def write_peft(
         CheckpointError: an adapter, or with a card a README.md, is already there, or the directory cannot be
             written.
     """
-    directory = user_path(directory)
+    directory = any_path(directory)
     refuse_existing(directory)
     if card is not None and kind_of(directory / CARD_NAME):
         raise CheckpointError(
@@ -125,9 +125,8 @@ def write_peft(
         )
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     config = json.dumps(settings, indent=2, ensure_ascii=False).encode()
-    write_files(directory, dump_safetensors(named, {"format": "pt"}), config)
-    if card is not None:
-        (directory / CARD_NAME).write_text(card, "utf-8")
+    beside = {} if card is None else {CARD_NAME: card.encode()}
+    write_files(directory, dump_safetensors(named, {"format": "pt"}), config, beside)
 
 
 @dataclasses.dataclass(frozen=True)

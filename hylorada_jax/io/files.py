@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import re
 import secrets
 import stat
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io import bucket
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,8 +20,6 @@ Kind = Literal["file", "directory", "link", "special file"]
 
 TEMPORARY = r"\.hylorada-[0-9a-f]{16}"
 """The names of files that are being written, as a pattern: a kill leaves one behind."""
-
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
 
 # The longest path that is written within an output directory is shorter.
 _ROOM = "x" * 200
@@ -43,6 +41,20 @@ def user_path(path: str | Path) -> Path:
         return Path(path)
 
 
+def any_path(path: str | Path) -> Path:
+    """As :func:`user_path`, or a path in a bucket (:mod:`hylorada_jax.io.bucket`): of runs and adapters.
+
+    Args:
+        path: as the user typed it.
+
+    Raises:
+        ConfigError: it begins with ``gs://``, and gcsfs is not installed.
+    """
+    if (url := bucket.url_of(path)) and url.startswith("gs://"):
+        return bucket.bucket_path(url)
+    return user_path(path)
+
+
 def kind_of(path: Path) -> Kind | None:
     """What is at a path: a link is a link, wherever it leads, if anywhere.
 
@@ -59,6 +71,8 @@ def kind_of(path: Path) -> Kind | None:
         >>> kind_of(Path("."))
         'directory'
     """
+    if bucket.is_in_bucket(path):
+        return bucket.kind(path)
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -69,17 +83,23 @@ def kind_of(path: Path) -> Kind | None:
     return kinds.get(stat.S_IFMT(mode), "special file")
 
 
-def refuse_unusable(directory: Path) -> None:
+def refuse_unusable(directory: Path, *, in_bucket: bool = False) -> None:
     """Raises a CheckpointError where an output directory cannot be made or written into; changes nothing.
 
     Args:
         directory: exists or not; a link to a directory is one.
+        in_bucket: it may be in a bucket.
+
+    Raises:
+        ConfigError: as :func:`hylorada_jax.io.bucket.refuse_unusable`.
     """
-    first, *rest = directory.parts or (".",)
-    if rest and _SCHEME.fullmatch(first) and not os.path.lexists(first):  # a directory of such a name is one
+    if in_bucket and bucket.is_in_bucket(directory):
+        bucket.refuse_unusable(directory, temporary_name())
+        return
+    if url := bucket.url_of(directory):
         raise CheckpointError(
-            "An output must be a path of the file system, which no URL is.",
-            f"{first}//{'/'.join(rest)}",
+            "An output must be a path of the file system, or of a run or an adapter one in a bucket, gs://.",
+            url,
             "Choose a directory, such as one that a bucket is mounted on (gcsfuse), or copy the output there "
             "when it is written.",
         )
@@ -103,16 +123,36 @@ def refuse_unusable(directory: Path) -> None:
     raise CheckpointError(rule, found, "Choose another output directory.")
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory and those that it is in, where they are not there; in a bucket there is none."""
+    if not bucket.is_in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link, or a directory that is empty; an OSError where that fails."""
+    if bucket.is_in_bucket(path):
+        bucket.remove(path)
+    elif kind_of(path) == "directory":
+        path.rmdir()
+    else:
+        path.unlink()
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a kill leaves the old content or the new, never a part.
 
     Args:
-        path: in a directory that exists. A link is replaced by the file; where it leads nothing is written.
+        path: in a directory that exists, or in a bucket. A link is replaced by the file; where it leads
+            nothing is written.
         content: all of the file.
 
     Raises:
         OSError: it could not be written, as on a full disk, or what is there is no file; that is still there.
     """
+    if bucket.is_in_bucket(path):
+        bucket.write(path, content)
+        return
     if path.exists() and not path.is_file():  # a rename would put the file in the place of /dev/null
         raise OSError(errno.EEXIST, "not a file", str(path))
     temporary = path.with_name(temporary_name())  # in the same directory, for a rename

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.io import bucket
 from hylorada_jax.text import parse_json, shown
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -23,7 +24,7 @@ def read_bounded(
     """The content of a file that is not larger than it may be.
 
     Args:
-        path: of a regular file, or a link to one.
+        path: of a regular file, a link to one, or a file in a bucket.
         rule: what the file must be, for the error.
         error: the class of the error.
         remedy: for the error.
@@ -36,15 +37,21 @@ def read_bounded(
         HyLoRADAError: of the class given: it is larger, is not a regular file, or cannot be read.
     """
     try:
-        if not path.is_file():  # a directory, a pipe that never ends
-            raise error(rule, f"{path}: no such file", remedy)
-        if (size := path.stat().st_size) > limit:
-            raise error(rule, f"{path}: {size:,} bytes, more than {limit:,}", remedy)
-        return path.read_bytes()
+        return _read_bounded(path, rule, error, remedy, limit)
     except (OSError, ValueError) as cause:  # a ValueError for a null character in the name
         if isinstance(cause, HyLoRADAError):
             raise
         raise error(rule, f"{path}: {getattr(cause, 'strerror', None) or cause}", remedy) from cause
+
+
+def _read_bounded(path: Path, rule: str, error: type[HyLoRADAError], remedy: str, limit: int) -> bytes:
+    with bucket.answering(path):
+        if not path.is_file():  # a directory, a pipe that never ends
+            raise error(rule, f"{path}: no such file", remedy)
+        size = bucket.size(path) if bucket.is_in_bucket(path) else path.stat().st_size
+        if size > limit:
+            raise error(rule, f"{path}: {size:,} bytes, more than {limit:,}", remedy)
+        return path.read_bytes()
 
 
 def read_json(

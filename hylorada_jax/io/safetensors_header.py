@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
 from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.io import bucket
 
 MAX_HEADER_BYTES = 4 * 2**20
 """Of an adapter: some 30,000 tensors. The format itself allows 100 MB, which take seconds and a GiB."""
@@ -18,7 +19,7 @@ def read_header(
     safetensors checks that dtypes are known, and that shapes, offsets and the file's size agree without gaps.
 
     Args:
-        path: of a regular file, or a link to one.
+        path: of a regular file, a link to one, or a file in a bucket, which is read whole.
         rule: what the file must be, for the error.
         error: the class of the error.
         remedy: for the error.
@@ -31,12 +32,16 @@ def read_header(
         HyLoRADAError: of the class given: it cannot be read, or is not a complete safetensors file.
     """
     try:
-        if not path.is_file():  # a directory, a pipe that never ends
-            raise error(rule, f"{path}: no such file", remedy)
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-        if length > limit:
-            raise error(rule, f"{path}: a header of {length:,} bytes, more than {limit:,}", remedy)
+        with bucket.answering(path):
+            if not path.is_file():  # a directory, a pipe that never ends
+                raise error(rule, f"{path}: no such file", remedy)
+            with path.open("rb") as raw:
+                length = int.from_bytes(raw.read(8), "little")
+            if length > limit:
+                raise error(rule, f"{path}: a header of {length:,} bytes, more than {limit:,}", remedy)
+            if bucket.is_in_bucket(path):
+                read = deserialize(path.read_bytes())
+                return {name: (piece["dtype"], tuple(piece["shape"])) for name, piece in read}
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}

@@ -23,7 +23,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import empty_model, load_model
-from hylorada_jax.models.placed import default_mesh
+from hylorada_jax.models.placed import default_mesh, fitted
 from hylorada_jax.models.weights import SafetensorsWeights
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.placement.axes import mesh_sizes
@@ -183,6 +183,9 @@ def measure(directory):
         }
     }
     found["undivided"] = Placement(parse_mesh("fsdp=4,tensor=2")).undivided(odd)
+    empty = empty_model(directory)
+    for mesh in MESHES:
+        found[mesh]["undivided"] = fitted(Placement(parse_mesh(mesh)), empty).undivided(empty.params)
     print(json.dumps(found))
 
 
@@ -287,4 +290,9 @@ def test_weights_are_copied_where_that_leaves_half_of_the_memory(memory, mesh, w
 
 
 def test_what_does_not_divide_is_listed(found):
-    assert found["undivided"] == ["q_proj/kernel (6, 8)"]
+    assert found["undivided"] == ["q_proj/kernel (6, 8), not over fsdp"]
+    for mesh in MESHES:  # two key-value heads, of which no device gets a part
+        heads = ["k", "v"] if mesh == "fsdp=2,tensor=4" else []
+        lines = found[mesh]["undivided"]
+        assert [line.split(" ")[0].split("/")[-2] for line in lines] == [f"{name}_proj" for name in heads]
+        assert all(line.endswith(", not over tensor") for line in lines)

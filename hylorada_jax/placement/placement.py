@@ -110,13 +110,20 @@ class Placement:
         return jax.tree.map(_put, tree, self.shardings(tree))
 
     def undivided(self, tree: Any) -> list[str]:
-        """The leaves that a rule would cut further than they divide, with their shapes, as lines to print."""
+        """The leaves that are cut less than their rule says, as lines to print.
+
+        An axis of theirs does not divide, or it would divide within a head (:meth:`for_heads`). A line has a
+        leaf's path, its shape, and the axes of the mesh that do not cut it.
+        """
         found = []
+        meant_rules = [rule for rule in self.rules if rule != _WHOLE_HEADS]
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            axes = _axes_of(path := _path(keys), len(leaf.shape), self.rules)
-            meant = dividing(axes, (0,) * len(axes), self.mesh.shape)  # 0 is divided by all
-            if dividing(axes, leaf.shape, self.mesh.shape) != meant:
-                found.append(f"{path} {tuple(leaf.shape)}")
+            path, shape, sizes = _path(keys), tuple(leaf.shape), self.mesh.shape
+            everywhere = (0,) * len(shape)  # which every size divides
+            meant = dividing(_axes_of(path, len(shape), meant_rules), everywhere, sizes)
+            cut = dividing(_axes_of(path, len(shape), self.rules), shape, sizes)
+            if missing := [name for axis in meant for name in axis if name not in sum(cut, ())]:
+                found.append(f"{path} {shape}, not over {', '.join(missing)}")
         return found
 
     @property

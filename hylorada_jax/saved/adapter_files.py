@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.numpy import save as dump_safetensors
 from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import kind_of, refuse_unusable, user_path, write_whole
+from hylorada_jax.io.files import any_path, kind_of, make_directory, refuse_unusable, write_whole
 from hylorada_jax.text import short
 
 CONFIG_NAME = "adapter_config.json"
@@ -49,7 +50,7 @@ def write_adapter(
     Raises:
         CheckpointError: an adapter is already there, a tensor is not finite, or the disk is full.
     """
-    directory = user_path(directory)
+    directory = any_path(directory)
     if not overwrite:
         refuse_existing(directory)
     check_finite(tensors)
@@ -67,12 +68,14 @@ def write_adapter(
     write_files(directory, weights, render(body))
 
 
-def write_files(directory: Path, weights: bytes, config: bytes) -> None:
-    """Writes the content of an adapter's two files, each whole; a CheckpointError where that fails."""
+def write_files(
+    directory: Path, weights: bytes, config: bytes, beside: Mapping[str, bytes] = MappingProxyType({})
+) -> None:
+    """Writes the content of an adapter's files, each whole; a CheckpointError where that fails."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / WEIGHTS_NAME, weights)
-        write_whole(directory / CONFIG_NAME, config)
+        make_directory(directory)
+        for name, content in {**beside, WEIGHTS_NAME: weights, CONFIG_NAME: config}.items():
+            write_whole(directory / name, content)
     except OSError as error:
         raise CheckpointError(
             "The adapter's directory must be writable.",
@@ -83,8 +86,8 @@ def write_files(directory: Path, weights: bytes, config: bytes) -> None:
 
 def refuse_existing(directory: str | Path) -> None:
     """Raises a CheckpointError where an adapter is already, or none can be written; changes nothing."""
-    directory = user_path(directory)
-    refuse_unusable(directory)
+    directory = any_path(directory)
+    refuse_unusable(directory, in_bucket=True)
     if any(kind_of(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
         raise CheckpointError(
             "An adapter is not overwritten unasked.",

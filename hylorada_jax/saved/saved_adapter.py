@@ -20,7 +20,7 @@ from safetensors.numpy import load as load_safetensors
 from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, HyLoRADAError
-from hylorada_jax.io.files import user_path
+from hylorada_jax.io.files import any_path
 from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.models.chat_template import MAX_TEMPLATE
@@ -117,7 +117,7 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
         ConfigError: a setting is unknown or refused. Where a newer version of this library may have meant
             something by it, the remedy names both versions.
     """
-    directory = user_path(directory)
+    directory = any_path(directory)
     body, config = _read_config(directory / CONFIG_NAME)
     header = read_header(directory / WEIGHTS_NAME, _RULE, CheckpointError, _REMEDY)
     if alien := [f"{name} {dtype}" for name, (dtype, _) in header.items() if dtype not in _FLOATS]:

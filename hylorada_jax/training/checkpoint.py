@@ -24,7 +24,8 @@ import msgspec
 import orbax.checkpoint as ocp
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import kind_of
+from hylorada_jax.io import bucket
+from hylorada_jax.io.files import kind_of, make_directory
 from hylorada_jax.io.reading import MAX_JSON_BYTES
 from hylorada_jax.placement.processes import are_several, everywhere, on_first
 from hylorada_jax.training.step import TrainState
@@ -33,6 +34,7 @@ DAMAGED = "damaged_checkpoints"
 # What orbax, etils and tensorstore read in a path as it is, and not as a pattern, a URL or an escape.
 _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 _STEP = re.compile("0|[1-9][0-9]*")  # as orbax writes it
+_MARK = "commit_success.txt"  # orbax's, of a checkpoint in a bucket that is complete
 
 
 class _Position(msgspec.Struct):
@@ -67,20 +69,22 @@ class _Newest(ocp.checkpoint_managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run, written in the background.
 
-    A checkpoint is complete or absent: orbax writes it beside its place and renames it. It holds the state
-    (adapters, optimizer, step, seed), the position in the data, and a digest of the state, so that damage
-    that still reads is noticed too. Use as a context manager; leaving it waits for the checkpoint under way.
+    A checkpoint is complete or absent: orbax writes it beside its place and renames it, or in a bucket writes
+    a last file that marks it. It holds the state (adapters, optimizer, step, seed), the position in the data,
+    and a digest of the state, so that damage that still reads is noticed too. Use as a context manager;
+    leaving it waits for the checkpoint under way.
 
     Each process writes the parts of the state that its devices hold, and reads those that they shall hold,
     whoever wrote them. So all of them save, wait and restore together, in one directory.
 
     Args:
-        directory: made if it does not exist.
+        directory: made if it does not exist; perhaps in a bucket.
         keep: number of newest checkpoints kept.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory = directory.absolute()  # orbax insists on an absolute path
+        # orbax insists on an absolute path
+        self._directory = directory if bucket.is_in_bucket(directory) else directory.absolute()
         self._policy = _Newest(keep)
         self._on_exit = contextlib.ExitStack()
 
@@ -89,7 +93,7 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_orbax)
         self._on_exit.callback(logging.getLogger("absl").removeFilter, _not_orbax)
         _ignore_the_rest()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -99,7 +103,7 @@ class Checkpoints:
 
     def _plain_name(self) -> Path:
         """The directory, under a name that orbax does not take for a pattern ("lr=[1e-4,2e-4]")."""
-        if _PLAIN.fullmatch(str(self._directory)):
+        if bucket.is_in_bucket(self._directory) or _PLAIN.fullmatch(str(self._directory)):
             return self._directory
         link = Path(self._on_exit.enter_context(tempfile.TemporaryDirectory())) / self._directory.name
         link.symlink_to(self._directory, target_is_directory=True)
@@ -123,7 +127,11 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
-        names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
+        if bucket.is_in_bucket(self._directory):
+            marks = [path for path in bucket.files(self._directory) if path.name == _MARK]
+            names = [path.parent.name for path in marks if path.parent.parent == self._directory]
+        else:
+            names = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
         return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
     @property
@@ -249,8 +257,12 @@ class Checkpoints:
         target = self._directory.parent / DAMAGED / str(step)
         while kind_of(target):
             target = target.with_name(target.name + "_again")
+        source = self._directory / str(step)
+        if bucket.is_in_bucket(source):
+            bucket.move(source, target)
+            return target
         target.parent.mkdir(exist_ok=True)
-        return (self._directory / str(step)).rename(target)
+        return source.rename(target)
 
     def _in_words(self, error: Exception) -> str:
         """An error in one line of bearable length: tensorstore's run over pages, with the cause within."""
@@ -271,6 +283,11 @@ class Checkpoints:
 
 def _refuse_unreadable(step: Path) -> None:
     """Raises a ValueError for a checkpoint with what orbax would wait for, or fill the memory with."""
+    if bucket.is_in_bucket(step):
+        for path, size in bucket.files(step).items():
+            if path.parent.name != "d" and size > MAX_JSON_BYTES:
+                raise ValueError(f"{path.relative_to(step)} is larger than {MAX_JSON_BYTES:,} bytes")
+        return
     for path in step.rglob("*"):
         # Arrays are in d/, and read by the shapes that the run's own have.
         limit = math.inf if path.parent.name == "d" else MAX_JSON_BYTES

@@ -12,6 +12,8 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.files import any_path
+from hylorada_jax.io.reading import MAX_JSON_BYTES
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
@@ -158,6 +160,22 @@ def test_damaged_steps_are_moved_onto_nothing(tmp_path, two_steps):
     with pytest.warns(UserWarning, match="2_again"):
         assert_is_step(restore(tmp_path / "c"), 1)
     assert (tmp_path / "damaged_checkpoints" / "2").is_symlink()
+
+
+def test_in_a_bucket_what_is_damaged_is_set_aside_and_what_is_incomplete_is_none(bucket):
+    place = any_path("gs://bucket/c")
+    save(place / "checkpoints", 1, 2, 3, 4, keep=4)
+    objects = bucket.objects
+    del objects["c/checkpoints/4/commit_success.txt"]
+    objects["c/checkpoints/3/run/metadata"] = b"{"
+    with pytest.warns(UserWarning, match=r"step 3 is damaged .*moved to gs://bucket/c/damaged_checkpoints/3"):
+        assert_is_step(restore(place / "checkpoints"), 2)
+    assert objects["c/damaged_checkpoints/3/run/metadata"] == b"{"
+    steps = {name.split("/")[2] for name in objects if name.startswith("c/checkpoints/")}
+    assert steps == {"1", "2"}
+    objects["c/checkpoints/2/state/_METADATA"] = b"0" * (MAX_JSON_BYTES + 1)
+    with pytest.warns(UserWarning, match="step 2 is damaged .*larger than"):
+        assert_is_step(restore(place / "checkpoints"), 1)
 
 
 def test_a_step_set_aside_can_be_saved_again(tmp_path):

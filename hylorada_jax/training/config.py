@@ -21,8 +21,8 @@ class TrainingConfig:
     """How long, how fast, on what batches, and where the run is kept.
 
     Args:
-        output: directory of the run; one that holds a run is not touched without resume or overwrite, and
-            what no run wrote is never touched.
+        output: directory of the run, or one in a bucket, as gs://bucket/runs/a; one that holds a run is not
+            touched without resume or overwrite, and what no run wrote is never touched.
         steps: optimizer steps, ≥ 1.
         epochs: passes over the rows of the training data, which decide ``steps`` where they are given.
         mesh: the devices as data × fsdp × tensor, such as fsdp=8,tensor=2: copies of the model, shares of its

@@ -137,6 +137,7 @@ class Loop:
         return sum(r["step"] > best for r in self.log.evaluations) >= self.config.patience
 
     def _save(self, state: TrainState, batches: grain.DatasetIterator[Batch]) -> None:
+        self.log.flush()
         bests = [r["step"] for r in self.log.bests] if self.config.keep == "best" else []
         self.checkpoints.save(state, data=batches.get_state(), bests=bests)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,13 +16,16 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import write_figure, write_whole
+from hylorada_jax.io import bucket
+from hylorada_jax.io.files import make_directory, write_figure, write_whole
 from hylorada_jax.io.reading import checked
 from hylorada_jax.placement.processes import is_first, on_first
 from hylorada_jax.text import parse_json
 
 Record = Mapping[str, Any]
 
+# Between writes of a file in a bucket: a kill costs lines of so long, though none up to a checkpoint.
+_SECONDS = 30.0
 _MAX_LINE = 2**16  # bytes; far more than a line has
 _Step = Annotated[int, msgspec.Meta(ge=0)]
 _Loss = Annotated[float, msgspec.Meta(ge=-4e38, le=4e38)]  # finite in float32, and drawn without an overflow
@@ -98,13 +102,13 @@ class MetricsLog:
             lambda: [r for r in read_metrics(path) if r["step"] <= last_step]
         )
         self.evaluations = [r for r in self.records if "eval_loss" in r]
-        self._file: _Appending | None = None
+        self._file: _Appending | _Rewriting | None = None
         self._boards: list[Board] = []
         if not is_first():
             return
         lines = [json.dumps(record) + "\n" for record in self.records]
         write_whole(path, "".join(lines).encode())
-        self._file = _Appending(path, os.O_APPEND)
+        self._file = _opened(path, os.O_APPEND)
         if (board := _TensorBoard.open(tensorboard)) is not None:
             self._boards.append(board)
 
@@ -126,7 +130,7 @@ class MetricsLog:
         self._boards.append(board)
 
     def write(self, record: Record) -> None:
-        """Appends one line, at once."""
+        """Appends one line, at once; in a bucket by :meth:`flush`, if not before."""
         self.records.append(record)
         if "eval_loss" in record:
             self.evaluations.append(record)
@@ -134,6 +138,11 @@ class MetricsLog:
             self._file.write((json.dumps(record) + "\n").encode())
         for board in self._boards:
             board.add(record)
+
+    def flush(self) -> None:
+        """Writes what is still to be written: call it before a checkpoint, from which the lines go on."""
+        if self._file is not None:
+            self._file.flush()
 
     def evaluation_at(self, step: int) -> Record | None:
         """The evaluation of a step, if there is one."""
@@ -162,7 +171,7 @@ def read_metrics(path: Path) -> list[Record]:
     if not path.is_file():  # a pipe never ends
         raise CheckpointError(rule, f"{path} is not a file", "Move it away.")
     records: list[Record] = []
-    with path.open("rb") as file:
+    with bucket.answering(path), path.open("rb") as opened, io.BufferedReader(opened) as file:
         # Line by line, and no line longer than any that is written: the file may be of any size.
         while (line := file.readline(_MAX_LINE)).endswith(b"\n"):
             place = f"{path}:{len(records) + 1}"
@@ -234,9 +243,47 @@ class _Appending:
         while rest:
             rest = rest[self._file.write(rest) :]
 
+    def flush(self) -> None:
+        """Nothing is left to write."""
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class _Rewriting:
+    """A file in a bucket, which takes no appends: it is written anew, whole.
+
+    Args:
+        path: what the file holds is kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with bucket.answering(path):
+            self._content = bytearray(path.read_bytes() if path.exists() else b"")
+        self._written = (len(self._content), time.monotonic())
+
+    def write(self, content: bytes) -> None:
+        """Appends all of it, and writes the file if the last time was a while ago; an OSError from there."""
+        self._content += content
+        if time.monotonic() - self._written[1] > _SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the file, if there is more of it than was written."""
+        if len(self._content) > self._written[0]:
+            write_whole(self._path, bytes(self._content))
+            self._written = (len(self._content), time.monotonic())
+
+    def close(self) -> None:
+        """Writes the rest."""
+        self.flush()
+
+
+def _opened(path: Path, flags: int) -> _Appending | _Rewriting:
+    """A file to append to: in a bucket, or else as :class:`_Appending` takes it."""
+    return _Rewriting(path) if bucket.is_in_bucket(path) else _Appending(path, flags)
 
 
 class _TensorBoard:
@@ -251,7 +298,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._records = RecordWriter(_Appending(path, os.O_EXCL))
+        self._records = RecordWriter(_opened(path, os.O_EXCL))
         self._write(file_version="brain.Event:2")
 
     @classmethod
@@ -261,7 +308,7 @@ class _TensorBoard:
             import tensorboard.summary.writer.record_writer  # noqa: F401
         except ImportError:
             return None
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         # TensorBoard reads the files in the order of their names.
         return cls(directory / f"events.out.tfevents.{time.time():017.6f}.{os.getpid()}")
 

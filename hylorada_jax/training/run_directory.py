@@ -2,7 +2,8 @@
 
 A run begins where none of the names that it writes is taken; its run.json lists them. It is deleted by what
 the library, orbax and TensorBoard call their files: anything else below those names is named in an error, and
-nothing is changed. What lies beside them stays. The directory may be a link; no link in it is followed.
+nothing is changed. What lies beside them stays. The directory may be a link, or in a bucket; no link in it is
+followed.
 
 A run's run.json is renamed before anything else of it is deleted, and removed last: a deletion that was cut
 short can be finished, and what it left is never taken for a run.
@@ -20,7 +21,17 @@ from types import MappingProxyType
 from typing import Any
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import TEMPORARY, kind_of, refuse_unusable, user_path
+from hylorada_jax.io import bucket
+from hylorada_jax.io.files import (
+    TEMPORARY,
+    Kind,
+    any_path,
+    kind_of,
+    make_directory,
+    refuse_unusable,
+    remove,
+    write_whole,
+)
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.text import short
 from hylorada_jax.training.checkpoint import DAMAGED
@@ -56,7 +67,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = user_path(path)
+        self.path = any_path(path)
         self.run = self.path / "run.json"
         self.deleted_run = self.path / "run.json.deleted"
         self.adapter = self.path / "adapter"
@@ -89,14 +100,17 @@ class RunDirectory:
             CheckpointError: it cannot be made or written into, holds a run and nothing was said about it, or
                 holds something else of a name that a run writes.
         """
-        refuse_unusable(self.path)
+        refuse_unusable(self.path, in_bucket=True)
+        if bucket.is_in_bucket(self.path):
+            bucket.refuse_undescribed(self.path)
         try:
-            held = self._held()
-            self._refuse([place for place in held if len(held) > 1 or kind_of(place) != "file"])
+            there = self._there()
+            held = self._held(there)
+            self._refuse([place for place in held if len(held) > 1 or there[place] != "file"])
             record = read_record(held[0]) if held else None
-            self._refuse(self._taken([] if record is None else record.writes))
+            self._refuse(self._taken([] if record is None else record.writes, there))
             if overwrite and record is not None:
-                self._contents(record)
+                self._contents(record, there)
         except OSError as error:
             rule = "The output directory must be readable."
             raise CheckpointError(rule, error, "Choose another output directory.") from error
@@ -151,28 +165,41 @@ class RunDirectory:
             self._delete()
         if kind_of(self.run):
             return self._same_run(run, defaults)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         run.write(self.run)
         return run
 
-    def _held(self) -> list[Path]:
-        """run.json, under the one name or the other; under both where somebody has put one back."""
-        return [place for place in (self.deleted_run, self.run) if kind_of(place)]
+    def _there(self) -> dict[Path, Kind]:
+        """What is in the directory, under the names that a run writes at least."""
+        if bucket.is_in_bucket(self.path):  # which has a list of it, and answers slowly
+            return {**bucket.children(self.path)}
+        places = (self.deleted_run, self.run, *self._places)
+        return {place: kind for place in places if (kind := kind_of(place))}
 
-    def _taken(self, listed: Collection[str]) -> list[Path]:
+    def _held(self, there: Collection[Path]) -> list[Path]:
+        """run.json, under the one name or the other; under both where somebody has put one back.
+
+        In a bucket it is copied to the other name and then deleted, so a kill may leave two that are equal.
+        """
+        held = [place for place in (self.deleted_run, self.run) if place in there]
+        if len(held) == 2 and bucket.is_in_bucket(self.path) and len({p.read_bytes() for p in held}) == 1:
+            return held[:1]
+        return held
+
+    def _taken(self, listed: Collection[str], there: Mapping[Path, Kind]) -> list[Path]:
         """What has the name of something that a run writes, and is not that."""
         expected = {
             place: ("directory" if within else "file") if place.name in listed else None
             for place, within in self._places.items()
         }
-        return [place for place, kind in expected.items() if kind_of(place) not in (None, kind)]
+        return [place for place, kind in expected.items() if there.get(place) not in (None, kind)]
 
-    def _contents(self, record: RunRecord) -> list[Path]:
+    def _contents(self, record: RunRecord, there: Collection[Path]) -> list[Path]:
         """All that a run wrote but its run.json, what is in a directory before the directory."""
         own: list[Path] = []
         others: list[Path] = []
         for place, within in self._places.items():
-            if place.name in record.writes and kind_of(place):
+            if place.name in record.writes and place in there:
                 own.append(place)
                 for path, written in _below(place, within) if within else ():
                     (own if written else others).append(path)
@@ -181,14 +208,19 @@ class RunDirectory:
 
     def _delete(self) -> None:
         """Deletes the run that is there, if any."""
-        if not (held := self._held()):
+        there = self._there()
+        if not (held := self._held(there)):
             return
-        contents = self._contents(read_record(held[0]))
-        held[0].rename(self.deleted_run)
+        contents = self._contents(read_record(held[0]), there)
+        if bucket.is_in_bucket(held[0]):  # where nothing is renamed
+            write_whole(self.deleted_run, held[0].read_bytes())
+            remove(self.run)
+        else:
+            held[0].rename(self.deleted_run)
         for path in contents:
             # What was put into a directory since it was checked keeps the directory, with an error.
-            path.rmdir() if kind_of(path) == "directory" else path.unlink()
-        self.deleted_run.unlink()
+            remove(path)
+        remove(self.deleted_run)
 
     def _refuse(self, alien: Sequence[Path]) -> None:
         """Refuses what is in the way of a run, if anything is."""
@@ -197,7 +229,7 @@ class RunDirectory:
         found = [f"{path.relative_to(self.path)} (a {kind_of(path)})" for path in alien]
         raise CheckpointError(
             "What no run wrote is never overwritten or deleted.",
-            f"{self.path} holds {short(found)}" + ("" if self._held() else ", and no run.json"),
+            f"{self.path} holds {short(found)}" + ("" if self._held(self._there()) else ", and no run.json"),
             "Move that away, or choose another directory.",
         )
 
@@ -225,6 +257,10 @@ class RunDirectory:
 
 def _below(place: Path, written: re.Pattern[str]) -> Iterator[tuple[Path, bool]]:
     """All that is in a directory, and whether it is what the pattern says; only what is so is looked into."""
+    if bucket.is_in_bucket(place):
+        for path in bucket.files(place):
+            yield path, bool(written.fullmatch(path.relative_to(place).as_posix()))
+        return
     stack = [place]
     while stack:
         for path in stack.pop().iterdir():

@@ -1,5 +1,6 @@
 """Law: a run's own files are overwritten when that is asked for, and nothing else ever is."""
 
+import functools
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io import bucket as of_bucket
+from hylorada_jax.io.files import any_path
 from hylorada_jax.training.checkpoint_test import restore, save
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.identity import defaults
@@ -300,3 +303,58 @@ def test_a_deletion_that_is_cut_short_says_so_and_can_be_finished(tmp_path, monk
         assert left == {"run.json", "notes.txt"}
         assert (run.path / "notes.txt").read_text() == "mine"
     assert steps > 30
+
+
+def test_in_a_bucket_too_a_deletion_takes_the_run_alone_and_can_be_finished(bucket, monkeypatch):
+    changes = {name: getattr(of_bucket, name) for name in ("write", "remove")}
+    mine = {"notes.txt": b"mine", "adapter.txt": b"mine"}
+
+    def within(place):
+        head = f"{place}/".removeprefix("gs://bucket/")
+        found = {
+            name.removeprefix(head): what for name, what in bucket.objects.items() if name.startswith(head)
+        }
+        return {name: what for name, what in found.items() if not name.startswith(".hylorada-")}
+
+    for steps in range(2, 100):  # two are to see whether one can write
+        run = opened(place := any_path(f"gs://bucket/deleted/{steps}"))
+        for name in ("adapter/adapter_config.json", "checkpoints/2/run/metadata"):
+            changes["write"](place / name, b"the run's")
+        for name, content in mine.items():
+            changes["write"](place / name, content)
+        before, left = within(place), iter(range(steps))
+
+        def stopping(name, *arguments, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            changes[name](*arguments)
+
+        with monkeypatch.context() as patched:
+            for name in changes:
+                patched.setattr(of_bucket, name, functools.partial(stopping, name))
+            try:
+                opened(place, overwrite=True)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        if "run.json.deleted" in within(place):
+            with pytest.raises(CheckpointError, match="cut short"):
+                opened(place, resume=True)
+        elif within(place) == before:
+            opened(place, resume=True)
+        opened(place, overwrite=True)
+        assert within(place).keys() == {"run.json", *mine}
+    assert steps == 10  # run.json under its other name, all files and directories, the new run.json
+    monkeypatch.setattr(bucket, "hidden", True)
+    with pytest.raises(CheckpointError, match=r"storage\.buckets\.get access"):
+        opened(place, resume=True)
+    monkeypatch.setattr(bucket, "hidden", False)
+    changes["write"](run.adapter / "thesis.md", b"mine")
+    for how, found in (
+        (FLAGS["neither"], "overwritten unasked"),
+        (FLAGS["overwrite"], r"adapter/thesis\.md"),
+    ):
+        with pytest.raises(CheckpointError, match=found):
+            opened(place, **how)
+    assert within(place).keys() == {"run.json", "adapter/thesis.md", *mine}

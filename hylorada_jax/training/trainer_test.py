@@ -27,7 +27,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError, DataError, NonFini
 from hylorada_jax.evaluation import sweep as sweep_module
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.io import files
-from hylorada_jax.io.files import temporary_name, write_whole
+from hylorada_jax.io.files import any_path, temporary_name, write_whole
 from hylorada_jax.io.files_test import NAMES
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
@@ -263,6 +263,27 @@ def test_resume_goes_on_from_the_older_checkpoint_when_the_newest_is_cut(tmp_pat
     with pytest.warns(UserWarning, match=r"step 4 is damaged .* going on from step 2"):
         model, _ = train(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", model, reference)
+
+
+def test_a_run_in_a_bucket_goes_on_from_the_newest_checkpoint_that_is_complete(
+    bucket, reference, monkeypatch
+):
+    place = any_path("gs://bucket/trained")
+    with monkeypatch.context() as killed:
+        killed.setattr(report._Rewriting, "close", lambda _: None)  # a kill writes nothing more
+        with dying_after(5, monkeypatch):
+            train(place)
+    del bucket.objects["trained/checkpoints/4/commit_success.txt"]
+    mine = {"trained/notes.txt": b"mine"}
+    bucket.objects |= mine
+    with pytest.raises(CheckpointError, match=r"--resume.*--overwrite"):
+        train(place)
+    model, result = train("gs://bucket/trained", resume=True)
+    assert_same_run(place, model, reference)
+    assert str(result.loss_plot) == "gs://bucket/trained/loss.png"
+    assert Checkpoints(place / "checkpoints", 3).steps == [2, 4, 6]
+    loaded = HyLoRADAModel.from_pretrained(model.base, "gs://bucket/trained/adapter")
+    jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
 
 
 # capsys keeps what is printed in memory: pytest's own file would be full too.
