@@ -286,9 +286,11 @@ def test_of_completions_the_answers_count(tiny, tmp_path):  # noqa: F811
             {"prompt": f"the quick brown {n}", "completion": " jumps over the lazy dog"} for n in range(30)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    changes = {"train_data": "train.jsonl", "test_data": "test.jsonl", "other_data": None}
-    methods = {"base": {}, "lora": {}}
-    settings = Experiment(**experiment(tiny, **changes, methods=methods, test_tokens=10**6))
+    changes: dict[str, object] = {
+        "train_data": "train.jsonl", "test_data": "test.jsonl", "other_data": None, "test_tokens": 10**6,
+        "methods": {"base": {}, "lora": {}},
+    }  # fmt: skip
+    settings = Experiment(**experiment(tiny, **changes))
     Benchmark(settings, tmp_path / "tiny", tmp_path, "a test", keep_adapters=True).run()
     documents = tokenize(load_documents(tmp_path / "test.jsonl"), load_tokenizer(tiny))
     (adapter,) = (tmp_path / "tiny" / "adapters").glob("lora-*rate0.01-seed4")
