@@ -105,7 +105,6 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     head = ["model, slice, row", "arguments, GiB", "temporary, GiB", "to LoRA's"]
     sent = any("sent_bytes" in one for record in records for one in record["methods"].values())
     rows = [[*head, *(["sent, GiB", "to LoRA's"] if sent else [])]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for record in records:
         shape = " in ".join(filter(None, (record["model"], record.get("base_dtype"))))
         for method, one in record["methods"].items():
