@@ -45,6 +45,7 @@ SAVED = {
     "ministral": ("482719cd74", "81bd7b5ce1"),
     "mixtral": ("8d6ea81e63", "283c49227f"),
     "qwen3_moe": ("17264f9470", "f756d698ea"),
+    "qwen2_moe": ("259f3fea4b", "3703923a7b"),
     "phi3": ("f1326285f3", "724c584db8"),
     "granite": ("dd737f4025", "4a193c3824"),
     "olmo2": ("dd737f4025", "5e2642d01a"),
