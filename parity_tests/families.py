@@ -90,6 +90,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             num_experts_per_tok=3,
         )
     ),
+    # An expert that all tokens pass, and no biases.
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **_SIZES, rope_scaling=_YARN, moe_intermediate_size=10, shared_expert_intermediate_size=8,
+            num_experts=5, num_experts_per_tok=3, qkv_bias=False, norm_topk_prob=True, hidden_act="gelu",
+        )
+    ),
     # Fused projections, of which an adapter is one; two of a head's four dimensions rotate.
     "phi3": lambda: transformers.Phi3ForCausalLM(
         transformers.Phi3Config(
@@ -167,7 +174,7 @@ HF_FLAX = ("gpt2", "bert", "t5")
 
 
 # In transformers 5 their experts are one parameter and no layers, which the reference does not adapt.
-FUSED = () if hasattr(transformers, "FlaxPreTrainedModel") else ("mixtral", "qwen3_moe")
+FUSED = () if hasattr(transformers, "FlaxPreTrainedModel") else ("mixtral", "qwen3_moe", "qwen2_moe")
 
 
 def runs_in_jax(family: str) -> bool:

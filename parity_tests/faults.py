@@ -34,7 +34,6 @@ TESTS = {
     "dropout": _tests("laws", "dropout"),
     "training alone": _tests("laws", "alone"),
     "all on": _model("qwen2-hylorada"),
-    "bias": _model("qwen2-hylorada_v1"),
     "ranks": _model("qwen2-hylorada_v1, ranks by depth"),
     "one layer": _model("llama-hylorada_v1, one layer, bias scaled"),
     "temporal": _model("qwen2-hylorada_v2, temporal"),
@@ -320,7 +319,7 @@ _OF_JAX = [
     ),
     # Whole models
     *_faults(
-        "bias",
+        "all on",
         "hylorada_jax.surgery.intercept",
         (
             "c scales the layer's bias",
@@ -357,7 +356,7 @@ _OF_JAX = [
         ),
     ),
     *_faults(
-        "bias",
+        "all on",
         "hylorada_jax.surgery.resolve",
         ("detach_norm always on", "detach_norm=bool(config.detach_norm)", "detach_norm=True"),
     ),
@@ -512,7 +511,7 @@ _OF_TORCH = [
         ("torch: φ without 2π", "2 * math.pi * positions", "positions"),
     ),
     *_faults(
-        "bias",
+        "all on",
         "hylorada_torch.surgery",
         (
             "torch: c scales the layer's bias",

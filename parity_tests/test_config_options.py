@@ -30,6 +30,8 @@ IGNORED = {
     ("gemma", "hidden_activation"),
     ("phi3", "embd_pdrop"),
     ("gemma3_text", "_sliding_window_pattern"),
+    ("qwen2_moe", "sliding_window"),  # without use_sliding_window, which is refused
+    ("qwen2_moe", "max_window_layers"),
 }
 # Read only where the other, which transformers derives from it, is absent.
 DERIVED = {"max_window_layers": "layer_types", "no_rope_layer_interval": "no_rope_layers"}

@@ -45,6 +45,7 @@ SAVED = {
     "ministral": ("482719cd74", "81bd7b5ce1"),
     "mixtral": ("8d6ea81e63", "283c49227f"),
     "qwen3_moe": ("17264f9470", "f756d698ea"),
+    "qwen2_moe": ("259f3fea4b", "3703923a7b"),
     "phi3": ("f1326285f3", "724c584db8"),
     "granite": ("dd737f4025", "4a193c3824"),
     "olmo2": ("dd737f4025", "5e2642d01a"),
@@ -64,7 +65,11 @@ def test_an_adapter_knows_its_base_under_every_version_of_transformers(family):
     assert (identity["layers_sha256"][:10], identity["config_sha256"][:10]) == SAVED[family]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of every kind of leaf, and every way from a tensor to it; the families' own names, other tests load.
+LAYOUTS = ["gpt2", "qwen2", "phi3", "gemma2", "mixtral", "qwen2_moe", "bert", "t5"]
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_weights_have_one_digest_on_disk_and_loaded(family):
     directory = saved(family, "float32").name
     found = set()

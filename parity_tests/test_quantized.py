@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
 import hylorada_torch
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.exchange.peft_card import CARD_NAME
 from hylorada_jax.exchange.peft_export import export_peft
@@ -22,7 +23,7 @@ from parity_tests.models import CONFIGS, SPREAD, Pair, budgets, draw_inputs, err
 
 def test_an_export_says_how_its_base_was_quantised(tmp_path):
     base = load_model(saved("llama", "float32").name, dtype="bfloat16", base_dtype="int8")
-    model = HyLoRADAModel(base, CONFIGS["dora, norm not detached"])
+    model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2, target_modules=("k_proj",)))
     export_peft(model, tmp_path / "new")
     card = ModelCard.load(tmp_path / "new" / CARD_NAME)
     assert (card.data.base_model, card.data.library_name) == (base.name, "peft")

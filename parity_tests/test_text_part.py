@@ -30,7 +30,7 @@ VISION: dict[str, Any] = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-CONFIG = HyLoRADAConfig(method="dora", lora_rank=4, rank_strategy="decreasing", train_norms=True)
+CONFIG = HyLoRADAConfig(method="lora", lora_rank=4, rank_strategy="decreasing", train_norms=True)
 IDS = np.random.default_rng(2).integers(VOCAB, size=(2, 9))
 
 

@@ -28,7 +28,7 @@ base = AutoModelForCausalLM.from_pretrained(
 model = PeftModel.from_pretrained(base, directory)
 ```""",
     "int8": """\
-bitsandbytes' int8 rounds what a layer reads too; the base as it was before is closer:
+bitsandbytes' int8 rounds what a layer reads too. The base in {dtype}:
 
 ```python
 base = AutoModelForCausalLM.from_pretrained({name}, dtype=torch.{dtype})

@@ -73,6 +73,8 @@ class DecoderConfig(Options):
         o_bias: a bias in o_proj.
         mlp_bias: biases in gate_proj, up_proj and down_proj.
         mixture: of experts, in the place of the MLP; None: there is one MLP.
+        shared_expert: the width inside an expert that every token passes beside its own, weighed by a gate;
+            None: there is none.
         qk_norm: a norm over each head's queries and keys.
         fused: q_proj, k_proj and v_proj are one layer, qkv_proj, and gate_proj and up_proj are gate_up_proj.
         qk_norm_whole: that norm is over all heads together.

@@ -190,12 +190,13 @@ class MLP(nn.Module):
     """The gated feed-forward block, down(act(gate(x)) ⊙ up(x)) (SwiGLU, arXiv:2002.05202)."""
 
     config: DecoderConfig
+    width: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch query hidden"]) -> Float[Array, "batch query hidden"]:
         """Applies the block."""
         c = self.config
-        widths = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
+        widths = {"gate_proj": self.width, "up_proj": self.width}
         gate, up = projections(x, widths, "gate_up_proj" if c.fused else None, bias=c.mlp_bias)
         down = Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj")
         return down(gated(c)(gate, up))
@@ -209,8 +210,9 @@ def gated(c: DecoderConfig) -> Callable[[Array, Array], Array]:
 def block(c: DecoderConfig) -> nn.Module:
     """What follows attention in a layer: one MLP, or a mixture of experts."""
     if c.mixture is None:
-        return MLP(c, name="mlp")
-    return MixtureBlock(c.mixture, gated(c), name=c.mixture.name)
+        return MLP(c, c.intermediate_size, name="mlp")
+    shared = None if c.shared_expert is None else functools.partial(MLP, c, c.shared_expert)
+    return MixtureBlock(c.mixture, gated(c), shared, name=c.mixture.name)
 
 
 class DecoderLayer(nn.Module):

@@ -235,6 +235,12 @@ def _rope_scaling(gguf: GGUFFile, keys: _Architecture, head_dim: int) -> dict[st
             "original_max_position_embeddings": keys.original_context or keys.context_length,
             "attention_factor": keys.attention_factor,
         }
+    if keys.attention_factor is not None:
+        raise ModelError(
+            "The factor of attention of a GGUF model belongs to LongRoPE, whose factors must be there.",
+            f"{gguf.path}: rope.scaling.attn_factor {keys.attention_factor}, and no {_LONG}",
+            "Load the original Hugging Face directory instead.",
+        )
     if keys.scaling == "none":
         return None
     scaling = {"rope_type": keys.scaling, "factor": keys.factor}

@@ -112,6 +112,10 @@ def test_rope_scaling(tmp_path):
     assert scaling(yarn) == expected
     with pytest.raises(ModelError, match="longrope"):
         scaling({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0})
+    with pytest.raises(ModelError, match="attn_factor"):
+        scaling(yarn | {"rope.scaling.attn_factor": 1.2})
+    with pytest.raises(ModelError, match=r"rope_factors_short\.weight is missing"):
+        scaling({}, **{"rope_factors_long.weight": np.ones(4, np.float32)})
 
 
 def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):

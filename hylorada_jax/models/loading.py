@@ -21,7 +21,7 @@ from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
-from hylorada_jax.models.families import DECODERS, either
+from hylorada_jax.models.families import DECODERS, FLAX, either
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.mixture import EXPERTS, each_expert
 from hylorada_jax.models.placed import fitted
@@ -137,7 +137,8 @@ def _empty(
             f"remat={remat!r} for model_type {source.config.get('model_type')!r}",
             f"Leave remat at 'none', or choose a model of type {either(DECODERS)}.",
         )
-    refuse_quantized(source.config)
+    if source.config.get("model_type") in FLAX:  # of another family it would not be the reason
+        refuse_quantized(source.config)
     return _hf_flax(source).empty_model(source, dtype)
 
 

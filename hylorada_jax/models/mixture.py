@@ -60,26 +60,34 @@ class Experts(nn.Module):
 class MixtureBlock(nn.Module):
     """Σ w_e · expert_e(x) over the experts that the router gives a token; none is dropped.
 
+    With a shared expert that all tokens pass, σ(gate(x)) · shared(x) is added.
+
     Args:
         mixture: sizes and names.
         gated: (gate, up) → act(gate) ⊙ up.
+        shared: makes the shared expert, by its name; None: there is none.
     """
 
     mixture: Mixture
     gated: Callable[[Array, Array], Array]
+    shared: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch query hidden"]) -> Float[Array, "batch query hidden"]:
         """Applies the block."""
         m, shape = self.mixture, x.shape
-        logits = Dense(m.experts, use_bias=False, name=m.router)(x)
+        logits, tokens = Dense(m.experts, use_bias=False, name=m.router)(x), x
         # Tokens are sorted within what no two devices share.
         groups = row_groups(shape[0])
         x, logits = (cut(each.reshape(groups, -1, each.shape[-1]), ROWS) for each in (x, logits))
         weights, chosen = experts.route(logits, m.chosen, normalised=m.normalised)
         rows = experts.sort_rows(chosen, m.experts)
         y = Experts(m, self.gated, name=EXPERTS)(experts.rows_of(x, rows), rows)
-        return experts.sum_rows(y, weights, rows).reshape(shape)
+        y = experts.sum_rows(y, weights, rows).reshape(shape)
+        if self.shared is None:
+            return y
+        gate = nn.sigmoid(Dense(1, use_bias=False, name="shared_expert_gate")(tokens))
+        return y + gate * self.shared(name="shared_expert")(tokens)
 
 
 def each_expert(name: str, count: int) -> list[str]:

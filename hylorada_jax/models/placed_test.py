@@ -139,8 +139,8 @@ def several_facts(directory, placement=None):
 
 
 def quantised_facts(directory, placement=None):
-    """What one placement makes of them in nf4."""
-    base = load_model(directory, base_dtype="nf4", placement=placement)
+    """What one placement makes of them in nf4, the head too."""
+    base = load_model(directory, base_dtype="nf4+head", placement=placement)
     codes = base.params["model"]["layers"]["mlp"]["up_proj"]["kernel"].qvalue
     return {
         "digest": tree_digest(base.params),

@@ -93,15 +93,15 @@ class SafetensorsWeights:
 
     def read(self, name: str, part: Part = ()) -> np.ndarray:
         """One tensor, or the bytes of a part of it alone, in the dtype of the file."""
-        # Opened anew for each tensor: closing gives the mapped pages back, so that they never add up.
         if self.dtypes[name] not in _FLOATS:
             raise ModelError(
                 f"Weights must be one of {', '.join(_FLOATS)}; quantised ones cannot be adapted here.",
                 f"{name} is {self.dtypes[name]} in {self._files[name]}",
                 "Load the model's unquantised version.",
             )
+        theirs = self._names[name]
+        # Opened anew for each tensor: closing gives the mapped pages back, so that they never add up.
         with _open(self._files[name]) as tensors:
-            theirs = self._names[name]
             return tensors.get_slice(theirs)[part] if part else tensors.get_tensor(theirs)
 
 

@@ -75,6 +75,7 @@ class Options:
     o_bias: bool = False
     mlp_bias: bool = False
     mixture: Mixture | None = None
+    shared_expert: int | None = None
     qk_norm: bool = False
     qk_norm_whole: bool = False
     fused: bool = False

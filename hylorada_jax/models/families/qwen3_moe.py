@@ -32,9 +32,22 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
 
 def options(keys: Qwen3MoeKeys) -> Options:
     """Qwen3's, one window for all layers, and the experts."""
+    window, layers = alike(keys, keys.sliding_window if keys.use_sliding_window else None, "qwen3_moe")
+    return Options(
+        qkv_bias=keys.attention_bias,
+        o_bias=keys.attention_bias,
+        mixture=experts(keys),
+        qk_norm=True,
+        sliding_window=window,
+        sliding_layers=layers,
+    )
+
+
+def experts(keys: Any) -> Mixture:
+    """The mixture of a Qwen, where all layers have one; a ModelError otherwise."""
     if keys.decoder_sparse_step != 1 or keys.mlp_only_layers:
         raise ModelError(
-            "The layers of a qwen3_moe model must be alike here, each with experts.",
+            "The layers of a mixture must be alike here, each with experts.",
             f"decoder_sparse_step={keys.decoder_sparse_step}, mlp_only_layers={[*keys.mlp_only_layers]}",
             "Take a model all of whose layers have experts, such as Qwen3-30B-A3B.",
         )
@@ -44,15 +57,7 @@ def options(keys: Qwen3MoeKeys) -> Options:
         width=keys.moe_intermediate_size,
         normalised=keys.norm_topk_prob,
     )
-    window, layers = alike(keys, keys.sliding_window if keys.use_sliding_window else None, "qwen3_moe")
-    return Options(
-        qkv_bias=keys.attention_bias,
-        o_bias=keys.attention_bias,
-        mixture=check_mixture(mixture),
-        qk_norm=True,
-        sliding_window=window,
-        sliding_layers=layers,
-    )
+    return check_mixture(mixture)
 
 
 FAMILIES = [
