@@ -121,12 +121,12 @@ def position_scale(
 
 
 def low_rank_delta(
-    x: Float[Array, "*tokens d_in"],
-    lora_A: Float[Array, "r d_in"],
-    scaled_B: Float[Array, "d_out r"],
+    x: Float[Array, "*tokens_and_d_in"],
+    lora_A: Float[Array, "r *d_in"],
+    scaled_B: Float[Array, "*d_out r"],
     token_scale: Float[Array, "*tokens"] | None = None,
-) -> Float[Array, "*tokens d_out"]:
-    """The low-rank update of a layer's output.
+) -> Float[Array, "*tokens_and_d_out"]:
+    """The low-rank update of a layer's output, whose input and output may have several axes each.
 
         δ = (x Aᵀ)(s·B)ᵀ·p
 
@@ -142,22 +142,26 @@ def low_rank_delta(
     Example:
         >>> low_rank_delta(jnp.ones((2, 3)), jnp.ones((1, 3)), jnp.ones((4, 1)))[0, 0].item()
         3.0
+        >>> low_rank_delta(jnp.ones((5, 2, 3)), jnp.ones((1, 2, 3)), jnp.ones((4, 2, 1))).shape
+        (5, 4, 2)
 
     Source: Hu et al. 2021, §4.1.
     """
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    hidden = jnp.einsum("...i,ri->...r", x, lora_A.astype(x.dtype), preferred_element_type=accumulator)
+    i, o = "ijkl"[: lora_A.ndim - 1], "opqs"[: scaled_B.ndim - 1]
+    hidden = jnp.einsum(f"...{i},r{i}->...r", x, lora_A.astype(x.dtype), preferred_element_type=accumulator)
     if token_scale is not None:
         hidden = hidden * token_scale[..., None]  # here it costs r products per token, not d_out
-    return jnp.einsum(
-        "...r,or->...o", hidden.astype(x.dtype), scaled_B.astype(x.dtype), preferred_element_type=accumulator
-    )
+    hidden, scaled_B = hidden.astype(x.dtype), scaled_B.astype(x.dtype)
+    return jnp.einsum(f"...r,{o}r->...{o}", hidden, scaled_B, preferred_element_type=accumulator)
 
 
 def adapted_output(
     base_output: Float[Array, "*tokens d_out"],
     delta: Float[Array, "*tokens d_out"],
     column_scale: Float[Array, "*own d_out"] | None = None,
+    *,
+    written: bool = True,
 ) -> Float[Array, "*tokens d_out"]:
     """The adapted layer's output.
 
@@ -167,6 +171,8 @@ def adapted_output(
         base_output: what the frozen layer gave.
         delta: δ.
         column_scale: c of all tokens or of each, or None for c = 1 (LoRA), which costs nothing.
+        written: y stands in memory in base_output's dtype, which takes least where layers are scanned over;
+            else the compiler may join to it what follows, as where each layer has operations of its own.
 
     Returns:
         y in base_output's dtype; the sum and the product are taken in at least float32.
@@ -177,9 +183,10 @@ def adapted_output(
 
     Source: Liu et al. 2024 (DoRA), eq. 5; method.md §1.
     """
-    if column_scale is None:
-        return rounded(base_output.astype(delta.dtype) + delta, base_output.dtype)
-    return scaled_sum(base_output, delta, column_scale.astype(delta.dtype))
+    if column_scale is not None:
+        return scaled_sum(base_output, delta, column_scale.astype(delta.dtype), written)
+    y, dtype = base_output.astype(delta.dtype) + delta, base_output.dtype
+    return rounded(y, dtype) if written else y.astype(dtype)
 
 
 def row_norm_squared(weight: Float[Array, "d_out d_in"]) -> Float[Array, " d_out"]:

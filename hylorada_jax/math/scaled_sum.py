@@ -6,6 +6,8 @@ jax's own derivative would keep base + δ too, which is float32 where y is bfloa
 would save the token all of it, but in bfloat16 lose every c within 1/512 of 1: W·c rounds back to W.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,11 +18,12 @@ from jaxtyping import Float
 _LEAST = 1e-30
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def scaled_sum(
     base: Float[Array, "*tokens d_out"],
     delta: Float[Array, "*tokens d_out"],
     scale: Float[Array, "*own d_out"],
+    written: bool = True,
 ) -> Float[Array, "*tokens d_out"]:
     """y = (base + δ)·c.
 
@@ -28,6 +31,8 @@ def scaled_sum(
         base: what the frozen layer gave.
         delta: δ, in at least float32.
         scale: c, in δ's dtype; one for all tokens, or one for each.
+        written: y, and its gradient, stand in memory in base's dtype; else the compiler may join to them what
+            is before and after.
 
     Returns:
         y in base's dtype. In bfloat16 the gradient of c sums what is rounded to 8 bits.
@@ -38,7 +43,7 @@ def scaled_sum(
 
     Source: method.md §1.
     """
-    return _forward(base, delta, scale)[0]
+    return _forward(base, delta, scale, written)[0]
 
 
 def rounded(x: Float[Array, "*any"], dtype: DTypeLike) -> Float[Array, "*any"]:
@@ -53,17 +58,17 @@ def rounded(x: Float[Array, "*any"], dtype: DTypeLike) -> Float[Array, "*any"]:
     return jax.lax.optimization_barrier(narrow) if narrow.dtype.itemsize < 4 else narrow
 
 
-def _forward(base: Array, delta: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+def _forward(base: Array, delta: Array, scale: Array, written: bool) -> tuple[Array, tuple[Array, Array]]:
     scale = jnp.where(jnp.abs(scale) < _LEAST, _LEAST, scale)
     y = base.astype(delta.dtype) + delta
     y = y * scale
-    y = rounded(y, base.dtype)
+    y = rounded(y, base.dtype) if written else y.astype(base.dtype)
     return y, (y, scale)
 
 
-def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+def _backward(written: bool, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
     y, scale = residuals
-    wide = rounded(g, g.dtype).astype(scale.dtype)
+    wide = (rounded(g, g.dtype) if written else g).astype(scale.dtype)
     d_sum = rounded(wide * scale, g.dtype)
     d_scale = jnp.sum(wide * y.astype(scale.dtype), axis=tuple(range(g.ndim - scale.ndim))) / scale
     return d_sum, d_sum.astype(scale.dtype), d_scale

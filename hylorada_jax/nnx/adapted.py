@@ -77,19 +77,24 @@ class AdaptedLinear(Adapted):
     def _adapted(self, form: Contraction, inputs: Array, y: Array, bias: nnx.Variable | None) -> Array:
         """The module's own y, with the adapters and then the bias."""
         settings: Settings = self.adapter_settings
-        rows = form.rows_of_y(y)
+        x, y = form.features_last(inputs.astype(y.dtype)), form.features_of_y_last(y)
+        tokens, made = y.shape[: len(form.tokens)], y.shape[len(form.tokens) :]
         if settings.kind:
-            x = self.lora_dropout(form.rows(inputs.astype(y.dtype)))
             leaves = self._resolved(form)
-            p = linear_adapter.token_scale(leaves, lambda name: _factor(name, x.shape[:-1]))
-            delta = low_rank.low_rank_delta(x, leaves["lora_A"], leaves["scaled_B"], p)
-            rows = low_rank.adapted_output(rows, delta, leaves.get("column_scale"))
+            p = linear_adapter.token_scale(leaves, lambda name: _factor(name, tokens))
+            # In the axes of x and y themselves: as rows of one number more, a TPU would lay both out anew.
+            a = leaves["lora_A"].reshape(-1, *x.shape[len(tokens) :])
+            b, c = leaves["scaled_B"].reshape(*made, -1), leaves.get("column_scale")
+            delta = low_rank.low_rank_delta(self.lora_dropout(x), a, b, p)
+            c = None if c is None else c.reshape(made)
+            y = low_rank.adapted_output(y, delta, c, written=False)
         if bias is not None:
-            rows = rows + bias[...].reshape(-1).astype(rows.dtype)
+            y = y + bias[...].reshape(made).astype(y.dtype)
         if settings.units_on:
+            rows = y.reshape(*tokens, -1)
             units = self.sparse_dropout(sparse.units(rows, self.down[...], self._mask()))
-            rows = sparse.add_units(rows, units, self.up[...])
-        return form.y_of(rows, y.shape)
+            y = sparse.add_units(rows, units, self.up[...]).reshape(y.shape)
+        return form.y_of(y)
 
     def _resolved(self, form: Contraction) -> dict[str, Array]:
         """All of the adapter that depends on weights only: as :func:`resolve` left it, or from its leaves."""

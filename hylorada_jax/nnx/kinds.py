@@ -86,23 +86,17 @@ class Contraction:
         matrix = matrix.reshape(*shape[:lead], *(sizes[letter] for letter in order))
         return _last(matrix, order, self.kernel)[0]
 
-    def rows(self, x: Array) -> Array:
-        """x as [*tokens, d_in]."""
-        return self._rows(x, self.x, self.summed)
+    def features_last(self, x: Array) -> Array:
+        """x as [*tokens, *d_in]."""
+        return _last(x, self.x, self.tokens + self.summed)[0]
 
-    def rows_of_y(self, y: Array) -> Array:
-        """y as [*tokens, d_out]."""
-        return self._rows(y, self.y, self.made)
+    def features_of_y_last(self, y: Array) -> Array:
+        """y as [*tokens, *d_out]."""
+        return _last(y, self.y, self.tokens + self.made)[0]
 
-    def y_of(self, rows: Array, shape: tuple[int, ...]) -> Array:
-        """The y, of its own shape, that :meth:`rows_of_y` makes rows of."""
-        order, sizes = self.tokens + self.made, dict(zip(self.y, shape, strict=True))
-        return _last(rows.reshape(*(sizes[letter] for letter in order)), order, self.y)[0]
-
-    def _rows(self, array: Array, letters: str, features: str) -> Array:
-        array, _ = _last(array, letters, self.tokens + features)
-        tokens = array.shape[: len(self.tokens)]
-        return array.reshape(*tokens, math.prod(array.shape[len(tokens) :]))
+    def y_of(self, y: Array) -> Array:
+        """The y that :meth:`features_of_y_last` brings into another order."""
+        return _last(y, self.tokens + self.made, self.y)[0]
 
 
 def _last(array: Array, letters: str, order: str) -> tuple[Array, int]:
