@@ -332,7 +332,7 @@ def ratios(record: Mapping[str, Any]) -> str:
     """The times beside LoRA's, and memory where it was measured, as Markdown, with what they are from."""
     settings, about = record["settings"], record["environment"]
     contenders = record["contenders"]
-    columns = {
+    columns: dict[str, tuple[str, str, float]] = {
         "time, to lora's": ("paired_ratio_to_lora", ".2f", 1),
         "CPU time, to lora's": ("paired_cpu_ratio_to_lora", ".2f", 1),
         "memory, MB": ("peak_resident_bytes", ",.0f", 1e6),
@@ -340,7 +340,7 @@ def ratios(record: Mapping[str, Any]) -> str:
     measured = {title: own for title, own in columns.items() if any(own[0] in x for x in contenders.values())}
     rows = [["step", "s, median", *measured]]
     for name, one in contenders.items():
-        cells = [_cell(one.get(figure), *style) for figure, *style in measured.values()]
+        cells = [_cell(one.get(figure), style, unit) for figure, style, unit in measured.values()]
         rows.append([name, f"{one['median_seconds']:.2f}", *cells])
     return (
         f"{markdown(rows)}\n\n"
