@@ -17,6 +17,8 @@ contender, step-time-<tokens of a row>-<device>.json has:
     ratio_to_lora           of the medians
     paired_ratio_to_lora    the median of the ratios within each round, on which slow phases of the machine
                             tell less
+    cpu_seconds             of all cores together, without waiting for a core
+    paired_cpu_ratio_to_lora    the same of these, on which other work on the machine tells less still
     tokens_per_second       of the median step
     model_tflops_per_second 4·N operations a token, N the base model's parameters: two forward, two for what
                             goes back; mfu is their part of --peak-tflops
@@ -160,13 +162,14 @@ def measure(
     if memory:
         for name in names:
             found[name] |= _in_own_process(name, setting)
-    baseline = found[BASELINE]["seconds"] if BASELINE in found else None
+    baseline = found.get(BASELINE)
     settings |= {"rounds": rounds, "cores": cores(), "first_losses_agree_to": AGREEMENT[setting.dtype]}
+    settings["load_per_core"] = os.getloadavg()[0] / (os.cpu_count() or 1)  # with our own
     return {
         "settings": settings,
         "differences": list(roster.DIFFERENCES),
         "contenders": {
-            name: summary(one["seconds"], baseline) | speed(setting, one["seconds"], peak_tflops) | one
+            name: summary(one, baseline) | speed(setting, one["seconds"], peak_tflops) | one
             for name, one in found.items()
         },
     }
@@ -195,11 +198,13 @@ def time_steps(
         for _ in range(WARMUP - 1):
             contender.step()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
     last: dict[str, float] = {}
     for number in tqdm(range(rounds), desc="timing", unit="round", leave=False):
         for name in rotated(list(contenders), number):
-            took, last[name] = contenders[name].timed()
+            took, of_cores, last[name] = contenders[name].timed()
             seconds[name].append(took)
+            spent[name].append(of_cores)
     return {
         name: {
             "first_loss": first[name],
@@ -208,6 +213,7 @@ def time_steps(
             "compile_seconds": contender.compile_seconds,
             "program_bytes": contender.program_bytes,
             "seconds": seconds[name],
+            "cpu_seconds": spent[name],
         }
         for name, contender in contenders.items()
     }
@@ -252,28 +258,34 @@ def paired_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
     return statistics.median(own / other for own, other in zip(seconds, baseline, strict=True))
 
 
-def summary(seconds: Sequence[float], baseline: Sequence[float] | None) -> dict[str, float | None]:
+def summary(
+    times: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]] | None
+) -> dict[str, float | None]:
     """Median, interquartile range, and the ratios to the baseline.
 
     Args:
-        seconds: of each round.
+        times: "seconds" and "cpu_seconds" of each round.
         baseline: the same of what the ratios are to; None where it was not measured.
 
     Example:
-        >>> summary([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["paired_ratio_to_lora"]
+        >>> own, other = ({"seconds": x, "cpu_seconds": x} for x in ([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]))
+        >>> summary(own, other)["paired_ratio_to_lora"]
         2.0
     """
+    seconds = times["seconds"]
     median = statistics.median(seconds)
     # A single time has no quartiles.
     quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [median] * 3
-    ratio = paired = None
+    ratio = paired = of_cores = None
     if baseline is not None:
-        ratio, paired = median / statistics.median(baseline), paired_ratio(seconds, baseline)
+        ratio = median / statistics.median(baseline["seconds"])
+        paired, of_cores = (paired_ratio(times[own], baseline[own]) for own in ("seconds", "cpu_seconds"))
     return {
         "median_seconds": median,
         "iqr_seconds": quartiles[2] - quartiles[0],
         "ratio_to_lora": ratio,
         "paired_ratio_to_lora": paired,
+        "paired_cpu_ratio_to_lora": of_cores,
     }
 
 
@@ -317,17 +329,30 @@ def table(contenders: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ratios(record: Mapping[str, Any]) -> str:
-    """The times beside LoRA's as Markdown, with what they were measured on."""
+    """The times beside LoRA's, and memory where it was measured, as Markdown, with what they are from."""
     settings, about = record["settings"], record["environment"]
-    rows = [["step", "s, median", "time, to lora's"], ["---", "---:", "---:"]]
-    for name, one in record["contenders"].items():
-        rows.append([name, f"{one['median_seconds']:.2f}", _cell(one["paired_ratio_to_lora"], ".2f")])
+    contenders = record["contenders"]
+    columns: dict[str, tuple[str, str, float]] = {
+        "time, to lora's": ("paired_ratio_to_lora", ".2f", 1),
+        "CPU time, to lora's": ("paired_cpu_ratio_to_lora", ".2f", 1),
+        "memory, MB": ("peak_resident_bytes", ",.0f", 1e6),
+    }
+    measured = {title: own for title, own in columns.items() if any(own[0] in x for x in contenders.values())}
+    rows = [["step", "s, median", *measured], ["---", "---:", *["---:"] * len(measured)]]
+    for name, one in contenders.items():
+        cells = [_cell(one.get(figure), style, unit) for figure, style, unit in measured.values()]
+        rows.append([name, f"{one['median_seconds']:.2f}", *cells])
     return (
         f"{markdown(rows)}\n\n"
         f"{settings['model']}; steps of {settings['batch_size']} × {settings['seq_len']} tokens, "
         f"{settings['dtype']}, rank {settings['rank']}; medians of {settings['rounds']} rounds, ratios "
-        f"within each, on {settings['cores']} cores of {device(about)}. Commit {about['commit']}.\n"
+        f"within each, on {settings['cores']} cores of {device(about)}{_load(settings)}. "
+        f"Commit {about['commit']}.\n"
     )
+
+
+def _load(settings: Mapping[str, Any]) -> str:
+    return f", at a load of {load:.1f} per core" if (load := settings.get("load_per_core")) else ""
 
 
 def _cell(value: float | None, style: str, unit: float = 1) -> str:

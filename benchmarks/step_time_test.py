@@ -121,13 +121,16 @@ def test_losses_that_differ_are_refused():
 
 
 def test_ratios_within_rounds_leave_out_what_slows_a_whole_round():
-    found = summary([2.0, 20.0, 2.0, 2.0], [1.0, 10.0, 1.0, 1.0])
+    own, other = {"seconds": [2.0, 20.0, 2.0, 2.0]}, {"seconds": [1.0, 10.0, 1.0, 1.0]}
+    found = summary(own | {"cpu_seconds": [3.0] * 4}, other | {"cpu_seconds": [1.0] * 4})
     assert found["paired_ratio_to_lora"] == found["ratio_to_lora"] == 2
-    assert summary([2.0], None) == {
+    assert found["paired_cpu_ratio_to_lora"] == 3
+    assert summary({"seconds": [2.0], "cpu_seconds": [2.0]}, None) == {
         "median_seconds": 2.0,
         "iqr_seconds": 0.0,
         "ratio_to_lora": None,
         "paired_ratio_to_lora": None,
+        "paired_cpu_ratio_to_lora": None,
     }
 
 
