@@ -149,7 +149,11 @@ def test_padding_gives_finite_logits_and_gradients():
     assert all(jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(slopes)))
 
 
-@pytest.mark.parametrize(("module", "width", "count"), [(MLP, 48, 2), (norm, 32, 1)])
+@pytest.mark.parametrize(
+    ("module", "width", "count"),
+    [(lambda config: MLP(config, 48), 48, 2), (norm, 32, 1)],
+    ids=["MLP", "norm"],
+)
 def test_without_remat_only_inputs_of_what_is_elementwise_are_kept(module, width, count):
     """Gate and up for the activation, x for a norm; in the model's dtype."""
     layer = module(DecoderConfig.from_hf(TINY))
