@@ -1,10 +1,13 @@
 """Qwen 1.5 and 2 with a mixture of experts for an MLP, and beside it an expert that all tokens pass."""
 
+from typing import Any
+
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.bounds import Experts, Heads, Layers, Width
 from hylorada_jax.models.families.family import Decoder, Family, Options, alike
 from hylorada_jax.models.families.qwen2 import Qwen2Keys
-from hylorada_jax.models.families.qwen3_moe import experts, settings
+from hylorada_jax.models.families.qwen3_moe import experts
+from hylorada_jax.models.families.qwen3_moe import settings as qwen3_settings
 
 
 class Qwen2MoeKeys(Qwen2Keys, frozen=True, kw_only=True):
@@ -23,6 +26,12 @@ class Qwen2MoeKeys(Qwen2Keys, frozen=True, kw_only=True):
     decoder_sparse_step: Layers = 1
     mlp_only_layers: tuple[int, ...] = ()
     qkv_bias: bool = True
+
+
+def settings(said: dict[str, Any]) -> dict[str, Any]:
+    """As of Qwen3-MoE; and no window is null, for which transformers 5 writes 0."""
+    said = qwen3_settings(said)
+    return {**said, "sliding_window": None} if said.get("sliding_window") == 0 else said
 
 
 def options(keys: Qwen2MoeKeys) -> Options:
