@@ -92,16 +92,15 @@ def test_an_adapter_is_merged_into_what_it_was_trained_on(tmp_path):
     config = HyLoRADAConfig(method="dora", lora_rank=2, target_modules=("k_proj", "w2", "1.w1"))
     model = HyLoRADAModel(base, config)
     model.adapters = jax.tree.map(lambda x: x + 0.1, model.adapters)
-    expected = model(IDS % 11).logits
+    expected = np.asarray(model(IDS % 11).logits)
+    rounding = {"rtol": 0, "atol": 1e-5 * np.abs(expected).max()}  # in float32, of sums in another order
     merged = model.merge_and_unload()
-    np.testing.assert_allclose(merged(IDS % 11).logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(merged(IDS % 11).logits, expected, **rounding)
     assert dtype_name(merged.params) == "float32"
 
     model.save_pretrained(tmp_path / "adapter", weights=True)
     write_merged(path, tmp_path / "adapter", tmp_path / "merged", check_weights=True)
-    np.testing.assert_allclose(
-        load_model(tmp_path / "merged")(IDS % 11).logits, expected, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(load_model(tmp_path / "merged")(IDS % 11).logits, expected, **rounding)
 
 
 def test_a_quantised_base_generates_what_its_numbers_do(tmp_path):
