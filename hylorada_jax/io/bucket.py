@@ -8,6 +8,7 @@ names begin with, so that none is made, and none is left where nothing is in it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,8 @@ def bucket_path(url: str) -> Path:
     import fsspec
     from etils import epath
 
+    # What goes wrong is raised too, and told once; gcsfs would log it with a traceback before.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # A listing that is kept would not show what another process, or tensorstore in this one, has written.
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     return cast("Path", epath.Path(url))
