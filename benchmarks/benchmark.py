@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -88,8 +89,8 @@ class Best(NamedTuple):
     """Of a search so far, the run with the least held-out loss, and what it trained."""
 
     name: str = ""
-    dev_loss: float = math.inf
     adapters: Any = None
+    result: Mapping[str, Any] = MappingProxyType({"dev_loss": math.inf})
 
 
 class Benchmark:
@@ -256,13 +257,12 @@ class Benchmark:
         if trained is None:
             result = {"parameters": 0, "dev_loss": program.evaluation.dev_loss({})}
             return result | self._measures(program, {})
-        if run.name == self._best.name and (done := self._done(run)) is not None:
-            adapters, result = self._best.adapters, done["result"]
+        if run.name != self._best.name:
+            new = Best(run.name, *self._train(run, trained, program))
+            self._best = min(self._best, new, key=lambda best: best.result["dev_loss"])
         else:
-            adapters, result = self._train(run, trained, program)
-        if result["dev_loss"] < self._best.dev_loss:
-            self._best = Best(run.name, result["dev_loss"], adapters)
-        return result | self._measures(program, adapters) if measured else result
+            new = self._best
+        return {**new.result, **(self._measures(program, new.adapters) if measured else {})}
 
     def _measures(self, program: Program, adapters: Any) -> Record:
         """What the table says of the model with these adapters."""

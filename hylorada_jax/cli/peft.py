@@ -35,7 +35,7 @@ def export_peft(
         offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
     """
     from hylorada_jax import load_model
-    from hylorada_jax.exchange.merged import known_dtype
+    from hylorada_jax.exchange.merged import is_in_codes
     from hylorada_jax.exchange.peft_export import check_export, effect
     from hylorada_jax.exchange.peft_export import export_peft as export
     from hylorada_jax.math.quantized import split_name
@@ -58,7 +58,7 @@ def export_peft(
         tokens = [ids]
     # Magnitudes are those of the weights that were trained on.
     trained = saved.base.get("dtype", "")
-    dtype, base_dtype = split_name(trained if "+" in trained and known_dtype(trained) else "float32")
+    dtype, base_dtype = split_name(trained if is_in_codes(trained) else "float32")
     adapted = HyLoRADAModel.from_pretrained(load_model(name, dtype=dtype, base_dtype=base_dtype), saved)
     export(adapted, output, drop=drop, sample=tokens)
     for component in drop if tokens else ():

@@ -93,8 +93,7 @@ def write_merged(
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
     tokenizer = load_tokenizer(model) if source.gguf else None
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
-    quantised = "+" in trained and known_dtype(trained)
-    weights = RoundedWeights(source, trained) if quantised else open_weights(source)
+    weights = RoundedWeights(source, trained) if is_in_codes(trained) else open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
     # A tied head that is written out is a copy of the embedding, which may have been trained.
     tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()
@@ -115,6 +114,11 @@ def write_merged(
                 _copy(beside, source.path, place)
             if saved.chat_template is not None:
                 (place / "chat_template.jinja").write_text(saved.chat_template, "utf-8")
+
+
+def is_in_codes(dtype: str) -> bool:
+    """Whether an adapter's record of its base's dtype is one of a quantised base that can be loaded."""
+    return "+" in dtype and known_dtype(dtype)
 
 
 def known_dtype(dtype: str) -> bool:
