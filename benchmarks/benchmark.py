@@ -272,15 +272,19 @@ class Benchmark:
     def _train(self, run: Run, trained: Adapted | Full, program: Program) -> tuple[Any, Record]:
         """What a run trains, and what is known of it without the test data."""
         held_out: dict[int, float] = {}
+        ranks: dict[int, dict[str, float]] = {}
 
         def judge(step: int, adapters: Any) -> None:
             if step in _places(self._budgets[0], run.steps):
                 held_out[step] = program.evaluation.dev_loss(adapters)
+                ranks[step] = trained.effective_ranks(adapters)
 
+        ranks[0] = trained.effective_ranks(trained.start(run.seed))
         adapters, result = program.runner.train(trained, self._training(run), on_step=judge)
         if self._keep_adapters and isinstance(trained, Adapted):
             trained.trained(adapters).save_pretrained(self._directory / "adapters" / run.name, overwrite=True)
-        return adapters, result | {"held_out": held_out, "dev_loss": held_out[run.steps]}
+        found = {"held_out": held_out, "effective_ranks": ranks, "dev_loss": held_out[run.steps]}
+        return adapters, result | found
 
     def _compiled(self, run: Run, model: Any) -> Program:
         """What is compiled for a run, and for those of its budget that differ from it in numbers alone."""

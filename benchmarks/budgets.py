@@ -2,10 +2,10 @@
 
     python benchmarks/budgets.py benchmarks/results/fair-wikitext-2 --against dora --page docs/results.md
 
-Writes beside the runs: budgets.md and budgets.png, the perplexities and their differences; search.md, the
-held-out loss of every combination of settings that was tried; and held_out.png, that of the best over the
-steps. In the page budgets.md takes the place of what stands between `<!-- results:NAME -->` and
-`<!-- end -->`.
+Writes beside the runs: budgets.md and budgets.png, the perplexities and their differences, and how many
+directions the updates have; search.md, the held-out loss of every combination of settings that was tried; and
+held_out.png, that of the best over the steps. In the page budgets.md takes the place of what stands between
+`<!-- results:NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
         rule = "The runs must have the losses of each passage."
         raise CheckpointError(rule, f"{len(old)} in {directory} without", "Run the experiment anew.")
     found = {steps: read(directory, steps=steps) for steps in budgets(runs)}
-    text = table(found, against)
+    text = table(found, against) + ranks(found[max(found)])
     show(text)
     write_whole(directory / "budgets.md", text.encode())
     write_whole(directory / "search.md", search(runs).encode())
@@ -86,6 +86,28 @@ def table(found: dict[int, list[Row]], against: str) -> str:
         "documents (of one document, its windows); of few seeds they are too narrow rather than too wide."
     )
     return f"{markdown(lines)}\n\n{note}\n"
+
+
+def ranks(rows: Sequence[Row]) -> str:
+    """How many directions A and BA have, at the start and at the end, as Markdown; empty where no run says.
+
+    Args:
+        rows: of one budget, from :func:`benchmarks.rows.read`.
+    """
+    lines = [["method", "A, at the start", "A, at the end", "BA, at the end"]]
+    for row in rows:
+        if found := [run["result"]["effective_ranks"] for run in row.runs if _has_ranks(run)]:
+            last = max(found[0], key=int)
+            columns = [[each[at][of] for each in found] for at, of in (("0", "A"), (last, "A"), (last, "BA"))]
+            lines.append([row.label, *(plus_minus(values, 2) for values in columns)])
+    if len(lines) == 1:
+        return ""
+    note = "Effective ranks (Roy and Vetterli 2007), means over the layers, after the most steps."
+    return f"\n{note}\n\n{markdown(lines)}\n"
+
+
+def _has_ranks(run: Record) -> bool:
+    return bool(run["result"].get("effective_ranks", {}).get("0"))  # not in the first records; {} of no A
 
 
 def effect(row: Row, other: Row) -> Effect | None:

@@ -16,6 +16,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.rows import read
 from benchmarks.trainables import Full
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.tokenization import tokenize
 from hylorada_jax.errors import (
@@ -269,6 +270,11 @@ def test_the_budgets_table_has_the_differences_of_the_runs(halved):
             a - b for a, b in zip(perplexities["hylorada_v1"], perplexities["lora"], strict=True)
         )
         assert float(line.split("|")[at + 1].split()[0]) == pytest.approx(expected, abs=0.006)
+    ranks = next(line.split("|") for line in reversed(lines) if line.startswith("| hylorada_v1"))
+    rank = HyLoRADAConfig().lora_rank
+    assert float(ranks[2].split()[0]) == rank  # its A starts with orthogonal rows of one length
+    for line in lines[-2:]:
+        assert all(0 < float(cell.split()[0]) <= rank for cell in line.split("|")[2:5])
     tried = (directory / "search.md").read_text()
     assert tried.count("| learning_rate") == 4 + 8
     assert tried.count(" |  |\n") == 2 + 4  # were dropped

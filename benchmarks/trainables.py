@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -14,6 +16,8 @@ from benchmarks.experiment import BASE
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel
+from hylorada_jax.saved.inspection import effective_rank
+from hylorada_jax.surgery.layout import flatten
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer, schedule
 from hylorada_jax.trees import Adapters, Frozen, Params
@@ -45,6 +49,15 @@ class Adapted:
         self.model.adapters = adapters
         return self.model
 
+    def effective_ranks(self, adapters: Adapters) -> dict[str, float]:
+        """Those of A and of BA, each the mean over the layers that have them."""
+        found: dict[str, list[float]] = {}
+        for name, A in (tensors := flatten(self.model.sites, adapters)).items():
+            if name.endswith("lora_A"):
+                found.setdefault("A", []).append(effective_rank(np.eye(len(A)), A))
+                found.setdefault("BA", []).append(effective_rank(tensors[f"{name[:-1]}B"], A))
+        return {of: statistics.fmean(ranks) for of, ranks in found.items()}
+
 
 class Full:
     """All weights of a base model; also the :class:`Scorable` model that trains."""
@@ -72,6 +85,10 @@ class Full:
         return optax.chain(
             optax.clip_by_global_norm(training.max_grad_norm), adamw(peak=training.learning_rate)
         )
+
+    def effective_ranks(self, params: Params) -> dict[str, float]:
+        """None: there is no A."""
+        return {}
 
     def trained(self, params: Params) -> Any:
         """The model to evaluate."""
