@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.evaluation.sweep import Sweep
 from hylorada_jax.math.loss import IGNORED, logits
 from hylorada_jax.models.base_model import vocab_size
@@ -43,11 +44,11 @@ class Retrieval(NamedTuple):
 
     Attributes:
         accuracy: the part of the facts found at each depth of the context, from its beginning to its end.
-        samples: facts at each depth.
+        losses: -log p of each answer, in nats, by depth and sample.
     """
 
     accuracy: tuple[float, ...]
-    samples: int
+    losses: tuple[tuple[float, ...], ...]
 
     @property
     def mean(self) -> float:
@@ -61,30 +62,34 @@ def evaluate_retrieval(
     *,
     seq_len: int = 512,
     samples: int = 8,
+    facts: int = 1,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
 ) -> Retrieval:
     """How often a number is found again that stood at one of ten depths of a long context.
 
-    A sentence that gives somebody's number stands among sentences without one, and the text ends by asking
-    for it. It is found where every token of the number is the most likely one.
+    A sentence that gives somebody's number stands among sentences without one, perhaps also among others that
+    give other people's, and the text ends by asking for it. It is found where every token of the number is
+    the most likely one.
 
     Args:
         model: a :class:`HyLoRADAModel`, a :class:`CausalLM` or one of HF's Flax models.
         tokenizer: the model's.
         seq_len: tokens of context.
-        samples: facts at each depth; the same at all of them, and for every model.
+        samples: numbers asked for at each depth; the same at all of them, and for every model.
+        facts: people whose numbers a context gives, 1 … 10, each at a depth of its own.
         batch_size: contexts at a time.
         seed: of names, numbers and the order of sentences.
         progress: show a progress bar on stderr.
 
     Returns:
-        The accuracy at every depth.
+        The accuracy at every depth, and the losses.
 
     Raises:
-        DataError: the context is too short for a fact and a question among some sentences, longer
+        DataError: the context is too short for its facts and a question among some sentences, longer
             than the model's table of positions, or the tokenizer gives an id outside its vocabulary.
+        ConfigError: there are no facts, or more than depths.
         NonFiniteError: a logit is NaN or infinite.
 
     Example:
@@ -92,44 +97,62 @@ def evaluate_retrieval(
 
     Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
     """
-    sweep = Sweep(model, _found)
+    sweep = Sweep(model, _answered)
     check_range((batch_size, seq_len), limit=sweep.model.base.position_limit)
-    texts = contexts(tokenizer, seq_len, samples, seed)
+    texts = contexts(tokenizer, seq_len, samples, facts=facts, seed=seed)
     vocab = vocab_size(sweep.model.base)
     for text in texts:
         check_tokens(text["tokens"], vocab, "the tokenizer's")
     width = max(len(text["answer"]) for text in texts)
     rows = [_padded(text, seq_len, width) for text in texts]
     bar = "retrieval" if progress else None
-    found = np.concatenate([hits for _, hits in sweep(rows, batch_size, progress=bar)])
-    return Retrieval(tuple(found[: len(rows)].reshape(DEPTHS, samples).mean(1).tolist()), samples)
+    answers = np.concatenate([values for _, values in sweep(rows, batch_size, progress=bar)])
+    found, losses = answers[: len(rows)].reshape(DEPTHS, samples, 2).transpose(2, 0, 1)
+    return Retrieval(tuple(found.mean(1).tolist()), tuple(map(tuple, losses.tolist())))
 
 
-def contexts(tokenizer: Tokenizer, seq_len: int, samples: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """What :func:`evaluate_retrieval` asks a model, as token ids; a DataError where they do not fit."""
+def contexts(
+    tokenizer: Tokenizer, seq_len: int, samples: int, *, facts: int = 1, seed: int = 0
+) -> list[dict[str, list[int]]]:
+    """What :func:`evaluate_retrieval` asks a model, as token ids, depth by depth; its errors."""
+    if not 1 <= facts <= DEPTHS:
+        rule = f"A context must have one fact at least, and no more than the {DEPTHS} depths."
+        raise ConfigError(rule, f"{facts} facts", "Correct it.")
     return [
-        _row(tokenizer, seq_len, depth, np.random.default_rng((seed, sample)))
+        _row(tokenizer, seq_len, depth, facts, np.random.default_rng((seed, sample)))
         for depth in range(DEPTHS)
         for sample in range(samples)
     ]
 
 
-def _found(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
+def _answered(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
+    """Of each row, whether its answer is the likeliest, and the answer's loss, [rows, 2]."""
     asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     scores = logits(asked, head)
-    found = jnp.all((scores.argmax(-1) == batch["answer"]) | (batch["answer"] < 0), axis=1)
-    return jnp.where(jnp.isfinite(scores).all((1, 2)), found, jnp.nan)  # what is not finite has no largest
+    counted = batch["answer"] >= 0
+    found = jnp.all((scores.argmax(-1) == batch["answer"]) | ~counted, axis=1)
+    found = jnp.where(jnp.isfinite(scores).all((1, 2)), found, jnp.nan)  # what is not finite has no largest
+    answer = jnp.take_along_axis(scores, batch["answer"][..., None], axis=-1)[..., 0]
+    losses = jnp.where(counted, jax.nn.logsumexp(scores, axis=-1) - answer, 0).sum(1)
+    return jnp.stack([found, losses], axis=1)
 
 
-def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generator) -> dict[str, list[int]]:
-    """The tokens of a context with a fact at a depth, and those of its answer."""
+def _row(
+    tokenizer: Tokenizer, seq_len: int, depth: int, facts: int, rng: np.random.Generator
+) -> dict[str, list[int]]:
+    """The tokens of a context with the fact that is asked for at a depth, and those of its answer."""
     name, number = _NAMES[rng.integers(len(_NAMES))], int(rng.integers(10_000, 100_000))
-    fact = tokenizer.encode(_FACT.format(name=name, number=number))
+    stated = {depth: tokenizer.encode(_FACT.format(name=name, number=number))}
+    beside = rng.spawn(1)[0]  # what else is stated changes neither the fact nor the sentences
+    others = beside.permutation([other for other in _NAMES if other != name])
+    free = beside.permutation([place for place in range(DEPTHS) if place != depth])
+    for other, place in list(zip(others, free, strict=True))[: facts - 1]:
+        stated[place] = tokenizer.encode(_FACT.format(name=other, number=beside.integers(10_000, 100_000)))
     question = tokenizer.encode(_QUESTION.format(name=name))
     answer = tokenizer.encode(f" {number}")
     begin = tokenizer.encode_prompt("").ids[:1]  # the bos token, where the model expects one
     begin = [] if begin != [tokenizer.bos_token_id] else begin
-    room = seq_len - len(begin) - len(fact) - len(question) - len(answer)
+    room = seq_len - sum(map(len, (begin, *stated.values(), question, answer)))
     sentences: list[list[int]] = []
     while room > 0:
         sentence = tokenizer.encode(_FILLER[rng.integers(len(_FILLER))])
@@ -138,12 +161,16 @@ def _row(tokenizer: Tokenizer, seq_len: int, depth: int, rng: np.random.Generato
             sentences.append(sentence)
     if len(sentences) < DEPTHS - 1:
         raise DataError(
-            f"A context must have room for {DEPTHS - 1} sentences beside the fact and the question.",
+            f"A context must have room for {DEPTHS - 1} sentences beside its facts and the question.",
             f"seq_len {seq_len}: {len(sentences)} sentences",
             "Take a larger seq_len.",
         )
-    before = round(depth * len(sentences) / (DEPTHS - 1))
-    parts = [begin, *sentences[:before], fact, *sentences[before:], question, answer]
+    ends = [0, *(round(place * len(sentences) / (DEPTHS - 1)) for place in sorted(stated))]
+    between = [sentences[start:end] for start, end in itertools.pairwise(ends)]
+    told = [
+        part for place, some in zip(sorted(stated), between, strict=True) for part in (*some, stated[place])
+    ]
+    parts = [begin, *told, *sentences[ends[-1] :], question, answer]
     return {"tokens": list(itertools.chain(*parts)), "answer": answer}
 
 

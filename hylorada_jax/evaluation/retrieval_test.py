@@ -1,6 +1,7 @@
 """Oracle: a model that is known to find, or not to find, what it is asked for."""
 
 import dataclasses
+import re
 import types
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from hylorada_jax.errors import DataError, NonFiniteError
+from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation import retrieval
 from hylorada_jax.evaluation.retrieval import DEPTHS, evaluate_retrieval
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -81,8 +82,7 @@ def test_logits_that_are_not_finite_end_the_probe(tokenizer):
 
 def test_the_fact_stands_at_its_depth_and_the_question_at_the_end(tokenizer):
     texts = [
-        tokenizer.decode(retrieval._row(tokenizer, SEQ_LEN, depth, np.random.default_rng(0))["tokens"])
-        for depth in range(DEPTHS)
+        tokenizer.decode(context["tokens"]) for context in retrieval.contexts(tokenizer, SEQ_LEN, samples=1)
     ]
     fact = texts[0].partition(".")[0].strip()
     assert fact.startswith("The number of ")
@@ -95,16 +95,28 @@ def test_the_fact_stands_at_its_depth_and_the_question_at_the_end(tokenizer):
     assert places[-1] > 0.8
 
 
+def test_other_people_have_numbers_at_the_other_depths(tokenizer):
+    for depth, context in enumerate(retrieval.contexts(tokenizer, 2 * SEQ_LEN, samples=1, facts=DEPTHS)):
+        text = tokenizer.decode(context["tokens"])
+        *facts, question = re.findall(r"The number of (\w+)'s locker is (\d+)", text)
+        assert len(dict(facts)) == DEPTHS
+        assert len(set(dict(facts).values())) == DEPTHS
+        assert facts.index(question) == depth
+
+
 def test_a_context_without_room_is_refused(tokenizer):
     with pytest.raises(DataError, match="seq_len 64"):
         evaluate_retrieval(Knowing(9), tokenizer, seq_len=64)
+    for facts in (0, DEPTHS + 1):
+        with pytest.raises(ConfigError, match=f"{facts} facts"):
+            evaluate_retrieval(Knowing(9), tokenizer, facts=facts)
 
 
 def test_a_context_begins_as_the_model_expects_it(tokenizer):
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     begin_and_end(backend, tokenizer.special_tokens["bos_token"], None)
     plain, begun = (
-        retrieval._row(each, SEQ_LEN, 5, np.random.default_rng(0))["tokens"]
+        retrieval.contexts(each, SEQ_LEN, samples=1)[5]["tokens"]
         for each in (tokenizer, dataclasses.replace(tokenizer, backend=backend))
     )
     assert begun[0] == tokenizer.bos_token_id not in (*plain, *begun[1:])
@@ -117,4 +129,16 @@ def test_what_is_found_in_bfloat16_is_the_likeliest_token():
     hidden, head = (jnp.asarray(rng.normal(size=(256, 32)), jnp.bfloat16) for _ in range(2))
     likeliest = (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T).argmax(-1)
     batch = {"places": jnp.zeros((256, 1), int), "answer": jnp.asarray(likeliest[:, None])}
-    assert np.all(retrieval._found(hidden[:, None], head, batch))
+    assert np.all(retrieval._answered(hidden[:, None], head, batch)[:, 0])
+
+
+def test_the_loss_is_that_of_the_answers_tokens():
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 5, 8)), rng.normal(size=(16, 8))
+    places, answer = np.array([[1, 2], [3, 0]]), np.array([[4, 9], [7, -1]])
+    p = np.exp(hidden @ head.T)
+    p /= p.sum(-1, keepdims=True)
+    expected = [-np.log(p[0, 1, 4] * p[0, 2, 9]), -np.log(p[1, 3, 7])]
+    arrays = {"places": jnp.asarray(places), "answer": jnp.asarray(answer)}
+    losses = retrieval._answered(jnp.asarray(hidden), jnp.asarray(head), arrays)[:, 1]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)

@@ -1,0 +1,273 @@
+"""Do the parts that know the position help to find a fact in the middle of a long context?
+
+    python benchmarks/recall.py --output benchmarks/results --page docs/results.md
+
+Every context gives ten people's numbers among sentences without one, and ends by asking for one of them
+(key-value retrieval). Each method is trained to answer in contexts of some lengths, and tested on other ones,
+of these lengths and of longer ones; with the parts that know the position, and without. The contexts of a
+seed are the same for all methods.
+
+Every run is a file in <output>/recall/, and what was killed goes on where it was. Draws accuracy.png there:
+the accuracy by depth. In the page the table takes the place of what stands between `<!-- results:recall -->`
+and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Run by its path, Python looks for modules in this file's directory, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from benchmarks.bootstrap import paired_bootstrap
+from benchmarks.command import run
+from benchmarks.experiment import BASE, differences
+from benchmarks.report import device, draw, filled, markdown, plus_minus, styles
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import CheckpointError, ConfigError, near
+from hylorada_jax.io.files import refuse_unusable, write_json, write_whole
+from hylorada_jax.terminal import show
+
+Record = dict[str, Any]
+NAME = "recall"
+# Each with what it is compared to: the same without the part.
+METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "hylorada_v1": ({"method": "hylorada_v1"}, None),
+    "with the position gate": ({"method": "hylorada_v1", "position_bias_enabled": True}, "hylorada_v1"),
+    "with DAA": ({"method": "hylorada_v1", "daa_enabled": True}, "hylorada_v1"),
+    "with DAA and its position bias": (
+        {"method": "hylorada_v1", "daa_enabled": True, "daa_position_bias": True},
+        "hylorada_v1",
+    ),
+    "hylorada": ({"method": "hylorada"}, "hylorada_v1"),
+}
+FACTS = 10
+
+
+def main(
+    *,
+    output: Path = Path("runs"),
+    page: Path | None = None,
+    model: str = "smollm2-135m",
+    methods: tuple[str, ...] = tuple(METHODS),
+    train_lengths: tuple[int, ...] = (512, 1024),
+    test_lengths: tuple[int, ...] = (512, 1024, 2048),
+    steps: int = 64,
+    learning_rate: float = 4e-3,
+    samples: int = 8,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> None:
+    """Train methods to find facts, test them by depth and length, and write their table.
+
+    Args:
+        output: of the directory "recall", which the runs are written to.
+        page: a Markdown file whose table is replaced.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        methods: of those that there are, which differ in the parts that know the position.
+        train_lengths: tokens of the contexts that are trained on, as many tokens of each length.
+        test_lengths: tokens of those that are tested.
+        steps: optimizer steps of one row of the longest training length.
+        learning_rate: peak, the same for all, for A and B alike.
+        samples: contexts at each depth and length of the test.
+        seeds: of the adapters' start, and of the contexts that are trained on.
+    """
+    refuse_unusable(output)
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ConfigError(f"A method is one of {', '.join(METHODS)}.", unknown[0], near(unknown[0], METHODS))
+    for rule, values in (("lengths", train_lengths), ("lengths", test_lengths), ("seeds", seeds)):
+        if not values:
+            raise ConfigError(f"There must be {rule}.", "none", "Give some.")
+    if page is not None:
+        filled(page, NAME, "")
+    settings = {
+        "model": model, "train_lengths": list(train_lengths), "test_lengths": list(test_lengths),
+        "steps": steps, "learning_rate": learning_rate, "samples": samples, "facts": FACTS,
+    }  # fmt: skip
+    directory = output / NAME
+    recall = Recall(settings, directory)
+    found = [recall.run(BASE, 0), *(recall.run(name, seed) for seed in seeds for name in methods)]
+    text = table(found)
+    show(text)
+    write_whole(directory / "table.md", text.encode())
+    plot(found, directory)
+    if page is not None:
+        write_whole(page, filled(page, NAME, text))
+
+
+class Recall:
+    """The runs of one setting; those that are there are not done again.
+
+    Args:
+        settings: of all runs.
+        directory: of their files.
+
+    Raises:
+        DataError: a context has no room for its facts, or is longer than the model's table of positions.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], directory: Path) -> None:
+        from hylorada_jax.evaluation.retrieval import contexts
+        from hylorada_jax.models.loading import empty_model
+        from hylorada_jax.models.positions import check_range
+        from hylorada_jax.models.tokenizer import load_tokenizer
+        from hylorada_jax.models.wrapped import as_base
+
+        self._settings, self._directory = settings, directory
+        lengths = [*settings["train_lengths"], *settings["test_lengths"]]
+        self._longest = max(settings["train_lengths"])
+        check_range((1, max(lengths)), limit=as_base(empty_model(settings["model"])).position_limit)
+        self._tokenizer = load_tokenizer(settings["model"])
+        contexts(self._tokenizer, min(lengths), 1, facts=FACTS)
+        self._base: Any = None
+
+    def run(self, name: str, seed: int) -> Record:
+        """The record of a method and a seed, from its file where there is one."""
+        from hylorada_jax.models.loading import load_model
+        from parity_tests.environment import environment
+
+        config = None if name == BASE else HyLoRADAConfig.from_dict(METHODS[name][0])
+        own = {"method": name, "config": config and config.to_dict(), "seed": seed}
+        settings = {**self._settings, **own}
+        file = self._directory / f"{name.replace(' ', '-')}-seed{seed}.json"
+        if file.exists():
+            record = json.loads(file.read_text("utf-8"))
+            if changed := differences(record["settings"], settings):
+                rule, remedy = "A directory holds the runs of one setting.", "Choose another --output."
+                raise CheckpointError(rule, f"{file}: {changed}", remedy)
+            return record
+        print(f"{name}, seed {seed} …", flush=True)
+        if self._base is None:
+            self._base = load_model(self._settings["model"])
+        record = {
+            "settings": settings,
+            "command": shlex.join(["python", *sys.argv]),
+            "environment": environment(),
+            "result": self._result(config, seed),
+        }
+        self._directory.mkdir(parents=True, exist_ok=True)
+        write_json(file, record)
+        return record
+
+    def _result(self, config: HyLoRADAConfig | None, seed: int) -> Record:
+        from benchmarks.trainables import Adapted
+        from benchmarks.trial import Runner
+        from hylorada_jax.evaluation.retrieval import evaluate_retrieval
+        from hylorada_jax.training.config import TrainingConfig
+
+        s, result = self._settings, dict[str, Any]()
+        if config is None:
+            model = self._base
+        else:
+            training = TrainingConfig(
+                output=self._directory, steps=s["steps"], batch_size=1, seq_len=self._longest,
+                learning_rate=s["learning_rate"], seed=seed,
+            )  # fmt: skip
+            trainable = Adapted(self._base, config)
+            adapters, result = Runner(self._rows(seed)).train(trainable, training)
+            model = trainable.trained(adapters)
+        lengths = {}
+        for length in s["test_lengths"]:
+            found = evaluate_retrieval(
+                model, self._tokenizer, seq_len=length, samples=s["samples"], facts=FACTS,
+                batch_size=max(1, self._longest // length), progress=False,
+            )  # fmt: skip
+            lengths[str(length)] = {"accuracy": found.accuracy, "losses": np.round(found.losses, 4).tolist()}
+            print(f"    {length} tokens: {found.mean:.2f} found", flush=True)
+        return {**result, "lengths": lengths}
+
+    def _rows(self, seed: int) -> Any:
+        """As many rows as steps: of each length as many tokens, every context with its answer scored."""
+        from hylorada_jax.data.document import TokenizedDocument
+        from hylorada_jax.data.packing import Rows
+        from hylorada_jax.evaluation.retrieval import DEPTHS, contexts
+
+        documents = []
+        for length in self._settings["train_lengths"]:
+            count = self._settings["steps"] * self._longest // (length * len(self._settings["train_lengths"]))
+            # The test's seed is 0; every sample of a seed has numbers and sentences of its own.
+            some = contexts(self._tokenizer, length, -(-count // DEPTHS), facts=FACTS, seed=1 + seed)
+            for context in np.random.default_rng(seed).permutation(np.array(some, object))[:count]:
+                scored = np.zeros(len(context["tokens"]), bool)
+                scored[-len(context["answer"]) :] = True
+                documents.append(TokenizedDocument(np.array(context["tokens"], np.int32), scored))
+        return Rows(documents, self._longest)
+
+
+def table(runs: Sequence[Record]) -> str:
+    """What is found at each length, and the answers' perplexity less that of the same without the part.
+
+    Args:
+        runs: the records.
+    """
+    lengths = list(runs[0]["result"]["lengths"])
+    lines = [["", *(f"found, {n} tokens" for n in lengths), *(f"perplexity, {n}: effect" for n in lengths)]]
+    by_method = _by_method(runs)
+    for name, some in by_method.items():
+        cells = [name]
+        for length in lengths:
+            means = [statistics.mean(run["result"]["lengths"][length]["accuracy"]) for run in some]
+            cells.append(plus_minus(means, 2))
+        without = None if name == BASE else METHODS[name][1]
+        for length in lengths:
+            if without not in by_method:
+                cells.append("")
+                continue
+            ours, theirs = (_losses(each, length) for each in (some, by_method[without]))
+            effect = paired_bootstrap(ours, theirs, np.ones(ours.shape[1]))
+            cells.append(f"{effect.mean:.2f} [{effect.low:.2f}, {effect.high:.2f}]")
+        lines.append(cells)
+    settings, about = runs[-1]["settings"], runs[-1]["environment"]
+    trained = " and ".join(map(str, settings["train_lengths"]))
+    return (
+        f"{markdown(lines)}\n\n{settings['model']}; trained in {settings['steps']} steps of one row on "
+        f"contexts of {trained} tokens with {settings['facts']} facts, rate {settings['learning_rate']:g}; "
+        f"tested on {settings['samples']} others at each of ten depths. Mean ± standard deviation over "
+        f"{len({run['settings']['seed'] for run in runs})} seeds. Effects are differences of exp(loss of the "
+        "answer) to hylorada_v1's, with 95 % intervals: a paired bootstrap over seeds and contexts. "
+        f"On {device(about)}. Commit {about['commit']}.\n"
+    )
+
+
+def _by_method(runs: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in runs:
+        found.setdefault(record["settings"]["method"], []).append(record)
+    return found
+
+
+def _losses(runs: Sequence[Record], length: str) -> np.ndarray:
+    """Of each run the losses of all contexts, [runs, contexts]."""
+    return np.array([np.ravel(run["result"]["lengths"][length]["losses"]) for run in runs])
+
+
+def plot(runs: Sequence[Record], directory: Path) -> None:
+    """Draws the accuracy by depth, for each length a line of each method.
+
+    Args:
+        runs: the records.
+        directory: of accuracy.png.
+    """
+    by_method = _by_method(runs)
+    longest = max(runs[0]["result"]["lengths"], key=int)
+    style = styles(list(by_method))
+
+    def accuracy(axes: Any) -> None:
+        for name, some in by_method.items():
+            curves = [run["result"]["lengths"][longest]["accuracy"] for run in some]
+            axes.plot(range(1, len(curves[0]) + 1), np.mean(curves, axis=0), **style[name])
+        axes.set(xlabel="tenth of the context where the fact stands", ylabel=f"found, of {longest} tokens")
+        axes.legend()
+
+    draw(directory / "accuracy.png", accuracy)
+
+
+if __name__ == "__main__":
+    run(main)
