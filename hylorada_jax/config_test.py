@@ -3,12 +3,16 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hylorada_jax.config import METHODS, PRESETS, HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.linear_adapter import init_leaves
 
 
 def test_the_documents_usages_run_as_written():
@@ -51,6 +55,20 @@ def test_the_documented_preset_is_the_table_of_the_documents():
     assert HyLoRADAConfig.preset("documented", lora_alpha=4.0).lora_alpha == 4
     with pytest.raises(ConfigError, match="lora_rank"):
         HyLoRADAConfig.preset("documented", lora_rank="8")
+
+
+def test_the_recommended_orthogonal_start_has_rows_as_long_as_kaimings():
+    """Uniform in ±1/√d, a row of d numbers has a square of d · 1/(3d)."""
+    lengths = {}
+    for method in ("hylorada_v1", "dora"):
+        config = HyLoRADAConfig.preset("recommended", method=method)
+        assert config.linear is not None
+        leaves = init_leaves(
+            config.linear, jax.random.key(0), 8, 4096, jnp.ones(8), lora_A_gain=config.lora_A_gain
+        )
+        lengths[method] = np.linalg.norm(leaves["lora_A"], axis=1).mean()
+    assert lengths["hylorada_v1"] == pytest.approx(lengths["dora"], rel=0.01)
+    assert HyLoRADAConfig.preset("recommended", lora_A_gain=1.0).lora_A_gain == 1
 
 
 @given(

@@ -116,6 +116,9 @@ KINDS: dict[Kind, tuple[str, ...]] = {
 }
 """The leaves of each kind of linear adapter."""
 
+ORTHOGONAL: tuple[Kind, ...] = ("hylorada_v1", "hylorada_v2", "hylorada")
+"""The kinds whose lora_A starts orthogonal where no other start is asked for."""
+
 _BY_KEY = {(leaf.component, leaf.name): leaf for leaf in LEAVES}
 _AT_THE_TOP: dict[str, dict[str, Leaf]] = {
     component: {leaf.name: leaf for leaf in LEAVES if leaf.component == component}

@@ -97,7 +97,7 @@ def parameter_groups(
     Args:
         adapters: the trainable parameters by name.
         training: ``learning_rate`` and ``weight_decay`` are read.
-        config: ``lora_plus_enabled`` and ``lora_plus_ratio`` are read.
+        config: LoRA+ is read, and for a rate that was not given what is trained of the base.
 
     Raises:
         ConfigError: a parameter belongs to no group.
@@ -106,12 +106,13 @@ def parameter_groups(
         Hayou et al., "LoRA+", 2024; method.md §7.
     """
     labels = {name: label(name, parameter) for name, parameter in adapters.items()}
+    rate = training.rate_for(config)
     ratio = config.lora_plus_ratio if config.lora_plus_enabled else 1.0
     return [
         {
             "name": group,
             "params": [parameter for name, parameter in adapters.items() if labels[name] == group],
-            "lr": (GROUPS[group].rate or training.learning_rate) * (ratio if group == "lora_B" else 1.0),
+            "lr": (GROUPS[group].rate or rate) * (ratio if group == "lora_B" else 1.0),
             "weight_decay": training.weight_decay if GROUPS[group].decays else 0.0,
         }
         for group in dict.fromkeys(labels.values())

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks.contenders.setting import Contender, Setting
+from benchmarks.contenders.setting import RATE, Contender, Setting
 from benchmarks.trial import program_bytes
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
@@ -62,7 +62,7 @@ def qwix_lora(setting: Setting, batches: Sequence[Batch], base: CausalLM) -> Con
     factor = schedule(training)
     optimizer = optax.chain(
         optax.clip_by_global_norm(training.max_grad_norm),
-        optax.adamw(lambda step: training.learning_rate * factor(step), weight_decay=training.weight_decay),
+        optax.adamw(lambda step: RATE * factor(step), weight_decay=training.weight_decay),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contenders.setting import Contender, Setting
+from benchmarks.contenders.setting import RATE, Contender, Setting
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.models.source import find_source
 from hylorada_jax.training.optimizer import schedule
@@ -52,9 +52,7 @@ def peft_adapter(use_dora: bool, setting: Setting, batch: dict[str, np.ndarray])
         base.gradient_checkpointing_enable({"use_reentrant": False})
     model = peft.get_peft_model(base, options).train()
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
-    optimizer = torch.optim.AdamW(
-        leaves, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=training.weight_decay, fused=True)
     factor = schedule(training)
     rates = [float(factor(jnp.int32(step))) for step in range(setting.steps + 1)]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, setting.steps)])

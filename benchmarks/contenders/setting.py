@@ -20,6 +20,7 @@ from hylorada_jax.models.source import find_source
 from hylorada_jax.training.config import TrainingConfig
 
 RANK, ALPHA = 8, 16.0
+RATE = 1e-3
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"attention": ATTENTION, "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj")}
 WARMUP = 2  # steps of each contender before any is timed, or its memory read
@@ -55,13 +56,14 @@ class Setting:
 
     @property
     def training(self) -> TrainingConfig:
-        """Rate, decay and clipping: the defaults of `TrainingConfig`."""
+        """The rate; decay and clipping are the defaults of `TrainingConfig`."""
         return TrainingConfig(
             output="unused",
             steps=self.steps,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             warmup_ratio=0.0,
+            learning_rate=RATE,
         )
 
     @property

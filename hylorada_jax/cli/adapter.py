@@ -10,6 +10,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 
 Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
+Preset = Literal["recommended", "documented"]
 LoraStart = Literal["orthogonal", "kaiming"]
 # --daa or --no-daa; without either, what the method implies.
 Switch = Annotated[bool | None, tyro.conf.DisallowNone]
@@ -34,17 +35,18 @@ class AdapterOptions:
     """What is trained.
 
     Args:
-        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2, hylorada [hylorada_v1, the
-            recommended one: it merges into the weights and exports to PEFT, and what hylorada adds to it, a
-            position bias and DAA, has gained nothing in our benchmarks].
-        config: a HyLoRADAConfig as JSON; the options given beside it win.
+        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2, hylorada [the preset's;
+            recommended is hylorada_v1: it merges into the weights and exports to PEFT, and what hylorada adds
+            to it, a position bias and DAA, has gained nothing in our benchmarks].
+        preset: the settings that other options change: recommended, what was best in our benchmarks, or
+            documented, what the method's documents have [recommended].
+        config: a HyLoRADAConfig as JSON, in the place of a preset; the options given beside it win.
         rank: rank of the update, r [8].
         alpha: scale of the update, α [2r; with a config file, in the file's ratio to r].
         dropout: probability of dropping inputs of the low-rank path [0].
         lora_A_init: start of lora_A, orthogonal or kaiming [kaiming for lora, dora, lorada, longlora].
-        lora_A_gain: multiplies the start of lora_A [1].
-        lora_plus: train lora_B at ten times the rate of lora_A, which the learning rate's default is made
-            for; --no-lora-plus wants a larger rate [on; with a config file, as the file says].
+        lora_A_gain: multiplies the start of lora_A [recommended: 0.577 for an orthogonal one, else 1].
+        lora_plus: train lora_B at ten times the rate of lora_A [off, but for the preset documented].
         targets: layer names, regular expressions, or all-linear [the attention projections].
         exclude: layer names or regular expressions to leave out.
         position_bias: scale the update by a learned function of the position; of method hylorada.
@@ -57,6 +59,7 @@ class AdapterOptions:
     """
 
     method: Method | None = None
+    preset: Preset | None = None
     config: Path | None = None
     rank: int | None = None
     alpha: float | None = None
@@ -75,26 +78,30 @@ class AdapterOptions:
     train_norms: Switch = None
 
     def build(self) -> HyLoRADAConfig:
-        """The config of these options, on the file's where one is given.
+        """The config of these options, on the preset or the file's where one is given.
 
         Raises:
-            ConfigError: a setting is refused, the file is absent, or both name a method.
+            ConfigError: a setting is refused, the file is absent, both name a method, or it is given beside a
+                preset.
         """
         given: dict[str, Any] = {
             _SETTINGS.get(name, name): value for name, value in vars(self).items() if value is not None
         }
-        file = given.pop("config", None)
-        if file is not None and self.method is not None:
-            received = f"--config {file} --method {self.method}"
-            raise ConfigError("A config file names its method.", received, "Give one.")
+        preset, file = given.pop("preset", None), given.pop("config", None)
         if file is None:
-            # Of the method only what is not named: hylorada_v1, or with --position-bias hylorada.
-            given = {"use_hylorada": None if self.method else True, "lora_plus_enabled": True} | given
-        start = HyLoRADAConfig() if file is None else HyLoRADAConfig.load(file)
+            if preset is None and self.method is None:
+                # The switches choose the method: hylorada_v1, or with --position-bias hylorada.
+                given = {"method": None, "use_hylorada": True} | given
+            return HyLoRADAConfig.preset(preset or "recommended", **given)
+        for name, value in (("method", self.method), ("preset", preset)):
+            if value is not None:
+                received = f"--config {file} --{name} {value}"
+                raise ConfigError("A config file names its method and settings.", received, "Give one.")
+        start = HyLoRADAConfig.load(file)
         if self.rank is not None and self.alpha is None:
             # α follows r where only r is given, so that the update's scale stays the same.
             given["lora_alpha"] = start.lora_alpha / start.lora_rank * self.rank
-        return HyLoRADAConfig(**given) if file is None else dataclasses.replace(start, **given)
+        return dataclasses.replace(start, **given)
 
 
 # Without a prefix: --rank, not --adapter.rank.

@@ -20,6 +20,7 @@ from hylorada_jax.cli.answer_rows import write
 from hylorada_jax.cli.main import main
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.examples import Conversation
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import _slots
@@ -359,10 +360,15 @@ def test_unfrozen_leaves_are_not_counted_as_frozen_too(tiny, monkeypatch, capsys
 def test_the_scale_of_the_update_stays_where_only_the_rank_is_given(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(HyLoRADAConfig(method="dora", lora_rank=8, lora_alpha=12.0).to_json())
-    recommended = HyLoRADAConfig(method="hylorada_v1", lora_plus_enabled=True)  # of the command line
+    recommended = HyLoRADAConfig.preset("recommended")
     assert AdapterOptions().build() == recommended
     assert AdapterOptions(rank=4).build() == dataclasses.replace(recommended, lora_rank=4, lora_alpha=8.0)
-    assert AdapterOptions(method="lora", lora_plus=False).build() == HyLoRADAConfig(method="lora")
+    assert AdapterOptions(method="lora").build() == HyLoRADAConfig(method="lora")
+    assert AdapterOptions(preset="documented").build() == HyLoRADAConfig.preset("documented")
+    with pytest.raises(ConfigError, match="--preset documented"):
+        AdapterOptions(config=path, preset="documented").build()
+    assert AdapterOptions(position_bias=True).build().method == "hylorada"
+    assert AdapterOptions(lora_A_init="kaiming").build().lora_A_gain == 1
     started = AdapterOptions(lora_A_init="kaiming", lora_A_gain=0.5).build()
     assert started == dataclasses.replace(recommended, lora_A_init="kaiming", lora_A_gain=0.5)
     on_file = AdapterOptions(config=path, rank=4).build()
@@ -490,7 +496,7 @@ def test_conversations_are_shown_trained_on_and_evaluated_by_their_answers(
     tokens = scored + sum(len(f"user: say w{n}\nassistant: ") + 1 for n in range(40))
     assert out.splitlines()[1] == f"rows     conversations: 40 rows, {tokens:,} tokens, {scored} scored"
     assert "user: say w0<end>\nassistant: ⟦w0!<end>⟧\n" in out.replace("\n\n", "\n") + "\n"
-    train = ("finetune", *common, "--output", tmp_path / "run", "--steps", 12, "--learning-rate", 1e-2)
+    train = ("finetune", *common, "--output", tmp_path / "run", "--steps", 12, "--learning-rate", 5e-2)
     status, out, err = run(monkeypatch, capsys, *train, "--batch-size", 4, "--prompt", "say w3")
     assert status == 0, err
     assert "train    conversations: " in out

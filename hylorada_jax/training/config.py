@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.exact import fraction
 from hylorada_jax.placement.axes import mesh_sizes
@@ -38,9 +39,10 @@ class TrainingConfig:
             run keeps what was chosen.
         seq_len: tokens per row.
         packing: several documents share a row, isolated from each other. The model must support segments.
-        learning_rate: peak rate of lora_A and all that follows it, made for LoRA+, which trains lora_B at ten
-            times this; without LoRA+ take a larger one. DAA and sparse adapters have rates of their own, 1e-3
-            and 2e-4 (method.md, section 7).
+        learning_rate: peak rate; None takes 4e-3 for lora_A, lora_B and all that follows them, with LoRA+ for
+            lora_B alone, which was best for SmolLM2-135M (docs/results.md), and 5e-4 where embeddings or
+            norms are trained themselves. Larger models want smaller ones. DAA and sparse adapters have rates
+            of their own, 1e-3 and 2e-4 (method.md, section 7).
         schedule: how the rates go on after they have risen: "linear" or "cosine" down to 0, or "constant".
         warmup_ratio: part of the steps over which the rates rise linearly from 0.
         warmup_steps: the steps themselves, in place of their part.
@@ -81,7 +83,7 @@ class TrainingConfig:
     remat: Remat = "auto"
     seq_len: int = 256
     packing: bool = True
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     schedule: Schedule = "linear"
     warmup_ratio: float = 0.03
     warmup_steps: int | None = None
@@ -127,7 +129,8 @@ class TrainingConfig:
         for name in ("eval_every", "eval_stride", "eval_tokens", "patience"):
             if getattr(self, name) is not None:
                 self._require_int(name, 1)
-        self._require_number("learning_rate", positive=True)
+        if self.learning_rate is not None:
+            self._require_number("learning_rate", positive=True)
         self._require_number("max_grad_norm", positive=True)
         self._require_number("weight_decay", positive=False)
         self._require_number("warmup_ratio", positive=False)
@@ -192,6 +195,23 @@ class TrainingConfig:
         if self.epochs is None:
             return self
         return dataclasses.replace(self, steps=math.ceil(fraction(self.epochs) * rows / self.batch_size))
+
+    def rate_for(self, adapter: HyLoRADAConfig) -> float:
+        """The learning rate, or where none was given that which suits an adapter.
+
+        Args:
+            adapter: LoRA+ is read, and what is trained of the base.
+
+        Example:
+            >>> plus = HyLoRADAConfig(lora_plus_enabled=True, lora_plus_ratio=10.0)
+            >>> TrainingConfig(output="runs/a").rate_for(plus)
+            0.0004
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if adapter.train_embeddings or adapter.train_norms:
+            return 5e-4
+        return 4e-3 / (adapter.lora_plus_ratio if adapter.lora_plus_enabled else 1.0)
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide which numbers a run computes: two runs that differ here are two runs.

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
 
@@ -61,6 +62,14 @@ def test_fingerprint_has_what_changes_the_numbers_and_nothing_else():
         {"warmup_steps": 3},
     ]
     assert all(make(**change).fingerprint() != base.fingerprint() for change in changes)
+
+
+def test_a_rate_that_is_not_given_suits_the_adapter():
+    plain, plus = (HyLoRADAConfig(lora_plus_enabled=on, lora_plus_ratio=10.0) for on in (False, True))
+    assert make().rate_for(plain) == pytest.approx(10 * make().rate_for(plus))  # B learns as fast
+    for unfrozen in (HyLoRADAConfig(train_embeddings=True), HyLoRADAConfig(train_norms=True)):
+        assert make().rate_for(unfrozen) < make().rate_for(plain)
+    assert make(learning_rate=1.0).rate_for(plus) == 1
 
 
 def test_epochs_decide_the_steps_exactly():

@@ -47,6 +47,7 @@ class Loop:
 
     Attributes:
         config: the settings.
+        peak: the learning rate that the metrics name.
         directory: where the run is kept.
         checkpoints: where its states are saved.
         log: where its metrics go.
@@ -55,6 +56,7 @@ class Loop:
     """
 
     config: TrainingConfig
+    peak: float
     directory: RunDirectory
     checkpoints: Checkpoints
     log: MetricsLog
@@ -161,7 +163,7 @@ class Loop:
         if done is None:
             return
         values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
-        values["learning_rate"] = self.config.learning_rate * float(self._factor(done.step - 1))
+        values["learning_rate"] = self.peak * float(self._factor(done.step - 1))
         checked = {name: values[name] for name in ("loss", "grad_norm", "adapter_norm")}
         if not np.isfinite(list(checked.values())).all():
             found = ", ".join(f"{name} {value}" for name, value in checked.items())

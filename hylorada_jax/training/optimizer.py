@@ -111,14 +111,15 @@ def peak_rates(training: TrainingConfig, config: HyLoRADAConfig) -> dict[leaves.
 
     Args:
         training: ``learning_rate`` is read.
-        config: ``lora_plus_enabled`` and ``lora_plus_ratio`` are read.
+        config: LoRA+ is read, and for a rate that was not given what is trained of the base.
 
     Returns:
         A rate for every name in ``GROUPS``.
 
     Source: method.md, section 7; the ratio is LoRA+, Hayou et al. 2024.
     """
-    rates = {label: group.rate or training.learning_rate for label, group in GROUPS.items()}
+    rate = training.rate_for(config)
+    rates = {label: group.rate or rate for label, group in GROUPS.items()}
     if config.lora_plus_enabled:
         rates["lora_B"] *= config.lora_plus_ratio
     return rates

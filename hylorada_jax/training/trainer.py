@@ -174,7 +174,9 @@ class HyLoRADATrainer:
             for documents, weight in mixture.sources
         ]
         config = config.for_rows(rows_of_epoch(self._rows))
-        config = dataclasses.replace(config, progress=config.progress and is_first())
+        config = dataclasses.replace(
+            config, learning_rate=config.rate_for(model.config), progress=config.progress and is_first()
+        )
         self.choice = self._chosen(_as_begun(config, self._directory), memory or device_memory())
         setting = self.choice.setting._asdict()
         self._config = config = dataclasses.replace(config, **setting)
@@ -234,7 +236,7 @@ class HyLoRADATrainer:
             raise CheckpointError(
                 "The output directory must be writable.",
                 f"{directory.path}: {error}",
-                "Free some space, then go on with resume (--resume).",
+                "See to what the message says, as by freeing space, then go on with resume (--resume).",
             ) from error
 
     def _opened(self) -> RunRecord:
@@ -270,7 +272,8 @@ class HyLoRADATrainer:
                 settings = {**run.identity, "ran_on": run.recorded, "recipe": self._recipe}
                 log.send_to(WandbRun(directory.path, run.id, settings))
             frozen = model.frozen if model.placement else placement.put(model.frozen)
-            loop = Loop(config, directory, checkpoints, log, frozen, self._evaluator)
+            peak = config.rate_for(model.config)
+            loop = Loop(config, peak, directory, checkpoints, log, frozen, self._evaluator)
             state = loop.run(self.choice.step, state, batches)
             checkpoints.wait()
             steps = kept = int(state.step)
