@@ -14,8 +14,6 @@ and `<!-- end -->`.
 
 from __future__ import annotations
 
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,14 +27,14 @@ import numpy as np
 
 from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
-from benchmarks.experiment import BASE, differences
+from benchmarks.experiment import BASE
+from benchmarks.kept import Record, by_method, kept
 from benchmarks.report import device, draw, filled, markdown, plus_minus, styles
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ConfigError, near
-from hylorada_jax.io.files import refuse_unusable, write_json, write_whole
+from hylorada_jax.errors import ConfigError, near
+from hylorada_jax.io.files import refuse_unusable, write_whole
 from hylorada_jax.terminal import show
 
-Record = dict[str, Any]
 NAME = "recall"
 # Each with what it is compared to: the same without the part.
 METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -130,38 +128,19 @@ class Recall:
 
     def run(self, name: str, seed: int) -> Record:
         """The record of a method and a seed, from its file where there is one."""
-        from hylorada_jax.models.loading import load_model
-        from parity_tests.environment import environment
-
         config = None if name == BASE else HyLoRADAConfig.from_dict(METHODS[name][0])
-        own = {"method": name, "config": config and config.to_dict(), "seed": seed}
-        settings = {**self._settings, **own}
-        file = self._directory / f"{name.replace(' ', '-')}-seed{seed}.json"
-        if file.exists():
-            record = json.loads(file.read_text("utf-8"))
-            if changed := differences(record["settings"], settings):
-                rule, remedy = "A directory holds the runs of one setting.", "Choose another --output."
-                raise CheckpointError(rule, f"{file}: {changed}", remedy)
-            return record
-        print(f"{name}, seed {seed} …", flush=True)
-        if self._base is None:
-            self._base = load_model(self._settings["model"])
-        record = {
-            "settings": settings,
-            "command": shlex.join(["python", *sys.argv]),
-            "environment": environment(),
-            "result": self._result(config, seed),
-        }
-        self._directory.mkdir(parents=True, exist_ok=True)
-        write_json(file, record)
-        return record
+        settings = {**self._settings, "config": config and config.to_dict()}
+        return kept(self._directory, name, seed, settings, lambda: self._result(config, seed))
 
     def _result(self, config: HyLoRADAConfig | None, seed: int) -> Record:
         from benchmarks.trainables import Adapted
         from benchmarks.trial import Runner
         from hylorada_jax.evaluation.retrieval import evaluate_retrieval
+        from hylorada_jax.models.loading import load_model
         from hylorada_jax.training.config import TrainingConfig
 
+        if self._base is None:
+            self._base = load_model(self._settings["model"])
         s, result = self._settings, dict[str, Any]()
         if config is None:
             model = self._base
@@ -201,7 +180,7 @@ class Recall:
         return Rows(documents, self._longest)
 
 
-def table(runs: Sequence[Record]) -> str:
+def table(runs: list[Record]) -> str:
     """What is found at each length, and the answers' perplexity less that of the same without the part.
 
     Args:
@@ -209,18 +188,18 @@ def table(runs: Sequence[Record]) -> str:
     """
     lengths = list(runs[0]["result"]["lengths"])
     lines = [["", *(f"found, {n} tokens" for n in lengths), *(f"perplexity, {n}: effect" for n in lengths)]]
-    by_method = _by_method(runs)
-    for name, some in by_method.items():
+    found = by_method(runs)
+    for name, some in found.items():
         cells = [name]
         for length in lengths:
             means = [statistics.mean(run["result"]["lengths"][length]["accuracy"]) for run in some]
             cells.append(plus_minus(means, 2))
         without = None if name == BASE else METHODS[name][1]
         for length in lengths:
-            if without not in by_method:
+            if without not in found:
                 cells.append("")
                 continue
-            ours, theirs = (_losses(each, length) for each in (some, by_method[without]))
+            ours, theirs = (_losses(each, length) for each in (some, found[without]))
             effect = paired_bootstrap(ours, theirs, np.ones(ours.shape[1]))
             cells.append(f"{effect.mean:.2f} [{effect.low:.2f}, {effect.high:.2f}]")
         lines.append(cells)
@@ -236,31 +215,24 @@ def table(runs: Sequence[Record]) -> str:
     )
 
 
-def _by_method(runs: Sequence[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for record in runs:
-        found.setdefault(record["settings"]["method"], []).append(record)
-    return found
-
-
 def _losses(runs: Sequence[Record], length: str) -> np.ndarray:
     """Of each run the losses of all contexts, [runs, contexts]."""
     return np.array([np.ravel(run["result"]["lengths"][length]["losses"]) for run in runs])
 
 
-def plot(runs: Sequence[Record], directory: Path) -> None:
+def plot(runs: list[Record], directory: Path) -> None:
     """Draws the accuracy by depth, for each length a line of each method.
 
     Args:
         runs: the records.
         directory: of accuracy.png.
     """
-    by_method = _by_method(runs)
+    found = by_method(runs)
     longest = max(runs[0]["result"]["lengths"], key=int)
-    style = styles(list(by_method))
+    style = styles(list(found))
 
     def accuracy(axes: Any) -> None:
-        for name, some in by_method.items():
+        for name, some in found.items():
             curves = [run["result"]["lengths"][longest]["accuracy"] for run in some]
             axes.plot(range(1, len(curves[0]) + 1), np.mean(curves, axis=0), **style[name])
         axes.set(xlabel="tenth of the context where the fact stands", ylabel=f"found, of {longest} tokens")

@@ -1,0 +1,61 @@
+"""The runs of an experiment as files: what was killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment import differences
+from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.files import write_json
+
+Record = dict[str, Any]
+
+
+def kept(
+    directory: Path, method: str, seed: int, settings: Mapping[str, Any], compute: Callable[[], Record]
+) -> Record:
+    """The record of a run, from its file where there is one.
+
+    Args:
+        directory: of the runs.
+        method: what is trained; with the seed, the file's name.
+        seed: of the run.
+        settings: what else decides the result.
+        compute: gives the result.
+
+    Raises:
+        CheckpointError: the file is of other settings.
+    """
+    from parity_tests.environment import environment
+
+    settings = {**settings, "method": method, "seed": seed}
+    file = directory / f"{method.replace(' ', '-')}-seed{seed}.json"
+    if file.exists():
+        record = json.loads(file.read_text("utf-8"))
+        if changed := differences(record["settings"], settings):
+            rule, remedy = "A directory holds the runs of one setting.", "Choose another --output."
+            raise CheckpointError(rule, f"{file}: {changed}", remedy)
+        return record
+    print(f"{method}, seed {seed} …", flush=True)
+    record = {
+        "settings": settings,
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": environment(),
+        "result": compute(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    return record
+
+
+def by_method(runs: list[Record]) -> dict[str, list[Record]]:
+    """The records of each method, in the order of the first ones."""
+    found: dict[str, list[Record]] = {}
+    for record in runs:
+        found.setdefault(record["settings"]["method"], []).append(record)
+    return found

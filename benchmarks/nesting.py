@@ -1,0 +1,220 @@
+"""Does the structure prior help where code is nested deeper than in training?
+
+    python benchmarks/nesting.py --output benchmarks/results --page docs/results.md
+
+Each method learns the Python standard library's source by the tokens of small nesting depths alone, and is
+tested on other files: on tokens of these depths, and on deeper ones. hylorada_v2 reads each token's depth, or
+does not; hylorada_v1 has no structure prior.
+
+Every run is a file in <output>/nesting/, and what was killed goes on where it was. In the page the table
+takes the place of what stands between `<!-- results:nesting -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Run by its path, Python looks for modules in this file's directory, not in the repository's root.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from benchmarks.bootstrap import paired_bootstrap
+from benchmarks.command import run
+from benchmarks.experiment import BASE
+from benchmarks.kept import Record, by_method, kept
+from benchmarks.report import device, filled, markdown, plus_minus
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.corpus import PYTHON_STDLIB
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.io.files import refuse_unusable, write_whole
+from hylorada_jax.terminal import show
+
+NAME = "nesting"
+TOLD, UNTOLD, WITHOUT = "hylorada_v2, depths", "hylorada_v2", "hylorada_v1"
+METHODS = (WITHOUT, UNTOLD, TOLD)
+
+
+def main(
+    *,
+    output: Path = Path("runs"),
+    page: Path | None = None,
+    model: str = "smollm2-135m",
+    shallow: int = 2,
+    deep: int = 4,
+    steps: int = 64,
+    batch_size: int = 2,
+    seq_len: int = 256,
+    learning_rate: float = 4e-3,
+    test_tokens: int = 32768,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> None:
+    """Train on code that is little nested, test on code that is more, and write the table.
+
+    Args:
+        output: of the directory "nesting", which the runs are written to.
+        page: a Markdown file whose table is replaced.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        shallow: the largest depth whose tokens count in training.
+        deep: the least depth of the deeper tokens.
+        steps: optimizer steps.
+        batch_size: rows per step.
+        seq_len: tokens per row.
+        learning_rate: peak, the same for all, for A and B alike.
+        test_tokens: about so many are read, spread evenly.
+        seeds: of the adapters' start and the order of the data.
+    """
+    refuse_unusable(output)
+    if not 0 <= shallow < deep:
+        rule = "Deeper tokens must be deeper than those that are trained on."
+        raise ConfigError(rule, f"shallow {shallow}, deep {deep}", "Correct them.")
+    if not seeds:
+        raise ConfigError("There must be seeds.", "none", "Give some.")
+    if page is not None:
+        filled(page, NAME, "")
+    settings = {
+        "model": model, "shallow": shallow, "deep": deep, "steps": steps, "batch_size": batch_size,
+        "seq_len": seq_len, "learning_rate": learning_rate, "test_tokens": test_tokens,
+    }  # fmt: skip
+    directory = output / NAME
+    nesting = Nesting(settings, directory)
+    found = [nesting.run(BASE, 0), *(nesting.run(name, seed) for seed in seeds for name in METHODS)]
+    show(text := table(found))
+    write_whole(directory / "table.md", text.encode())
+    if page is not None:
+        write_whole(page, filled(page, NAME, text))
+
+
+class Nesting:
+    """The runs of one setting; those that are there are not done again.
+
+    Args:
+        settings: of all runs.
+        directory: of their files.
+
+    Raises:
+        ConfigError: no token of the test is so deep.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], directory: Path) -> None:
+        from hylorada_jax.data.corpus import load_documents
+        from hylorada_jax.data.tokenization import tokenize
+        from hylorada_jax.models.tokenizer import load_tokenizer
+
+        self._settings, self._directory = settings, directory
+        tokenizer = load_tokenizer(settings["model"])
+        self._texts: dict[str, Any] = {
+            side: tokenize(load_documents(PYTHON_STDLIB, side), tokenizer, structure="code")
+            for side in ("train", "eval")
+        }
+        deepest = max(int(document.structure_ids.max()) for document in self._texts["eval"])
+        if settings["deep"] > deepest:
+            rule = f"The test's files must have deeper tokens; the deepest are at {deepest}."
+            raise ConfigError(rule, f"deep {settings['deep']}", "Give less.")
+        self._base: Any = None
+
+    def run(self, name: str, seed: int) -> Record:
+        """The record of a method and a seed, from its file where there is one."""
+        config = None if name == BASE else HyLoRADAConfig(method=name.split(",")[0])
+        settings = {**self._settings, "config": config and config.to_dict()}
+        return kept(self._directory, name, seed, settings, lambda: self._result(config, name == TOLD, seed))
+
+    def _result(self, config: HyLoRADAConfig | None, told: bool, seed: int) -> Record:
+        from benchmarks.trainables import Adapted
+        from benchmarks.trial import Runner
+        from hylorada_jax.data.packing import Rows
+        from hylorada_jax.evaluation.sweep import loss_sweep
+        from hylorada_jax.models.loading import load_model
+        from hylorada_jax.training.config import TrainingConfig
+
+        if self._base is None:
+            self._base = load_model(self._settings["model"])
+        s, result = self._settings, dict[str, Any]()
+        model = self._base
+        if config is not None:
+            training = TrainingConfig(
+                output=self._directory, steps=s["steps"], batch_size=s["batch_size"], seq_len=s["seq_len"],
+                learning_rate=s["learning_rate"], seed=seed,
+            )  # fmt: skip
+            trainable = Adapted(self._base, config)
+            rows = Rows(counted(self._texts["train"], 0, s["shallow"], told=told), s["seq_len"])
+            adapters, result = Runner(rows).train(trainable, training)
+            model = trainable.trained(adapters)
+        sweep = loss_sweep(model)
+        for name, least, most in (("shallow", 0, s["shallow"]), ("deep", s["deep"], 10**9)):
+            rows = Rows(counted(self._texts["eval"], least, most, told=told), s["seq_len"])
+            result[name] = [[0.0, 0] for _ in self._texts["eval"]]  # of each document: losses, tokens
+            for batch, losses in sweep(rows, s["batch_size"], max_tokens=s["test_tokens"]):
+                for document in np.unique(batch["document_ids"][batch["targets"] >= 0]):
+                    here = (batch["document_ids"] == document) & (batch["targets"] >= 0)
+                    result[name][document][0] += float(losses[here].sum(dtype=np.float64))
+                    result[name][document][1] += int(here.sum())
+            total, tokens = map(sum, zip(*result[name], strict=True))
+            print(f"    {name}: perplexity {np.exp(total / tokens):.3f}", flush=True)
+        return result
+
+
+def counted(documents: Sequence[Any], least: int, most: int, *, told: bool) -> list[Any]:
+    """The documents of which the tokens of some depths count.
+
+    Args:
+        documents: with the depth of each token.
+        least, most: of these depths.
+        told: a structure encoder is to read the depths.
+    """
+    return [
+        dataclasses.replace(
+            document if told else document.without_structure(),
+            scored=(document.structure_ids >= least) & (document.structure_ids <= most),
+        )
+        for document in documents
+    ]
+
+
+def table(runs: list[Record]) -> str:
+    """The perplexities, and their differences to the same without what it reads.
+
+    Args:
+        runs: the records.
+    """
+    found = by_method(runs)
+    sides = ("shallow", "deep")
+    lines = [["", *(f"PPL, {side}" for side in sides), *(f"− {WITHOUT}, {side}" for side in sides)]]
+    for name, some in found.items():
+        cells = [name]
+        for side in sides:
+            nll, tokens = _losses(some, side)
+            cells.append(plus_minus(np.exp(nll.sum(1) / tokens.sum()).tolist(), 3))
+        for side in sides:
+            if name in (BASE, WITHOUT):
+                cells.append("")
+                continue
+            (ours, tokens), (theirs, _) = (_losses(each, side) for each in (some, found[WITHOUT]))
+            effect = paired_bootstrap(ours, theirs, tokens)
+            cells.append(f"{effect.mean:.3f} [{effect.low:.3f}, {effect.high:.3f}]")
+        lines.append(cells)
+    settings, about = runs[-1]["settings"], runs[-1]["environment"]
+    return (
+        f"{markdown(lines)}\n\n{settings['model']}, {PYTHON_STDLIB}; {settings['steps']} steps of "
+        f"{settings['batch_size']} × {settings['seq_len']} tokens, of which those at a depth of at most "
+        f"{settings['shallow']} count, rate {settings['learning_rate']:g}; deep is {settings['deep']} and "
+        "more, in other files. Mean ± standard deviation over "
+        f"{len({run['settings']['seed'] for run in runs})} seeds; differences with 95 % intervals, a "
+        "paired bootstrap over seeds and files. "
+        f"On {device(about)}. Commit {about['commit']}.\n"
+    )
+
+
+def _losses(runs: Sequence[Record], side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Summed losses [runs, documents], and the tokens of each document that has any."""
+    values = np.array([run["result"][side] for run in runs])
+    tokens = values[0, :, 1]
+    return values[:, tokens > 0, 0], tokens[tokens > 0]
+
+
+if __name__ == "__main__":
+    run(main)
