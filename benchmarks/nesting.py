@@ -35,8 +35,8 @@ from hylorada_jax.io.files import refuse_unusable, write_whole
 from hylorada_jax.terminal import show
 
 NAME = "nesting"
-TOLD, UNTOLD, WITHOUT = "hylorada_v2, depths", "hylorada_v2", "hylorada_v1"
-METHODS = (WITHOUT, UNTOLD, TOLD)
+WITHOUT, BLIND, READING = "hylorada_v1", "hylorada_v2, without depths", "hylorada_v2"
+METHODS = (WITHOUT, BLIND, READING)
 
 
 def main(
@@ -121,9 +121,11 @@ class Nesting:
         """The record of a method and a seed, from its file where there is one."""
         config = None if name == BASE else HyLoRADAConfig(method=name.split(",")[0])
         settings = {**self._settings, "config": config and config.to_dict()}
-        return kept(self._directory, name, seed, settings, lambda: self._result(config, name == TOLD, seed))
+        return kept(
+            self._directory, name, seed, settings, lambda: self._result(config, name == READING, seed)
+        )
 
-    def _result(self, config: HyLoRADAConfig | None, told: bool, seed: int) -> Record:
+    def _result(self, config: HyLoRADAConfig | None, structure: bool, seed: int) -> Record:
         from benchmarks.trainables import Adapted
         from benchmarks.trial import Runner
         from hylorada_jax.data.packing import Rows
@@ -141,12 +143,12 @@ class Nesting:
                 learning_rate=s["learning_rate"], seed=seed,
             )  # fmt: skip
             trainable = Adapted(self._base, config)
-            rows = Rows(counted(self._texts["train"], 0, s["shallow"], told=told), s["seq_len"])
+            rows = Rows(counted(self._texts["train"], 0, s["shallow"], structure=structure), s["seq_len"])
             adapters, result = Runner(rows).train(trainable, training)
             model = trainable.trained(adapters)
         sweep = loss_sweep(model)
         for name, least, most in (("shallow", 0, s["shallow"]), ("deep", s["deep"], 10**9)):
-            rows = Rows(counted(self._texts["eval"], least, most, told=told), s["seq_len"])
+            rows = Rows(counted(self._texts["eval"], least, most, structure=structure), s["seq_len"])
             result[name] = [[0.0, 0] for _ in self._texts["eval"]]  # of each document: losses, tokens
             for batch, losses in sweep(rows, s["batch_size"], max_tokens=s["test_tokens"]):
                 for document in np.unique(batch["document_ids"][batch["targets"] >= 0]):
@@ -158,17 +160,17 @@ class Nesting:
         return result
 
 
-def counted(documents: Sequence[Any], least: int, most: int, *, told: bool) -> list[Any]:
+def counted(documents: Sequence[Any], least: int, most: int, *, structure: bool) -> list[Any]:
     """The documents of which the tokens of some depths count.
 
     Args:
         documents: with the depth of each token.
         least, most: of these depths.
-        told: a structure encoder is to read the depths.
+        structure: a structure encoder is to read the depths.
     """
     return [
         dataclasses.replace(
-            document if told else document.without_structure(),
+            document if structure else document.without_structure(),
             scored=(document.structure_ids >= least) & (document.structure_ids <= most),
         )
         for document in documents

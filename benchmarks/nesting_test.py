@@ -19,9 +19,9 @@ from hylorada_jax.models.tokenizer import load_tokenizer
 def test_only_tokens_of_the_depths_count(tiny):  # noqa: F811
     source = "def f(x):\n    if x:\n        return [x, (1, 2)]\n"
     documents = tokenize([Document("f.py", source)], load_tokenizer(str(tiny)), structure="code")
-    for told in (False, True):
-        (document,) = nesting.counted(documents, 2, 3, told=told)
-        assert document.has_structure == told
+    for structure in (False, True):
+        (document,) = nesting.counted(documents, 2, 3, structure=structure)
+        assert document.has_structure == structure
         depths = documents[0].structure_ids
         assert depths is not None
         assert document.scored is not None
@@ -33,7 +33,7 @@ def test_the_table_has_the_differences_of_the_runs(tiny, tmp_path, monkeypatch):
     source = "def f(x):\n    if x:\n        return [x, (1, {2: [3]})]\n"
     some = [Document(f"{n}.py", source.replace("f", f"f{n}") * 9) for n in range(3)]
     monkeypatch.setattr(corpus, "load_documents", lambda *source: some)
-    monkeypatch.setattr(nesting, "METHODS", (nesting.WITHOUT, nesting.TOLD))
+    monkeypatch.setattr(nesting, "METHODS", (nesting.WITHOUT, nesting.READING))
     options: dict[str, Any] = {"model": str(tiny), "steps": 2, "seq_len": 64, "seeds": (0,)} | {
         "shallow": 1,
         "deep": 2,
@@ -48,9 +48,9 @@ def test_the_table_has_the_differences_of_the_runs(tiny, tmp_path, monkeypatch):
         total, tokens = map(sum, zip(*record["result"]["deep"], strict=True))
         perplexities.setdefault(record["settings"]["method"], []).append(math.exp(total / tokens))
     row = next(
-        line.split("|") for line in page.read_text().splitlines() if line.startswith(f"| {nesting.TOLD}")
+        line.split("|") for line in page.read_text().splitlines() if line.startswith(f"| {nesting.READING} |")
     )
-    effect = np.mean(perplexities[nesting.TOLD]) - np.mean(perplexities[nesting.WITHOUT])
+    effect = np.mean(perplexities[nesting.READING]) - np.mean(perplexities[nesting.WITHOUT])
     assert float(row[5].split()[0]) == pytest.approx(effect, abs=6e-4)
     with pytest.raises(ConfigError, match="shallow 1, deep 1"):
         nesting.main(output=tmp_path, **options | {"deep": 1})

@@ -167,10 +167,10 @@ def _row(
         )
     ends = [0, *(round(place * len(sentences) / (DEPTHS - 1)) for place in sorted(stated))]
     between = [sentences[start:end] for start, end in itertools.pairwise(ends)]
-    told = [
+    stretch = [
         part for place, some in zip(sorted(stated), between, strict=True) for part in (*some, stated[place])
     ]
-    parts = [begin, *told, *sentences[ends[-1] :], question, answer]
+    parts = [begin, *stretch, *sentences[ends[-1] :], question, answer]
     return {"tokens": list(itertools.chain(*parts)), "answer": answer}
 
 
