@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.bootstrap import Effect, paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
-from benchmarks.report import caption, draw, markdown, plus_minus, replaced, styles
+from benchmarks.report import commits, devices, draw, markdown, origin, plus_minus, replaced, styles
 from benchmarks.rows import Record, Row, budgets, is_measured, point, read, records
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.files import write_whole
@@ -70,20 +70,28 @@ def table(found: dict[int, list[Row]], against: str) -> str:
         raise ConfigError(
             f"A method of the table is one of {', '.join(labels)}.", repr(against), "Choose one."
         )
-    heads = ["method", *(name for steps in found for name in (f"PPL, {steps} steps", f"− {against}"))]
+    everything = [row for rows in found.values() for row in rows]
+    forgets = all("other_perplexity" in run["result"] for row in everything for run in row.runs)
+    heads = ["method"]
+    for steps in found:
+        heads += [f"PPL, {steps} steps", f"− {against}", *(["other PPL"] if forgets else [])]
     lines = [heads]
     for label in dict.fromkeys(labels):
         cells = [label]
         for rows in found.values():
             by_label = {row.label: row for row in rows}
             row, other = by_label.get(label), by_label.get(against)
-            cells.append(plus_minus(row.values("perplexity"), 2) if row and row.runs else "")
+            measured = row is not None and row.runs
+            cells.append(plus_minus(row.values("perplexity"), 2) if row and measured else "")
             compared = effect(row, other) if row and other and row is not other else None
             cells.append(f"{compared.mean:.2f} [{compared.low:.2f}, {compared.high:.2f}]" if compared else "")
+            if forgets:
+                cells.append(plus_minus(row.values("other_perplexity"), 2) if row and measured else "")
         lines.append(cells)
     note = (
-        f"{caption(found[max(found)])} Differences with 95 % intervals: a paired bootstrap over seeds and "
-        "documents (of one document, its windows); of few seeds they are too narrow rather than too wide."
+        f"{origin(found[max(found)])} Differences with 95 % intervals: a paired bootstrap over seeds and "
+        "documents (of one document, its windows); of few seeds they are too narrow rather than too wide. "
+        f"On {devices(everything)}. {commits(everything)}"
     )
     return f"{markdown(lines)}\n\n{note}\n"
 

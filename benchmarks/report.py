@@ -121,30 +121,38 @@ def _places(row: Row) -> list[str]:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """Where the numbers come from, in words."""
+    """Where the numbers of the table come from, in words."""
+    loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
+    load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
+    measured = f"Step, tokens/s: medians on {devices(rows)}{load}; memory: of the compiled step."
+    return f"{origin(rows, places=True)} {measured} {commits(rows)}"
+
+
+def origin(rows: Sequence[Row], *, places: bool = False) -> str:
+    """What was trained on and measured, in words; with or without the perplexity by place."""
     ended = [row.runs[0] for row in rows if row.runs]
     record = max(ended, key=lambda record: record["settings"]["steps"])  # the base has none
     settings, tokens, result = record["settings"], record["settings"]["tokens"], record["result"]
     scored = f"PPL of {result['scored_tokens']:,}"
-    if "lim_sequences" in result:
+    if places and "lim_sequences" in result:
         scored += f", LiM PPL of {result['lim_sequences'] * settings['seq_len']:,}"
-    environments = [run["environment"] for row in rows for run in row.runs]
-    commits = sorted({str(e["commit"]) for e in environments})
-    loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
-    load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
     test = settings["test_data"] or "the other half of what was held out"
     other = f"; other PPL, of the held-out part of {result['other']['data']}" if "other" in result else ""
     return (
         f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
         f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens{other}. "
-        f"Mean ± standard deviation over {_seeds(rows)} "
-        f"seeds, not over other text; {_rates(rows)}. Step, tokens/s: medians on "
-        f"{_devices(rows)}{load}; memory: of the compiled step. Commits {', '.join(commits)}."
+        f"Mean ± standard deviation over {_seeds(rows)} seeds, not over other text; {_rates(rows)}."
     )
 
 
-def _devices(rows: Sequence[Row]) -> str:
+def commits(rows: Sequence[Row]) -> str:
+    """Of what commits the runs are, in words."""
+    found = {str(run["environment"]["commit"]) for row in rows for run in row.runs}
+    return f"Commits {', '.join(sorted(found))}."
+
+
+def devices(rows: Sequence[Row]) -> str:
     """What it was measured on, in words; where there are several, which methods on each."""
     labels: dict[str, list[str]] = {}
     for row in rows:
