@@ -146,6 +146,7 @@ def attend(
     bias: Tensor | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention, its logits adapted.
@@ -153,24 +154,28 @@ def attend(
         softmax(DAA(scale · q kᵀ) + bias, where visible) v      query head h reads key head ⌊h·kv_heads/heads⌋
         DAA(S) = cap · tanh(α·S / cap) + β + position_bias[bucket(q − k)]
 
+    With sinks, a row of the softmax has the logit z + β more, whose value is zero.
+
     Args:
         query: [batch, heads, query, head_dim].
         key: [batch, kv_heads, key, head_dim]; heads is a multiple of kv_heads.
         value: [batch, kv_heads, key, head_dim].
         visible: bool, broadcastable to [batch, heads, query, key]: which keys a query sees; all when None. A
-            query that sees none takes the mean of all values.
+            query that sees none takes the mean of all values, or with sinks zeros.
         daa: the layer's adapter.
         positions: position ids [batch, query] and [batch, key], for a `PositionalDAA`.
         bias: broadcastable to [batch, heads, query, key], added as it is.
         scale: 1/√head_dim when None.
         soft_cap: bound of the logits before anything is added to them; none when None.
+        sinks: z of every query head [heads]; none when None.
         dropout: probability of dropping an attention weight.
 
     Returns:
         [batch, heads, query, head_dim] in query's dtype; logits and softmax are in float32 at least.
 
     Reference:
-        Vaswani et al., "Attention Is All You Need", 2017, §3.2.1; Ainslie et al., "GQA", 2023, §2.2.
+        Vaswani et al., "Attention Is All You Need", 2017, §3.2.1; Ainslie et al., "GQA", 2023, §2.2; OpenAI,
+        "gpt-oss-120b & gpt-oss-20b Model Card", 2025, §2.2.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -187,7 +192,12 @@ def attend(
     if visible is not None:
         # A finite number: a row that sees no key (padding) is then uniform, and not 0/0.
         scores = scores.masked_fill(~visible, torch.finfo(wide).min)
-    weights = F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
+    if sinks is not None:
+        sinks = sinks.to(wide) if daa is None else sinks.to(wide) + daa.beta
+        column = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    weights = F.dropout(weights.to(value.dtype), dropout)
     return (weights @ value).to(query.dtype)
 
 

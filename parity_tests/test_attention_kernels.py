@@ -1,14 +1,20 @@
-"""The TPU kernels of attention, run step by step on this machine, against the plain formula in float64."""
+"""The TPU kernels of attention, run step by step on this machine, against the plain formula in float64.
+
+The formula itself, where it has sinks, against transformers' torch attention of gpt-oss.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.attention import DAA, attention
@@ -24,13 +30,13 @@ KERNELS: dict[str, tuple[Callable[..., jax.Array], int, bool]] = {
 }
 # Of 4 heads over 2 of keys and values, and α and a bias for each, unless said otherwise.
 CASES: dict[str, dict[str, Any]] = {
-    "segments": {"segments": True},
-    "window": {"window": 20, "soft_cap": 2.0, "kv_heads": 1, "adapted": 1},
+    "segments": {"segments": True, "sinks": True},
+    "window": {"window": 20, "soft_cap": 2.0, "kv_heads": 1, "adapted": 1, "sinks": True},
     "bidirectional": {"causal": False, "kv_heads": 4},
 }
 
 
-def draw(length, *, kv_heads=2, adapted=4, segments=False, position_bias=False, **facts):
+def draw(length, *, kv_heads=2, adapted=4, segments=False, position_bias=False, sinks=False, **facts):
     """(the numbers of which there are gradients, what is seen); document 0 is padding, in front."""
     rng = np.random.default_rng(0)
     numbers = {
@@ -41,6 +47,8 @@ def draw(length, *, kv_heads=2, adapted=4, segments=False, position_bias=False, 
     }
     if position_bias:
         numbers["position_bias"] = rng.normal(size=(64, adapted))
+    if sinks:
+        numbers["sinks"] = rng.normal(size=4)
     ids = jnp.asarray(np.sort(rng.integers(0, 4, (2, length)), axis=1)) if segments else None
     positions = jnp.broadcast_to(jnp.arange(length), (2, length))
     valid = None if ids is None else ids > 0
@@ -95,6 +103,26 @@ def test_a_kernel_and_its_gradients_equal_the_formula(kernel, case, dtype):
             loss = max(relative_error(plain[name], expected), UNIT_ROUNDOFF[dtype])
             allowed = loss * BFLOAT16["forward" if name == "out" else "gradient"]
         assert relative_error(got[name], expected) <= allowed, name
+
+
+def test_sinks_are_those_of_gpt_oss():
+    numbers, pattern = draw(30, sinks=True, window=20)
+    alpha = numbers.pop("alpha")
+    tensors = {name: torch.tensor(x, requires_grad=True) for name, x in numbers.items()}
+    own = SimpleNamespace(sinks=tensors["sinks"], num_key_value_groups=2, training=False)
+    query, key, value = (tensors[name].transpose(1, 2) for name in ("query", "key", "value"))
+    hidden = torch.tensor(np.where(pattern.mask(), 0, np.finfo(np.float64).min))
+    expected, _ = eager_attention_forward(
+        own, query * torch.tensor(alpha)[:, None, None], key, value, hidden, 0.5
+    )
+    cotangent = np.random.default_rng(1).normal(size=expected.shape)
+    gradients = torch.autograd.grad(expected, [*tensors.values()], torch.tensor(cotangent))
+    with jax.enable_x64(True):
+        run = partial(formula, scale=0.5, alpha=jnp.asarray(alpha))
+        got = pulled(run, numbers, pattern, "float64")
+    assert relative_error(got["out"], expected.detach().numpy()) <= 1e-10
+    for name, gradient in zip(tensors, gradients, strict=True):
+        assert relative_error(got[name], gradient.numpy()) <= 1e-10, name
 
 
 def test_a_window_may_be_chosen_while_the_program_runs():

@@ -43,6 +43,7 @@ def attention(
     bias: Float[Array, "batch_or_1 heads_or_1 query key"] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """Scaled dot-product attention with grouped heads; keys and values are never repeated.
@@ -50,9 +51,14 @@ def attention(
         S = scale · α · q kᵀ,   S' = cap · tanh(S / cap) + β + position_bias[bucket(q − k)]
         softmax(S' + bias where visible) v          query head h reads key-value head ⌊h·kv_heads/heads⌋
 
+    With a sink z for each query head, a row of the softmax has one logit more, whose value is zero:
+
+        p_k = exp(S'_k) / (exp(z + β) + Σ_j exp(S'_j))
+
     ``jax.nn.dot_product_attention`` is the same formula without DAA, but takes its softmax in float32 even
     for float64 inputs; there its mask value turns to −∞, and a row without a visible key to NaN. Here a row
-    without a visible key (padding) takes the mean of the values, which is finite and has finite gradients.
+    without a visible key (padding) takes the mean of the values, which is finite and has finite gradients;
+    with sinks, zeros.
 
     α multiplies the queries instead of the logits: the same in exact arithmetic, and the backward pass needs
     no second array of logits.
@@ -66,6 +72,7 @@ def attention(
         bias: added to the logits as it is (T5's relative bias).
         scale: of the logits; None takes 1/√head_dim.
         soft_cap: bound of the logits before anything is added to them (Gemma 2); None: none.
+        sinks: a logit per query head (gpt-oss), which α and the soft cap leave alone; None: none.
         implementation: a key of :data:`IMPLEMENTATIONS`, which differ in cost alone; None takes the first
             that suits the lengths and has all that is asked for.
 
@@ -78,7 +85,7 @@ def attention(
 
     Source:
         Vaswani et al., arXiv:1706.03762 §3.2.1; grouped queries: Ainslie et al., arXiv:2305.13245 §2.2; the
-        soft cap: Gemma Team, arXiv:2408.00118 §2; DAA: method.md §3.
+        soft cap: Gemma Team, arXiv:2408.00118 §2; sinks: OpenAI, arXiv:2508.10925 §2.2; DAA: method.md §3.
 
     Example:
         >>> q = jnp.ones((1, 2, 4, 8)); kv = jnp.ones((1, 2, 2, 8))
@@ -88,7 +95,8 @@ def attention(
     if daa is not None:
         check_heads(daa, query.shape[2])
     alpha, beta, table = (None, None, None) if daa is None else daa
-    logits = Logits(query.shape[-1] ** -0.5 if scale is None else scale, soft_cap, alpha, beta, table, bias)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = Logits(scale, soft_cap, alpha, beta, table, bias, sinks)
     return _chosen(implementation, query, key, pattern, logits)(query, key, value, pattern, logits)
 
 
@@ -101,6 +109,7 @@ class Logits(NamedTuple):
     beta: Float[Array, " heads_or_1"] | None
     position_bias: Float[Array, "buckets heads_or_1"] | None
     bias: Float[Array, "batch_or_1 heads_or_1 query key"] | None
+    sinks: Float[Array, " heads"] | None
 
 
 def _dense(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
@@ -127,7 +136,13 @@ def _dense(query: Array, key: Array, value: Array, pattern: Pattern, logits: Log
         mask = mask[:, :, None]
     # A finite number, so that a row with no visible key is uniform and not 0/0.
     scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(shape)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if logits.sinks is not None:
+        # What the sink leaves of a row: Σ_k exp(S_k) / (exp(z) + Σ_k exp(S_k)).
+        sinks = logits.sinks.astype(dtype) + (0 if logits.beta is None else logits.beta.astype(dtype))
+        sinks = sinks.reshape(*scores.shape[1:-2], 1, 1)
+        weights = weights * jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sinks)
+    weights = weights.astype(value.dtype).reshape(shape)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
 
 
@@ -148,8 +163,8 @@ def _times_alpha(query: Array, logits: Logits) -> Array:
 def _splash(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
     from hylorada_jax.math.splash import splash_attention  # what it imports has no use elsewhere
 
-    scale = _scales(query, logits)
-    return splash_attention(query, key, value, pattern, scale=scale, soft_cap=logits.soft_cap)
+    scale, soft_cap, sinks = _scales(query, logits), logits.soft_cap, logits.sinks
+    return splash_attention(query, key, value, pattern, scale=scale, soft_cap=soft_cap, sinks=sinks)
 
 
 def _distance(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:
@@ -167,7 +182,11 @@ def _scales(query: Array, logits: Logits) -> float | Array:
 
 def _facts(logits: Logits) -> dict[str, Any]:
     """What is asked for, without the scale, β and a bias of its own for every query and key."""
-    return {"soft_cap": logits.soft_cap, "position_bias": logits.position_bias}
+    return {
+        "soft_cap": logits.soft_cap,
+        "position_bias": logits.position_bias,
+        "sinks": logits.sinks,
+    }
 
 
 def _on_tpu(query: Array, key: Array) -> bool:

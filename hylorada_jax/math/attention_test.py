@@ -7,7 +7,7 @@ from hylorada_jax.math.attention import attention
 from hylorada_jax.math.pattern import Pattern
 
 
-def by_hand(query, key, value, mask):
+def by_hand(query, key, value, mask, sinks=None):
     """Attention with repeated heads, one query at a time, in float64."""
     groups = query.shape[2] // key.shape[2]
     out = np.zeros(query.shape)
@@ -15,7 +15,8 @@ def by_hand(query, key, value, mask):
         seen = np.broadcast_to(mask, (query.shape[0], 1, query.shape[1], key.shape[1]))[b, 0, q]
         logits = key[b, :, h // groups] @ query[b, q, h] / np.sqrt(query.shape[-1])
         weights = np.where(seen, np.exp(logits - logits[seen].max()), 0.0)
-        out[b, q, h] = weights @ value[b, :, h // groups] / weights.sum()
+        sink = 0.0 if sinks is None else np.exp(sinks[h] - logits[seen].max())
+        out[b, q, h] = weights @ value[b, :, h // groups] / (weights.sum() + sink)
     return out
 
 
@@ -30,14 +31,16 @@ def sample(dtype, *, batch=2, queries=5, keys=7, heads=6, kv_heads=2, head_dim=4
 @pytest.mark.parametrize(
     ("dtype", "atol"), [(jnp.float32, 1e-6), (jnp.float64, 1e-14), (jnp.bfloat16, 3e-2)], ids=str
 )
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_attention_equals_the_formula(dtype, atol, kv_heads):
+@pytest.mark.parametrize(("kv_heads", "sinks"), [(1, None), (2, [0.5, -1.0, 2.0, 0.0, 1.0, -3.0]), (6, None)])
+def test_attention_equals_the_formula(dtype, atol, kv_heads, sinks):
     with jax.enable_x64(True):
         query, key, value = (jnp.asarray(x, dtype) for x in sample(np.float64, kv_heads=kv_heads))
         pattern = last_queries(5, 7, window=4)
-        out = attention(query, key, value, pattern)
+        out = attention(
+            query, key, value, pattern, sinks=None if sinks is None else jnp.asarray(sinks, dtype)
+        )
         wide = [np.asarray(x, np.float64) for x in (query, key, value)]
-        expected = by_hand(wide[0], wide[1], wide[2], np.asarray(pattern.mask()))
+        expected = by_hand(wide[0], wide[1], wide[2], np.asarray(pattern.mask()), sinks)
     assert out.dtype == dtype
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=atol)
 
@@ -47,9 +50,11 @@ def test_a_row_without_a_visible_key_is_finite(dtype):
     with jax.enable_x64(True):
         inputs = [jnp.asarray(x, dtype) for x in sample(np.float64, queries=7)]
         pattern = last_queries(7, 7, key_valid=jnp.arange(7) >= jnp.array([[3], [0]]))
-        out, gradients = jax.value_and_grad(lambda x: attention(x[0], x[1], x[2], pattern).sum())(inputs)
         assert not pattern.mask()[0, 0, 0].any()
-        assert all(jnp.isfinite(x).all() for x in (out, *gradients))
+        for sinks in (None, jnp.full(6, -3.0, dtype)):
+            run = lambda x, sinks=sinks: attention(x[0], x[1], x[2], pattern, sinks=sinks).sum()
+            out, gradients = jax.value_and_grad(run)(inputs)
+            assert all(jnp.isfinite(x).all() for x in (out, *gradients))
 
 
 def last_queries(queries, keys, *, batch=2, **facts):

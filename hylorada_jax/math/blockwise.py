@@ -6,6 +6,8 @@ and from what is kept of each row, lse = m + log l:
 
     p = exp(S − lse),   dv = pᵀg,   dS = p ⊙ (g vᵀ − Σ g ⊙ out),   dq = dS k,   dk = dSᵀ q
 
+A sink z is a logit without a value: before any key, m = z and l = 1. Its gradient is −Σ exp(z − lse)·(g·out).
+
 Blocks that causality, a window or the documents hide are not visited.
 
 Source: Dao et al., FlashAttention, arXiv:2205.14135 §3.1 and App. B; Rabe and Staats, arXiv:2112.05682.
@@ -76,6 +78,7 @@ def blockwise_attention(
     scale: float,
     soft_cap: float | None = None,
     position_bias: Float[Array, "buckets heads_or_1"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """:func:`~hylorada_jax.math.attention.attention` in memory that grows with the length of the rows.
 
@@ -87,6 +90,7 @@ def blockwise_attention(
         scale: of the logits.
         soft_cap: bound of the logits before the bias is added; None: none.
         position_bias: a bias per bucket of distances and head.
+        sinks: a logit per query head that has no value; None: none.
 
     Returns:
         The attended values in query's dtype; logits and sums are in float32 at least.
@@ -109,10 +113,13 @@ def blockwise_attention(
         cut(jnp.moveaxis(grouped, 1, 3), 3, of_queries),
         *(cut(jnp.moveaxis(x, 1, 2), 2, of_keys) for x in (key, value)),
         bias,
+        None if sinks is None else sinks.astype(dtype),
         cut_pattern(pattern, of_queries, of_keys),
     )
     # [blocks, batch, kv_heads, group, block, head_dim] → [batch, query, heads, head_dim]
     rows = jnp.moveaxis(out, 0, 3).reshape(batch, heads, -1, head_dim)[:, :, :length].swapaxes(1, 2)
+    if sinks is not None:  # which is what sees no key
+        return rows
     seen = jnp.moveaxis(seen, 0, 1).reshape(batch, -1)[:, :length, None, None]
     # A query that sees no key takes the mean of all values, as under a softmax of equal logits.
     mean = jnp.repeat(value.mean(axis=1, keepdims=True), heads // kv_heads, axis=2)
@@ -175,7 +182,13 @@ def _heads_as_one(x: Array) -> Array:
 
 
 def _forward(
-    setting: _Setting, query: Array, key: Array, value: Array, bias: Array | None, sides: Sides
+    setting: _Setting,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    sinks: Array | None,
+    sides: Sides,
 ) -> tuple[Array, Array, Array]:
     """The attended values, whether a query sees a key at all, and lse; by blocks of queries."""
     of_queries, of_keys, window = sides
@@ -205,7 +218,8 @@ def _forward(
 
             return _by_distance(setting, run, bias, block, visit, i, j)
 
-        state = jnp.full_like(per_row, lowest), per_row, jnp.zeros(shape, dtype)
+        start = (lowest, 0) if sinks is None else (sinks[:, None], 1)
+        state = *(jnp.broadcast_to(x, per_row.shape).astype(dtype) for x in start), jnp.zeros(shape, dtype)
         peak, mass, total = lax.fori_loop(visit.first, visit.end, step, state)
         seen = mass > 0
         mass = jnp.where(seen, mass, 1)
@@ -218,10 +232,16 @@ def _forward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    setting: _Setting, query: Array, key: Array, value: Array, bias: Array | None, sides: Sides
+    setting: _Setting,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    sinks: Array | None,
+    sides: Sides,
 ) -> tuple[Array, Array]:
     """The attended values, and whether a query sees a key at all; all arrays are cut into blocks."""
-    return _forward(setting, query, key, value, bias, sides)[:2]
+    return _forward(setting, query, key, value, bias, sinks, sides)[:2]
 
 
 def _keep(setting: _Setting, *arguments: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
@@ -230,13 +250,13 @@ def _keep(setting: _Setting, *arguments: Any) -> tuple[tuple[Array, Array], tupl
 
 
 def _backward(setting: _Setting, kept: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    query, key, value, bias, sides, out, lse = kept
+    query, key, value, bias, sinks, sides, out, lse = kept
     of_queries, of_keys, window = sides
     visits = find_visits(*sides, causal=setting.causal)
     dtype, shape = jnp.promote_types(query.dtype, jnp.float32), query.shape[1:]
     product = functools.partial(jnp.einsum, preferred_element_type=dtype)
 
-    def per_block(sums: tuple[Any, ...], x: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
+    def per_block(sums: tuple[Any, ...], x: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         i, q, g, out, lse, queries, visit = x
         delta = _heads_as_one((g.astype(dtype) * out.astype(dtype)).sum(axis=-1))
 
@@ -265,12 +285,14 @@ def _backward(setting: _Setting, kept: tuple[Any, ...], cotangents: tuple[Array,
             return dqs + dq, dks.at[j].add(dk), dvs.at[j].add(dv), dbiases
 
         dq, *sums = lax.fori_loop(visit.first, visit.end, step, (jnp.zeros(shape, dtype), *sums))
-        return tuple(sums), dq.astype(query.dtype)
+        dsinks = None if sinks is None else -(jnp.exp(sinks[:, None] - lse) * delta).sum(axis=(0, 2))
+        return tuple(sums), (dq.astype(query.dtype), dsinks)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), (key, value, bias))
     blocks = jnp.arange(len(query)), query, cotangents[0], out, lse, of_queries, visits
-    (dk, dv, dbias), dq = lax.scan(per_block, zeros, blocks)
-    return dq, dk.astype(key.dtype), dv.astype(value.dtype), dbias, None
+    (dk, dv, dbias), (dq, dsinks) = lax.scan(per_block, zeros, blocks)
+    dsinks = None if dsinks is None else dsinks.sum(axis=0)
+    return dq, dk.astype(key.dtype), dv.astype(value.dtype), dbias, dsinks, None
 
 
 _attend.defvjp(_keep, _backward)

@@ -28,6 +28,8 @@ def draw(seed=0, *, batch=2, queries=37, keys=37, heads=4, kv_heads=2, head_dim=
     if facts.pop("daa", False):
         leaves |= {"alpha": rng.normal(size=heads), "beta": rng.normal(size=heads)}
         leaves["position_bias"] = rng.normal(size=(64, facts.pop("columns", heads)))
+    if facts.pop("sinks", False):
+        leaves["sinks"] = rng.normal(size=heads)
     leaves["cotangent"] = rng.normal(size=leaves["query"].shape)
     slots, start = np.arange(keys), facts.pop("start", 0)
     positions, segments, valid = np.tile(slots, (batch, 1)), None, None
@@ -62,7 +64,7 @@ def results(leaves, pattern, dtype, implementation, soft_cap=None):
 
     def run(leaves):
         of_daa = [leaves[name] for name in DAA._fields if name in leaves]
-        options = {"soft_cap": soft_cap, "implementation": implementation}
+        options = {"soft_cap": soft_cap, "sinks": leaves.get("sinks"), "implementation": implementation}
         query, key, value = (leaves[name].astype(dtype) for name in QKV)
         return attention(query, key, value, pattern, daa=DAA(*of_daa) if of_daa else None, **options)
 
@@ -88,17 +90,23 @@ def difference(got, expected):
 COUNTED = {"own": True, "counted": True}
 CASES = {
     "one block less than full": {"queries": 5, "keys": 5, "heads": 6, "kv_heads": 1},
-    "documents, counted bias": {"documents": True, "daa": True, "head_dim": 6, **COUNTED},
+    "documents, counted bias, sinks": {
+        "documents": True, "daa": True, "sinks": True, "head_dim": 6, **COUNTED,
+    },
     "both ways, counted bias, cap": {"causal": False, "daa": True, "columns": 1, "soft_cap": 2.0, **COUNTED},
-    "padding left, window, cap": {"padding": "left", "window": 11, "soft_cap": 1.5, "daa": True},
+    "padding left, window, cap, sinks": {
+        "padding": "left", "window": 11, "soft_cap": 1.5, "daa": True, "sinks": True,
+    },
     "padding right, shared bias": {"padding": "right", "daa": True, "columns": 1, "kv_heads": 4},
     "padding anywhere, documents, window": {"padding": "anywhere", "documents": True, "window": 5},
     "cache": {"padding": "unwritten", "queries": 11, "keys": 40, "start": 14, "daa": True},
-    "cache, window": {"padding": "unwritten", "queries": 16, "keys": 32, "start": 8, "window": 6},
+    "cache, window, sinks": {
+        "padding": "unwritten", "queries": 16, "keys": 32, "start": 8, "window": 6, "sinks": True,
+    },
     "both ways, padding, bias": {"causal": False, "padding": "anywhere", "daa": True, "kv_heads": 1},
     "positions anywhere": {"positions": "anywhere", "daa": True, "soft_cap": 2.0},
     "positions far apart": {"positions": "far", "daa": True, "queries": 48, "keys": 48},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

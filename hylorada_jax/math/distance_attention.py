@@ -23,6 +23,7 @@ def distance_attention(
     scale: float | Float[Array, " heads"],
     position_bias: Float[Array, "buckets heads_or_1"] | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
@@ -44,6 +45,7 @@ def distance_attention(
         scale: of the logits, for all heads or, with α, for each.
         position_bias: DAA's bias per bucket of distances and head.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
+        sinks: a logit per query head that has no value; None: none.
         block: tokens of a block, a multiple of 128; None takes what suits the length.
         interpret: runs the kernel's program step by step, on any platform, for tests.
 
@@ -68,5 +70,6 @@ def distance_attention(
     visible = (distances < limit) & ((distances >= 0) | (not causal))
     bias = jnp.broadcast_to(jnp.where(visible, bias, HIDDEN), (heads, distances.size))
     run = functools.partial(attended, settings)
-    out = in_shards(run, rows, segments, by_head=(bias,), shared=(limit,))
+    by_head = (bias, None if sinks is None else sinks.astype(jnp.float32))
+    out = in_shards(run, rows, segments, by_head=by_head, shared=(limit,))
     return jnp.swapaxes(out, 1, 2)[:, :length]

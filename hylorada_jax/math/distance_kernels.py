@@ -38,6 +38,7 @@ def attended(
     value: Float[Array, "batch kv_heads seq head_dim"],
     segments: Int[Array, "batch seq"] | None,
     bias: Float[Array, "heads distance"],
+    sinks: Float[Array, " heads"] | None,
     window: Int[Array, ""],
 ) -> Float[Array, "batch heads seq head_dim"]:
     """softmax(q kᵀ + bias[q − k] within a segment) v, for rows of whole blocks.
@@ -49,9 +50,10 @@ def attended(
         value: values.
         segments: a token sees those of its own.
         bias: of the distances from −origin to seq − 1; ``HIDDEN`` where a distance is not seen.
+        sinks: a logit per head that has no value; None: none.
         window: distances from here on are not seen: blocks that are farther are passed over.
     """
-    return _forward(settings, query, key, value, segments, bias, window)[0]
+    return _forward(settings, query, key, value, segments, bias, sinks, window)[0]
 
 
 def _forward(
@@ -61,6 +63,7 @@ def _forward(
     value: Array,
     segments: Array | None,
     bias: Array,
+    sinks: Array | None,
     window: Array,
 ) -> tuple[Array, tuple[Any, ...]]:
     grid = Grid(settings, query.shape, key.shape[1], by_query=True)
@@ -75,11 +78,16 @@ def _forward(
         window=window,
         products=2,
     )
-    return out, (query, key, value, segments, bias, window, out, lse)
+    if sinks is not None:
+        # The kernels of the backward pass read what a sink changes, lse and Σ g·out, and nothing else of it.
+        both = jnp.logaddexp(lse, sinks[:, None, None])
+        out = (out * jnp.exp(lse - both).swapaxes(2, 3)).astype(out.dtype)
+        lse = both
+    return out, (query, key, value, segments, bias, sinks, window, out, lse)
 
 
 def _backward(settings: Settings, residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    query, key, value, segments, bias, window, out, lse = residuals
+    query, key, value, segments, bias, sinks, window, out, lse = residuals
     # Σ_k of a weight times its gradient, for every query.
     mean = jnp.einsum("bhqd,bhqd->bhq", out, g, preferred_element_type=jnp.float32)[:, :, None]
 
@@ -102,7 +110,8 @@ def _backward(settings: Settings, residuals: tuple[Any, ...], g: Array) -> tuple
     grid = Grid(settings, query.shape, key.shape[1], by_query=False)
     outputs = [(key, grid.key), (value, grid.key)]
     d_key, d_value = run(_pull_key, grid, outputs, (size, dim), (size, dim), products=4)
-    return d_query, d_key, d_value, None, jnp.zeros_like(bias) + of_bias, None
+    of_sinks = None if sinks is None else -(jnp.exp(sinks[:, None, None] - lse) * mean).sum(axis=(0, 2, 3))
+    return d_query, d_key, d_value, None, jnp.zeros_like(bias) + of_bias, of_sinks, None
 
 
 attended.defvjp(_forward, _backward)

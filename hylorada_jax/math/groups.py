@@ -78,6 +78,7 @@ def attend(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """:func:`attention` over the pattern of a forward pass: the one call of every self-attention layer.
@@ -89,7 +90,7 @@ def attend(
         patterns: one pattern for all heads, or two, the second for the last half of the heads
             (:func:`shifted_patterns`).
         daa: direct attention adaptation of this layer.
-        scale, soft_cap, implementation: as in :func:`attention`.
+        scale, soft_cap, sinks, implementation: as in :func:`attention`.
 
     Returns:
         The attended values in query's dtype.
@@ -100,7 +101,7 @@ def attend(
     heads, kv_heads = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation}
     if len(patterns) == 1:
-        return _over(patterns[0], query, key, value, daa=daa, **options)
+        return _over(patterns[0], query, key, value, daa=daa, sinks=sinks, **options)
     if heads < 2:
         raise ConfigError(
             "Shifted sparse attention halves the heads of a layer.", f"{heads} head", "Use full attention."
@@ -117,7 +118,8 @@ def attend(
         half = jax.tree.map(lambda leaf, own=slice(first, last): _heads(leaf, own), daa)
         own = np.asarray(read)
         parts = query[:, :, first:last], key[:, :, own], value[:, :, own]
-        outputs.append(_over(pattern, *parts, daa=half, **options))
+        own_sinks = None if sinks is None else sinks[first:last]
+        outputs.append(_over(pattern, *parts, daa=half, sinks=own_sinks, **options))
     return jnp.concatenate(outputs, axis=2)
 
 

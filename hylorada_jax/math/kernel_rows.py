@@ -140,7 +140,7 @@ def in_shards(
     run: Callable[..., Array],
     heads: tuple[Array, ...],
     *rows: Any,
-    by_head: tuple[Array, ...] = (),
+    by_head: tuple[Array | None, ...] = (),
     shared: tuple[Array, ...] = (),
 ) -> Array:
     """``run(*heads, *rows, *by_head, *shared)`` on every device's own rows and heads.
@@ -153,7 +153,7 @@ def in_shards(
         heads: queries, keys and values [batch, heads or kv_heads, …]. Keys and values are repeated until the
             mesh's axis tensor divides them.
         *rows: what all heads share [batch, …]; None is handed on.
-        by_head: what all rows share [heads, …].
+        by_head: what all rows share [heads, …]; None is handed on.
         shared: what both share.
     """
     if (axes := divided_over(len(heads[0]))) is None:

@@ -28,6 +28,7 @@ def splash_attention(
     *,
     scale: float | Float[Array, " heads"],
     soft_cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
@@ -46,6 +47,7 @@ def splash_attention(
         pattern: of whole rows, as :meth:`Pattern.of_rows` makes it, with a window that is not traced.
         scale: of the logits, for all heads or, with α, for each.
         soft_cap: bound of the logits (Gemma 2's); None: no bound.
+        sinks: a logit per query head that has no value; None: none.
         block: tokens of a block, a multiple of 128; None takes what suits the length.
         interpret: runs the kernel's program step by step, on any platform, for tests.
 
@@ -72,13 +74,15 @@ def splash_attention(
     kernel = long, size, pattern.causal, window, soft_cap, interpret
     blocks = visible_blocks(long, size, causal=pattern.causal, window=window).shape[1]
 
-    def of_row(query: Array, key: Array, value: Array, own: Array | None) -> Array:
+    def of_row(query: Array, key: Array, value: Array, own: Array | None, *sinks: Array) -> Array:
         run = _kernel(len(query), *kernel)  # of the heads that this device has
         # The kernel states no cost; planning/hlo_cost.py reads it off this name.
         with jax.named_scope(f"{blocks}_blocks_of_{size}"):
-            return run(query, key, value, None if own is None else splash.SegmentIds(own, own))
+            return run(query, key, value, None if own is None else splash.SegmentIds(own, own), *sinks)
 
-    attended = in_shards(jax.vmap(of_row, in_axes=(0, 0, 0, None if segments is None else 0)), rows, segments)
+    by_head = () if sinks is None else (sinks.astype(jnp.float32),)
+    axes = 0, 0, 0, None if segments is None else 0, *(None for _ in by_head)
+    attended = in_shards(jax.vmap(of_row, in_axes=axes), rows, segments, by_head=by_head)
     return jnp.swapaxes(attended, 1, 2)[:, :length]
 
 
