@@ -61,7 +61,7 @@ class AdaptedAttention(nn.Module):
             value: [batch, kv_heads, key, head_dim].
             mask: bool (True: visible) or float (added to the logits), [batch or 1, heads or 1, query, key].
             bias: also added to the logits, [1, heads, query, key]: T5's positions.
-            **options: scale, soft_cap and dropout of `attend`.
+            **options: scale, soft_cap, sinks and dropout of `attend`.
         """
         visible = mask
         if mask is not None and mask.dtype != torch.bool:
@@ -158,6 +158,7 @@ def _interface_forward(
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     queries, keys = query.shape[2], key.shape[2]
@@ -165,7 +166,8 @@ def _interface_forward(
         raise _no_cache()
     if attention_mask is None and module.is_causal:  # transformers leaves a mask out that is merely causal
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    options = {"scale": scaling, "dropout": dropout, "bias": position_bias, "soft_cap": softcap}
+    options = {"scale": scaling, "dropout": dropout, "bias": position_bias}
+    options |= {"soft_cap": softcap, "sinks": s_aux}
     return module.hylorada(query, key, value, attention_mask, **options), None
 
 

@@ -97,6 +97,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             num_experts=5, num_experts_per_tok=3, qkv_bias=False, norm_topk_prob=True, hidden_act="gelu",
         )
     ),
+    # Sinks, and experts in one tensor that no adapter reaches; a window in the second layer.
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **_SIZES, head_dim=6, tie_word_embeddings=True, sliding_window=4, num_local_experts=5,
+            num_experts_per_tok=3, layer_types=["full_attention", "sliding_attention"],
+            rope_scaling=_YARN | {"truncate": False}, pad_token_id=0, eos_token_id=2,
+        )
+    ),
     # Fused projections, of which an adapter is one; two of a head's four dimensions rotate.
     "phi3": lambda: transformers.Phi3ForCausalLM(
         transformers.Phi3Config(

@@ -87,6 +87,8 @@ def params_of(model: Any) -> dict[str, Any]:
             if kind == "bias"
             else _LEAVES.get(path[-1].split("_")[-1], _LEAVES.get(path[-1], "kernel"))
         )
+        if kind not in ("weight", "bias"):  # a parameter that is no module's weight, such as of all experts
+            leaf = kind
         array = tensor.numpy().T if leaf == "kernel" else tensor.numpy()
         if path[:2] == ["model", "layers"]:
             own = [part for part in path if not part.isdigit()]
@@ -94,7 +96,7 @@ def params_of(model: Any) -> dict[str, Any]:
         else:
             _put(tree, (*path, leaf), array)
     for where, arrays in layers.items():
-        depth = (model.config.num_hidden_layers, -1) if "experts" in where else (len(arrays),)
+        depth = (model.config.num_hidden_layers, -1) if "experts" in where[:-2] else (len(arrays),)
         _put(tree, where, np.stack(arrays).reshape(*depth, *arrays[0].shape))
     return tree
 

@@ -102,16 +102,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "tie_word_embeddings": True,
     },
-    "qwen3_moe": {
+    "gpt_oss": {
         **SHAPE,
-        "model_type": "qwen3_moe",
+        "model_type": "gpt_oss",
         "num_hidden_layers": 2,
-        "attention_bias": True,
-        "use_sliding_window": True,
         "sliding_window": 5,
-        "moe_intermediate_size": 40,
-        "num_experts": 5,
+        "num_local_experts": 5,
         "num_experts_per_tok": 3,
+        "rope_scaling": {key: YARN[key] for key in YARN if not key.startswith("mscale")},
     },
     "phi3": {
         **SHAPE,
@@ -270,8 +268,8 @@ OFF = [
     ("qwen2", {"max_window_layers": 1}),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
     ("qwen3", {"sliding_window": 6}),
-    ("qwen3_moe", {"norm_topk_prob": True}),
-    ("qwen3_moe", {"num_experts_per_tok": 2}),
+    ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("gpt_oss", {"num_experts_per_tok": 2}),
     ("phi3", {"sliding_window": 8}),
     ("phi3", {"original_max_position_embeddings": 64}),
     ("granite", {"embedding_multiplier": 1.0}),
@@ -473,11 +471,17 @@ def test_config_reads_what_transformers_reads(hf):
     }
     if mixture := config.mixture:
         block = layer.get_submodule(mixture.name)
-        assert (mixture.experts, mixture.chosen) == (len(block.experts), block.top_k)
-        assert mixture.normalised == getattr(block, "norm_topk_prob", True)
-        gate, up, down = (block.experts[0].get_submodule(name) for name in mixture.layers)
-        assert gate.out_features == up.out_features == down.in_features == mixture.width
-        biases[f"{mixture.name}.experts.0.{mixture.layers[2]}"] = biases.pop("mlp.down_proj")
+        of_mlp = biases.pop("mlp.down_proj")
+        if config.swiglu_limit is not None:
+            experts, chosen = block.experts, block.router.top_k
+            assert (mixture.experts, mixture.chosen) == (experts.num_experts, chosen)
+            assert (mixture.width, config.swiglu_limit) == (experts.expert_dim, experts.limit)
+        else:
+            assert (mixture.experts, mixture.chosen) == (len(block.experts), block.top_k)
+            assert mixture.normalised == getattr(block, "norm_topk_prob", True)
+            gate, up, down = (block.experts[0].get_submodule(name) for name in mixture.layers)
+            assert gate.out_features == up.out_features == down.in_features == mixture.width
+            biases[f"{mixture.name}.experts.0.{mixture.layers[2]}"] = of_mlp
     assert {name: layer.get_submodule(name).bias is not None for name in biases} == biases
     assert hasattr(layer.self_attn, "q_norm") == config.qk_norm
     assert config.tie_word_embeddings == theirs.tie_word_embeddings

@@ -70,9 +70,10 @@ def test_names_are_those_of_transformers(model_type):
         with pytest.raises(TargetError, match="sparse_enabled"):
             mlp_outputs(names)
     everything = select_targets(names, HyLoRADAConfig(target_modules=("all-linear",)))
-    routers = [name for name in names if family.router and name.endswith(f".{family.router}")]
+    routers = [name for name in modules if family.router and name.endswith(f".{family.router}")]
     assert len(routers) == (stacks if family.router else 0)
-    assert {*names} - {*everything} == {*routers, family.heads[0]}
+    # gpt-oss's is no linear layer.
+    assert {*names} - {*everything} == {*routers, family.heads[0]} & {*names}
     queries = [name for name in names if f".{name}".endswith(f".{family.q}")]
     assert {name.rpartition(".")[0] for name in queries} >= {*self_attentions(names)}
     if family.cross_attention:

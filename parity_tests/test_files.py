@@ -46,6 +46,7 @@ SAVED = {
     "mixtral": ("8d6ea81e63", "283c49227f"),
     "qwen3_moe": ("17264f9470", "f756d698ea"),
     "qwen2_moe": ("259f3fea4b", "3703923a7b"),
+    "gpt_oss": ("decdf81e7c", "a16b0291b9"),
     "phi3": ("f1326285f3", "724c584db8"),
     "granite": ("dd737f4025", "4a193c3824"),
     "olmo2": ("dd737f4025", "5e2642d01a"),
@@ -66,7 +67,7 @@ def test_an_adapter_knows_its_base_under_every_version_of_transformers(family):
 
 
 # Of every kind of leaf, and every way from a tensor to it; the families' own names, other tests load.
-LAYOUTS = ["gpt2", "qwen2", "phi3", "gemma2", "mixtral", "qwen2_moe", "bert", "t5"]
+LAYOUTS = ["gpt2", "qwen2", "phi3", "gemma2", "mixtral", "gpt_oss", "bert", "t5"]
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

@@ -24,10 +24,12 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("relu", {}),
 }
 
-# Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all.
+# Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all;
+# gpt-oss without rope_scaling is stretched.
 _NULLS = (
     "num_key_value_heads",
     "sliding_window",
+    "rope_scaling",
     "eos_token_id",
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -75,6 +77,9 @@ class DecoderConfig(Options):
         mixture: of experts, in the place of the MLP; None: there is one MLP.
         shared_expert: the width inside an expert that every token passes beside its own, weighed by a gate;
             None: there is none.
+        swiglu_limit: the bound of gate and up in the experts of ``models.fused_experts``, which the mixture
+            then has; None: each expert's layers are its own.
+        attention_sinks: each query head has a logit that takes a part of every softmax and has no value.
         qk_norm: a norm over each head's queries and keys.
         fused: q_proj, k_proj and v_proj are one layer, qkv_proj, and gate_proj and up_proj are gate_up_proj.
         qk_norm_whole: that norm is over all heads together.

@@ -25,6 +25,7 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.dense import Dense
+from hylorada_jax.models.fused_experts import FusedMixtureBlock
 from hylorada_jax.models.mixture import MixtureBlock
 from hylorada_jax.models.module_kinds import register
 from hylorada_jax.placement.axes import ROWS
@@ -150,8 +151,12 @@ class DecoderAttention(nn.Module):
 
         window = _window(c, layer)
         patterns = tuple(replace(pattern, window=window) for pattern in step.patterns)
-        scale, soft_cap = c.attention_scale, c.attention_soft_cap
-        attended = attend(query, key, value, patterns, daa_of(self), scale=scale, soft_cap=soft_cap)
+        scale, soft_cap, sinks = c.attention_scale, c.attention_soft_cap, None
+        if c.attention_sinks:
+            sinks = self.param("sinks", nn.initializers.normal(), (c.num_attention_heads,), jnp.float32)
+        attended = attend(
+            query, key, value, patterns, daa_of(self), scale=scale, soft_cap=soft_cap, sinks=sinks
+        )
         attended = attended.reshape(*x.shape[:2], -1)
         return Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(attended), stream
 
@@ -211,6 +216,8 @@ def block(c: DecoderConfig) -> nn.Module:
     """What follows attention in a layer: one MLP, or a mixture of experts."""
     if c.mixture is None:
         return MLP(c, c.intermediate_size, name="mlp")
+    if c.swiglu_limit is not None:
+        return FusedMixtureBlock(c.mixture, c.swiglu_limit, name=c.mixture.name)
     shared = None if c.shared_expert is None else functools.partial(MLP, c, c.shared_expert)
     return MixtureBlock(c.mixture, gated(c), shared, name=c.mixture.name)
 

@@ -75,19 +75,29 @@ class MixtureBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch query hidden"]) -> Float[Array, "batch query hidden"]:
         """Applies the block."""
-        m, shape = self.mixture, x.shape
-        logits, tokens = Dense(m.experts, use_bias=False, name=m.router)(x), x
-        # Tokens are sorted within what no two devices share.
-        groups = row_groups(shape[0])
-        x, logits = (cut(each.reshape(groups, -1, each.shape[-1]), ROWS) for each in (x, logits))
-        weights, chosen = experts.route(logits, m.chosen, normalised=m.normalised)
-        rows = experts.sort_rows(chosen, m.experts)
-        y = Experts(m, self.gated, name=EXPERTS)(experts.rows_of(x, rows), rows)
-        y = experts.sum_rows(y, weights, rows).reshape(shape)
+        m = self.mixture
+        logits = Dense(m.experts, use_bias=False, name=m.router)(x)
+        y = by_experts(m, x, logits, Experts(m, self.gated, name=EXPERTS))
         if self.shared is None:
             return y
-        gate = nn.sigmoid(Dense(1, use_bias=False, name="shared_expert_gate")(tokens))
-        return y + gate * self.shared(name="shared_expert")(tokens)
+        gate = nn.sigmoid(Dense(1, use_bias=False, name="shared_expert_gate")(x))
+        return y + gate * self.shared(name="shared_expert")(x)
+
+
+def by_experts(
+    m: Mixture,
+    x: Float[Array, "batch query hidden"],
+    logits: Float[Array, "batch query experts"],
+    run: Callable[[Array, experts.Rows], Array],
+) -> Float[Array, "batch query hidden"]:
+    """Σ w_e · expert_e(x), where ``run`` gives what each of the rows sorted by expert becomes."""
+    shape = x.shape
+    # Tokens are sorted within what no two devices share.
+    groups = row_groups(shape[0])
+    x, logits = (cut(each.reshape(groups, -1, each.shape[-1]), ROWS) for each in (x, logits))
+    weights, chosen = experts.route(logits, m.chosen, normalised=m.normalised)
+    rows = experts.sort_rows(chosen, m.experts)
+    return experts.sum_rows(run(experts.rows_of(x, rows), rows), weights, rows).reshape(shape)
 
 
 def each_expert(name: str, count: int) -> list[str]:

@@ -15,7 +15,8 @@ from jax import Array
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.math.quantized import BASE_DTYPES, HEAD, is_quantized, quantized
 from hylorada_jax.models.families import ROUTERS
-from hylorada_jax.models.weights import Slot, Weights, aligned, check_finite, owners
+from hylorada_jax.models.mixture import EXPERTS
+from hylorada_jax.models.weights import Part, Slot, Weights, aligned, check_finite, owners
 
 if TYPE_CHECKING:
     from qwix import QArray  # type: ignore[import-untyped]
@@ -87,6 +88,8 @@ def is_kept_in_codes(path: tuple[str, ...], base_dtype: str) -> bool:
     """Whether a leaf of a decoder's tree is one that is quantised: not a router's, on which choices hang."""
     if path[-1] == "kernel":
         return ".".join(path[-3:-1]) not in ROUTERS
+    if path[-2] == EXPERTS:  # all of them in one tensor
+        return not path[-1].endswith("_bias")
     return path == _HEAD and base_dtype.endswith(HEAD)
 
 
@@ -140,12 +143,23 @@ def read_quantized(
 
 
 def one_quantized(name: str, weights: Weights, leaf: QArray, slot: Slot) -> QArray:
-    """One layer's kernel [d_in, d_out] from a model's files, as a leaf of all layers has it; or the head."""
-    dtype, tensor = jnp.dtype(leaf.dtype), weights.read(name)
-    values = (tensor.T if slot.transpose else tensor).astype(np.promote_types(dtype, np.float32))
-    check_finite(values, name, weights)
-    with jax.default_device(_cpu()):
-        return _jitted_one(values, str(leaf.qtype), dtype.name, not slot.transpose)
+    """One layer's kernel [d_in, d_out] from a model's files, as a leaf of all layers has it; or the head.
+
+    Of a tensor of all experts, [experts, d_in, d_out], one expert is read at a time.
+    """
+    dtype = jnp.dtype(leaf.dtype)
+
+    def one(part: Part) -> QArray:
+        tensor = weights.read(name, part).reshape(weights.shapes[name][-2:])
+        values = (tensor.T if slot.transpose else tensor).astype(np.promote_types(dtype, np.float32))
+        check_finite(values, name, weights)
+        with jax.default_device(_cpu()):
+            return _jitted_one(values, str(leaf.qtype), dtype.name, slot.path == _HEAD)
+
+    if len(weights.shapes[name]) == 2:
+        return one(())
+    each = [one((slice(expert, expert + 1),)) for expert in range(weights.shapes[name][0])]
+    return jax.tree.map(lambda *parts: np.stack(parts), *each)
 
 
 def _cpu() -> jax.Device | None:

@@ -31,8 +31,8 @@ _ADAPTERS: tuple[Rule, ...] = tuple(
 # The first that matches decides; a leaf that none matches (norms, biases, gates …) is whole on each device.
 # A kernel is Wᵀ, [in, out], perhaps of all experts, which no axis divides, and a table [vocabulary, width].
 RULES: tuple[Rule, ...] = (
-    (r"((q|k|v|qkv|gate|up|gate_up)_proj|w1|w3)/kernel", (FSDP, TENSOR)),
-    (r"((o|down)_proj|w2)/kernel", (TENSOR, FSDP)),
+    (r"((q|k|v|qkv|gate|up|gate_up)_proj|w1|w3)/kernel|experts/gate_up_proj", (FSDP, TENSOR)),
+    (r"((o|down)_proj|w2)/kernel|experts/down_proj", (TENSOR, FSDP)),
     (r"kernel", (FSDP, None)),  # of Hugging Face's Flax models
     (r"embedding", (TENSOR, FSDP)),  # the head's too
     *_ADAPTERS,

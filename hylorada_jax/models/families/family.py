@@ -76,6 +76,8 @@ class Options:
     mlp_bias: bool = False
     mixture: Mixture | None = None
     shared_expert: int | None = None
+    swiglu_limit: float | None = None
+    attention_sinks: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
     fused: bool = False
