@@ -1,18 +1,29 @@
 """What gpt-oss alone has, against transformers' torch code of it."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import GptOssConfig
+from safetensors.numpy import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import TargetError
+from hylorada_jax.errors import ModelError, TargetError
+from hylorada_jax.exchange.merged import write_merged
+from hylorada_jax.math.quantized import plain
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.fused_experts import FusedMixtureBlock
+from hylorada_jax.models.loading import load_model, open_weights
+from hylorada_jax.models.mxfp4 import numbers
+from hylorada_jax.models.quantize import quantize
+from hylorada_jax.models.source import find_source
+from hylorada_jax.models.weights_digest import files_digest, tree_digest
 from parity_tests.families import jax_base, measuring
 from parity_tests.tolerances import relative_error
 
@@ -52,3 +63,116 @@ def test_what_is_no_linear_layer_is_no_target(target):
         config = HyLoRADAConfig(method="lora", target_modules=(target,))
         with pytest.raises(TargetError, match=rf"'{target}'\n.*self_attn\.k_proj"):
             HyLoRADAModel(jax_base("gpt_oss", "float64"), config)
+
+
+def test_mxfp4_is_that_of_transformers_bit_for_bit():
+    """Every byte under every scale but 255, which is no number; and in a formula."""
+    blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16), (1, 255, 16, 16))
+    scales = np.repeat(np.arange(255, dtype=np.uint8), 16).reshape(1, 255, 16)
+    theirs = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales))
+    ours = numbers(blocks, scales).swapaxes(1, 2)
+    np.testing.assert_array_equal(ours.view(np.uint16), theirs.view(torch.uint16).numpy())
+
+    codes = np.stack([np.arange(256) % 16, np.arange(256) // 16], axis=-1).reshape(512, 1)
+    sign, exponent, mantissa = codes >> 3, (codes >> 1) & 3, codes & 1
+    size = np.where(exponent, (1 + mantissa / 2) * 2.0 ** (exponent - 1), mantissa / 2)
+    expected = (1 - 2 * sign) * size * 2.0 ** (np.arange(255) - 127)
+    # Beyond bfloat16's last number, which no weight has, there is infinity.
+    expected = np.where(np.abs(expected) < 2.0**128, expected, np.copysign(np.inf, expected))
+    np.testing.assert_array_equal(ours[0].astype(np.float64), expected)
+
+
+EXPERTS = [
+    f"model.layers.{layer}.mlp.experts.{name}" for layer in range(2) for name in ("gate_up_proj", "down_proj")
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A random model as numbers, and the same in MXFP4."""
+    whole, packed = (tmp_path_factory.mktemp(name) for name in ("whole", "packed"))
+    config = GptOssConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=3, num_experts_per_tok=2, dtype="bfloat16",
+    )  # fmt: skip
+    GptOssForCausalLM(config).bfloat16().save_pretrained(whole)
+    tensors, rng = load_file(whole / "model.safetensors"), np.random.default_rng(0)
+    codes: dict[str, np.ndarray] = {}
+    for name in EXPERTS:
+        experts, inputs, outputs = tensors[name].shape
+        parts = {
+            "blocks": rng.integers(256, size=(experts, outputs, inputs // 32, 16), dtype=np.uint8),
+            "scales": rng.integers(117, 125, size=(experts, outputs, inputs // 32), dtype=np.uint8),
+        }
+        values = convert_moe_packed_tensors(*map(torch.tensor, parts.values()))
+        tensors[name] = values.view(torch.uint16).numpy().view(jnp.bfloat16)
+        codes |= {f"{name}_{part}": values for part, values in parts.items()}
+    save_file(tensors, whole / "model.safetensors")
+    rest = {name: tensor for name, tensor in tensors.items() if name not in EXPERTS}
+    save_file(rest | codes, packed / "model.safetensors")
+    said = json.loads((whole / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (packed / "config.json").write_text(json.dumps(said))
+    return whole, packed
+
+
+def equal(ours, expected):
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def test_a_checkpoint_in_mxfp4_is_the_numbers_that_it_stands_for(checkpoints):
+    whole, packed = checkpoints
+    for dtype in ("float32", "bfloat16"):
+        expected = load_model(whole, dtype=dtype).params
+        equal(load_model(packed, dtype=dtype).params, expected)
+        assert files_digest(find_source(packed), dtype) == tree_digest(expected)
+    weights, tensor = open_weights(find_source(packed)), open_weights(find_source(whole)).read(EXPERTS[0])
+    part = slice(1, 3), slice(3, 40), slice(0, 5)  # as a device on a mesh reads it
+    np.testing.assert_array_equal(weights.read(EXPERTS[0], part), tensor[part])
+
+
+def test_experts_are_quantised_one_by_one(checkpoints):
+    pytest.importorskip("qwix")
+    base = load_model(checkpoints[1], base_dtype="nf4")
+    equal(base.params, quantize(load_model(checkpoints[0]).params, "nf4"))
+    block = base.params["model"]["layers"]["mlp"]
+    assert {type(block["experts"][name]).__name__ for name in ("gate_up_proj", "down_proj")} == {"QArray"}
+    assert block["router"]["kernel"].dtype == block["experts"]["down_proj_bias"].dtype == jnp.float32
+    ids, on_numbers = jnp.arange(8)[None], base.with_params(plain(base.params))
+    assert relative_error(*(np.asarray(model(ids).logits) for model in (base, on_numbers))) <= 1e-6
+
+
+def test_a_merged_model_is_numbers(checkpoints, tmp_path):
+    model = HyLoRADAModel(load_model(checkpoints[1]), HyLoRADAConfig(method="lora", lora_rank=2))
+    model.adapters = jax.tree.map(lambda leaf: leaf + 0.1, model.adapters)
+    model.save_pretrained(tmp_path / "adapter")
+    found = []
+    for name, base in zip(("whole", "packed"), checkpoints, strict=True):
+        write_merged(base, tmp_path / "adapter", tmp_path / name)
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
+    equal(found[1], found[0])
+    assert {tensor.dtype for tensor in found[1].values()} == {jnp.dtype("bfloat16")}
+
+
+BLOCKS, SCALES = (f"{EXPERTS[0]}_{part}" for part in ("blocks", "scales"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({BLOCKS: None}, rf"{SCALES}: U8 \(3, 64, 2\)"),
+        ({SCALES: None}, rf"{BLOCKS}: U8 \(3, 64, 2, 16\)"),
+        ({SCALES: np.zeros((3, 64, 1), np.uint8)}, r"\(3, 64, 2, 16\); .*\(3, 64, 1\)"),
+        ({SCALES: np.zeros((3, 64, 2), np.float32)}, "F32"),
+        ({EXPERTS[0]: np.zeros((3, 64, 64), np.float32)}, rf"{EXPERTS[0]}: F32 \(3, 64, 64\); .*U8"),
+        ({SCALES: np.full((3, 64, 2), 255, np.uint8)}, rf"{EXPERTS[0]} in .*NaN"),
+    ],
+    ids=["no blocks", "no scales", "of other groups", "no bytes", "both layouts", "no number"],
+)
+def test_a_damaged_checkpoint_in_mxfp4_is_refused(changed, said, checkpoints, tmp_path):
+    tensors = load_file(checkpoints[1] / "model.safetensors") | changed
+    save_file({n: x for n, x in tensors.items() if x is not None}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((checkpoints[1] / "config.json").read_bytes())
+    with pytest.raises(ModelError, match=said):
+        load_model(tmp_path)

@@ -137,11 +137,15 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:
-    """The content of config.json; the dtype under the name that every version of transformers reads."""
+    """The content of config.json; the dtype under the name that every version of transformers reads.
+
+    What was in codes is numbers now.
+    """
+    said = {key: value for key, value in source.config.items() if key != "quantization_config"}
     if dtype is None and source.gguf is None:
-        return source.config
+        return said
     dtype = dtype or np.dtype(np.float32)
-    rest = {key: value for key, value in source.config.items() if key not in ("dtype", "torch_dtype")}
+    rest = {key: value for key, value in said.items() if key not in ("dtype", "torch_dtype")}
     return rest | {"torch_dtype": dtype.name}
 
 

@@ -154,8 +154,8 @@ class DecoderConfig(Options):
                 f"model_type={family!r}",
                 "Take a model of one of these families; load_model takes others from HF's Flax classes.",
             )
-        refuse_quantized(hf)
         decoder = DECODERS[family]
+        refuse_quantized(hf, decoder.quantized)
         hf = decoder.settings(hf)
         for key, off in _REFUSED.items():
             if key not in decoder.keys.__struct_fields__ and hf.get(key, off) != off:

@@ -22,11 +22,13 @@ from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, FLAX, either
+from hylorada_jax.models.families.family import MXFP4
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.mixture import EXPERTS, each_expert
+from hylorada_jax.models.mxfp4 import MXFP4Weights
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import read_quantized, shapes_kept
-from hylorada_jax.models.quantized_elsewhere import refuse_quantized
+from hylorada_jax.models.quantized_elsewhere import quant_method, refuse_quantized
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
 from hylorada_jax.placement.placement import Placement
@@ -183,7 +185,8 @@ def open_weights(source: Source) -> Weights:
     """The tensors of a base model on disk, under Hugging Face's names; none is read yet."""
     if source.gguf:
         return GGUFWeights(source.gguf)
-    return SafetensorsWeights(source.weights, inside=source.inside)
+    kind = MXFP4Weights if quant_method(source.config) == MXFP4 else SafetensorsWeights
+    return kind(source.weights, inside=source.inside)
 
 
 def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot], Weights]:

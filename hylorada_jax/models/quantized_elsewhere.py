@@ -1,9 +1,10 @@
-"""Checkpoints that others have quantised: refused by the name of the method, before weights are looked for.
+"""Checkpoints that others have quantised: most are refused by the name of the method, before weights are
+looked for.
 
 Imports neither jax nor torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hylorada_jax.errors import ModelError
@@ -24,23 +25,33 @@ _IN_TRANSFORMERS = {
 }
 
 
-def refuse_quantized(hf: Mapping[str, Any]) -> None:
+def quant_method(hf: Mapping[str, Any]) -> Any:
+    """What config.json says of how a checkpoint's weights became codes; None where it names no method."""
+    said = hf.get("quantization_config")
+    if not isinstance(said, Mapping):
+        return None
+    method = said.get("quant_method")
+    if method is None and {"load_in_4bit", "load_in_8bit"} & said.keys():
+        return "bitsandbytes"  # whose first files do not name it
+    return method
+
+
+def refuse_quantized(hf: Mapping[str, Any], reads: Sequence[str] = ()) -> None:
     """Refuses a checkpoint whose weights are codes.
 
     Args:
         hf: the content of config.json.
+        reads: the methods whose codes are read.
 
     Raises:
-        ModelError: it has a ``quantization_config``; its method is named.
+        ModelError: it has a ``quantization_config`` of another method, which is named.
     """
-    if (said := hf.get("quantization_config")) is None:
+    said, method = hf.get("quantization_config"), quant_method(hf)
+    if said is None or method in reads:
         return
-    method = said.get("quant_method") if isinstance(said, Mapping) else None
-    if method is None and isinstance(said, Mapping) and {"load_in_4bit", "load_in_8bit"} & said.keys():
-        method = "bitsandbytes"  # whose first files do not name it
     way = _IN_TRANSFORMERS.get(method) if isinstance(method, str) else None
     raise ModelError(
-        "Checkpoints that are quantised already are not read.",
+        "Of checkpoints that are quantised already, only gpt-oss's in MXFP4 are read.",
         f"quantization_config of quant_method {shown(method)}"
         if method
         else f"quantization_config={shown(said)}",

@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from hylorada_jax.models.bounds import Epsilon, Experts, Heads, Layers, Positions, Tokens, Vocabulary, Width
 from hylorada_jax.models.families.family import (
+    MXFP4,
     Decoder,
     Family,
     Keys,
@@ -80,6 +81,7 @@ FAMILIES = [
             options=options,
             rope_theta=150000.0,
             settings=settings,
+            quantized=(MXFP4,),
         ),
     )
 ]
