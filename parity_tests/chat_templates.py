@@ -146,6 +146,17 @@ FORMATS: dict[str, Format] = {
         ("<s>", "</s>", "[INST]", "[/INST]"),
         "</s>",
     ),
+    # The last turn ends otherwise than those before; what is said in the final channel stays.
+    "gpt-oss": Format(
+        "<|start|>system<|message|>You are ChatGPT.<|end|>{% for m in messages %}{% if m.role == 'assistant' %}"
+        "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+        "{% else %}<|start|>{{ 'developer' if m.role == 'system' else m.role }}<|message|>{{ m.content }}<|end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+        ("<|return|>", "<|call|>"),
+        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
+        "<|return|>",
+    ),
     # The end of a text follows the end of the last turn.
     "phi-3": Format(
         "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
