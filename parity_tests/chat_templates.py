@@ -148,10 +148,10 @@ FORMATS: dict[str, Format] = {
     ),
     # The last turn ends otherwise than those before; what is said in the final channel stays.
     "gpt-oss": Format(
-        "<|start|>system<|message|>You are ChatGPT.<|end|>{% for m in messages %}{% if m.role == 'assistant' %}"
-        "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+        "<|start|>system<|message|>You are ChatGPT.<|end|>{% for m in messages %}<|start|>"
+        "{% if m.role == 'assistant' %}assistant<|channel|>final<|message|>{{ m.content }}"
         "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
-        "{% else %}<|start|>{{ 'developer' if m.role == 'system' else m.role }}<|message|>{{ m.content }}<|end|>"
+        "{% else %}{{ 'developer' if m.role == 'system' else m.role }}<|message|>{{ m.content }}<|end|>"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
         ("<|return|>", "<|call|>"),
         ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),

@@ -253,4 +253,7 @@ def jax_base(family: str, dtype: str) -> Any:
 
 def torch_base(family: str, dtype: str) -> Any:
     """A fresh torch model of the same numbers, in float64; to be called within `all_in_float64`."""
-    return FAMILIES[family]().from_pretrained(saved(family, dtype).name, dtype=torch.float64).eval()
+    model = FAMILIES[family]().from_pretrained(saved(family, dtype).name, dtype=torch.float64).eval()
+    if hasattr(model, "set_experts_implementation"):  # transformers 5's own choice has no float64
+        model.set_experts_implementation("eager")
+    return model

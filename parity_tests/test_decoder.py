@@ -81,7 +81,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "llama-dynamic": {**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "hidden_act": "gelu"},
     "mistral": {**SHAPE, "model_type": "mistral", "sliding_window": 7, "rope_scaling": YARN},
-    "mistral-full": {**SHAPE, "model_type": "mistral", "sliding_window": None, "head_dim": None},
     "qwen2": {
         **SHAPE,
         "model_type": "qwen2",
@@ -91,7 +90,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": YARN,
         "hidden_act": "relu",
     },
-    "qwen2-tied": {**SHAPE, "model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 8},
     "qwen3": {
         **SHAPE,
         "model_type": "qwen3",
@@ -447,6 +445,8 @@ DICTS: list[dict[str, Any]] = [
     *MODELS.values(),
     *({"model_type": family} for family in DECODERS if family != "ministral"),
     {"model_type": "ministral", "head_dim": 64},  # without one its class fails
+    {**SHAPE, "model_type": "mistral", "sliding_window": None, "head_dim": None},
+    {"model_type": "gpt_oss", "rope_scaling": None},
     {"model_type": "llama", "num_key_value_heads": None, "hidden_size": 576, "num_attention_heads": 9},
     {"model_type": "qwen2", "use_sliding_window": True},
     {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 31},

@@ -17,6 +17,7 @@ from hylorada_jax.errors import ModelError, TargetError
 from hylorada_jax.exchange.merged import write_merged
 from hylorada_jax.math.quantized import plain
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.fused_experts import FusedMixtureBlock
 from hylorada_jax.models.loading import load_model, open_weights
@@ -24,7 +25,6 @@ from hylorada_jax.models.mxfp4 import numbers
 from hylorada_jax.models.quantize import quantize
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.weights_digest import files_digest, tree_digest
-from parity_tests.families import jax_base, measuring
 from parity_tests.tolerances import relative_error
 
 
@@ -55,14 +55,6 @@ def test_experts_equal_transformers_beyond_their_bounds_too():
         assert relative_error(np.asarray(got), expected.detach().numpy()) <= 1e-14
         assert x.grad is not None
         assert relative_error(np.asarray(pull(jnp.asarray(cotangent))[0]), x.grad.numpy()) <= 1e-14
-
-
-@pytest.mark.parametrize("target", ["gate_up_proj", "down_proj", "router"])
-def test_what_is_no_linear_layer_is_no_target(target):
-    with measuring("float64"):
-        config = HyLoRADAConfig(method="lora", target_modules=(target,))
-        with pytest.raises(TargetError, match=rf"'{target}'\n.*self_attn\.k_proj"):
-            HyLoRADAModel(jax_base("gpt_oss", "float64"), config)
 
 
 def test_mxfp4_is_that_of_transformers_bit_for_bit():
@@ -114,6 +106,22 @@ def checkpoints(tmp_path_factory):
     said["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (packed / "config.json").write_text(json.dumps(said))
     return whole, packed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("swiglu_limit", 5.0), ("swiglu_alpha", 1.0), ("hidden_act", "gelu")]
+)
+def test_another_gate_is_refused(key, value):
+    """Version 5 of transformers computes it by these, and 4.57 does not read them."""
+    with pytest.raises(ModelError, match=key):
+        DecoderConfig.from_hf({"model_type": "gpt_oss", key: value})
+
+
+@pytest.mark.parametrize("target", ["gate_up_proj", "down_proj", "router"])
+def test_what_is_no_linear_layer_is_no_target(target, checkpoints):
+    config = HyLoRADAConfig(method="lora", target_modules=(target,))
+    with pytest.raises(TargetError, match=rf"'{target}'\n.*self_attn\.k_proj"):
+        HyLoRADAModel(load_model(checkpoints[1]), config)
 
 
 def equal(ours, expected):

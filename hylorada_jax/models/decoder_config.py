@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all;
-# gpt-oss without rope_scaling is stretched.
+# gpt-oss without rope_scaling is stretched, with null not.
 _NULLS = (
     "num_key_value_heads",
     "sliding_window",

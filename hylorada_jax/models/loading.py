@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
 # A leaf of another name is a parameter that HF's module has by the same name.
-_TENSOR_SUFFIX = {"embedding": ".weight", "kernel": ".weight", "scale": ".weight", "bias": ".bias"}
+_TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def load_model(
@@ -235,17 +235,17 @@ def _of(paths: Collection[TreePath], slots: Mapping[str, Slot]) -> dict[str, Slo
 def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:
     """The tensors that fill one leaf of our decoder: one, or one per layer, and expert, that it stacks."""
     *module, leaf = path
-    suffix, transpose = _TENSOR_SUFFIX.get(leaf, f".{leaf}"), leaf == "kernel"
+    suffix, transpose = _TENSOR_SUFFIX.get(leaf, leaf), leaf == "kernel"
     if "layers" not in module:
-        return [(".".join(module) + suffix, Slot(path, (), transpose))]
+        return [(".".join([*module, suffix]), Slot(path, (), transpose))]
     after, found = module.index("layers") + 1, []
     for layer in range(shape[0]):
         name = ".".join([*module[:after], str(layer), *module[after:]])
         if EXPERTS in module and leaf == "kernel":
             experts = enumerate(each_expert(name, shape[1]))
-            found += [(f"{own}{suffix}", Slot(path, (layer, e), transpose)) for e, own in experts]
+            found += [(f"{own}.{suffix}", Slot(path, (layer, e), transpose)) for e, own in experts]
         else:
-            found.append((f"{name}{suffix}", Slot(path, (layer,), transpose)))
+            found.append((f"{name}.{suffix}", Slot(path, (layer,), transpose)))
     return found
 
 

@@ -84,7 +84,6 @@ class MXFP4Weights(SafetensorsWeights):
             self._check(name, parts)
             experts, outputs, groups = self.shapes[parts[1]]
             self.shapes[name], self.dtypes[name] = (experts, groups * _GROUP, outputs), "BF16"
-            self._files[name] = self._files[parts[0]]
             for part in parts:
                 del self.shapes[part], self.dtypes[part]
 
@@ -99,6 +98,10 @@ class MXFP4Weights(SafetensorsWeights):
                 "The checkpoint is damaged, or two are in one directory: download it again.",
             )
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor, or its blocks."""
+        return super().file_of(name + _BLOCKS if name in self._packed else name)
+
     def read(self, name: str, part: Part = ()) -> np.ndarray:
         """One tensor, or the bytes of a part of it alone, expert by expert where it is in MXFP4."""
         if name not in self._packed:
@@ -108,7 +111,7 @@ class MXFP4Weights(SafetensorsWeights):
         values = np.empty([len(axis) for axis in own], jnp.bfloat16)
         for target, expert in zip(values, experts, strict=True):
             where = slice(expert, expert + 1), slice(outputs.start, outputs.stop)
-            blocks, scales = (self._stored(name + end, where)[0] for end in (_BLOCKS, _SCALES))
+            blocks, scales = (self.stored(name + end, where)[0] for end in (_BLOCKS, _SCALES))
             for at in range(0, len(outputs), _ROWS):
                 rows = slice(at, at + _ROWS)
                 target[:, rows] = numbers(blocks[rows], scales[rows])[:, inputs.start : inputs.stop].T

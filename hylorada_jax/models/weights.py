@@ -99,10 +99,10 @@ class SafetensorsWeights:
                 f"{name} is {self.dtypes[name]} in {self._files[name]}",
                 "Load the model's unquantised version.",
             )
-        return self._stored(name, part)
+        return self.stored(name, part)
 
-    def _stored(self, name: str, part: Part) -> np.ndarray:
-        """What a file has under a name, or a part of it."""
+    def stored(self, name: str, part: Part = ()) -> np.ndarray:
+        """What a file has under a name, be it numbers or codes, or a part of it."""
         theirs = self._names[name]
         # Opened anew for each tensor: closing gives the mapped pages back, so that they never add up.
         with _open(self._files[name]) as tensors:

@@ -28,8 +28,9 @@ class GptOssKeys(Keys, frozen=True, kw_only=True):
     num_key_value_heads: Heads | None = 8
     head_dim: Width | None = 64
     max_position_embeddings: Positions = 131072
-    hidden_act: Literal["silu"] = "silu"  # transformers' class reads neither this nor the next
+    hidden_act: Literal["silu"] = "silu"  # transformers does not read it, and before version 5 nor the next
     swiglu_limit: Annotated[float, Meta(ge=7, le=7)] = 7.0
+    swiglu_alpha: Annotated[float, Meta(ge=1.702, le=1.702)] = 1.702
     rms_norm_eps: Epsilon = 1e-5
     eos_token_id: Tokens = None
     attention_bias: bool = True
