@@ -82,19 +82,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             hidden_act="gelu",
         )
     ),
-    # The weights of a token's experts do not sum to 1.
+    # The weights of a token's experts do not sum to 1; every other layer has an MLP.
     "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(
-            **_SIZES, head_dim=6, attention_bias=True, tie_word_embeddings=True, use_sliding_window=True,
-            sliding_window=4, rope_scaling=_LLAMA3, moe_intermediate_size=10, num_experts=5,
-            num_experts_per_tok=3,
+            **_SIZES | {"num_hidden_layers": 4}, decoder_sparse_step=2, head_dim=6, attention_bias=True,
+            tie_word_embeddings=True, use_sliding_window=True, sliding_window=4, rope_scaling=_LLAMA3,
+            moe_intermediate_size=10, num_experts=5, num_experts_per_tok=3,
         )
     ),
-    # An expert that all tokens pass, and no biases.
+    # An expert that all tokens pass, no biases, and an MLP in the last layer.
     "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
         transformers.Qwen2MoeConfig(
             **_SIZES, rope_scaling=_YARN, moe_intermediate_size=10, shared_expert_intermediate_size=8,
             num_experts=5, num_experts_per_tok=3, qkv_bias=False, norm_topk_prob=True, hidden_act="gelu",
+            mlp_only_layers=[1],
         )
     ),
     # Sinks, and experts in one tensor that no adapter reaches; a window in the second layer.

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.stacks import layer_numbers
+
 _LEAVES = {"embed_tokens": "embedding", "lm_head": "embedding", "norm": "scale", "layernorm": "scale"}
 
 
@@ -77,6 +80,8 @@ def make_float64(model: Any, frequencies: Any = None, factor: float = 1.0) -> No
 def params_of(model: Any) -> dict[str, Any]:
     """The parameter tree of our decoder with a torch model's weights, in their dtype."""
     tree: dict[str, Any] = {}
+    stacks = layer_numbers(DecoderConfig.from_hf(model.config.to_dict()))
+    stack_of = {number: stack for stack, numbers in stacks.items() for number in numbers}
     layers: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, tensor in model.state_dict().items():
         *path, kind = name.split(".")
@@ -91,12 +96,14 @@ def params_of(model: Any) -> dict[str, Any]:
             leaf = kind
         array = tensor.numpy().T if leaf == "kernel" else tensor.numpy()
         if path[:2] == ["model", "layers"]:
-            own = [part for part in path if not part.isdigit()]
-            layers.setdefault((*own, leaf), []).append(array)  # in the order of layers, and of experts
+            own = [part for part in path[3:] if not part.isdigit()]
+            where = (*stack_of[int(path[2])], *own, leaf)
+            layers.setdefault(where, []).append(array)  # in the order of layers, and of experts
         else:
             _put(tree, (*path, leaf), array)
     for where, arrays in layers.items():
-        depth = (model.config.num_hidden_layers, -1) if "experts" in where[:-2] else (len(arrays),)
+        count = next(len(numbers) for stack, numbers in stacks.items() if where[: len(stack)] == stack)
+        depth = (count, -1) if "experts" in where[:-2] else (count,)
         _put(tree, where, np.stack(arrays).reshape(*depth, *arrays[0].shape))
     return tree
 

@@ -305,7 +305,7 @@ def base_errors(family: str, dtype: str) -> dict[str, float]:
     inputs = draw_inputs(family)
     with measuring(dtype):
         base = as_base(jax_base(family, dtype))
-        linears = find_modules(base.init_params).linears
+        linears = find_modules(base.init_params, base.layer_numbers).linears
 
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             given = {name: value for name, value in inputs.items() if name != "labels"}

@@ -53,6 +53,8 @@ def another(key: str, value: Any) -> Any:
             return value / 2 + 0.125
         case str():
             return "relu" if value != "relu" else "silu"
+        case [int() as only] if not isinstance(only, bool):
+            return [only + 1]
         case [bool(), *_] | [int(), *_] | [str(), *_]:
             return value[::-1]
         case dict():

@@ -100,6 +100,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe": {
+        **SHAPE,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 2,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "moe_intermediate_size": 40,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "mlp_only_layers": [1],
+    },
     "gpt_oss": {
         **SHAPE,
         "model_type": "gpt_oss",

@@ -33,7 +33,7 @@ EXPORTED: dict[str, Any] = {
     "dora": ("gpt2", CONFIGS["dora"]),
     "dora by depth": ("qwen2", HyLoRADAConfig(method="dora", lora_rank=6, rank_strategy="decreasing")),
     "v1": ("gpt2", CONFIGS["hylorada_v1"]),
-    "dora of experts": ("mixtral", CONFIGS["dora"]),
+    "dora of experts": ("qwen2_moe", CONFIGS["dora"]),
     "v1 by depth": ("qwen2", CONFIGS["hylorada_v1, ranks by depth"]),
     "embeddings and norms": ("qwen3", CONFIGS["longlora"]),
 }  # fmt: skip

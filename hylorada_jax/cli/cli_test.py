@@ -24,6 +24,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import _slots
+from hylorada_jax.models.stacks import layer_numbers
 from hylorada_jax.saved import opening, saved_adapter
 from hylorada_jax.saved.saved_adapter import open_adapter
 
@@ -51,8 +52,9 @@ def tiny(tmp_path_factory):
     (path / "config.json").write_text(json.dumps(TINY))
     rng = np.random.default_rng(0)
     tensors = {}
-    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(DecoderConfig.from_hf(TINY))):
-        for name, slot in _slots(tuple(key.key for key in leaf_path), leaf.shape):
+    config = DecoderConfig.from_hf(TINY)
+    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
+        for name, slot in _slots(tuple(key.key for key in leaf_path), leaf.shape, layer_numbers(config)):
             shape = leaf.shape[len(slot.at) :]
             tensors[name] = rng.normal(0, 0.3, shape[::-1] if slot.transpose else shape).astype(np.float32)
     save_file(tensors, path / "model.safetensors")

@@ -368,7 +368,7 @@ def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
         base / "model.safetensors",
     )
     empty = as_base(empty_model(base))
-    modules = find_modules(empty.init_params)
+    modules = find_modules(empty.init_params, empty.layer_numbers)
     adapter = {
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in layout.tensor_shapes(plan(modules, CONFIGS["v1"])).items()

@@ -86,7 +86,7 @@ def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modul
         raise ConfigError(
             "An output head is not adapted here.", short(heads), f"{MERGE} A tied head: train one without it."
         )
-    modules = find_modules(base.init_params)
+    modules = find_modules(base.init_params, base.layer_numbers)
     if alien := sorted(set(ranks) - set(modules.linear_names)):
         raise CheckpointError(
             "The adapter's layers must be linear layers of the model.",

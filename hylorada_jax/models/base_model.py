@@ -1,6 +1,6 @@
 """What every base model offers, ours or Hugging Face's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -36,6 +36,10 @@ class BaseModel(Protocol):
     @property
     def token_limit(self) -> int | None:
         """Rows of the table of tokens; None where the input is something else."""
+
+    @property
+    def layer_numbers(self) -> Mapping[tuple[str, ...], tuple[int, ...]]:
+        """The numbers of the layers in each stack of parameters, by its path; none: no layers are."""
 
     @property
     def name(self) -> str:

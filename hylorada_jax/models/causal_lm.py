@@ -19,6 +19,7 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.generate import Decode, generate, stream
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.stacks import layer_numbers, stacks_of
 from hylorada_jax.placement.axes import ROWS, TENSOR
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.placement.shards import place_in_use
@@ -46,7 +47,7 @@ def param_shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict[
         dtype: the dtype of every leaf.
 
     Returns:
-        A tree of ``jax.ShapeDtypeStruct``; leaves under ``layers`` have a leading axis of num_hidden_layers.
+        A tree of ``jax.ShapeDtypeStruct``; leaves under ``layers`` have a leading axis of layers.
     """
     shapes = jax.eval_shape(lambda: _flax_init(DecoderLM(config), jax.random.key(0)))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
@@ -173,6 +174,11 @@ class CausalLM:
     def token_limit(self) -> int:
         """Rows of the embedding."""
         return self.config.vocab_size
+
+    @property
+    def layer_numbers(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """The numbers of the layers in each stack of parameters, by its path."""
+        return layer_numbers(self.config)
 
     @classmethod
     def from_config(
@@ -309,16 +315,15 @@ class CausalLM:
         Returns:
             The cache.
         """
-        c = self.config
-        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-        slots, place = (batch, length), place_in_use(shape, None, ROWS, None, TENSOR)
-        return KVCache(
-            jnp.zeros(shape, self.dtype, device=place),
-            jnp.zeros(shape, self.dtype, device=place),
-            jnp.zeros(slots, jnp.int32),
-            jnp.zeros(slots, bool),
-            jnp.int32(0),
-        )
+        slots = batch, length
+
+        def empty(c: DecoderConfig) -> Array:
+            shape = (c.num_hidden_layers, *slots, c.num_key_value_heads, c.head_dim)
+            place = place_in_use(shape, None, ROWS, None, TENSOR)
+            return jnp.zeros(shape, self.dtype, device=place)
+
+        layers = tuple((empty(stack.config), empty(stack.config)) for stack in stacks_of(self.config))
+        return KVCache(layers, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0))
 
     def decode(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hylorada_jax.errors import ModelError
@@ -75,6 +75,7 @@ class DecoderConfig(Options):
         o_bias: a bias in o_proj.
         mlp_bias: biases in gate_proj, up_proj and down_proj.
         mixture: of experts, in the place of the MLP; None: there is one MLP.
+        dense_layers: for each layer, whether it has an MLP in the place of the mixture; empty: none has.
         shared_expert: the width inside an expert that every token passes beside its own, weighed by a gate;
             None: there is none.
         swiglu_limit: the bound of gate and up in the experts of ``models.fused_experts``, which the mixture
@@ -123,6 +124,25 @@ class DecoderConfig(Options):
     def rotated(self) -> int:
         """The dimensions of a head that rotate."""
         return int(self.head_dim * self.rotary_fraction)
+
+    def kind(self, number: int) -> DecoderConfig:
+        """The configuration of a model whose layers have the shape of this one: equal where shapes are."""
+        if self.dense_layers and self.dense_layers[number]:
+            return replace(self, dense_layers=(), mixture=None, shared_expert=None)
+        return replace(self, dense_layers=())
+
+    def of_layers(self, numbers: Sequence[int]) -> DecoderConfig:
+        """The configuration of a model of these layers alone, which are of one shape."""
+
+        def own(whole: tuple[bool, ...]) -> tuple[bool, ...]:
+            return tuple(whole[number] for number in numbers) if whole else ()
+
+        return replace(
+            self.kind(numbers[0]),
+            num_hidden_layers=len(numbers),
+            sliding_layers=own(self.sliding_layers),
+            unrotated_layers=own(self.unrotated_layers),
+        )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:

@@ -33,7 +33,7 @@ from hylorada_jax.placement.shards import cut
 
 
 class Step(NamedTuple):
-    """What all layers share in one forward pass; the window of ``patterns`` is the layer's own.
+    """What the layers of a stack share in one forward pass; the window of ``patterns`` is the layer's own.
 
     ``cos`` and ``sin`` have a table for each rotation that layers differ in, ``rotations`` each layer's place
     among them.
@@ -46,17 +46,18 @@ class Step(NamedTuple):
     start: Int[Array, ""]
 
 
-_Cache = Float[Array, "layers batch slots kv_heads head_dim"]
+_Slots = Float[Array, "layers batch slots kv_heads head_dim"]
+Cache = tuple[_Slots, _Slots]
 
 
 class Stream(NamedTuple):
-    """What passes from layer to layer: the residual stream and, when decoding, all layers' keys and values.
+    """What passes from layer to layer: the residual stream and, when decoding, the stack's keys and values.
 
     These are carried and not scanned over, so that XLA updates them in place.
     """
 
     x: Float[Array, "batch query hidden"]
-    cache: tuple[_Cache, _Cache] | None
+    cache: Cache | None
 
 
 # For what is elementwise: to compute it again in the backward pass costs less than to write and read it, for
@@ -232,7 +233,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, stream: Stream, layer: Int[Array, ""], step: Step) -> tuple[Stream, None]:
-        """Applies layer number ``layer``."""
+        """Applies layer number ``layer`` of its stack."""
         c = self.config
         before_attention, after_attention, before_mlp, after_mlp = _NORMS[c.norms]
         x = normed(c, before_attention, stream.x)

@@ -52,10 +52,20 @@ def test_a_later_token_never_moves_an_earlier_logit():
         assert (changed[:, t] != first[:, t]).any()
 
 
-def test_program_size_is_flat_in_depth():
+# Every third layer has a mixture of experts.
+MIXED = {
+    "model_type": "qwen3_moe", "layer_types": None, "moe_intermediate_size": 12, "num_experts": 2,
+    "num_experts_per_tok": 2, "decoder_sparse_step": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "depths"), [({"layer_types": None, "max_window_layers": 1}, (2, 14)), (MIXED, (9, 15))]
+)
+def test_program_size_is_flat_in_depth(change, depths):
     sizes = set()
-    for depth in (2, 14):
-        base = model(remat="dots", num_hidden_layers=depth, layer_types=None, max_window_layers=1)
+    for depth in depths:
+        base = model(remat="dots", num_hidden_layers=depth, **change)
         lowered = gradient(base).lower(base.params).as_text()
         sizes.add((lowered.count("\n"), lowered.count("dot_general")))
     assert len(sizes) == 1

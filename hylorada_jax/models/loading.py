@@ -30,6 +30,7 @@ from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import read_quantized, shapes_kept
 from hylorada_jax.models.quantized_elsewhere import quant_method, refuse_quantized
 from hylorada_jax.models.source import Source, find_source
+from hylorada_jax.models.stacks import names_in_stack
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
 from hylorada_jax.placement.placement import Placement
 
@@ -208,7 +209,8 @@ def _decoder_layout(
     empty: CausalLM, source: Source, weights: Weights
 ) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot]]:
     leaves = {path: leaf.shape for path, leaf in flatten_dict(empty.params).items()}
-    slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape)}
+    numbers = empty.layer_numbers
+    slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape, numbers)}
     check_match(leaves, slots, weights, partial(_is_harmless, empty.config, weights), source.path)
     return leaves, slots
 
@@ -232,15 +234,17 @@ def _of(paths: Collection[TreePath], slots: Mapping[str, Slot]) -> dict[str, Slo
     return {name: slot for name, slot in slots.items() if slot.path in paths}
 
 
-def _slots(path: TreePath, shape: tuple[int, ...]) -> list[tuple[str, Slot]]:
+def _slots(
+    path: TreePath, shape: tuple[int, ...], numbers: Mapping[TreePath, tuple[int, ...]]
+) -> list[tuple[str, Slot]]:
     """The tensors that fill one leaf of our decoder: one, or one per layer, and expert, that it stacks."""
     *module, leaf = path
     suffix, transpose = _TENSOR_SUFFIX.get(leaf, leaf), leaf == "kernel"
-    if "layers" not in module:
+    names = names_in_stack(tuple(module), numbers)
+    if names is None:
         return [(".".join([*module, suffix]), Slot(path, (), transpose))]
-    after, found = module.index("layers") + 1, []
-    for layer in range(shape[0]):
-        name = ".".join([*module[:after], str(layer), *module[after:]])
+    found = []
+    for layer, name in enumerate(names):
         if EXPERTS in module and leaf == "kernel":
             experts = enumerate(each_expert(name, shape[1]))
             found += [(f"{own}.{suffix}", Slot(path, (layer, e), transpose)) for e, own in experts]

@@ -108,8 +108,7 @@ def test_each_row_of_a_batch_has_its_own_adapter_of_each_expert():
     ("changed", "said"),
     [
         ({"num_experts_per_tok": 6}, "6 of 5"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
-        ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ({"output_router_logits": True}, "output_router_logits"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise"),
         ({"num_experts": 0}, "num_experts"),

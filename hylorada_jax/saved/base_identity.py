@@ -31,7 +31,7 @@ LATER: dict[str, Any] = {
     "rotary_fraction": 1.0, "sliding_rope_theta": None, "unrotated_layers": (), "embedding_scale": 1.0,
     "residual_scale": 1.0, "attention_scale": None, "attention_soft_cap": None, "logit_scale": 1.0,
     "logit_soft_cap": None, "mixture": None, "shared_expert": None,
-    "swiglu_limit": None, "attention_sinks": False,
+    "swiglu_limit": None, "attention_sinks": False, "dense_layers": (),
 }  # fmt: skip
 LATER_ROPE: dict[str, Any] = {"short_factors": (), "long_factors": ()}
 # Or here, where they change no number of a trained model's evaluation.

@@ -55,7 +55,7 @@ def open_on(base: BaseModel, adapter: str | Path | SavedAdapter, modules: Module
             :func:`hylorada_jax.surgery.fit.fit`.
     """
     saved = adapter if isinstance(adapter, SavedAdapter) else open_adapter(adapter)
-    modules = find_modules(base.init_params) if modules is None else modules
+    modules = find_modules(base.init_params, base.layer_numbers) if modules is None else modules
     check_base(saved.base, identity(base, modules))
     sites = fit(base, saved.config, modules)[1]
     check_keys(saved.shapes, tensor_shapes(sites))

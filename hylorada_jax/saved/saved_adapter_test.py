@@ -64,7 +64,7 @@ def base(model):
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
-    modules = find_modules(base.init_params)
+    modules = find_modules(base.init_params, base.layer_numbers)
     shapes = tensor_shapes(plan(modules, CONFIG))
     tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
     place = tmp_path_factory.mktemp("adapter")

@@ -31,7 +31,7 @@ def fit(
         ModelError: the model has nothing that a component could attach to, or cannot do what it asks for.
         ConfigError: shifted sparse attention is on, and a layer has a single head.
     """
-    modules = find_modules(base.init_params) if modules is None else modules
+    modules = find_modules(base.init_params, base.layer_numbers) if modules is None else modules
     sites = plan(modules, config)
     if (config.position_bias_enabled or config.use_hylorada_v2) and not modules.take_positions:
         raise ModelError(

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, assert_never
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.models.mixture import each_expert
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
+from hylorada_jax.models.stacks import names_in_stack
 from hylorada_jax.placement.shards import on_shards
 from hylorada_jax.surgery.targets import is_cross
 from hylorada_jax.trees import Params, Tree
@@ -161,12 +163,16 @@ def takes_positions(method: Callable[..., Any]) -> bool:
     return {"input_ids", "position_ids"} <= set(inspect.signature(method).parameters)
 
 
-def find_modules(init: Callable[[Array], Any]) -> Modules:
+def find_modules(
+    init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int, ...]] = MappingProxyType({})
+) -> Modules:
     """The modules that a model's initialisation calls and that a component can attach to.
 
     Args:
         init: key → parameter tree, which calls every module once. It is traced, not run: no memory is
             taken for the weights. It must not be jitted, or jax may answer from its cache.
+        layer_numbers: the numbers of the layers in each stack of parameters, by its path, as a base model
+            has them; a stack that it does not name is one named "layers", of all layers.
 
     Returns:
         Linear modules with a kernel of their own, self-attentions, embeddings but not the output head, norms;
@@ -205,7 +211,7 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
     for path in sorted(called):
         module, kind = called[path]
         leaves = _leaves(shapes, path)
-        names, stacked = _names(path, leaves)
+        names, stacked = _names(path, leaves, layer_numbers)
         own = {leaf[0]: shape[1:] if stacked else shape for leaf, shape in leaves.items() if len(leaf) == 1}
         match kind.role:
             case "linear":
@@ -252,11 +258,15 @@ def _leaves(shapes: Any, path: Path) -> dict[Path, tuple[int, ...]]:
     return {tuple(str(key.key) for key in leaf): value.shape for leaf, value in below}
 
 
-def _names(path: Path, leaves: Mapping[Path, tuple[int, ...]]) -> tuple[tuple[str, ...], bool]:
+def _names(
+    path: Path, leaves: Mapping[Path, tuple[int, ...]], layer_numbers: Mapping[Path, tuple[int, ...]]
+) -> tuple[tuple[str, ...], bool]:
     """The module's full names, and whether its leaves are stacked.
 
     nn.scan's submodule has no number in its path: HF's Flax models write "layers" too, but number the blocks.
     """
+    if (names := names_in_stack(path, layer_numbers)) is not None:
+        return names, True
     after = path[path.index(SCANNED) + 1 :] if SCANNED in path else None
     if after is None or not leaves or (after and after[0].isdigit()):
         return (".".join(path),), False

@@ -44,9 +44,10 @@ SHAPE: dict[str, Any] = {
     "model_type": "qwen2", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 48,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
 }  # fmt: skip
-# With experts, whose widths are those of the MLP above.
+# With experts, whose widths are those of the MLP above, and such an MLP in the first layer.
 EXPERTS = SHAPE | {
     "model_type": "qwen3_moe", "moe_intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2,
+    "mlp_only_layers": [0],
 }  # fmt: skip
 OF_EXPERTS, OVER_EXPERTS = "hylorada_v1 of experts", "fsdp=4,tensor=2"
 # Every method where the mesh has all axes, and every other mesh.

@@ -46,7 +46,7 @@ class Keys(Struct, frozen=True, kw_only=True):
 
 
 class Mixture(NamedTuple):
-    """A mixture of experts in the place of the MLP of every layer.
+    """A mixture of experts in the place of a layer's MLP.
 
     Attributes:
         experts: how many there are.
@@ -78,6 +78,7 @@ class Options:
     o_bias: bool = False
     mlp_bias: bool = False
     mixture: Mixture | None = None
+    dense_layers: tuple[bool, ...] = ()
     shared_expert: int | None = None
     swiglu_limit: float | None = None
     attention_sinks: bool = False

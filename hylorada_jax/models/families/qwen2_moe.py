@@ -6,7 +6,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.models.bounds import Experts, Heads, Layers, Width
 from hylorada_jax.models.families.family import Decoder, Family, Options, alike
 from hylorada_jax.models.families.qwen2 import Qwen2Keys
-from hylorada_jax.models.families.qwen3_moe import experts
+from hylorada_jax.models.families.qwen3_moe import dense, experts
 from hylorada_jax.models.families.qwen3_moe import settings as qwen3_settings
 
 
@@ -46,6 +46,7 @@ def options(keys: Qwen2MoeKeys) -> Options:
     return Options(
         qkv_bias=keys.qkv_bias,
         mixture=experts(keys),
+        dense_layers=dense(keys),
         shared_expert=keys.shared_expert_intermediate_size,
         sliding_window=window,
         sliding_layers=layers,

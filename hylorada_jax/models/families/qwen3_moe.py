@@ -1,8 +1,7 @@
-"""Qwen3 with a mixture of experts in the place of each MLP."""
+"""Qwen3 with a mixture of experts in the place of its MLPs, or of some of them."""
 
 from typing import Any
 
-from hylorada_jax.errors import ModelError
 from hylorada_jax.models.bounds import Experts, Heads, Layers, Width
 from hylorada_jax.models.families.family import Decoder, Family, Mixture, Options, alike, check_mixture
 from hylorada_jax.models.families.qwen3 import Qwen3Keys
@@ -37,6 +36,7 @@ def options(keys: Qwen3MoeKeys) -> Options:
         qkv_bias=keys.attention_bias,
         o_bias=keys.attention_bias,
         mixture=experts(keys),
+        dense_layers=dense(keys),
         qk_norm=True,
         sliding_window=window,
         sliding_layers=layers,
@@ -44,13 +44,7 @@ def options(keys: Qwen3MoeKeys) -> Options:
 
 
 def experts(keys: Any) -> Mixture:
-    """The mixture of a Qwen, where all layers have one; a ModelError otherwise."""
-    if keys.decoder_sparse_step != 1 or keys.mlp_only_layers:
-        raise ModelError(
-            "The layers of a mixture must be alike here, each with experts.",
-            f"decoder_sparse_step={keys.decoder_sparse_step}, mlp_only_layers={[*keys.mlp_only_layers]}",
-            "Take a model all of whose layers have experts, such as Qwen3-30B-A3B.",
-        )
+    """The mixture of a Qwen."""
     mixture = Mixture(
         experts=keys.num_experts,
         chosen=keys.num_experts_per_tok,
@@ -58,6 +52,15 @@ def experts(keys: Any) -> Mixture:
         normalised=keys.norm_topk_prob,
     )
     return check_mixture(mixture)
+
+
+def dense(keys: Any) -> tuple[bool, ...]:
+    """For each layer of a Qwen, whether it has an MLP and no mixture; empty: none has."""
+    found = tuple(
+        number in keys.mlp_only_layers or (number + 1) % keys.decoder_sparse_step > 0
+        for number in range(keys.num_hidden_layers)
+    )
+    return found if any(found) else ()
 
 
 FAMILIES = [

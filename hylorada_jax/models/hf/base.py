@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -69,6 +69,7 @@ class HFFlaxModel:
         return self.model.can_generate()
 
     logit_soft_cap = None
+    layer_numbers: ClassVar[Mapping[tuple[str, ...], tuple[int, ...]]] = {}
 
     @property
     def position_limit(self) -> int | None:
