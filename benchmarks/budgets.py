@@ -40,11 +40,12 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
         page: a Markdown file whose table is replaced.
     """
     runs = records(directory)
-    measured = [record["result"] for record in runs if is_measured(record)]
-    if old := [result for result in measured if "passages" not in result]:
+    measured = [record for record in runs if is_measured(record)]
+    if old := [record for record in measured if "passages" not in record["result"]]:
         rule = "The runs must have the losses of each passage."
         raise CheckpointError(rule, f"{len(old)} in {directory} without", "Run the experiment anew.")
-    found = {steps: read(directory, steps=steps) for steps in budgets(runs)}
+    # A search that is under way has budgets of which nothing is measured yet.
+    found = {steps: read(directory, steps=steps) for steps in budgets(measured)}
     text = table(found, against) + ranks(found[max(found)])
     show(text)
     write_whole(directory / "budgets.md", text.encode())
