@@ -10,6 +10,7 @@ import tyro
 
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.io.files import write_json
+from hylorada_jax.terminal import discard_output
 
 
 def run(command: Callable[..., None]) -> None:
@@ -19,6 +20,9 @@ def run(command: Callable[..., None]) -> None:
     except HyLoRADAError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # as with `| head`
+        discard_output()
+        sys.exit(141)
 
 
 def write_record(output: Path, name: str, record: dict[str, Any]) -> Path:

@@ -5,7 +5,9 @@ import pytest
 from benchmarks import (
     attention_blocks,
     conversations,
+    nesting,
     optimize_hylorada,
+    recall,
     run_benchmark,
     step_time,
     time_series,
@@ -20,7 +22,9 @@ from hylorada_jax.errors import CheckpointError
     [
         attention_blocks,
         conversations,
+        nesting,
         optimize_hylorada,
+        recall,
         run_benchmark,
         step_time,
         time_series,

@@ -4,6 +4,7 @@ The rule of what is printed: messages (errors, warnings, names in progress) are 
 go; data (a generated text, JSON, a table) on a terminal only, and a file or a pipe gets it unaltered.
 """
 
+import os
 import re
 import sys
 
@@ -103,3 +104,11 @@ def _cut(text: str) -> str:
     if len(text) <= MAX_LENGTH:
         return text
     return f"{text[: 2 * MAX_LENGTH // 3]} … {text[-MAX_LENGTH // 3 :]} ({len(text):,} characters)"
+
+
+def discard_output() -> None:
+    """Lets go of what stdout still holds, of which nobody reads any more.
+
+    It would be written, and fail, once more when Python ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import sys
 import warnings
 from typing import Any
@@ -22,7 +21,7 @@ from hylorada_jax.cli.peft import export_peft, import_peft
 from hylorada_jax.cli.plan import plan
 from hylorada_jax.cli.recipe import expanded
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.terminal import brief, printable
+from hylorada_jax.terminal import brief, discard_output, printable
 
 
 def main() -> None:
@@ -41,8 +40,7 @@ def main() -> None:
     except HyLoRADAError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except BrokenPipeError:
-        # What is left in the buffer would be written, and fail, once more when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output()
         sys.exit(_fail("interrupted: nobody reads the output", 141))
     except OSError as error:  # what no command has named: a file that cannot be read or written
         sys.exit(_fail(f"error: A file could not be read or written\n  received: {brief(error)}", 2))
