@@ -86,7 +86,8 @@ def test_each_experts_update_depends_on_its_own_tokens_positions():
 
 
 def test_each_row_of_a_batch_has_its_own_adapter_of_each_expert():
-    base = CausalLM.from_config(DecoderConfig.from_hf(SHAPE), jax.random.key(0))
+    """And of a layer without experts."""
+    base = CausalLM.from_config(DecoderConfig.from_hf(SHAPE | {"mlp_only_layers": [0]}), jax.random.key(0))
     model = HyLoRADAModel(
         base, HyLoRADAConfig(method="hylorada", lora_rank=RANK, target_modules=("all-linear",))
     )
