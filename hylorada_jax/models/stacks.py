@@ -82,7 +82,7 @@ def patterns(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
 
     Example:
         >>> patterns("aaabaaabaab"), patterns("aaaa"), patterns("abbb")
-        ([(4, 2), (2, 1), (1, 1)], [(1, 4)], [(1, 1), (1, 3)])
+        ([(4, 2), (1, 2), (1, 1)], [(1, 4)], [(1, 1), (1, 3)])
     """
     found: list[tuple[int, int]] = []
     start = 0
