@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.experiment import BASE, Candidate, Experiment, Variant, best_part, dev_loss, differences
+from benchmarks.experiment import BASE, Candidate, Experiment, Variant, best_part, dev_loss
+from benchmarks.kept import Record, stored, written
 from benchmarks.rows import is_measured
 from benchmarks.trainables import Adapted, Full, trainable
 from benchmarks.trial import Evaluation, Runner, require_row, training_rows, whole
@@ -22,10 +23,10 @@ from hylorada_jax.data.document import TokenizedDocument, digest
 from hylorada_jax.data.examples import Example
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.data.tokenization import prepare, tokenize
-from hylorada_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from hylorada_jax.errors import ConfigError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import BUCKETS
 from hylorada_jax.evaluation.retrieval import contexts
-from hylorada_jax.io.files import refuse_unusable, write_json
+from hylorada_jax.io.files import refuse_unusable
 from hylorada_jax.models.base_model import require_segments
 from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.loading import empty_model, load_model
@@ -36,9 +37,7 @@ from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.config import TrainingConfig
-from parity_tests.environment import environment
 
-Record = dict[str, Any]
 # What a compiled step is given as numbers: runs that differ in these alone share its program.
 _NUMBERS = (
     "lora_A_init", "lora_A_gain", "gate_init", "residual_init", "lora_plus_ratio", "learning_rate",
@@ -238,15 +237,7 @@ class Benchmark:
             result = {"out_of_memory": one_line(str(error))[:300]}
         if "dev_loss" not in result:
             print(f"    {result}", flush=True)
-        record = {
-            "settings": self._settings | run.settings(),
-            "command": self._command,
-            "environment": environment(),
-            "result": result,
-        }
-        self._directory.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(run), record)
-        return record
+        return written(self._file(run), self._settings | run.settings(), self._command, result)
 
     def _result(self, run: Run, measured: bool) -> Record:
         """What the table says of a run."""
@@ -275,11 +266,12 @@ class Benchmark:
         ranks: dict[int, dict[str, float]] = {}
 
         def judge(step: int, adapters: Any) -> None:
-            if step in _places(self._budgets[0], run.steps):
+            looked_at = step in _places(self._budgets[0], run.steps)
+            if looked_at:
                 held_out[step] = program.evaluation.dev_loss(adapters)
+            if looked_at or step == 0:
                 ranks[step] = trained.effective_ranks(adapters)
 
-        ranks[0] = trained.effective_ranks(trained.start(run.seed))
         adapters, result = program.runner.train(trained, self._training(run), on_step=judge)
         if self._keep_adapters and isinstance(trained, Adapted):
             trained.trained(adapters).save_pretrained(self._directory / "adapters" / run.name, overwrite=True)
@@ -311,17 +303,8 @@ class Benchmark:
 
     def _done(self, run: Run) -> Record | None:
         """The record of a run that was done, whose settings must be those of this one."""
-        file = self._file(run)
-        if not file.exists():
-            return None
-        record = json.loads(file.read_text("utf-8"))
-        if changed := differences(record["settings"], self._settings | run.settings()):
-            raise CheckpointError(
-                "A directory holds the runs of one experiment.",
-                f"{file}: {changed}",
-                "Choose another --name or --output, or remove the directory.",
-            )
-        return record
+        remedy = "Choose another --name or --output, or remove the directory."
+        return stored(self._file(run), self._settings | run.settings(), remedy)
 
     def _is_measured(self, record: Record) -> bool:
         return is_measured(record) and self._other in (None, record["result"].get("other"))

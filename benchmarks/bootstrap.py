@@ -15,6 +15,10 @@ class Effect(NamedTuple):
     low: float
     high: float
 
+    def text(self, digits: int) -> str:
+        """In so many digits, the interval in brackets."""
+        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
 
 def paired_bootstrap(
     ours: NDArray[Any], theirs: NDArray[Any], tokens: NDArray[Any], draws: int = 4000

@@ -77,17 +77,18 @@ def table(found: dict[int, list[Row]], against: str) -> str:
     for steps in found:
         heads += [f"PPL, {steps} steps", f"− {against}", *(["other PPL"] if forgets else [])]
     lines = [heads]
+
+    def mean_of(row: Row | None, name: str) -> str:
+        return plus_minus(row.values(name), 2) if row and row.runs else ""
+
     for label in dict.fromkeys(labels):
         cells = [label]
         for rows in found.values():
             by_label = {row.label: row for row in rows}
             row, other = by_label.get(label), by_label.get(against)
-            measured = row is not None and row.runs
-            cells.append(plus_minus(row.values("perplexity"), 2) if row and measured else "")
             compared = effect(row, other) if row and other and row is not other else None
-            cells.append(f"{compared.mean:.2f} [{compared.low:.2f}, {compared.high:.2f}]" if compared else "")
-            if forgets:
-                cells.append(plus_minus(row.values("other_perplexity"), 2) if row and measured else "")
+            cells += [mean_of(row, "perplexity"), compared.text(2) if compared else ""]
+            cells += [mean_of(row, "other_perplexity")] if forgets else []
         lines.append(cells)
     note = (
         f"{origin(found[max(found)])} Differences with 95 % intervals: a paired bootstrap over seeds and "

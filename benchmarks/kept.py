@@ -16,6 +16,35 @@ from hylorada_jax.io.files import write_json
 Record = dict[str, Any]
 
 
+def stored(file: Path, settings: Mapping[str, Any], remedy: str) -> Record | None:
+    """The record in a file; None where there is no file.
+
+    Args:
+        file: of a run.
+        settings: that it must be of.
+        remedy: of the error.
+
+    Raises:
+        CheckpointError: it is of other settings.
+    """
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text("utf-8"))
+    if changed := differences(record["settings"], settings):
+        raise CheckpointError("A directory holds the runs of one experiment.", f"{file}: {changed}", remedy)
+    return record
+
+
+def written(file: Path, settings: Mapping[str, Any], command: str, result: Record) -> Record:
+    """The record of a run, now in its file, with what started it and what it ran on."""
+    from parity_tests.environment import environment
+
+    record = {"settings": settings, "command": command, "environment": environment(), "result": result}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    return record
+
+
 def kept(
     directory: Path, method: str, seed: int, settings: Mapping[str, Any], compute: Callable[[], Record]
 ) -> Record:
@@ -31,26 +60,12 @@ def kept(
     Raises:
         CheckpointError: the file is of other settings.
     """
-    from parity_tests.environment import environment
-
     settings = {**settings, "method": method, "seed": seed}
     file = directory / f"{method.replace(' ', '-')}-seed{seed}.json"
-    if file.exists():
-        record = json.loads(file.read_text("utf-8"))
-        if changed := differences(record["settings"], settings):
-            rule, remedy = "A directory holds the runs of one setting.", "Choose another --output."
-            raise CheckpointError(rule, f"{file}: {changed}", remedy)
+    if (record := stored(file, settings, "Choose another --output.")) is not None:
         return record
     print(f"{method}, seed {seed} …", flush=True)
-    record = {
-        "settings": settings,
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": environment(),
-        "result": compute(),
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(file, record)
-    return record
+    return written(file, settings, shlex.join(["python", *sys.argv]), compute())
 
 
 def by_method(runs: list[Record]) -> dict[str, list[Record]]:

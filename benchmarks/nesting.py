@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
-from benchmarks.experiment import BASE
+from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
 from benchmarks.report import device, filled, markdown, plus_minus
 from hylorada_jax.config import HyLoRADAConfig
@@ -72,8 +72,7 @@ def main(
     if not 0 <= shallow < deep:
         rule = "Deeper tokens must be deeper than those that are trained on."
         raise ConfigError(rule, f"shallow {shallow}, deep {deep}", "Correct them.")
-    if not seeds:
-        raise ConfigError("There must be seeds.", "none", "Give some.")
+    require_each_once("seeds", seeds)
     if page is not None:
         filled(page, NAME, "")
     settings = {
@@ -126,8 +125,7 @@ class Nesting:
         )
 
     def _result(self, config: HyLoRADAConfig | None, structure: bool, seed: int) -> Record:
-        from benchmarks.trainables import Adapted
-        from benchmarks.trial import Runner
+        from benchmarks.trial import trained
         from hylorada_jax.data.packing import Rows
         from hylorada_jax.evaluation.sweep import loss_sweep
         from hylorada_jax.models.loading import load_model
@@ -135,28 +133,24 @@ class Nesting:
 
         if self._base is None:
             self._base = load_model(self._settings["model"])
-        s, result = self._settings, dict[str, Any]()
-        model = self._base
-        if config is not None:
-            training = TrainingConfig(
-                output=self._directory, steps=s["steps"], batch_size=s["batch_size"], seq_len=s["seq_len"],
-                learning_rate=s["learning_rate"], seed=seed,
-            )  # fmt: skip
-            trainable = Adapted(self._base, config)
-            rows = Rows(counted(self._texts["train"], 0, s["shallow"], structure=structure), s["seq_len"])
-            adapters, result = Runner(rows).train(trainable, training)
-            model = trainable.trained(adapters)
+        s = self._settings
+        training = TrainingConfig(
+            output=self._directory, steps=s["steps"], batch_size=s["batch_size"], seq_len=s["seq_len"],
+            learning_rate=s["learning_rate"], seed=seed,
+        )  # fmt: skip
+        rows = Rows(counted(self._texts["train"], 0, s["shallow"], structure=structure), s["seq_len"])
+        model, result = trained(self._base, config, rows, training)
         sweep = loss_sweep(model)
         for name, least, most in (("shallow", 0, s["shallow"]), ("deep", s["deep"], 10**9)):
             rows = Rows(counted(self._texts["eval"], least, most, structure=structure), s["seq_len"])
-            result[name] = [[0.0, 0] for _ in self._texts["eval"]]  # of each document: losses, tokens
+            nll, tokens = np.zeros((2, len(self._texts["eval"])))  # of each document
             for batch, losses in sweep(rows, s["batch_size"], max_tokens=s["test_tokens"]):
-                for document in np.unique(batch["document_ids"][batch["targets"] >= 0]):
-                    here = (batch["document_ids"] == document) & (batch["targets"] >= 0)
-                    result[name][document][0] += float(losses[here].sum(dtype=np.float64))
-                    result[name][document][1] += int(here.sum())
-            total, tokens = map(sum, zip(*result[name], strict=True))
-            print(f"    {name}: perplexity {np.exp(total / tokens):.3f}", flush=True)
+                here = batch["targets"] >= 0
+                documents = batch["document_ids"][here]
+                nll += np.bincount(documents, losses[here], len(nll))
+                tokens += np.bincount(documents, minlength=len(tokens))
+            result[name] = list(zip(nll.tolist(), tokens.astype(int).tolist(), strict=True))
+            print(f"    {name}: perplexity {np.exp(nll.sum() / tokens.sum()):.3f}", flush=True)
         return result
 
 
@@ -196,8 +190,7 @@ def table(runs: list[Record]) -> str:
                 cells.append("")
                 continue
             (ours, tokens), (theirs, _) = (_losses(each, side) for each in (some, found[WITHOUT]))
-            effect = paired_bootstrap(ours, theirs, tokens)
-            cells.append(f"{effect.mean:.3f} [{effect.low:.3f}, {effect.high:.3f}]")
+            cells.append(paired_bootstrap(ours, theirs, tokens).text(3))
         lines.append(cells)
     settings, about = runs[-1]["settings"], runs[-1]["environment"]
     return (

@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
-from benchmarks.experiment import BASE
+from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
 from benchmarks.report import device, draw, filled, markdown, plus_minus, styles
 from hylorada_jax.config import HyLoRADAConfig
@@ -36,16 +36,17 @@ from hylorada_jax.io.files import refuse_unusable, write_whole
 from hylorada_jax.terminal import show
 
 NAME = "recall"
-# Each with what it is compared to: the same without the part.
-METHODS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "hylorada_v1": ({"method": "hylorada_v1"}, None),
-    "with the position gate": ({"method": "hylorada_v1", "position_bias_enabled": True}, "hylorada_v1"),
-    "with DAA": ({"method": "hylorada_v1", "daa_enabled": True}, "hylorada_v1"),
-    "with DAA and its position bias": (
-        {"method": "hylorada_v1", "daa_enabled": True, "daa_position_bias": True},
-        "hylorada_v1",
-    ),
-    "hylorada": ({"method": "hylorada"}, "hylorada_v1"),
+WITHOUT = "hylorada_v1"  # what the others are compared to: the same without their parts
+METHODS: dict[str, dict[str, Any]] = {
+    WITHOUT: {"method": "hylorada_v1"},
+    "with the position gate": {"method": "hylorada_v1", "position_bias_enabled": True},
+    "with DAA": {"method": "hylorada_v1", "daa_enabled": True},
+    "with DAA and its position bias": {
+        "method": "hylorada_v1",
+        "daa_enabled": True,
+        "daa_position_bias": True,
+    },
+    "hylorada": {"method": "hylorada"},
 }
 FACTS = 10
 
@@ -80,9 +81,9 @@ def main(
     refuse_unusable(output)
     if unknown := [name for name in methods if name not in METHODS]:
         raise ConfigError(f"A method is one of {', '.join(METHODS)}.", unknown[0], near(unknown[0], METHODS))
-    for rule, values in (("lengths", train_lengths), ("lengths", test_lengths), ("seeds", seeds)):
-        if not values:
-            raise ConfigError(f"There must be {rule}.", "none", "Give some.")
+    given = {"train_lengths": train_lengths, "test_lengths": test_lengths, "seeds": seeds}
+    for name, values in given.items():
+        require_each_once(name, values)
     if page is not None:
         filled(page, NAME, "")
     settings = {
@@ -128,30 +129,24 @@ class Recall:
 
     def run(self, name: str, seed: int) -> Record:
         """The record of a method and a seed, from its file where there is one."""
-        config = None if name == BASE else HyLoRADAConfig.from_dict(METHODS[name][0])
+        config = None if name == BASE else HyLoRADAConfig.from_dict(METHODS[name])
         settings = {**self._settings, "config": config and config.to_dict()}
         return kept(self._directory, name, seed, settings, lambda: self._result(config, seed))
 
     def _result(self, config: HyLoRADAConfig | None, seed: int) -> Record:
-        from benchmarks.trainables import Adapted
-        from benchmarks.trial import Runner
+        from benchmarks.trial import trained
         from hylorada_jax.evaluation.retrieval import evaluate_retrieval
         from hylorada_jax.models.loading import load_model
         from hylorada_jax.training.config import TrainingConfig
 
         if self._base is None:
             self._base = load_model(self._settings["model"])
-        s, result = self._settings, dict[str, Any]()
-        if config is None:
-            model = self._base
-        else:
-            training = TrainingConfig(
-                output=self._directory, steps=s["steps"], batch_size=1, seq_len=self._longest,
-                learning_rate=s["learning_rate"], seed=seed,
-            )  # fmt: skip
-            trainable = Adapted(self._base, config)
-            adapters, result = Runner(self._rows(seed)).train(trainable, training)
-            model = trainable.trained(adapters)
+        s = self._settings
+        training = TrainingConfig(
+            output=self._directory, steps=s["steps"], batch_size=1, seq_len=self._longest,
+            learning_rate=s["learning_rate"], seed=seed,
+        )  # fmt: skip
+        model, result = trained(self._base, config, self._rows(seed), training)
         lengths = {}
         for length in s["test_lengths"]:
             found = evaluate_retrieval(
@@ -194,14 +189,12 @@ def table(runs: list[Record]) -> str:
         for length in lengths:
             means = [statistics.mean(run["result"]["lengths"][length]["accuracy"]) for run in some]
             cells.append(plus_minus(means, 2))
-        without = None if name == BASE else METHODS[name][1]
         for length in lengths:
-            if without not in found:
+            if name in (BASE, WITHOUT) or WITHOUT not in found:
                 cells.append("")
                 continue
-            ours, theirs = (_losses(each, length) for each in (some, found[without]))
-            effect = paired_bootstrap(ours, theirs, np.ones(ours.shape[1]))
-            cells.append(f"{effect.mean:.2f} [{effect.low:.2f}, {effect.high:.2f}]")
+            ours, theirs = (_losses(each, length) for each in (some, found[WITHOUT]))
+            cells.append(paired_bootstrap(ours, theirs, np.ones(ours.shape[1])).text(2))
         lines.append(cells)
     settings, about = runs[-1]["settings"], runs[-1]["environment"]
     trained = " and ".join(map(str, settings["train_lengths"]))
@@ -210,7 +203,7 @@ def table(runs: list[Record]) -> str:
         f"contexts of {trained} tokens with {settings['facts']} facts, rate {settings['learning_rate']:g}; "
         f"tested on {settings['samples']} others at each of ten depths. Mean ± standard deviation over "
         f"{len({run['settings']['seed'] for run in runs})} seeds. Effects are differences of exp(loss of the "
-        "answer) to hylorada_v1's, with 95 % intervals: a paired bootstrap over seeds and contexts. "
+        f"answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and contexts. "
         f"On {device(about)}. Commit {about['commit']}.\n"
     )
 
@@ -221,7 +214,7 @@ def _losses(runs: Sequence[Record], length: str) -> np.ndarray:
 
 
 def plot(runs: list[Record], directory: Path) -> None:
-    """Draws the accuracy by depth, for each length a line of each method.
+    """Draws the accuracy by depth in contexts of the longest length, a line for each method.
 
     Args:
         runs: the records.

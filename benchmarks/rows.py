@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.experiment import BASE, dev_loss
+from benchmarks.kept import Record
 from hylorada_jax.errors import CheckpointError
-
-Record = dict[str, Any]
 
 
 class Row(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.experiment import Experiment
 from benchmarks.trainables import Adapted, Full
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.loading import shuffled_batches
 from hylorada_jax.data.packing import Rows, spread
@@ -69,7 +70,8 @@ class Runner:
         Args:
             trainable: of the method and shapes that the first one had.
             training: steps, batches, rates and seed; rates and seed may differ from run to run.
-            on_step: called after each step with its number and the trainable tree.
+            on_step: called at the start, as step 0, and after each step, with its number and the trainable
+                tree.
 
         Returns:
             The trained tree, and what the table says of the training.
@@ -84,6 +86,8 @@ class Runner:
         state = init_state(adapters, optimizer, training.seed)
         batches = shuffled_batches(self.rows, training.batch_size, training.seed)
         losses, seconds = [], []
+        if on_step is not None:
+            on_step(0, adapters)
         for step in range(1, training.steps + 1):
             batch = computed(next(batches))
             if self._compiled is None:
@@ -109,6 +113,17 @@ class Runner:
             # How busy the machine was: times of one that had other work are not its best.
             "load_per_core": os.getloadavg()[0] / (os.cpu_count() or 1),
         }
+
+
+def trained(
+    base: Any, config: HyLoRADAConfig | None, rows: Rows | Sequence[Batch], training: TrainingConfig
+) -> tuple[Any, dict[str, Any]]:
+    """A base model with an adapter trained on rows, and what is known of the training; or itself alone."""
+    if config is None:
+        return base, {}
+    adapted = Adapted(base, config)
+    adapters, result = Runner(rows).train(adapted, training)
+    return adapted.trained(adapters), result
 
 
 class Evaluation:
