@@ -16,7 +16,7 @@ from typing import Any
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.exact import fraction
 from hylorada_jax.io.reading import read_json
-from hylorada_jax.leaves import ORTHOGONAL, Kind
+from hylorada_jax.leaves import Kind, lora_a_start
 from hylorada_jax.text import parse_json, shown
 
 QV = ("q", "v")
@@ -89,7 +89,7 @@ LORA_A_INITS = ("orthogonal", "kaiming")
 
 # α is 2r in each.
 PRESETS: dict[str, dict[str, Any]] = {
-    # What was best of what docs/results.md measures; the gain is that of a start with orthogonal rows.
+    # What was best of what docs/choosing.md measures; the gain is that of a start with orthogonal rows.
     "recommended": {"method": "hylorada_v1", "lora_rank": 8, "lora_A_gain": 0.577},
     "efficient": {"lora_rank": 4, "target_modules": QV},
     "balanced": {"lora_rank": 8},
@@ -339,11 +339,6 @@ class HyLoRADAConfig:
         return "lora"
 
     @property
-    def starts_orthogonal(self) -> bool:
-        """Whether the rows of lora_A start orthogonal."""
-        return self.lora_A_init == "orthogonal" or (self.lora_A_init is None and self.linear in ORTHOGONAL)
-
-    @property
     def roles(self) -> tuple[str, ...]:
         """The attention projections that the method adapts when ``target_modules`` is None."""
         return METHODS[str(self.method)]["roles"]
@@ -502,10 +497,10 @@ class HyLoRADAConfig:
         if _is_size(preset["lora_rank"]):
             preset.setdefault("lora_alpha", 2.0 * preset["lora_rank"])
         config = cls.from_dict(preset)
-        if "lora_A_gain" not in settings and not config.starts_orthogonal:
-            return dataclasses.replace(
-                config, lora_A_gain=1.0
-            )  # Kaiming's rows are as long as they should be
+        start = lora_a_start(config.linear, config.lora_A_init)
+        if "lora_A_gain" not in settings and start != "orthogonal":
+            # A preset's gain is for orthogonal rows; Kaiming's have that length.
+            return dataclasses.replace(config, lora_A_gain=1.0)
         return config
 
 

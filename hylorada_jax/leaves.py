@@ -116,9 +116,6 @@ KINDS: dict[Kind, tuple[str, ...]] = {
 }
 """The leaves of each kind of linear adapter."""
 
-ORTHOGONAL: tuple[Kind, ...] = ("hylorada_v1", "hylorada_v2", "hylorada")
-"""The kinds whose lora_A starts orthogonal where no other start is asked for."""
-
 _BY_KEY = {(leaf.component, leaf.name): leaf for leaf in LEAVES}
 _AT_THE_TOP: dict[str, dict[str, Leaf]] = {
     component: {leaf.name: leaf for leaf in LEAVES if leaf.component == component}
@@ -128,6 +125,16 @@ _AT_THE_TOP: dict[str, dict[str, Leaf]] = {
 _BELOW = [leaf for leaf in LEAVES if leaf.component not in _AT_THE_TOP]
 _BY_NAME = {leaf.name: leaf for leaf in _BELOW}
 _BY_RESOLVED = {leaf.resolved: leaf for leaf in _BELOW if leaf.resolved}
+
+
+def lora_a_start(kind: Kind | None, init: str | None) -> str:
+    """How lora_A starts: as asked for, else orthogonal, but as Kaiming has it for lora and dora.
+
+    Example:
+        >>> lora_a_start("dora", None), lora_a_start("dora", "orthogonal"), lora_a_start("hylorada", None)
+        ('kaiming', 'orthogonal', 'orthogonal')
+    """
+    return init or ("orthogonal" if kind in ("hylorada_v1", "hylorada_v2", "hylorada") else "kaiming")
 
 
 def leaf_of(component: Component, name: str) -> Leaf:

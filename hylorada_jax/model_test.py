@@ -129,13 +129,13 @@ def test_a_saved_adapter_is_opened_and_planned_once_and_no_fresh_one_is_made(tmp
     for module, name in ((opening, "open_adapter"), (fit, "plan"), (build, "build_adapters")):
         calls[name] = mock.Mock(wraps=getattr(module, name))
         monkeypatch.setattr(module, name, calls[name])
-    calls["find_modules"] = mock.Mock(wraps=fit.find_modules)
+    calls["modules_of"] = mock.Mock(wraps=fit.modules_of)
     for module in (opening, fit):
-        monkeypatch.setattr(module, "find_modules", calls["find_modules"])
+        monkeypatch.setattr(module, "modules_of", calls["modules_of"])
 
     HyLoRADAModel.from_pretrained(qwen2(), tmp_path)
     counts = {name: call.call_count for name, call in calls.items()}
-    assert counts == {"open_adapter": 1, "find_modules": 1, "plan": 1, "build_adapters": 0}
+    assert counts == {"open_adapter": 1, "modules_of": 1, "plan": 1, "build_adapters": 0}
     HyLoRADAModel(qwen2(), HyLoRADAConfig(lora_rank=2))
     assert calls["build_adapters"].call_count == 1
 

@@ -24,7 +24,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.surgery import layout
-from hylorada_jax.surgery.modules import find_modules
+from hylorada_jax.surgery.modules import modules_of
 from parity_tests.families import VOCAB, all_in_float64, jax_base, measuring, torch_base
 from parity_tests.tolerances import BFLOAT16_MODEL, MODEL, relative_error
 
@@ -305,7 +305,7 @@ def base_errors(family: str, dtype: str) -> dict[str, float]:
     inputs = draw_inputs(family)
     with measuring(dtype):
         base = as_base(jax_base(family, dtype))
-        linears = find_modules(base.init_params, base.layer_numbers).linears
+        linears = modules_of(base).linears
 
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             given = {name: value for name, value in inputs.items() if name != "labels"}

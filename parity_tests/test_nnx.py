@@ -41,7 +41,7 @@ def base():
 
 def weights_of(base):
     """The weights of our decoder as Hugging Face's models have them, by their modules' names."""
-    ours = surgery.find_modules(base.init_params)
+    ours = surgery.modules_of(base)
     weights = {
         name: module.weight(base.params, layer)
         for module in ours.linears

@@ -16,7 +16,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.saved.adapter_files import WEIGHTS_NAME
-from hylorada_jax.surgery.modules import find_modules
+from hylorada_jax.surgery.modules import modules_of
 from parity_tests.families import all_in_float64, measuring, saved, torch_base
 from parity_tests.models import CONFIGS, SPREAD, Pair, budgets, draw_inputs, errors, random_adapters
 
@@ -30,7 +30,7 @@ def test_an_export_says_how_its_base_was_quantised(tmp_path):
     assert "8 bits (int8, a scale in bfloat16" in card.text
     # PEFT's magnitudes start as norms of its base: this one's are of the quantised.
     found, norms = load_file(tmp_path / "new" / WEIGHTS_NAME), plain(base.params)
-    for linear in find_modules(base.init_params, base.layer_numbers).linears:
+    for linear in modules_of(base).linears:
         for layer, full in enumerate(linear.names):
             if magnitude := [value for name, value in found.items() if f"{full}.lora_magnitude" in name]:
                 weight = np.asarray(linear.weight(norms, layer), np.float64)
@@ -51,7 +51,7 @@ def test_a_quantised_base_is_the_reference_on_its_numbers(family, name, base_dty
         numbers = plain(base.params)
         with all_in_float64():
             theirs = torch_base(family, "float64")
-            for linear in find_modules(base.init_params, base.layer_numbers).linears:
+            for linear in modules_of(base).linears:
                 for layer, full in enumerate(linear.names):
                     weight = theirs.get_submodule(full).weight
                     rounded = torch.tensor(np.asarray(linear.weight(numbers, layer)))

@@ -352,7 +352,7 @@ def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
     from hylorada_jax.models.loading import empty_model
     from hylorada_jax.models.wrapped import as_base
     from hylorada_jax.saved.opening import identity
-    from hylorada_jax.surgery.modules import find_modules
+    from hylorada_jax.surgery.modules import modules_of
     from hylorada_jax.surgery.plan import plan
 
     # Five tensors of 50 MB, three of them adapted.
@@ -368,7 +368,7 @@ def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
         base / "model.safetensors",
     )
     empty = as_base(empty_model(base))
-    modules = find_modules(empty.init_params, empty.layer_numbers)
+    modules = modules_of(empty)
     adapter = {
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in layout.tensor_shapes(plan(modules, CONFIGS["v1"])).items()

@@ -19,7 +19,7 @@ from hylorada_jax.saved.adapter_files import digest
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.layout import check_keys
-from hylorada_jax.surgery.modules import Modules, find_modules
+from hylorada_jax.surgery.modules import Modules, modules_of
 from hylorada_jax.surgery.patterns import matches
 from hylorada_jax.surgery.targets import is_head, shortest_targets
 from hylorada_jax.text import short
@@ -86,7 +86,7 @@ def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modul
         raise ConfigError(
             "An output head is not adapted here.", short(heads), f"{MERGE} A tied head: train one without it."
         )
-    modules = find_modules(base.init_params, base.layer_numbers)
+    modules = modules_of(base)
     if alien := sorted(set(ranks) - set(modules.linear_names)):
         raise CheckpointError(
             "The adapter's layers must be linear layers of the model.",

@@ -12,7 +12,7 @@ from jax import Array
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from hylorada_jax.leaves import KINDS, ORTHOGONAL, Kind
+from hylorada_jax.leaves import KINDS, Kind, lora_a_start
 from hylorada_jax.math import low_rank
 
 
@@ -84,9 +84,8 @@ def init_leaves(
     Source: method.md §1.
     """
     dtype = norm_squared.dtype
-    if lora_A_init is None:
-        lora_A_init = "orthogonal" if kind in ORTHOGONAL else "kaiming"
-    init_A = low_rank.orthogonal_init if lora_A_init == "orthogonal" else low_rank.kaiming_init
+    orthogonal = lora_a_start(kind, lora_A_init) == "orthogonal"
+    init_A = low_rank.orthogonal_init if orthogonal else low_rank.kaiming_init
     leaves = {
         "lora_A": (lora_A_gain * init_A(key, rank, d_in)).astype(dtype),
         "lora_B": jnp.zeros((norm_squared.shape[0], rank), dtype),

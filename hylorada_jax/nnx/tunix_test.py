@@ -79,7 +79,7 @@ def pairs(tmp_path_factory):
 def pair_of(family, directory):
     hf, config, params = FAMILIES[family]
     base = CausalLM.from_config(DecoderConfig.from_hf(hf | {"model_type": family}), jax.random.key(0))
-    found = surgery.find_modules(base.init_params)
+    found = surgery.modules_of(base)
     weights: dict[str, Any] = {}
     for linear in found.linears:
         weights |= {name: linear.weight(base.params, i) for i, name in enumerate(linear.names)}

@@ -10,7 +10,7 @@ from hylorada_jax.saved.base_identity import base_identity
 from hylorada_jax.saved.saved_adapter import SavedAdapter, open_adapter
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.layout import check_keys, tensor_shapes
-from hylorada_jax.surgery.modules import Modules, find_modules
+from hylorada_jax.surgery.modules import Modules, modules_of
 from hylorada_jax.surgery.plan import Site
 
 
@@ -55,7 +55,7 @@ def open_on(base: BaseModel, adapter: str | Path | SavedAdapter, modules: Module
             :func:`hylorada_jax.surgery.fit.fit`.
     """
     saved = adapter if isinstance(adapter, SavedAdapter) else open_adapter(adapter)
-    modules = find_modules(base.init_params, base.layer_numbers) if modules is None else modules
+    modules = modules_of(base) if modules is None else modules
     check_base(saved.base, identity(base, modules))
     sites = fit(base, saved.config, modules)[1]
     check_keys(saved.shapes, tensor_shapes(sites))

@@ -26,7 +26,7 @@ from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, render, 
 from hylorada_jax.saved.opening import identity, open_on
 from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter
 from hylorada_jax.surgery.layout import tensor_shapes
-from hylorada_jax.surgery.modules import find_modules
+from hylorada_jax.surgery.modules import modules_of
 from hylorada_jax.surgery.plan import plan
 
 CONFIG = HyLoRADAConfig(method="hylorada", lora_rank=2, sparse_enabled=True, sparse_adapter_dim=3)
@@ -64,7 +64,7 @@ def base(model):
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
-    modules = find_modules(base.init_params, base.layer_numbers)
+    modules = modules_of(base)
     shapes = tensor_shapes(plan(modules, CONFIG))
     tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
     place = tmp_path_factory.mktemp("adapter")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.families import that_can
-from hylorada_jax.surgery.modules import Modules, find_modules
+from hylorada_jax.surgery.modules import Modules, modules_of
 from hylorada_jax.surgery.plan import Site, plan
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def fit(
         ModelError: the model has nothing that a component could attach to, or cannot do what it asks for.
         ConfigError: shifted sparse attention is on, and a layer has a single head.
     """
-    modules = find_modules(base.init_params, base.layer_numbers) if modules is None else modules
+    modules = modules_of(base) if modules is None else modules
     sites = plan(modules, config)
     if (config.position_bias_enabled or config.use_hylorada_v2) and not modules.take_positions:
         raise ModelError(

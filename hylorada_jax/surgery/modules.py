@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.quantized import as_array
+from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
 from hylorada_jax.models.mixture import each_expert
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
@@ -235,6 +236,11 @@ def find_modules(
             case _:
                 assert_never(kind.role)
     return Modules(tuple(linears), tuple(attentions), tuple(embeddings), tuple(norms), bool(taking))
+
+
+def modules_of(base: BaseModel) -> Modules:
+    """The modules of a base model, under the names that its layers have; see :func:`find_modules`."""
+    return find_modules(base.init_params, base.layer_numbers)
 
 
 def _sizes(module: nn.Module, own: Mapping[str, tuple[int, ...]], out_in: bool) -> tuple[int, int]:

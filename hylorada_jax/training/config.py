@@ -40,7 +40,7 @@ class TrainingConfig:
         seq_len: tokens per row.
         packing: several documents share a row, isolated from each other. The model must support segments.
         learning_rate: peak rate; None takes 4e-3 for lora_A, lora_B and all that follows them, with LoRA+ for
-            lora_B alone, which was best for SmolLM2-135M (docs/results.md), and 5e-4 where embeddings or
+            lora_B alone, which was best for SmolLM2-135M (docs/choosing.md), and 5e-4 where embeddings or
             norms are trained themselves. Larger models want smaller ones. DAA and sparse adapters have rates
             of their own, 1e-3 and 2e-4 (method.md, section 7).
         schedule: how the rates go on after they have risen: "linear" or "cosine" down to 0, or "constant".
