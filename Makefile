@@ -1,7 +1,9 @@
 # Everything runs from a virtual environment of the project's own; constraints.txt pins every version.
 VENV ?= .venv
 PYTHON ?= python3
-# What is imported is compiled when it is; compiling all of it takes longer than the installation.
+# What is imported is compiled when it is; compiling all of it takes longer than the installation. The tests start
+# hundreds of processes, and each would compile its imports anew: ten seconds where torch is one of them.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(VENV)/bin/python $(INSTALL) -c constraints.txt
 
