@@ -78,8 +78,16 @@ def test_a_checkpoint_that_is_quantised_is_refused_by_its_method(method, tmp_pat
     for family in families:
         said = family | {"quantization_config": {"quant_method": method, "bits": 4}}
         (tmp_path / "config.json").write_text(json.dumps(said))
-        with pytest.raises(ModelError, match=rf"'{method}'\n.*quantised from; --base-dtype nf4"):
+        with pytest.raises(ModelError, match=rf"'{method}(_8bit)?'\n.*quantised from; --base-dtype nf4"):
             load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "bits"), [("gpt2", 4), ("llama", 8)])
+def test_of_bitsandbytes_our_decoder_reads_4_bits_alone(family, bits, tmp_path):
+    said = {"model_type": family, "quantization_config": {f"load_in_{bits}bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match=f"'bitsandbytes_{bits}bit'"):
+        load_model(tmp_path)
 
 
 GENERATION = vars(transformers.GenerationConfig())

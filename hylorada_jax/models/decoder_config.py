@@ -11,7 +11,7 @@ from hylorada_jax.io.reading import checked
 from hylorada_jax.models.bounds import REMEDY, RULE
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.families.family import Options
-from hylorada_jax.models.quantized_elsewhere import refuse_quantized
+from hylorada_jax.models.quantized_elsewhere import BITSANDBYTES_4BIT, refuse_quantized
 from hylorada_jax.models.rope_config import RopeScaling, partial_rotary_factor, read_rope
 
 # An activation by HF's name → its name in jax.nn, and the settings there.
@@ -175,7 +175,7 @@ class DecoderConfig(Options):
                 "Take a model of one of these families; load_model takes others from HF's Flax classes.",
             )
         decoder = DECODERS[family]
-        refuse_quantized(hf, decoder.quantized)
+        refuse_quantized(hf, (BITSANDBYTES_4BIT, *decoder.quantized))
         hf = decoder.settings(hf)
         for key, off in _REFUSED.items():
             if key not in decoder.keys.__struct_fields__ and hf.get(key, off) != off:

@@ -17,18 +17,18 @@ from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.quantized import is_quantized
+from hylorada_jax.models.bitsandbytes import BitsAndBytesWeights
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM, check_remat
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, FLAX, either
-from hylorada_jax.models.families.family import MXFP4
 from hylorada_jax.models.gguf import GGUFWeights
 from hylorada_jax.models.mixture import EXPERTS, each_expert
 from hylorada_jax.models.mxfp4 import MXFP4Weights
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import read_quantized, shapes_kept
-from hylorada_jax.models.quantized_elsewhere import quant_method, refuse_quantized
+from hylorada_jax.models.quantized_elsewhere import BITSANDBYTES_4BIT, MXFP4, quant_method, refuse_quantized
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.stacks import names_in_stack
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 # A leaf of another name is a parameter that HF's module has by the same name.
 _TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+_READERS = {MXFP4: MXFP4Weights, BITSANDBYTES_4BIT: BitsAndBytesWeights}
 
 
 def load_model(
@@ -186,7 +187,7 @@ def open_weights(source: Source) -> Weights:
     """The tensors of a base model on disk, under Hugging Face's names; none is read yet."""
     if source.gguf:
         return GGUFWeights(source.gguf)
-    kind = MXFP4Weights if quant_method(source.config) == MXFP4 else SafetensorsWeights
+    kind = _READERS.get(quant_method(source.config) or "", SafetensorsWeights)
     return kind(source.weights, inside=source.inside)
 
 

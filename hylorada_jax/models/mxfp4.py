@@ -9,16 +9,13 @@ Source: Open Compute Project, OCP Microscaling Formats (MX) Specification, 2023,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import zip_longest
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from hylorada_jax.errors import ModelError
-from hylorada_jax.models.weights import Part, SafetensorsWeights
+from hylorada_jax.models.packed_weights import Packed, PackedWeights, damaged
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _GROUP = 32
@@ -58,7 +55,7 @@ def numbers(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return pairs.reshape(*scales.shape[:-1], -1).view(jnp.bfloat16)
 
 
-class MXFP4Weights(SafetensorsWeights):
+class MXFP4Weights(PackedWeights):
     """The tensors of safetensors files; those in MXFP4 as [experts, inputs, outputs], in bfloat16.
 
     A tensor ``name`` is in the files as ``name_blocks`` [experts, outputs, inputs / 32, 16] and
@@ -73,40 +70,28 @@ class MXFP4Weights(SafetensorsWeights):
             or it is there as numbers too.
     """
 
-    def __init__(self, files: Sequence[Path], *, inside: bool = False) -> None:
-        super().__init__(files, inside=inside)
+    def packed(self) -> Iterator[Packed]:
+        """The tensors with blocks or scales."""
         ends = (_BLOCKS, _SCALES)
-        self._packed = dict.fromkeys(
-            n.removesuffix(end) for n in self.shapes for end in ends if n.endswith(end)
-        )
-        for name in self._packed:
-            parts = [name + end for end in ends]
+        names = dict.fromkeys(n.removesuffix(end) for n in self.shapes for end in ends if n.endswith(end))
+        for name in names:
+            parts = (name + _BLOCKS, name + _SCALES)
             self._check(name, parts)
             experts, outputs, groups = self.shapes[parts[1]]
-            self.shapes[name], self.dtypes[name] = (experts, groups * _GROUP, outputs), "BF16"
-            for part in parts:
-                del self.shapes[part], self.dtypes[part]
+            yield Packed(name, parts, (experts, groups * _GROUP, outputs), "BF16")
 
     def _check(self, name: str, parts: Sequence[str]) -> None:
         found = {own: (self.dtypes[own], self.shapes[own]) for own in (name, *parts) if own in self.shapes}
         scales = found.get(parts[1], ("", ()))[1]
         if len(scales) != 3 or found != {parts[0]: ("U8", (*scales, _GROUP // 2)), parts[1]: ("U8", scales)}:
-            raise ModelError(
+            raise damaged(
                 f"A tensor in MXFP4 has {_BLOCKS} [experts, outputs, groups, {_GROUP // 2}] and {_SCALES} "
                 "[experts, outputs, groups], both of bytes (U8), and is not there as numbers too.",
                 "; ".join(f"{own}: {dtype} {shape}" for own, (dtype, shape) in found.items()),
-                "The checkpoint is damaged, or two are in one directory: download it again.",
             )
 
-    def file_of(self, name: str) -> Path:
-        """The file that holds a tensor, or its blocks."""
-        return super().file_of(name + _BLOCKS if name in self._packed else name)
-
-    def read(self, name: str, part: Part = ()) -> np.ndarray:
-        """One tensor, or the bytes of a part of it alone, expert by expert where it is in MXFP4."""
-        if name not in self._packed:
-            return super().read(name, part)
-        own = [range(n)[cut or slice(None)] for n, cut in zip_longest(self.shapes[name], part)]
+    def numbers_of(self, name: str, own: Sequence[range]) -> np.ndarray:
+        """A part of a tensor in MXFP4, made expert by expert."""
         experts, inputs, outputs = own
         values = np.empty([len(axis) for axis in own], jnp.bfloat16)
         for target, expert in zip(values, experts, strict=True):

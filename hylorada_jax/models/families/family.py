@@ -14,9 +14,6 @@ from msgspec import Meta, Struct
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.bounds import Deviation, Epsilon, Heads, Layers, Positions, Tokens, Vocabulary, Width
 
-MXFP4 = "mxfp4"
-"""The quant_method of a config.json whose weights ``models.mxfp4`` reads."""
-
 Capability = Literal["loss", "segments", "groups", "daa"]
 """The built-in loss, packed documents, the groups of S²-Attn, direct attention adaptation."""
 
@@ -136,7 +133,8 @@ class Decoder:
         rope_theta: the base of the rotary wavelengths where config.json names none.
         settings: the content of config.json → the same in the layout of transformers 4.57.
         text_of: the multimodal model_types whose text part it is.
-        quantized: the quant_methods of its checkpoints that are read, as the numbers that they stand for.
+        quantized: of :mod:`~hylorada_jax.models.quantized_elsewhere`, what its checkpoints are read in beside
+            what those of all families are.
     """
 
     causal_lm: str

@@ -6,7 +6,6 @@ from msgspec import Meta
 
 from hylorada_jax.models.bounds import Epsilon, Experts, Heads, Layers, Positions, Tokens, Vocabulary, Width
 from hylorada_jax.models.families.family import (
-    MXFP4,
     Decoder,
     Family,
     Keys,
@@ -15,6 +14,7 @@ from hylorada_jax.models.families.family import (
     check_mixture,
     sliding,
 )
+from hylorada_jax.models.quantized_elsewhere import MXFP4
 
 
 class GptOssKeys(Keys, frozen=True, kw_only=True):

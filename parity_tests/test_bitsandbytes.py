@@ -1,0 +1,92 @@
+"""Checkpoints in bitsandbytes' 4 bits, against the numbers that bitsandbytes makes of them."""
+
+import hashlib
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.bitsandbytes import BitsAndBytesWeights
+from hylorada_jax.models.loading import load_model, open_weights
+from hylorada_jax.models.source import find_source
+from hylorada_jax.models.weights_digest import files_digest, tree_digest
+from parity_tests.fixtures.make_bitsandbytes import BITSANDBYTES, EXPECTED, TENSORS
+from parity_tests.tolerances import MODEL, relative_error
+
+KEPT = json.loads(EXPECTED.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", KEPT["tensors"])
+def test_numbers_are_those_of_bitsandbytes_bit_for_bit(name):
+    weights, expected = BitsAndBytesWeights([TENSORS]), KEPT["tensors"][name]
+    values = weights.read(name)
+    assert values.dtype == expected["dtype"]
+    assert values.shape == weights.shapes[name] == tuple(expected["shape"])
+    # Of fp4's two zeros bitsandbytes' own ways differ in which they make.
+    assert hashlib.sha256((values.astype(np.float32) + 0).tobytes()).hexdigest() == expected["sha256"]
+    for part in [(slice(1, 3),), (slice(2, 3), slice(5, 20)), (slice(0, 3), slice(7, None))]:
+        np.testing.assert_array_equal(weights.read(name, part), values[part])
+
+
+def test_a_checkpoint_is_the_model_that_transformers_dequantises():
+    base = load_model(BITSANDBYTES)
+    logits = base(jnp.asarray(KEPT["inputs"])).logits
+    assert relative_error(np.asarray(logits), np.asarray(KEPT["logits"])) <= MODEL["float32"]
+    assert files_digest(find_source(BITSANDBYTES), "float32") == tree_digest(base.params)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+ABSMAX, MAP, STATE = Q + ".absmax", Q + ".quant_map", Q + ".quant_state.bitsandbytes__nf4"
+BESIDE = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", "quant_state.bitsandbytes__nf4")
+
+
+def state(**changes):
+    tensors = load_file(BITSANDBYTES / "model.safetensors")
+    said = json.loads(tensors[STATE].tobytes()) | changes
+    return np.frombuffer(json.dumps({k: v for k, v in said.items() if v is not ...}).encode(), np.uint8)
+
+
+def write(directory, changed):
+    tensors = load_file(BITSANDBYTES / "model.safetensors") | changed
+    save_file({n: x for n, x in tensors.items() if x is not None}, directory / "model.safetensors")
+    shutil.copy(BITSANDBYTES / "config.json", directory)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({STATE: None}, rf"{STATE}: nothing"),
+        ({f"{Q}.{part}": None for part in BESIDE}, rf"{STATE}: nothing"),
+        ({Q: None}, rf"{Q}: nothing instead of U8 \(2048, 1\)"),
+        ({Q: np.zeros((2047, 1), np.uint8)}, rf"{Q}: U8 \(2047, 1\) instead of U8 \(2048, 1\)"),
+        ({Q: np.zeros((64, 64), np.float32)}, rf"{Q}: F32 \(64, 64\) instead"),
+        ({ABSMAX: np.zeros(63, np.uint8)}, rf"{ABSMAX}: U8 \(63,\) instead of U8 \(64,\)"),
+        ({ABSMAX: np.zeros(64, np.float32)}, rf"{ABSMAX}: F32 \(64,\) instead of U8"),
+        ({Q + ".nested_absmax": np.zeros(2, np.float32)}, r"F32 \(2,\) instead of F32 \(1,\)"),
+        ({Q + ".SCB": np.zeros(64, np.float32)}, r"SCB: F32 \(64,\) instead of nothing"),
+        ({MAP: np.linspace(-1, 1, 16, dtype=np.float32)}, rf"{MAP} in .*-0\.8.*not those of nf4"),
+        ({STATE: np.frombuffer(b"{", np.uint8)}, rf"{STATE} in .*Expecting"),
+        ({STATE: np.zeros(5000, np.uint8)}, r"U8 \(5000,\)"),
+        ({STATE: state(quant_type="int4")}, "quant_type: 'int4'"),
+        ({STATE: state(quant_type="fp4")}, "bitsandbytes__fp4: nothing"),
+        ({STATE: state(blocksize=0)}, "blocksize: 0"),
+        ({STATE: state(dtype="float64")}, "dtype: 'float64'"),
+        ({STATE: state(shape=[2**30, 2**30])}, rf"{Q}: U8 \(2048, 1\) instead of"),
+        ({STATE: state(nested_offset=...)}, "nested_blocksize and nested_offset"),
+    ],
+    ids=lambda part: part[:30] if isinstance(part, str) else "",
+)
+def test_a_damaged_checkpoint_is_refused(changed, said, tmp_path):
+    write(tmp_path, changed)
+    with pytest.raises(ModelError, match=said):
+        open_weights(find_source(tmp_path))
+
+
+def test_a_shape_that_is_not_the_configs_is_refused(tmp_path):
+    write(tmp_path, {STATE: state(shape=[32, 128])})
+    with pytest.raises(ModelError, match=rf"wrong shape.*{Q} \(32, 128\) instead of \(64, 64\)"):
+        load_model(tmp_path)
