@@ -30,6 +30,8 @@ from parity_tests.fuzz.mutations import CANARY, File
 
 Files = dict[str, File]
 
+_CODES = Path(__file__).parents[1] / "fixtures" / "bitsandbytes" / "tensors.safetensors"
+
 _SIZES: dict[str, Any] = {
     "vocab_size": 257, "hidden_size": 16,
     "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -78,6 +80,15 @@ def config(random: Random) -> Files:
 def weights(random: Random) -> Files:
     """A model of one file."""
     return {"config.json": File("json", CONFIGS[0]), "model.safetensors": _tensors(_MODEL)}
+
+
+def codes(random: Random) -> Files:
+    """Weights that bitsandbytes has written in 4 bits."""
+    content = _CODES.read_bytes()
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    model = File("safetensors", (json.loads(content[8:start]), content[start:]))
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    return {"config.json": File("json", CONFIGS[0] | said), "model.safetensors": model}
 
 
 def shards(random: Random) -> Files:

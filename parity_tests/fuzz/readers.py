@@ -183,6 +183,7 @@ READERS = {
     "config": Reader(files.config, _config),
     "index": Reader(files.shards, _weights, ("model.safetensors.index.json",)),
     "safetensors": Reader(files.weights, _weights, ("model.safetensors",)),
+    "codes": Reader(files.codes, _weights, ("model.safetensors",)),
     "gguf": Reader(files.gguf, _gguf),
     "gguf-tokenizer": Reader(files.gguf, _tokenizer),
     "tokenizer": Reader(files.tokenizer, _tokenizer),
