@@ -101,6 +101,16 @@ def test_a_damaged_checkpoint_is_refused(changed, said, tmp_path):
         open_weights(find_source(tmp_path))
 
 
+def test_codes_may_be_stored_as_other_elements(tmp_path):
+    packed = load_file(BITSANDBYTES / "model.safetensors")[Q]
+    expected = open_weights(find_source(BITSANDBYTES)).read(Q)
+    for storage in (jnp.bfloat16, np.float32):
+        write(tmp_path, {Q: packed.reshape(-1).view(storage)[:, None]})
+        weights = open_weights(find_source(tmp_path))
+        np.testing.assert_array_equal(weights.read(Q), expected)
+        np.testing.assert_array_equal(weights.read(Q, (slice(5, 9),)), expected[5:9])
+
+
 def test_a_shape_that_is_not_the_configs_is_refused(tmp_path):
     write(tmp_path, {STATE: state(shape=[32, 128])})
     with pytest.raises(ModelError, match=rf"wrong shape.*{Q} \(32, 128\) instead of \(64, 64\)"):

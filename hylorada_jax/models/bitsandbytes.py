@@ -38,12 +38,14 @@ _VALUES = {
     "fp4": tuple(sign * n / 192 for sign in (1, -1) for n in (0, 1, 128, 192, 64, 96, 32, 48)),
 }  # fmt: skip
 _DTYPES = {"float32": ("F32", np.float32), "float16": ("F16", np.float16), "bfloat16": ("BF16", jnp.bfloat16)}
+# What codes may be stored as (bnb_4bit_quant_storage), and how many bytes of them each element has.
+_STORAGE = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 _WEIGHT = ".weight"
 _MAX_STATE_BYTES = 4096
 # Numbers that are made at a time: their float32 copies stay in a core's cache.
 _RUN = 1 << 18
 _RULE = (
-    "A weight in bitsandbytes' 4 bits has two codes in a byte (U8), and beside it .quant_state, which says "
+    "A weight in bitsandbytes' 4 bits has two codes in a byte, and beside it .quant_state, which says "
     "its shape; .quant_map, the values of nf4 or fp4; .absmax, a scale for each block, in F32, or in U8 with "
     ".nested_absmax and .nested_quant_map."
 )
@@ -122,6 +124,7 @@ class BitsAndBytesWeights(PackedWeights):
 
     def __init__(self, files: Sequence[Path], *, inside: bool = False) -> None:
         self._states: dict[str, _State] = {}
+        self._units: dict[str, int] = {}
         self._scales: tuple[str, np.ndarray] = ("", np.empty(0, np.float32))
         super().__init__(files, inside=inside)
 
@@ -136,6 +139,7 @@ class BitsAndBytesWeights(PackedWeights):
                 beside.setdefault(name, [])
         for name, parts in beside.items():
             self._states[name] = state = self._checked(name, parts)
+            self._units[name] = _STORAGE[self.dtypes[name]]
             yield Packed(name, (name, *parts), state.shape, _DTYPES[state.dtype][0])
 
     def _checked(self, name: str, parts: Sequence[str]) -> _State:
@@ -143,8 +147,11 @@ class BitsAndBytesWeights(PackedWeights):
         state_name = next((part for part in parts if part.startswith(name + _STATE)), name + _STATE + "nf4")
         state = self._state(state_name)
         scales = "F32" if state.nested_blocksize is None else "U8"
+        storage = self.dtypes.get(name, "")
+        if storage not in _STORAGE or state.code_bytes % _STORAGE[storage]:
+            storage = "U8"
         expected: dict[str, tuple[str, tuple[int, ...]]] = {
-            name: ("U8", (state.code_bytes, 1)),
+            name: (storage, (state.code_bytes // _STORAGE[storage], 1)),
             name + _ABSMAX: (scales, (state.blocks,)),
             name + _MAP: ("F32", (16,)),
             name + _STATE + state.quant_type: ("U8", self.shapes[state_name]),
@@ -184,15 +191,15 @@ class BitsAndBytesWeights(PackedWeights):
         """A part of a tensor in 4 bits, made some rows at a time."""
         rows, columns = own
         state, absmax = self._states[name], self._absmax(name)
-        size, width = state.blocksize, state.shape[1]
+        size, width, unit = state.blocksize, state.shape[1], self._units[name]
 
         def blocks(start: int, stop: int) -> slice:
             """Those with the numbers of some rows, which may begin and end inside of one."""
             return slice(start * width // size, -(-stop * width // size))
 
         here = blocks(rows.start, rows.stop)
-        part = slice(here.start * size // 2, min(here.stop * size // 2, state.code_bytes))
-        codes = self.stored(name, (part,)).reshape(-1)
+        part = slice(here.start * size // 2 // unit, min(here.stop * size // 2, state.code_bytes) // unit)
+        codes = self.stored(name, (part,)).reshape(-1).view(np.uint8)
         values = np.empty((len(rows), len(columns)), _DTYPES[state.dtype][1])
         step = max(1, _RUN // width)
         for start in range(rows.start, rows.stop, step):
