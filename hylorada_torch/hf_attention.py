@@ -20,7 +20,11 @@ from hylorada_torch.settings import s2_groups
 # Classes of transformers, by name: to import their files loads every other framework that is installed.
 CAUSAL = (
     "GPT2Attention",
-    *(decoder.causal_lm.removesuffix("ForCausalLM") + "Attention" for decoder in DECODERS.values()),
+    *(
+        decoder.causal_lm.removesuffix("ForCausalLM") + part + "Attention"
+        for decoder in DECODERS.values()
+        for part in ("", "Text")  # the text part of a multimodal family
+    ),
 )
 BERT = ("BertSelfAttention", "BertSdpaSelfAttention")
 T5 = "T5Attention"

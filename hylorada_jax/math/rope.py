@@ -63,6 +63,31 @@ def linear_frequencies(
     return default_frequencies(head_dim, theta, dtype) / factor
 
 
+def proportional_frequencies(
+    head_dim: int, theta: float, dtype: DTypeLike, *, part: float, factor: float
+) -> Float[np.ndarray, " half"]:
+    """The first pairs of dimensions rotate as in a whole head, the others stay as they are.
+
+        ω_i = default_i / factor  for i < ⌊part·head_dim / 2⌋,  else 0
+
+    Args:
+        head_dim: width of one head, even.
+        theta: base of the wavelengths.
+        dtype: float32 or float64.
+        part: of the pairs, those that rotate.
+        factor: the stretch.
+
+    Returns:
+        [head_dim // 2] radians per token.
+
+    Example:
+        >>> proportional_frequencies(4, 10000.0, np.float64, part=0.5, factor=2.0).tolist()
+        [0.5, 0.0]
+    """
+    rotating = np.arange(head_dim // 2) < int(part * head_dim // 2)
+    return np.where(rotating, default_frequencies(head_dim, theta, dtype) / np.asarray(factor, dtype), 0)
+
+
 def dynamic_frequencies(
     head_dim: int,
     theta: float,

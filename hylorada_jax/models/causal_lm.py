@@ -209,7 +209,7 @@ class CausalLM:
         if placement is None:
             params = _jitted_init_params(config, rng, dtype)
         else:
-            placement = placement.for_heads(config.num_attention_heads, config.num_key_value_heads)
+            placement = placement.for_heads(config.num_attention_heads, config.kv_heads_in_common)
             params = _init_in_shares(config, rng, dtype, placement)
         return cls(DecoderLM(config, remat), params, config, "random")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,8 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Keys whose null is a value: Mistral without sliding_window slides over 4096 tokens, with null not at all;
-# gpt-oss without rope_scaling is stretched, with null not.
+# gpt-oss without rope_scaling is stretched, with null not; Gemma 4 without per_layer_config has heads of
+# another size in some layers, with null not.
 _NULLS = (
     "num_key_value_heads",
     "sliding_window",
@@ -33,6 +35,7 @@ _NULLS = (
     "eos_token_id",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    "per_layer_config",
 )
 
 # Settings that change the computation, with the value that means "off": refused where a family's keys do not
@@ -84,9 +87,15 @@ class DecoderConfig(Options):
         qk_norm: a norm over each head's queries and keys.
         fused: q_proj, k_proj and v_proj are one layer, qkv_proj, and gate_proj and up_proj are gate_up_proj.
         qk_norm_whole: that norm is over all heads together.
+        value_norm: each head's values are normed too, without a weight.
+        keys_as_values: layers without the window have no v_proj: their values are what k_proj gives, before
+            the norm of the keys.
+        full_head_dim: the width of one head in layers without the window; None: head_dim.
+        full_kv_heads: the key and value heads there; None: num_key_value_heads.
         norms: whether attention and MLP have a norm before them, after them (inside the residual), or both.
         norm_offset: added to the weight of every norm.
         norm_rounded_last: a norm is rounded to the dtype of its input after its weight has multiplied it.
+        layer_scalar: each layer has a number that multiplies what leaves it.
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all of them.
         sliding_layers: for each layer, whether the window applies to it.
         rotary_fraction: the part of a head's dimensions that rotates, from the first on.
@@ -127,9 +136,22 @@ class DecoderConfig(Options):
 
     def kind(self, number: int) -> DecoderConfig:
         """The configuration of a model whose layers have the shape of this one: equal where shapes are."""
+        same: dict[str, Any] = {"dense_layers": (), "full_head_dim": None, "full_kv_heads": None}
         if self.dense_layers and self.dense_layers[number]:
-            return replace(self, dense_layers=(), mixture=None, shared_expert=None)
-        return replace(self, dense_layers=())
+            same |= {"mixture": None, "shared_expert": None}
+        if self.sliding_layers and self.sliding_layers[number]:
+            return replace(self, **same, keys_as_values=False)
+        heads = {"head_dim": self.full_head_dim, "num_key_value_heads": self.full_kv_heads}
+        return replace(self, **same, **{key: value for key, value in heads.items() if value is not None})
+
+    def kinds(self) -> tuple[DecoderConfig, ...]:
+        """What :meth:`kind` gives for the layers, each once, in the order of the layers."""
+        return tuple(dict.fromkeys(self.kind(number) for number in range(self.num_hidden_layers)))
+
+    @property
+    def kv_heads_in_common(self) -> int:
+        """The largest number that divides every layer's key and value heads."""
+        return math.gcd(*(kind.num_key_value_heads for kind in self.kinds()))
 
     def of_layers(self, numbers: Sequence[int]) -> DecoderConfig:
         """The configuration of a model of these layers alone, which are of one shape."""
@@ -207,7 +229,8 @@ class DecoderConfig(Options):
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             **vars(options),
         )
-        _check(config, partial_rotary_factor(hf))
+        for kind in config.kinds():
+            _check(kind, partial_rotary_factor(hf))
         return config
 
 

@@ -65,6 +65,12 @@ class Stream(NamedTuple):
 computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
+def over_root_mean_square(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """x / √(mean(x²) + eps) over the last axis, in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, y = (offset + scale) · x / √(mean(x²) + eps), over the last axis.
 
@@ -81,10 +87,9 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
 
         def norm(x: Array, scale: Array) -> Array:
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+            normed = over_root_mean_square(x, self.eps)
             if self.rounded_last:
-                return ((self.offset + scale.astype(wide.dtype)) * normed).astype(x.dtype)
+                return ((self.offset + scale.astype(normed.dtype)) * normed).astype(x.dtype)
             return (self.offset + scale) * normed.astype(x.dtype)
 
         return computed_again(norm)(x, scale)
@@ -137,8 +142,12 @@ class DecoderAttention(nn.Module):
 
         width, kv_width = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
         widths = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
-        q, k, v = projections(x, widths, "qkv_proj" if c.fused else None, bias=c.qkv_bias)
-        query, key, value = heads(q, "q_norm"), heads(k, "k_norm"), heads(v)
+        if c.keys_as_values:
+            del widths["v_proj"]
+        q, k, *v = projections(x, widths, "qkv_proj" if c.fused else None, bias=c.qkv_bias)
+        query, key, value = heads(q, "q_norm"), heads(k, "k_norm"), heads(*(v or [k]))
+        if c.value_norm:
+            value = computed_again(lambda x: over_root_mean_square(x, c.rms_norm_eps).astype(x.dtype))(value)
         cos, sin = (table[step.rotations[layer]] for table in (step.cos, step.sin))
         query, key = rope.apply_rope(query, cos, sin), rope.apply_rope(key, cos, sin)
 
@@ -226,7 +235,8 @@ def block(c: DecoderConfig) -> nn.Module:
 class DecoderLayer(nn.Module):
     """One layer: x + s·norm(attention(norm(x))), then x + s·norm(mlp(norm(x))); the body of the scan.
 
-    s is ``residual_scale``; which of the norms there are, ``norms`` says.
+    s is ``residual_scale``; which of the norms there are, ``norms`` says. With ``layer_scalar`` a number of
+    the layer's own multiplies the sum.
     """
 
     config: DecoderConfig
@@ -240,8 +250,11 @@ class DecoderLayer(nn.Module):
         attended, stream = DecoderAttention(c, name="self_attn")(stream, x, layer, step)
         x = stream.x + scaled(normed(c, after_attention, attended), c.residual_scale)
         y = normed(c, after_mlp, block(c)(normed(c, before_mlp, x)))
+        x = x + scaled(y, c.residual_scale)
+        if c.layer_scalar:
+            x = x * self.param("layer_scalar", nn.initializers.ones, (1,), jnp.float32).astype(x.dtype)
         # Rows stay where they are, so that weights are gathered, and a layer's alone.
-        return stream._replace(x=cut(x + scaled(y, c.residual_scale), ROWS)), None
+        return stream._replace(x=cut(x, ROWS)), None
 
 
 def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:

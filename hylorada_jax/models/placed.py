@@ -24,7 +24,7 @@ def fitted(placement: Placement, model: Any) -> Placement:
     """
     if not isinstance(model, CausalLM):
         return placement
-    return placement.for_heads(model.config.num_attention_heads, model.config.num_key_value_heads)
+    return placement.for_heads(model.config.num_attention_heads, model.config.kv_heads_in_common)
 
 
 def default_mesh(model: BaseModel, memory: int | None) -> tuple[str, str]:

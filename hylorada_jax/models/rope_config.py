@@ -40,6 +40,11 @@ class _Linear(Struct, forbid_unknown_fields=True):
     factor: _Factor
 
 
+class _Proportional(Struct, forbid_unknown_fields=True):
+    factor: _Factor = 1.0
+    partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] = 1.0
+
+
 class _Llama3(Struct, forbid_unknown_fields=True):
     factor: _Factor
     low_freq_factor: _Factor
@@ -70,7 +75,7 @@ class _LongRope(Struct, forbid_unknown_fields=True):
 
 _KINDS: dict[str, type[Struct]] = {
     "default": _Default, "linear": _Linear, "dynamic": _Linear, "llama3": _Llama3, "yarn": _Yarn,
-    "longrope": _LongRope,
+    "longrope": _LongRope, "proportional": _Proportional,
 }  # fmt: skip
 _FORMERLY = {"su": "longrope"}
 _TYPES = ("rope_type", "type")
@@ -82,7 +87,7 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the context of pretraining; see ``hylorada_jax.math.rope``.
 
     Args:
-        rope_type: 'default', 'linear', 'dynamic', 'llama3', 'yarn' or 'longrope'.
+        rope_type: 'default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope' or 'proportional'.
         factor: the stretch, > 0.
         original_max_position_embeddings: context length of pretraining, in tokens (llama3, yarn, longrope).
         low_freq_factor: llama3: wavelengths above original / low_freq_factor are stretched in full.
@@ -93,6 +98,7 @@ class RopeScaling:
         attention_factor: yarn, longrope: what cos and sin are multiplied by.
         short_factors: longrope: the stretch of each wavelength in texts no longer than that of pretraining.
         long_factors: longrope: the same in longer ones.
+        rotated_part: proportional: the part of the pairs of dimensions that rotates, from the first on.
     """
 
     rope_type: str = "default"
@@ -106,6 +112,7 @@ class RopeScaling:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    rotated_part: float = 1.0
 
     @classmethod
     def from_hf(
@@ -138,12 +145,14 @@ class RopeScaling:
                 f"rope_parameters for each of {', '.join(layered)}",
                 "Take a model whose layers share them; transformers reads no others in these families.",
             )
-        for elsewhere in ("rope_theta", "partial_rotary_factor"):
-            given.pop(elsewhere, None)
+        rotated_part = given.pop("partial_rotary_factor", None)
+        given.pop("rope_theta", None)
         if not given:
             return cls()
         types = [given.pop(key) for key in _TYPES if key in given]
         kind = _FORMERLY.get(types[0], types[0]) if types and isinstance(types[0], str) else None
+        if kind == "proportional" and rotated_part is not None:
+            given["partial_rotary_factor"] = rotated_part
         if not isinstance(kind, str) or kind not in _KINDS:
             raise ModelError(
                 f"The rope type must be one of {', '.join(_KINDS)}.",
@@ -164,6 +173,8 @@ class RopeScaling:
                 settings = _yarn(keys, max_positions)
             case _LongRope():
                 settings = _longrope(keys, max_positions)
+            case _Proportional():
+                settings = {"factor": keys.factor, "rotated_part": keys.partial_rotary_factor}
             case _:
                 settings = msgspec.structs.asdict(keys)
         scaling = cls(rope_type=kind, **settings)
@@ -210,10 +221,13 @@ def read_rope(
 
 
 def partial_rotary_factor(hf: Mapping[str, Any]) -> Any:
-    """The part of a head that rotates, from either layout of a config; 1 where nothing says it."""
+    """The part of a head that rotates, from either layout of a config; 1 where nothing says it.
+
+    Proportional rotation is of whole heads, in which some pairs have an angle of 0.
+    """
     said = [hf.get("partial_rotary_factor")]
     for layout in ("rope_parameters", "rope_scaling"):
-        if isinstance(inner := hf.get(layout), Mapping):
+        if isinstance(inner := hf.get(layout), Mapping) and inner.get("rope_type") != "proportional":
             said.insert(0, inner.get("partial_rotary_factor"))
     return next((part for part in said if part is not None), 1.0)
 

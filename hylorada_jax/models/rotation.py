@@ -87,5 +87,7 @@ def frequencies(
                 original=s.original_max_position_embeddings,
                 positions=position_ids,
             )
+        case "proportional":
+            return rope.proportional_frequencies(*base, part=s.rotated_part, factor=s.factor)
         case _:
             return rope.default_frequencies(*base)

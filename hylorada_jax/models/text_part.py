@@ -20,7 +20,7 @@ INSIDE = "model.language_model"
 
 _BODY = re.compile(r"(language_model\.model|model\.language_model)\.")
 _HEAD = re.compile(r"(language_model\.)?lm_head\.")
-_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_OTHER_PARTS = re.compile(r"(model\.)?((vision|audio)_tower|embed_(vision|audio)|multi_modal_projector)\.")
 # Keys whose value tells of a part of a multimodal model.
 _PARTS = ("text_config", "vision_config", "audio_config")
 # What a config says once for all of its parts, and of text the whole decides.
@@ -65,9 +65,9 @@ def text_config(whole: Mapping[str, Any], where: object) -> dict[str, Any] | Non
             f"{where}: text_config.model_type {named!r}",
             f"Take a model of text alone, of type {either(DECODERS)}.",
         )
-    if said.get("final_logit_softcapping") is not None:
+    if not DECODERS[own].whole_caps_logits and said.get("final_logit_softcapping") is not None:
         raise ModelError(
-            "A multimodal model bounds no logits (transformers ignores final_logit_softcapping there).",
+            f"A {family} model bounds no logits (transformers ignores final_logit_softcapping there).",
             f"{where}: final_logit_softcapping={said['final_logit_softcapping']!r}",
             "Set it to null in text_config.",
         )

@@ -32,8 +32,10 @@ LATER: dict[str, Any] = {
     "residual_scale": 1.0, "attention_scale": None, "attention_soft_cap": None, "logit_scale": 1.0,
     "logit_soft_cap": None, "mixture": None, "shared_expert": None,
     "swiglu_limit": None, "attention_sinks": False, "dense_layers": (),
+    "value_norm": False, "keys_as_values": False, "full_head_dim": None, "full_kv_heads": None,
+    "layer_scalar": False,
 }  # fmt: skip
-LATER_ROPE: dict[str, Any] = {"short_factors": (), "long_factors": ()}
+LATER_ROPE: dict[str, Any] = {"short_factors": (), "long_factors": (), "rotated_part": 1.0}
 # Or here, where they change no number of a trained model's evaluation.
 UNHASHED = ("initializer_range", "eos_token_ids")
 

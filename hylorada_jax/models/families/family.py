@@ -81,10 +81,15 @@ class Options:
     attention_sinks: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    value_norm: bool = False
+    keys_as_values: bool = False
+    full_head_dim: int | None = None
+    full_kv_heads: int | None = None
     fused: bool = False
     norms: Literal["before", "after", "both"] = "before"
     norm_offset: float = 0.0
     norm_rounded_last: bool = False
+    layer_scalar: bool = False
     sliding_window: int | None
     sliding_layers: tuple[bool, ...]
     rotary_fraction: float = 1.0
@@ -133,6 +138,7 @@ class Decoder:
         rope_theta: the base of the rotary wavelengths where config.json names none.
         settings: the content of config.json → the same in the layout of transformers 4.57.
         text_of: the multimodal model_types whose text part it is.
+        whole_caps_logits: these apply final_logit_softcapping too.
         quantized: of :mod:`~hylorada_jax.models.quantized_elsewhere`, what its checkpoints are read in beside
             what those of all families are.
     """
@@ -144,6 +150,7 @@ class Decoder:
     rope_theta: float = 10000.0
     settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: said
     text_of: tuple[str, ...] = ()
+    whole_caps_logits: bool = False
     quantized: tuple[str, ...] = ()
 
 

@@ -1,0 +1,191 @@
+"""Gemma 4, its text part: layers with a window and those without differ in heads and rotation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.io.reading import checked
+from hylorada_jax.models.bounds import (
+    REMEDY,
+    RULE,
+    Heads,
+    Layers,
+    Multiplier,
+    Positions,
+    Theta,
+    Vocabulary,
+    Width,
+)
+from hylorada_jax.models.families import gemma
+from hylorada_jax.models.families.family import Decoder, Family, Options, sliding
+
+
+class _OwnHeads(Struct, forbid_unknown_fields=True, frozen=True):
+    """What per_layer_config says of one layer."""
+
+    head_dim: Width | None = None
+    num_key_value_heads: Heads | None = None
+
+
+class Gemma4Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act": "hidden_activation"}):
+    """With transformers' defaults for Gemma 4."""
+
+    vocab_size: Vocabulary = 262144
+    hidden_size: Width = 2304
+    intermediate_size: Width = 9216
+    num_hidden_layers: Layers = 30
+    num_attention_heads: Heads = 8
+    num_key_value_heads: Heads | None = 4
+    max_position_embeddings: Positions = 131072
+    sliding_window: Positions | None = 512
+    final_logit_softcapping: Multiplier | None = None
+    global_head_dim: Width = 512
+    num_global_key_value_heads: Heads | None = None
+    # By the layers' numbers. Its null is a value, that no layer has heads of its own: transformers derives
+    # it from the two keys above only where it is absent.
+    per_layer_config: dict[str, _OwnHeads] | UnsetType | None = UNSET
+    attention_k_eq_v: bool = False
+    # "vision" concerns the tokens of images; those of text see what is before them.
+    use_bidirectional_attention: Literal["vision"] | None = None
+    sliding_rope_theta: Theta  # from rope_parameters, by `settings`
+    hidden_size_per_layer_input: Annotated[int, Meta(ge=0)] = 256
+    num_kv_shared_layers: Annotated[int, Meta(ge=0)] = 0
+    enable_moe_block: bool = False
+
+
+class _Full(Struct, forbid_unknown_fields=True):
+    rope_type: Literal["default", "proportional"]
+    rope_theta: Theta
+    partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    factor: Multiplier = 1.0
+
+
+class _Sliding(Struct, forbid_unknown_fields=True):
+    rope_type: Literal["default"]
+    rope_theta: Theta
+
+
+class _Rope(Struct, forbid_unknown_fields=True):
+    full_attention: _Full
+    sliding_attention: _Sliding
+
+
+_ROPE = {
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def settings(said: dict[str, Any]) -> dict[str, Any]:
+    """With the rope parameters, which are of each type of layer, in two; and a last layer without a window.
+
+    Raises:
+        ModelError: the rope parameters are not of each type, or of another kind than these models have.
+    """
+    for key in ("rope_theta", "rope_scaling"):
+        if said.get(key) is not None:
+            raise ModelError(
+                "Gemma 4 has its rope_parameters for each type of layer (transformers ignores others).",
+                f"{key}={said[key]!r}",
+                f"Write it into rope_parameters, and remove {key}.",
+            )
+    where = "rope_parameters"
+    rope = checked(said.get(where, _ROPE), _Rope, RULE, ModelError, REMEDY, where)
+    full = structs.asdict(rope.full_attention)
+    if full["rope_type"] == "default":  # which reads no more
+        full = {key: full[key] for key in ("rope_type", "rope_theta")}
+    said = {**said, where: full, "sliding_rope_theta": rope.sliding_attention.rope_theta}
+    types = said.get("layer_types")
+    if isinstance(types, list) and types and types[-1] == "sliding_attention":
+        said["layer_types"] = [*types[:-1], "full_attention"]  # as transformers does, with a warning
+    return said
+
+
+def options(keys: Gemma4Keys) -> Options:
+    """Five layers with a window to one without, norms everywhere, and a number that scales each layer."""
+    _refuse(keys)
+    depth = keys.num_hidden_layers
+    implied = [bool((n + 1) % 6) and n + 1 < depth for n in range(depth)]
+    window, layers = sliding(keys, keys.sliding_window, implied)
+    head_dim, kv_heads = _full_heads(keys, layers)
+    return Options(
+        qkv_bias=keys.attention_bias,
+        o_bias=keys.attention_bias,
+        qk_norm=True,
+        value_norm=True,
+        keys_as_values=keys.attention_k_eq_v,
+        full_head_dim=head_dim,
+        full_kv_heads=kv_heads,
+        norms="both",
+        norm_rounded_last=True,
+        layer_scalar=True,
+        embedding_scale=keys.hidden_size**0.5,
+        attention_scale=1.0,
+        logit_soft_cap=keys.final_logit_softcapping,
+        sliding_window=window,
+        sliding_layers=layers,
+        sliding_rope_theta=keys.sliding_rope_theta,
+    )
+
+
+def _full_heads(keys: Gemma4Keys, slides: tuple[bool, ...]) -> tuple[int | None, int | None]:
+    """head_dim and key-value heads of the layers without a window; None: those of all layers."""
+    if keys.per_layer_config is UNSET:
+        shared = keys.num_global_key_value_heads if keys.attention_k_eq_v else None
+        return keys.global_head_dim, shared
+    own = keys.per_layer_config or {}
+    of_all = _OwnHeads(keys.head_dim, keys.num_key_value_heads)
+
+    def heads(number: int) -> _OwnHeads:
+        said = own.get(str(number), _OwnHeads())
+        return _OwnHeads(
+            said.head_dim or of_all.head_dim, said.num_key_value_heads or of_all.num_key_value_heads
+        )
+
+    full = {heads(number) for number, with_window in enumerate(slides) if not with_window}
+    others = {heads(number) for number, with_window in enumerate(slides) if with_window}
+    unknown = own.keys() - {str(number) for number in range(len(slides))}
+    if unknown or len(full) > 1 or others - {of_all}:
+        raise ModelError(
+            "per_layer_config gives heads to the layers without a window, to all of them the same.",
+            f"per_layer_config for the layers {', '.join(own)} of {len(slides)}, "
+            f"{len(slides) - sum(slides)} of them without a window",
+            "Check per_layer_config and layer_types in config.json.",
+        )
+    (found,) = full  # the last layer has no window
+    return found.head_dim, found.num_key_value_heads
+
+
+def _refuse(keys: Gemma4Keys) -> None:
+    """Raises on what Gemma 4's smaller models and its mixture have beside."""
+    parts = {
+        "hidden_size_per_layer_input": (keys.hidden_size_per_layer_input, "an embedding for each layer"),
+        "num_kv_shared_layers": (keys.num_kv_shared_layers, "layers with the keys and values of others"),
+        "enable_moe_block": (keys.enable_moe_block, "experts beside the MLP"),
+    }
+    for key, (value, what) in parts.items():
+        if value:
+            raise ModelError(
+                f"Of Gemma 4 our decoder reads the dense models without {what}.",
+                f"{key}={value!r}",
+                f"Take a model whose {key} is {type(value)(0)!r}, such as the 31B one.",
+            )
+
+
+FAMILIES = [
+    Family(
+        model_type="gemma4_text",
+        tokenizer="GemmaTokenizer",
+        decoder=Decoder(
+            causal_lm="Gemma4ForCausalLM",
+            keys=Gemma4Keys,
+            options=options,
+            settings=settings,
+            text_of=("gemma4",),
+            whole_caps_logits=True,
+        ),
+    )
+]
