@@ -46,10 +46,12 @@ CURRENT_PYTHON ?= $(shell for python in python3.13 $$HOME/.pyenv/versions/3.13.*
 current-python:
 	@echo $(CURRENT_PYTHON)
 
-# The torch reference, and JAX against it, beside the newest transformers.
+# The torch reference, and JAX against it, beside the newest transformers, which alone has Gemma 4.
 test-transformers5: $(VENV)-transformers5/.installed
 	$(COMPILED_SOON) $(VENV)-transformers5/bin/$(RUN_PYTEST) hylorada_torch parity_tests/test_models.py parity_tests/test_files.py \
 		parity_tests/test_fixtures.py -k "not lower_precision" $(ARGS)
+	$(COMPILED_SOON) $(VENV)-transformers5/bin/$(RUN_PYTEST) parity_tests/test_gemma4.py parity_tests/test_config_options.py \
+		parity_tests/test_families.py -k gemma4 $(ARGS)
 	$(VENV)-transformers5/bin/python -m hylorada_jax.cli.main parity --only "topk_gate" "qwen2, hylorada_v1" \
 		--output $(VENV)-transformers5/parity.json --overwrite
 

@@ -158,6 +158,22 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             rope_scaling={"rope_type": "linear", "factor": 3.0},
         )
     ),
+    # In layers without a window, heads of another size, whose values are their keys; part of these rotate.
+    "gemma4_text": lambda: transformers.Gemma4ForCausalLM(
+        transformers.Gemma4TextConfig(
+            **{key: value for key, value in _SIZES.items() if key != "rope_theta"} | {"num_hidden_layers": 5},
+            head_dim=6, global_head_dim=8, attention_bias=True, attention_k_eq_v=True, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            num_global_key_value_heads=3, final_logit_softcapping=2.0, hidden_activation="gelu",
+            hidden_size_per_layer_input=0, use_bidirectional_attention="vision",
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        )
+    ),
     # Attends both ways, and has norms behind its residuals.
     "bert": lambda: transformers.BertForMaskedLM(
         transformers.BertConfig(
@@ -178,6 +194,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+# Those that transformers 5 brought.
+NEW = ("gemma4_text",)
+if not hasattr(transformers, "Gemma4ForCausalLM"):
+    for _family in NEW:
+        del FAMILIES[_family]
+
 # Those that run in Hugging Face's Flax classes, which transformers 5 has no more.
 HF_FLAX = ("gpt2", "bert", "t5")
 
@@ -188,7 +210,8 @@ FUSED = () if hasattr(transformers, "FlaxPreTrainedModel") else ("mixtral", "qwe
 
 def runs_in_jax(family: str) -> bool:
     """Whether the installed transformers has the classes that both sides of the family are made of."""
-    return family not in FUSED and (family not in HF_FLAX or hasattr(transformers, "FlaxPreTrainedModel"))
+    there = family in FAMILIES and family not in FUSED
+    return there and (family not in HF_FLAX or hasattr(transformers, "FlaxPreTrainedModel"))
 
 
 @contextlib.contextmanager

@@ -40,6 +40,9 @@ def randomise(model: Any, gain: float = 0.7) -> Any:
                 parameter.normal_(0.0, 0.3)
             else:
                 parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # a number of the checkpoint's that does not train
+                buffer.uniform_(0.5, 1.5)
     return model
 
 

@@ -13,7 +13,7 @@ import jax
 from hylorada_jax.io.files import write_json
 from parity_tests import models
 from parity_tests.environment import environment
-from parity_tests.families import FAMILIES, runs_in_jax
+from parity_tests.families import FAMILIES, NEW, runs_in_jax
 from parity_tests.layers import LAYERS
 from parity_tests.measure import DTYPES, measure_layer, measured_in
 
@@ -88,7 +88,7 @@ def subjects(patterns: Iterable[str] = ("*",), *, whole_models: bool = True) -> 
 
 def left_out() -> list[str]:
     """The families of models that cannot be measured with the installed transformers."""
-    return [family for family in FAMILIES if not runs_in_jax(family)]
+    return [family for family in dict.fromkeys((*FAMILIES, *NEW)) if not runs_in_jax(family)]
 
 
 def measure(subject: Subject) -> Iterator[Row]:

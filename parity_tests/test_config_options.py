@@ -32,6 +32,12 @@ IGNORED = {
     ("gemma3_text", "_sliding_window_pattern"),
     ("qwen2_moe", "sliding_window"),  # without use_sliding_window, which is refused
     ("qwen2_moe", "max_window_layers"),
+    # Of parts of Gemma 4 that are refused by other keys.
+    ("gemma4_text", "vocab_size_per_layer_input"),
+    ("gemma4_text", "use_double_wide_mlp"),
+    ("gemma4_text", "num_experts"),
+    ("gemma4_text", "top_k_experts"),
+    ("gemma4_text", "moe_intermediate_size"),
 }
 # Read only where the other, which transformers derives from it, is absent.
 DERIVED = {"max_window_layers": "layer_types", "no_rope_layer_interval": "no_rope_layers"}
@@ -94,6 +100,7 @@ GENERATION = vars(transformers.GenerationConfig())
 ROWS = [
     (family, key)
     for family in DECODERS
+    if family in FAMILIES  # transformers 4.57 lacks some
     for key in settings(family)
     if not (key in IDLE or key in GENERATION or (family, key) in IGNORED)
 ]

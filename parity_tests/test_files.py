@@ -18,7 +18,7 @@ from hylorada_jax.models.source import find_source
 from hylorada_jax.models.weights_digest import files_digest, tree_digest
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.saved.saved_adapter import SavedAdapter, open_adapter
-from parity_tests.families import FAMILIES, FUSED, all_in_float64, jax_base, measuring, saved, torch_base
+from parity_tests.families import FAMILIES, FUSED, NEW, all_in_float64, jax_base, measuring, saved, torch_base
 from parity_tests.models import CONFIGS, build, errors, there_and_back
 from parity_tests.tolerances import MODEL
 
@@ -54,6 +54,7 @@ SAVED = {
     "gemma": ("482719cd74", "6f048169ea"),
     "gemma2": ("482719cd74", "bc312b9046"),
     "gemma3_text": ("482719cd74", "301cfecdf8"),
+    "gemma4_text": ("40ac30ebdc", "e7b8229c10"),
     "bert": ("a2459b37b8", "2eaa76736e"),
     "t5": ("8260522d3e", "a78a618664"),
 }
@@ -68,6 +69,7 @@ def test_an_adapter_knows_its_base_under_every_version_of_transformers(family):
 
 # Of every kind of leaf, and every way from a tensor to it; the families' own names, other tests load.
 LAYOUTS = ["gpt2", "qwen2", "phi3", "gemma2", "mixtral", "gpt_oss", "bert", "t5"]
+LAYOUTS += [family for family in NEW if family in FAMILIES]
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

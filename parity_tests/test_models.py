@@ -12,7 +12,7 @@ from hylorada_jax.config import METHODS
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.wrapped import as_base
-from parity_tests.families import FAMILIES, FUSED, HF_FLAX, jax_base, measuring
+from parity_tests.families import FAMILIES, FUSED, HF_FLAX, NEW, jax_base, measuring
 from parity_tests.models import (
     CONFIGS,
     FULLEST,
@@ -32,7 +32,7 @@ def test_every_method_and_every_family_is_registered():
     assert {name for _, name in MATRIX} == set(CONFIGS)
     assert {family for family, _ in MATRIX} == set(FAMILIES)
     # What hylorada_jax adapts whole, attention included: the families of our decoder, and of HF's these.
-    assert set(FAMILIES) == {*DECODERS, *HF_FLAX}
+    assert {*FAMILIES, *NEW} == {*DECODERS, *HF_FLAX}
 
 
 def test_every_attention_of_hugging_faces_that_is_ours_is_registered():

@@ -141,8 +141,9 @@ class DecoderConfig(Options):
             same |= {"mixture": None, "shared_expert": None}
         if self.sliding_layers and self.sliding_layers[number]:
             return replace(self, **same, keys_as_values=False)
-        heads = {"head_dim": self.full_head_dim, "num_key_value_heads": self.full_kv_heads}
-        return replace(self, **same, **{key: value for key, value in heads.items() if value is not None})
+        same["head_dim"] = self.full_head_dim or self.head_dim
+        same["num_key_value_heads"] = self.full_kv_heads or self.num_key_value_heads
+        return replace(self, **same)
 
     def kinds(self) -> tuple[DecoderConfig, ...]:
         """What :meth:`kind` gives for the layers, each once, in the order of the layers."""

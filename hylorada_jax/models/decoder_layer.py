@@ -145,7 +145,7 @@ class DecoderAttention(nn.Module):
         if c.keys_as_values:
             del widths["v_proj"]
         q, k, *v = projections(x, widths, "qkv_proj" if c.fused else None, bias=c.qkv_bias)
-        query, key, value = heads(q, "q_norm"), heads(k, "k_norm"), heads(*(v or [k]))
+        query, key, value = heads(q, "q_norm"), heads(k, "k_norm"), heads(v[0] if v else k)
         if c.value_norm:
             value = computed_again(lambda x: over_root_mean_square(x, c.rms_norm_eps).astype(x.dtype))(value)
         cos, sin = (table[step.rotations[layer]] for table in (step.cos, step.sin))

@@ -22,6 +22,8 @@ from hylorada_jax.models.bounds import (
 from hylorada_jax.models.families import gemma
 from hylorada_jax.models.families.family import Decoder, Family, Options, sliding
 
+_Number = Annotated[str, Meta(pattern=r"^[0-9]{1,4}$")]
+
 
 class _OwnHeads(Struct, forbid_unknown_fields=True, frozen=True):
     """What per_layer_config says of one layer."""
@@ -39,6 +41,7 @@ class Gemma4Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act
     num_hidden_layers: Layers = 30
     num_attention_heads: Heads = 8
     num_key_value_heads: Heads | None = 4
+    hidden_act: str = "gelu_pytorch_tanh"
     max_position_embeddings: Positions = 131072
     sliding_window: Positions | None = 512
     final_logit_softcapping: Multiplier | None = None
@@ -46,7 +49,7 @@ class Gemma4Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act
     num_global_key_value_heads: Heads | None = None
     # By the layers' numbers. Its null is a value, that no layer has heads of its own: transformers derives
     # it from the two keys above only where it is absent.
-    per_layer_config: dict[str, _OwnHeads] | UnsetType | None = UNSET
+    per_layer_config: dict[_Number, _OwnHeads] | UnsetType | None = UNSET
     attention_k_eq_v: bool = False
     # "vision" concerns the tokens of images; those of text see what is before them.
     use_bidirectional_attention: Literal["vision"] | None = None
@@ -110,7 +113,9 @@ def options(keys: Gemma4Keys) -> Options:
     depth = keys.num_hidden_layers
     implied = [bool((n + 1) % 6) and n + 1 < depth for n in range(depth)]
     window, layers = sliding(keys, keys.sliding_window, implied)
-    head_dim, kv_heads = _full_heads(keys, layers)
+    full, of_all = _full_heads(keys, layers), (keys.head_dim, keys.num_key_value_heads)
+    # What is as in all layers has one form, however it was written: files know their base by it.
+    head_dim, kv_heads = (own if own != each else None for own, each in zip(full, of_all, strict=True))
     return Options(
         qkv_bias=keys.attention_bias,
         o_bias=keys.attention_bias,
@@ -132,26 +137,27 @@ def options(keys: Gemma4Keys) -> Options:
 
 
 def _full_heads(keys: Gemma4Keys, slides: tuple[bool, ...]) -> tuple[int | None, int | None]:
-    """head_dim and key-value heads of the layers without a window; None: those of all layers."""
+    """head_dim and key-value heads of the layers without a window."""
     if keys.per_layer_config is UNSET:
         shared = keys.num_global_key_value_heads if keys.attention_k_eq_v else None
-        return keys.global_head_dim, shared
-    own = keys.per_layer_config or {}
+        return keys.global_head_dim, shared or keys.num_key_value_heads
+    written = keys.per_layer_config or {}
+    own = {int(number): heads for number, heads in written.items()}  # transformers writes "05" of 30 layers
     of_all = _OwnHeads(keys.head_dim, keys.num_key_value_heads)
 
     def heads(number: int) -> _OwnHeads:
-        said = own.get(str(number), _OwnHeads())
+        said = own.get(number, _OwnHeads())
         return _OwnHeads(
             said.head_dim or of_all.head_dim, said.num_key_value_heads or of_all.num_key_value_heads
         )
 
     full = {heads(number) for number, with_window in enumerate(slides) if not with_window}
     others = {heads(number) for number, with_window in enumerate(slides) if with_window}
-    unknown = own.keys() - {str(number) for number in range(len(slides))}
+    unknown = len(own) < len(written) or own.keys() - {*range(len(slides))}
     if unknown or len(full) > 1 or others - {of_all}:
         raise ModelError(
             "per_layer_config gives heads to the layers without a window, to all of them the same.",
-            f"per_layer_config for the layers {', '.join(own)} of {len(slides)}, "
+            f"per_layer_config for the layers {', '.join(written)} of {len(slides)}, "
             f"{len(slides) - sum(slides)} of them without a window",
             "Check per_layer_config and layer_types in config.json.",
         )

@@ -1,0 +1,191 @@
+"""What Gemma 4 alone has, against transformers' torch models of it, which version 5 brought."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from hylorada_jax.errors import ModelError
+from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.stacks import parts_of
+from parity_tests.families import FAMILIES, VOCAB, all_in_float64, jax_base, measuring, torch_base
+from parity_tests.hf_weights import randomise
+from parity_tests.tolerances import MODEL, relative_error
+
+FAMILY = "gemma4_text"
+needs_oracle = pytest.mark.skipif(
+    not hasattr(transformers, "Gemma4ForCausalLM"), reason="transformers 4.57 has no Gemma 4"
+)
+DENSE: dict[str, Any] = {"model_type": FAMILY, "hidden_size_per_layer_input": 0}
+ROPE: dict[str, Any] = {
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+TEXTS = [np.random.default_rng(3).integers(1, VOCAB, length) for length in (17, 9, 13)]  # the window is 4
+
+
+def torch_logits(model: Any, ids: Any, **inputs: Any) -> np.ndarray:
+    given = {name: torch.tensor(np.asarray(value)) for name, value in inputs.items()}
+    with all_in_float64(), torch.no_grad():
+        return model(torch.tensor(np.asarray(ids)), use_cache=False, **given).logits.numpy()
+
+
+def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
+    width = max(map(len, TEXTS))
+    ids, mask = np.zeros((2, len(TEXTS), width), np.int64)
+    for row, text in enumerate(TEXTS):
+        where = slice(width - len(text), None) if side == "left" else slice(len(text))
+        ids[row, where], mask[row, where] = text, 1
+    return ids, mask
+
+
+@needs_oracle
+def test_padded_and_packed_rows_longer_than_the_window():
+    with all_in_float64():
+        theirs = torch_base(FAMILY, "float64")
+    with measuring("float64"):
+        ours = jax_base(FAMILY, "float64")
+        for side in ("left", "right"):
+            ids, mask = padded(side)
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+            expected = torch_logits(theirs, ids, attention_mask=mask, position_ids=positions)
+            got = np.asarray(ours(jnp.asarray(ids), attention_mask=jnp.asarray(mask)).logits)
+            assert relative_error(got[mask > 0], expected[mask > 0]) <= MODEL["float64"]
+        segments = np.concatenate([np.full(len(text), n + 1) for n, text in enumerate(TEXTS)])[None]
+        packed = ours(jnp.asarray(np.concatenate(TEXTS))[None], segment_ids=jnp.asarray(segments)).logits
+    alone = np.concatenate([torch_logits(theirs, text[None])[0] for text in TEXTS])
+    assert relative_error(np.asarray(packed[0]), alone) <= MODEL["float64"]
+
+
+@needs_oracle
+def test_a_cache_of_layers_with_unequal_heads_continues_as_torch_does():
+    with all_in_float64():
+        theirs = torch_base(FAMILY, "float32")
+    prompts, text = [text.tolist() for text in TEXTS], TEXTS[0][None]
+    with measuring("float32"):
+        ours = jax_base(FAMILY, "float32")
+        answers = ours.generate(prompts, max_new_tokens=8, eos_token_id=-1)
+        cache, found = ours.init_cache(1, text.shape[1]), []
+        ends = [9, *range(10, text.shape[1] + 1)]
+        for start, end in pairwise([0, *ends]):
+            logits, cache = ours.decode(
+                {"params": ours.params},
+                jnp.asarray(text[:, start:end]),
+                position_ids=jnp.arange(start, end)[None],
+                cache=cache,
+            )
+            found.append(np.asarray(logits[0]))
+    expected = torch_logits(theirs, text)[0, np.array(ends) - 1]
+    assert relative_error(np.stack(found), expected) <= MODEL["float32"]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = torch_logits(theirs, [[*prompt, *answer]])[0]
+        assert answer == logits[len(prompt) - 1 : -1].argmax(axis=-1).tolist()
+
+
+@needs_oracle
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_layer_config": {}},
+        {"per_layer_config": {"1": {"head_dim": 10}, "3": {"head_dim": 10}, "4": {"head_dim": 10}}},
+        {"attention_k_eq_v": False, "num_global_key_value_heads": 3},
+        {"layer_types": ["sliding_attention"] * 5},
+        {"layer_types": None, "num_hidden_layers": 7},
+    ],
+    ids=["alike", "other heads", "values of their own", "the last is forced", "five to one"],
+)
+def test_layouts_of_heads(changes, tmp_path):
+    said = FAMILIES[FAMILY]().config.to_dict() | {"global_head_dim": 8, "num_global_key_value_heads": 3}
+    said = {key: value for key, value in said.items() if key != "per_layer_config"} | changes
+    config = transformers.Gemma4TextConfig(**{k: v for k, v in said.items() if v is not None})
+    torch.manual_seed(0)
+    with all_in_float64():
+        theirs = randomise(transformers.Gemma4ForCausalLM(config)).double().eval()
+        theirs.save_pretrained(tmp_path)
+    # As a person wrote it, and as transformers writes it.
+    assert DecoderConfig.from_hf(said) == DecoderConfig.from_hf(config.to_dict())
+    with measuring("float64"):
+        got = np.asarray(load_model(tmp_path, dtype="float64")(jnp.asarray(TEXTS[0])[None]).logits)
+    assert relative_error(got, torch_logits(theirs, TEXTS[0][None])) <= MODEL["float64"]
+
+
+@needs_oracle
+def test_defaults_are_those_of_transformers():
+    written = transformers.AutoConfig.for_model(**DENSE).to_dict()
+    assert DecoderConfig.from_hf(written) == DecoderConfig.from_hf(DENSE)
+
+
+@needs_oracle
+@pytest.mark.parametrize("original", [True, False])
+def test_the_text_part_of_a_multimodal_model_has_its_soft_cap(original, tmp_path):
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 4, "patch_size": 4, "position_embedding_size": 16,
+    }  # fmt: skip
+    config = transformers.Gemma4Config(
+        text_config=FAMILIES[FAMILY]().config, vision_config=vision, audio_config=None
+    )
+    torch.manual_seed(0)
+    with all_in_float64():
+        theirs = randomise(transformers.Gemma4ForConditionalGeneration(config)).double().eval()
+        theirs.save_pretrained(tmp_path, save_original_format=original)
+    with measuring("float64"):
+        model = load_model(tmp_path, dtype="float64")
+        got = np.asarray(model(jnp.asarray(TEXTS[0])[None]).logits)
+    assert model.config.logit_soft_cap == 2.0
+    assert relative_error(got, torch_logits(theirs, TEXTS[0][None])) <= MODEL["float64"]
+
+
+def test_sixty_layers_are_a_pattern_repeated_ten_times():
+    shape = {"num_hidden_layers": 60, "attention_k_eq_v": True, "num_key_value_heads": 8,
+             "num_global_key_value_heads": 2}  # fmt: skip
+    config = DecoderConfig.from_hf(DENSE | shape)
+    (part,) = parts_of(config)
+    assert (part.repeats, [stack.together for stack in part.stacks]) == (10, [5, 1])
+    sliding, full = (stack.config for stack in part.stacks)
+    assert (sliding.head_dim, sliding.num_key_value_heads, sliding.keys_as_values) == (256, 8, False)
+    assert (full.head_dim, full.num_key_value_heads, full.keys_as_values) == (512, 2, True)
+    assert config.kv_heads_in_common == 2
+
+
+def test_a_null_of_per_layer_config_is_no_absent_one():
+    absent, null = (DecoderConfig.from_hf(DENSE | more) for more in ({}, {"per_layer_config": None}))
+    assert [kind.head_dim for kind in absent.kinds()] == [256, 512]
+    assert [kind.head_dim for kind in null.kinds()] == [256]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input=256"),
+    ({"num_kv_shared_layers": 3}, "num_kv_shared_layers=3"),
+    ({"enable_moe_block": True}, "enable_moe_block=True"),
+    ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+    ({"rope_theta": 3.0}, "rope_theta=3.0"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}, "rope_parameters"),
+    (
+        {"rope_parameters": ROPE | {"sliding_attention": {"rope_type": "linear", "rope_theta": 50.0}}},
+        "sliding_attention.rope_type",
+    ),
+    ({"rope_parameters": {"full_attention": ROPE["full_attention"]}}, "sliding_attention"),
+    ({"rope_parameters": 3}, "rope_parameters"),
+    ({"per_layer_config": {"5": {"intermediate_size": 3}}}, "intermediate_size"),
+    ({"per_layer_config": {"5": {"head_dim": 512}}}, "per_layer_config"),  # not in layer 11
+    ({"per_layer_config": {"0": {"head_dim": 512}}}, "per_layer_config"),  # has a window
+    ({"per_layer_config": {"40": {"head_dim": 512}}}, "per_layer_config"),
+    ({"global_head_dim": 7}, "head_dim=7"),
+    ({"num_global_key_value_heads": 3, "attention_k_eq_v": True}, "num_key_value_heads=3"),
+    ({"layer_types": ["full_attention"]}, "layer_types"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), REFUSED, ids=lambda part: json.dumps(part)[:50])
+def test_what_it_has_beside_is_refused_by_name(changes, named):
+    with pytest.raises(ModelError) as caught:
+        DecoderConfig.from_hf(DENSE | changes)
+    assert named in str(caught.value)
