@@ -54,7 +54,7 @@ def param_shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict[
 
 
 def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Random weights as HF draws them: normal(initializer_range), zero biases, unit norms.
+    """Random weights as HF draws them: normal(initializer_range), zero biases, unit norms and scalars.
 
     Args:
         config: the decoder's configuration.
@@ -79,7 +79,7 @@ def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float3
 
 def _start(path: Any) -> int | None:
     """What a leaf is filled with; None of one that is drawn."""
-    return {"bias": 0, "scale": 1}.get(path[-1].key)
+    return {"bias": 0, "scale": 1, "layer_scalar": 1}.get(path[-1].key)
 
 
 def _init_in_shares(

@@ -66,6 +66,13 @@ def test_random_weights_differ_by_key_and_layer():
     assert float(first.std()) == pytest.approx(0.2, abs=5 * 0.2 / np.sqrt(2 * first.size))
 
 
+def test_what_scales_a_layer_starts_at_one():
+    """As transformers starts it: drawn around 0, it would leave nothing of what is added before it."""
+    one = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_hidden_layers": 1}
+    params = init_params(DecoderConfig.from_hf(TINY | one), jax.random.key(0))
+    assert params["model"]["layers"]["layer_scalar"].tolist() == [[1.0]]
+
+
 def test_attention_mask_and_segments_agree_on_padding():
     base = CausalLM.from_config(DecoderConfig.from_hf(TINY), jax.random.key(0))
     ids = jnp.arange(1, 13).reshape(2, 6)
