@@ -196,9 +196,9 @@ class Decoder(nn.Module):
         key_slots, key_positions = slots, position_ids
         if cache is not None:
             new = jnp.ones(input_ids.shape, bool) if key_valid is None else key_valid
-            key_valid = lax.dynamic_update_slice(cache.valid, new, (0, start))
+            key_valid = lax.dynamic_update_slice_in_dim(cache.valid, new, start, axis=1)
             new_positions = position_ids.astype(cache.positions.dtype)
-            key_positions = lax.dynamic_update_slice(cache.positions, new_positions, (0, start))
+            key_positions = lax.dynamic_update_slice_in_dim(cache.positions, new_positions, start, axis=1)
             key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
 
         patterns: tuple[Pattern, ...]

@@ -152,7 +152,8 @@ class DecoderAttention(nn.Module):
         query, key = rope.apply_rope(query, cos, sin), rope.apply_rope(key, cos, sin)
 
         if stream.cache is not None:
-            at = (layer, 0, step.start, 0, 0)
+            zero = jnp.int32(0)  # 0 alone would be int64 under x64
+            at = (layer, zero, step.start, zero, zero)
             keys = lax.dynamic_update_slice(stream.cache[0], key[None], at)
             values = lax.dynamic_update_slice(stream.cache[1], value[None], at)
             key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)

@@ -249,7 +249,7 @@ def _put(
     token = chosen.choose(logits, state.seen, state.step)
     return state._replace(
         step=state.step + 1,
-        tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+        tokens=lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
         counts=state.counts + ~state.ended,
         ended=state.ended | jnp.any(token[:, None] == ends, axis=-1),
         finite=state.ended | jnp.all(jnp.isfinite(logits), axis=-1),
