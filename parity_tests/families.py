@@ -161,9 +161,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     # In layers without a window, heads of another size, whose values are their keys; part of these rotate.
     "gemma4_text": lambda: transformers.Gemma4ForCausalLM(
         transformers.Gemma4TextConfig(
-            **{key: value for key, value in _SIZES.items() if key != "rope_theta"} | {"num_hidden_layers": 5},
+            **{key: value for key, value in _SIZES.items() if key != "rope_theta"} | {"num_hidden_layers": 4},
             head_dim=6, global_head_dim=8, attention_bias=True, attention_k_eq_v=True, sliding_window=4,
-            layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            layer_types=["sliding_attention", "full_attention"] * 2,
             num_global_key_value_heads=3, final_logit_softcapping=2.0, hidden_activation="gelu",
             hidden_size_per_layer_input=0, use_bidirectional_attention="vision",
             rope_parameters={

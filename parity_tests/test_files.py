@@ -54,7 +54,7 @@ SAVED = {
     "gemma": ("482719cd74", "6f048169ea"),
     "gemma2": ("482719cd74", "bc312b9046"),
     "gemma3_text": ("482719cd74", "301cfecdf8"),
-    "gemma4_text": ("40ac30ebdc", "e7b8229c10"),
+    "gemma4_text": ("9c628ba5e4", "0c8467f80e"),
     "bert": ("a2459b37b8", "2eaa76736e"),
     "t5": ("8260522d3e", "a78a618664"),
 }
