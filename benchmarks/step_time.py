@@ -156,12 +156,11 @@ def measure(
     from benchmarks.contenders import roster
     from benchmarks.contenders.setting import describe, precision
 
+    # First: beside all of them, built to be timed, one alone may find too little memory.
+    alone = {name: _in_own_process(name, setting) for name in names} if memory else {}
     with precision(setting):
         found = time_steps(roster.build_all(names, setting), rounds, AGREEMENT[setting.dtype])
         settings = describe(setting)
-    if memory:
-        for name in names:
-            found[name] |= _in_own_process(name, setting)
     baseline = found.get(BASELINE)
     settings |= {"rounds": rounds, "cores": cores(), "first_losses_agree_to": AGREEMENT[setting.dtype]}
     settings["load_per_core"] = os.getloadavg()[0] / (os.cpu_count() or 1)  # with our own
@@ -169,7 +168,10 @@ def measure(
         "settings": settings,
         "differences": list(roster.DIFFERENCES),
         "contenders": {
-            name: summary(one, baseline) | speed(setting, one["seconds"], peak_tflops) | one
+            name: summary(one, baseline)
+            | speed(setting, one["seconds"], peak_tflops)
+            | one
+            | alone.get(name, {})
             for name, one in found.items()
         },
     }
