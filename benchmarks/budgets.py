@@ -44,8 +44,9 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
     if old := [record for record in measured if "passages" not in record["result"]]:
         rule = "The runs must have the losses of each passage."
         raise CheckpointError(rule, f"{len(old)} in {directory} without", "Run the experiment anew.")
-    # A search that is under way has budgets of which nothing is measured yet.
-    found = {steps: read(directory, steps=steps) for steps in budgets(measured)}
+    # A search that is under way has budgets with nothing measured yet to compare with.
+    of_other = [record for record in measured if record["settings"]["label"] == against]
+    found = {steps: read(directory, steps=steps) for steps in budgets(of_other or measured)}
     text = table(found, against) + ranks(found[max(found)])
     show(text)
     write_whole(directory / "budgets.md", text.encode())
