@@ -46,7 +46,7 @@ def parity(
     rows = [row for subject in tqdm(subjects, "parity") for row in report.measure(subject)]
     print(report.table(rows))
     if whole_models and (families := report.left_out()):
-        print(f"left out: {', '.join(families)}, whose classes transformers {version('transformers')} lacks")
+        print(f"left out with transformers {version('transformers')}: {', '.join(families)}")
     report.write(rows, output, shlex.join(["hylorada", *sys.argv[1:]]))
     print(f"report  {one_line(output)}")
     if not all(row.passed for row in rows):
