@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -116,3 +117,13 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], array: np.ndarray) -> None
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = jnp.asarray(array)
+
+
+def padded(rows: Sequence[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens as one array, and its mask; what fills the left or the right is 0."""
+    width = max(map(len, rows))
+    ids, mask = np.zeros((2, len(rows), width), np.int32)
+    for row, text in enumerate(rows):
+        where = slice(width - len(text), None) if side == "left" else slice(len(text))
+        ids[row, where], mask[row, where] = text, 1
+    return ids, mask

@@ -30,7 +30,7 @@ from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.rotation import frequencies as frequencies_of
 from hylorada_jax.models.sampling import filter_logits
 from parity_tests.families import NEW, all_in_float64
-from parity_tests.hf_weights import params_of, random_torch_model
+from parity_tests.hf_weights import padded, params_of, random_torch_model
 from parity_tests.tolerances import DECODER
 
 SHAPE = {
@@ -215,15 +215,6 @@ def logits_of(model: CausalLM, ids, mask=None, segments=None) -> np.ndarray:
 def texts(seed: int = 1) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.integers(1, 97, length).astype(np.int32) for length in LENGTHS]
-
-
-def padded(rows: list[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
-    width = max(map(len, rows))
-    ids, mask = np.zeros((2, len(rows), width), np.int32)
-    for row, text in enumerate(rows):
-        where = slice(width - len(text), None) if side == "left" else slice(len(text))
-        ids[row, where], mask[row, where] = text, 1
-    return ids, mask
 
 
 def torch_logits(model, ids, mask=None, positions=None) -> np.ndarray:

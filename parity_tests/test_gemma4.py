@@ -16,6 +16,7 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.stacks import parts_of
 from parity_tests.families import FAMILIES, VOCAB, all_in_float64, jax_base, measuring, torch_base
+from parity_tests.hf_weights import padded
 from parity_tests.tolerances import MODEL, relative_error
 
 FAMILY = "gemma4_text"
@@ -36,15 +37,6 @@ def torch_logits(model: Any, ids: Any, **inputs: Any) -> np.ndarray:
         return model(torch.tensor(np.asarray(ids)), use_cache=False, **given).logits.numpy()
 
 
-def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
-    width = max(map(len, TEXTS))
-    ids, mask = np.zeros((2, len(TEXTS), width), np.int64)
-    for row, text in enumerate(TEXTS):
-        where = slice(width - len(text), None) if side == "left" else slice(len(text))
-        ids[row, where], mask[row, where] = text, 1
-    return ids, mask
-
-
 @needs_oracle
 def test_padded_and_packed_rows_longer_than_the_window():
     with all_in_float64():
@@ -52,7 +44,7 @@ def test_padded_and_packed_rows_longer_than_the_window():
     with measuring("float64"):
         ours = jax_base(FAMILY, "float64")
         for side in ("left", "right"):
-            ids, mask = padded(side)
+            ids, mask = padded(TEXTS, side)
             positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
             expected = torch_logits(theirs, ids, attention_mask=mask, position_ids=positions)
             got = np.asarray(ours(jnp.asarray(ids), attention_mask=jnp.asarray(mask)).logits)

@@ -159,7 +159,7 @@ class BitsAndBytesWeights(PackedWeights):
         if state.nested_blocksize is not None:
             expected[name + _NESTED_ABSMAX] = ("F32", (-(-state.blocks // state.nested_blocksize),))
             expected[name + _NESTED_MAP] = ("F32", (256,))
-        found = {own: (self.dtypes[own], self.shapes[own]) for own in (name, *parts) if own in self.shapes}
+        found = self.described((name, *parts))
         wrong = [
             f"{own}: {_said(found.get(own))} instead of {_said(expected.get(own))}"
             for own in {**expected, **found}
@@ -208,12 +208,10 @@ class BitsAndBytesWeights(PackedWeights):
             first, last = ((at - here.start) * size // 2 for at in (own_blocks.start, own_blocks.stop))
             run = numbers(codes[first:last], absmax[own_blocks], state.quant_type, size)
             run = run[start * width - own_blocks.start * size :][: (stop - start) * width]
-            with np.errstate(
-                over="ignore"
-            ):  # whoever reads the tensor reports what is infinite, with its name
-                values[start - rows.start : stop - rows.start] = run.reshape(-1, width)[
-                    :, columns.start : columns.stop
-                ]
+            run = run.reshape(-1, width)[:, columns.start : columns.stop]
+            # Whoever reads the tensor reports what is infinite, with its name.
+            with np.errstate(over="ignore"):
+                values[start - rows.start : stop - rows.start] = run
         return values
 
     def _absmax(self, name: str) -> np.ndarray:

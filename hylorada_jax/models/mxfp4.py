@@ -81,7 +81,7 @@ class MXFP4Weights(PackedWeights):
             yield Packed(name, parts, (experts, groups * _GROUP, outputs), "BF16")
 
     def _check(self, name: str, parts: Sequence[str]) -> None:
-        found = {own: (self.dtypes[own], self.shapes[own]) for own in (name, *parts) if own in self.shapes}
+        found = self.described((name, *parts))
         scales = found.get(parts[1], ("", ()))[1]
         if len(scales) != 3 or found != {parts[0]: ("U8", (*scales, _GROUP // 2)), parts[1]: ("U8", scales)}:
             raise damaged(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,10 @@ class PackedWeights(SafetensorsWeights):
     @abstractmethod
     def numbers_of(self, name: str, own: Sequence[range]) -> np.ndarray:
         """The numbers of such a tensor at some places along each of its axes."""
+
+    def described(self, names: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The dtypes and shapes of those tensors that are in the files."""
+        return {name: (self.dtypes[name], self.shapes[name]) for name in names if name in self.shapes}
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor, or its codes."""
