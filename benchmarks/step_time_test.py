@@ -105,7 +105,7 @@ def test_the_command_writes_what_it_measured(llama, tmp_path):
     assert "peft lora" in run.stdout
 
 
-@pytest.mark.parametrize("seq_len", [256, 1024])
+@pytest.mark.parametrize("seq_len", [256, 1024, 4096])
 def test_the_page_has_the_table_of_the_recorded_run(seq_len):
     root = Path(step_time.__file__).parents[1]
     record = json.loads((root / f"benchmarks/results/step-time-{seq_len}-cpu.json").read_text())
