@@ -30,6 +30,17 @@ _SIZES: dict[str, Any] = {
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6, "beta_fast": 3.0}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 8}  # fmt: skip
+_BOTH = ["sliding_attention", "full_attention"]
+_GEMMA4: dict[str, Any] = {
+    **{key: value for key, value in _SIZES.items() if key not in ("rope_theta", "num_hidden_layers")},
+    "head_dim": 6, "global_head_dim": 8, "num_global_key_value_heads": 3, "attention_k_eq_v": True,
+    "attention_bias": True, "sliding_window": 4, "final_logit_softcapping": 2.0, "hidden_activation": "gelu",
+    "use_bidirectional_attention": "vision",
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}  # fmt: skip
 
 # Random torch models, the options of each away from their defaults. The base runs deterministically in JAX,
 # also in training: no dropout.
@@ -159,19 +170,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         )
     ),
     # In layers without a window, heads of another size, whose values are their keys; part of these rotate.
+    "gemma4_unified_text": lambda: transformers.Gemma4UnifiedForCausalLM(
+        transformers.Gemma4UnifiedTextConfig(**_GEMMA4, num_hidden_layers=4, layer_types=_BOTH * 2)
+    ),
+    # The same, with an embedding for each layer; half of the layers have keys and values of the others, and
+    # wider MLPs.
     "gemma4_text": lambda: transformers.Gemma4ForCausalLM(
         transformers.Gemma4TextConfig(
-            **{key: value for key, value in _SIZES.items() if key != "rope_theta"} | {"num_hidden_layers": 4},
-            head_dim=6, global_head_dim=8, attention_bias=True, attention_k_eq_v=True, sliding_window=4,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            num_global_key_value_heads=3, final_logit_softcapping=2.0, hidden_activation="gelu",
-            hidden_size_per_layer_input=0, use_bidirectional_attention="vision",
-            rope_parameters={
-                "full_attention": {
-                    "rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 500.0,
-                },
-                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
-            },
+            **_GEMMA4, num_hidden_layers=8, layer_types=_BOTH * 4, num_kv_shared_layers=4,
+            use_double_wide_mlp=True, hidden_size_per_layer_input=5, vocab_size_per_layer_input=VOCAB + 2,
         )
     ),
     # Attends both ways, and has norms behind its residuals.
@@ -195,7 +202,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 # Those that transformers 5 brought.
-NEW = ("gemma4_text",)
+NEW = ("gemma4_unified_text", "gemma4_text")
 if not hasattr(transformers, "Gemma4ForCausalLM"):
     for _family in NEW:
         del FAMILIES[_family]

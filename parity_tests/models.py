@@ -25,7 +25,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import modules_of
-from parity_tests.families import FAMILIES, NEW, VOCAB, all_in_float64, jax_base, measuring, torch_base
+from parity_tests.families import FAMILIES, VOCAB, all_in_float64, jax_base, measuring, torch_base
 from parity_tests.tolerances import BFLOAT16_MODEL, MODEL, relative_error
 
 # Draws of the adapters, whose median error counts. In bfloat16 a single one scatters: of 24, half were within
@@ -110,7 +110,11 @@ MATRIX = [
     ("gpt2", "hylorada_v2"),
     ("bert", "hylorada_v2"),
     ("qwen2", "hylorada_v2, temporal"),
-    *((family, "hylorada") for family in NEW if family in FAMILIES),
+    *(
+        (family, method)
+        for family, method in (("gemma4_text", "hylorada"), ("gemma4_unified_text", "lora"))
+        if family in FAMILIES
+    ),
 ]
 
 

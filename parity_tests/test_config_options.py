@@ -32,9 +32,8 @@ IGNORED = {
     ("gemma3_text", "_sliding_window_pattern"),
     ("qwen2_moe", "sliding_window"),  # without use_sliding_window, which is refused
     ("qwen2_moe", "max_window_layers"),
-    # Of parts of Gemma 4 that are refused by other keys.
-    ("gemma4_text", "vocab_size_per_layer_input"),
-    ("gemma4_text", "use_double_wide_mlp"),
+    ("gemma4_unified_text", "use_double_wide_mlp"),  # of layers that share keys and values, of which are none
+    # Of a part of Gemma 4 that is refused by another key.
     ("gemma4_text", "num_experts"),
     ("gemma4_text", "top_k_experts"),
     ("gemma4_text", "moe_intermediate_size"),

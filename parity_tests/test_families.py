@@ -28,8 +28,8 @@ def built(model_type: str) -> Any:
     """transformers' model of a family, of a layer in every stack, shapes in the place of its weights."""
     if model_type not in transformers.CONFIG_MAPPING:
         pytest.skip("a family that transformers 4.57 lacks")
-    # The parts that are refused left out; it derives as much from its depth that this comes first.
-    first = {"num_hidden_layers": 1, "hidden_size_per_layer_input": 0} if model_type == "gemma4_text" else {}
+    # It derives as much from its depth that this comes first.
+    first = {"num_hidden_layers": 1} if model_type.startswith("gemma4") else {}
     config = transformers.AutoConfig.for_model(model_type, **first)
     pair = FAMILIES[model_type].task == "SEQ_2_SEQ_LM"
     for depth in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):

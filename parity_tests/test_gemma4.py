@@ -1,7 +1,9 @@
 """What Gemma 4 alone has, against transformers' torch models of it, which version 5 brought."""
 
 import json
+import shutil
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.stacks import parts_of
-from parity_tests.families import FAMILIES, VOCAB, all_in_float64, jax_base, measuring, torch_base
+from parity_tests.families import FAMILIES, VOCAB, all_in_float64, jax_base, measuring, saved, torch_base
 from parity_tests.hf_weights import padded
 from parity_tests.tolerances import MODEL, relative_error
 
@@ -76,10 +79,10 @@ def test_a_cache_of_layers_with_unequal_heads_continues_as_torch_does():
     assert relative_error(np.stack(found), expected) <= MODEL["float64"]
 
 
-def shapes_of(attention: Any) -> tuple[int, int, bool]:
-    """(all queries, all keys, values of their own) of a layer of transformers'."""
-    widths = (getattr(attention, name).out_features for name in ("q_proj", "k_proj"))
-    return (*widths, attention.v_proj is not None)
+def shapes_of(layer: Any) -> tuple[int | None, ...]:
+    """The widths of queries, keys, values and the MLP in a layer of transformers'; None: not its own."""
+    parts = [getattr(layer.self_attn, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    return tuple(part and part.out_features for part in (*parts, layer.mlp.up_proj))
 
 
 @needs_oracle
@@ -87,12 +90,13 @@ def shapes_of(attention: Any) -> tuple[int, int, bool]:
     "changes",
     [
         {"per_layer_config": {}},
-        {"per_layer_config": {"1": {"head_dim": 10}, "3": {"head_dim": 10}}},
+        {"per_layer_config": {str(number): {"head_dim": 10} for number in (1, 3, 5, 7)}},
         {"attention_k_eq_v": False, "num_global_key_value_heads": 3},
-        {"layer_types": ["sliding_attention"] * 4},
-        {"layer_types": None, "num_hidden_layers": 7},
+        {"layer_types": ["sliding_attention"] * 8, "num_kv_shared_layers": 0},
+        {"layer_types": None, "num_hidden_layers": 14, "num_kv_shared_layers": 5},
+        {"hidden_size_per_layer_input": 0, "use_double_wide_mlp": False},
     ],
-    ids=["alike", "other heads", "values of their own", "the last is forced", "five to one"],
+    ids=["alike", "other heads", "values of their own", "the last is forced", "five to one", "as wide"],
 )
 def test_layouts_of_heads(changes):
     said = FAMILIES[FAMILY]().config.to_dict() | {"global_head_dim": 8, "num_global_key_value_heads": 3}
@@ -102,42 +106,71 @@ def test_layouts_of_heads(changes):
     # As a person wrote it, and as transformers writes it.
     assert ours == DecoderConfig.from_hf(theirs.to_dict())
     with torch.device("meta"):
-        attentions = [layer.self_attn for layer in transformers.Gemma4TextModel(theirs).layers]
-    assert ours.sliding_layers == tuple(attention.is_sliding for attention in attentions)
-    for number, attention in enumerate(attentions):
+        layers = transformers.Gemma4TextModel(theirs).layers
+    assert ours.sliding_layers == tuple(layer.self_attn.is_sliding for layer in layers)
+    for number, layer in enumerate(layers):
         c = ours.kind(number)
-        heads = (c.num_attention_heads, c.num_key_value_heads)
-        assert (*(n * c.head_dim for n in heads), not c.keys_as_values) == shapes_of(attention)
+        queries, keys = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+        own = None if c.shared_kv_layers else keys
+        assert shapes_of(layer) == (queries, own, None if c.keys_as_values else own, c.intermediate_size)
 
 
 @needs_oracle
 def test_defaults_are_those_of_transformers():
-    written = transformers.AutoConfig.for_model(**DENSE).to_dict()
-    assert DecoderConfig.from_hf(written) == DecoderConfig.from_hf(DENSE)
+    for said in ({"model_type": FAMILY}, DENSE, {"model_type": "gemma4_unified_text"}):
+        written = transformers.AutoConfig.for_model(**said).to_dict()
+        assert DecoderConfig.from_hf(written) == DecoderConfig.from_hf(said)
+
+
+VISION: dict[str, dict[str, int]] = {
+    "Gemma4": {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 4, "patch_size": 4, "position_embedding_size": 16,
+    },
+    "Gemma4Unified": {
+        "patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 8, "mm_posemb_size": 8,
+        "output_proj_dims": 8,
+    },
+}  # fmt: skip
 
 
 @needs_oracle
-def test_the_text_part_of_a_multimodal_model_is_the_text_model_with_its_soft_cap(tmp_path):
+@pytest.mark.parametrize(("family", "named"), [(FAMILY, "Gemma4"), ("gemma4_unified_text", "Gemma4Unified")])
+def test_the_text_part_of_a_multimodal_model_is_the_text_model_with_its_soft_cap(family, named, tmp_path):
     """Its numbers are those of the text model, which are compared above."""
-    vision = {
-        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 4, "patch_size": 4, "position_embedding_size": 16,
-    }  # fmt: skip
     with all_in_float64():
-        text = torch_base(FAMILY, "float64")
-        config = transformers.Gemma4Config(text_config=text.config, vision_config=vision, audio_config=None)
-        whole = transformers.Gemma4ForConditionalGeneration(config).eval()
+        text = torch_base(family, "float64")
+        parts = {"text_config": text.config, "vision_config": VISION[named], "audio_config": None}
+        config = getattr(transformers, f"{named}Config")(**parts)
+        whole = getattr(transformers, f"{named}ForConditionalGeneration")(config).eval()
         whole.model.language_model.load_state_dict(text.model.state_dict())
         logits = (torch_logits(model, TEXTS[:1]) for model in (whole, text))
         assert relative_error(*logits) <= MODEL["float64"]
     with measuring("float64"):
-        expected = jax_base(FAMILY, "float64")
+        expected = jax_base(family, "float64")
         for original in (True, False):
             directory = tmp_path / str(original)
             whole.save_pretrained(directory, save_original_format=original)
             part = load_model(directory, dtype="float64")
             assert part.config == expected.config
             jax.tree.map(np.testing.assert_array_equal, part.params, expected.params)
+
+
+@needs_oracle
+def test_a_checkpoint_may_have_keys_and_values_of_layers_that_take_others(tmp_path):
+    """Google's have them, and transformers leaves them out."""
+    directory = Path(saved(FAMILY, "float32").name)
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    expected, file = load_model(directory), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for layer, loads in ((7, True), (3, False)):
+        more = {f"model.layers.{layer}.self_attn.v_proj.weight": np.zeros((2, 2), np.float32)}
+        save_file(tensors | more, file)
+        if loads:
+            jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path).params, expected.params)
+        else:
+            with pytest.raises(ModelError, match=r"layers\.3\.self_attn\.v_proj"):
+                load_model(tmp_path)
 
 
 def test_sixty_layers_are_a_pattern_repeated_ten_times():
@@ -159,8 +192,9 @@ def test_a_null_of_per_layer_config_is_no_absent_one():
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input=256"),
-    ({"num_kv_shared_layers": 3}, "num_kv_shared_layers=3"),
+    ({"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 9}, "vocab_size_per_layer_input=9"),
+    ({"num_kv_shared_layers": 30}, "num_kv_shared_layers=30"),
+    ({"num_kv_shared_layers": 25}, "25 of 30 layers, 0 of the others without a window"),
     ({"enable_moe_block": True}, "enable_moe_block=True"),
     ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
     ({"rope_theta": 3.0}, "rope_theta=3.0"),

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hylorada_jax.math.position import default_positions
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.decoder_layer import Cache
 from hylorada_jax.models.generate import Decode, generate, stream
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
@@ -317,12 +318,15 @@ class CausalLM:
         """
         slots = batch, length
 
-        def empty(c: DecoderConfig) -> Array:
+        def empty(c: DecoderConfig) -> Cache | None:
+            if c.shared_kv_layers:
+                return None
             shape = (c.num_hidden_layers, *slots, c.num_key_value_heads, c.head_dim)
             place = place_in_use(shape, None, ROWS, None, TENSOR)
-            return jnp.zeros(shape, self.dtype, device=place)
+            keys, values = (jnp.zeros(shape, self.dtype, device=place) for _ in range(2))
+            return keys, values
 
-        layers = tuple((empty(stack.config), empty(stack.config)) for stack in stacks_of(self.config))
+        layers = tuple(empty(stack.config) for stack in stacks_of(self.config))
         return KVCache(layers, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0))
 
     def decode(

@@ -1,42 +1,29 @@
 """Our decoder, in Flax Linen, for the families of ``models.families.DECODERS``: Llama and its relatives.
 
-The layers run under ``nn.scan``: their parameters, and the variables of adapters in the collection
-``hylorada``, are stacked along a leading axis, and the program has the size of one layer whatever the depth,
-or of the pattern in which layers of several shapes follow each other (``models.stacks``).
 There is no dtype here: the model computes in the dtype of the parameters it is given (bfloat16, float32,
 float64), and norms, angles, softmax and logits in float32 at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.groups import shifted_patterns
 from hylorada_jax.math.loss import logits
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.decoder_layer import Cache, DecoderLayer, Step, Stream, norm, scaled
+from hylorada_jax.models.decoder_layer import Cache, Step, norm, scaled
+from hylorada_jax.models.layer_loops import Carry, Layers, check_remat, layers_of, own_of, run, unshared
+from hylorada_jax.models.dense import Dense
 from hylorada_jax.models.rotation import rotary_tables
-from hylorada_jax.models.stacks import Stack, parts_of, stacks_of
+from hylorada_jax.models.stacks import stacks_of
 from hylorada_jax.placement.axes import DATA, FSDP, ROWS
 from hylorada_jax.placement.shards import cut
-from hylorada_jax.trees import COLLECTION
-
-# What the backward pass keeps of a layer's inside. 'dots' keeps the projections (matrix products without a
-# batch axis) and computes attention again, whose logits grow with the square of the length.
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class KVCache(NamedTuple):
@@ -44,121 +31,16 @@ class KVCache(NamedTuple):
 
     Args:
         layers: of each stack of layers the keys, already rotated, and the values, both
-            [layers, batch, slots, kv_heads, head_dim].
+            [layers, batch, slots, kv_heads, head_dim]; None of layers that share those of others.
         positions: [batch, slots] position ids.
         valid: [batch, slots] False for padding and for slots not yet written.
         length: scalar int32, the slots written so far; the same for every row.
     """
 
-    layers: tuple[Cache, ...]
+    layers: tuple[Cache | None, ...]
     positions: Int[Array, "batch slots"]
     valid: Bool[Array, "batch slots"]
     length: Int[Array, ""]
-
-
-def check_remat(remat: str) -> str:
-    """The policy's name, where there is such a one; a ConfigError otherwise."""
-    if remat not in REMAT_POLICIES:
-        raise ConfigError(
-            f"remat must be one of {', '.join(REMAT_POLICIES)}.", f"remat={remat!r}", "Choose one of them."
-        )
-    return remat
-
-
-class Carry(NamedTuple):
-    """What passes from stack to stack: the residual stream and, when decoding, each one's keys and values."""
-
-    x: Float[Array, "batch query hidden"]
-    caches: tuple[Cache, ...] | None
-
-
-def scan(module: type[nn.Module], length: int) -> Callable[..., nn.Module]:
-    """A module whose calls follow each other, their parameters and adapters stacked along a first axis."""
-    return nn.scan(
-        module,
-        variable_axes={"params": 0, COLLECTION: 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),
-        length=length,
-    )
-
-
-def layers_of(stack: Stack, remat: str, name: str | None = None) -> nn.Module:
-    """The layers of a stack that follow each other as one scanned, perhaps rematerialised, layer."""
-    # prevent_cse: needed outside of scan only, and it costs.
-    layer = (
-        DecoderLayer
-        if remat == "none"
-        else nn.remat(DecoderLayer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    )
-    return scan(layer, stack.together)(stack.config, name=name)
-
-
-def run(
-    layers: nn.Module, stack: Stack, carry: Carry, steps: Sequence[Step], repeat: Int[Array, ""] | None = None
-) -> Carry:
-    """Applies those layers of a stack that follow each other, in one repeat of the pattern."""
-    x, caches = carry
-    places = jnp.arange(stack.together, dtype=jnp.int32)
-    if repeat is not None:
-        places += repeat * stack.together
-    stream = Stream(x, None if caches is None else caches[stack.index])
-    stream, _ = layers(stream, places, steps[stack.index])
-    if caches is not None and stream.cache is not None:
-        caches = (*caches[: stack.index], stream.cache, *caches[stack.index + 1 :])
-    return Carry(stream.x, caches)
-
-
-class Repeated(nn.Module):
-    """The layers of one repeat of a part's pattern."""
-
-    stacks: tuple[Stack, ...]
-    remat: str
-
-    @nn.compact
-    def __call__(
-        self, carry: Carry, repeat: Int[Array, ""] | None, steps: Sequence[Step]
-    ) -> tuple[Carry, None]:
-        """Applies them one after another."""
-        for number, stack in enumerate(self.stacks):
-            carry = run(layers_of(stack, self.remat, str(number)), stack, carry, steps, repeat)
-        return carry, None
-
-
-class Layers(nn.Module):
-    """Layers of several shapes, part by part."""
-
-    config: DecoderConfig
-    remat: str
-
-    @nn.compact
-    def __call__(self, carry: Carry, steps: Sequence[Step]) -> Carry:
-        """Applies all of them."""
-        for number, (repeats, stacks) in enumerate(parts_of(self.config)):
-            part: Any = Repeated
-            if repeats > 1:
-                part = _of_repeats(repeats, starting=self.is_initializing())
-            repeat = None if repeats == 1 else jnp.arange(repeats, dtype=jnp.int32)
-            carry, _ = part(stacks, self.remat, name=str(number))(carry, repeat, steps)
-        return carry
-
-
-def _of_repeats(repeats: int, *, starting: bool) -> Callable[..., nn.Module]:
-    """The repeats of a pattern as one loop over it, around those over the layers of its stacks.
-
-    Outside of it a stack has its layers along one axis, [repeats · together, …].
-    """
-
-    def reshaped(axes: tuple[int, ...], taken: int) -> Callable[[Any], Any]:
-        return lambda tree: jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[taken:]), tree)
-
-    return nn.map_variables(
-        scan(Repeated, repeats),
-        ("params", COLLECTION),
-        trans_in_fn=reshaped((repeats, -1), 1),
-        trans_out_fn=reshaped((-1,), 2),
-        init=starting,
-    )
 
 
 class Decoder(nn.Module):
@@ -172,6 +54,11 @@ class Decoder(nn.Module):
         c = self.config
         check_remat(self.remat)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size)
+        if c.per_layer_width and c.per_layer_vocab:
+            width = c.num_hidden_layers * c.per_layer_width
+            self.embed_tokens_per_layer = nn.Embed(c.per_layer_vocab, width)
+            self.per_layer_model_projection = Dense(width, use_bias=False)
+            self.per_layer_projection_norm = norm(c)
         stacks = stacks_of(c)
         self.layers = Layers(c, self.remat) if len(stacks) > 1 else layers_of(stacks[0], self.remat)
         self.norm = norm(c)
@@ -188,9 +75,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
-        # Devices that share the table each look up their part of the width, of the rows of all of them.
-        x = cut(self.embed_tokens(cut(input_ids, DATA)), DATA, None, FSDP)
-        x = cut(scaled(x, c.embedding_scale), ROWS)
+        x = _embedded(self.embed_tokens, input_ids, c.embedding_scale)
         start = jnp.int32(0) if cache is None else cache.length
         slots = start + jnp.arange(length, dtype=jnp.int32)
         key_slots, key_positions = slots, position_ids
@@ -213,13 +98,34 @@ class Decoder(nn.Module):
 
         dtype, stacks = jnp.promote_types(x.dtype, jnp.float32), stacks_of(c)
         steps = [Step(*rotary_tables(stack.config, position_ids, dtype), patterns, start) for stack in stacks]
-        carry = Carry(x, None if cache is None else cache.layers)
-        # One stack is the scanned layer itself, and its parameters are those of ``layers``.
-        alike = len(stacks) == 1
-        carry = run(self.layers, stacks[0], carry, steps) if alike else self.layers(carry, steps)
+        carry = Carry(x, None if cache is None else cache.layers, unshared(c, x, key_slots))
+        per_layer = self._per_layer(input_ids, x) if c.per_layer_width else None
+        if len(stacks) == 1:  # it is the scanned layer itself, and its parameters are those of ``layers``
+            carry = run(self.layers, stacks[0], carry, steps, own_of(stacks[0], per_layer))
+        else:
+            carry = self.layers(carry, per_layer, steps)
         if carry.caches is not None and key_valid is not None:
             cache = KVCache(carry.caches, key_positions, key_valid, start + length)
         return scaled(self.norm(carry.x), c.logit_scale), cache
+
+    def _per_layer(
+        self, input_ids: Int[Array, "batch query"], x: Float[Array, "batch query hidden"]
+    ) -> Float[Array, "layers batch query width"]:
+        """What each layer is given of each token, (norm(projection(x)/√hidden) + √width·embedding)/√2."""
+        c = self.config
+        table = _embedded(self.embed_tokens_per_layer, input_ids, c.per_layer_width**0.5)
+        projected = self.per_layer_model_projection(x) * c.hidden_size**-0.5
+        shape = *input_ids.shape, c.num_hidden_layers, c.per_layer_width
+        given = self.per_layer_projection_norm(projected.reshape(shape)) + table.reshape(shape)
+        return cut(jnp.moveaxis(given * 2**-0.5, 2, 0), None, ROWS)
+
+
+def _embedded(
+    embed: nn.Embed, ids: Int[Array, "batch query"], scale: float
+) -> Float[Array, "batch query width"]:
+    """The rows of a table, scaled."""
+    # Devices that share the table each look up their part of the width, of the rows of all of them.
+    return cut(scaled(cut(embed(cut(ids, DATA)), DATA, None, FSDP), scale), ROWS)
 
 
 class DecoderLM(nn.Module):

@@ -96,6 +96,11 @@ class DecoderConfig(Options):
         norm_offset: added to the weight of every norm.
         norm_rounded_last: a norm is rounded to the dtype of its input after its weight has multiplied it.
         layer_scalar: each layer has a number that multiplies what leaves it.
+        per_layer_width: of what each layer is given of each token beside the residual stream; None: nothing.
+        per_layer_vocab: rows of the embedding that has it.
+        shared_kv_layers: how many layers, the last ones, have no k_proj and no v_proj: their keys and values
+            are those of the last layer before them that has its own, and a window or none as they have.
+        shared_kv_mlp: the width inside their MLP; None: intermediate_size.
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all of them.
         sliding_layers: for each layer, whether the window applies to it.
         rotary_fraction: the part of a head's dimensions that rotates, from the first on.
@@ -136,10 +141,18 @@ class DecoderConfig(Options):
 
     def kind(self, number: int) -> DecoderConfig:
         """The configuration of a model whose layers have the shape of this one: equal where shapes are."""
-        same: dict[str, Any] = {"dense_layers": (), "full_head_dim": None, "full_kv_heads": None}
+        depth, slides = self.num_hidden_layers, any(self.sliding_layers[number : number + 1])
+        same: dict[str, Any] = {
+            "dense_layers": (), "full_head_dim": None, "full_kv_heads": None, "shared_kv_mlp": None,
+        }  # fmt: skip
         if self.dense_layers and self.dense_layers[number]:
             same |= {"mixture": None, "shared_expert": None}
-        if self.sliding_layers and self.sliding_layers[number]:
+        if self.shared_kv_layers:  # keys and values go from one with a window to others with it
+            shared = number >= depth - self.shared_kv_layers
+            same |= {"shared_kv_layers": depth if shared else 0, "sliding_layers": (slides,) * depth}
+            if shared and self.shared_kv_mlp:
+                same["intermediate_size"] = self.shared_kv_mlp
+        if slides:
             return replace(self, **same, keys_as_values=False)
         same["head_dim"] = self.full_head_dim or self.head_dim
         same["num_key_value_heads"] = self.full_kv_heads or self.num_key_value_heads

@@ -32,11 +32,14 @@ from hylorada_jax.placement.axes import ROWS
 from hylorada_jax.placement.shards import cut
 
 
+KeysValues = tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads head_dim"]]
+
+
 class Step(NamedTuple):
     """What the layers of a stack share in one forward pass; the window of ``patterns`` is the layer's own.
 
     ``cos`` and ``sin`` have a table for each rotation that layers differ in, ``rotations`` each layer's place
-    among them.
+    among them. ``shared`` has keys and values, for layers that have none of their own.
     """
 
     cos: Float[Array, "rotations batch query half"]
@@ -44,6 +47,14 @@ class Step(NamedTuple):
     rotations: Int[Array, " layers"]
     patterns: tuple[Pattern, ...]
     start: Int[Array, ""]
+    shared: KeysValues | None = None
+
+
+class Own(NamedTuple):
+    """What a layer alone has: its number in its stack, and what it is given beside the residual stream."""
+
+    number: Int[Array, ""]
+    given: Float[Array, "batch query width"] | None
 
 
 _Slots = Float[Array, "layers batch slots kv_heads head_dim"]
@@ -53,11 +64,13 @@ Cache = tuple[_Slots, _Slots]
 class Stream(NamedTuple):
     """What passes from layer to layer: the residual stream and, when decoding, the stack's keys and values.
 
-    These are carried and not scanned over, so that XLA updates them in place.
+    These are carried and not scanned over, so that XLA updates them in place. Where later layers share keys
+    and values, ``shared`` has those of the layer before.
     """
 
     x: Float[Array, "batch query hidden"]
     cache: Cache | None
+    shared: KeysValues | None
 
 
 # For what is elementwise: to compute it again in the backward pass costs less than to write and read it, for
@@ -69,6 +82,11 @@ def over_root_mean_square(x: Float[Array, "*batch d"], eps: float) -> Float[Arra
     """x / √(mean(x²) + eps) over the last axis, in float32 at least."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
+def unweighted_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """The same in x's dtype."""
+    return computed_again(lambda x: over_root_mean_square(x, eps).astype(x.dtype))(x)
 
 
 class RMSNorm(nn.Module):
@@ -144,12 +162,17 @@ class DecoderAttention(nn.Module):
         widths = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
         if c.keys_as_values:
             del widths["v_proj"]
-        q, k, *v = projections(x, widths, "qkv_proj" if c.fused else None, bias=c.qkv_bias)
-        query, key, value = heads(q, "q_norm"), heads(k, "k_norm"), heads(v[0] if v else k)
-        if c.value_norm:
-            value = computed_again(lambda x: over_root_mean_square(x, c.rms_norm_eps).astype(x.dtype))(value)
+        if c.shared_kv_layers:
+            widths = {"q_proj": width}
+        q, *kv = projections(x, widths, "qkv_proj" if c.fused else None, bias=c.qkv_bias)
         cos, sin = (table[step.rotations[layer]] for table in (step.cos, step.sin))
-        query, key = rope.apply_rope(query, cos, sin), rope.apply_rope(key, cos, sin)
+        query = rope.apply_rope(heads(q, "q_norm"), cos, sin)
+        if step.shared is None:
+            key, value = rope.apply_rope(heads(kv[0], "k_norm"), cos, sin), heads(kv[-1])
+            if c.value_norm:
+                value = unweighted_norm(value, c.rms_norm_eps)
+        else:
+            key, value = step.shared
 
         if stream.cache is not None:
             zero = jnp.int32(0)  # 0 alone would be int64 under x64
@@ -159,6 +182,8 @@ class DecoderAttention(nn.Module):
             key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
             value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
             stream = stream._replace(cache=(keys, values))
+        if stream.shared is not None:
+            stream = stream._replace(shared=(key, value))
 
         window = _window(c, layer)
         patterns = tuple(replace(pattern, window=window) for pattern in step.patterns)
@@ -236,22 +261,27 @@ def block(c: DecoderConfig) -> nn.Module:
 class DecoderLayer(nn.Module):
     """One layer: x + s·norm(attention(norm(x))), then x + s·norm(mlp(norm(x))); the body of the scan.
 
-    s is ``residual_scale``; which of the norms there are, ``norms`` says. With ``layer_scalar`` a number of
-    the layer's own multiplies the sum.
+    s is ``residual_scale``; which of the norms there are, ``norms`` says. With ``per_layer_width`` follows
+    x + norm(projection(act(gate(x)) ⊙ given)), and with ``layer_scalar`` a number of the layer's own
+    multiplies the sum.
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, stream: Stream, layer: Int[Array, ""], step: Step) -> tuple[Stream, None]:
-        """Applies layer number ``layer`` of its stack."""
+    def __call__(self, stream: Stream, own: Own, step: Step) -> tuple[Stream, None]:
+        """Applies one layer of a stack."""
         c = self.config
         before_attention, after_attention, before_mlp, after_mlp = _NORMS[c.norms]
         x = normed(c, before_attention, stream.x)
-        attended, stream = DecoderAttention(c, name="self_attn")(stream, x, layer, step)
+        attended, stream = DecoderAttention(c, name="self_attn")(stream, x, own.number, step)
         x = stream.x + scaled(normed(c, after_attention, attended), c.residual_scale)
         y = normed(c, after_mlp, block(c)(normed(c, before_mlp, x)))
         x = x + scaled(y, c.residual_scale)
+        if c.per_layer_width:
+            gate = Dense(c.per_layer_width, use_bias=False, name="per_layer_input_gate")(x)
+            y = Dense(c.hidden_size, use_bias=False, name="per_layer_projection")(gated(c)(gate, own.given))
+            x = x + normed(c, "post_per_layer_input_norm", y)
         if c.layer_scalar:
             x = x * self.param("layer_scalar", nn.initializers.ones, (1,), jnp.float32).astype(x.dtype)
         # Rows stay where they are, so that weights are gathered, and a layer's alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from importlib import metadata
@@ -19,8 +20,9 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.math.quantized import is_quantized
 from hylorada_jax.models.bitsandbytes import BitsAndBytesWeights
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
-from hylorada_jax.models.decoder import DecoderLM, check_remat
+from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.layer_loops import check_remat
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, FLAX, either
 from hylorada_jax.models.gguf import GGUFWeights
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 # A leaf of another name is a parameter that HF's module has by the same name.
 _TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+_KEYS_VALUES = re.compile(r"model\.layers\.([0-9]+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _READERS = {MXFP4: MXFP4Weights, BITSANDBYTES_4BIT: BitsAndBytesWeights}
 
 
@@ -255,7 +258,14 @@ def _slots(
 
 
 def _is_harmless(config: DecoderConfig, weights: Weights, name: str) -> bool:
-    """Whether an extra tensor carries nothing: rotary frequencies, or a tied head that is written out."""
+    """Whether an extra tensor carries nothing.
+
+    Such are rotary frequencies, a tied head that is written out, and what checkpoints have of the keys and
+    values of layers that take those of others.
+    """
+    if found := _KEYS_VALUES.match(name):
+        depth = config.num_hidden_layers
+        return depth - config.shared_kv_layers <= int(found[1]) < depth
     if name == "lm_head.weight" and config.tie_word_embeddings:
         if not np.array_equal(weights.read(name), weights.read("model.embed_tokens.weight")):
             raise ModelError(

@@ -20,7 +20,9 @@ INSIDE = "model.language_model"
 
 _BODY = re.compile(r"(language_model\.model|model\.language_model)\.")
 _HEAD = re.compile(r"(language_model\.)?lm_head\.")
-_OTHER_PARTS = re.compile(r"(model\.)?((vision|audio)_tower|embed_(vision|audio)|multi_modal_projector)\.")
+_OTHER_PARTS = re.compile(
+    r"(model\.)?((vision|audio)_tower|embed_(vision|audio)|vision_embedder|multi_modal_projector)\."
+)
 # Keys whose value tells of a part of a multimodal model.
 _PARTS = ("text_config", "vision_config", "audio_config")
 # What a config says once for all of its parts, and of text the whole decides.

@@ -33,7 +33,8 @@ LATER: dict[str, Any] = {
     "logit_soft_cap": None, "mixture": None, "shared_expert": None,
     "swiglu_limit": None, "attention_sinks": False, "dense_layers": (),
     "value_norm": False, "keys_as_values": False, "full_head_dim": None, "full_kv_heads": None,
-    "layer_scalar": False,
+    "layer_scalar": False, "per_layer_width": None, "per_layer_vocab": None, "shared_kv_layers": 0,
+    "shared_kv_mlp": None,
 }  # fmt: skip
 LATER_ROPE: dict[str, Any] = {"short_factors": (), "long_factors": (), "rotated_part": 1.0}
 # Or here, where they change no number of a trained model's evaluation.

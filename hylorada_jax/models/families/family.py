@@ -90,6 +90,10 @@ class Options:
     norm_offset: float = 0.0
     norm_rounded_last: bool = False
     layer_scalar: bool = False
+    per_layer_width: int | None = None
+    per_layer_vocab: int | None = None
+    shared_kv_layers: int = 0
+    shared_kv_mlp: int | None = None
     sliding_window: int | None
     sliding_layers: tuple[bool, ...]
     rotary_fraction: float = 1.0

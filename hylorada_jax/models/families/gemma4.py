@@ -54,9 +54,20 @@ class Gemma4Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act
     # "vision" concerns the tokens of images; those of text see what is before them.
     use_bidirectional_attention: Literal["vision"] | None = None
     sliding_rope_theta: Theta  # from rope_parameters, by `settings`
-    hidden_size_per_layer_input: Annotated[int, Meta(ge=0)] = 256
+    hidden_size_per_layer_input: Annotated[int, Meta(ge=0, le=2**20)] = 256
+    vocab_size_per_layer_input: Vocabulary = 262144
     num_kv_shared_layers: Annotated[int, Meta(ge=0)] = 0
+    use_double_wide_mlp: bool = False
     enable_moe_block: bool = False
+
+
+class UnifiedKeys(Gemma4Keys, frozen=True, kw_only=True):
+    """Of the models whose images and sounds have no encoder; they have none of the other models' own parts."""
+
+    max_position_embeddings: Positions = 262144
+    sliding_window: Positions | None = 1024
+    hidden_size_per_layer_input: Literal[0] = 0
+    enable_moe_block: Literal[False] = False
 
 
 class _Full(Struct, forbid_unknown_fields=True):
@@ -113,6 +124,7 @@ def options(keys: Gemma4Keys) -> Options:
     depth = keys.num_hidden_layers
     implied = [bool((n + 1) % 6) and n + 1 < depth for n in range(depth)]
     window, layers = sliding(keys, keys.sliding_window, implied)
+    per_layer, shared = keys.hidden_size_per_layer_input, _sharing(keys, layers)
     full, of_all = _full_heads(keys, layers), (keys.head_dim, keys.num_key_value_heads)
     # What is as in all layers has one form, however it was written: files know their base by it.
     head_dim, kv_heads = (own if own != each else None for own, each in zip(full, of_all, strict=True))
@@ -127,6 +139,10 @@ def options(keys: Gemma4Keys) -> Options:
         norms="both",
         norm_rounded_last=True,
         layer_scalar=True,
+        per_layer_width=per_layer or None,
+        per_layer_vocab=keys.vocab_size_per_layer_input if per_layer else None,
+        shared_kv_layers=shared,
+        shared_kv_mlp=2 * keys.intermediate_size if shared and keys.use_double_wide_mlp else None,
         embedding_scale=keys.hidden_size**0.5,
         attention_scale=1.0,
         logit_soft_cap=keys.final_logit_softcapping,
@@ -166,32 +182,51 @@ def _full_heads(keys: Gemma4Keys, slides: tuple[bool, ...]) -> tuple[int | None,
 
 
 def _refuse(keys: Gemma4Keys) -> None:
-    """Raises on what Gemma 4's smaller models and its mixture have beside."""
-    parts = {
-        "hidden_size_per_layer_input": (keys.hidden_size_per_layer_input, "an embedding for each layer"),
-        "num_kv_shared_layers": (keys.num_kv_shared_layers, "layers with the keys and values of others"),
-        "enable_moe_block": (keys.enable_moe_block, "experts beside the MLP"),
-    }
-    for key, (value, what) in parts.items():
-        if value:
-            raise ModelError(
-                f"Of Gemma 4 our decoder reads the dense models without {what}.",
-                f"{key}={value!r}",
-                f"Take a model whose {key} is {type(value)(0)!r}, such as the 31B one.",
-            )
+    """Raises on what Gemma 4's mixture has beside, and on a table that is too short."""
+    if keys.enable_moe_block:
+        raise ModelError(
+            "Of Gemma 4 our decoder reads the models without experts beside the MLP.",
+            "enable_moe_block=True",
+            "Take a dense model, such as E2B, E4B or 31B.",
+        )
+    vocabulary, rows = keys.vocab_size, keys.vocab_size_per_layer_input
+    if keys.hidden_size_per_layer_input and rows < vocabulary:
+        raise ModelError(
+            "The embedding that is given to each layer has a row for every token.",
+            f"vocab_size_per_layer_input={rows}, vocab_size={vocabulary}",
+            "Check config.json.",
+        )
+
+
+def _sharing(keys: Gemma4Keys, slides: tuple[bool, ...]) -> int:
+    """How many layers, the last ones, take keys and values of those before."""
+    shared = keys.num_kv_shared_layers
+    own = slides[: max(0, len(slides) - shared)]
+    if {*own} != {*slides}:
+        raise ModelError(
+            "Layers share the keys and values of a layer before them, which has a window or none as they have.",
+            f"num_kv_shared_layers={shared} of {len(slides)} layers, {len(own) - sum(own)} of the others "
+            f"without a window and {sum(own)} with one",
+            "Check num_kv_shared_layers and layer_types in config.json.",
+        )
+    return shared
 
 
 FAMILIES = [
     Family(
-        model_type="gemma4_text",
+        model_type=f"{whole}_text",
         tokenizer="GemmaTokenizer",
         decoder=Decoder(
-            causal_lm="Gemma4ForCausalLM",
-            keys=Gemma4Keys,
+            causal_lm=causal_lm,
+            keys=keys,
             options=options,
             settings=settings,
-            text_of=("gemma4",),
+            text_of=(whole,),
             whole_caps_logits=True,
         ),
+    )
+    for whole, causal_lm, keys in (
+        ("gemma4", "Gemma4ForCausalLM", Gemma4Keys),
+        ("gemma4_unified", "Gemma4UnifiedForCausalLM", UnifiedKeys),
     )
 ]
