@@ -31,7 +31,6 @@ from hylorada_jax.models.module_kinds import register
 from hylorada_jax.placement.axes import ROWS
 from hylorada_jax.placement.shards import cut
 
-
 KeysValues = tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads head_dim"]]
 
 

@@ -7,9 +7,9 @@ import pytest
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.causal_lm import CausalLM, init_params
 from hylorada_jax.models.decoder import DecoderLM
-from hylorada_jax.models.layer_loops import REMAT_POLICIES
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import MLP, norm
+from hylorada_jax.models.layer_loops import REMAT_POLICIES
 
 TINY = {
     "model_type": "qwen3",

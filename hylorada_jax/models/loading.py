@@ -22,10 +22,10 @@ from hylorada_jax.models.bitsandbytes import BitsAndBytesWeights
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.layer_loops import check_remat
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import DECODERS, FLAX, either
 from hylorada_jax.models.gguf import GGUFWeights
+from hylorada_jax.models.layer_loops import check_remat
 from hylorada_jax.models.mixture import EXPERTS, each_expert
 from hylorada_jax.models.mxfp4 import MXFP4Weights
 from hylorada_jax.models.placed import fitted

@@ -62,7 +62,7 @@ class Gemma4Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act
 
 
 class UnifiedKeys(Gemma4Keys, frozen=True, kw_only=True):
-    """Of the models whose images and sounds have no encoder; they have none of the other models' own parts."""
+    """Of 12B, which has no experts, no embeddings for each layer, and no encoder of images and sounds."""
 
     max_position_embeddings: Positions = 262144
     sliding_window: Positions | None = 1024
@@ -204,7 +204,7 @@ def _sharing(keys: Gemma4Keys, slides: tuple[bool, ...]) -> int:
     own = slides[: max(0, len(slides) - shared)]
     if {*own} != {*slides}:
         raise ModelError(
-            "Layers share the keys and values of a layer before them, which has a window or none as they have.",
+            "Layers share keys and values with one before them, which has a window or none as they have.",
             f"num_kv_shared_layers={shared} of {len(slides)} layers, {len(own) - sum(own)} of the others "
             f"without a window and {sum(own)} with one",
             "Check num_kv_shared_layers and layer_types in config.json.",
