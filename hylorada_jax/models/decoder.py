@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         dtype, stacks = jnp.promote_types(x.dtype, jnp.float32), stacks_of(c)
         steps = [Step(*rotary_tables(stack.config, position_ids, dtype), patterns, start) for stack in stacks]
         carry = Carry(x, None if cache is None else cache.layers, unshared(c, x, key_slots))
-        per_layer = self._per_layer(input_ids, x) if c.per_layer_width else None
+        per_layer = None if c.per_layer_width is None else self._per_layer(input_ids, x, c.per_layer_width)
         if len(stacks) == 1:  # it is the scanned layer itself, and its parameters are those of ``layers``
             carry = run(self.layers, stacks[0], carry, steps, own_of(stacks[0], per_layer))
         else:
@@ -109,13 +109,13 @@ class Decoder(nn.Module):
         return scaled(self.norm(carry.x), c.logit_scale), cache
 
     def _per_layer(
-        self, input_ids: Int[Array, "batch query"], x: Float[Array, "batch query hidden"]
+        self, input_ids: Int[Array, "batch query"], x: Float[Array, "batch query hidden"], width: int
     ) -> Float[Array, "layers batch query width"]:
         """What each layer is given of each token, (norm(projection(x)/√hidden) + √width·embedding)/√2."""
         c = self.config
-        table = _embedded(self.embed_tokens_per_layer, input_ids, c.per_layer_width**0.5)
+        table = _embedded(self.embed_tokens_per_layer, input_ids, width**0.5)
         projected = self.per_layer_model_projection(x) * c.hidden_size**-0.5
-        shape = *input_ids.shape, c.num_hidden_layers, c.per_layer_width
+        shape = *input_ids.shape, c.num_hidden_layers, width
         given = self.per_layer_projection_norm(projected.reshape(shape)) + table.reshape(shape)
         return cut(jnp.moveaxis(given * 2**-0.5, 2, 0), None, ROWS)
 

@@ -277,7 +277,7 @@ class DecoderLayer(nn.Module):
         x = stream.x + scaled(normed(c, after_attention, attended), c.residual_scale)
         y = normed(c, after_mlp, block(c)(normed(c, before_mlp, x)))
         x = x + scaled(y, c.residual_scale)
-        if c.per_layer_width:
+        if c.per_layer_width and own.given is not None:
             gate = Dense(c.per_layer_width, use_bias=False, name="per_layer_input_gate")(x)
             y = Dense(c.hidden_size, use_bias=False, name="per_layer_projection")(gated(c)(gate, own.given))
             x = x + normed(c, "post_per_layer_input_norm", y)

@@ -78,7 +78,8 @@ def run(layers: nn.Module, stack: Stack, carry: Carry, steps: Sequence[Step], ow
     """Applies those layers of a stack that follow each other, in one repeat of the pattern."""
     x, caches, shared = carry
     slides = any(stack.config.sliding_layers)
-    stream = Stream(x, caches and caches[stack.index], shared and shared[slides])
+    cache = None if caches is None else caches[stack.index]
+    stream = Stream(x, cache, None if shared is None else shared[slides])
     stream, _ = layers(stream, own, steps[stack.index])
     if caches is not None and stream.cache is not None:
         caches = (*caches[: stack.index], stream.cache, *caches[stack.index + 1 :])
