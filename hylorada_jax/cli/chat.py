@@ -8,9 +8,9 @@ from pathlib import Path
 from hylorada_jax.cli.conversation import Talk, converse
 from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
-    PACKAGED_MODEL,
     BaseDtype,
     Dtype,
+    base_of,
     chat_of,
     check_adapter,
     generating,
@@ -28,7 +28,7 @@ from hylorada_jax.structure.code import Domain
 @puts_offline
 def chat(
     *,
-    model: str = PACKAGED_MODEL,
+    model: str | None = None,
     adapter: Path | None = None,
     sampling: Sampling = AS_IT_IS,
     max_context: int | None = None,
@@ -47,7 +47,8 @@ def chat(
     input leaves. Ctrl-C stops an answer. A pipe is read line by line: `echo Hello. | hylorada chat`.
 
     Args:
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what the adapter
+            was trained on; without one, smollm2-135m].
         adapter: directory of a trained adapter.
         sampling: how tokens are chosen: at most 1024 in an answer, and the most likely ones.
         max_context: tokens of the conversation and its answer together, at most [as many as the model has
@@ -70,7 +71,8 @@ def chat(
     from hylorada_jax.models.sampling import check_settings
 
     weights = weights_in(dtype, base_dtype)
-    base = generating(model, weights, saved)
+    name = base_of(saved, model)
+    base = generating(name, weights, saved)
     placement = placement_for(base, mesh)
     limit = base.position_limit
     if max_context is not None and not 2 <= max_context <= (limit or max_context):
@@ -79,15 +81,15 @@ def chat(
             f"--max-context {max_context}" + (f" for {limit} positions" if limit else ""),
             "Give another number, or none.",
         )
-    tokenizer = tokenizer_of(model, template)
+    tokenizer = tokenizer_of(name, template)
     ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, structure)
-    rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=1024)
+    rng, settings = jax.random.key(seed), sampling.settings(name, max_new_tokens=1024)
     check_settings([ids], rng=rng, **settings)
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
     # A model without a table of positions says how long the texts were that it has seen.
     context = max_context or limit or getattr(base.config, "max_position_embeddings", None)
     talk = Talk(
-        loaded(model, adapter, weights, placement, verbose=verbose),
+        loaded(name, adapter, weights, placement, verbose=verbose),
         tokenizer,
         structure,
         context,

@@ -5,9 +5,9 @@ from pathlib import Path
 from hylorada_jax.cli.joining import ALONE, Processes
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.shared import (
-    PACKAGED_MODEL,
     BaseDtype,
     Dtype,
+    base_of,
     check_adapter,
     check_whole,
     loaded,
@@ -29,7 +29,7 @@ _EMBEDDED = (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
 @puts_offline
 def evaluate(
     *,
-    model: str = PACKAGED_MODEL,
+    model: str | None = None,
     adapter: Path | None = None,
     data: tuple[str, ...] = (PYTHON_STDLIB,),
     reading: Reading = AS_IT_IS,
@@ -51,7 +51,8 @@ def evaluate(
     """Perplexity of a model, with or without an adapter, by a sliding window.
 
     Args:
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what the adapter
+            was trained on; without one, smollm2-135m].
         adapter: directory of a trained adapter.
         data: files, globs or Hub datasets, read whole, as by finetune; of the embedded data, the held-out
             part.
@@ -91,21 +92,22 @@ def evaluate(
     from hylorada_jax.placement.processes import is_first
 
     template = template_of(chat_template, saved)
-    base = unloaded(model, weights)
+    name = base_of(saved, model)
+    base = unloaded(name, weights)
     placement = placement_for(base, mesh)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
     if saved is not None:
         check_whole(saved, base)
 
-    tokenizer, tokens = tokenizer_of(model, template), []
+    tokenizer, tokens = tokenizer_of(name, template), []
     for source in sources:
         if not json:
             source.announce()
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
-        loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose),
+        loaded(name, adapter, weights, placement, check_weights=check_weights, verbose=verbose),
         documents,
         seq_len=seq_len,
         stride=stride,
@@ -114,7 +116,7 @@ def evaluate(
         progress=is_first() and not json,
     )
     result = {
-        "model": model,
+        "model": name,
         "adapter": saved and str(saved.directory),
         "data": data,
         "perplexity": measured.perplexity,

@@ -6,9 +6,9 @@ from typing import Any
 from hylorada_jax.cli.answer_rows import answers, asked, prompts_of, write
 from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
-    PACKAGED_MODEL,
     BaseDtype,
     Dtype,
+    base_of,
     check_adapter,
     generating,
     loaded,
@@ -31,7 +31,7 @@ def generate(
     *,
     prompt: str | None = None,
     messages: str | None = None,
-    model: str = PACKAGED_MODEL,
+    model: str | None = None,
     adapter: Path | None = None,
     sampling: Sampling = AS_IT_IS,
     chat: bool = False,
@@ -52,7 +52,8 @@ def generate(
         prompt: the text to continue.
         messages: a file of conversations, as finetune takes them, to answer in place of a prompt; an answer
             that ends one is left out.
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what the adapter
+            was trained on; without one, smollm2-135m].
         adapter: directory of a trained adapter.
         sampling: how tokens are chosen: at most 64, and the most likely ones.
         chat: give the prompt to the model's chat template, as a user's message.
@@ -96,9 +97,10 @@ def generate(
     from hylorada_jax.models.sampling import check_settings
 
     weights = weights_in(dtype, base_dtype)
-    base = generating(model, weights, saved)
+    name = base_of(saved, model)
+    base = generating(name, weights, saved)
     placement = placement_for(base, mesh)
-    tokenizer = tokenizer_of(model, template)
+    tokenizer = tokenizer_of(name, template)
     structure_ids = None
     if chats is None:
         assert prompt is not None
@@ -111,7 +113,7 @@ def generate(
 
     chat = chat or chats is not None
     rng = jax.random.key(seed)
-    settings: dict[str, Any] = sampling.settings(model if chat else None, max_new_tokens=64)
+    settings: dict[str, Any] = sampling.settings(name if chat else None, max_new_tokens=64)
     check_settings(prompts, rng=rng, **settings)
     check_prompts(prompts, base.token_limit)
     longest = max(map(len, prompts)) + settings["max_new_tokens"]
@@ -119,7 +121,7 @@ def generate(
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     if structure_ids is not None:
         settings["structure_ids"] = [structure_ids]
-    generator = loaded(model, adapter, weights, placement, verbose=verbose)
+    generator = loaded(name, adapter, weights, placement, verbose=verbose)
     if chats is not None:
         write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)
         return

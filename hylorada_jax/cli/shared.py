@@ -65,18 +65,19 @@ def refuse_output(output: Path, *, overwrite: bool = False, remedy: str = "Choos
         raise CheckpointError("An output must be a file that can be written.", error, remedy) from error
 
 
-def base_of(adapter: Path, given: str | None) -> str:
-    """The name of an adapter's base model: the user's own, or else the adapter's, which is announced.
+def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
+    """The name of a base model: the user's own; else the adapter's, which is announced; else the packaged one.
 
     An adapter may be a stranger's. So its user reads where its base comes from before anything is contacted.
     """
+    if given is not None or adapter is None:
+        return given or PACKAGED_MODEL
     from hylorada_jax.models.source import is_hub_name
     from hylorada_jax.saved.saved_adapter import base_name
 
-    name = base_name(adapter, given)
-    if given is None:
-        place = ", from the Hugging Face Hub" if is_hub_name(name) else ""
-        print(f"base model from the adapter: {one_line(name)}{place}", file=sys.stderr)
+    name = base_name(adapter)
+    place = ", from the Hugging Face Hub" if is_hub_name(name) else ""
+    print(f"base model from the adapter: {one_line(name)}{place}", file=sys.stderr)
     return name
 
 

@@ -53,6 +53,9 @@ COMMANDS = {
     "evaluate": ("evaluate", "--model", "owner/name", "--data", "texts.txt"),
     "evaluate, a dataset": ("evaluate", "--data", "owner/name"),
     "generate": ("generate", "--model", "owner/name", "--prompt", "a"),
+    "generate, an adapter": ("generate", "--adapter", "adapter", "--prompt", "a"),
+    "evaluate, an adapter": ("evaluate", "--adapter", "adapter", "--data", "texts.txt"),
+    "chat, an adapter": ("chat", "--adapter", "adapter"),
     "params": ("params", "--model", "owner/name"),
     "merge": ("merge", "--adapter", "adapter", "--output", "out"),
     "merge, a model": ("merge", "--adapter", "adapter", "--output", "out", "--model", "owner/name"),
@@ -123,7 +126,10 @@ def test_a_repository_is_named_once_before_it_is_contacted(tried, monkeypatch, c
     assert said == [*named, "", ""]
 
 
-@pytest.mark.parametrize("command", ["merge", "export-peft"])
+OF_ADAPTERS = ["merge", "export-peft", *(name for name in COMMANDS if name.endswith(", an adapter"))]
+
+
+@pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_a_base_model_that_an_adapter_names_is_announced(command, tried, tmp_path, monkeypatch, capsys):
     said = []
 
@@ -133,6 +139,7 @@ def test_a_base_model_that_an_adapter_names_is_announced(command, tried, tmp_pat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", contact)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("some text\n" * 20)
     adapter_of(tmp_path, "owner/name")
     run(monkeypatch, capsys, *COMMANDS[command])
     assert said[0].startswith("base model from the adapter: owner/name, from the Hugging Face Hub\n")

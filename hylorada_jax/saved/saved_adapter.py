@@ -129,20 +129,21 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
     return SavedAdapter(directory, config, body["base_model"], shapes, checksum, template)
 
 
-def base_name(directory: str | Path, given: str | None = None) -> str:
+def base_name(adapter: str | Path | SavedAdapter) -> str:
     """The name of the base model that an adapter belongs to.
 
     Args:
-        directory: of the adapter, whose config is read and checked.
-        given: the user's own name of it, which wins.
+        adapter: its directory, or what :func:`open_adapter` gives of it.
 
     Raises:
-        CheckpointError: the adapter is damaged, or names no model and none is given.
+        CheckpointError: the adapter is damaged, or names no model.
     """
-    name = given or open_adapter(directory).base["name"]
-    if not name:
+    saved = adapter if isinstance(adapter, SavedAdapter) else open_adapter(adapter)
+    if not (name := saved.base["name"]):
         raise CheckpointError(
-            "An adapter or the user must name the base model.", f"{directory} names none", "Give --model."
+            "An adapter or the user must name the base model.",
+            f"{saved.directory} names none",
+            "Give --model.",
         )
     return name
 
