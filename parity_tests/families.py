@@ -174,11 +174,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         transformers.Gemma4UnifiedTextConfig(**_GEMMA4, num_hidden_layers=4, layer_types=_BOTH * 2)
     ),
     # The same, with an embedding for each layer; half of the layers have keys and values of the others, and
-    # wider MLPs.
+    # wider MLPs; and experts in one tensor stand beside the MLPs.
     "gemma4_text": lambda: transformers.Gemma4ForCausalLM(
         transformers.Gemma4TextConfig(
             **_GEMMA4, num_hidden_layers=8, layer_types=_BOTH * 4, num_kv_shared_layers=4,
             use_double_wide_mlp=True, hidden_size_per_layer_input=5, vocab_size_per_layer_input=VOCAB + 2,
+            enable_moe_block=True, num_experts=5, top_k_experts=3, moe_intermediate_size=8,
         )
     ),
     # Attends both ways, and has norms behind its residuals.

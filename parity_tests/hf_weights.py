@@ -35,7 +35,7 @@ def randomise(model: Any, gain: float = 0.7) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
-            elif "norm" in name or ".ln_" in name:
+            elif "norm" in name or ".ln_" in name or name.endswith("scale"):
                 parameter.normal_(parameter.mean().item(), 0.3)  # about 1, or the 0 that Gemma adds to 1
             elif "embed" in name:
                 parameter.normal_(0.0, 0.3)

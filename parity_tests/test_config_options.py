@@ -33,10 +33,6 @@ IGNORED = {
     ("qwen2_moe", "sliding_window"),  # without use_sliding_window, which is refused
     ("qwen2_moe", "max_window_layers"),
     ("gemma4_unified_text", "use_double_wide_mlp"),  # of layers that share keys and values, of which are none
-    # Of a part of Gemma 4 that is refused by another key.
-    ("gemma4_text", "num_experts"),
-    ("gemma4_text", "top_k_experts"),
-    ("gemma4_text", "moe_intermediate_size"),
 }
 # Read only where the other, which transformers derives from it, is absent.
 DERIVED = {"max_window_layers": "layer_types", "no_rope_layer_interval": "no_rope_layers"}

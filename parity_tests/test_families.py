@@ -23,6 +23,9 @@ AUTO = {
     None: transformers.AutoModelForMaskedLM,
 }
 
+# With the router that a family names.
+MIXTURE = {"enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8}
+
 
 def built(model_type: str) -> Any:
     """transformers' model of a family, of a layer in every stack, shapes in the place of its weights."""
@@ -30,6 +33,8 @@ def built(model_type: str) -> Any:
         pytest.skip("a family that transformers 4.57 lacks")
     # It derives as much from its depth that this comes first.
     first = {"num_hidden_layers": 1} if model_type.startswith("gemma4") else {}
+    if model_type == "gemma4_text":
+        first |= MIXTURE
     config = transformers.AutoConfig.for_model(model_type, **first)
     pair = FAMILIES[model_type].task == "SEQ_2_SEQ_LM"
     for depth in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):

@@ -54,7 +54,7 @@ SAVED = {
     "gemma": ("482719cd74", "6f048169ea"),
     "gemma2": ("482719cd74", "bc312b9046"),
     "gemma3_text": ("482719cd74", "301cfecdf8"),
-    "gemma4_text": ("3f86fa95ba", "4ec975f8c7"),
+    "gemma4_text": ("dc45377ac5", "5326fb8caf"),
     "gemma4_unified_text": ("9c628ba5e4", "44360cb94a"),
     "bert": ("a2459b37b8", "2eaa76736e"),
     "t5": ("8260522d3e", "a78a618664"),

@@ -15,8 +15,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.mixture import EXPERTS
+from hylorada_jax.models.quantize import quantize
+from hylorada_jax.models.rounded_weights import RoundedWeights
+from hylorada_jax.models.source import find_source
 from hylorada_jax.models.stacks import parts_of
 from parity_tests.families import FAMILIES, VOCAB, all_in_float64, jax_base, measuring, saved, torch_base
 from parity_tests.hf_weights import padded
@@ -143,6 +148,7 @@ def test_the_text_part_of_a_multimodal_model_is_the_text_model_with_its_soft_cap
         parts = {"text_config": text.config, "vision_config": VISION[named], "audio_config": None}
         config = getattr(transformers, f"{named}Config")(**parts)
         whole = getattr(transformers, f"{named}ForConditionalGeneration")(config).eval()
+        whole.set_experts_implementation("eager")  # its own choice has no float64
         whole.model.language_model.load_state_dict(text.model.state_dict())
         logits = (torch_logits(model, TEXTS[:1]) for model in (whole, text))
         assert relative_error(*logits) <= MODEL["float64"]
@@ -173,6 +179,20 @@ def test_a_checkpoint_may_have_keys_and_values_of_layers_that_take_others(tmp_pa
                 load_model(tmp_path)
 
 
+@needs_oracle
+def test_experts_are_rounded_as_their_tensors_turned_over_and_the_router_is_not():
+    """Oracle: the experts that are read as numbers, quantised as a whole."""
+    pytest.importorskip("qwix")
+    source = find_source(saved(FAMILY, "float32").name)
+    layer = load_model(source.path).params["model"]["layers"]["0"]["1"]  # of layers 1 and 3
+    down = quantize({EXPERTS: {"down_proj": layer[EXPERTS]["down_proj"]}}, "int8")[EXPERTS]["down_proj"]
+    rounded = RoundedWeights(source, "float32+int8")
+    got = rounded.read("model.layers.3.experts.down_proj", (slice(1, 3),))
+    np.testing.assert_array_equal(got, as_array(down)[1, 1:3].swapaxes(1, 2))
+    router = rounded.read("model.layers.3.router.proj.weight")
+    np.testing.assert_array_equal(router, layer["router"]["proj"]["kernel"][1].T)
+
+
 def test_sixty_layers_are_a_pattern_repeated_ten_times():
     shape = {"num_hidden_layers": 60, "attention_k_eq_v": True, "num_key_value_heads": 8,
              "num_global_key_value_heads": 2}  # fmt: skip
@@ -195,7 +215,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 9}, "vocab_size_per_layer_input=9"),
     ({"num_kv_shared_layers": 30}, "num_kv_shared_layers=30"),
     ({"num_kv_shared_layers": 25}, "25 of 30 layers, 0 of the others without a window"),
-    ({"enable_moe_block": True}, "enable_moe_block=True"),
+    ({"enable_moe_block": True}, "num_experts=None, top_k_experts=None, moe_intermediate_size=None"),
+    (
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 8},
+        "top_k_experts=5 of 4",
+    ),
+    ({"enable_moe_block": True, "num_experts": 0}, "num_experts"),
     ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
     ({"rope_theta": 3.0}, "rope_theta=3.0"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),

@@ -80,7 +80,8 @@ def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float3
 
 def _start(path: Any) -> int | None:
     """What a leaf is filled with; None of one that is drawn."""
-    return {"bias": 0, "scale": 1, "layer_scalar": 1}.get(path[-1].key)
+    ones = ("scale", "layer_scalar", "input_scale", "per_expert_scale")
+    return {"bias": 0, **dict.fromkeys(ones, 1)}.get(path[-1].key)
 
 
 def _init_in_shares(

@@ -69,8 +69,11 @@ def test_random_weights_differ_by_key_and_layer():
 def test_what_scales_a_layer_starts_at_one():
     """As transformers starts it: drawn around 0, it would leave nothing of what is added before it."""
     one = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_hidden_layers": 1}
-    params = init_params(DecoderConfig.from_hf(TINY | one), jax.random.key(0))
-    assert params["model"]["layers"]["layer_scalar"].tolist() == [[1.0]]
+    experts = {"enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 4}
+    layer = init_params(DecoderConfig.from_hf(TINY | one | experts), jax.random.key(0))["model"]["layers"]
+    assert layer["layer_scalar"].tolist() == [[1.0]]
+    assert layer["router"]["per_expert_scale"].tolist() == [[1.0] * 3]
+    assert layer["router"]["input_scale"].tolist() == [[1.0] * 32]
 
 
 def test_attention_mask_and_segments_agree_on_padding():

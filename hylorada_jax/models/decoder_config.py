@@ -81,6 +81,8 @@ class DecoderConfig(Options):
         dense_layers: for each layer, whether it has an MLP in the place of the mixture; empty: none has.
         shared_expert: the width inside an expert that every token passes beside its own, weighed by a gate;
             None: there is none.
+        mixture_beside: the mixture is not in the place of the MLP but beside it, and its layers are those of
+            ``models.fused_experts``.
         swiglu_limit: the bound of gate and up in the experts of ``models.fused_experts``, which the mixture
             then has; None: each expert's layers are its own.
         attention_sinks: each query head has a logit that takes a part of every softmax and has no value.

@@ -25,8 +25,9 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.dense import Dense
-from hylorada_jax.models.fused_experts import FusedMixtureBlock
-from hylorada_jax.models.mixture import MixtureBlock
+from hylorada_jax.models.families.family import Mixture
+from hylorada_jax.models.fused_experts import FusedExperts, FusedMixtureBlock, ScaledRouter
+from hylorada_jax.models.mixture import EXPERTS, MixtureBlock, by_experts
 from hylorada_jax.models.module_kinds import register
 from hylorada_jax.placement.axes import ROWS
 from hylorada_jax.placement.shards import cut
@@ -248,13 +249,28 @@ def gated(c: DecoderConfig) -> Callable[[Array, Array], Array]:
 
 
 def block(c: DecoderConfig) -> nn.Module:
-    """What follows attention in a layer: one MLP, or a mixture of experts."""
-    if c.mixture is None:
+    """What follows attention in a layer: one MLP, or a mixture of experts in its place."""
+    if c.mixture is None or c.mixture_beside:
         return MLP(c, c.intermediate_size, name="mlp")
     if c.swiglu_limit is not None:
         return FusedMixtureBlock(c.mixture, c.swiglu_limit, name=c.mixture.name)
     shared = None if c.shared_expert is None else functools.partial(MLP, c, c.shared_expert)
     return MixtureBlock(c.mixture, gated(c), shared, name=c.mixture.name)
+
+
+def with_experts(
+    c: DecoderConfig, m: Mixture, x: Float[Array, "batch query hidden"], y: Float[Array, "batch query hidden"]
+) -> Float[Array, "batch query hidden"]:
+    """norm(y) + norm(Σ w_e · expert_e(norm(x))): what the MLP gives, y, and the mixture beside it.
+
+    The router reads x after a norm without a weight.
+    """
+    logits, factor = ScaledRouter(m.experts, name=m.router)(unweighted_norm(x, c.rms_norm_eps))
+    glu = lambda gate_up: gated(c)(*jnp.split(gate_up, 2, axis=-1))
+    experts = FusedExperts(m, glu, name=EXPERTS)
+    mixed = by_experts(m, norm(c, "pre_feedforward_layernorm_2")(x), logits, experts, factor)
+    y, mixed = norm(c, "post_feedforward_layernorm_1")(y), norm(c, "post_feedforward_layernorm_2")(mixed)
+    return y + mixed
 
 
 class DecoderLayer(nn.Module):
@@ -275,7 +291,10 @@ class DecoderLayer(nn.Module):
         x = normed(c, before_attention, stream.x)
         attended, stream = DecoderAttention(c, name="self_attn")(stream, x, own.number, step)
         x = stream.x + scaled(normed(c, after_attention, attended), c.residual_scale)
-        y = normed(c, after_mlp, block(c)(normed(c, before_mlp, x)))
+        y = block(c)(normed(c, before_mlp, x))
+        if c.mixture is not None and c.mixture_beside:
+            y = with_experts(c, c.mixture, x, y)
+        y = normed(c, after_mlp, y)
         x = x + scaled(y, c.residual_scale)
         if c.per_layer_width and own.given is not None:
             gate = Dense(c.per_layer_width, use_bias=False, name="per_layer_input_gate")(x)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
 # A leaf of another name is a parameter that HF's module has by the same name.
-_TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+_TENSOR_SUFFIX = {"embedding": "weight", "kernel": "weight", "scale": "weight", "input_scale": "scale"}
 _KEYS_VALUES = re.compile(r"model\.layers\.([0-9]+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 _READERS = {MXFP4: MXFP4Weights, BITSANDBYTES_4BIT: BitsAndBytesWeights}
 
@@ -213,8 +213,8 @@ def _decoder_layout(
     empty: CausalLM, source: Source, weights: Weights
 ) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot]]:
     leaves = {path: leaf.shape for path, leaf in flatten_dict(empty.params).items()}
-    numbers = empty.layer_numbers
-    slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape, numbers)}
+    layout = empty.layer_numbers, empty.config.mixture_beside
+    slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape, *layout)}
     check_match(leaves, slots, weights, partial(_is_harmless, empty.config, weights), source.path)
     return leaves, slots
 
@@ -239,11 +239,18 @@ def _of(paths: Collection[TreePath], slots: Mapping[str, Slot]) -> dict[str, Slo
 
 
 def _slots(
-    path: TreePath, shape: tuple[int, ...], numbers: Mapping[TreePath, tuple[int, ...]]
+    path: TreePath,
+    shape: tuple[int, ...],
+    numbers: Mapping[TreePath, tuple[int, ...]],
+    turned_experts: bool = False,
 ) -> list[tuple[str, Slot]]:
-    """The tensors that fill one leaf of our decoder: one, or one per layer, and expert, that it stacks."""
+    """The tensors that fill one leaf of our decoder: one, or one per layer, and expert, that it stacks.
+
+    With ``turned_experts`` a tensor of all experts is [experts, out, in], and not as the leaf has it.
+    """
     *module, leaf = path
-    suffix, transpose = _TENSOR_SUFFIX.get(leaf, leaf), leaf == "kernel"
+    suffix = _TENSOR_SUFFIX.get(leaf, leaf)
+    transpose = leaf == "kernel" or (turned_experts and module[-1] == EXPERTS)
     names = names_in_stack(tuple(module), numbers)
     if names is None:
         return [(".".join([*module, suffix]), Slot(path, (), transpose))]

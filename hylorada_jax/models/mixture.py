@@ -89,13 +89,19 @@ def by_experts(
     x: Float[Array, "batch query hidden"],
     logits: Float[Array, "batch query experts"],
     run: Callable[[Array, experts.Rows], Array],
+    factor: Float[Array, " experts"] | None = None,
 ) -> Float[Array, "batch query hidden"]:
-    """Σ w_e · expert_e(x), where ``run`` gives what each of the rows sorted by expert becomes."""
+    """Σ w_e · expert_e(x), where ``run`` gives what each of the rows sorted by expert becomes.
+
+    ``factor`` multiplies each expert's w_e, after these were made to sum to 1.
+    """
     shape = x.shape
     # Tokens are sorted within what no two devices share.
     groups = row_groups(shape[0])
     x, logits = (cut(each.reshape(groups, -1, each.shape[-1]), ROWS) for each in (x, logits))
     weights, chosen = experts.route(logits, m.chosen, normalised=m.normalised)
+    if factor is not None:
+        weights = weights * factor[chosen]
     rows = experts.sort_rows(chosen, m.experts)
     return experts.sum_rows(run(experts.rows_of(x, rows), rows), weights, rows).reshape(shape)
 

@@ -24,7 +24,7 @@ from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.placed import default_mesh, fitted
-from hylorada_jax.models.weights import SafetensorsWeights
+from hylorada_jax.models.weights import SafetensorsWeights, Slot, load_tree
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.placement.axes import mesh_sizes
 from hylorada_jax.placement.placement import Placement, parse_mesh
@@ -149,6 +149,16 @@ def quantised_facts(directory, placement=None):
     }
 
 
+def turned_facts(directory, placement):
+    """Whether tensors [experts, out, in] are read as their leaf has them, and the largest part read."""
+    tensors = np.arange(2 * 3 * 8 * 16, dtype=np.float32).reshape(2, 3, 8, 16)
+    save_file({str(layer): tensor for layer, tensor in enumerate(tensors)}, directory / "experts.safetensors")
+    weights, path = SafetensorsWeights([directory / "experts.safetensors"]), ("experts", "gate_up_proj")
+    slots = {name: Slot(path, (int(name),), transpose=True) for name in weights.shapes}
+    tree, read = largest_read(lambda: load_tree({path: (2, 3, 16, 8)}, slots, weights, np.float32, placement))
+    return bool(np.array_equal(tree["experts"]["gate_up_proj"], tensors.swapaxes(2, 3))), read
+
+
 def measure(directory):
     """What is found on eight devices, as JSON on stdout."""
     write(Path(directory))
@@ -170,6 +180,7 @@ def measure(directory):
     if importlib.util.find_spec("qwix"):
         placement = Placement(parse_mesh(COMPUTED[0]))
         found["quantised"] = [quantised_facts(directory, place) for place in (placement, None)]
+    found["turned"] = turned_facts(Path(directory) / "adapter", Placement(parse_mesh("fsdp=2,tensor=4")))
     found["default"] = {}
     params = load_model(directory).params
     for name, spare in (("roomy", 0), ("small", -1)):
@@ -271,6 +282,10 @@ def test_a_quantised_model_on_a_mesh_is_that_on_one_device(found):
     assert ours["digest"] == alone["digest"]
     assert (ours["share"], alone["share"]) == (4, 1)
     np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
+
+
+def test_of_turned_experts_each_device_reads_its_share(found):
+    assert found["turned"] == [True, 3 * 16 * 8 // 8]
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def one_quantized(name: str, weights: Weights, leaf: QArray, slot: Slot) -> QArr
 
     def one(part: Part) -> QArray:
         tensor = weights.read(name, part).reshape(weights.shapes[name][-2:])
-        values = (tensor.T if slot.transpose else tensor).astype(np.promote_types(dtype, np.float32))
+        values = slot.turned(tensor).astype(np.promote_types(dtype, np.float32))
         check_finite(values, name, weights)
         with jax.default_device(_cpu()):
             return _jitted_one(values, str(leaf.qtype), dtype.name, slot.path == _HEAD)

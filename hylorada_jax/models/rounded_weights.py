@@ -1,6 +1,7 @@
 """A model's tensors as a quantised base has them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hylorada_jax.math.quantized import as_array, split_name
@@ -41,5 +42,6 @@ class RoundedWeights:
         if name not in self._kernels:
             return self._weights.read(name, part)
         shape, slot = self._kernels[name]
-        values = np.asarray(as_array(one_quantized(name, self._weights, shape, slot)))
-        return (values.T if slot.transpose else values)[part]
+        codes = jax.tree.map(jnp.asarray, one_quantized(name, self._weights, shape, slot))
+        values = np.asarray(as_array(codes))
+        return slot.turned(values)[part]

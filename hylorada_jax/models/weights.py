@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ _RULE = "A safetensors file must be complete and well formed."
 _REMEDY = "The file is truncated or damaged: download it again."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
+_T = TypeVar("_T")
 TreePath = tuple[str, ...]
 Part = tuple[slice, ...]
 """A slice along each axis of a tensor; an empty one is all of it."""
@@ -134,12 +135,20 @@ class Slot:
         path: the leaf.
         at: its index on the leaf's first axes, where the leaf stacks layers, or layers of experts; empty: it
             is the whole leaf.
-        transpose: whether the leaf is (in, out) and the tensor (out, in).
+        transpose: whether the leaf's last two axes are (in, out) and the tensor's (out, in).
     """
 
     path: TreePath
     at: tuple[int, ...] = ()
     transpose: bool = False
+
+    def turned(self, tensor: np.ndarray) -> np.ndarray:
+        """A tensor as the leaf has it, or the other way round."""
+        return tensor.swapaxes(-1, -2) if self.transpose else tensor
+
+    def in_file(self, of_axes: tuple[_T, ...]) -> tuple[_T, ...]:
+        """What there is for each axis of the leaf's part, in the order of the tensor's axes."""
+        return (*of_axes[:-2], *of_axes[-2:][::-1]) if self.transpose else of_axes
 
 
 def load_tree(
@@ -176,9 +185,9 @@ def load_tree(
         leaf = aligned(shape, dtype)
         for name, slot in by_leaf[path]:
             own, target = part[len(slot.at) :], leaf[slot.at] if slot.at else leaf
-            tensor = weights.read(name, own[::-1] if slot.transpose else own)
+            tensor = weights.read(name, slot.in_file(own))
             with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
-                target[...] = tensor.T if slot.transpose else tensor
+                target[...] = slot.turned(tensor)
             check_finite(target, name, weights)
         return leaf
 
@@ -252,8 +261,7 @@ def check_match(
     """
     misshapen = []
     for name, slot in slots.items():
-        shape = leaves[slot.path][len(slot.at) :]
-        expected = shape[::-1] if slot.transpose else shape
+        expected = slot.in_file(leaves[slot.path][len(slot.at) :])
         if name in weights.shapes and weights.shapes[name] != expected:
             misshapen.append(f"{name} {weights.shapes[name]} instead of {expected}")
     sides = {

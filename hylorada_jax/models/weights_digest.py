@@ -67,8 +67,7 @@ def files_digest(source: Source, dtype: str) -> str:
             own = [(name, slots[name]) for _, name in parts]
             digests |= _of_leaves(unflatten_dict({path: read_quantized(codes, own, weights)}))
             continue
-        tensors = ((weights.read(name), slots[name].transpose) for _, name in parts)
-        turned = (tensor.T if transpose else tensor for tensor, transpose in tensors)
+        turned = (slots[name].turned(weights.read(name)) for _, name in parts)
         digests["/".join(path)] = _of_leaf(shape, kept, (tensor.astype(kept) for tensor in turned))
     return _of_all(digests)
 

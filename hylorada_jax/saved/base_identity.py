@@ -31,7 +31,7 @@ LATER: dict[str, Any] = {
     "rotary_fraction": 1.0, "sliding_rope_theta": None, "unrotated_layers": (), "embedding_scale": 1.0,
     "residual_scale": 1.0, "attention_scale": None, "attention_soft_cap": None, "logit_scale": 1.0,
     "logit_soft_cap": None, "mixture": None, "shared_expert": None,
-    "swiglu_limit": None, "attention_sinks": False, "dense_layers": (),
+    "swiglu_limit": None, "attention_sinks": False, "dense_layers": (), "mixture_beside": False,
     "value_norm": False, "keys_as_values": False, "full_head_dim": None, "full_kv_heads": None,
     "layer_scalar": False, "per_layer_width": None, "per_layer_vocab": None, "shared_kv_layers": 0,
     "shared_kv_mlp": None,

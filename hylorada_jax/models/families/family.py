@@ -43,7 +43,7 @@ class Keys(Struct, frozen=True, kw_only=True):
 
 
 class Mixture(NamedTuple):
-    """A mixture of experts in the place of a layer's MLP.
+    """A mixture of experts in the place of a layer's MLP, or beside it.
 
     Attributes:
         experts: how many there are.
@@ -77,6 +77,7 @@ class Options:
     mixture: Mixture | None = None
     dense_layers: tuple[bool, ...] = ()
     shared_expert: int | None = None
+    mixture_beside: bool = False
     swiglu_limit: float | None = None
     attention_sinks: bool = False
     qk_norm: bool = False
@@ -236,12 +237,17 @@ BEHIND = {
 """The same of a layer's norms behind attention and MLP."""
 
 
-def check_mixture(mixture: Mixture) -> Mixture:
-    """The mixture, where a token's experts are no more than there are; a ModelError otherwise."""
+def check_mixture(mixture: Mixture, chosen: str = "num_experts_per_tok") -> Mixture:
+    """The mixture, where a token's experts are no more than there are; a ModelError otherwise.
+
+    Args:
+        mixture: to be checked.
+        chosen: the key that says how many experts a token has.
+    """
     if mixture.chosen > mixture.experts:
         raise ModelError(
             "A token chooses no more experts than there are.",
-            f"num_experts_per_tok={mixture.chosen} of {mixture.experts}",
+            f"{chosen}={mixture.chosen} of {mixture.experts}",
             "Check config.json.",
         )
     return mixture

@@ -11,6 +11,7 @@ from hylorada_jax.io.reading import checked
 from hylorada_jax.models.bounds import (
     REMEDY,
     RULE,
+    Experts,
     Heads,
     Layers,
     Multiplier,
@@ -20,7 +21,7 @@ from hylorada_jax.models.bounds import (
     Width,
 )
 from hylorada_jax.models.families import gemma
-from hylorada_jax.models.families.family import Decoder, Family, Options, sliding
+from hylorada_jax.models.families.family import Decoder, Family, Mixture, Options, check_mixture, sliding
 
 _Number = Annotated[str, Meta(pattern=r"^[0-9]{1,4}$")]
 
@@ -59,6 +60,9 @@ class Gemma4Keys(gemma.GemmaKeys, frozen=True, kw_only=True, rename={"hidden_act
     num_kv_shared_layers: Annotated[int, Meta(ge=0)] = 0
     use_double_wide_mlp: bool = False
     enable_moe_block: bool = False
+    num_experts: Experts | None = None
+    top_k_experts: Experts | None = None
+    moe_intermediate_size: Width | None = None
 
 
 class UnifiedKeys(Gemma4Keys, frozen=True, kw_only=True):
@@ -131,6 +135,8 @@ def options(keys: Gemma4Keys) -> Options:
     return Options(
         qkv_bias=keys.attention_bias,
         o_bias=keys.attention_bias,
+        mixture=_experts(keys),
+        mixture_beside=keys.enable_moe_block,
         qk_norm=True,
         value_norm=True,
         keys_as_values=keys.attention_k_eq_v,
@@ -181,14 +187,23 @@ def _full_heads(keys: Gemma4Keys, slides: tuple[bool, ...]) -> tuple[int | None,
     return found.head_dim, found.num_key_value_heads
 
 
-def _refuse(keys: Gemma4Keys) -> None:
-    """Raises on what Gemma 4's mixture has beside, and on a table that is too short."""
-    if keys.enable_moe_block:
+def _experts(keys: Gemma4Keys) -> Mixture | None:
+    """The mixture beside each layer's MLP."""
+    if not keys.enable_moe_block:
+        return None
+    experts, chosen, width = keys.num_experts, keys.top_k_experts, keys.moe_intermediate_size
+    if experts is None or chosen is None or width is None:
         raise ModelError(
-            "Of Gemma 4 our decoder reads the models without experts beside the MLP.",
-            "enable_moe_block=True",
-            "Take a dense model, such as E2B, E4B or 31B.",
+            "With enable_moe_block a config has the number, the choice and the width of experts.",
+            f"num_experts={experts}, top_k_experts={chosen}, moe_intermediate_size={width}",
+            REMEDY,
         )
+    mixture = Mixture(experts=experts, chosen=chosen, width=width, router="router")
+    return check_mixture(mixture, "top_k_experts")
+
+
+def _refuse(keys: Gemma4Keys) -> None:
+    """Raises on a table that is too short."""
     vocabulary, rows = keys.vocab_size, keys.vocab_size_per_layer_input
     if keys.hidden_size_per_layer_input and rows < vocabulary:
         raise ModelError(
@@ -215,6 +230,7 @@ def _sharing(keys: Gemma4Keys, slides: tuple[bool, ...]) -> int:
 FAMILIES = [
     Family(
         model_type=f"{whole}_text",
+        router=router,
         tokenizer="GemmaTokenizer",
         decoder=Decoder(
             causal_lm=causal_lm,
@@ -225,8 +241,8 @@ FAMILIES = [
             whole_caps_logits=True,
         ),
     )
-    for whole, causal_lm, keys in (
-        ("gemma4", "Gemma4ForCausalLM", Gemma4Keys),
-        ("gemma4_unified", "Gemma4UnifiedForCausalLM", UnifiedKeys),
+    for whole, causal_lm, keys, router in (
+        ("gemma4", "Gemma4ForCausalLM", Gemma4Keys, "router.proj"),
+        ("gemma4_unified", "Gemma4UnifiedForCausalLM", UnifiedKeys, None),
     )
 ]
