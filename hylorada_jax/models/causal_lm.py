@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -50,8 +50,13 @@ def param_shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict[
     Returns:
         A tree of ``jax.ShapeDtypeStruct``; leaves under ``layers`` have a leading axis of layers.
     """
-    shapes = jax.eval_shape(lambda: _flax_init(DecoderLM(config), jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _traced(config))
+
+
+# Layers of several shapes take a second or two to trace, and a merge or a check of weights asks again.
+@lru_cache(maxsize=64)
+def _traced(config: DecoderConfig) -> dict[str, Any]:
+    return jax.eval_shape(lambda: _flax_init(DecoderLM(config), jax.random.key(0)))
 
 
 def init_params(config: DecoderConfig, rng: Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
