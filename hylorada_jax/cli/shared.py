@@ -66,7 +66,7 @@ def refuse_output(output: Path, *, overwrite: bool = False, remedy: str = "Choos
 
 
 def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
-    """The name of a base model: the user's own; else the adapter's, which is announced; else the packaged one.
+    """A base model's name: the user's own; else the adapter's, which is announced; else the packaged one's.
 
     An adapter may be a stranger's. So its user reads where its base comes from before anything is contacted.
     """
