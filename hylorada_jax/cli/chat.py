@@ -71,8 +71,8 @@ def chat(
     from hylorada_jax.models.sampling import check_settings
 
     weights = weights_in(dtype, base_dtype)
-    name = base_of(saved, model)
-    base = generating(name, weights, saved)
+    model = base_of(saved, model)
+    base = generating(model, weights, saved)
     placement = placement_for(base, mesh)
     limit = base.position_limit
     if max_context is not None and not 2 <= max_context <= (limit or max_context):
@@ -81,15 +81,15 @@ def chat(
             f"--max-context {max_context}" + (f" for {limit} positions" if limit else ""),
             "Give another number, or none.",
         )
-    tokenizer = tokenizer_of(name, template)
+    tokenizer = tokenizer_of(model, template)
     ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, structure)
-    rng, settings = jax.random.key(seed), sampling.settings(name, max_new_tokens=1024)
+    rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=1024)
     check_settings([ids], rng=rng, **settings)
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
     # A model without a table of positions says how long the texts were that it has seen.
     context = max_context or limit or getattr(base.config, "max_position_embeddings", None)
     talk = Talk(
-        loaded(name, adapter, weights, placement, verbose=verbose),
+        loaded(model, adapter, weights, placement, verbose=verbose),
         tokenizer,
         structure,
         context,

@@ -92,22 +92,22 @@ def evaluate(
     from hylorada_jax.placement.processes import is_first
 
     template = template_of(chat_template, saved)
-    name = base_of(saved, model)
-    base = unloaded(name, weights)
+    model = base_of(saved, model)
+    base = unloaded(model, weights)
     placement = placement_for(base, mesh)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
     if saved is not None:
         check_whole(saved, base)
 
-    tokenizer, tokens = tokenizer_of(name, template), []
+    tokenizer, tokens = tokenizer_of(model, template), []
     for source in sources:
         if not json:
             source.announce()
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
     measured = evaluate_perplexity(
-        loaded(name, adapter, weights, placement, check_weights=check_weights, verbose=verbose),
+        loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose),
         documents,
         seq_len=seq_len,
         stride=stride,
@@ -116,7 +116,7 @@ def evaluate(
         progress=is_first() and not json,
     )
     result = {
-        "model": name,
+        "model": model,
         "adapter": saved and str(saved.directory),
         "data": data,
         "perplexity": measured.perplexity,

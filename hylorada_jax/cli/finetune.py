@@ -12,9 +12,9 @@ from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
-    PACKAGED_MODEL,
     BaseDtype,
     Dtype,
+    base_of,
     check_whole,
     loaded,
     puts_offline,
@@ -43,7 +43,7 @@ Training = Annotated[TrainingConfig, tyro.conf.arg(name="")]
 def finetune(
     *,
     training: Training,
-    model: str = PACKAGED_MODEL,
+    model: str | None = None,
     data: tuple[str, ...] = (PYTHON_STDLIB,),
     eval_data: tuple[str, ...] = (),
     reading: Reading = AS_IT_IS,
@@ -66,7 +66,8 @@ def finetune(
 
     Args:
         training: how long, how fast, on what batches, and where the run is kept.
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what start_from
+            was trained on; without one, smollm2-135m].
         data: python-stdlib or python-docstrings (embedded), a file, a glob, or a Hub dataset: texts, prompts
             with completions, or conversations, as the columns of .jsonl, .json, .csv and .parquet files tell.
             Several are one set; with weights, as chats.jsonl=0.7 "docs/*.md=0.3", each has that share of the
@@ -92,6 +93,7 @@ def finetune(
     sources = sources_of(data, split=reading.split)
     own = sources_of(eval_data, weights=False) if eval_data else []
     saved = None if start_from is None else _opened(start_from, adapter)
+    model = base_of(saved, model)
     settings = adapter.build() if saved is None else saved.config
     if structure:
         require_encoder(settings, structure)

@@ -97,10 +97,10 @@ def generate(
     from hylorada_jax.models.sampling import check_settings
 
     weights = weights_in(dtype, base_dtype)
-    name = base_of(saved, model)
-    base = generating(name, weights, saved)
+    model = base_of(saved, model)
+    base = generating(model, weights, saved)
     placement = placement_for(base, mesh)
-    tokenizer = tokenizer_of(name, template)
+    tokenizer = tokenizer_of(model, template)
     structure_ids = None
     if chats is None:
         assert prompt is not None
@@ -113,7 +113,7 @@ def generate(
 
     chat = chat or chats is not None
     rng = jax.random.key(seed)
-    settings: dict[str, Any] = sampling.settings(name if chat else None, max_new_tokens=64)
+    settings: dict[str, Any] = sampling.settings(model if chat else None, max_new_tokens=64)
     check_settings(prompts, rng=rng, **settings)
     check_prompts(prompts, base.token_limit)
     longest = max(map(len, prompts)) + settings["max_new_tokens"]
@@ -121,7 +121,7 @@ def generate(
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     if structure_ids is not None:
         settings["structure_ids"] = [structure_ids]
-    generator = loaded(name, adapter, weights, placement, verbose=verbose)
+    generator = loaded(model, adapter, weights, placement, verbose=verbose)
     if chats is not None:
         write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)
         return

@@ -56,6 +56,7 @@ COMMANDS = {
     "generate, an adapter": ("generate", "--adapter", "adapter", "--prompt", "a"),
     "evaluate, an adapter": ("evaluate", "--adapter", "adapter", "--data", "texts.txt"),
     "chat, an adapter": ("chat", "--adapter", "adapter"),
+    "finetune, an adapter": ("finetune", "--start-from", "adapter", "--data", "texts.txt", "--output", "out"),
     "params": ("params", "--model", "owner/name"),
     "merge": ("merge", "--adapter", "adapter", "--output", "out"),
     "merge, a model": ("merge", "--adapter", "adapter", "--output", "out", "--model", "owner/name"),
