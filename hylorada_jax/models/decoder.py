@@ -19,7 +19,7 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import Cache, Step, norm, scaled
 from hylorada_jax.models.dense import Dense
-from hylorada_jax.models.layer_loops import Carry, Layers, check_remat, layers_of, own_of, run, unshared
+from hylorada_jax.models.layer_loops import Carry, Layers, check_remat, layers_of, own_of, room_to_share, run
 from hylorada_jax.models.rotation import rotary_tables
 from hylorada_jax.models.stacks import stacks_of
 from hylorada_jax.placement.axes import DATA, FSDP, ROWS
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 
         dtype, stacks = jnp.promote_types(x.dtype, jnp.float32), stacks_of(c)
         steps = [Step(*rotary_tables(stack.config, position_ids, dtype), patterns, start) for stack in stacks]
-        carry = Carry(x, None if cache is None else cache.layers, unshared(c, x, key_slots))
+        carry = Carry(x, None if cache is None else cache.layers, room_to_share(c, x, key_slots))
         per_layer = None if c.per_layer_width is None else self._per_layer(input_ids, x, c.per_layer_width)
         if len(stacks) == 1:  # it is the scanned layer itself, and its parameters are those of ``layers``
             carry = run(self.layers, stacks[0], carry, steps, own_of(stacks[0], per_layer))

@@ -141,6 +141,11 @@ class DecoderConfig(Options):
         """The dimensions of a head that rotate."""
         return int(self.head_dim * self.rotary_fraction)
 
+    @property
+    def slides(self) -> bool:
+        """Whether the window applies to a layer."""
+        return any(self.sliding_layers)
+
     def kind(self, number: int) -> DecoderConfig:
         """The configuration of a model whose layers have the shape of this one: equal where shapes are."""
         depth, slides = self.num_hidden_layers, any(self.sliding_layers[number : number + 1])

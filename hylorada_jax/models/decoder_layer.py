@@ -202,7 +202,7 @@ register(DecoderAttention, "attention")
 
 def _window(config: DecoderConfig, layer: Int[Array, ""]) -> int | Int[Array, ""] | None:
     """The window of a layer; of layers that slide and others that do not, chosen while they run."""
-    if not any(config.sliding_layers):
+    if not config.slides:
         return None
     if all(config.sliding_layers):
         return config.sliding_window
@@ -296,8 +296,8 @@ class DecoderLayer(nn.Module):
             y = with_experts(c, c.mixture, x, y)
         y = normed(c, after_mlp, y)
         x = x + scaled(y, c.residual_scale)
-        if c.per_layer_width and own.given is not None:
-            gate = Dense(c.per_layer_width, use_bias=False, name="per_layer_input_gate")(x)
+        if own.given is not None:
+            gate = Dense(own.given.shape[-1], use_bias=False, name="per_layer_input_gate")(x)
             y = Dense(c.hidden_size, use_bias=False, name="per_layer_projection")(gated(c)(gate, own.given))
             x = x + normed(c, "post_per_layer_input_norm", y)
         if c.layer_scalar:

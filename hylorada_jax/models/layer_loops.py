@@ -77,7 +77,7 @@ def layers_of(stack: Stack, remat: str, name: str | None = None) -> nn.Module:
 def run(layers: nn.Module, stack: Stack, carry: Carry, steps: Sequence[Step], own: Own) -> Carry:
     """Applies those layers of a stack that follow each other, in one repeat of the pattern."""
     x, caches, shared = carry
-    slides = any(stack.config.sliding_layers)
+    slides = stack.config.slides
     cache = None if caches is None else caches[stack.index]
     stream = Stream(x, cache, None if shared is None else shared[slides])
     stream, _ = layers(stream, own, steps[stack.index])
@@ -142,8 +142,7 @@ def _with_shared(
 ) -> list[Step]:
     """The steps of all stacks with the keys and values that those without their own take."""
     return [
-        step._replace(shared=shared[any(stack.config.sliding_layers)])
-        for step, stack in zip(steps, stacks, strict=True)
+        step._replace(shared=shared[stack.config.slides]) for step, stack in zip(steps, stacks, strict=True)
     ]
 
 
@@ -165,7 +164,7 @@ def _of_repeats(repeats: int, *, starting: bool) -> Callable[..., nn.Module]:
     )
 
 
-def unshared(
+def room_to_share(
     config: DecoderConfig, x: Float[Array, "batch query hidden"], slots: Int[Array, " slots"]
 ) -> dict[bool, KeysValues] | None:
     """Room for the keys and values that later layers share; None where none do."""
@@ -175,5 +174,5 @@ def unshared(
     for kind in config.kinds():
         if not kind.shared_kv_layers:
             zeros = jnp.zeros((len(x), len(slots), kind.num_key_value_heads, kind.head_dim), x.dtype)
-            room[any(kind.sliding_layers)] = zeros, zeros
+            room[kind.slides] = zeros, zeros
     return room
