@@ -25,7 +25,7 @@ from hylorada_jax.math import rope
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
-from hylorada_jax.models.decoder_layer import activation
+from hylorada_jax.models.decoder_layer import activation, scaled
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.rotation import frequencies as frequencies_of
 from hylorada_jax.models.sampling import filter_logits
@@ -424,6 +424,13 @@ def test_activations_equal_transformers(name):
     np.testing.assert_allclose(
         activation(name, jnp.asarray(x)), ACT2FN[name](torch.tensor(x)).numpy(), rtol=1e-6, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("factor", [0.22, 1 / 6, 1536**-0.5])
+def test_a_number_scales_bfloat16_as_torch_does(factor):
+    x = torch.linspace(-3, 3, 1001, dtype=torch.bfloat16)
+    ours = scaled(jnp.asarray(x.float().numpy(), jnp.bfloat16), factor)
+    np.testing.assert_array_equal(np.asarray(ours, np.float32), (x * factor).float().numpy())
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 5, 50, 200])

@@ -114,18 +114,19 @@ class Decoder(nn.Module):
         """What each layer is given of each token, (norm(projection(x)/√hidden) + √width·embedding)/√2."""
         c = self.config
         table = _embedded(self.embed_tokens_per_layer, input_ids, width**0.5)
-        projected = self.per_layer_model_projection(x) * c.hidden_size**-0.5
+        projected = scaled(self.per_layer_model_projection(x), c.hidden_size**-0.5)
         shape = *input_ids.shape, c.num_hidden_layers, width
         given = self.per_layer_projection_norm(projected.reshape(shape)) + table.reshape(shape)
-        return cut(jnp.moveaxis(given * 2**-0.5, 2, 0), None, ROWS)
+        return cut(jnp.moveaxis(scaled(given, 2**-0.5), 2, 0), None, ROWS)
 
 
 def _embedded(
     embed: nn.Embed, ids: Int[Array, "batch query"], scale: float
 ) -> Float[Array, "batch query width"]:
-    """The rows of a table, scaled."""
+    """The rows of a table, scaled by a number that is rounded to their dtype before, as Gemma was trained."""
     # Devices that share the table each look up their part of the width, of the rows of all of them.
-    return cut(scaled(cut(embed(cut(ids, DATA)), DATA, None, FSDP), scale), ROWS)
+    x = cut(embed(cut(ids, DATA)), DATA, None, FSDP)
+    return cut(x * jnp.asarray(scale, x.dtype), ROWS)
 
 
 class DecoderLM(nn.Module):

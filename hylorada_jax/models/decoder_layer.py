@@ -307,5 +307,7 @@ class DecoderLayer(nn.Module):
 
 
 def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
-    """x · factor, which is rounded to x's dtype before; x itself where it is 1."""
-    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+    """x · factor, rounded once, as PyTorch multiplies by a Python number; x itself where it is 1."""
+    if factor == 1:
+        return x
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)
