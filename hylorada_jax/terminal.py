@@ -47,6 +47,14 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def bar_options(*, shown: bool) -> dict[str, bool]:
+    """Arguments of tqdm for a bar that is shown, unless the environment has TQDM_DISABLE=1, or is not.
+
+    ``disable=False`` would win over the environment.
+    """
+    return {} if shown else {"disable": True}
+
+
 def brief(value: object) -> str:
     """A part of a message: printable, of bearable length, and no line of it looks like one of another part.
 

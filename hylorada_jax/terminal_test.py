@@ -1,5 +1,7 @@
 """Oracle: the categories of Python's Unicode database, for every character there is."""
 
+import os
+import subprocess
 import sys
 import unicodedata
 
@@ -102,3 +104,11 @@ def test_data_is_altered_on_a_terminal_only(capsys, monkeypatch, is_terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     show("漢\x1b[2J\n\u202e")
     assert capsys.readouterr().out == ("漢\\x1b[2J\n\\u202e\n" if is_terminal else "漢\x1b[2J\n\u202e\n")
+
+
+@pytest.mark.parametrize(("disable", "shown"), [("", True), ("1", False)])
+def test_a_bar_heeds_tqdms_own_variable(disable, shown):
+    code = "import tqdm; from hylorada_jax.terminal import *; [*tqdm.tqdm([1], **bar_options(shown=True))]"
+    environment = {**os.environ, "TQDM_DISABLE": disable}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert bool(found.stderr) == shown

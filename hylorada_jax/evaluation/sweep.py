@@ -20,6 +20,7 @@ from hylorada_jax.models.scoring import model_inputs, score
 from hylorada_jax.placement.placement import mesh_of, rows_of
 from hylorada_jax.placement.processes import whole
 from hylorada_jax.placement.shards import in_use, on_devices, own_rows, shard_rows
+from hylorada_jax.terminal import bar_options
 from hylorada_jax.trees import Adapters, Frozen, Resolved
 
 
@@ -79,7 +80,8 @@ class Sweep:
         batch_size = -(-batch_size // parts) * parts
         own = own_rows(mesh, batch_size)
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
-        for batch in tqdm(chosen, desc=progress, unit="batch", disable=progress is None, leave=False):
+        shown = bar_options(shown=progress is not None)
+        for batch in tqdm(chosen, desc=progress, unit="batch", leave=False, **shown):
             with in_use(frozen):
                 shards = shard_rows({name: values[own] for name, values in batch.items()})
                 values = whole(self._run(resolved, frozen, shards))

@@ -36,6 +36,7 @@ from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import open_on
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.merge import live_parts, refuse_live
+from hylorada_jax.terminal import bar_options
 
 _NAMES = {dtype.name for dtype in DTYPES.values()}
 
@@ -98,7 +99,7 @@ def write_merged(
     # A tied head that is written out is a copy of the embedding, which may have been trained.
     tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()
     names = [n for n in weights.shapes if n in changed or not (n in tied or _is_constant(n, weights))]
-    with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress) as bar:
+    with tqdm(total=len(names), desc="merging", unit="tensor", **bar_options(shown=progress)) as bar:
         tensors = []
         for name in names:
             kept = _dtype_of(weights, name) if target is None else target

@@ -23,7 +23,7 @@ from hylorada_jax.io.files import write_whole
 from hylorada_jax.models.batch import Batch, computed
 from hylorada_jax.placement.processes import are_several, is_first
 from hylorada_jax.placement.shards import in_use, shard_rows
-from hylorada_jax.terminal import one_line
+from hylorada_jax.terminal import bar_options, one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import schedule
@@ -95,9 +95,8 @@ class Loop:
                 self._save(state, batches)
         ended = step == config.steps or self._out_of_patience()
         pending: _Pending | None = None
-        bar = tqdm(
-            total=config.steps, initial=step, desc="training", unit="step", disable=not config.progress
-        )
+        shown = bar_options(shown=config.progress)
+        bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", **shown)
         with bar, _interrupts() as interrupted:
             self._speed.restart()
             while not ended:
