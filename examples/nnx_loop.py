@@ -94,9 +94,8 @@ class Transformer(nnx.Module):
 
 def train(model, ids, directory, steps=20):
     """Trains an adapter of a model on one batch, int [batch, seq], and saves it; the loss of every step."""
-    config = HyLoRADAConfig(method="hylorada_v1", lora_rank=4, lora_plus_enabled=True)
-    adapt(model, config, nnx.Rngs(0))
-    training = TrainingConfig(output=directory, steps=steps, learning_rate=5e-3)
+    adapt(model, HyLoRADAConfig.preset("recommended", lora_rank=4), nnx.Rngs(0))
+    training = TrainingConfig(output=directory, steps=steps)
     optimizer = nnx.Optimizer(model, make_optimizer(model, training), wrt=AdapterParam)
 
     @nnx.jit
