@@ -35,23 +35,23 @@ class AdapterOptions:
     """What is trained.
 
     Args:
-        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2, hylorada [the preset's;
-            recommended is hylorada_v1: it merges into the weights and exports to PEFT, and what hylorada adds
-            to it, a position bias and DAA, has gained nothing in our benchmarks].
-        preset: the settings that other options change: recommended, what was best in our benchmarks, or
-            documented, what the method's documents have [recommended].
-        config: a HyLoRADAConfig as JSON, in the place of a preset; the options given beside it win.
+        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2 or hylorada [the preset's;
+            recommended is hylorada_v1: it merges into the weights and exports to PEFT, and hylorada's
+            additions, a position bias and DAA, gained nothing in our benchmarks].
+        preset: starting point that other options modify: recommended, the best settings in our benchmarks,
+            or documented, those of the method's documents [recommended].
+        config: a HyLoRADAConfig as JSON, in place of a preset; options given beside it take precedence.
         rank: rank of the update, r [8].
         alpha: scale of the update, α [2r; with a config file, in the file's ratio to r].
         dropout: probability of dropping inputs of the low-rank path [0].
         lora_A_init: start of lora_A, orthogonal or kaiming [kaiming for lora, dora, lorada, longlora].
-        lora_A_gain: multiplies the start of lora_A [recommended: 0.577 for an orthogonal one, else 1].
-        lora_plus: train lora_B at ten times the rate of lora_A [off, but for the preset documented].
+        lora_A_gain: factor of lora_A's start [recommended: 0.577 for an orthogonal one, else 1].
+        lora_plus: train lora_B at ten times the rate of lora_A [off; on with the preset documented].
         targets: layer names, regular expressions, or all-linear [the attention projections].
         exclude: layer names or regular expressions to leave out.
-        position_bias: scale the update by a learned function of the position; of method hylorada.
+        position_bias: scale the update by a learned function of the position; on with the method hylorada.
         daa: direct attention adaptation: a scale and a shift of every head's logits.
-        daa_position_bias: with it, a learned bias for every distance.
+        daa_position_bias: with --daa, a learned bias for every distance.
         sparse: a sparse adapter after every MLP block.
         s2_attn: shifted sparse attention, in training only.
         train_embeddings: train the embeddings themselves.
@@ -104,6 +104,6 @@ class AdapterOptions:
         return dataclasses.replace(start, **given)
 
 
-# Without a prefix: --rank, not --adapter.rank.
-Adapter = Annotated[AdapterOptions, tyro.conf.arg(name="")]
+# A group of the help, without a prefix: --rank, not --adapter.rank.
+Adapter = tyro.conf.OmitArgPrefixes[AdapterOptions]
 DEFAULTS = AdapterOptions()

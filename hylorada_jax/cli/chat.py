@@ -41,27 +41,27 @@ def chat(
     verbose: bool = False,
     offline: bool = False,
 ) -> None:
-    """Talk with a model: a line is a message, and the answer comes as it is made.
+    """Talk with a model: each line is a message, and answers are streamed.
 
-    /system TEXT says how it shall answer, /reset begins anew, /help lists these, and /quit or the end of the
-    input leaves. Ctrl-C stops an answer. A pipe is read line by line: `echo Hello. | hylorada chat`.
+    In it, /system TEXT sets the system message, /reset starts over, /help lists these, and /quit or the
+    end of the input leaves. Ctrl-C stops an answer. Pipes are read line by line: `echo Hi. | hylorada chat`.
 
     Args:
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what the adapter
-            was trained on; without one, smollm2-135m].
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [the adapter's
+            own; without one, smollm2-135m].
         adapter: directory of a trained adapter.
-        sampling: how tokens are chosen: at most 1024 in an answer, and the most likely ones.
-        max_context: tokens of the conversation and its answer together, at most [as many as the model has
+        sampling: How tokens are chosen [the model's own settings; without any, the most likely, up to 1024].
+        max_context: largest number of tokens in the conversation and its answer [the model's number of
             positions].
-        chat_template: a file of jinja in the place of the model's template, or the adapter's.
-        structure: tell a hylorada_v2 adapter the structure of the code in the conversation: code.
-        seed: of the sampling.
-        dtype: of the weights and the computation.
-        base_dtype: keeps the linear layers in int8 or nf4, with +head the output head too, as an adapter may
-            have been trained on.
-        mesh: the devices, as generate takes them.
-        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        chat_template: a Jinja file in place of the model's or the adapter's template.
+        structure: the structure that a hylorada_v2 adapter reads from code in the conversation: code.
+        seed: seed of the sampling.
+        dtype: dtype of the weights and the computation.
+        base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
+            adapter's training.
+        mesh: the devices, as in generate.
+        verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     saved = check_adapter(adapter, structure)
     template = template_of(chat_template, saved)

@@ -66,7 +66,7 @@ class Talk:
                 raise DataError(
                     f"A conversation and its answer must fit into {self.context} tokens.",
                     f"{len(prompt)} tokens, and none of an answer",
-                    "Begin anew with /reset.",
+                    "Start over with /reset.",
                 )
             settings["max_new_tokens"] = min(room, settings["max_new_tokens"])
         if structure_ids is not None:

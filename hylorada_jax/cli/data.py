@@ -30,13 +30,13 @@ def data(
     """Show the first rows of data with the scored tokens marked, in colour or in ⟦brackets⟧, and the counts.
 
     Args:
-        data: python-stdlib or python-docstrings (embedded), a file, a glob, or a Hub dataset, as by finetune.
-        model: whose tokenizer and chat template are used; its weights are not read.
-        reading: how the data are read.
+        data: python-stdlib or python-docstrings (embedded), a file, a glob or a Hub dataset, as in finetune.
+        model: the model whose tokenizer and chat template are used; its weights are not read.
+        reading: How data files are read, and which tokens are scored.
         seq_len: tokens per row.
-        rows: how many of each source are shown.
-        chat_template: a file of jinja in the place of the model's template.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        rows: number of rows shown of each source.
+        chat_template: a Jinja file in place of the model's template.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     check_windows(seq_len)
     if rows < 1:

@@ -51,29 +51,29 @@ def evaluate(
     """Perplexity of a model, with or without an adapter, by a sliding window.
 
     Args:
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what the adapter
-            was trained on; without one, smollm2-135m].
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [the adapter's
+            own; without one, smollm2-135m].
         adapter: directory of a trained adapter.
-        data: files, globs or Hub datasets, read whole, as by finetune; of the embedded data, the held-out
+        data: files, globs or Hub datasets, as in finetune, read in full; of the embedded data, the held-out
             part.
-        reading: how the data are read, and what of them counts.
+        reading: How data files are read, and which tokens are scored.
         seq_len: tokens per window.
         stride: tokens between windows [half a window]; no token is scored twice.
         batch_size: windows at a time.
         max_tokens: evaluate on about this many tokens; by default on all.
-        structure: tell a hylorada_v2 adapter the structure that it was trained with: code.
-        chat_template: a file of jinja in the place of the model's template, or the adapter's.
-        dtype: of the weights and the computation.
-        base_dtype: keeps the linear layers in int8 or nf4, with +head the output head too, as an adapter may
-            have been trained on.
-        mesh: the devices as data × fsdp × tensor, such as fsdp=8; by default each has the whole model, if it
-            leaves half of the memory, and else a share of it.
-        check_weights: refuse a model whose weights are not, bit by bit and in their dtype, those the adapter
-            was trained on.
-        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
+        structure: the structure that a hylorada_v2 adapter was trained with: code.
+        chat_template: a Jinja file in place of the model's or the adapter's template.
+        dtype: dtype of the weights and the computation.
+        base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
+            adapter's training.
+        mesh: the devices as data × fsdp × tensor, such as fsdp=8 [the whole model on each device if it leaves
+            half of the memory free, else a shard].
+        check_weights: refuse a model whose weights are not, in dtype and every bit, those of the adapter's
+            training.
+        verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
         json: print one JSON object.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
-        processes: for an evaluation on the devices of several.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        processes: For several processes, started with the same options except for --process-id.
     """
     given = {**locals()}
     check_windows(seq_len, stride, max_tokens, batch_size)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -35,8 +35,8 @@ from hylorada_jax.training.config import TrainingConfig
 if TYPE_CHECKING:
     from hylorada_jax.saved.saved_adapter import SavedAdapter
 
-# Without a prefix: --steps, not --training.steps.
-Training = Annotated[TrainingConfig, tyro.conf.arg(name="")]
+# A group of the help, without a prefix: --steps, not --training.steps.
+Training = tyro.conf.OmitArgPrefixes[TrainingConfig]
 
 
 @puts_offline
@@ -65,27 +65,27 @@ def finetune(
     metrics.jsonl, loss.png, and recipe.json, which repeats the run.
 
     Args:
-        training: how long, how fast, on what batches, and where the run is kept.
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what start_from
-            was trained on; without one, smollm2-135m].
+        training: Steps, batches, rates, evaluation, and the run's directory.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [that of
+            start_from; without one, smollm2-135m].
         data: python-stdlib or python-docstrings (embedded), a file, a glob, or a Hub dataset: texts, prompts
-            with completions, or conversations, as the columns of .jsonl, .json, .csv and .parquet files tell.
-            Several are one set; with weights, as chats.jsonl=0.7 "docs/*.md=0.3", each has that share of the
-            rows of the batches.
+            with completions, or conversations, by the columns of .jsonl, .json, .csv and .parquet files.
+            Several form one data set; with weights, as in chats.jsonl=0.7 "docs/*.md=0.3", each gets that
+            share of the batches' rows.
         eval_data: held-out data; by default about 5 % of the data is held out, by document.
-        reading: how the data are read, and what of them counts.
-        adapter: what is trained.
-        start_from: directory of an adapter to go on training; its settings are those of the new one.
-        structure: tell hylorada_v2 the domain's structure of each token: code, the nesting depth in Python.
-        chat_template: a file of jinja in the place of the model's template; the adapter keeps it.
-        dtype: of the frozen weights and the computation; the adapter is float32.
-        base_dtype: keeps the frozen linear layers in int8 or nf4, half and a quarter of bfloat16's memory;
-            with +head an output head of its own too.
-        prompt: continued, or in a chat answered, by the model before and after, as a sample; empty for none.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
-        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
-        recipe: a file of these options by name, .json or .yaml; options beside it win.
-        processes: for a run of several, which all are given the same options but for their number.
+        reading: How data files are read, and which tokens are scored.
+        adapter: The method and its settings.
+        start_from: directory of an adapter to continue training; the new one has its settings.
+        structure: the structure that hylorada_v2 reads: code, each token's nesting depth in Python source.
+        chat_template: a Jinja file in place of the model's template; it is saved with the adapter.
+        dtype: dtype of the frozen weights and the computation; the adapter is float32.
+        base_dtype: quantise the frozen linear layers to int8 or nf4, for a half or a quarter of bfloat16's
+            memory; with +head, an untied output head too.
+        prompt: a sample that the model continues, or answers in a chat, before and after; empty for none.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
+        recipe: a .json or .yaml file of these options by name; options given beside it take precedence.
+        processes: For runs of several processes, started with the same options except for --process-id.
     """
     given = {**locals()}
     from hylorada_jax.training.run_directory import RunDirectory

@@ -50,25 +50,25 @@ def generate(
 
     Args:
         prompt: the text to continue.
-        messages: a file of conversations, as finetune takes them, to answer in place of a prompt; an answer
-            that ends one is left out.
-        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [what the adapter
-            was trained on; without one, smollm2-135m].
+        messages: a file of conversations, as in finetune, to answer in place of a prompt; a final answer in
+            one is removed first.
+        model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [the adapter's
+            own; without one, smollm2-135m].
         adapter: directory of a trained adapter.
-        sampling: how tokens are chosen: at most 64, and the most likely ones.
-        chat: give the prompt to the model's chat template, as a user's message.
-        chat_template: a file of jinja in the place of the model's template, or the adapter's.
-        output: a new file for the answered conversations, in JSON lines; else they are printed.
+        sampling: How tokens are chosen [in a chat, the model's own settings; else the most likely, up to 64].
+        chat: send the prompt as a user's message, through the model's chat template.
+        chat_template: a Jinja file in place of the model's or the adapter's template.
+        output: a new JSON Lines file for the answered conversations [they are printed].
         batch_size: conversations at a time.
-        structure: tell a hylorada_v2 adapter the structure of the prompt: code; new tokens continue it.
-        seed: of the sampling.
-        dtype: of the weights and the computation.
-        base_dtype: keeps the linear layers in int8 or nf4, with +head the output head too, as an adapter may
-            have been trained on.
-        mesh: the devices as data × fsdp × tensor, such as tensor=2; by default one has the whole model, if
-            it leaves half of the memory, and else each a share of it.
-        verbose: list on stderr the leaves that an axis of the mesh does not divide, so that it copies them.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        structure: the structure that a hylorada_v2 adapter reads: code, also in the tokens that follow.
+        seed: seed of the sampling.
+        dtype: dtype of the weights and the computation.
+        base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
+            adapter's training.
+        mesh: the devices as data × fsdp × tensor, such as tensor=2 [one device if the model leaves half of
+            its memory free, else a shard on each].
+        verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     if (prompt is None) == (messages is None):
         raise ConfigError(

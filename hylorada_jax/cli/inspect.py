@@ -32,11 +32,11 @@ def inspect(
 
     Args:
         adapter: directory of a trained adapter.
-        model: its base model, beside whose weights the updates and the column scales c are then measured
-            [none: the adapter's own files are enough for the rest].
+        model: the base model, to measure updates and column scales c relative to its weights [none: the
+            adapter's own files are enough for the rest].
         output: new or empty directory for plots.png and inspection.json.
         json: print one JSON object, with every layer and head.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     from hylorada_jax.exchange.shards import new_directory, refuse_taken
     from hylorada_jax.io.files import user_path, write_json

@@ -65,6 +65,6 @@ class ProcessOptions:
         processes.agree({n: vars(v) if dataclasses.is_dataclass(v) else v for n, v in others.items()})
 
 
-# Without a prefix: --coordinator, not --processes.coordinator.
-Processes = Annotated[ProcessOptions, tyro.conf.arg(name="")]
+# A group of the help, without a prefix: --coordinator, not --processes.coordinator.
+Processes = Annotated[tyro.conf.OmitArgPrefixes[ProcessOptions], tyro.conf.arg(name="process")]
 ALONE = ProcessOptions()

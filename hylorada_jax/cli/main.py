@@ -1,9 +1,12 @@
 """The commands by name."""
 
 import contextlib
+import inspect as inspection
 import io
+import re
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import tyro
@@ -22,6 +25,21 @@ from hylorada_jax.cli.plan import plan
 from hylorada_jax.cli.recipe import expanded
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.terminal import brief, discard_output, printable
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "finetune": finetune,
+    "data": data,
+    "evaluate": evaluate,
+    "generate": generate,
+    "chat": chat,
+    "params": params,
+    "plan": plan,
+    "inspect": inspect,
+    "merge": merge,
+    "export-peft": export_peft,
+    "import-peft": import_peft,
+    "parity": parity,
+}
 
 
 def main() -> None:
@@ -61,26 +79,20 @@ def main() -> None:
 def _run() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {
-                "finetune": finetune,
-                "data": data,
-                "evaluate": evaluate,
-                "generate": generate,
-                "chat": chat,
-                "params": params,
-                "plan": plan,
-                "inspect": inspect,
-                "merge": merge,
-                "export-peft": export_peft,
-                "import-peft": import_peft,
-                "parity": parity,
-            },
+            {name: _unwrapped(command) for name, command in COMMANDS.items()},
             args=expanded(sys.argv[1:]),
             prog="hylorada",
             description="HyLoRADA: parameter-efficient fine-tuning of language models in JAX.",
         )
     finally:
         print(end="", flush=True)  # what cannot be written is to be known before Python ends
+
+
+def _unwrapped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, each argument of its docstring on one line: in its help tyro keeps a function's breaks."""
+    function = inspection.unwrap(command)
+    function.__doc__ = re.sub(r"\n {8,}", " ", inspection.cleandoc(function.__doc__ or ""))
+    return command
 
 
 def _fail(message: str, status: int) -> int:

@@ -17,18 +17,18 @@ def merge(
     check_weights: bool = False,
     offline: bool = False,
 ) -> None:
-    """Merge an adapter into its base model: an ordinary checkpoint, as transformers loads it.
+    """Merge an adapter into its base model, as an ordinary checkpoint that transformers loads.
 
-    Works tensor by tensor: the model itself is never held in memory. An adapter whose effect no weights can
-    express (a position bias, a structure prior, DAA, a sparse adapter) is refused by name.
+    Works tensor by tensor: the whole model is never in memory. Components that weights cannot express (a
+    position bias, a structure prior, DAA, a sparse adapter) are refused by name.
 
     Args:
         output: directory of the checkpoint, new or empty.
         adapter: directory of a trained adapter.
-        model: smollm2-135m, a directory, a .gguf file, or a Hub name [what the adapter was trained on].
-        dtype: of the written weights [each tensor's own; float32 from a .gguf file].
-        check_weights: refuse a model whose weights are not, bit by bit, those the adapter was trained on.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        model: smollm2-135m, a directory, a .gguf file, or a Hub name [the adapter's own].
+        dtype: dtype of the written weights [each tensor's own; float32 from a .gguf file].
+        check_weights: refuse a model whose weights are not, to the bit, those of the adapter's training.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     from hylorada_jax.exchange.merged import write_merged
     from hylorada_jax.exchange.shards import refuse_taken

@@ -12,13 +12,13 @@ def params(
     json: bool = False,
     offline: bool = False,
 ) -> None:
-    """Count the trainable parameters from the model's config alone: no weights are read, no memory is taken.
+    """Count the trainable parameters from the model's config alone, without reading weights.
 
     Args:
         model: smollm2-135m, a directory with a config.json, a .gguf file, or a Hub name.
-        adapter: what would be trained.
+        adapter: The method and its settings.
         json: print one JSON object.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     settings = adapter.build()
 

@@ -17,7 +17,7 @@ def parity(
     whole_models: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Measure how far JAX on this machine's default device is from the PyTorch reference in float64.
+    """Compare JAX on this machine's default device with the PyTorch reference in float64.
 
     Prints a table (layer or model × forward/gradient × dtype: worst error, budget, verdict) and writes it as
     JSON with the versions and the device. Exit status 1 if an error exceeds its budget.
@@ -25,7 +25,7 @@ def parity(
     Args:
         output: the JSON file.
         only: names of layers and models, with * for anything: "hylorada*", "qwen2, *".
-        whole_models: small random models with every method too, besides the layers.
+        whole_models: compare small random models with every method too, not only the layers.
         overwrite: replace an output file that exists.
     """
     require_packages(

@@ -21,18 +21,18 @@ def export_peft(
     sample: str | None = None,
     offline: bool = False,
 ) -> None:
-    """Write an adapter as PEFT's LoRA or DoRA: it works in PyTorch without this library.
+    """Write an adapter as PEFT's LoRA or DoRA, which works in PyTorch without this library.
 
-    LoRA stays LoRA; DoRA and HyLoRADA become DoRA. What acts on single tokens or in attention is refused by
-    name, for PEFT has no word for it.
+    LoRA stays LoRA; DoRA and HyLoRADA become DoRA. Components that act on single tokens or in attention,
+    which PEFT cannot express, are refused by name.
 
     Args:
         adapter: directory of a trained adapter.
         output: directory for PEFT's adapter_config.json and adapter_model.safetensors.
         model: the base model [the one that the adapter names].
-        drop: leave a component out although it has an effect.
-        sample: a text; a refusal then says what dropping would change of its logits.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        drop: components to leave out although they have an effect.
+        sample: a text; a refusal then says how much dropping would change its logits.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     from hylorada_jax import load_model
     from hylorada_jax.exchange.merged import is_in_codes
@@ -78,14 +78,14 @@ def import_peft(
     method: Literal["lora", "dora", "hylorada_v1"] | None = None,
     offline: bool = False,
 ) -> None:
-    """Read a LoRA, rsLoRA or DoRA adapter of PEFT, and write it as this library's, to go on training from.
+    """Convert PEFT's LoRA, rsLoRA or DoRA adapter to this library's format, to continue training it.
 
     Args:
         adapter: directory that PEFT's save_pretrained wrote.
-        output: directory for the adapter; `hylorada finetune --start-from` trains it on.
+        output: directory for the adapter; `hylorada finetune --start-from` continues its training.
         model: the base model it was trained on.
-        method: hylorada_v1 lets a DoRA adapter go on as one, from the same function [what the file holds].
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        method: hylorada_v1 turns a DoRA adapter into one that computes the same function [the file's].
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     from hylorada_jax import load_model
     from hylorada_jax.exchange.peft_files import open_peft

@@ -30,25 +30,25 @@ def plan(
     json: bool = False,
     offline: bool = False,
 ) -> None:
-    """Tell from a model's config alone how it can be trained on devices that need not be there.
+    """Find out how a model can be trained on TPUs you need not have, from its config alone.
 
-    The real training step is compiled for them: bfloat16 weights, the adapters and the optimizer's state cut
-    over the mesh. A compilation takes a minute or more; a table's line is printed after each.
+    The real training step is compiled for them, with bfloat16 weights, adapters and optimizer state sharded
+    over the mesh. Each compilation takes a minute or more, and a line of the table is printed after each.
 
     Args:
-        topology: of TPUs, such as v5e:4x4, v5p:2x2x4, or v6e:2x4, for which the package libtpu is
-            needed; or here, the devices in front of you.
-        model: smollm2-135m, a directory with a config.json, a .gguf file, a Hub name, or a shape of Llama's
-            kind: llama-1b, llama-8b, llama-32b, llama-70b.
-        adapter: what would be trained.
-        base_dtype: as finetune takes it.
+        topology: a TPU slice such as v5e:4x4, v5p:2x2x4 or v6e:2x4 (this needs the package libtpu), or here
+            for this machine's devices.
+        model: smollm2-135m, a directory with a config.json, a .gguf file, a Hub name, or a Llama-like
+            shape: llama-1b, llama-8b, llama-32b, llama-70b.
+        adapter: The method and its settings.
+        base_dtype: as in finetune.
         seq_len: tokens per row.
-        mesh: as finetune takes it; several are compared [weights cut over all chips, over as few as leave
-            half of the memory, and heads cut in 2 and in 4].
-        remat: what the backward pass computes again [full, then dots and none while they fit].
-        rows: rows of a step for each part of data × fsdp; several are compared.
+        mesh: as in finetune; several are compared [weights sharded over all chips, over as few as leave half
+            of the memory free, and heads split in 2 and in 4].
+        remat: what the backward pass recomputes [full, then dots and none while they fit].
+        rows: rows per step for each part of data × fsdp; several are compared.
         json: print one JSON object in place of the table.
-        offline: contact nothing: what is on the Hugging Face Hub comes from the local cache.
+        offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     from hylorada_jax.planning.chips import parse_topology
 

@@ -106,15 +106,15 @@ class DataOptions:
     """How data are read.
 
     Args:
-        format: text, prompt-completion, messages, alpaca or sharegpt [as the columns tell].
-        split: of the Hub datasets that are read, as test or train[:1000] [train]; one may name its own, as
-            owner/name:config:test.
-        columns: other names of columns and of a message's keys, as text=body content=answer.
-        score: what counts: the answers (what the assistant says, or completions), the last of them, or all.
-            Texts count whole.
-        overlength: of conversations and completions longer than a row: truncate them, drop them, or end with
-            an error. Texts are cut into windows.
-        skip_bad_rows: leave malformed rows out, and list them.
+        format: text, prompt-completion, messages, alpaca or sharegpt [by the columns].
+        split: split of Hub datasets that name none, such as test or train[:1000] [train]; a dataset names its
+            own as in owner/name:config:test.
+        columns: other names of columns and of messages' keys, as in text=body content=answer.
+        score: the scored tokens: answers (the assistant's messages, or completions), the last answer, or all
+            tokens. Texts are scored in full.
+        overlength: truncate or drop conversations and completions longer than a row, or end with an error.
+            Texts are cut into windows.
+        skip_bad_rows: leave out malformed rows, and list them.
     """
 
     format: Format | None = None
@@ -225,6 +225,6 @@ def _list(skipped: list[DataError] | None) -> None:
         print(f"skipped: {len(skipped) - _SHOWN} rows more", file=sys.stderr)
 
 
-# Without a prefix: --score, not --reading.score.
-Reading = Annotated[DataOptions, tyro.conf.arg(name="")]
+# A group of the help, without a prefix: --score, not --reading.score.
+Reading = Annotated[tyro.conf.OmitArgPrefixes[DataOptions], tyro.conf.arg(name="format")]
 AS_IT_IS = DataOptions()

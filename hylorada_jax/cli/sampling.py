@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -11,15 +11,15 @@ _OF_SAMPLING = ("top_k", "top_p", "min_p")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen; in a chat, what is not given is as the model's makers have it.
+    """How tokens are chosen; in a chat the defaults are the model's own settings.
 
     Args:
-        max_new_tokens: at most this many tokens.
+        max_new_tokens: largest number of new tokens.
         temperature: 0 takes the most likely token; higher values sample.
         top_k: sample among the k most likely tokens.
         top_p: sample among the most likely tokens that together have this probability.
         min_p: sample among the tokens at least this many times as probable as the most likely.
-        repetition_penalty: above 1, tokens that have been there become less likely.
+        repetition_penalty: above 1, tokens that occurred before become less likely.
     """
 
     max_new_tokens: int | None = None
@@ -52,6 +52,6 @@ class SamplingOptions:
         return chosen
 
 
-# Without a prefix: --temperature, not --sampling.temperature.
-Sampling = Annotated[SamplingOptions, tyro.conf.arg(name="")]
+# A group of the help, without a prefix: --temperature, not --sampling.temperature.
+Sampling = tyro.conf.OmitArgPrefixes[SamplingOptions]
 AS_IT_IS = SamplingOptions()

@@ -55,7 +55,7 @@ def read_rows(path: Path, columns: Collection[str] = ("text",)) -> Iterator[Row 
     suffix = suffixes[-1 - packed] if len(suffixes) > packed else ""
     if suffix in _COMPRESSED or (packed and suffix == ".parquet"):
         remedy = f"Unpack it: `{_COMPRESSED['.gz' if packed else suffix]} {path}`."
-        raise DataError("A data file must not be compressed but by gzip.", path, remedy)
+        raise DataError("A data file may be compressed by gzip alone.", path, remedy)
     try:
         if not path.is_file():  # a pipe may never end, nor a device
             raise DataError("A data file must be a regular file.", path, "Write the data into a file.")

@@ -156,8 +156,8 @@ def _hf_flax(source: Source) -> ModuleType:
         from hylorada_jax.models.hf import loading
     except ImportError as error:
         raise ModelError(
-            f"Models but those of type {either(DECODERS)} run in Flax classes of transformers 4.57, which 5 "
-            "has no more.",
+            f"Models that are not of type {either(DECODERS)} run in Flax classes of transformers 4.57, which "
+            "transformers 5 no longer has.",
             f"model_type {source.config.get('model_type')!r}; {_installed('transformers')}",
             'Install it: `pip install "hylorada[hf]"`.',
         ) from error

@@ -173,7 +173,8 @@ def shifted_sparse_attention(
     check_positions(positions, tokens)
     for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):
         if given is not None and jnp.shape(given) != tokens:
-            raise DataError(f"{name} is [batch, seq].", f"{jnp.shape(given)} for {tokens}", "Make it so.")
+            received = f"{jnp.shape(given)} for {tokens}"
+            raise DataError(f"{name} is [batch, seq].", received, "Give one for every token.")
     # Its settings are the config's, which knows which of them fit.
     settings = HyLoRADAConfig(method="longlora", s2_group_size=group_size, s2_shift_ratio=shift_ratio)
     patterns = shifted_patterns(

@@ -19,50 +19,49 @@ Remat = Literal["auto", "none", "dots", "full"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how fast, on what batches, and where the run is kept.
+    """Steps, batches, rates, evaluation, and the run's directory.
 
     Args:
-        output: directory of the run, or one in a bucket, as gs://bucket/runs/a; one that holds a run is not
-            touched without resume or overwrite, and what no run wrote is never touched.
+        output: directory of the run, or of a bucket, as in gs://bucket/runs/a. A run in it is changed only
+            with resume or overwrite, and files that no run wrote are never touched.
         steps: optimizer steps, ≥ 1.
-        epochs: passes over the rows of the training data, which decide ``steps`` where they are given.
-        mesh: the devices as data × fsdp × tensor, such as fsdp=8,tensor=2: copies of the model, shares of its
-            weights, shares of its heads. What is left of the devices goes to data; by default all, and for
-            the command to fsdp where a copy of the weights would take more than half of a device's memory.
+        epochs: passes over the rows of the training data, in place of ``steps``.
+        mesh: the devices as data × fsdp × tensor, such as fsdp=8,tensor=2: copies of the model, shards of its
+            weights, shards of its heads. Devices that are left over go to data; by default all, or in the
+            command to fsdp if a copy of the weights would take more than half of a device's memory.
         batch_size: rows per optimizer step, over all microbatches and devices.
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
-            More parts take less memory and give the same result. "auto" takes more than one
-            where the step would not fit a device with remat="full" either.
-        remat: what the backward pass computes again, for less memory: "none"; "dots", all but the outputs of
-            linear layers; "full", whole layers. "auto" takes the first of them that fits the device, by the
-            compiler's figures, and on a CPU "none"; a model loaded with another remat keeps that. A resumed
-            run keeps what was chosen.
+            More parts take less memory and give the same result. "auto" uses more than one
+            only if the step does not fit a device with remat="full".
+        remat: what the backward pass recomputes to save memory: "none"; "dots", all but the outputs of linear
+            layers; "full", whole layers. "auto" uses the first of them that fits the device by the compiler's
+            figures, and "none" on a CPU; a model loaded with another remat keeps it. A resumed run keeps the
+            choice.
         seq_len: tokens per row.
         packing: several documents share a row, isolated from each other. The model must support segments.
-        learning_rate: peak rate; None takes 4e-3 for lora_A, lora_B and all that follows them, with LoRA+ for
-            lora_B alone, which was best for SmolLM2-135M (docs/choosing.md), and 5e-4 where embeddings or
-            norms are trained themselves. Larger models want smaller ones. DAA and sparse adapters have rates
-            of their own, 1e-3 and 2e-4 (method.md, section 7).
-        schedule: how the rates go on after they have risen: "linear" or "cosine" down to 0, or "constant".
-        warmup_ratio: part of the steps over which the rates rise linearly from 0.
-        warmup_steps: the steps themselves, in place of their part.
-        weight_decay: AdamW's decay of the leaves that decay.
+        learning_rate: peak rate; None is 4e-3, or with LoRA+ 4e-3 for lora_B and less for the rest, which was
+            best for SmolLM2-135M (docs/choosing.md); 5e-4 if embeddings or norms are trained. Larger models
+            need smaller rates. DAA and sparse adapters have their own, 1e-3 and 2e-4 (method.md, section 7).
+        schedule: course of the rates after warm-up: "linear" or "cosine" down to 0, or "constant".
+        warmup_ratio: fraction of the steps over which the rates rise linearly from 0.
+        warmup_steps: number of these steps, in place of the fraction.
+        weight_decay: AdamW's weight decay.
         max_grad_norm: global norm to which the gradient is clipped.
-        seed: of the shuffling and of dropout, in [0, 2³²).
-        eval_every: steps between evaluations; None evaluates before the first and after the last step only.
+        seed: seed of shuffling and dropout, in [0, 2³²).
+        eval_every: steps between evaluations; None evaluates only before the first and after the last step.
         eval_stride: tokens between the windows of an evaluation; None takes ``seq_len``.
         eval_tokens: evaluate on about this many tokens of the held-out documents; None takes all.
-        keep: the adapter that the run ends with: that of the "last" step, or the "best", that of the
-            evaluation with the least held-out loss. The evaluation before the first step counts too.
-        patience: evaluations in a row without a new least held-out loss after which the run ends, ≥ 1. The
-            rates follow ``schedule`` over all ``steps`` none the less, so they may still be high then.
+        keep: the adapter that the run ends with: that of the "last" step, or the "best", with the lowest
+            held-out loss of all evaluations, the one before the first step included.
+        patience: end the run after so many evaluations in a row without a new lowest held-out loss, ≥ 1. The
+            rates still follow ``schedule`` over all ``steps``, so they may be high at that point.
         checkpoint_every: steps between checkpoints; the last step always has one.
-        keep_checkpoints: number of newest checkpoints kept, ≥ 1; with keep="best" that of the best is, too.
+        keep_checkpoints: number of newest checkpoints kept, ≥ 1; with keep="best" also the best one.
         log_every: steps between lines of metrics.jsonl.
         report_to: "wandb" sends the lines of metrics.jsonl to Weights & Biases, as a run of the project
-            "hylorada" that is named after ``output``; wandb's own WANDB_PROJECT, WANDB_NAME and WANDB_MODE
-            win. TensorBoard gets them unasked, where it is installed.
-        resume: go on from the newest usable checkpoint of ``output`` (from the start if it has none).
+            "hylorada" named after ``output``, unless WANDB_PROJECT, WANDB_NAME or WANDB_MODE say otherwise.
+            TensorBoard gets them whenever it is installed.
+        resume: continue from the newest usable checkpoint of ``output`` (from the start if it has none).
         overwrite: delete the run that ``output`` holds, and nothing else.
         progress: show progress bars on stderr, and print each held-out perplexity.
 
