@@ -345,7 +345,8 @@ def _ignore_the_rest() -> None:
     coroutines for them are thrown away, and raise at that, or were never begun. Each would put a stack or a
     warning on stderr.
     """
-    warnings.filterwarnings("ignore", "coroutine 'async_(de)?serialize", RuntimeWarning)
+    never_begun = r"coroutine '(async_(de)?serialize|Store\._get_array_metadatas)"
+    warnings.filterwarnings("ignore", never_begun, RuntimeWarning)
     logging.getLogger("asyncio").addFilter(_not_of_a_checkpoint)  # adding it again changes nothing
     if getattr(sys.unraisablehook, "func", None) is not _report_unless_late:
         sys.unraisablehook = functools.partial(_report_unless_late, sys.unraisablehook)
