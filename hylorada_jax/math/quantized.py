@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.remat import computed_again
 
 if TYPE_CHECKING:
     from qwix import QArray  # type: ignore[import-untyped]
@@ -172,7 +173,7 @@ def dot_general(x: Array, kernel: Kernel, dimensions: Any, **settings: Any) -> A
     The backward pass makes its numbers anew: of a model's kernels it would keep all.
     """
 
-    @partial(jax.checkpoint, prevent_cse=False)
+    @computed_again
     def product(x: Array, kernel: Kernel) -> Array:
         return lax.dot_general(x, as_array(kernel), dimensions, **settings)
 

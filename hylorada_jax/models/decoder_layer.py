@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from hylorada_jax.math import rope
 from hylorada_jax.math.groups import attend
 from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.math.remat import computed_again
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.dense import Dense
@@ -71,11 +72,6 @@ class Stream(NamedTuple):
     x: Float[Array, "batch query hidden"]
     cache: Cache | None
     shared: KeysValues | None
-
-
-# For what is elementwise: to compute it again in the backward pass costs less than to write and read it, for
-# a norm in float32. Across the loops over the layers no compiler takes the second time for the first.
-computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def over_root_mean_square(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:

@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from hylorada_jax.math import experts
+from hylorada_jax.math.remat import computed_again
 from hylorada_jax.models.dense import Dense, promote_dtype
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.mixture import EXPERTS, by_experts
@@ -116,7 +117,7 @@ class FusedMixtureBlock(nn.Module):
     def __call__(self, x: Float[Array, "batch query hidden"]) -> Float[Array, "batch query hidden"]:
         """Applies the block."""
         m = self.mixture
-        glu = jax.checkpoint(partial(bounded_glu, limit=self.limit), prevent_cse=False)
+        glu = computed_again(partial(bounded_glu, limit=self.limit))
         return by_experts(
             m, x, Router(m.experts, name=m.router)(x), FusedExperts(m, glu, biases=True, name=EXPERTS)
         )
