@@ -27,7 +27,7 @@ from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
-from benchmarks.report import device, filled, markdown, plus_minus
+from benchmarks.report import device, filled, markdown, over_seeds, plus_minus
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError
@@ -197,9 +197,8 @@ def table(runs: list[Record]) -> str:
         f"{markdown(lines)}\n\n{settings['model']}, {PYTHON_STDLIB}; {settings['steps']} steps of "
         f"{settings['batch_size']} × {settings['seq_len']} tokens, of which those at a depth of at most "
         f"{settings['shallow']} count, rate {settings['learning_rate']:g}; deep is {settings['deep']} and "
-        "more, in other files. Mean ± standard deviation over "
-        f"{len({run['settings']['seed'] for run in runs})} seeds; differences with 95 % intervals, a "
-        "paired bootstrap over seeds and files. "
+        f"more, in other files. {over_seeds(len({run['settings']['seed'] for run in runs}))}; differences "
+        "with 95 % intervals, a paired bootstrap over seeds and files. "
         f"On {device(about)}. Commit {about['commit']}.\n"
     )
 

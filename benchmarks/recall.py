@@ -29,7 +29,7 @@ from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
-from benchmarks.report import device, draw, filled, markdown, plus_minus, styles
+from benchmarks.report import device, draw, filled, markdown, over_seeds, plus_minus, styles
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.io.files import refuse_unusable, write_whole
@@ -201,9 +201,9 @@ def table(runs: list[Record]) -> str:
     return (
         f"{markdown(lines)}\n\n{settings['model']}; trained in {settings['steps']} steps of one row on "
         f"contexts of {trained} tokens with {settings['facts']} facts, rate {settings['learning_rate']:g}; "
-        f"tested on {settings['samples']} others at each of ten depths. Mean ± standard deviation over "
-        f"{len({run['settings']['seed'] for run in runs})} seeds. Effects are differences of exp(loss of the "
-        f"answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and contexts. "
+        f"tested on {settings['samples']} others at each of ten depths. "
+        f"{over_seeds(len({run['settings']['seed'] for run in runs}))}. Effects are differences of exp(loss "
+        f"of the answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and contexts. "
         f"On {device(about)}. Commit {about['commit']}.\n"
     )
 

@@ -138,12 +138,18 @@ def origin(rows: Sequence[Row], *, places: bool = False) -> str:
         scored += f", LiM PPL of {result['lim_sequences'] * settings['seq_len']:,}"
     test = settings["test_data"] or "the other half of what was held out"
     other = f"; other PPL, of the held-out part of {result['other']['data']}" if "other" in result else ""
+    part = "" if settings["train_tokens"] is None else f"about {settings['train_tokens']:,} of "
     return (
-        f"{settings['model']}, adapted on {settings['train_data']} ({tokens['train']:,} tokens) in "
+        f"{settings['model']}, adapted on {settings['train_data']} ({part}{tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
         f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens{other}. "
-        f"Mean ± standard deviation over {_seeds(rows)} seeds, not over other text; {_rates(rows)}."
+        f"{over_seeds(_seeds(rows))}, not over other text; {_rates(rows)}."
     )
+
+
+def over_seeds(seeds: int) -> str:
+    """What the numbers are means of, in words."""
+    return f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "Of one seed"
 
 
 def commits(rows: Sequence[Row]) -> str:

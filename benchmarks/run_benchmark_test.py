@@ -342,6 +342,16 @@ def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkey
     assert record["result"] == {"diverged": "NaN or infinite ones in document 1"}
 
 
+def test_a_caption_says_how_much_was_trained_on_and_of_how_many_seeds(done):
+    rows = read(done)
+    assert "Mean ± standard deviation over 2 seeds" in report.caption(rows)
+    for row in rows:
+        del row.runs[1:]
+        row.runs[0]["settings"]["train_tokens"] = 48
+    assert "texts.txt (about 48 of " in report.caption(rows)
+    assert ". Of one seed, not over" in report.caption(rows)
+
+
 def test_all_can_be_compared_at_one_rate(done):
     rows = {row.label: row for row in read(done, rate=1e-4)}
     assert {row.rate for label, row in rows.items() if label != "base"} == {1e-4}
