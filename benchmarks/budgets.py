@@ -196,21 +196,27 @@ def plot(found: dict[int, list[Row]], against: str, directory: Path) -> None:
             if effects:
                 mean, low, high = np.array(effects).T
                 axes.errorbar(at, mean, yerr=[mean - low, high - mean], capsize=3, **style[label])
-        axes.set(xscale="log", xlabel="optimizer steps", ylabel=f"test perplexity, less that of {against}")
-        axes.set_xticks(list(found), labels=list(map(str, found)), minor=False)
-        axes.minorticks_off()
-        axes.legend()
+        axes.set(xlabel="optimizer steps", ylabel=f"test perplexity, less that of {against}")
+        _at_steps(axes, list(found))
 
     def held_out(axes: Any) -> None:
         for row in rows:
             curves = [list(curve.values()) for curve in row.values("held_out")]  # type: ignore[attr-defined]
             places = [int(step) for step in row.runs[0]["result"]["held_out"]]
             axes.plot(places, np.mean(curves, axis=0), **style[row.label])
-        axes.set(xscale="log", xlabel="optimizer step", ylabel="held-out loss (nats per token)")
-        axes.legend()
+        axes.set(xlabel="optimizer step", ylabel="held-out loss (nats per token)")
+        _at_steps(axes, sorted({int(step) for row in rows for step in row.runs[0]["result"]["held_out"]}))
 
     draw(directory / "budgets.png", differences)
     draw(directory / "held_out.png", held_out)
+
+
+def _at_steps(axes: Any, steps: list[int]) -> None:
+    """Gives the plot its legend, and an axis of steps with these marked."""
+    axes.set_xscale("log")
+    axes.set_xticks(steps, labels=list(map(str, steps)), minor=False)
+    axes.minorticks_off()
+    axes.legend()
 
 
 if __name__ == "__main__":
