@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from hylorada_jax.cli.help_text import unwrapped
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.io.files import write_json
 from hylorada_jax.terminal import discard_output
@@ -16,7 +17,7 @@ from hylorada_jax.terminal import discard_output
 def run(command: Callable[..., None]) -> None:
     """Runs a command with the arguments it was started with; bad input ends with its error and status 2."""
     try:
-        tyro.cli(command)
+        tyro.cli(unwrapped(command))
     except HyLoRADAError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,9 +1,7 @@
 """The commands by name."""
 
 import contextlib
-import inspect as inspection
 import io
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
 from hylorada_jax.cli.generate import generate
+from hylorada_jax.cli.help_text import unwrapped
 from hylorada_jax.cli.inspect import inspect
 from hylorada_jax.cli.merge import merge
 from hylorada_jax.cli.params import params
@@ -79,20 +78,13 @@ def main() -> None:
 def _run() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {name: _unwrapped(command) for name, command in COMMANDS.items()},
+            {name: unwrapped(command) for name, command in COMMANDS.items()},
             args=expanded(sys.argv[1:]),
             prog="hylorada",
             description="HyLoRADA: parameter-efficient fine-tuning of language models in JAX.",
         )
     finally:
         print(end="", flush=True)  # what cannot be written is to be known before Python ends
-
-
-def _unwrapped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, each argument of its docstring on one line: in its help tyro keeps a function's breaks."""
-    function = inspection.unwrap(command)
-    function.__doc__ = re.sub(r"\n {8,}", " ", inspection.cleandoc(function.__doc__ or ""))
-    return command
 
 
 def _fail(message: str, status: int) -> int:
