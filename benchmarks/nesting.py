@@ -197,7 +197,7 @@ def table(runs: list[Record]) -> str:
         f"{markdown(lines)}\n\n{settings['model']}, {PYTHON_STDLIB}; {settings['steps']} steps of "
         f"{settings['batch_size']} × {settings['seq_len']} tokens, of which those at a depth of at most "
         f"{settings['shallow']} count, rate {settings['learning_rate']:g}; deep is {settings['deep']} and "
-        f"more, in other files. {over_seeds(len({run['settings']['seed'] for run in runs}))}; differences "
+        f"more, in other files. {over_seeds(max(map(len, found.values())))}; differences "
         "with 95 % intervals, a paired bootstrap over seeds and files. "
         f"On {device(about)}. Commit {about['commit']}.\n"
     )

@@ -202,7 +202,7 @@ def table(runs: list[Record]) -> str:
         f"{markdown(lines)}\n\n{settings['model']}; trained in {settings['steps']} steps of one row on "
         f"contexts of {trained} tokens with {settings['facts']} facts, rate {settings['learning_rate']:g}; "
         f"tested on {settings['samples']} others at each of ten depths. "
-        f"{over_seeds(len({run['settings']['seed'] for run in runs}))}. Effects are differences of exp(loss "
+        f"{over_seeds(max(map(len, found.values())))}. Effects are differences of exp(loss "
         f"of the answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and contexts. "
         f"On {device(about)}. Commit {about['commit']}.\n"
     )

@@ -52,6 +52,9 @@ def test_methods_are_trained_and_tested_on_the_same_contexts(long_rows, tmp_path
     row = next(line for line in page.read_text().splitlines() if line.startswith("| with the position gate"))
     assert float(row.split("|")[3].split()[0]) == pytest.approx(effect, abs=0.006)
     assert (tmp_path / "recall" / "accuracy.png").stat().st_size > 5_000
+    for record in records.values():
+        record["settings"]["seed"] = 0 if record["settings"]["method"] == "base" else 1
+    assert ". Of one seed." in recall.table([*records.values()])  # the base has none
 
     monkeypatch.setattr(trial.Runner, "train", None)  # what is there is not done again
     recall.main(output=tmp_path, **options)
