@@ -25,7 +25,8 @@ from hylorada_jax.math import rope
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
-from hylorada_jax.models.decoder_layer import activation, scaled
+from hylorada_jax.models.decoder_layer import activation
+from hylorada_jax.models.dense import scaled
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.rotation import frequencies as frequencies_of
 from hylorada_jax.models.sampling import filter_logits

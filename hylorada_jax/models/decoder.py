@@ -17,8 +17,8 @@ from hylorada_jax.math.groups import shifted_patterns
 from hylorada_jax.math.loss import logits
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.decoder_layer import Cache, Step, norm, scaled
-from hylorada_jax.models.dense import Dense
+from hylorada_jax.models.decoder_layer import Cache, Step, norm
+from hylorada_jax.models.dense import Dense, scaled
 from hylorada_jax.models.layer_loops import Carry, Layers, check_remat, layers_of, own_of, room_to_share, run
 from hylorada_jax.models.rotation import rotary_tables
 from hylorada_jax.models.stacks import stacks_of

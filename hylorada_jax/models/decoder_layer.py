@@ -25,7 +25,7 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.remat import computed_again
 from hylorada_jax.models.daa import daa_of
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
-from hylorada_jax.models.dense import Dense
+from hylorada_jax.models.dense import Dense, scaled
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.fused_experts import FusedExperts, FusedMixtureBlock, ScaledRouter
 from hylorada_jax.models.mixture import EXPERTS, MixtureBlock, by_experts
@@ -300,10 +300,3 @@ class DecoderLayer(nn.Module):
             x = x * self.param("layer_scalar", nn.initializers.ones, (1,), jnp.float32).astype(x.dtype)
         # Rows stay where they are, so that weights are gathered, and a layer's alone.
         return stream._replace(x=cut(x, ROWS)), None
-
-
-def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
-    """x · factor, rounded once, as PyTorch multiplies by a Python number; x itself where it is 1."""
-    if factor == 1:
-        return x
-    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)

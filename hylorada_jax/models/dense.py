@@ -1,11 +1,13 @@
-"""Flax's linear layer, with a kernel that may be quantised."""
+"""Flax's linear layer, with a kernel that may be quantised, and products with a number."""
 
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from hylorada_jax.math.quantized import Kernel, dot_general, is_quantized
 
@@ -20,3 +22,10 @@ def promote_dtype(
 
 
 Dense = partial(nn.Dense, promote_dtype=promote_dtype, dot_general=dot_general)
+
+
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """x · factor, rounded once, as PyTorch multiplies by a Python number; x itself where it is 1."""
+    if factor == 1:
+        return x
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from hylorada_jax.math import experts
 from hylorada_jax.math.remat import computed_again
-from hylorada_jax.models.dense import Dense, promote_dtype
+from hylorada_jax.models.dense import Dense, promote_dtype, scaled
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.mixture import EXPERTS, by_experts
 
@@ -53,8 +53,7 @@ class ScaledRouter(nn.Module):
         # HF's "scale": a leaf of that name is a norm's weight here.
         scale = self.param("input_scale", ones, (x.shape[-1],), jnp.float32)
         factor = self.param("per_expert_scale", ones, (self.features,), jnp.float32)
-        wide = (x * scale).astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = (wide * x.shape[-1] ** -0.5).astype(x.dtype)
+        x = scaled(x * scale, x.shape[-1] ** -0.5)
         return Dense(self.features, use_bias=False, name="proj")(x), factor
 
 
