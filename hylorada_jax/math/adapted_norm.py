@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.lax import Precision
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Float
+
+from hylorada_jax.math.own_derivative import called
 
 # n² is a sum whose terms may cancel; their rounding stays, a few units in the last place of the terms. A row
 # left with less than this part of them is computed directly. The others are off by 3e-6 of n at most.
@@ -18,8 +21,6 @@ KEPT = "adapted norm"
 """The name, for ``jax.checkpoint``, of what makes up for W in the backward pass, but for one product."""
 
 
-# Its own derivative: through a choice between two formulas jax would keep what either of them needs.
-@jax.custom_vjp
 def adapted_norm_squared(
     weight: Float[Array, "d_out d_in"] | Partial,
     initial: Float[Array, " d_out"],
@@ -52,6 +53,12 @@ def adapted_norm_squared(
 
     Source: Liu et al. 2024 (DoRA), eq. 5, expanded.
     """
+    return called(_norm_squared, weight, initial, lora_A, scaled_B, spec=PartitionSpec())
+
+
+# Its own derivative: through a choice between two formulas jax would keep what either of them needs.
+@jax.custom_vjp
+def _norm_squared(weight: Array | Partial, initial: Array, lora_A: Array, scaled_B: Array) -> Array:
     return _forward(weight, initial, lora_A, scaled_B)[0]
 
 
@@ -92,7 +99,7 @@ def _backward(residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, Array
     return of_weight, g, d_A, d_B
 
 
-adapted_norm_squared.defvjp(_forward, _backward)
+_norm_squared.defvjp(_forward, _backward)
 
 
 def _read(weight: Array | Partial, lora_A: Array) -> Array:

@@ -14,11 +14,12 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from hylorada_jax.math.own_derivative import called
+
 # In place of a c of 0, of which y would not tell what was scaled.
 _LEAST = 1e-30
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def scaled_sum(
     base: Float[Array, "*tokens d_out"],
     delta: Float[Array, "*tokens d_out"],
@@ -43,7 +44,8 @@ def scaled_sum(
 
     Source: method.md §1.
     """
-    return _forward(base, delta, scale, written)[0]
+    function = functools.partial(_scaled_sum, written)
+    return called(function, base, delta, scale, spec=jax.typeof(base).sharding.spec)
 
 
 def rounded(x: Float[Array, "*any"], dtype: DTypeLike) -> Float[Array, "*any"]:
@@ -58,7 +60,12 @@ def rounded(x: Float[Array, "*any"], dtype: DTypeLike) -> Float[Array, "*any"]:
     return jax.lax.optimization_barrier(narrow) if narrow.dtype.itemsize < 4 else narrow
 
 
-def _forward(base: Array, delta: Array, scale: Array, written: bool) -> tuple[Array, tuple[Array, Array]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled_sum(written: bool, base: Array, delta: Array, scale: Array) -> Array:
+    return _forward(written, base, delta, scale)[0]
+
+
+def _forward(written: bool, base: Array, delta: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
     scale = jnp.where(jnp.abs(scale) < _LEAST, _LEAST, scale)
     y = base.astype(delta.dtype) + delta
     y = y * scale
@@ -74,4 +81,4 @@ def _backward(written: bool, residuals: tuple[Array, Array], g: Array) -> tuple[
     return d_sum, d_sum.astype(scale.dtype), d_scale
 
 
-scaled_sum.defvjp(_forward, _backward)
+_scaled_sum.defvjp(_forward, _backward)
