@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hylorada_jax.config import check_lora_a
+from hylorada_jax.config import check_dropout, check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_torch.position import PositionBias, check_positions, default_positions
 
@@ -54,7 +54,7 @@ class LoRALinear(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ConfigError: a size is below 1, or the start of A is unknown or out of range.
+        ConfigError: a size is below 1, or dropout or the start of A is unknown or out of range.
 
     Example:
         >>> weight = torch.eye(3)
@@ -91,6 +91,7 @@ class LoRALinear(nn.Module):
                 "Give the sizes of the frozen layer, and a rank of 1 or more.",
             )
         check_lora_a(lora_A_init, lora_A_gain)
+        check_dropout(dropout)
         self.in_features, self.out_features = in_features, out_features
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout = nn.Dropout(dropout)
@@ -120,7 +121,7 @@ class LoRALinear(nn.Module):
             structure_prior: only `HyLoRADAv2Linear` reads one.
 
         Returns:
-            [batch, seq, d_out] in the dtype of ``x``.
+            [batch, seq, d_out] in the dtype of ``base_output``.
 
         Raises:
             ConfigError: a structure prior is given.
@@ -150,7 +151,7 @@ class LoRALinear(nn.Module):
             )
         x_low_rank = self.dropout(x).to(self.lora_A.dtype)
         delta = self.scaling * F.linear(F.linear(x_low_rank, self.lora_A), self.lora_B) * token_scale
-        return ((base_output + delta) * self.column_scale(base_weight)).to(x.dtype)
+        return ((base_output + delta) * self.column_scale(base_weight)).to(base_output.dtype)
 
 
 class DoRALinear(LoRALinear):
@@ -212,18 +213,20 @@ class DoRALinear(LoRALinear):
         super()._load_from_state_dict(*args, **kwargs)
         self.has_met_a_weight = False  # the state may be that of a layer which has not met one
 
-    def gates(self) -> tuple[Tensor | float, Tensor | float]:
-        """(g, β): how much of the learned magnitude counts, and how much of plain LoRA is mixed in."""
-        return 1.0, 0.0
+    def gates(self) -> tuple[tuple[Tensor | float, Tensor | float], tuple[Tensor | float, Tensor | float]]:
+        """(g, 1−g), (β, 1−β): how much of the learned magnitude counts, and how much of plain LoRA."""
+        return (1.0, 0.0), (0.0, 1.0)
 
     def column_scale(self, base_weight: Tensor) -> Tensor:
         """c = (1−β)·m / n + β."""
         self._meet(base_weight)
-        g, beta = self.gates()
+        (g, rest_of_g), (beta, rest_of_beta) = self.gates()
+        initial = row_norm(base_weight)
         n = row_norm(base_weight + self.scaling * self.lora_B @ self.lora_A)
+        n = n.maximum(torch.finfo(n.dtype).eps * initial)  # a shorter row is nothing but rounding
         n = n.detach() if self.detach_norm else n
-        m = g * self.magnitude + (1 - g) * row_norm(base_weight)
-        return (1 - beta) * m / n + beta
+        m = g * self.magnitude + rest_of_g * initial
+        return rest_of_beta * m / n + beta
 
 
 class HyLoRADALinear(DoRALinear):
@@ -265,9 +268,10 @@ class HyLoRADALinear(DoRALinear):
         self.magnitude_gate = nn.Parameter(self.magnitude.new_tensor(gate_init))
         self.residual_weight = nn.Parameter(self.magnitude.new_tensor(residual_init))
 
-    def gates(self) -> tuple[Tensor, Tensor]:
-        """(g, β), the sigmoids of two scalars."""
-        return torch.sigmoid(self.magnitude_gate), torch.sigmoid(self.residual_weight)
+    def gates(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(g, 1−g), (β, 1−β), the sigmoids of ± two scalars: so the rests keep their digits near 0."""
+        gate, residual = self.magnitude_gate, self.residual_weight
+        return (gate.sigmoid(), (-gate).sigmoid()), (residual.sigmoid(), (-residual).sigmoid())
 
 
 class HyLoRADAv2Linear(HyLoRADALinear):
@@ -312,7 +316,7 @@ class HyLoRADAv2Linear(HyLoRADALinear):
             structure_prior: [batch, seq, structure_dim], from a `StructureEncoder`.
 
         Returns:
-            [batch, seq, d_out] in the dtype of ``x``.
+            [batch, seq, d_out] in the dtype of ``base_output``.
 
         Raises:
             DataError: the prior has another shape.
@@ -375,7 +379,7 @@ class HyLoRADAUnified(HyLoRADALinear):
             positions: [batch, seq] position ids; 0, 1, 2 … when None.
 
         Returns:
-            [batch, seq, d_out] in the dtype of ``x``.
+            [batch, seq, d_out] in the dtype of ``base_output``.
 
         Raises:
             DataError: the positions are negative or have another shape.

@@ -85,7 +85,9 @@ def test_the_start_of_a_is_a_setting(kind):
     # 400 draws of a uniform distribution on ±3/√50 come within 2 % of the bound.
     a = kind(50, 6, lora_A_init="kaiming", lora_A_gain=3.0).lora_A
     assert 0.98 * 3 / math.sqrt(50) < a.abs().max() <= 3 / math.sqrt(50)
-    for wrong in ({"lora_A_init": "orthogonl"}, {"lora_A_gain": 0.0}, {"lora_A_gain": math.inf}):
+    for wrong in (
+        {"lora_A_init": "orthogonl"}, {"lora_A_gain": 0.0}, {"lora_A_gain": math.inf}, {"dropout": 1.0},
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             kind(50, 6, **wrong)
 
@@ -209,11 +211,36 @@ def test_a_trained_adapter_collapses_to_a_dora_adapter():
     dora, *_ = case(DoRALinear)
     copy_shared(adapter, dora)
     with torch.no_grad():
-        g, beta = adapter.gates()
+        (g, rest_of_g), (beta, rest_of_beta) = adapter.gates()
         n = (weight + adapter.scaling * adapter.lora_B @ adapter.lora_A).norm(dim=1)
-        m = g * adapter.magnitude + (1 - g) * weight.norm(dim=1)
-        dora.magnitude.copy_((1 - beta) * m + beta * n)
+        m = g * adapter.magnitude + rest_of_g * weight.norm(dim=1)
+        dora.magnitude.copy_(rest_of_beta * m + beta * n)
     assert_close(dora(x, base, weight), adapter(x, base, weight))
+
+
+def test_a_gate_that_is_all_but_shut_keeps_its_digits():
+    adapter, x, base, weight = case(HyLoRADALinear, dtype=torch.float32)
+    with torch.no_grad():
+        adapter.residual_weight.fill_(18.0)  # 1−β is 1.5e-8, less than float32 leaves beside 1
+        adapter.magnitude.mul_(1e8)
+    expected = copy.deepcopy(adapter).double()(x.double(), base.double(), weight.double())
+    torch.testing.assert_close(adapter(x, base, weight).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_vanishes_has_the_length_of_its_rounding():
+    weight, x = torch.randn(7, 5), torch.randn(2, 4, 5)
+    adapter = DoRALinear(5, 7, rank=5, alpha=5.0, lora_A_init="orthogonal")
+    adapter.init_magnitude(weight)
+    with torch.no_grad():
+        adapter.lora_A.copy_(torch.eye(5))
+        adapter.lora_B.copy_(-weight)
+    torch.testing.assert_close(adapter.column_scale(weight), torch.full((7,), 2.0**23))
+    assert torch.isfinite(adapter(x, x @ weight.T, weight)).all()
+
+
+def test_the_output_has_the_dtype_of_the_base_output():
+    adapter, x, base, weight = case(HyLoRADALinear, dtype=torch.float32)
+    assert adapter(x, base.bfloat16(), weight).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)
