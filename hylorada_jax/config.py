@@ -121,7 +121,8 @@ class HyLoRADAConfig:
     a million, the patterns of one setting by 2,000 of together 100,000 characters.
 
     Args:
-        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2 or hylorada.
+        method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2 or hylorada. For another one
+            make a new config: ``dataclasses.replace`` passes on the switches that the old method implied.
         use_dora: adapt by :class:`DoRALinear`.
         use_hylorada: adapt by :class:`HyLoRADALinear` or one of its extensions.
         use_hylorada_v2: scale the update by a structure prior.
@@ -271,14 +272,14 @@ class HyLoRADAConfig:
 
     def _check(self) -> None:
         _require(self.lora_alpha > 0, "lora_alpha must be > 0.", self.lora_alpha)
-        _require(0 <= self.lora_dropout < 1, "lora_dropout must be in [0, 1).", self.lora_dropout)
+        check_dropout(self.lora_dropout, "lora_dropout")
         check_lora_a(self.lora_A_init, self.lora_A_gain)
         _require(self.lora_plus_ratio > 0, "lora_plus_ratio must be > 0.", self.lora_plus_ratio)
         _require(
             0 < self.sparse_topk_ratio <= 1, "sparse_topk_ratio must be in (0, 1].", self.sparse_topk_ratio
         )
         _require(self.sparse_temperature > 0, "sparse_temperature must be > 0.", self.sparse_temperature)
-        _require(0 <= self.sparse_dropout < 1, "sparse_dropout must be in [0, 1).", self.sparse_dropout)
+        check_dropout(self.sparse_dropout, "sparse_dropout")
         _require(0 < self.s2_shift_ratio < 1, "s2_shift_ratio must be in (0, 1).", self.s2_shift_ratio)
         if fraction(self.s2_shift_ratio).denominator > _MAX_SHIFT_UNIT:
             near_ratio = fraction(self.s2_shift_ratio).limit_denominator(_MAX_SHIFT_UNIT)
@@ -518,6 +519,19 @@ def check_lora_a(init: object, gain: object) -> None:
         rule = f"lora_A_init must be one of {', '.join(LORA_A_INITS)}, or None."
         raise ConfigError(rule, shown(init), near(init, LORA_A_INITS))
     _require(_is_positive(gain), f"lora_A_gain must be > 0, and at most {MAX_NUMBER:,.0f}.", gain)
+
+
+def check_dropout(value: float, name: str = "dropout") -> None:
+    """Refuse what is no probability of dropping a number; the layers of both packages ask too.
+
+    Args:
+        value: the probability.
+        name: of the setting.
+
+    Raises:
+        ConfigError: it is not in [0, 1).
+    """
+    _require(0 <= value < 1, f"{name} must be in [0, 1).", value)
 
 
 def _names(name: str, value: object) -> tuple[str, ...]:

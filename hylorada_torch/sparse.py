@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hylorada_jax.config import check_dropout
 from hylorada_jax.errors import ConfigError
 from hylorada_torch.settings import floor_of
 
@@ -127,6 +128,7 @@ class SparseAdapter(nn.Module):
     ) -> None:
         super().__init__()
         _check(adapter_dim, topk_ratio, temperature)
+        check_dropout(dropout)
         self.topk_ratio, self.temperature = topk_ratio, temperature
         self.down = nn.Parameter(torch.empty(adapter_dim, hidden_size, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(hidden_size, adapter_dim, dtype=dtype))

@@ -90,3 +90,5 @@ def test_settings_out_of_range_are_refused(wrong):
     for make in (TopKGate, lambda **settings: SparseAdapter(4, **settings)):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             make(**wrong)
+    with pytest.raises(ConfigError, match="dropout"):
+        SparseAdapter(4, dropout=-0.5)

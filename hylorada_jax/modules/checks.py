@@ -114,12 +114,14 @@ def check_sparse(layer: Any) -> None:
 
 def check_encoder(layer: Any) -> None:
     """Refuses a structure encoder's sizes that are out of range."""
-    if layer.encoding_dim < 2 or layer.encoding_dim % 2 or layer.num_buckets < 2 or layer.hidden_size < 1:
+    sizes = (layer.hidden_size, layer.encoding_dim, layer.num_buckets - 1, layer.max_structure_types)
+    if min(sizes) < 1 or layer.encoding_dim % 2:
         raise ConfigError(
-            f"{type(layer).__name__}: encoding_dim is even and ≥ 2, num_buckets ≥ 2, hidden_size ≥ 1.",
+            f"{type(layer).__name__}: encoding_dim is even and ≥ 2, num_buckets ≥ 2, hidden_size and "
+            "max_structure_types ≥ 1.",
             f"encoding_dim={layer.encoding_dim}, num_buckets={layer.num_buckets}, "
-            f"hidden_size={layer.hidden_size}",
-            "The defaults are 32, 64 and 32.",
+            f"hidden_size={layer.hidden_size}, max_structure_types={layer.max_structure_types}",
+            "The defaults are 32, 64, 32 and 64.",
         )
 
 

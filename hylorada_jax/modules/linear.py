@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from hylorada_jax.config import check_dropout
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.modules.checks import (
@@ -72,6 +73,7 @@ class _LinearAdapter(nn.Module):
         # Users bring numpy arrays too, as inputs and as parameters.
         x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
         check_linear(self)
+        check_dropout(self.dropout)
         check_linear_call(self, x, base_output, base_weight)
         start |= {"lora_A_init": self.lora_A_init, "lora_A_gain": self.lora_A_gain}
         norm_squared = low_rank.row_norm_squared(base_weight)

@@ -168,7 +168,12 @@ def test_the_start_of_a_is_a_setting_and_the_sizes_are_checked(kind):
     np.testing.assert_allclose(a @ a.T, 9 * np.eye(2), atol=9e-6)  # float32
     kaiming = start(lora_A_init="kaiming", lora_A_gain=3.0)
     assert 0.5 * 3 / 5**0.5 < jnp.abs(kaiming).max() <= 3 / 5**0.5
-    for wrong in ({"lora_A_init": "orthogonl"}, {"lora_A_gain": 0.0}, {"lora_A_gain": np.inf}):
+    for wrong in (
+        {"lora_A_init": "orthogonl"},
+        {"lora_A_gain": 0.0},
+        {"lora_A_gain": np.inf},
+        {"dropout": 1.0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             start(**wrong)
     for sizes in ((3, 5), (5, 4), (0, 3)):

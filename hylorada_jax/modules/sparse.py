@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from hylorada_jax.config import check_dropout
 from hylorada_jax.math import sparse
 from hylorada_jax.modules.checks import check_sparse
 
@@ -87,6 +88,7 @@ class SparseAdapter(nn.Module):
     ) -> Float[Array, "*tokens hidden"]:
         """The block's output with the adapter, in h's dtype."""
         check_sparse(self)
+        check_dropout(self.dropout)
         h = jnp.asarray(h)
 
         def fresh(key: Array, name: str) -> Array:

@@ -53,3 +53,5 @@ def test_dropout_is_of_training_alone():
 def test_bad_settings_are_refused(settings):
     with pytest.raises(ConfigError, match="TopKGate"):
         TopKGate(**settings).init(jax.random.key(0))
+    with pytest.raises(ConfigError, match="dropout"):
+        SparseAdapter(dropout=-0.5).init(jax.random.key(0), jnp.ones((1, 2)))

@@ -50,5 +50,7 @@ def test_bad_input_is_refused():
             StructureEncoder(8).init(key, wrong)
     with pytest.raises(ConfigError, match="encoding_dim=5"):
         StructureEncoder(8, encoding_dim=5).init(key, positions)
+    with pytest.raises(ConfigError, match="max_structure_types=0"):
+        StructureEncoder(8, max_structure_types=0).init(key, positions)
     with pytest.raises(ConfigError, match="num_periods"):
         TemporalStructureEncoder(8, num_periods=5).init(key, positions)

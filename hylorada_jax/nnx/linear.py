@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from hylorada_jax.config import check_dropout
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.modules.checks import (
@@ -65,6 +66,7 @@ class LoRALinear(nnx.Module):
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.lora_A_init, self.lora_A_gain = lora_A_init, lora_A_gain
         check_linear(self)
+        check_dropout(dropout)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         leaves = linear_adapter.init_leaves(
             self.kind,

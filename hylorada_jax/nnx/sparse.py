@@ -5,6 +5,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from hylorada_jax.config import check_dropout
 from hylorada_jax.math import sparse
 from hylorada_jax.modules.checks import check_sparse
 from hylorada_jax.nnx.variables import AdapterParam
@@ -68,6 +69,7 @@ class SparseAdapter(nnx.Module):
     ) -> None:
         self.adapter_dim, self.topk_ratio, self.temperature = adapter_dim, topk_ratio, temperature
         check_sparse(self)
+        check_dropout(dropout)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         for name, leaf in sparse.init_leaves(rngs.params(), adapter_dim, hidden).items():
             setattr(self, name, AdapterParam(leaf, component="sparse"))

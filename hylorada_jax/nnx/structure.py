@@ -38,6 +38,7 @@ class StructureEncoder(nnx.Module):
         **periods: int,
     ) -> None:
         self.hidden_size, self.encoding_dim, self.num_buckets = hidden_size, encoding_dim, num_buckets
+        self.max_structure_types = max_structure_types
         check_encoder(self)
         leaves = structure.init_leaves(
             rngs.params(),
