@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from hylorada_jax.models.base_model import vocab_size
 from hylorada_jax.models.batch import Batch, padding
 from hylorada_jax.models.ids import check_tokens
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.tokenizer import Tokenizer
 
 DEPTHS = 10
@@ -97,7 +99,7 @@ def evaluate_retrieval(
 
     Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
     """
-    sweep = Sweep(model, _answered)
+    sweep = Sweep(model, partial(_answered, soft_cap=as_scorable(model).base.logit_soft_cap))
     check_range((batch_size, seq_len), limit=sweep.model.base.position_limit)
     texts = contexts(tokenizer, seq_len, samples, facts=facts, seed=seed)
     vocab = vocab_size(sweep.model.base)
@@ -125,10 +127,12 @@ def contexts(
     ]
 
 
-def _answered(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
+def _answered(
+    hidden: Array, head: Array, batch: Mapping[str, Array], *, soft_cap: float | None = None
+) -> Array:
     """Of each row, whether its answer is the likeliest, and the answer's loss, [rows, 2]."""
     asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
-    scores = logits(asked, head)
+    scores = logits(asked, head, soft_cap)
     counted = batch["answer"] >= 0
     found = jnp.all((scores.argmax(-1) == batch["answer"]) | ~counted, axis=1)
     found = jnp.where(jnp.isfinite(scores).all((1, 2)), found, jnp.nan)  # what is not finite has no largest

@@ -17,6 +17,7 @@ from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_directory import begin_and_end
 
 SEQ_LEN = 256
+SOFT_CAP = 8.0
 
 
 class Knowing:
@@ -28,7 +29,11 @@ class Knowing:
         self.embedding, self.forgets = self.code(jnp.arange(vocab)), forgets
         self.adapters, self.frozen = {}, {}
         self.base: Any = types.SimpleNamespace(
-            supports_segments=True, position_limit=None, params={}, head=lambda variables: self.embedding
+            supports_segments=True,
+            position_limit=None,
+            logit_soft_cap=SOFT_CAP,
+            params={},
+            head=lambda variables: self.embedding,
         )
 
     def resolve(self, adapters, frozen):
@@ -67,7 +72,17 @@ def probe(tokenizer, model, **settings):
 
 def test_who_knows_finds_all_and_who_forgets_the_middle_finds_the_ends(tokenizer):
     vocab = tokenizer.vocab_size
-    assert probe(tokenizer, Knowing(vocab)).accuracy == (1.0,) * DEPTHS
+    knowing = Knowing(vocab)
+    knew = probe(tokenizer, knowing)
+    assert knew.accuracy == (1.0,) * DEPTHS
+    # Of logits that are bounded as the model bounds them.
+    codes = np.asarray(knowing.embedding, np.float64)
+    answers = np.array([text["answer"] for text in retrieval.contexts(tokenizer, SEQ_LEN, samples=2)])
+    used, places = np.unique(answers, return_inverse=True)
+    logits = SOFT_CAP * np.tanh(codes[used] @ codes.T / SOFT_CAP)
+    losses = np.log(np.exp(logits).sum(1)) - logits[range(len(used)), used]
+    expected = losses[places.reshape(answers.shape)].sum(1)
+    np.testing.assert_allclose(np.ravel(knew.losses), expected, rtol=1e-5)
     forgetful = Knowing(vocab, lambda place: (place > 0.3) & (place < 0.7))
     found = probe(tokenizer, forgetful, batch_size=7)
     assert (found.accuracy[0], found.accuracy[5], found.accuracy[-1]) == (1.0, 0.0, 1.0)
