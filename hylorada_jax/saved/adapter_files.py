@@ -19,7 +19,8 @@ from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import any_path, kind_of, make_directory, refuse_unusable, write_whole
-from hylorada_jax.text import short
+from hylorada_jax.models.chat_template import MAX_TEMPLATE
+from hylorada_jax.text import short, shown, well_formed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -41,19 +42,23 @@ def write_adapter(
 
     Args:
         directory: made if it does not exist.
-        tensors: {layer name + "." + leaf name: array}.
+        tensors: {layer name + "." + leaf name: array}; narrow floats become float32, which changes no value.
         config: the adapter's settings.
         base: what identifies the base model; compared on reading.
         overwrite: replace an adapter that is already there.
         chat_template: with which it was trained, where that is not its base's own.
 
     Raises:
-        CheckpointError: an adapter is already there, a tensor is not finite, or the disk is full.
+        CheckpointError: an adapter is already there, a tensor is not finite, the template could not be read
+            again, or the disk is full.
     """
+    if chat_template is not None:
+        check_template(chat_template)
     directory = any_path(directory)
     if not overwrite:
         refuse_existing(directory)
     check_finite(tensors)
+    tensors = {name: _widened(tensor) for name, tensor in tensors.items()}
     weights = _serialised(tensors)
     body = {
         "format": "hylorada",
@@ -99,6 +104,16 @@ def refuse_existing(directory: str | Path) -> None:
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
     """A checksum of an adapter's tensors."""
     return hashlib.sha256(_serialised(tensors)).hexdigest()
+
+
+def check_template(template: object) -> None:
+    """Raises a CheckpointError for a chat template that cannot be read again from an adapter."""
+    rule = f"A chat template must be text of at most {MAX_TEMPLATE:,} characters, all of which UTF-8 has."
+    if not isinstance(template, str):
+        raise CheckpointError(rule, shown(template), "Give one template as text: of several, take one.")
+    if len(template) > MAX_TEMPLATE or well_formed(template) != template:
+        received = f"{len(template):,} characters: {shown(template)}"
+        raise CheckpointError(rule, received, "Correct it, or give another.")
 
 
 def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
@@ -148,6 +163,10 @@ def check_weights(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
             "; ".join(f"{key}: adapter {saved[key]}, model {given[key]}" for key in differing),
             f"Load {saved.get('name')!r} in {saved['dtype']} and as it was then, or leave the check out.",
         )
+
+
+def _widened(tensor: np.ndarray) -> np.ndarray:
+    return tensor.astype(np.float32) if tensor.dtype.name in ("bfloat16", "float16") else tensor
 
 
 def _serialised(tensors: Mapping[str, np.ndarray]) -> bytes:

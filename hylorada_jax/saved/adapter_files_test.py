@@ -1,5 +1,6 @@
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -32,6 +33,14 @@ def test_what_is_written_is_read_bit_for_bit(saved):
         np.testing.assert_array_equal(tensors[name], tensor, strict=True)
 
 
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_narrow_floats_are_read_as_float32_of_the_same_values(tmp_path, dtype):
+    tensor = np.array([[1 / 3, -2e-7, 3e4]], dtype)
+    write_adapter(tmp_path, {"a": tensor}, HyLoRADAConfig(), BASE)
+    found = open_adapter(tmp_path).tensors()["a"]
+    np.testing.assert_array_equal(found, tensor.astype(np.float32), strict=True)
+
+
 def test_nothing_is_overwritten_unasked(saved):
     with pytest.raises(CheckpointError, match="overwrit"):
         write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE)
@@ -47,6 +56,17 @@ def test_a_chat_template_goes_with_its_adapter(saved):
         assert open_adapter(saved).chat_template == given
     write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE, overwrite=True)
     assert open_adapter(saved).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [({"default": "a", "tool_use": "b"}, "tool_use"), ("x" * (2**18 + 1), "262,145"), ("\ud83d", "UTF-8")],
+    ids=["several", "long", "half a character"],
+)
+def test_a_chat_template_that_could_not_be_read_again_is_not_written(tmp_path, template, said):
+    with pytest.raises(CheckpointError, match=said):
+        write_adapter(tmp_path / "a", TENSORS, HyLoRADAConfig(), BASE, chat_template=template)
+    assert not (tmp_path / "a").exists()
 
 
 def test_non_finite_tensors_are_not_written(tmp_path):

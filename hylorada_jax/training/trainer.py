@@ -29,6 +29,7 @@ from hylorada_jax.placement.axes import mesh_sizes
 from hylorada_jax.placement.placement import Placement, parse_mesh, placement_of
 from hylorada_jax.placement.processes import agree, everywhere, is_first, on_first, whole
 from hylorada_jax.placement.shards import in_use, own_rows, shard_rows
+from hylorada_jax.saved.adapter_files import check_template
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.config import TrainingConfig
@@ -145,7 +146,8 @@ class HyLoRADATrainer:
             document does not fit its tokens.
         ModelError: the model has no output head that the built-in loss can read.
         CheckpointError: the output directory cannot be written, holds a run and neither resume nor overwrite
-            is set, or holds something else of a name that a run writes.
+            is set, or holds something else of a name that a run writes, or the model's chat template cannot
+            be saved.
 
     Example:
         >>> config = TrainingConfig(output="runs/a", steps=200)
@@ -165,6 +167,8 @@ class HyLoRADATrainer:
         self._model = model
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
+        if model.chat_template is not None:
+            check_template(model.chat_template)
         placement = check_training(model.base, config)
         self._placement = model.placement or placement
         check_groups(model.config, config)

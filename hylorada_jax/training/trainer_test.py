@@ -539,6 +539,8 @@ def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
         None,
         reads,
     )
+    reads.chat_template = {"default": "a", "tool_use": "b"}  # as a tokenizer may have them
+    refused(CheckpointError, "tool_use", model=reads)
     unscored = [TokenizedDocument(ids, np.zeros(len(ids), bool)) for ids in texts()]
     refused(DataError, "scored token", unscored)
     refused(DataError, "scored token", eval_data=unscored)
