@@ -189,7 +189,22 @@ def test_scores_are_all_the_last_or_those_of_the_messages_that_train():
         marked = pair(CHATML._replace(template=template))[0]
         (document,) = tokenize([first], marked)
         assert scored_texts(marked, [document]) == [SAID[0]["content"] + "<|im_end|>"]
+        # What opens a conversation answers nothing.
+        opened = conversation([SAID[1], *CHATS["one turn"]])
+        assert scored_texts(marked, tokenize([opened], marked)) == [SAID[0]["content"] + "<|im_end|>"]
     assert tokenize([chat._replace(answers=[False] * 4)], tokenizer) == []
+
+
+def test_a_turn_that_is_marked_in_parts_counts_with_all_of_them_or_not_at_all():
+    parts = "{% generation %}{{ m.thinking }}{% endgeneration %}\n" + TAGGED["the turn"]
+    tokenizer, _ = pair(CHATML._replace(template=_TAGGED_TURN.replace("TURN", parts)))
+    thought = [ASKED[0], SAID[0] | {"thinking": "hm"}]
+    for score in ("answers", "last"):
+        assert scored_texts(tokenizer, tokenize([conversation(thought)], tokenizer, score=score)) == [
+            "hm" + SAID[0]["content"] + "<|im_end|>"
+        ]
+    with pytest.raises(DataError, match="4 parts in"):
+        tokenize([conversation(thought * 2)], tokenizer, score="last")
 
 
 def test_thinking_that_a_template_takes_out_makes_an_example_of_each_turn():

@@ -195,17 +195,17 @@ def _answers(example: Conversation, score: Score) -> list[int]:
 def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: Score) -> list[Scored]:
     """A conversation whose template says what the assistant writes."""
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
-    spans, wanted = rendered.generated, [example.answers[number] for number in turns]
+    answers = _answers(example, score)
+    spans, wanted = rendered.generated, [number in answers for number in turns]
     if score != "all" and not all(wanted):
         if len(spans) != len(turns):
             raise DataError(
                 "A template must mark each turn of the assistant once, where not all of them are scored.",
                 f"{len(spans)} parts in {{% generation %}} for {len(turns)} turns",
-                "Leave `train` out of the messages, or give a template that does.",
+                "Give a template that does, or let all of them count: by score, without `train`, and with no "
+                "turn of the assistant that opens the conversation.",
             )
         spans = [span for span, want in zip(spans, wanted, strict=True) if want]
-    if score == "last":
-        spans = spans[-1:]
     scored = [score == "all"] * len(encoded.ids)
     for start, stop in spans:
         for number, (first, last) in enumerate(encoded.offsets):
