@@ -124,7 +124,7 @@ class HyLoRADATrainer:
     the first writes all but its checkpoints.
 
     Args:
-        model: what is trained; at the end it has the trained adapters.
+        model: what is trained, from the adapters that it has now; at the end it has the trained ones.
         train_data: a :class:`TokenizedDocument` per document (:func:`load_documents`, then :func:`tokenize`),
             or a sequence of token ids; or a :class:`Mixture` of such data from several sources.
         eval_data: the same of the held-out documents, or None.
@@ -165,6 +165,7 @@ class HyLoRADATrainer:
         memory: int | None = None,
     ) -> None:
         self._model = model
+        self._start = model.adapters  # as the identity has them, also where train() is called again
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         if model.chat_template is not None:
@@ -261,7 +262,7 @@ class HyLoRADATrainer:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
         placement = self._placement
-        state = placement.put(init_state(model.adapters, optimizer, config.seed))
+        state = placement.put(init_state(self._start, optimizer, config.seed))
         batches = self._batches(config)
         if found := checkpoints.restore(state):
             state, position = found

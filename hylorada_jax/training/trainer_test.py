@@ -385,12 +385,14 @@ def test_a_run_is_not_overwritten_unasked_and_only_its_own_files_are_deleted(tmp
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / "notes.txt").write_text("mine")
-    train(directory)
+    model = tiny_model()
+    trainer = HyLoRADATrainer(model, texts(), texts(1, 4), settings(directory, overwrite=True))
+    trainer.train()
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError, match=r"--resume.*--overwrite"):
         HyLoRADATrainer(tiny_model(), texts(), None, settings(directory))
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
-    model, _ = train(directory, overwrite=True)
+    trainer.train()  # from the adapters that it was made with
     assert_same_run(directory, model, reference)
     assert (directory / "notes.txt").read_text() == "mine"
 
