@@ -208,8 +208,9 @@ def _cut_tail(document: Example) -> tuple[list[Example], list[Example]]:
     if not isinstance(document, Document):
         rule = "Data must have two rows at least, to hold one of them out."
         raise DataError(rule, f"{document.name} alone", "Give more rows, or held-out ones by --eval-data.")
-    at = int(len(document.text) * (1 - _HELD_OUT))
-    at = document.text.rfind("\n", at // 2, at) + 1 or at
+    size = len(document.text)
+    at = int(size * (1 - _HELD_OUT))
+    at = document.text.rfind("\n", int(size * (1 - 2 * _HELD_OUT)), at) + 1 or at
     head, tail = document.text[:at], document.text[at:]
     if not head.strip() or not tail.strip():
         rule = "Data must be long enough to hold a part of it out."
