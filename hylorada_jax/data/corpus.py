@@ -149,7 +149,8 @@ def divide(
 ) -> list[tuple[list[Example], list[Example]]]:
     """Training and held-out documents, neither empty: both sides of what :func:`load_documents` splits.
 
-    What is held out of one source is trained on in none.
+    What is held out of one source is trained on in none, and of a text whose end is held out of one, no more
+    in another.
 
     Args:
         sources: all documents of each, and where they are from.
@@ -163,8 +164,15 @@ def divide(
     sides = [_divide(documents, source) for documents, source in sources]
     if len(sides) == 1:
         return sides
+    contents = [{_content(document) for document in documents} for documents, _ in sources]
+    cut = set().union(*(texts for texts in contents if len(texts) == 1))  # into a head and a tail
     held = {_content(document) for _, held_out in sides for document in held_out}
-    kept = [[document for document in train if _content(document) not in held] for train, _ in sides]
+    unseen = held | cut
+    kept = [
+        # A head is not what is held out, but the whole text may be, elsewhere.
+        [document for document in train if _content(document) not in unseen and not texts <= held]
+        for texts, (train, _) in zip(contents, sides, strict=True)
+    ]
     for train, (_, source) in zip(kept, sources, strict=True):
         if not train:
             rule = "A source must have a row that is not held out of another one."

@@ -3,6 +3,7 @@ import inspect
 import json
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_what_one_source_holds_out_no_other_is_trained_on():
     assert {d[1] for d in train + other} == {*rest} - {second[1]}
     with pytest.raises(DataError, match=r"held out of another one[\s\S]*2 texts"):
         divide([source(rest), source([first[1], second[1]])])
+
+
+def test_a_text_whose_end_is_held_out_is_trained_on_in_no_other_source():
+    lines = {name: "".join(f"{name} {i}\n" for i in range(99)) for name in "abcdefgh"}
+
+    def source(names: Iterable[str]) -> tuple[list[Example], str]:
+        return [Document(name, lines[name]) for name in names], "".join(names)
+
+    ((_, (held,)),) = divide([source(lines)])
+    one = next(name for name in lines if name != held.name)
+    (train, held_out), (other, also) = divide([source([one]), source(lines)])
+    assert "".join(d[1] for d in train + held_out) == lines[one]
+    assert also == [held]
+    assert {d.name for d in other} == {*lines} - {one, held.name}
+    with pytest.raises(DataError, match=f"held out of another one[\\s\\S]*{held.name}"):
+        divide([source([held.name]), source(lines)])  # its head
 
 
 @pytest.mark.parametrize("texts", [["x", "y"], ["x", "y", "z"], [f"line {i}\n" * 50 for i in range(4)]])
