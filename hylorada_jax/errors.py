@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 from hylorada_jax.terminal import brief
@@ -71,3 +71,9 @@ def near(name: object, known: Iterable[str]) -> str:
     # Cut, for difflib takes its time over a long text.
     matches = difflib.get_close_matches(name[:80] if isinstance(name, str) else shown(name), list(known), n=3)
     return f"Did you mean {' or '.join(matches)}?" if matches else f"Known: {', '.join(known)}."
+
+
+def require_one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Raises a ConfigError for a setting that is none of those that are known."""
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}.", repr(value), near(value, known))

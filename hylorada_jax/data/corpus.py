@@ -10,14 +10,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from hylorada_jax.data.docstrings import docstring_rows
 from hylorada_jax.data.examples import Document, Example
 from hylorada_jax.data.formats import COLUMNS, Format, read_row, recognise
 from hylorada_jax.data.hub_rows import dataset_rows, hub_dataset, hub_rows
 from hylorada_jax.data.rows import Row, read_rows
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import DataError, require_one_of
 
 PYTHON_STDLIB = "python-stdlib"
 """The embedded texts, which every machine that runs this package has: the source of Python's library."""
@@ -89,12 +89,16 @@ def load_documents(
     Raises:
         DataError: nothing is found, a file cannot be read, a row is not of the format, or no document has
             any text. File and line are named.
+        ConfigError: the split or the format is unknown.
 
     Example:
         >>> train, held_out = (load_documents("python-stdlib", split) for split in ("train", "eval"))
         >>> len(train) > 10 * len(held_out) > 0
         True
     """
+    require_one_of("split", split, get_args(Split))
+    if form is not None:
+        require_one_of("form", form, get_args(Format))
     documents = list(_examples(_rows(source, columns or {}), form, columns or {}, skipped))
     if not documents:
         raise DataError(

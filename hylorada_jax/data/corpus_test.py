@@ -10,7 +10,7 @@ import pytest
 
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, Split, divide, load_documents
 from hylorada_jax.data.examples import Conversation, Document, Example
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 
 
 def load_texts(source: str | Path, split: Split = "all") -> list[Document]:
@@ -124,6 +124,15 @@ def test_unusable_data_is_refused_by_name(tmp_path, source, content, said):
     with pytest.raises(DataError) as error:
         load_documents(str(tmp_path / source), "train")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"split": "test"}, "split must be one of train, eval, all"), ({"form": "csv"}, "form must be one of")],
+)
+def test_a_split_or_a_format_that_is_none_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        load_documents([{"text": "a"}, {"text": "b"}], **given)
 
 
 def test_an_unreachable_hub_dataset_is_a_data_error(monkeypatch):

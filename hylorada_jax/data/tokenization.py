@@ -7,7 +7,7 @@ import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from hylorada_jax.data import cache
 from hylorada_jax.data.answers import Score, Scored, score_answers
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.examples import Conversation, Document, Example
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.data.packing import check_windows
+from hylorada_jax.errors import ConfigError, DataError, require_one_of
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.structure.code import Domain, fenced_depths, token_depths
 from hylorada_jax.text import short
@@ -73,7 +74,7 @@ def tokenize(
         several where a template parts the turns of a conversation.
 
     Raises:
-        ConfigError: the domain is unknown.
+        ConfigError: the domain, or what is scored, is unknown.
         DataError: conversations for a model without a chat template, or one that its template refuses.
 
     Warns:
@@ -83,6 +84,7 @@ def tokenize(
     Example:
         tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
     """
+    require_one_of("score", score, get_args(Score))
     _take_limits_off(tokenizer)
     unparsed: list[str] = []
     found = _tokenized(examples, tokenizer, structure, score, skipped, unparsed)
@@ -119,11 +121,15 @@ def prepare(
         The records, and the counts of what happened.
 
     Raises:
-        ConfigError, DataError: as :func:`tokenize`; or a row is too long.
+        ConfigError: as :func:`tokenize`; or ``overlength`` is unknown, or a row has no token.
+        DataError: as :func:`tokenize`; or a row is too long.
 
     Example:
         prepare(load_documents("chats.jsonl"), load_tokenizer("smollm2-135m"), seq_len=512)
     """
+    require_one_of("score", score, get_args(Score))
+    require_one_of("overlength", overlength, get_args(Overlength))
+    check_windows(seq_len)
     _take_limits_off(tokenizer)
     options = {"seq_len": seq_len, "structure": structure, "score": score, "overlength": overlength}
     key = cache.key_of(examples, tokenizer, options) if keep and cache.directory() else ""

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from hylorada_jax.data.examples import Document
-from hylorada_jax.data.tokenization import tokenize
+from hylorada_jax.data.tokenization import prepare, tokenize
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.tokenizer import Tokenizer
 
@@ -66,3 +66,16 @@ def test_structure_ids_follow_the_tokens_and_what_does_not_parse_is_named():
     assert all(values.dtype == np.int32 for values in ids)
     with pytest.raises(ConfigError, match="code"):
         tokenize(documents, byte_tokenizer(), "music")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"score": "answer"}, "score must be one of answers, last, all"),
+        ({"overlength": "dropp"}, "Did you mean drop"),
+        ({"seq_len": -5}, "seq_len -5"),
+    ],
+)
+def test_an_unknown_way_to_prepare_documents_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        prepare([Document("x", "a")], byte_tokenizer(), **{"seq_len": 8} | given)

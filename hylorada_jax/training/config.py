@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, near
+from hylorada_jax.errors import ConfigError, require_one_of
 from hylorada_jax.exact import fraction
 from hylorada_jax.placement.axes import mesh_sizes
 
@@ -119,12 +119,12 @@ class TrainingConfig:
             self._require_int("warmup_steps", 0)
         if self.epochs is not None:
             self._require_number("epochs", positive=True)
-        self._require_one_of("schedule", get_args(Schedule))
-        self._require_one_of("keep", get_args(Keep))
+        require_one_of("schedule", self.schedule, get_args(Schedule))
+        require_one_of("keep", self.keep, get_args(Keep))
         mesh_sizes(self.mesh)
-        self._require_one_of("remat", get_args(Remat))
+        require_one_of("remat", self.remat, get_args(Remat))
         if self.report_to is not None:
-            self._require_one_of("report_to", ("wandb",))
+            require_one_of("report_to", self.report_to, ("wandb",))
         for name in ("eval_every", "eval_stride", "eval_tokens", "patience"):
             if getattr(self, name) is not None:
                 self._require_int(name, 1)
@@ -239,11 +239,6 @@ class TrainingConfig:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be an integer ≥ {least}.", repr(value), "Correct this setting.")
-
-    def _require_one_of(self, name: str, known: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}.", repr(value), near(value, known))
 
     def _require_number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
