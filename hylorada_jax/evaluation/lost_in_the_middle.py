@@ -92,7 +92,8 @@ def evaluate_lost_in_the_middle(
         DataError: no document fills a sequence, nothing is scored in a tenth of them, a sequence is longer
             than the model's table of positions, a token id is outside the vocabulary, or a field of a
             document does not fit its tokens.
-        ConfigError: nothing in the model reads structure, or seq_len or max_tokens is not positive.
+        ConfigError: nothing in the model reads structure, or seq_len, batch_size or max_tokens is not
+            positive.
         NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:

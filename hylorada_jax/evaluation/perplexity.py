@@ -60,7 +60,7 @@ class PerplexityEvaluator:
     Raises:
         DataError: there is nothing to predict, a token id is outside the vocabulary, a window is longer than
             the model's table of positions, or a field of a document does not fit its tokens.
-        ConfigError: nothing in the model reads structure, or seq_len, stride or max_tokens is out of range.
+        ConfigError: nothing in the model reads structure, or seq_len or stride is out of range.
 
     Source: method.md, section 9; the Hugging Face guide "Perplexity of fixed-length models".
     """
@@ -101,6 +101,7 @@ class PerplexityEvaluator:
             Loss and number of tokens.
 
         Raises:
+            ConfigError: batch_size or max_tokens is not positive.
             NonFiniteError: a loss is NaN or infinite; it names the document.
         """
         total, tokens = 0.0, 0
@@ -145,7 +146,8 @@ def evaluate_perplexity(
     Raises:
         DataError: there is nothing to predict, a token id is outside the vocabulary, a window is longer than
             the model's table of positions, or a field of a document does not fit its tokens.
-        ConfigError: nothing in the model reads structure, or seq_len, stride or max_tokens is out of range.
+        ConfigError: nothing in the model reads structure, or seq_len, stride, batch_size or max_tokens is out
+            of range.
         NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:

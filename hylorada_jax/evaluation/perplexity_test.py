@@ -123,6 +123,13 @@ def test_windows_that_never_end_or_leave_tokens_out_are_refused(base, sizes, mat
         evaluate_perplexity(base, documents(), progress=False, **sizes)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+@pytest.mark.parametrize("measure", [evaluate_perplexity, evaluate_lost_in_the_middle])
+def test_batches_without_a_row_are_refused(base, measure, batch_size):
+    with pytest.raises(ConfigError, match=f"batch_size {batch_size}"):
+        measure(base, documents(), seq_len=SEQ_LEN, batch_size=batch_size, progress=False)
+
+
 @pytest.mark.parametrize("measure", [evaluate_perplexity, evaluate_lost_in_the_middle])
 def test_the_document_whose_loss_is_not_finite_is_named(base, measure):
     params = copy.deepcopy(base.params)

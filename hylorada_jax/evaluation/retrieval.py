@@ -91,7 +91,7 @@ def evaluate_retrieval(
     Raises:
         DataError: the context is too short for its facts and a question among some sentences, longer
             than the model's table of positions, or the tokenizer gives an id outside its vocabulary.
-        ConfigError: there are no facts, or more than depths.
+        ConfigError: there are no facts, or more than depths, no samples, or no rows in a batch.
         NonFiniteError: a logit is NaN or infinite.
 
     Example:
@@ -120,6 +120,8 @@ def contexts(
     if not 1 <= facts <= DEPTHS:
         rule = f"A context must have one fact at least, and no more than the {DEPTHS} depths."
         raise ConfigError(rule, f"{facts} facts", "Correct it.")
+    if samples < 1:
+        raise ConfigError("Each depth must be asked for at least once.", f"{samples} samples", "Correct it.")
     return [
         _row(tokenizer, seq_len, depth, facts, np.random.default_rng((seed, sample)))
         for depth in range(DEPTHS)

@@ -125,6 +125,8 @@ def test_a_context_without_room_is_refused(tokenizer):
     for facts in (0, DEPTHS + 1):
         with pytest.raises(ConfigError, match=f"{facts} facts"):
             evaluate_retrieval(Knowing(9), tokenizer, facts=facts)
+    with pytest.raises(ConfigError, match="0 samples"):
+        evaluate_retrieval(Knowing(9), tokenizer, samples=0)
 
 
 def test_a_context_begins_as_the_model_expects_it(tokenizer):

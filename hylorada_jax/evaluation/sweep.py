@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from hylorada_jax.data.packing import Rows, batches, spread
+from hylorada_jax.data.packing import Rows, batches, check_windows, spread
 from hylorada_jax.errors import NonFiniteError
 from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.generate import not_finite
@@ -69,8 +69,10 @@ class Sweep:
             Every batch and the function's value of it.
 
         Raises:
+            ConfigError: a batch or ``max_tokens`` has nothing in it.
             NonFiniteError: a value is NaN or infinite; it names the document, or the row.
         """
+        check_windows(1, tokens=max_tokens, batch_size=batch_size)
         like = self.model.frozen
         frozen = on_devices(like, like=like) if frozen is None else frozen
         adapters = on_devices(self.model.adapters, like=like) if adapters is None else adapters
