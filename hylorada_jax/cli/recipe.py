@@ -20,6 +20,8 @@ _RULE = "A recipe must be a file of options by name, in JSON or YAML."
 _MAX_BYTES = 2**20
 # Where a run is kept, and what becomes of one that is there, is not part of what repeats it.
 _NOT_REPEATED = ("output", "resume", "overwrite")
+# An option, and the other one that counts in its place wherever it has a value.
+_IN_PLACE = {"--steps": "--epochs", "--warmup-ratio": "--warmup-steps"}
 
 
 def recipe_of(
@@ -48,6 +50,8 @@ def recipe_of(
 def expanded(arguments: Sequence[str]) -> list[str]:
     """A command line with what its recipe says in front of the options beside it, which so win.
 
+    Steps beside a recipe win over its epochs too, and the ratio of the warm-up over its steps.
+
     Args:
         arguments: of the program; only ``finetune`` has a recipe.
 
@@ -55,7 +59,8 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         The same, or more of them.
 
     Raises:
-        ConfigError: the recipe cannot be read, or has a value that no option takes.
+        ConfigError: the recipe cannot be read, or has a value that no option takes; or of two options that
+            replace each other both are given.
 
     Example:
         >>> import tempfile
@@ -66,13 +71,20 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         ['--steps=5', '--no-packing', '--targets', 'q_proj', 'v_proj']
     """
     command, *rest = arguments or [""]
+    beside = {_called(argument.partition("=")[0]) for argument in rest if argument.startswith("--")}
+    for one, other in _IN_PLACE.items() if command == "finetune" else ():
+        if {one, other} <= beside:
+            rule = f"{other} counts in place of {one}."
+            raise ConfigError(rule, "both", "Give one of them.")
     named = [(i, a) for i, a in enumerate(rest) if a == _OPTION or a.startswith(f"{_OPTION}=")]
     if command != "finetune" or not named:
         return [*arguments]
     at, argument = named[-1]
     path = argument.partition("=")[2] or (rest[at + 1] if at + 1 < len(rest) else "")
-    options = _read(user_path(path))
-    return [command, *(text for name, value in options.items() for text in _option(name, value)), *rest]
+    replaced = {other for one, other in _IN_PLACE.items() if one in beside}
+    options = _read(user_path(path)).items()
+    said = [text for name, value in options if _called(name) not in replaced for text in _option(name, value)]
+    return [command, *said, *rest]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -88,8 +100,13 @@ def _read(path: Path) -> dict[str, Any]:
     return options
 
 
+def _called(name: str) -> str:
+    """An option by its name, with "_" or "-" and with or without the dashes before it."""
+    return f"--{name.removeprefix('--').replace('_', '-')}"
+
+
 def _option(name: str, value: Any) -> Iterator[str]:
-    option = f"--{name.replace('_', '-')}"
+    option = _called(name)
     match value:
         case bool():
             yield option if value else f"--no-{option[2:]}"

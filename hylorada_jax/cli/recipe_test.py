@@ -51,6 +51,23 @@ def test_a_runs_recipe_gives_its_options_again_and_options_beside_it_win(tmp_pat
     assert not {"output", "resume", "overwrite"} & options.keys()
 
 
+def test_steps_beside_a_recipe_win_over_its_epochs_and_both_at_once_are_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("steps: 5\nepochs: 3\nwarmup_ratio: 0.1\nwarmup-steps: 7")
+    where = ("--recipe", str(file), "--output", "a")
+
+    def counts(*beside):
+        training, *_ = parsed(*where, *beside)
+        return training.steps, training.epochs, training.warmup_ratio, training.warmup_steps
+
+    assert counts() == (5, 3, 0.1, 7)
+    assert counts("--steps", "9", "--warmup_ratio=0.2") == (9, None, 0.2, None)
+    assert counts("--epochs", "2", "--warmup-steps=4") == (5, 2, 0.1, 4)
+    for both in (("--epochs=1", "--steps", "2"), ("--warmup-steps", "1", "--warmup_ratio", "0.1")):
+        with pytest.raises(ConfigError, match="in place of"):
+            parsed("--output", "a", *both)
+
+
 def test_yaml_says_the_same(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
