@@ -278,7 +278,7 @@ def test_a_full_disk_and_damage_print_our_message_alone(tiny, tmp_path):
     commands = [
         (2048, {}, train),
         (0, {}, resume),
-        (0, {fourth: (second, 40)}, resume),
+        (0, {fourth: (second, 40), str(output / "metrics.jsonl"): (second, 0)}, resume),
         (0, {second: (second, 0), fourth: (second, 0)}, resume),
     ]
     found = subprocess.run(
@@ -303,6 +303,7 @@ def test_a_full_disk_and_damage_print_our_message_alone(tiny, tmp_path):
     assert lines[5].startswith("warning: the checkpoint of step 4 is damaged (")
     assert "going on from step 2" in lines[5]
     assert lines[6] == "status 0"
+    assert found.stdout.count("before unknown  after ") == 1  # a log that was lost
     assert lines[7].startswith(f"error: One of the checkpoints in {output}/checkpoints must be readable")
     assert lines[8].startswith("  received: step 4: ")
     assert "; step 2: " in lines[8]

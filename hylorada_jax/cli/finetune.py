@@ -150,7 +150,9 @@ def finetune(
         tell_undivided(placement, adapted)
 
     result = trainer.train()
-    print(f"{what}  before {result.perplexity_before:.3f}  after {result.perplexity_after:.3f}")
+    figures = (result.perplexity_before, result.perplexity_after)
+    before, after = ("unknown" if figure is None else f"{figure:.3f}" for figure in figures)  # a log was lost
+    print(f"{what}  before {before}  after {after}")
     if prompt:
         before, after = samples(adapted, prompt, tokenizer, structure, chat=chat)
         show(f"\n--- sample, before ---\n{before}")

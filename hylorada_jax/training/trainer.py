@@ -52,8 +52,9 @@ class TrainingResult:
         steps: optimizer steps done.
         kept: the step whose adapter was kept: the last, or the best with ``keep="best"``.
         losses: training loss at each logged step, in nats per token.
-        perplexity_before: on the held-out data before the first step; None without such data.
-        perplexity_after: with the adapter that was kept.
+        perplexity_before: on the held-out data before the first step; None without such data, or where a
+            resumed run's metrics.jsonl no longer says it.
+        perplexity_after: with the adapter that was kept; None likewise.
         adapter: directory of the saved adapter.
         metrics: metrics.jsonl.
         loss_plot: loss.png.
