@@ -97,7 +97,6 @@ def finetune(
     settings = adapter.build() if saved is None else saved.config
     if structure:
         require_encoder(settings, structure)
-    training = dataclasses.replace(training, learning_rate=training.rate_for(settings))
     template = template_of(chat_template, saved)
     RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
