@@ -176,9 +176,11 @@ class TrainingConfig:
 
     @property
     def rising_steps(self) -> int:
-        """Steps over which the rates rise: ``warmup_steps``, or ⌈warmup_ratio · steps⌉."""
+        """Steps over which the rates rise: ``warmup_steps``, or ⌈warmup_ratio · steps⌉; of one step 0."""
         if self.warmup_steps is not None:
             return self.warmup_steps
+        if self.steps == 1:  # the first step of a warm-up has the rate 0
+            return 0
         return math.ceil(fraction(self.warmup_ratio) * self.steps)
 
     def for_rows(self, rows: int) -> TrainingConfig:

@@ -83,6 +83,7 @@ def test_epochs_decide_the_steps_exactly():
         assert make(epochs=epochs, batch_size=batch).for_rows(rows).steps == steps
     assert make(steps=7).for_rows(100).steps == 7
     assert make(warmup_steps=4, warmup_ratio=0.5).rising_steps == 4
+    assert make(steps=1).rising_steps == 0
 
 
 def test_config_imports_neither_jax_nor_numpy():
