@@ -130,8 +130,17 @@ class RowReader(NamedTuple):
         return [with_arguments(call) for call in calls]
 
     def conversation(self, messages: list[dict[str, Any]], first: int = 0) -> Conversation:
-        """The conversation; its answers are the assistant's from a message on, but for ``train: false``."""
-        trains = [message.pop("train", True) for message in messages]
+        """The conversation; its answers are the assistant's from a message on that are not left out.
+
+        A message is left out by ``train: false``, or by ``weight: 0``, as OpenAI's files have it.
+        """
+        weights = [message.pop("weight", 1) for message in messages]
+        for number, weight in enumerate(weights):
+            if weight not in (0, 1):
+                raise self.error("weight", "0 or 1 in a message", f"message {number}: {shown(weight)}")
+        trains = [
+            message.pop("train", bool(weight)) for message, weight in zip(messages, weights, strict=True)
+        ]
         for number, train in enumerate(trains):
             if not isinstance(train, bool):
                 raise self.error("train", "true or false in a message", f"message {number}: {shown(train)}")

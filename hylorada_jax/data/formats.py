@@ -136,7 +136,8 @@ def _sharegpt(row: RowReader) -> list[dict[str, Any]]:
         message: dict[str, Any] = {"role": _SPEAKERS[speaker], "content": well_formed(value)}
         if speaker == "function_call":
             message = {"role": "assistant", "tool_calls": _called(row, value, where)}
-        messages.append(message | ({"train": given["train"]} if "train" in given else {}))
+        counts = {key: given[key] for key in ("train", "weight") if given.get(key) is not None}
+        messages.append(message | counts)
     return messages
 
 

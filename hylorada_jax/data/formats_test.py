@@ -34,6 +34,11 @@ ROWS: dict[str, Any] = {
         "messages",
         LAST,
     ),
+    "of no weight": (
+        {"messages": [USER, SAID | {"weight": 0, "train": None}, USER, SAID | {"weight": 1}]},
+        "messages",
+        LAST,
+    ),
     "parts": ({"messages": [USER | {"content": [{"type": "text", "text": "Hi"}]}, SAID]}, "messages", CHAT),
     "tools": (
         {
@@ -77,6 +82,11 @@ ROWS: dict[str, Any] = {
         CHAT,
     ),
     "sharegpt of roles": ({"conversations": [USER, SAID]}, "sharegpt", CHAT),
+    "sharegpt, untrained": (
+        {"conversations": [USER | {"train": None}, SAID | {"weight": 0}, USER, SAID | {"weight": None}]},
+        "sharegpt",
+        LAST,
+    ),
     "sharegpt, tools": (
         {
             "conversations": [
@@ -135,6 +145,7 @@ WRONG: dict[str, Any] = {
         r"messages of text[\s\S]*row: messages\[0\]\.content",
     ),
     "train": ("messages", {"messages": [USER | {"train": 0}]}, r"train must[\s\S]*row: message 0: 0"),
+    "weight": ("messages", {"messages": [SAID | {"weight": 0.5}]}, r"weight must[\s\S]*row: message 0: 0\.5"),
     "calls": (
         "messages", {"messages": [{"role": "assistant", "tool_calls": "f(1)"}]}, "tool_calls as a list",
     ),
