@@ -1,15 +1,17 @@
 """The command line's options that say how data are read, and what became of them."""
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from hylorada_jax.data.corpus import Split, divide, load_documents
+from hylorada_jax.data.corpus import Split, divide, load_documents, trained_on
 from hylorada_jax.data.examples import Completion, Conversation, Document, Example
 from hylorada_jax.data.formats import Format
 from hylorada_jax.data.hub_rows import hub_dataset
@@ -151,7 +153,12 @@ class DataOptions:
         rows = [self.load(source.name) for source in sources]
         if held_out:
             trained = [source._replace(train=found) for source, found in zip(sources, rows, strict=True)]
-            return trained + [source._replace(held_out=self.load(source.name)) for source in held_out]
+            given = [source._replace(held_out=self.load(source.name)) for source in held_out]
+            theirs = [row for source in given for row in source.held_out]
+            if again := trained_on(theirs, itertools.chain(*rows)):
+                said = f"{again:,} of {len(theirs):,} held-out rows are trained on too"
+                warnings.warn(f"{said}: of these the perplexity says nothing new", stacklevel=2)
+            return trained + given
         sides = divide([(found, source.name) for source, found in zip(sources, rows, strict=True)])
         return [
             source._replace(train=train, held_out=rest)

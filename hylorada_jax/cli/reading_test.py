@@ -1,8 +1,10 @@
 """Sources and their weights, as they are given on the command line."""
 
+import json
+
 import pytest
 
-from hylorada_jax.cli.reading import sources_of
+from hylorada_jax.cli.reading import AS_IT_IS, sources_of
 from hylorada_jax.errors import ConfigError
 
 
@@ -42,3 +44,14 @@ def test_what_is_not_trained_on_has_no_weights():
     assert sources_of(["a", "b"], weights=False)
     with pytest.raises(ConfigError, match="Leave the weights out"):
         sources_of(["a=1", "b=2"], weights=False)
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path, recwarn):
+    for name, texts in {"train": "abcd", "both": "acx", "apart": "xy"}.items():
+        lines = (json.dumps({"text": text, "id": name}) for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    train, both, apart = (sources_of([str(tmp_path / f"{n}.jsonl")]) for n in ("train", "both", "apart"))
+    AS_IT_IS.load_both(train, apart)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="2 of 5 held-out rows are trained on too"):
+        AS_IT_IS.load_both(train, [*apart, *both])

@@ -184,6 +184,12 @@ def divide(
     return [(train, held_out) for train, (_, held_out) in zip(kept, sides, strict=True)]
 
 
+def trained_on(held_out: Iterable[Example], train: Iterable[Example]) -> int:
+    """How many held-out documents say what one that is trained on says."""
+    contents = {_content(document) for document in train}
+    return sum(_content(document) in contents for document in held_out)
+
+
 def _divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[Example], list[Example]]:
     embedded = isinstance(source, str | Path) and str(source) == PYTHON_DOCSTRINGS
     by = _module if embedded else _content  # rows of one's own are not turned into text to be asked
