@@ -93,6 +93,8 @@ def answers(
 def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | None) -> None:
     """A JSON line for each conversation with its answer as the last message, as it comes.
 
+    The line can be read as the conversation was, with its tools and the variables of its template.
+
     Args:
         chats: what was asked.
         found: the answers.
@@ -100,5 +102,9 @@ def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | No
     """
     with contextlib.nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
         for chat, text in zip(chats, found, strict=True):
-            row = {"messages": [*chat.messages, {"role": "assistant", "content": text}]}
+            row: dict[str, Any] = {"messages": [*chat.messages, {"role": "assistant", "content": text}]}
+            if chat.tools:
+                row["tools"] = chat.tools
+            if chat.variables:
+                row["chat_template_kwargs"] = chat.variables
             print(json.dumps(row, ensure_ascii=False), file=file, flush=True)

@@ -20,6 +20,7 @@ from hylorada_jax.cli.answer_rows import write
 from hylorada_jax.cli.main import main
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.examples import Conversation
+from hylorada_jax.data.formats import read_row
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -593,6 +594,7 @@ def test_bad_rows_are_skipped_and_listed_where_that_is_asked_for(chatting, tmp_p
 def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
     output = tmp_path / "said.jsonl"
     asked = [Conversation("", [{"role": "user", "content": text}], [False]) for text in "abc"]
+    asked[1] = asked[1]._replace(tools=[{"name": "f"}], variables={"enable_thinking": False})
 
     def answers():
         yield "A"
@@ -602,8 +604,12 @@ def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write(asked, answers(), output)
-    said = [json.loads(line)["messages"][-1]["content"] for line in output.read_text().splitlines()]
-    assert said == ["A", "B"]
+    # What was asked, whole, with its answer.
+    for chat, line, text in zip(asked, output.read_text().splitlines(), "AB", strict=False):
+        said = [*chat.messages, {"role": "assistant", "content": text}]
+        assert read_row(json.loads(line), "", "messages") == chat._replace(
+            messages=said, answers=[False, True]
+        )
 
 
 def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, monkeypatch, capsys):
