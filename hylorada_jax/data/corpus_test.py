@@ -80,7 +80,7 @@ def test_a_text_whose_end_is_held_out_is_trained_on_in_no_other_source():
     ((_, (held,)),) = divide([source(lines)])
     one = next(name for name in lines if name != held.name)
     (train, held_out), (other, also) = divide([source([one]), source(lines)])
-    assert "".join(d[1] for d in train + held_out) == lines[one]
+    assert "".join(d.text for d in train + held_out if isinstance(d, Document)) == lines[one]
     assert also == [held]
     assert {d.name for d in other} == {*lines} - {one, held.name}
     with pytest.raises(DataError, match=f"held out of another one[\\s\\S]*{held.name}"):

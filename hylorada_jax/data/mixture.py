@@ -28,7 +28,7 @@ class Mixture:
         sources: (documents, weight) of each; documents as the trainer takes them.
 
     Raises:
-        ConfigError: there is no source, or a weight is not a positive number.
+        ConfigError: there is no source, a weight is no positive number, or their ratios are beyond a float.
 
     Example:
         >>> chats, texts = [[1, 2, 3]], [[4, 5, 6], [7, 8, 9]]
@@ -60,7 +60,7 @@ def as_mixture(data: Sequence[Any] | Mixture) -> Mixture:
 
 
 def check_weights(weights: Sequence[float]) -> None:
-    """Raises a ConfigError for a weight that gives no share, or where there are none."""
+    """Raises a ConfigError for weights that give no shares, or where there are none."""
     wrong = [
         weight
         for weight in weights
@@ -71,4 +71,10 @@ def check_weights(weights: Sequence[float]) -> None:
             "A mixture must have sources, each with a weight that is a positive number.",
             f"weight {wrong[0]!r}" if wrong else "no source",
             "Leave out what shall have no share.",
+        )
+    if not math.isfinite(100 / min(weights) * max(weights)):  # to one percent of the smallest
+        raise ConfigError(
+            "The weights of a mixture must have ratios that a float can hold.",
+            f"weights {min(weights)!r} and {max(weights)!r}",
+            "Give parts of a whole, such as 0.7 and 0.3, and leave out what shall have no share.",
         )

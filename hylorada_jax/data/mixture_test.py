@@ -10,3 +10,9 @@ from hylorada_jax.errors import ConfigError
 def test_a_weight_that_gives_no_share_is_refused(weights):
     with pytest.raises(ConfigError, match="weight that is a positive number"):
         Mixture([([[1, 2]], weight) for weight in weights])
+
+
+@pytest.mark.parametrize("weights", [(1e-320, 1), (1e-320, 1e-320), (1e-9, 1e300)], ids=str)
+def test_weights_whose_ratios_no_float_holds_are_refused(weights):
+    with pytest.raises(ConfigError, match="ratios that a float can hold"):
+        Mixture([([[1, 2]], weight) for weight in weights])
