@@ -153,8 +153,7 @@ def divide(
 ) -> list[tuple[list[Example], list[Example]]]:
     """Training and held-out documents, neither empty: both sides of what :func:`load_documents` splits.
 
-    What is held out of one source is trained on in none, and of a text whose end is held out of one, no more
-    in another.
+    What is held out of one source is trained on in none, and a text whose end is held out in no other.
 
     Args:
         sources: all documents of each, and where they are from.
