@@ -166,14 +166,13 @@ class HyLoRADATrainer:
         memory: int | None = None,
     ) -> None:
         self._model = model
-        self._start = model.adapters  # as the identity has them, also where train() is called again
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
-        if model.chat_template is not None:
-            check_template(model.chat_template)
         placement = check_training(model.base, config)
         self._placement = model.placement or placement
         check_groups(model.config, config)
+        if model.chat_template is not None:
+            check_template(model.chat_template)
         mixture, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
         self._rows = [
             (Rows(documents, config.seq_len, packing=config.packing), weight)
@@ -188,6 +187,7 @@ class HyLoRADATrainer:
         self._config = config = dataclasses.replace(config, **setting)
         self._recipe = recipe and {name: setting.get(name, value) for name, value in recipe.items()}
         self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
+        self._start = model.adapters  # as the identity has them, also where train() is called again
         self._identity = run_identity(model, config, train_data=mixture, eval_data=held_out)
         agree(self._identity)
 
