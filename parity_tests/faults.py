@@ -157,8 +157,8 @@ _OF_JAX = [
         "hylorada_jax.nnx.linear",
         (
             "NNX: a magnitude that was loaded is lost",
-            "jnp.where(jnp.isnan(given).all(), self.magnitude[...], given)",
-            "self.magnitude[...]",
+            "jnp.where(jnp.isnan(given).all(), start.astype(given.dtype), given)",
+            "start.astype(given.dtype)",
         ),
     ),
     *_faults(

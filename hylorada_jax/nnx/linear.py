@@ -12,6 +12,7 @@ Dropout is on or off by ``model.train()`` and ``model.eval()``, or by ``determin
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -168,9 +169,19 @@ class DoRALinear(LoRALinear):
         if not self.has_met_a_weight:
             given = self.magnitude[...]
             self.init_magnitude(base_weight)
-            # A state that was loaded into the layer stays.
-            self.magnitude[...] = jnp.where(jnp.isnan(given).all(), self.magnitude[...], given)
+            self.magnitude[...] = _started(given, self.magnitude[...])
         return super()._leaves(base_weight)
+
+
+@jax.custom_jvp
+def _started(given: Array, start: Array) -> Array:
+    """The start, unless a state was loaded into the layer; the gradient is that of the leaf given."""
+    return jnp.where(jnp.isnan(given).all(), start.astype(given.dtype), given)
+
+
+@_started.defjvp
+def _(values: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return _started(*values), tangents[0]
 
 
 class HyLoRADALinear(DoRALinear):
