@@ -240,6 +240,8 @@ def attach(
                 setattr(module, leaf, AdapterParam(node[leaf], component=site.component))
                 continue
             variable = getattr(module, leaf)
+            if variable.has_metadata("base"):
+                continue  # of a module before, which shares it
             variable.set_metadata(component=site.component, base=(type(variable), variable[...].dtype))
             set_class(variable, AdapterParam)
             variable.set_value(node[leaf])

@@ -228,20 +228,22 @@ def test_a_shared_module_has_one_adapter_and_a_shared_kernel_is_not_merged():
 
 
 class Words(nnx.Module):
-    """An embedding, a norm, a linear layer, and the embedding as the head."""
+    """An embedding, a norm, a linear layer, and the embedding as the head; perhaps in a module of its own."""
 
-    def __init__(self, dtype, *, rngs):
+    def __init__(self, dtype, *, apart=False, rngs):
         self.embed = nnx.Embed(7, 4, param_dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(4, param_dtype=dtype, rngs=rngs)
         self.q_proj = nnx.Linear(4, 4, param_dtype=dtype, rngs=rngs)
+        self.out = nnx.Embed(7, 4, param_dtype=dtype, rngs=rngs) if apart else self.embed
+        self.out.embedding = self.embed.embedding
 
     def __call__(self, ids):
-        return self.embed.attend(self.norm(self.q_proj(self.embed(ids))))
+        return self.out.attend(self.norm(self.q_proj(self.embed(ids))))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_embeddings_and_norms_train_themselves(dtype):
-    net, ids = Words(jnp.dtype(dtype), rngs=nnx.Rngs(0)), jnp.array([[1, 2, 2, 6]])
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", False), ("bfloat16", True)])
+def test_embeddings_and_norms_train_themselves(dtype, apart):
+    net, ids = Words(jnp.dtype(dtype), apart=apart, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 2, 6]])
     before = output(net, ids)
     config = HyLoRADAConfig(method="longlora", s2_attn_enabled=False, target_modules="q_proj")
     adapt(net, config, nnx.Rngs(1))

@@ -58,6 +58,8 @@ def merge(model: _Model) -> _Model:
         elif site.component == "unfrozen":
             for leaf in site.leaves:
                 variable = getattr(here.module, leaf)
+                if not variable.has_metadata("base"):
+                    continue  # merged with a module before, which shares it
                 cls, dtype = variable.get_metadata("base")
                 variable.set_value(subtree(adapters, path)[leaf].astype(dtype))
                 variable.del_metadata("base")
