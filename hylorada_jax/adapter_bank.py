@@ -79,14 +79,15 @@ class AdapterBank:
 
         Args:
             name: how it is called from now on.
-            adapters: a tree like ``model.adapters``; its arrays are kept, not copied.
+            adapters: a tree like ``model.adapters``; it is copied, for a step that donates its arrays would
+                take them from the bank.
 
         Raises:
             ConfigError: the name is taken.
             CheckpointError: the tree has other leaves or shapes; both sides are listed.
         """
         self._named.check_new(name)
-        self._named.by_name[name] = self._fitted(adapters)
+        self._named.by_name[name] = jax.device_put(self._fitted(adapters), may_alias=False)
 
     def load(self, name: str, directory: str | Path) -> None:
         """Takes an adapter in from its files.

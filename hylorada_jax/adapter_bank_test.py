@@ -171,6 +171,15 @@ def test_training_the_active_adapter_trains_the_banks():
     jax.tree.map(np.testing.assert_array_equal, bank.model.adapters, trained)
 
 
+def test_an_adapter_outlives_the_arrays_that_it_was_added_from():
+    bank, expected = full_bank(CONFIGS["lora"]), trees(CONFIGS["lora"], "llama")["tall"]
+    given = jax.tree.map(jnp.array, expected)
+    bank.add("more", given)
+    jax.tree.map(lambda leaf: leaf.delete(), given)  # as a step that donates them does
+    bank.switch("more")
+    jax.tree.map(np.testing.assert_array_equal, bank.model.adapters, expected)
+
+
 def test_adapters_come_from_their_files(tmp_path):
     config = CONFIGS["hylorada"]
     bank, given = full_bank(config), tokens(config)

@@ -73,7 +73,8 @@ class AdapterBank:
 
         Args:
             name: a new name.
-            state: ``nnx.state(…, AdapterParam)`` of a model with the same config.
+            state: ``nnx.state(…, AdapterParam)`` of a model with the same config; it is copied, for a step
+                that donates its arrays would take them from the bank.
 
         Raises:
             ConfigError: the name is taken.
@@ -81,7 +82,7 @@ class AdapterBank:
         """
         self._named.check_new(name)
         check_keys(*(_shapes(each) for each in (state, self._named.by_name[self._named.active])))
-        self._named.by_name[name] = _copied(state)
+        self._named.by_name[name] = jax.device_put(state, may_alias=False)
 
     def load(self, name: str, directory: str | Path, *, base_config: Any = None) -> None:
         """Takes an adapter in from its files; the active one stays.
@@ -160,7 +161,7 @@ class AdapterBank:
         for state in self._named.by_name.values():
             nnx.update(twin, state)
             _, adapters, frozen = nnx.split(resolve(twin), AdapterParam, ...)
-            resolved.append(_copied(adapters))  # what is not resolved is the twin's own
+            resolved.append(_apart(adapters))  # what is not resolved is the twin's own
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), _none(resolved[0]), *resolved)
         return stack, frozen
 
@@ -186,10 +187,10 @@ def _rows(
 
 def _state(model: nnx.Module) -> nnx.State:
     """A model's adapter."""
-    return _copied(nnx.state(model, AdapterParam))
+    return _apart(nnx.state(model, AdapterParam))
 
 
-def _copied(state: nnx.State) -> nnx.State:
+def _apart(state: nnx.State) -> nnx.State:
     """The same arrays in variables of their own, which stay as they are when a model learns."""
     return jax.tree.map(jnp.asarray, state)
 

@@ -38,6 +38,17 @@ def test_every_row_has_its_adapter_and_what_the_model_learns_the_bank_has(tmp_pa
     np.testing.assert_array_equal(run(model, X, PLACES), expected["default"])
 
 
+def test_an_adapter_outlives_the_arrays_that_it_was_added_from():
+    bank = AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0)))
+    given = nnx.state(moved(nnx.clone(bank.model)), AdapterParam)
+    expected = jax.tree.map(np.array, nnx.to_pure_dict(given))
+    bank.add("other", given)
+    jax.tree.map(lambda leaf: leaf.delete(), given)  # as a step that donates them does
+    bank.switch("other")
+    found = nnx.to_pure_dict(nnx.state(bank.model, AdapterParam))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
