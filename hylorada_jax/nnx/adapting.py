@@ -93,7 +93,7 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
         ModelError: it is no NNX module, is adapted already, has no module to adapt, or the config asks for
             what its attention does not let in.
         TargetError: a target matches no layer; near matches are named.
-        ConfigError: ``rngs`` are none, or layers that are stacked would be adapted differently.
+        ConfigError: ``rngs`` are none, or lack a stream; or stacked layers would be adapted differently.
 
     Example:
         >>> from hylorada_jax import HyLoRADAConfig
@@ -104,10 +104,9 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
 
     Source: method.md §§1, 4.
     """
-    if not isinstance(rngs, nnx.Rngs):
-        raise ConfigError("rngs are flax.nnx.Rngs.", type(rngs).__name__, "Give nnx.Rngs(0), or your own.")
     adaptation, found = plan_on(model, config)
     sites = adaptation.sites
+    check_rngs(rngs, adaptation, "params")
     raw = {
         site.module.path: found[site.module.path].leaves()
         for site in sites
@@ -167,6 +166,22 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
                 "Adapt the model as it was before it was quantised.",
             )
     return Adaptation(config, modules, sites), found
+
+
+def check_rngs(rngs: Any, adaptation: Adaptation, *streams: str) -> None:
+    """Refuses rngs without these streams, or without one for the dropout that there is."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise ConfigError("rngs are flax.nnx.Rngs.", type(rngs).__name__, "Give nnx.Rngs(0), or your own.")
+    config = adaptation.config
+    rates = {"linear": config.lora_dropout, "sparse": config.sparse_dropout}
+    if any(rates.get(site.component) for site in adaptation.sites):
+        streams = (*streams, "dropout")
+    if missing := [name for name in streams if name not in rngs and "default" not in rngs]:
+        raise ConfigError(
+            "rngs have a stream for each use, or a default one: params for lora_A, dropout for its masks.",
+            f"rngs without {' and '.join(missing)}",
+            "Give nnx.Rngs(0), or nnx.Rngs(params=0, dropout=1).",
+        )
 
 
 def _refuse_closed(model: Any, modules: Modules, found: Mapping[Path, Found], config: HyLoRADAConfig) -> None:

@@ -275,6 +275,10 @@ def test_dropout_is_of_training_alone():
     np.testing.assert_array_equal(net(x), net(x))
     net.train()
     assert not jnp.array_equal(net(x), net(x))
+    other, config = NET(), config_of("lora", lora_dropout=0.5)
+    with pytest.raises(ConfigError, match="without dropout"):
+        adapt(other, config, nnx.Rngs(params=0))
+    assert adapt(other, config, nnx.Rngs(params=0, dropout=1)) is other  # it was left as it had been
 
 
 def adapted(method="lora"):
@@ -312,6 +316,7 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         (lambda: linen.Dense(3), aimed("all-linear"), RNGS, ModelError, "HyLoRADAModel"),
         (lambda: nnx.Conv(3, 3, 1, rngs=RNGS()), aimed("all-linear"), RNGS, ModelError, "register_einsum"),
         (NET, aimed("all-linear"), lambda: 0, ConfigError, r"nnx\.Rngs"),
+        (NET, aimed("all-linear"), lambda: nnx.Rngs(dropout=0), ConfigError, "without params"),
         (NET, HyLoRADAConfig(), RNGS, ModelError, r"Attention\(num_heads\)"),
         (NET, aimed("don_proj"), RNGS, TargetError, r"Near matches: down_proj"),
         (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
@@ -323,6 +328,7 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         "Linen",
         "nothing to adapt",
         "rngs",
+        "no params",
         "out of reach",
         "targets",
         "twice",

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.nnx.adapting import adaptation_of, adapters_of, attach, plan_on
+from hylorada_jax.nnx.adapting import adaptation_of, adapters_of, attach, check_rngs, plan_on
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.base_identity import base_identity
 from hylorada_jax.saved.saved_adapter import SavedAdapter, open_adapter
@@ -104,8 +104,9 @@ def load_adapter(
         given |= {key: saved.base[key] for key in ("model_type", "config_sha256")}
     adapter_files.check_base(saved.base, given)
     layout.check_keys(saved.shapes, layout.tensor_shapes(adaptation.sites))
-    adapters = layout.unflatten(adaptation.sites, saved.tensors())
-    attach(model, adaptation, found, adapters, nnx.Rngs(0) if rngs is None else rngs)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    check_rngs(rngs, adaptation)
+    attach(model, adaptation, found, layout.unflatten(adaptation.sites, saved.tensors()), rngs)
     return model
 
 
