@@ -13,6 +13,7 @@ from jax import Array
 
 from hylorada_jax.errors import CheckpointError, DataError
 from hylorada_jax.leaves import leaf_at
+from hylorada_jax.nnx.adapted import Adapted
 from hylorada_jax.nnx.adapting import adaptation_of
 from hylorada_jax.nnx.files import load_adapter
 from hylorada_jax.nnx.resolving import resolve
@@ -123,7 +124,7 @@ class AdapterBank:
         Args:
             arguments: the model's; every array has an axis of rows in front.
             adapters: the adapter's name for each row; None for a row that has none. Absent: the active
-                adapter for all rows, as in calling the model.
+                adapter for all rows, as in calling the model. Within :func:`disabled` no row has one.
             options: the model's keyword arguments, likewise.
 
         Raises:
@@ -133,6 +134,10 @@ class AdapterBank:
         if adapters is None:
             return self.model(*arguments, **options)
         index = self._named.index(adapters)
+        if self._is_disabled():
+            twin: Any = nnx.clone(self.model, variables=False)
+            twin.eval()
+            return twin(*arguments, **options)
         leaves, structure = jax.tree.flatten((arguments, options))
         arrays = [leaf if isinstance(leaf, jax.Array | np.ndarray) else None for leaf in leaves]
         fixed = tuple(leaf if array is None else None for leaf, array in zip(leaves, arrays, strict=True))
@@ -145,6 +150,11 @@ class AdapterBank:
                 "Give a name, or None, for each row.",
             )
         return _rows(self._graph, fixed, structure, *self._resolved(), index, arrays)
+
+    def _is_disabled(self) -> bool:
+        """The model is within :func:`disabled`: adapted, but its modules have their plain classes."""
+        modules = (module for _, module in nnx.iter_modules(self.model, graph=True))
+        return hasattr(self.model, "hylorada") and not any(isinstance(each, Adapted) for each in modules)
 
     def _resolved(self) -> tuple[nnx.State, nnx.State]:
         """The resolved adapters with an axis in front, first none and then all; and what is not theirs."""

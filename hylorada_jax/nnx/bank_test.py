@@ -6,7 +6,7 @@ from flax import nnx
 
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError
 from hylorada_jax.nnx import AdapterBank, AdapterParam, adapt, disabled, resolve, save_adapter
-from hylorada_jax.nnx.adapting_test import config_of, made, moved
+from hylorada_jax.nnx.adapting_test import config_of, made, moved, output
 from hylorada_jax.nnx.hooks_test import FULL, POSITIONS, Words, run
 
 X = jax.random.normal(jax.random.key(1), (4, 5, 6))
@@ -36,6 +36,14 @@ def test_every_row_has_its_adapter_and_what_the_model_learns_the_bank_has(tmp_pa
     )
     bank.switch("default")
     np.testing.assert_array_equal(run(model, X, PLACES), expected["default"])
+
+
+def test_within_disabled_every_row_is_the_bases():
+    net, x = made("Linear")
+    before = output(net, x)
+    bank = AdapterBank(moved(adapt(net, config_of("lora"), nnx.Rngs(0))))
+    with disabled(net):
+        np.testing.assert_array_equal(bank(x, adapters=["default", None]), before)
 
 
 def test_an_adapter_outlives_the_arrays_that_it_was_added_from():
