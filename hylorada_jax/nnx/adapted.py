@@ -9,6 +9,7 @@ import functools
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -141,9 +142,13 @@ class AdaptedNorm(Adapted):
     """A norm that trains, whose output has the dtype that it had."""
 
     def __call__(self, x: Array, *arguments: Any, **options: Any) -> Array:
-        """The normalised x; in x's dtype, where the module names none."""
+        """The normalised x; where the module names no dtype, in that of x and its leaves as they were."""
         y = self.plain.__call__(self, x, *arguments, **options)
-        return y if self.dtype is not None else y.astype(x.dtype)
+        if self.dtype is not None:
+            return y
+        leaves = (getattr(self, name, None) for name in ("scale", "bias"))
+        dtypes = [leaf.get_metadata("base")[1] for leaf in leaves if leaf is not None]
+        return y.astype(jnp.result_type(x, *dtypes))
 
 
 def _changed(module: Any, **attributes: Any) -> Any:

@@ -244,12 +244,14 @@ class Words(nnx.Module):
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", False), ("bfloat16", True)])
 def test_embeddings_and_norms_train_themselves(dtype, apart):
     net, ids = Words(jnp.dtype(dtype), apart=apart, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 2, 6]])
-    before = output(net, ids)
+    before, x = output(net, ids), jnp.linspace(-1, 2, 4, dtype="float16")  # narrower than the norm's leaves
+    normed = net.norm(x)
     config = HyLoRADAConfig(method="longlora", s2_attn_enabled=False, target_modules="q_proj")
     adapt(net, config, nnx.Rngs(1))
     after = output(net, ids)
     assert after.dtype == dtype
     np.testing.assert_array_equal(after, before)
+    np.testing.assert_array_equal(net.norm(x), normed, strict=True)
     state = nnx.state(net, AdapterParam)
     assert {name: set(node) for name, node in state.items()} == {
         "embed": {"embedding"},
