@@ -155,6 +155,41 @@ def test_positions_are_those_of_the_call_or_of_the_context(tmp_path):
     assert {path[-1] for path in silent} <= {"beta"}
 
 
+traces: list[None] = []
+
+
+@nnx.jit
+def inside(layer, x):
+    traces.append(None)
+    return layer(x)
+
+
+class Compiling(nnx.Module):
+    """Which compiles a part of itself: the tokens are constants of the program."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return inside(self.layer, x)
+
+
+def test_what_is_compiled_within_a_call_answers_again_for_the_same_tokens_alone():
+    config = HyLoRADAConfig(lora_rank=2, target_modules="all-linear", daa_enabled=False)
+    net = moved(adapt(Compiling(), config, nnx.Rngs(1)))
+    first = net(X)
+    np.testing.assert_array_equal(net(X), first)
+    assert len(traces) == 1
+    for _ in range(2):
+        with tokens(POSITIONS):
+            other = net(X)
+    assert len(traces) == 2
+    assert float(jnp.abs(other - first).max()) > 1e-3
+    moved(net)
+    with tokens(POSITIONS):
+        np.testing.assert_allclose(net(X), within(net, X, POSITIONS), rtol=1e-5, atol=1e-6)
+
+
 def test_structure_reaches_every_layer():
     config: dict[str, Any] = {"method": "hylorada_v2", "structure_dim": 4, "structure_seq_len": 5}
     net = moved(

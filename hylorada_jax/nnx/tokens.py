@@ -1,6 +1,7 @@
 """What adapters read of the tokens: known to the model's own call, read in its layers."""
 
 import contextlib
+import hashlib
 import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -44,6 +46,7 @@ _GIVEN: ContextVar[Tokens | None] = ContextVar("given", default=None)
 _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
 # A function that jax has compiled for other tokens, which it read from here, must not answer for these.
 _TRACED: Any = jax.make_user_context(None)
+_KEY: ContextVar[Any] = ContextVar("key", default=None)
 
 
 @contextlib.contextmanager
@@ -57,7 +60,7 @@ def tokens(
 
     A model whose call takes ``positions`` or ``position_ids`` needs no context for these. Without either they
     count 0, 1, 2 … in each row, which a KV cache or packed documents make wrong. Open it inside the compiled
-    function: around one, that is compiled anew every time.
+    function: around one, that is compiled anew for other positions.
 
     Args:
         position_ids: of the tokens.
@@ -100,12 +103,26 @@ def called(now: Pass) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    before = variable.set(value)
+    key = (_KEY.get(), variable.name, _digest(value))
+    before, outer = variable.set(value), _KEY.set(key)
     try:
-        with _TRACED(object()):
+        with _TRACED(key):
             yield
     finally:
         variable.reset(before)
+        _KEY.reset(outer)
+
+
+def _digest(value: Tokens | Pass) -> object:
+    """Equal for equal arrays, which are constants of what is compiled; for tracers it equals nothing else."""
+    arrays = [array for array in value if array is not None]
+    if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays):
+        return object()
+    return tuple(
+        (name, array.shape, array.dtype, array.sharding, hashlib.sha256(np.asarray(array).tobytes()).digest())
+        for name, array in value._asdict().items()
+        if array is not None
+    )
 
 
 def current() -> Pass:
