@@ -6,6 +6,7 @@ as before.
 """
 
 import functools
+import inspect
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -63,16 +64,20 @@ class AdaptedLinear(Adapted):
     y = y + up(gelu(down(y) ⊙ mask))
     """
 
-    def __call__(self, inputs: Array, *arguments: Any, **options: Any) -> Array:
+    def __call__(self, *arguments: Any, **options: Any) -> Array:
         """The adapted output, in the dtype and shape of the module's own."""
+        if not arguments:  # the module's own call says under which name x comes
+            call = inspect.signature(self.plain.__call__).bind(self, **options)
+            arguments, options = call.args[1:], call.kwargs
+        inputs, *rest = arguments
         settings: Settings = self.adapter_settings
         kind = kind_of(self.plain)
         assert kind is not None
-        given = [option for option in (*arguments, *options.values()) if isinstance(option, str)]
+        given = [option for option in (*rest, *options.values()) if isinstance(option, str)]
         form = Contraction.of(given[0], inputs.ndim) if given else contraction(self, kind, inputs.ndim)
         bias = getattr(self, "bias", None) if settings.kind and not settings.scales_bias else None
         layer = self if bias is None else _changed(self, bias=None, use_bias=False)
-        y = self.plain.__call__(layer, inputs, *arguments, **options)
+        y = self.plain.__call__(layer, inputs, *rest, **options)
         return untouched(self._adapted)(form, inputs, y, bias)
 
     def _adapted(self, form: Contraction, inputs: Array, y: Array, bias: nnx.Variable | None) -> Array:

@@ -82,7 +82,8 @@ class Net(nnx.Module):
         self.mlp = nnx.Dict(down_proj=layer)
 
     def __call__(self, x):
-        return self.mlp.down_proj(x)
+        layer = self.mlp.down_proj
+        return layer(x=x) if isinstance(layer, Foreign) else layer(x)
 
 
 def made(layer):
