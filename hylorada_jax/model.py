@@ -132,7 +132,18 @@ class HyLoRADAModel:
         self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
         self.chat_template: str | None = None
+        self._compile()
+
+    def _compile(self) -> None:
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but compiled programs, which belong to this model alone and cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name not in ("_jitted", "_resolve")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._compile()
 
     def init_adapters(self, seed: int) -> Adapters:
         """A tree of fresh adapters, under which the model computes what its base does.

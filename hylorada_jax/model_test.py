@@ -1,4 +1,5 @@
 import functools
+import pickle
 from unittest import mock
 
 import jax
@@ -89,6 +90,15 @@ def test_every_leaf_gets_a_gradient_within_two_steps(base, method):
     second = gradient(step, model.frozen)
     for path, leaf in jax.tree_util.tree_leaves_with_path(second):
         assert np.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+def test_a_pickled_model_is_the_same_with_programs_of_its_own():
+    model = HyLoRADAModel(qwen2(), HyLoRADAConfig(method="lora", lora_rank=2))
+    model.adapters = moved(model)
+    expected = model(IDS).logits
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again(IDS).logits, expected)
+    assert again._jitted is not model._jitted
 
 
 def test_tokens_may_be_lists(base):

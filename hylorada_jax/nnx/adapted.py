@@ -51,10 +51,21 @@ class Adapted(nnx.Module):
     Attributes:
         plain: the class that the module had.
         inner: the class that this one extends: the same, or that of the adapted layer that the model is.
+        mixin: the class that says how it computes.
     """
 
     plain: type
     inner: type
+    mixin: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As of any module; its class, which no module of Python's has, is made again."""
+        cls, mixins = type(self), []
+        while issubclass(cls, Adapted):
+            mixins.append(cls.mixin)
+            cls = cls.inner
+        state = super().__reduce_ex__(max(protocol, 2))[2:]
+        return _empty, (cls, *reversed(mixins)), *state
 
 
 class AdaptedLinear(Adapted):
@@ -171,8 +182,15 @@ def adapted_class(mixin: type[Adapted], cls: type) -> type:
     has several. So what the mixin defines is laid over it.
     """
     own = {name: value for name, value in vars(mixin).items() if isinstance(value, FunctionType | property)}
-    facts = {"plain": plain_class(cls), "inner": cls, "__module__": cls.__module__}
+    facts = {"plain": plain_class(cls), "inner": cls, "mixin": mixin, "__module__": cls.__module__}
     return type(f"Adapted{cls.__name__}", (cls, mixin), own | facts)
+
+
+def _empty(cls: Any, *mixins: Any) -> Any:
+    """A module of a class with these adapters, as it is before it has any attribute."""
+    for mixin in mixins:
+        cls = adapted_class(mixin, cls)
+    return cls.__new__(cls)
 
 
 def plain_class(cls: type) -> type:

@@ -1,4 +1,5 @@
 import itertools
+import pickle
 from typing import Any
 
 import jax
@@ -211,7 +212,7 @@ def test_jit_remat_and_clones_compute_alike_and_compile_once():
     run(net, 2 * x)
     found = run(moved(net), x)
     assert len(traced) == 1
-    for same in (net, nnx.clone(net), nnx.merge(*nnx.split(net))):
+    for same in (net, nnx.clone(net), nnx.merge(*nnx.split(net)), pickle.loads(pickle.dumps(net))):
         np.testing.assert_allclose(output(same, x), found, rtol=1e-6, atol=1e-6)
 
 
