@@ -1,6 +1,7 @@
 """Every registered layer against the reference, in three precisions; and the laws that bind the layers."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -72,6 +73,15 @@ def public_layers(package, kind):
 def test_every_public_layer_is_registered(package, kind, side):
     registered = {getattr(layer, side) for layer in LAYERS.values()}
     assert public_layers(package, kind) == {cls for cls in registered if issubclass(cls, kind)}
+
+
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer.in_nnx])
+def test_nnx_layers_take_torchs_arguments_in_the_same_order(name):
+    sides = (inspect.signature(cls.__init__).parameters for cls in (LAYERS[name].jax, LAYERS[name].torch))
+    ours, theirs = (
+        [key for key, value in side.items() if value.kind is value.POSITIONAL_OR_KEYWORD] for side in sides
+    )
+    assert ours == theirs
 
 
 def check(name, draw, dtype):

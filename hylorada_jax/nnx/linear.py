@@ -255,8 +255,8 @@ class HyLoRADAv2Linear(HyLoRADALinear):
         rank: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
-        *,
         structure_dim: int = 32,
+        *,
         rngs: nnx.Rngs,
         **v1: Any,
     ) -> None:

@@ -48,7 +48,7 @@ class SparseAdapter(nnx.Module):
 
         out = h + up(dropout(gelu(down(h) ⊙ mask)))
 
-    Args, errors and source: :class:`hylorada_jax.SparseAdapter`; ``hidden`` is the width of h, which the
+    Args, errors and source: :class:`hylorada_jax.SparseAdapter`; ``hidden_size`` is the width of h, which the
     Linen module reads off its first call.
 
     Example:
@@ -59,7 +59,7 @@ class SparseAdapter(nnx.Module):
 
     def __init__(
         self,
-        hidden: int,
+        hidden_size: int,
         adapter_dim: int = 128,
         topk_ratio: float = 0.1,
         temperature: float = 1.0,
@@ -71,12 +71,12 @@ class SparseAdapter(nnx.Module):
         check_sparse(self)
         check_dropout(dropout)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        for name, leaf in sparse.init_leaves(rngs.params(), adapter_dim, hidden).items():
+        for name, leaf in sparse.init_leaves(rngs.params(), adapter_dim, hidden_size).items():
             setattr(self, name, AdapterParam(leaf, component="sparse"))
 
     def __call__(
-        self, h: Float[Array, "*tokens hidden"], deterministic: bool | None = None
-    ) -> Float[Array, "*tokens hidden"]:
+        self, h: Float[Array, "*tokens hidden_size"], deterministic: bool | None = None
+    ) -> Float[Array, "*tokens hidden_size"]:
         """The block's output with the adapter, in h's dtype."""
         h, k = jnp.asarray(h), sparse.units_on(self.topk_ratio, self.adapter_dim)
         mask = sparse.topk_mask(self.gate_scores[...], k, self.temperature)
