@@ -35,9 +35,11 @@ def floor_of(part: float, whole: int) -> int:
 
 
 def rising_steps(training: TrainingConfig) -> int:
-    """``warmup_steps``, or ⌈warmup_ratio · steps⌉."""
+    """``warmup_steps``, or ⌈warmup_ratio · steps⌉; of one step 0."""
     if training.warmup_steps is not None:
         return training.warmup_steps
+    if training.steps == 1:
+        return 0
     return -floor_of(-training.warmup_ratio, training.steps)
 
 

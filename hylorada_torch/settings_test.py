@@ -20,6 +20,8 @@ def test_floors_and_ceilings_are_exact(whole):
         training = TrainingConfig(output="run", steps=whole, warmup_ratio=float(text))
         assert rising_steps(training) == training.rising_steps == math.ceil(Fraction(text) * whole), text
     assert all(floor_of(k / whole, whole) == k for k in range(whole + 1))
+    once = TrainingConfig(output="run", steps=1)
+    assert rising_steps(once) == once.rising_steps
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "importance", "decreasing"])

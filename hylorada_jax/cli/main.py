@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from hylorada_jax import __version__
 from hylorada_jax.cli.chat import chat
 from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
@@ -76,6 +77,9 @@ def main() -> None:
 
 
 def _run() -> None:
+    if sys.argv[1:] == ["--version"]:
+        print(f"hylorada {__version__}")
+        return
     try:
         tyro.extras.subcommand_cli_from_dict(
             {name: unwrapped(command) for name, command in COMMANDS.items()},
@@ -98,7 +102,3 @@ def _fail(message: str, status: int) -> int:
 def _processes() -> Any:
     """The module of that name, where a command has asked for it: only then there can be several."""
     return sys.modules.get("hylorada_jax.placement.processes")
-
-
-if __name__ == "__main__":
-    main()

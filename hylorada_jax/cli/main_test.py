@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 
 import pytest
 
@@ -53,10 +54,16 @@ def test_what_is_our_own_fault_keeps_its_traceback(monkeypatch):
         module.main()
 
 
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hylorada", "--version"])
+    module.main()
+    assert capsys.readouterr().out == f"hylorada {version('hylorada')}\n"
+
+
 def test_output_that_nobody_reads_ends_the_command_without_a_traceback():
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "hylorada_jax.cli.main", "--help"]
+    command = [sys.executable, "-m", "hylorada_jax", "--help"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "interrupted: nobody reads the output\n")

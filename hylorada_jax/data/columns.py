@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from hylorada_jax.data.examples import Conversation
-from hylorada_jax.errors import DataError, near
+from hylorada_jax.errors import DataError
 from hylorada_jax.text import cut, parse_json, shown, well_formed
 
 
@@ -48,7 +48,7 @@ class RowReader(NamedTuple):
             raise DataError(
                 f"A row must have the column {called}.",
                 f"{self.place}: columns {names(self.row)}",
-                near(called, map(str, self.row)) if self.row else "Remove the row.",
+                f"Correct or remove the row; --columns {column}=NAME reads a column of another name.",
             )
         return self.row[called]
 

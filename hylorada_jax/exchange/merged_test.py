@@ -404,6 +404,7 @@ def test_smollm2_merged_writes_the_same_text(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     texts = ["def f(x):\n    ", "Grüße 3.14 你好 I'll\r\n\tx  = 42", "<|im_start|>user\nhi<|im_end|>\n"]
     for text in texts:
+        assert set(theirs(text)) == {"input_ids", "attention_mask"}  # what generate() takes
         assert theirs(text)["input_ids"] == ours.encode(text, add_special_tokens=True)
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text), skip_special_tokens=False)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_token_id, ours.eos_token_id)

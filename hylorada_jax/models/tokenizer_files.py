@@ -27,6 +27,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # what tokenizer.json says, and nothing added to it
         "clean_up_tokenization_spaces": False,
+        # Else transformers also makes token_type_ids, which generate() of a causal model refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         **tokenizer.special_tokens,
     }
     template = tokenizer.chat_template

@@ -23,7 +23,7 @@ def test_a_saved_adapter_is_loaded_bit_for_bit(layer, method, tmp_path):
     assert jax.tree.leaves(same)
     assert all(jax.tree.leaves(same))
     np.testing.assert_array_equal(loaded(x), net(x))
-    with pytest.raises(CheckpointError, match="overwritten unasked"):
+    with pytest.raises(CheckpointError, match="not overwritten"):
         save_adapter(net, tmp_path)
 
 

@@ -95,9 +95,9 @@ def refuse_existing(directory: str | Path) -> None:
     refuse_unusable(directory, in_bucket=True)
     if any(kind_of(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
         raise CheckpointError(
-            "An adapter is not overwritten unasked.",
+            "An existing adapter is not overwritten unless asked to.",
             directory,
-            "Choose another directory, or overwrite this one: save_pretrained(directory, overwrite=True).",
+            "Choose another directory, or remove this one; in Python, overwrite=True replaces the adapter.",
         )
 
 

@@ -58,8 +58,8 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: number of newest checkpoints kept, ≥ 1; with keep="best" also the best one.
         log_every: steps between lines of metrics.jsonl.
-        report_to: "wandb" sends the lines of metrics.jsonl to Weights & Biases, as a run of the project
-            "hylorada" named after ``output``, unless WANDB_PROJECT, WANDB_NAME or WANDB_MODE say otherwise.
+        report_to: "wandb" sends the lines of metrics.jsonl to Weights & Biases: to the project hylorada, as a
+            run named after ``output``, unless WANDB_PROJECT, WANDB_NAME or WANDB_MODE say otherwise.
             TensorBoard gets them whenever it is installed.
         resume: continue from the newest usable checkpoint of ``output`` (from the start if it has none).
         overwrite: delete the run that ``output`` holds, and nothing else.

@@ -202,11 +202,10 @@ class Loop:
 
     def _stop(self, step: int) -> None:
         self.checkpoints.wait()
-        tqdm.write(
+        raise KeyboardInterrupt(
             f"interrupted: step {step} is saved in {one_line(self.directory.path)}; go on with resume "
             "(--resume)"
         )
-        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def command(tmp_path_factory, on_devices, tiny):  # noqa: F811
     texts.write_text("".join(f"{n} brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
 
     def command(devices, name, *options):
-        words = [sys.executable, "-m", "hylorada_jax.cli.main", name, "--model", tiny, "--data", texts]
+        words = [sys.executable, "-m", "hylorada_jax", name, "--model", tiny, "--data", texts]
         return subprocess.Popen(
             [*map(str, words), *map(str, options), "--seq-len", "16"],
             env=on_devices(devices, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"),
