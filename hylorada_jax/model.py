@@ -28,6 +28,7 @@ from hylorada_jax.placement.processes import is_first, whole
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import identity, open_on
 from hylorada_jax.saved.saved_adapter import SavedAdapter
+from hylorada_jax.seeds import check_seed
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.intercept import Structure, adapt
@@ -79,15 +80,15 @@ class HyLoRADAModel:
     Args:
         base_model: a :class:`CausalLM` from :func:`load_model`, or one of HF's Flax models.
         config: the adapter's settings.
-        seed: of the initial lora_A.
+        seed: of the initial lora_A, in [0, 2³²).
         placement: where the model is put; None: where it is, as :func:`load_model` has put it.
 
     Raises:
         TargetError: a target matches no layer.
         ModelError: the base model is not one that can be adapted, is known to compute wrongly, or has
             nothing that a component could attach to.
-        ConfigError: shifted sparse attention is on, and a layer has a single head; or the placement would cut
-            a head.
+        ConfigError: the seed is out of range; shifted sparse attention is on, and a layer has a single head;
+            or the placement would cut a head.
 
     Example:
         >>> from hylorada_jax import HyLoRADAConfig, HyLoRADAModel
@@ -109,6 +110,7 @@ class HyLoRADAModel:
         *,
         placement: Placement | None = None,
     ) -> None:
+        check_seed(seed)
         base = as_base(base_model)
         self._set_up(base, config, *fit(base, config), placement)
         self.adapters = self.init_adapters(seed)

@@ -22,6 +22,7 @@ from hylorada_jax.cli.shared import (
     weights_in,
 )
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.seeds import check_seed
 from hylorada_jax.structure.code import Domain
 
 
@@ -55,7 +56,7 @@ def chat(
             positions].
         chat_template: a Jinja file in place of the model's or the adapter's template.
         structure: the structure that a hylorada_v2 adapter reads from code in the conversation: code.
-        seed: seed of the sampling.
+        seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
             adapter's training.
@@ -63,6 +64,7 @@ def chat(
         verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
         offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
+    check_seed(seed)
     saved = check_adapter(adapter, structure)
     template = template_of(chat_template, saved)
 

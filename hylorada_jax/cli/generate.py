@@ -22,6 +22,7 @@ from hylorada_jax.cli.shared import (
 )
 from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.seeds import check_seed
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import show
 
@@ -61,7 +62,7 @@ def generate(
         output: a new JSON Lines file for the answered conversations [they are printed].
         batch_size: conversations at a time.
         structure: the structure that a hylorada_v2 adapter reads: code, also in the tokens that follow.
-        seed: seed of the sampling.
+        seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
             adapter's training.
@@ -82,6 +83,7 @@ def generate(
             raise ConfigError(rule, f"--output {output} for a prompt", "Leave --output out.")
         refuse_output(output)
     check_windows(1, batch_size=batch_size)
+    check_seed(seed)
     saved = check_adapter(adapter, structure)
     if structure and messages is not None:
         raise ConfigError(

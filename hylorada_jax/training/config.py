@@ -11,6 +11,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, require_one_of
 from hylorada_jax.exact import fraction
 from hylorada_jax.placement.axes import mesh_sizes
+from hylorada_jax.seeds import check_seed
 
 Schedule = Literal["linear", "cosine", "constant"]
 Keep = Literal["last", "best"]
@@ -114,7 +115,7 @@ class TrainingConfig:
         if self.microbatches != "auto":
             self._require_int("microbatches", 1)
         self._require_int("seq_len", 2)
-        self._require_int("seed", 0)
+        check_seed(self.seed)
         if self.warmup_steps is not None:
             self._require_int("warmup_steps", 0)
         if self.epochs is not None:
@@ -137,8 +138,6 @@ class TrainingConfig:
             raise ConfigError(
                 "warmup_ratio must be in [0, 1].", self.warmup_ratio, "Give a part of the steps, as 0.03."
             )
-        if self.seed >= 2**32:
-            raise ConfigError("seed must be below 2³².", self.seed, "Choose a smaller seed.")
         if self.batch_size % self.passes:
             raise ConfigError(
                 "microbatches must divide batch_size.",
