@@ -138,6 +138,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
         "residual_multiplier": 0.7,
         "logits_scaling": 3.0,
+        "attention_dropout": 0.1,  # as Granite 3.0: without effect where nothing of the base trains
         "rope_scaling": LLAMA3,
     },
     "olmo2": {

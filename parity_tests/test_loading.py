@@ -40,7 +40,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "phi3": {"sliding_window": 5, "pad_token_id": 0, "eos_token_id": 2},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
-                "logits_scaling": 4.0, "tie_word_embeddings": True},
+                "logits_scaling": 4.0, "attention_dropout": 0.1, "tie_word_embeddings": True},
     "olmo2": {"head_dim": 8, "pad_token_id": 0, "eos_token_id": 2},
     "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "gemma": {"head_dim": 16},

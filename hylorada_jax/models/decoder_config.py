@@ -43,7 +43,6 @@ _NULLS = (
 _REFUSED: dict[str, Any] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
-    "attention_dropout": 0.0,
     "use_bidirectional_attention": False,
     "rope_interleaved": False,
     "use_mrope": False,

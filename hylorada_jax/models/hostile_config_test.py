@@ -63,7 +63,7 @@ HOSTILE: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("factor", ({"rope_type": "linear"}, {"rope_type": "linear", "factor": {}}), IN_SCALING),
     ("original_max_position_embeddings", NO_SIZE, {}),
     ("quantization_config", ({}, [], {"bits": 4}), {}),
-    ("attention_dropout", (NAN, "0", [], 0.1), {}),
+    ("attention_dropout", (NAN, "0", [], -0.1, 1.0), {}),
 ]  # fmt: skip
 # The same of the keys of each type of scaling.
 SCALINGS: list[tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = [

@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.bounds import Deviation, Epsilon, Heads, Layers, Positions, Tokens, Vocabulary, Width
+from hylorada_jax.models.bounds import (
+    Deviation,
+    Dropout,
+    Epsilon,
+    Heads,
+    Layers,
+    Positions,
+    Tokens,
+    Vocabulary,
+    Width,
+)
 
 Capability = Literal["loss", "segments", "groups", "daa"]
 """The built-in loss, packed documents, the groups of S²-Attn, direct attention adaptation."""
@@ -34,6 +44,7 @@ class Keys(Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    attention_dropout: Dropout = 0.0  # no effect: the frozen base has none, in training either
     initializer_range: Deviation = 0.02
     eos_token_id: Tokens = 2
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
