@@ -1,5 +1,6 @@
 """An adapter merged into a checkpoint, tensor by tensor: the model itself is never built."""
 
+import dataclasses
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -23,6 +24,7 @@ from hylorada_jax.exchange.shards import (
 )
 from hylorada_jax.io.files import user_path, write_json
 from hylorada_jax.math.quantized import BASE_DTYPES
+from hylorada_jax.models.generation_config import FILE, read_generation_config
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import empty_model, open_weights
 from hylorada_jax.models.rounded_weights import RoundedWeights
@@ -57,7 +59,8 @@ def write_merged(
 
     Memory holds the adapter and a part of one tensor at a time (of a GGUF file, one tensor). Adapted weights
     are computed in float64 and rounded once; all other tensors are copied. Of a base that was quantised when
-    the adapter was trained, W is what it was rounded to, in all of its linear layers.
+    the adapter was trained, W is what it was rounded to, in all of its linear layers. With an adapter's chat
+    template, generation_config.json also names the token that ends a turn in it.
 
     Args:
         model: what the adapter was trained on, as for :func:`hylorada_jax.load_model`.
@@ -92,7 +95,12 @@ def write_merged(
         if not known_dtype(trained):
             raise ModelError("Weights on disk are checked in one dtype.", trained, "Leave the check out.")
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
-    tokenizer = load_tokenizer(model) if source.gguf else None
+    template = saved.chat_template
+    tokenizer = load_tokenizer(model) if source.gguf or template is not None else None
+    ends: tuple[int, ...] = ()
+    if tokenizer is not None and template is not None:
+        ends = dataclasses.replace(tokenizer, chat_template=template).chat_end_ids
+    generation = read_generation_config(source)
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
     weights = RoundedWeights(source, trained) if is_in_codes(trained) else open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
@@ -109,12 +117,14 @@ def write_merged(
         with new_directory(output) as place:
             write_shards(place, tensors, max_shard_bytes=max_shard_bytes)
             write_json(place / "config.json", _config(source, target))
-            if tokenizer is not None:
+            if tokenizer is not None and source.gguf:
                 write_tokenizer(tokenizer, place)
             else:
                 _copy(beside, source.path, place)
-            if saved.chat_template is not None:
-                (place / "chat_template.jinja").write_text(saved.chat_template, "utf-8")
+            if template is not None:
+                (place / "chat_template.jinja").write_text(template, "utf-8")
+            if ends:  # transformers does not look for them in a template
+                write_json(place / FILE, generation | {"eos_token_id": [*ends]})
 
 
 def is_in_codes(dtype: str) -> bool:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
@@ -426,3 +427,23 @@ def test_smollm2_merged_writes_the_same_text(tmp_path):
     np.testing.assert_allclose(
         in_torch(tmp_path / "merged", np.asarray([prompt])), logits, atol=1e-5 * np.abs(logits).max()
     )
+
+
+def test_transformers_ends_a_turn_where_the_adapters_template_does(bases, adapted, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases / "llama", base)
+    words = {"<end>": 0, "<|im_end|>": 1, "<unk>": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.add_special_tokens(["<end>", "<|im_end|>"])
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    (base / "generation_config.json").write_text('{"eos_token_id": 0, "max_new_tokens": 7}')
+    model = adapted("llama", "lora")
+    model.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    try:
+        model.save_pretrained(tmp_path / "adapter")
+    finally:
+        model.chat_template = None
+    write_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    written = transformers.GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert (written.eos_token_id, written.max_new_tokens) == ([0, 1], 7)
