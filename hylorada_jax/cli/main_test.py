@@ -45,6 +45,7 @@ def test_what_ends_a_command_is_one_safe_message(error, status, monkeypatch, cap
     assert not set(message) & set(map(chr, [*range(10), *range(11, 32), 127]))
     own = [line for line in message.split("\n") if not line.startswith("    ")]
     assert sum(line.startswith(("error: ", "interrupted")) for line in own) == 1
+    assert ("\n  remedy:   " in message) == (status != 130)
     assert len(message) < 6000
 
 
