@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
 import flax.linen as nn
@@ -26,6 +26,9 @@ DROPOUT_RNG = "dropout"
 _RESOLVED = tuple(
     leaf.resolved for leaf in LEAVES if leaf.component in ("linear", "sparse") and leaf.resolved
 )
+
+# At the top of the resolved tree, and no leaves of the outermost module.
+_OF_THE_MODEL = (POSITION_BIAS, DROPOUT_RATE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +72,10 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         y = y + up(gelu(down(y) ⊙ mask))   where the module has a sparse adapter
         y = round(embedding[ids])          of an embedding that trains; round(norm(x)) of such a norm
 
-    Flax hands each module its own slice of the collection, also under nn.scan and nn.remat, so that no
-    model needs to be edited. Modules without variables there run as they are. p depends on the token: the
-    model's own position ids are read off the call of its outermost module that takes ``position_ids``.
+    Flax hands each module its own slice of the collection, so that no model needs to be edited; nn.scan,
+    nn.vmap and nn.RNN hand on those collections alone that they name. Modules without leaves run as they are.
+    p depends on the token: the model's own position ids are read off the call of its outermost module that
+    takes ``position_ids``.
 
     Embeddings and norms that train are float32 in a base of bfloat16 too: their gradients are sums over all
     tokens, in which bfloat16 would lose what it adds. Only what they give is rounded to the base's dtype, so
@@ -85,6 +89,10 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         structure: what the structure encoder reads.
         rows: the number of every row among those of its step: its dropout is its own, whatever rows it is
             computed with. None: they count from 0.
+
+    Raises:
+        ModelError: within the context, for a module that ``resolved`` has leaves of and that is called
+            without them; or for one whose update depends on tokens that it does not see.
 
     Example:
         >>> dense, x = nn.Dense(4, use_bias=False), jnp.ones((1, 3))
@@ -106,6 +114,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         structure: Structure = Structure(),
         rows: Array | None = None,
     ) -> None:
+        self._resolved = resolved
         self._bias, self._encoder = resolved.get(POSITION_BIAS), resolved.get(STRUCTURE_ENCODER)
         # Resolved leaves are differentiated, and this one is not a parameter.
         self._rate = jax.lax.stop_gradient(resolved.get(DROPOUT_RATE))
@@ -129,7 +138,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             finally:
                 self._pass = None
         kind = kind_of(context)
-        if kind is None or COLLECTION not in module.variables:
+        if kind is None or not self._is_adapted(module):
             return next_fun(*args, **kwargs)
         x, *more = inspect.signature(context.orig_method).bind(*args, **kwargs).args
         match kind.role:
@@ -149,6 +158,23 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
                 return next_fun(*args, **kwargs)
             case _:
                 assert_never(kind.role)
+
+    def _is_adapted(self, module: Any) -> bool:
+        """Whether the module has leaves; an error where it should have, and a transform dropped them."""
+        if _leaves(module.variables.get(COLLECTION)):
+            return True
+        node: Any = self._resolved
+        for name in module.path:
+            node = node.get(name) if isinstance(node, Mapping) else None
+        if module.is_initializing() or not _leaves(node).difference(() if module.path else _OF_THE_MODEL):
+            return False
+        raise ModelError(
+            "A module that has adapters must be given the collection 'hylorada' wherever it gets params.",
+            f"{'.'.join(module.path) or type(module).__name__} was called without it",
+            'Call apply({"params": …, "hylorada": resolved}), and name it to nn.scan and nn.vmap, '
+            'variable_axes={"params": 0, "hylorada": 0}, and to nn.RNN, '
+            'variable_broadcast=("params", "hylorada").',
+        )
 
     def _tokens(self, context: Any, args: Any, kwargs: Any) -> _Pass | None:
         """The pass that this call begins, if it does, and if anything depends on its positions."""
@@ -258,6 +284,13 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         units = sparse.units(h, adapter["down"], adapter["mask"])
         units = self._dropout(module, units, self._config.sparse_dropout or None)
         return sparse.add_units(h, units, adapter["up"])
+
+
+def _leaves(node: Any) -> set[str]:
+    """The names of a module's own leaves in a collection, at its node there."""
+    if not isinstance(node, Mapping):
+        return set()
+    return {name for name, value in node.items() if not isinstance(value, Mapping)}
 
 
 def _adapter(module: Any) -> dict[str, Array]:

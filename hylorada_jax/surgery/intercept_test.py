@@ -1,0 +1,78 @@
+"""Networks of one's own under flax's transforms and options: what adapters do there, or why they cannot."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
+from hylorada_jax.surgery import build
+from hylorada_jax.surgery.intercept import adapt
+from hylorada_jax.surgery.merge import merge
+from hylorada_jax.surgery.modules import find_modules
+from hylorada_jax.surgery.plan import plan
+from hylorada_jax.surgery.resolve import resolve
+
+WIDTH = 4
+V1 = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules="all-linear")
+X = jax.random.normal(jax.random.key(1), (2, 3, WIDTH))
+
+
+def attach(network, x=X, config=V1):
+    """params, fresh adapters, and functions of adapters: the network's output with them, and merged."""
+    init = lambda key: network.init(key, x)["params"]
+    sites, params = plan(find_modules(init), config), jax.jit(init)(jax.random.key(0))
+    constants = build.build_constants(sites, params, config)
+
+    def resolved(adapters):
+        return resolve(sites, adapters, params, constants, config)
+
+    def adapted(adapters):
+        leaves = resolved(adapters)
+        with adapt(leaves, config):
+            return network.apply({"params": params, "hylorada": leaves}, x)
+
+    def merged(adapters):
+        return network.apply({"params": merge(sites, resolved(adapters), params, config)}, x)
+
+    return params, build.build_adapters(sites, constants, params, config), adapted, merged
+
+
+def moved(adapters):
+    return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(7), leaf.shape), adapters)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(WIDTH, name="fc")(jnp.tanh(x)), None
+
+
+class Lifted(nn.Module):
+    """A layer under one of flax's transforms, which hands on these collections."""
+
+    transform: str
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        axes, split = dict.fromkeys(self.names, 0), {"params": True}
+        if self.transform == "scan":
+            return nn.scan(Block, variable_axes=axes, split_rngs=split, length=3)(name="layers")(x, None)[0]
+        if self.transform == "vmap":
+            several = nn.vmap(nn.Dense, variable_axes=axes, split_rngs=split, in_axes=None, axis_size=3)
+            return several(WIDTH, name="layers")(x)
+        return nn.RNN(nn.SimpleCell(WIDTH), variable_broadcast=self.names)(x)
+
+
+@pytest.mark.parametrize("transform", ["scan", "vmap", "rnn"])
+def test_a_transform_hands_the_adapters_on_or_is_refused(transform):
+    _, fresh, adapted, merged = attach(Lifted(transform, ("params", "hylorada")))
+    adapters = moved(fresh)
+    # float32, some roundings of numbers of about 10.
+    np.testing.assert_allclose(jax.jit(adapted)(adapters), jax.jit(merged)(adapters), rtol=1e-5, atol=1e-5)
+    _, fresh, adapted, _ = attach(Lifted(transform, ("params",)))
+    with pytest.raises(ModelError, match=r"was called without it[\s\S]*variable_axes"):
+        jax.eval_shape(adapted, fresh)
