@@ -20,7 +20,7 @@ from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
 from hylorada_jax.surgery.modules import as_it_lies, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
-from hylorada_jax.trees import COLLECTION, Resolved
+from hylorada_jax.trees import COLLECTION, Resolved, Tree
 
 DROPOUT_RNG = "dropout"
 _RESOLVED = tuple(
@@ -70,7 +70,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
         y = (x Wᵀ + δ·p)·c + bias          (the bias inside the bracket with ``magnitude_scales_bias``)
         y = y + up(gelu(down(y) ⊙ mask))   where the module has a sparse adapter
-        y = round(embedding[ids])          of an embedding that trains; round(norm(x)) of such a norm
+        y = round(embedding[ids])          of an embedding that trains, and round(norm(x)) of such a norm,
+                                           with the collection's leaves in the place of the parameters
 
     Flax hands each module its own slice of the collection, so that no model needs to be edited; nn.scan,
     nn.vmap and nn.RNN hand on those collections alone that they name. Modules without leaves run as they are.
@@ -121,6 +122,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         self._config, self._train, self._dtype, self._structure = config, train, dtype, structure
         self._rows = rows
         self._pass: _Pass | None = None
+        self._own_call: tuple[str, ...] | None = None
         self._context = nn.intercept_methods(self._intercept)
 
     def __enter__(self) -> None:
@@ -138,8 +140,11 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             finally:
                 self._pass = None
         kind = kind_of(context)
-        if kind is None or not self._is_adapted(module):
+        tied_head = isinstance(module, nn.Embed) and context.method_name == "attend"
+        if module.path == self._own_call or not ((kind or tied_head) and self._is_adapted(module)):
             return next_fun(*args, **kwargs)
+        if kind is None:
+            return self._with_trained(module, context.method_name, *args, **kwargs)
         x, *more = inspect.signature(context.orig_method).bind(*args, **kwargs).args
         match kind.role:
             case "experts":
@@ -152,8 +157,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             case "embedding":
                 return self._embedded(module, x)
             case "norm":  # one that names its dtype rounds to it by itself
-                y = next_fun(*args, **kwargs)
-                return y if getattr(module, "dtype", None) else y.astype(x.dtype)
+                return self._with_trained(module, "__call__", x, *more)
             case "attention":  # it reads its leaves itself
                 return next_fun(*args, **kwargs)
             case _:
@@ -203,8 +207,31 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
     def _embedded(self, module: Any, ids: Array) -> Array:
         """What ``nn.Embed`` gives, rounded after the lookup: rounded before, its gradient would be too."""
-        rows = jnp.take(module.get_variable("params", "embedding"), ids, axis=0)
-        return rows.astype(module.dtype or self._dtype or rows.dtype)
+        rows = jnp.take(module.get_variable(COLLECTION, "embedding"), ids, axis=0)
+        return rows.astype(module.dtype or self._dtype or module.get_variable("params", "embedding").dtype)
+
+    def _with_trained(self, module: Any, method: str, x: Array, *more: Any, **options: Any) -> Any:
+        """A norm, or a tied head, with the leaves that train in the place of the base's."""
+        trained = {
+            name: module.get_variable(COLLECTION, name) for name in _leaves(module.variables[COLLECTION])
+        }
+        y = self._call(module, method, trained, x, *more, **options)
+        return y if getattr(module, "dtype", None) else y.astype(x.dtype)
+
+    def _call(self, module: Any, method: str, own: Tree, *arguments: Any, **options: Any) -> Any:
+        """A module's own method, with these in the place of parameters of its own."""
+
+        def put(variables: Any) -> Any:
+            return variables | {"params": variables["params"] | own}
+
+        def call(inner: Any) -> Any:
+            return getattr(inner, method)(*arguments, **options)
+
+        self._own_call = module.path
+        try:
+            return nn.map_variables(call, "params", put)(module)
+        finally:
+            self._own_call = None
 
     def _adapted(self, module: Any, inputs: Array, adapter: dict[str, Array], out_in: bool) -> Array:
         # Of these, a class that is not flax's has what it needs.

@@ -1,5 +1,7 @@
 """Networks of one's own under flax's transforms and options: what adapters do there, or why they cannot."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -76,3 +78,39 @@ def test_a_transform_hands_the_adapters_on_or_is_refused(transform):
     _, fresh, adapted, _ = attach(Lifted(transform, ("params",)))
     with pytest.raises(ModelError, match=r"was called without it[\s\S]*variable_axes"):
         jax.eval_shape(adapted, fresh)
+
+
+class Tied(nn.Module):
+    """Embeddings that are the output head too, and a norm."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.table = nn.Embed(7, WIDTH, param_dtype=self.dtype)
+        self.norm, self.fc = nn.LayerNorm(param_dtype=self.dtype), nn.Dense(WIDTH, param_dtype=self.dtype)
+
+    def __call__(self, ids):
+        return self.table.attend(self.fc(self.norm(self.table(ids))))
+
+
+IDS = jnp.array([[0, 3, 5], [2, 2, 6]])
+UNFROZEN = dataclasses.replace(V1, train_embeddings=True, train_norms=True)
+
+
+def test_embeddings_and_norms_train_beside_the_bases_parameters():
+    params, fresh, adapted, merged = attach(Tied(), IDS, UNFROZEN)
+    adapters = moved(fresh)
+
+    def loss(function, adapters):
+        y = function(adapters)
+        return jnp.sum(y**2), y
+
+    derive = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
+    ((_, y), gradient), ((_, expected), through_merged) = (derive(f, adapters) for f in (adapted, merged))
+    # float32: the order of summation differs.
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for name in ("table", "norm"):
+        assert set(gradient[name]) == set(params[name])
+        for leaf, value in gradient[name].items():
+            largest = np.abs(through_merged[name][leaf]).max()
+            np.testing.assert_allclose(value, through_merged[name][leaf], rtol=1e-4, atol=1e-5 * largest)
