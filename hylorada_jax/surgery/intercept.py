@@ -79,14 +79,15 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     takes ``position_ids``.
 
     Embeddings and norms that train are float32 in a base of bfloat16 too: their gradients are sums over all
-    tokens, in which bfloat16 would lose what it adds. Only what they give is rounded to the base's dtype, so
-    that the layers after them compute in it.
+    tokens, in which bfloat16 would lose what it adds. Only what they give is rounded, to the dtype that it
+    has in the base, so that the layers after them compute in it.
 
     Args:
         resolved: from :func:`hylorada_jax.surgery.resolve.resolve`; what serves the whole model is read.
         config: ``sparse_dropout``, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
         train: apply dropout, where ``resolved`` has a rate of it; needs an rng named "dropout".
-        dtype: of the base, to which an embedding that trains is rounded; read where the module names none.
+        dtype: of the base's embeddings and norms, where ``params`` has those that train in their place; read
+            of a module that names none.
         structure: what the structure encoder reads.
         rows: the number of every row among those of its step: its dropout is its own, whatever rows it is
             computed with. None: they count from 0.
@@ -156,7 +157,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
                 return self._with_sparse(module, y, adapter) if "mask" in adapter else y
             case "embedding":
                 return self._embedded(module, x)
-            case "norm":  # one that names its dtype rounds to it by itself
+            case "norm":
                 return self._with_trained(module, "__call__", x, *more)
             case "attention":  # it reads its leaves itself
                 return next_fun(*args, **kwargs)
@@ -216,7 +217,11 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             name: module.get_variable(COLLECTION, name) for name in _leaves(module.variables[COLLECTION])
         }
         y = self._call(module, method, trained, x, *more, **options)
-        return y if getattr(module, "dtype", None) else y.astype(x.dtype)
+        if getattr(module, "dtype", None):  # it rounds to it by itself
+            return y
+        own = [module.get_variable("params", name).dtype for name in trained]
+        dtype = jnp.result_type(x, *([self._dtype] if self._dtype else own))
+        return y.astype(dtype) if jnp.promote_types(y.dtype, dtype) == y.dtype else y
 
     def _call(self, module: Any, method: str, own: Tree, *arguments: Any, **options: Any) -> Any:
         """A module's own method, with these in the place of parameters of its own."""

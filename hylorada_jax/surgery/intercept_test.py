@@ -94,7 +94,8 @@ class Tied(nn.Module):
 
 
 IDS = jnp.array([[0, 3, 5], [2, 2, 6]])
-UNFROZEN = dataclasses.replace(V1, train_embeddings=True, train_norms=True)
+NORMS = dataclasses.replace(V1, train_norms=True)
+UNFROZEN = dataclasses.replace(NORMS, train_embeddings=True)
 
 
 def test_embeddings_and_norms_train_beside_the_bases_parameters():
@@ -114,3 +115,23 @@ def test_embeddings_and_norms_train_beside_the_bases_parameters():
         for leaf, value in gradient[name].items():
             largest = np.abs(through_merged[name][leaf]).max()
             np.testing.assert_allclose(value, through_merged[name][leaf], rtol=1e-4, atol=1e-5 * largest)
+
+
+class Norms(nn.Module):
+    """A norm of each class and dtype, on the same x."""
+
+    @nn.compact
+    def __call__(self, x):
+        make = [nn.LayerNorm, nn.RMSNorm]
+        norms = [cls(param_dtype=dtype) for cls in make for dtype in (jnp.float32, jnp.bfloat16)]
+        return [nn.Dense(WIDTH, name="fc")(x), *(norm(x) for norm in norms)]
+
+
+def test_a_norm_that_trains_has_the_bases_dtype_and_numbers():
+    x = X.astype(jnp.bfloat16)
+    params, fresh, adapted, _ = attach(Norms(), x, NORMS)
+    expected = jax.jit(lambda: Norms().apply({"params": params}, x))()
+    assert [y.dtype for y in expected[1:]] == 2 * [jnp.float32, jnp.bfloat16]
+    for y, of_base in zip(jax.jit(adapted)(fresh)[1:], expected[1:], strict=True):
+        assert y.dtype == of_base.dtype
+        np.testing.assert_array_equal(y, of_base)
