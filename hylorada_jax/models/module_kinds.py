@@ -40,7 +40,8 @@ def register_linear(cls: _Class, out_in: bool = False) -> _Class:
 
     Args:
         cls: a Linen module with this ``__call__`` of x, and parameters named kernel and, perhaps, bias
-            [d_out]. Its attributes ``dtype`` and ``precision``, where it has them, are those of ``nn.Dense``.
+            [d_out]. Its attributes ``dtype``, ``precision``, ``promote_dtype``, ``dot_general`` and
+            ``dot_general_cls``, where it has them, are those of ``nn.Dense``.
         out_in: the kernel is [d_out, d_in]; else [d_in, d_out].
 
     Returns:

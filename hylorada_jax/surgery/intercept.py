@@ -242,13 +242,20 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         # Of these, a class that is not flax's has what it needs.
         bias = module.get_variable("params", "bias", None)
         dtype, precision = getattr(module, "dtype", None), getattr(module, "precision", None)
-        kernel = as_it_lies(module.get_variable("params", "kernel"), module.path)
-        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=dtype)
-        axes = (((x.ndim - 1,), (1 if out_in else 0,)), ((), ()))
-        base = quantized.dot_general(x, kernel, axes, precision=precision)
+        promote = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
+        promote = promote_dtype if promote is nn.dtypes.promote_dtype else promote
         scales_bias = self._config.magnitude_scales_bias
-        if bias is not None and scales_bias:
-            base = base + bias
+        kernel = as_it_lies(module.get_variable("params", "kernel"), module.path)
+        x, kernel, bias = promote(inputs, kernel, bias, dtype=dtype)
+        if _multiplies_by_itself(module):
+            without = {} if bias is None or scales_bias else {"bias": jnp.zeros_like(bias)}
+            base = self._call(module, "__call__", without, inputs)
+            x = inputs.astype(base.dtype)
+        else:
+            axes = (((x.ndim - 1,), (1 if out_in else 0,)), ((), ()))
+            base = quantized.dot_general(x, kernel, axes, precision=precision)
+            if bias is not None and scales_bias:
+                base = base + bias
         x, scale = self._dropout(module, x, self._rate), self._token_scale(module, adapter)
         if scale is not None and scale.shape != x.shape[:-1]:
             raise ModelError(
@@ -316,6 +323,13 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         units = sparse.units(h, adapter["down"], adapter["mask"])
         units = self._dropout(module, units, self._config.sparse_dropout or None)
         return sparse.add_units(h, units, adapter["up"])
+
+
+def _multiplies_by_itself(module: Any) -> bool:
+    """Whether a linear module has a product of its own, such as one in 8 bits."""
+    ours = (None, jax.lax.dot_general, quantized.dot_general)
+    given = getattr(module, "dot_general_cls", None), getattr(module, "dot_general", None)
+    return given[0] is not None or given[1] not in ours
 
 
 def _leaves(node: Any) -> set[str]:

@@ -19,6 +19,7 @@ from hylorada_jax.surgery.resolve import resolve
 
 WIDTH = 4
 V1 = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules="all-linear")
+LORA = HyLoRADAConfig(method="lora", lora_rank=2, target_modules="all-linear")
 X = jax.random.normal(jax.random.key(1), (2, 3, WIDTH))
 
 
@@ -135,3 +136,47 @@ def test_a_norm_that_trains_has_the_bases_dtype_and_numbers():
     for y, of_base in zip(jax.jit(adapted)(fresh)[1:], expected[1:], strict=True):
         assert y.dtype == of_base.dtype
         np.testing.assert_array_equal(y, of_base)
+
+
+def coarse(x, kernel, dimensions, precision=None):
+    """A product of one's own, which rounds the kernel: W is another matrix, and y has another dtype."""
+    return jax.lax.dot_general(x, jnp.round(kernel * 4) / 4, dimensions).astype(jnp.float32)
+
+
+class Coarse(nn.Module):
+    """The same as a module, as those of fp8 are."""
+
+    @nn.compact
+    def __call__(self, *arguments, **options):
+        return coarse(*arguments, **options)
+
+
+def half(*arrays, dtype=None):
+    return [None if array is None else array.astype(jnp.float16) for array in arrays]
+
+
+OWN = {
+    "product": {"dot_general": coarse, "promote_dtype": half},
+    "module": {"dot_general_cls": Coarse},
+    "dtype": {"promote_dtype": half},
+}
+
+
+@pytest.mark.parametrize("options", OWN.values(), ids=OWN)
+def test_a_dense_keeps_its_own_product_and_dtype(options):
+    network = nn.Sequential([nn.Dense(5, bias_init=nn.initializers.normal(), **options)])
+    for scales_bias in (False, True):
+        params, fresh, adapted, _ = attach(
+            network, config=dataclasses.replace(V1, magnitude_scales_bias=scales_bias)
+        )
+        expected = jax.jit(lambda: network.apply({"params": params}, X))()  # noqa: B023
+        y = jax.jit(adapted)(fresh)
+        assert y.dtype == expected.dtype
+        # A fresh adapter is the identity: c is 1 to a rounding of float32.
+        np.testing.assert_allclose(y, expected, rtol=2 * np.finfo(y.dtype).eps, atol=1e-7)
+
+    _, fresh, adapted, _ = attach(network, config=dataclasses.replace(LORA, lora_alpha=LORA.lora_rank))
+    leaves = (adapters := moved(fresh))["layers_0"]
+    update = X @ leaves["lora_A"].T @ leaves["lora_B"].T
+    # Products in float16 lose a part in 2¹¹ each.
+    np.testing.assert_allclose(jax.jit(adapted)(adapters) - expected, update, rtol=0, atol=4e-3)
