@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ModelError
+from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.surgery import build
 from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.merge import merge
@@ -79,6 +79,24 @@ def test_a_transform_hands_the_adapters_on_or_is_refused(transform):
     _, fresh, adapted, _ = attach(Lifted(transform, ("params",)))
     with pytest.raises(ModelError, match=r"was called without it[\s\S]*variable_axes"):
         jax.eval_shape(adapted, fresh)
+
+
+@pytest.mark.parametrize(("name", "axes"), [
+    ("blocks", {"variable_axes": {"params": 0}}),
+    ("layers", {"variable_axes": {"params": 1}}),
+    ("layers", {"variable_broadcast": "params"}),
+], ids=["name", "axis", "shared"])  # fmt: skip
+def test_stacked_layers_that_cannot_be_told_apart_are_refused(name, axes):
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(Block, split_rngs={"params": "variable_axes" in axes}, length=3, **axes)
+            return scan(name=name)(x, None)[0]
+
+    with pytest.raises(
+        ConfigError, match=rf"submodule named layers[\s\S]*{name}\.fc reads a kernel \(4, 4\)"
+    ):
+        find_modules(lambda key: Scanned().init(key, X)["params"])
 
 
 class Tied(nn.Module):

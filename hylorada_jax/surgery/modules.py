@@ -180,7 +180,8 @@ def find_modules(
         by their classes, see :mod:`hylorada_jax.models.module_kinds`.
 
     Raises:
-        ConfigError: a registered linear module does not hold its weight as a matrix named kernel.
+        ConfigError: a registered linear module does not hold its weight as a matrix named kernel, or the
+            parameters of layers under nn.scan or nn.vmap do not lie on axis 0 of a submodule named layers.
 
     Example:
         >>> class Net(nn.Module):
@@ -191,15 +192,17 @@ def find_modules(
         >>> find_modules(lambda key: Net().init(key, jnp.ones((1, 2)))["params"]).linear_names
         ['fc']
     """
-    called: dict[Path, tuple[nn.Module, ModuleKind]] = {}
+    called: dict[Path, tuple[nn.Module, ModuleKind, tuple[int, ...] | None]] = {}
     taking: set[Path] = set()
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if takes_positions(context.orig_method):
             taking.add(context.module.path)
+        output, module = next_fun(*args, **kwargs), context.module
         if (kind := kind_of(context)) is not None:
-            called[context.module.path] = context.module, kind
-        return next_fun(*args, **kwargs)
+            kernel = module.get_variable("params", "kernel", None)
+            called[module.path] = module, kind, getattr(kernel, "shape", None)
+        return output
 
     with nn.intercept_methods(record):
         # A function of its own: jax would answer from its cache for one that was traced before, and the
@@ -210,7 +213,7 @@ def find_modules(
     embeddings: list[Holder] = []
     norms: list[Holder] = []
     for path in sorted(called):
-        module, kind = called[path]
+        module, kind, kernel = called[path]
         leaves = _leaves(shapes, path)
         names, stacked = _names(path, leaves, layer_numbers)
         own = {leaf[0]: shape[1:] if stacked else shape for leaf, shape in leaves.items() if len(leaf) == 1}
@@ -218,6 +221,8 @@ def find_modules(
             case "linear":
                 # A tied head runs as a Dense on another module's kernel: it has no leaf, and is left out.
                 if "kernel" in own or (path and leaves):
+                    if kernel is not None and kernel != own.get("kernel"):
+                        raise _wrongly_stacked(module, kernel, leaves)
                     sizes = _sizes(module, own, kind.out_in)
                     linears.append(Linear(path, names, stacked, *sizes, kind.out_in))
             case "experts":
@@ -241,6 +246,17 @@ def find_modules(
 def modules_of(base: BaseModel) -> Modules:
     """The modules of a base model, under the names that its layers have; see :func:`find_modules`."""
     return find_modules(base.init_params, base.layer_numbers)
+
+
+def _wrongly_stacked(
+    module: nn.Module, kernel: tuple[int, ...], leaves: Mapping[Path, tuple[int, ...]]
+) -> ConfigError:
+    return ConfigError(
+        f"Layers under nn.scan or nn.vmap are a submodule named {SCANNED}, with parameters along axis 0.",
+        f"{'.'.join(module.path)} reads a kernel {kernel} of {leaves.get(('kernel',))}",
+        f'Use variable_axes={{"params": 0, "hylorada": 0}}, and name="{SCANNED}"; '
+        "or give a submodule whose parameters are shared another name.",
+    )
 
 
 def _sizes(module: nn.Module, own: Mapping[str, tuple[int, ...]], out_in: bool) -> tuple[int, int]:
