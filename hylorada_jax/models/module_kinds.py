@@ -36,7 +36,8 @@ def register_linear(cls: _Class, out_in: bool = False) -> _Class:
         y = x · kernel + bias          (x · kernelᵀ + bias with ``out_in``)
 
     A subclass counts as its class does; where it calls ``super().__call__``, that call is what is adapted.
-    One that computes y by itself is registered by itself. flax's ``nn.Dense`` is registered.
+    One that computes y by itself is registered by itself. ``nn.Dense`` and ``nn.DenseGeneral`` are
+    registered.
 
     Args:
         cls: a Linen module with this ``__call__`` of x, and parameters named kernel and, perhaps, bias
@@ -103,6 +104,7 @@ def called_class(context: Any, classes: Collection[type]) -> type | None:
 
 
 register(nn.Dense, "linear")
+register(nn.DenseGeneral, "linear")
 register(nn.Embed, "embedding")
 register(nn.LayerNorm, "norm")
 register(nn.RMSNorm, "norm")

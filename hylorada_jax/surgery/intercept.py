@@ -250,7 +250,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         if _multiplies_by_itself(module):
             without = {} if bias is None or scales_bias else {"bias": jnp.zeros_like(bias)}
             base = self._call(module, "__call__", without, inputs)
-            x = inputs.astype(base.dtype)
+            x = _features_last(module, inputs.astype(base.dtype))
         else:
             axes = (((x.ndim - 1,), (1 if out_in else 0,)), ((), ()))
             base = quantized.dot_general(x, kernel, axes, precision=precision)
@@ -264,7 +264,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
                 "Exclude the layer: exclude_modules=[its name].",
             )
         delta = low_rank.low_rank_delta(x, adapter["lora_A"], adapter["scaled_B"], scale)
-        y = low_rank.adapted_output(base, delta, adapter.get("column_scale"))
+        y = low_rank.adapted_output(base.reshape(delta.shape), delta, adapter.get("column_scale"))
+        y = y.reshape(base.shape)
         return y if bias is None or scales_bias else y + bias
 
     def _experts(self, module: Any, inputs: Array, adapter: dict[str, Array], rows: experts.Rows) -> Array:
@@ -320,16 +321,31 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         return jnp.where(keep, x / kept.astype(x.dtype), 0)
 
     def _with_sparse(self, module: Any, h: Array, adapter: dict[str, Array]) -> Array:
-        units = sparse.units(h, adapter["down"], adapter["mask"])
+        rows = h
+        if isinstance(module, nn.DenseGeneral) and not isinstance(module.features, int):
+            rows = h.reshape(*h.shape[: -len(module.features)], -1)
+        units = sparse.units(rows, adapter["down"], adapter["mask"])
         units = self._dropout(module, units, self._config.sparse_dropout or None)
-        return sparse.add_units(h, units, adapter["up"])
+        return sparse.add_units(rows, units, adapter["up"]).reshape(h.shape)
 
 
 def _multiplies_by_itself(module: Any) -> bool:
-    """Whether a linear module has a product of its own, such as one in 8 bits."""
+    """Whether a linear module has a product of its own: over several axes, or in 8 bits."""
+    if isinstance(module, nn.DenseGeneral):
+        return True
     ours = (None, jax.lax.dot_general, quantized.dot_general)
     given = getattr(module, "dot_general_cls", None), getattr(module, "dot_general", None)
     return given[0] is not None or given[1] not in ours
+
+
+def _features_last(module: Any, x: Array) -> Array:
+    """x [*tokens, d_in], whatever axes a linear module sums over."""
+    if not isinstance(module, nn.DenseGeneral):
+        return x
+    axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+    # In their order in x, whatever the module's: so flax builds the kernel.
+    x = jnp.moveaxis(x, sorted(axis % x.ndim for axis in axes), range(-len(axes), 0))
+    return x.reshape(*x.shape[: -len(axes)], -1)
 
 
 def _leaves(node: Any) -> set[str]:

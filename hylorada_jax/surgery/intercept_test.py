@@ -1,6 +1,7 @@
 """Networks of one's own under flax's transforms and options: what adapters do there, or why they cannot."""
 
 import dataclasses
+import warnings
 
 import flax.linen as nn
 import jax
@@ -198,3 +199,55 @@ def test_a_dense_keeps_its_own_product_and_dtype(options):
     update = X @ leaves["lora_A"].T @ leaves["lora_B"].T
     # Products in float16 lose a part in 2¹¹ each.
     np.testing.assert_allclose(jax.jit(adapted)(adapters) - expected, update, rtol=0, atol=4e-3)
+
+
+class Several(nn.Module):
+    """Linear layers over several axes: those of an attention, and stacked ones that sum over no last ones."""
+
+    @nn.compact
+    def __call__(self, x):
+        normal, axes = nn.initializers.normal(), {"params": 0, "hylorada": 0}
+        attention = nn.MultiHeadDotProductAttention(2, bias_init=normal, param_dtype=float, name="attention")
+        stacked = nn.vmap(
+            nn.DenseGeneral, variable_axes=axes, split_rngs={"params": True}, axis_size=2, in_axes=None
+        )
+        return stacked((2, 5), axis=(-1, 1), bias_init=normal, param_dtype=float, name="layers")(attention(x))
+
+
+@pytest.mark.parametrize("scales_bias", [False, True])
+def test_linear_layers_over_several_axes_are_adapted_and_merged(scales_bias):
+    with jax.enable_x64(True):
+        config = dataclasses.replace(V1, magnitude_scales_bias=scales_bias, lora_A_init="kaiming")
+        x = X.astype(float)
+        params, fresh, adapted, merged = attach(Several(), x, config)
+        assert set(fresh["attention"]) == {"query", "key", "value", "out"}
+        a, b = (fresh["layers"][name].shape for name in ("lora_A", "lora_B"))
+        assert (a, b) == ((2, 2, WIDTH * 3), (2, 2 * 5, 2))
+        adapters = moved(fresh)
+        got, expected, start, base = jax.jit(
+            lambda: (
+                adapted(adapters),
+                merged(adapters),
+                adapted(fresh),
+                Several().apply({"params": params}, x),
+            )
+        )()
+    # float64: only the order of summation differs.
+    np.testing.assert_allclose(start, base, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-11)
+    assert np.abs(got - base).max() > 0.1
+
+
+def test_all_linear_names_what_it_leaves_out():
+    class Others(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.DenseGeneral(WIDTH, batch_dims=(0,), name="own")(nn.Conv(WIDTH, (2,), name="conv")(x))
+            return nn.Dense(WIDTH, name="fc")(nn.Einsum((WIDTH, WIDTH), "btd,de->bte", name="product")(x))
+
+    modules = find_modules(lambda key: Others().init(key, X)["params"])
+    assert modules.linear_names == ["fc"]
+    with pytest.warns(UserWarning, match=r"conv \(Conv\), own \(DenseGeneral\), product \(Einsum\)"):
+        plan(modules, V1)
+    with warnings.catch_warnings(action="error"):
+        plan(modules, dataclasses.replace(V1, target_modules="fc"))

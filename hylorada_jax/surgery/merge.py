@@ -115,23 +115,24 @@ def merge(sites: Sequence[Site], resolved: Resolved, params: Params, config: HyL
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _merge_site(site: Site, adapter: Tree, leaves: Tree, scales_bias: bool) -> dict[str, Array]:
-    out_in = site.linear.kernel_is_out_in
+    linear = site.linear
+    out_in = linear.kernel_is_out_in
 
     def one(slices: tuple[Array, Tree]) -> Array:
         kernel, adapter = slices
         weight = low_rank.merged_weight(
-            kernel if out_in else kernel.T,
+            kernel if out_in else kernel.reshape(linear.d_in, linear.d_out).T,
             adapter["lora_A"],
             adapter["scaled_B"],
             adapter.get("column_scale"),
         )
-        return weight if out_in else weight.T
+        return weight if out_in else weight.T.reshape(kernel.shape)
 
     slices = (leaves["kernel"], dict(adapter))
-    for _ in range(site.module.stacked + (site.linear.experts is not None)):
+    for _ in range(linear.stacked + (linear.experts is not None)):
         one = partial(jax.lax.map, one)
     result = dict(leaves) | {"kernel": one(slices)}
     if scales_bias and "bias" in leaves and "column_scale" in adapter:
         wide = leaves["bias"].astype(jnp.promote_types(leaves["bias"].dtype, jnp.float32))
-        result["bias"] = (wide * adapter["column_scale"]).astype(leaves["bias"].dtype)
+        result["bias"] = (wide * adapter["column_scale"].reshape(wide.shape)).astype(leaves["bias"].dtype)
     return result

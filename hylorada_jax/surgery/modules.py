@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, assert_never
@@ -52,7 +53,7 @@ class Linear(Module):
     Attributes:
         d_in: input features.
         d_out: output features.
-        kernel_is_out_in: the kernel is [d_out, d_in]; else [d_in, d_out].
+        kernel_is_out_in: the kernel is [d_out, d_in]; else [d_in, d_out], each of which may be several axes.
         experts: how many have the layer; each of them is one of ``names``, layer by layer.
     """
 
@@ -80,7 +81,7 @@ class Linear(Module):
                 kernel = jax.tree.map(lambda leaf, index=index: _at(leaf, index), kernel)
             kernel = as_it_lies(kernel, self.path)
         weight = as_array(kernel)
-        return weight if self.kernel_is_out_in else weight.T
+        return weight if self.kernel_is_out_in else weight.reshape(self.d_in, self.d_out).T
 
 
 def _at(leaf: Array, layer: Array | int) -> Array:
@@ -94,7 +95,7 @@ def as_it_lies(kernel: Any, path: Path) -> Any:
     """
 
     def keep(own: Array) -> Array:
-        return with_layout_constraint(own, Layout((0, 1)))
+        return with_layout_constraint(own, Layout(tuple(range(own.ndim))))
 
     return jax.tree.map(lambda leaf: on_shards(keep, jnp.asarray(leaf), *path, "kernel"), kernel)
 
@@ -128,6 +129,7 @@ class Modules:
     Attributes:
         linears, attentions, embeddings, norms: as their names say.
         take_positions: some module is called with the tokens and their positions.
+        others: modules with a kernel, whose classes are not known as linear layers, "name (class)".
     """
 
     linears: tuple[Linear, ...] = ()
@@ -135,6 +137,7 @@ class Modules:
     embeddings: tuple[Holder, ...] = ()
     norms: tuple[Holder, ...] = ()
     take_positions: bool = False
+    others: tuple[str, ...] = ()
 
     @property
     def linear_names(self) -> list[str]:
@@ -194,14 +197,17 @@ def find_modules(
     """
     called: dict[Path, tuple[nn.Module, ModuleKind, tuple[int, ...] | None]] = {}
     taking: set[Path] = set()
+    others: dict[Path, str] = {}
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if takes_positions(context.orig_method):
             taking.add(context.module.path)
         output, module = next_fun(*args, **kwargs), context.module
-        if (kind := kind_of(context)) is not None:
-            kernel = module.get_variable("params", "kernel", None)
+        kernel = module.get_variable("params", "kernel", None)
+        if (kind := kind_of(context)) is not None and not getattr(module, "batch_dims", ()):
             called[module.path] = module, kind, getattr(kernel, "shape", None)
+        elif kernel is not None:
+            others[module.path] = f"{'.'.join(module.path)} ({type(module).__name__})"
         return output
 
     with nn.intercept_methods(record):
@@ -240,7 +246,8 @@ def find_modules(
                     norms.append(Holder(path, names, stacked, tuple(own.items())))
             case _:
                 assert_never(kind.role)
-    return Modules(tuple(linears), tuple(attentions), tuple(embeddings), tuple(norms), bool(taking))
+    unknown = tuple(others[path] for path in sorted(others.keys() - called.keys()))
+    return Modules(tuple(linears), tuple(attentions), tuple(embeddings), tuple(norms), bool(taking), unknown)
 
 
 def modules_of(base: BaseModel) -> Modules:
@@ -262,6 +269,9 @@ def _wrongly_stacked(
 def _sizes(module: nn.Module, own: Mapping[str, tuple[int, ...]], out_in: bool) -> tuple[int, int]:
     """d_in and d_out of a linear module."""
     kernel = own.get("kernel", ())
+    if isinstance(module, nn.DenseGeneral):
+        summed = 1 if isinstance(module.axis, int) else len(module.axis)
+        return math.prod(kernel[:summed]), math.prod(kernel[summed:])
     if len(kernel) != 2:
         raise ConfigError(
             "A linear module must hold its weight as a matrix, in a parameter of its own named kernel.",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hylorada_jax.config import HyLoRADAConfig
@@ -10,7 +11,8 @@ from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER, Component, Kin
 from hylorada_jax.math import linear_adapter, position, sparse, structure
 from hylorada_jax.models.families import that_can
 from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules
-from hylorada_jax.surgery.targets import layer_alphas, layer_ranks, mlp_outputs, select_targets
+from hylorada_jax.surgery.targets import ALL_LINEAR, layer_alphas, layer_ranks, mlp_outputs, select_targets
+from hylorada_jax.text import short
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -66,7 +68,7 @@ def plan(modules: Modules, config: HyLoRADAConfig) -> tuple[Site, ...]:
         config: what is adapted, and how.
 
     Returns:
-        The sites, component by component.
+        The sites, component by component. Warns of what "all-linear" leaves out for its class.
 
     Raises:
         TargetError: a pattern matches nothing, or there is no MLP whose last layer is known by name.
@@ -125,6 +127,12 @@ def _everywhere(component: Component, module: Module, shapes: Shapes) -> Site:
 
 def _linear_sites(modules: Modules, config: HyLoRADAConfig, kind: Kind) -> list[Site]:
     names = modules.linear_names
+    if modules.others and ALL_LINEAR in (config.target_modules or ()):
+        warnings.warn(
+            f"{ALL_LINEAR} leaves out {short(modules.others)}: adapters do not know what their classes "
+            "compute. register_linear makes known one that computes y = x · kernel.",
+            stacklevel=3,
+        )
     ranks = layer_ranks(select_targets(names, config), names, config)
 
     def shapes(module: Linear, name: str) -> Shapes:
