@@ -4,7 +4,7 @@ from hylorada_jax.errors import ConfigError
 
 
 def check_seed(seed: object) -> None:
-    """Raises unless the seed is an integer in [0, 2³²): jax keeps the low 32 bits of a larger one only.
+    """Raises unless the seed is an integer in [0, 2³²): of a larger one jax would drop bits.
 
     Args:
         seed: as the user gave it.

@@ -16,8 +16,8 @@ class SamplingOptions:
     Args:
         max_new_tokens: largest number of new tokens.
         temperature: 0 takes the most likely token; higher values sample.
-        top_k: sample among the k most likely tokens.
-        top_p: sample among the most likely tokens that together have this probability.
+        top_k: sample among the k most likely tokens; 0 is all.
+        top_p: sample among the most likely tokens that together have this probability; 1 is all.
         min_p: sample among the tokens at least this many times as probable as the most likely.
         repetition_penalty: above 1, tokens that occurred before become less likely.
     """

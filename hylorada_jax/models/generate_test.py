@@ -207,7 +207,7 @@ def draws(**settings):
     ("settings", "kept"),
     [
         ({"temperature": 1.0}, 5),
-        ({"temperature": 0.5}, 5),
+        ({"temperature": 0.5, "top_k": 0}, 5),
         ({"temperature": 1.0, "top_k": 3}, 3),
         ({"temperature": 1.0, "top_p": 0.8}, 3),
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.6}, 2),
@@ -270,7 +270,7 @@ def test_filter_keeps_ties_and_at_least_one():
         ([[1]], {"temperature": -1.0}, ConfigError, "temperature"),
         ([[1]], {"temperature": float("nan")}, ConfigError, "temperature"),
         ([[1]], {"temperature": 1.0}, ConfigError, "rng"),
-        ([[1]], {"top_k": 0}, ConfigError, "top_k"),
+        ([[1]], {"top_k": -1}, ConfigError, "top_k"),
         ([[1]], {"top_p": 0.0}, ConfigError, "top_p"),
         ([[1]], {"top_p": 1.5}, ConfigError, "top_p"),
         ([[1]], {"top_p": -1e-38}, ConfigError, "top_p"),

@@ -74,7 +74,7 @@ def sampling(
         return Sampling(None, None, None, None, penalty, None)
     return Sampling(
         np.float32(temperature),
-        None if top_k is None else np.int32(min(top_k, np.iinfo(np.int32).max)),
+        None if not top_k else np.int32(min(top_k, np.iinfo(np.int32).max)),
         None if top_p is None else np.float32(top_p),
         None if not min_p else np.float32(min_p),
         penalty,
@@ -180,7 +180,7 @@ def check_settings(
             "temperature must be 0 (greedy) or a positive number.",
             temperature,
         ),
-        (top_k is not None and not top_k >= 1, "top_k must be at least 1.", top_k),
+        (top_k is not None and not top_k >= 0, "top_k must be at least 1, or 0 for all.", top_k),
         (top_p is not None and not 0 < top_p <= 1, "top_p must be in (0, 1].", top_p),
         (min_p is not None and not 0 <= min_p <= 1, "min_p must be in [0, 1].", min_p),
         (
