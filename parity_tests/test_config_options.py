@@ -24,6 +24,7 @@ IDLE = {
     "id2label", "label2id", "task_specific_params", "chunk_size_feed_forward", "pruned_heads",
     "tf_legacy_loss", "pretraining_tp", "model_type", "tie_encoder_decoder",
     "router_aux_loss_coef",  # of a loss that is refused
+    "attention_dropout",  # a frozen base runs without it, in training too
 }  # fmt: skip
 # transformers' own class does not read them.
 IGNORED = {

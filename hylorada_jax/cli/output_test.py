@@ -80,7 +80,7 @@ def test_a_home_directory_with_a_users_own_work_is_no_run(place, command, monkey
 
 @pytest.mark.parametrize(("command", "found"), [
     ("merge", "a new or an empty directory"), ("export-peft", "not overwritten unless asked to"),
-    ("import-peft", "not overwritten unasked"),
+    ("import-peft", "not overwritten unless asked to"),
 ])  # fmt: skip
 def test_an_adapter_is_not_overwritten_even_by_way_of_a_link(place, command, found, monkeypatch, capsys):
     (place / "output").mkdir()

@@ -113,7 +113,9 @@ def check_predicted(documents: Sequence[TokenizedDocument], what: str) -> None:
     """Raises a DataError, with ``what`` in front, for documents in which no prediction counts."""
     if not documents:
         remedy = "Give text, or conversations with an answer of the assistant, that rows of this length hold."
-        raise DataError(f"{what} must have a document.", "none that is not empty or left out", remedy)
+        raise DataError(
+            f"{what} must have a document.", "0 documents, without those that are empty or left out", remedy
+        )
     predicted = [document for document in documents if len(document) > 1]
     if not predicted:
         rule = f"{what} must have a document of at least two tokens."
