@@ -243,11 +243,14 @@ def test_all_linear_names_what_it_leaves_out():
         @nn.compact
         def __call__(self, x):
             x = nn.DenseGeneral(WIDTH, batch_dims=(0,), name="own")(nn.Conv(WIDTH, (2,), name="conv")(x))
-            return nn.Dense(WIDTH, name="fc")(nn.Einsum((WIDTH, WIDTH), "btd,de->bte", name="product")(x))
+            x = nn.Einsum((WIDTH, WIDTH), "btd,de->bte", name="product")(x)
+            return nn.Dense(WIDTH, name="fc")(nn.WeightNorm(nn.Dense(WIDTH, name="unit"))(x))
 
     modules = find_modules(lambda key: Others().init(key, X)["params"])
     assert modules.linear_names == ["fc"]
-    with pytest.warns(UserWarning, match=r"conv \(Conv\), own \(DenseGeneral\), product \(Einsum\)"):
+    with pytest.warns(
+        UserWarning, match=r"conv \(Conv\), own \(DenseGeneral\), product \(Einsum\), unit \(WeightNorm\)"
+    ):
         plan(modules, V1)
     with warnings.catch_warnings(action="error"):
         plan(modules, dataclasses.replace(V1, target_modules="fc"))

@@ -129,7 +129,7 @@ class Modules:
     Attributes:
         linears, attentions, embeddings, norms: as their names say.
         take_positions: some module is called with the tokens and their positions.
-        others: modules with a kernel, whose classes are not known as linear layers, "name (class)".
+        others: modules with a kernel that is not known to be y = x · kernel, "name (class)".
     """
 
     linears: tuple[Linear, ...] = ()
@@ -198,6 +198,7 @@ def find_modules(
     called: dict[Path, tuple[nn.Module, ModuleKind, tuple[int, ...] | None]] = {}
     taking: set[Path] = set()
     others: dict[Path, str] = {}
+    wrapped: list[tuple[Path, str]] = []
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if takes_positions(context.orig_method):
@@ -206,6 +207,8 @@ def find_modules(
         kernel = module.get_variable("params", "kernel", None)
         if (kind := kind_of(context)) is not None and not getattr(module, "batch_dims", ()):
             called[module.path] = module, kind, getattr(kernel, "shape", None)
+        elif isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            wrapped.append((module.layer_instance.path, type(module).__name__))
         elif kernel is not None:
             others[module.path] = f"{'.'.join(module.path)} ({type(module).__name__})"
         return output
@@ -218,6 +221,12 @@ def find_modules(
     attentions: list[Attention] = []
     embeddings: list[Holder] = []
     norms: list[Holder] = []
+    for outer, wrapper in wrapped:  # the kernels that these layers read are others than those in the tree
+        for path in [
+            path for path in called if path[: len(outer)] == outer and called[path][1].role == "linear"
+        ]:
+            others[path] = f"{'.'.join(path)} ({wrapper})"
+            del called[path]
     for path in sorted(called):
         module, kind, kernel = called[path]
         leaves = _leaves(shapes, path)

@@ -129,8 +129,8 @@ def _linear_sites(modules: Modules, config: HyLoRADAConfig, kind: Kind) -> list[
     names = modules.linear_names
     if modules.others and ALL_LINEAR in (config.target_modules or ()):
         warnings.warn(
-            f"{ALL_LINEAR} leaves out {short(modules.others)}: adapters do not know what their classes "
-            "compute. register_linear makes known one that computes y = x · kernel.",
+            f"{ALL_LINEAR} leaves out {short(modules.others)}: not known to compute y = x · kernel. "
+            "register_linear makes a class that does known.",
             stacklevel=3,
         )
     ranks = layer_ranks(select_targets(names, config), names, config)
