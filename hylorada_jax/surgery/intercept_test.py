@@ -19,7 +19,8 @@ from hylorada_jax.surgery.plan import plan
 from hylorada_jax.surgery.resolve import resolve
 
 WIDTH = 4
-V1 = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules="all-linear")
+# An orthogonal A would be compiled for each shape.
+V1 = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules="all-linear", lora_A_init="kaiming")
 LORA = HyLoRADAConfig(method="lora", lora_rank=2, target_modules="all-linear")
 X = jax.random.normal(jax.random.key(1), (2, 3, WIDTH))
 
@@ -72,14 +73,18 @@ class Lifted(nn.Module):
 
 
 @pytest.mark.parametrize("transform", ["scan", "vmap", "rnn"])
-def test_a_transform_hands_the_adapters_on_or_is_refused(transform):
-    _, fresh, adapted, merged = attach(Lifted(transform, ("params", "hylorada")))
-    adapters = moved(fresh)
-    # float32, some roundings of numbers of about 10.
-    np.testing.assert_allclose(jax.jit(adapted)(adapters), jax.jit(merged)(adapters), rtol=1e-5, atol=1e-5)
-    _, fresh, adapted, _ = attach(Lifted(transform, ("params",)))
+def test_a_transform_that_drops_the_adapters_is_refused(transform):
+    _, fresh, adapted, _ = attach(Lifted(transform, ("params",)), config=LORA)
     with pytest.raises(ModelError, match=r"was called without it[\s\S]*variable_axes"):
         jax.eval_shape(adapted, fresh)
+
+
+def test_a_recurrent_network_is_adapted_and_merged():
+    _, fresh, adapted, merged = attach(Lifted("rnn", ("params", "hylorada")))
+    adapters = moved(fresh)
+    y, expected = jax.jit(lambda: (adapted(adapters), merged(adapters)))()
+    # float32, some roundings of numbers of about 10.
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "axes"), [
@@ -188,8 +193,8 @@ def test_a_dense_keeps_its_own_product_and_dtype(options):
         params, fresh, adapted, _ = attach(
             network, config=dataclasses.replace(V1, magnitude_scales_bias=scales_bias)
         )
-        expected = jax.jit(lambda: network.apply({"params": params}, X))()  # noqa: B023
-        y = jax.jit(adapted)(fresh)
+        both = jax.jit(lambda: (adapted(fresh), network.apply({"params": params}, X)))  # noqa: B023
+        y, expected = both()
         assert y.dtype == expected.dtype
         # A fresh adapter is the identity: c is 1 to a rounding of float32.
         np.testing.assert_allclose(y, expected, rtol=2 * np.finfo(y.dtype).eps, atol=1e-7)
@@ -217,7 +222,7 @@ class Several(nn.Module):
 @pytest.mark.parametrize("scales_bias", [False, True])
 def test_linear_layers_over_several_axes_are_adapted_and_merged(scales_bias):
     with jax.enable_x64(True):
-        config = dataclasses.replace(V1, magnitude_scales_bias=scales_bias, lora_A_init="kaiming")
+        config = dataclasses.replace(V1, magnitude_scales_bias=scales_bias)
         x = X.astype(float)
         params, fresh, adapted, merged = attach(Several(), x, config)
         assert set(fresh["attention"]) == {"query", "key", "value", "out"}
