@@ -12,10 +12,12 @@ def test_a_layer_that_meets_its_weight_in_a_gradient_has_linens():
     call = (x, x @ kernel, kernel.T)
     layer = HyLoRADALinear(4, 5, rank=2, rngs=nnx.Rngs(0))
     other = linen.HyLoRADALinear(4, 5, rank=2)
-    params = other.init(jax.random.key(0), *call)["params"] | {"lora_A": layer.lora_A[...]}
-    expected = jax.grad(lambda params: jnp.sum(other.apply({"params": params}, *call) ** 2))(params)
-    found = nnx.grad(lambda layer: jnp.sum(layer(*call) ** 2), argnums=nnx.DiffState(0, AdapterParam))(layer)
+    params = jax.jit(other.init)(jax.random.key(0), *call)["params"] | {"lora_A": layer.lora_A[...]}
+    expected = jax.jit(jax.grad(lambda params: jnp.sum(other.apply({"params": params}, *call) ** 2)))(params)
+    wrt = nnx.DiffState(0, AdapterParam)
+    found = nnx.jit(nnx.grad(lambda layer: jnp.sum(layer(*call) ** 2), argnums=wrt))(layer)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), nnx.to_pure_dict(found), dict(expected)
     )
-    np.testing.assert_array_equal(layer.magnitude[...], params["magnitude"])
+    # Two programs.
+    np.testing.assert_allclose(layer.magnitude[...], params["magnitude"], rtol=1e-6)
