@@ -145,7 +145,8 @@ class Benchmark:
         for part, documents in plain.items():
             if whole(documents):
                 require_row(part, documents, experiment.seq_len)
-        contexts(self._tokenizer, experiment.seq_len, experiment.retrieval_samples)
+        if experiment.retrieval_samples:
+            contexts(self._tokenizer, experiment.seq_len, experiment.retrieval_samples)
         rows = len(self._rows(plain["train"]))
         length = TrainingConfig(output="", epochs=experiment.epochs or 1, batch_size=experiment.batch_size)
         self._budgets = experiment.steps or (length.for_rows(rows).steps,)

@@ -351,8 +351,8 @@ _OF_JAX = [
         ),
         (
             "dropout in the base's input",
-            "promote_dtype(inputs, kernel",
-            "promote_dtype(self._dropout(module, inputs, self._rate), kernel",
+            "promote(inputs, kernel",
+            "promote(self._dropout(module, inputs, self._rate), kernel",
         ),
     ),
     *_faults(
@@ -449,7 +449,7 @@ _OF_TORCH = [
         ("torch: rsLoRA divides by r", "alpha / (math.sqrt(rank) if use_rslora else rank)", "alpha / rank"),
         ("torch: norm without s", "self.scaling * self.lora_B @ self.lora_A", "self.lora_B @ self.lora_A"),
         ("torch: norm over columns", "weight, dim=1, dtype", "weight, dim=0, dtype"),
-        ("torch: β and 1−β swapped", "(1 - beta) * m / n + beta", "beta * m / n + (1 - beta)"),
+        ("torch: β and 1−β swapped", "rest_of_beta * m / n + beta", "beta * m / n + rest_of_beta"),
         ("torch: detach_norm ignored", "n.detach() if self.detach_norm else n", "n"),
         (
             "torch: magnitude starts at 1",
