@@ -97,10 +97,10 @@ def write_merged(
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
     template = saved.chat_template
     tokenizer = load_tokenizer(model) if source.gguf or template is not None else None
-    ends: tuple[int, ...] = ()
+    generation: dict[str, Any] = {}  # transformers does not look for the ends of turns in a template
     if tokenizer is not None and template is not None:
         ends = dataclasses.replace(tokenizer, chat_template=template).chat_end_ids
-    generation = read_generation_config(source)
+        generation = read_generation_config(source) | {"eos_token_id": [*ends]} if ends else {}
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
     weights = RoundedWeights(source, trained) if is_in_codes(trained) else open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
@@ -123,8 +123,8 @@ def write_merged(
                 _copy(beside, source.path, place)
             if template is not None:
                 (place / "chat_template.jinja").write_text(template, "utf-8")
-            if ends:  # transformers does not look for them in a template
-                write_json(place / FILE, generation | {"eos_token_id": [*ends]})
+            if generation:
+                write_json(place / FILE, generation)
 
 
 def is_in_codes(dtype: str) -> bool:
