@@ -26,9 +26,9 @@ from hylorada_jax.cli.recipe import expanded
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.terminal import brief, discard_output, printable
 
-_MEMORY = "  remedy:   Lower --batch-size or --max-new-tokens, or use --base-dtype nf4 or --mesh."
-_FILE = "  remedy:   Check that the path exists, who may use it, and the space on its disk."
-_TEXT = "  remedy:   Set PYTHONUTF8=1, so that all text is written as UTF-8."
+_MEMORY = "Lower --batch-size or --max-new-tokens, or use --base-dtype nf4 or --mesh."
+_FILE = "Check that the path exists, who may use it, and the space on its disk."
+_TEXT = "Set PYTHONUTF8=1, so that all text is written as UTF-8."
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": finetune,
@@ -65,15 +65,15 @@ def main() -> None:
         discard_output()
         sys.exit(_fail("interrupted: nobody reads the output", 141))
     except OSError as error:  # what no command has named: a file that cannot be read or written
-        sys.exit(_fail(f"error: A file could not be read or written\n  received: {brief(error)}\n{_FILE}", 2))
+        sys.exit(_fail(_said("A file could not be read or written", error, _FILE), 2))
     except UnicodeEncodeError as error:
-        sys.exit(_fail(f"error: A text could not be written\n  received: {brief(error)}\n{_TEXT}", 2))
+        sys.exit(_fail(_said("A text could not be written", error, _TEXT), 2))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             if not (message := (processes := _processes()) and processes.lost_another(error)):
                 raise
             sys.exit(_fail(message, 1))
-        sys.exit(_fail(f"error: There is not enough memory\n  received: {brief(error)}\n{_MEMORY}", 1))
+        sys.exit(_fail(_said("There is not enough memory", error, _MEMORY), 1))
     except KeyboardInterrupt as interrupt:
         sys.exit(_fail(str(interrupt) or "interrupted", 130))
     finally:
@@ -93,6 +93,10 @@ def _run() -> None:
         )
     finally:
         print(end="", flush=True)  # what cannot be written is to be known before Python ends
+
+
+def _said(rule: str, error: BaseException, remedy: str) -> str:
+    return f"error: {HyLoRADAError(rule, error, remedy)}"
 
 
 def _fail(message: str, status: int) -> int:
