@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from hylorada_jax.errors import ConfigError, near
+from hylorada_jax.errors import ConfigError, near, require_one_of
 from hylorada_jax.exact import fraction
 from hylorada_jax.io.reading import read_json
 from hylorada_jax.leaves import Kind, lora_a_start
@@ -302,11 +302,7 @@ class HyLoRADAConfig:
             ("rank_strategy", RANK_STRATEGIES),
             ("structure_encoder_type", STRUCTURE_ENCODERS),
         ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}.", shown(value), near(value, allowed)
-                )
+            require_one_of(name, getattr(self, name), allowed)
         if self.position_bias_enabled and (self.use_hylorada_v2 or not self.use_hylorada):
             raise ConfigError(
                 "position_bias_enabled acts in the Unified layer, which only method='hylorada' has.",

@@ -76,4 +76,4 @@ def near(name: object, known: Iterable[str]) -> str:
 def require_one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Raises a ConfigError for a setting that is none of those that are known."""
     if value not in known:
-        raise ConfigError(f"{name} must be one of {', '.join(known)}.", repr(value), near(value, known))
+        raise ConfigError(f"{name} must be one of {', '.join(known)}.", shown(value), near(value, known))
