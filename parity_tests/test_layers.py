@@ -22,8 +22,6 @@ from parity_tests.layers import LAYERS, LINEAR_EDGES, Case, Draw
 from parity_tests.measure import DTYPES, errors, jax_side, measure_layer, measured_in, precision
 from parity_tests.tolerances import FUSION, IDENTITY, LAYER, relative_error
 
-pytestmark = pytest.mark.optimized
-
 DRAWS = st.builds(
     Draw,
     seed=st.integers(0, 2**32 - 1),
@@ -40,10 +38,11 @@ DRAWS = st.builds(
     input_exponent=st.integers(-6, 6),
     weight_exponent=st.integers(-4, 4),
 )
-# Quick: what shows a wrong formula.
-SLOW: dict[str, Any] = {"float64": (), "float32": pytest.mark.slow, "bfloat16": pytest.mark.slow}
+# Float64 shows a wrong formula, however it is compiled; the others measure rounding, compiled as for users.
+ROUNDS = (pytest.mark.slow, pytest.mark.optimized)
+MARKS: dict[str, Any] = {"float64": (), "float32": ROUNDS, "bfloat16": ROUNDS}
 EDGES = [
-    pytest.param(name, draw, dtype, id=f"{name}-{edge}-{dtype}", marks=SLOW[dtype])
+    pytest.param(name, draw, dtype, id=f"{name}-{edge}-{dtype}", marks=MARKS[dtype])
     for name, layer in LAYERS.items()
     for edge, draw in layer.edges.items()
     for dtype in DTYPES
@@ -94,7 +93,7 @@ def test_edge(name, draw, dtype):
     check(name, draw, dtype)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=SLOW[dtype]) for dtype in DTYPES])
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=MARKS[dtype]) for dtype in DTYPES])
 @pytest.mark.parametrize("name", LAYERS)
 # Two of each here, thirteen layers of two APIs in three precisions; the profile "search" tries hundreds.
 @settings(max_examples=min(2, settings().max_examples) if settings().derandomize else settings().max_examples)
