@@ -171,7 +171,7 @@ def test_every_component_learns_and_acts(method, family):
     for step in range(1, 5):
         _, gradient = losses_and_gradient(adapters, model.frozen)
         for component, paths in components(model).items():
-            if any(np.abs(np.asarray(get(gradient, path))).max() > 0 for path in paths):
+            if all(np.abs(np.asarray(get(gradient, path))).max() > 0 for path in paths):
                 seen.setdefault(component, step)
         # Every leaf moves, and by less each time, so that none comes back to where it was; but not by a
         # gradient that is rounding alone, as that of DAA's β, which would make noise of the others.
@@ -434,29 +434,24 @@ def test_each_component_can_be_switched_on_alone(switch):
     assert np.abs(run[0] - run[1]).max() > 1e-3
 
 
-# What keeps each method from being merged; after setting it to its neutral value, the rest can be.
+# What keeps a method from being merged; after setting it to its neutral value, the rest can be. What can be
+# merged as it is, parity_tests/test_models.py merges.
 LIVE = {
-    "lora": {},
-    "dora": {},
-    "longlora": {},
-    "hylorada_v1": {},
-    "lorada": {"alpha": 1.0},
-    "sparse": {"up": 0.0},
     "hylorada_v2": {"scale_from_structure": 0.0},
     "hylorada": {"position_bias": 0.0, "alpha": 1.0, "up": 0.0},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_merged_it_is_the_same_or_it_is_refused(method, family):
+@pytest.mark.parametrize("method", LIVE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_cannot_be_merged_is_refused_by_name_and_without_it_merging_changes_nothing(method, family):
     config = CONFIGS[method]
     model, given = HyLoRADAModel(base_model(family), config), inputs(config)
     model.adapters = moved(config, family)
-    if LIVE[method]:
-        with pytest.raises(ModelError, match="|".join(LIVE[method])):
-            model.merge_and_unload()
+    with pytest.raises(ModelError) as caught:
+        model.merge_and_unload()
+    assert all(leaf in str(caught.value) for leaf in LIVE[method])
     tensors = layout.flatten(model.sites, model.adapters)
     for name, tensor in tensors.items():
         if (leaf := name.rsplit(".", 1)[-1]) in LIVE[method]:
@@ -465,7 +460,7 @@ def test_merged_it_is_the_same_or_it_is_refused(method, family):
     expected = np.asarray(model(**given).logits)
     merged = model.merge_and_unload()
     np.testing.assert_allclose(merged(given["input_ids"]).logits, expected, atol=ROUNDING)
-    assert np.abs(expected - base_model(family)(given["input_ids"]).logits).max() > 0.01 or method == "sparse"
+    assert np.abs(expected - base_model(family)(given["input_ids"]).logits).max() > 0.01
 
 
 def test_bad_structure_and_positions_are_refused():
