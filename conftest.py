@@ -79,11 +79,10 @@ collect_ignore = [] if importlib.util.find_spec("tunix") else ["hylorada_jax/nnx
 # Fifteen seconds or more each: whole models, most of it compilation. `make test-quick` leaves them out.
 SLOW_FILES = (
     "adapter_bank_test", "adapting_test", "best_test", "cli/chat_test", "cli_test", "decoder_test",
-    "hf/attention_test", "hf/base_test", "hf/t5_test", "memory_test", "merged_test", "mesh_test",
-    "models/mixture_test", "model_test", "placed_test", "cli/plan_test", "run_directory_test",
-    "several_processes_test", "step_test", "surgery_test", "template_test",
+    "memory_test", "merged_test", "mesh_test", "models/mixture_test", "model_test", "placed_test",
+    "cli/plan_test", "run_directory_test", "step_test", "surgery_test", "template_test",
     "test_config_layouts", "test_decoder", "test_evaluation", "test_files", "test_fixtures", "test_fuzz",
-    "test_hf_flax_faults", "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft",
+    "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft",
     "test_peft_files", "test_peft_settings", "test_precision", "test_trajectories", "trainer_test",
 )  # fmt: skip
 
