@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hylorada_jax.config import METHODS
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.saved.adapter_files import WEIGHTS_NAME
 from parity_tests.families import FAMILIES, FUSED, HF_FLAX, NEW, jax_base, measuring
 from parity_tests.models import (
     CONFIGS,
@@ -60,10 +62,15 @@ def test_float64(family, name, tmp_path):
         model = pair.model
         within_budgets(family, "float64", errors(pair.got(), pair.expected()))
 
-        # Saved, loaded and saved by the reference and loaded it is the same on both sides, and runs in the
-        # program that is compiled already.
-        model.adapters = pair.adapters
+        # Saved, loaded and saved by the reference and loaded it is the same, bit for bit, on both sides, and
+        # runs in the program that is compiled already. Loading compares how each side names the base.
+        model.adapters, model.chat_template = pair.adapters, "{{ messages }}"
         there, loaded = there_and_back(model, family, tmp_path)
+        files = [(tmp_path / side / WEIGHTS_NAME).read_bytes() for side in ("jax", "torch")]
+        assert files[0] == files[1]
+        assert (loaded.config, loaded.chat_template) == (CONFIGS[name], "{{ messages }}")
+        assert str(jax.tree.structure(loaded.adapters)) == str(jax.tree.structure(pair.adapters))
+        jax.tree.map(np.testing.assert_array_equal, loaded.adapters, pair.adapters)
         got, expected = pair.got(loaded), dataclasses.replace(pair, reference=there).expected()
         within_budgets(family, "float64", errors(got, expected))
         assert pair.program._cache_size() == 1
