@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.kernel_grid import Block, Grid, Settings, Step
+from hylorada_jax.math.kernel_rows import product
 
 # Of what is not seen; finite, so that a row that has seen nothing yet is no NaN.
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)
@@ -147,7 +148,7 @@ def _attend(settings: Settings, step: Step, inputs: Refs, outputs: Refs, sums: R
         kept = jnp.exp(top[...] - highest)
         top[...] = highest
         total[...] = kept * total[...] + weights.sum(axis=0, keepdims=True)
-        weighted[...] = kept * weighted[...] + _product(value[...], weights.astype(value.dtype), (0, 0))
+        weighted[...] = kept * weighted[...] + product(value[...], weights.astype(value.dtype), (0, 0))
 
     @pl.when(step.last)
     def end() -> None:
@@ -167,7 +168,7 @@ def _pull_query(settings: Settings, step: Step, inputs: Refs, outputs: Refs, sum
     @pl.when(step.live)
     def add() -> None:
         _, of_bias, of_logits = _weights(settings, inputs)
-        total[...] += _product(key[...], of_logits.astype(key.dtype), (0, 0))
+        total[...] += product(key[...], of_logits.astype(key.dtype), (0, 0))
         for diagonals in d_bias:
             at = pl.multiple_of(step.stretch * settings.size, settings.size)
             diagonals[:, pl.ds(at, 2 * settings.size)] += _along_diagonals(of_bias)
@@ -184,8 +185,8 @@ def _pull_key(settings: Settings, step: Step, inputs: Refs, outputs: Refs, sums:
     @pl.when(step.live)
     def add() -> None:
         weights, _, of_logits = _weights(settings, inputs)
-        of_key[...] += _product(of_logits.astype(query.dtype), query[...], (1, 0))
-        of_value[...] += _product(weights.astype(g.dtype), g[...], (1, 0))
+        of_key[...] += product(of_logits.astype(query.dtype), query[...], (1, 0))
+        of_value[...] += product(weights.astype(g.dtype), g[...], (1, 0))
 
     @pl.when(step.last)
     def end() -> None:
@@ -198,7 +199,7 @@ def _weights(settings: Settings, inputs: Refs) -> tuple[Array, Array, Array]:
     *seen, g, lse, mean = inputs
     logits, slope = _logits(settings, *seen)
     weights = jnp.exp(logits - lse[...])
-    of_bias = weights * (_product(inputs[2][...], g[...], (1, 1)) - mean[...])
+    of_bias = weights * (product(inputs[2][...], g[...], (1, 1)) - mean[...])
     return weights, of_bias, of_bias * slope
 
 
@@ -207,7 +208,7 @@ def _logits(
 ) -> tuple[Array, Array | float]:
     """The logits of a block [keys, queries], and the soft cap's derivative."""
     del value
-    logits = _product(key[...], query[...], (1, 1))
+    logits = product(key[...], query[...], (1, 1))
     slope: Array | float = 1.0
     if settings.soft_cap is not None:
         capped = jnp.tanh(logits / settings.soft_cap)
@@ -230,8 +231,3 @@ def _along_diagonals(x: Array) -> Array:
     for start in range(SUBLANES, size, SUBLANES):
         total = total + pltpu.roll(wide[start : start + SUBLANES], 2 * size - start, 1)
     return total
-
-
-def _product(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    dimensions = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

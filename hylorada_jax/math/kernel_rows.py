@@ -112,6 +112,12 @@ def _scaled_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
+def product(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    """The product of two blocks, summed in float32 over an axis of each."""
+    dimensions = (((over[0],), (over[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
 def tpu_kind() -> str | None:
     """The kind of TPU that is traced for, such as "TPU v5 lite": the one there is, or those of the mesh in
     use; None where there is none.

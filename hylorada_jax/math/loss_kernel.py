@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from hylorada_jax.math.kernel_rows import divided_over, tpu_kind
+from hylorada_jax.math.kernel_rows import divided_over, product, tpu_kind
 from hylorada_jax.placement.axes import TENSOR
 
 # All that a chunk of ``hylorada_jax.math.loss.kernel_tokens`` takes; TPUs since v5 have 64 MiB or more.
@@ -114,7 +114,7 @@ def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head:
     if part := vocab % block:  # what the last block has beyond may be anything, NaN too
         number = j * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
         words = jnp.where(number < vocab, words, 0)
-    scores = _product(words, hidden[...], (1, 1))
+    scores = product(words, hidden[...], (1, 1))
     if soft_cap is not None:
         capped = jnp.tanh(scores / soft_cap)
         scores, slope = soft_cap * capped, 1 - capped * capped
@@ -126,15 +126,10 @@ def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head:
     total[...] = kept * total[...] + weights.sum(axis=0, keepdims=True)
     for numbers in weighted:
         slopes = weights if slope is None else weights * slope
-        numbers[...] = kept * numbers[...] + _product(words, slopes.astype(words.dtype), (0, 0))
+        numbers[...] = kept * numbers[...] + product(words, slopes.astype(words.dtype), (0, 0))
 
     @pl.when(j == pl.num_programs(1) - 1)
     def end() -> None:
         lse[...] = top[...] + jnp.log(total[...])
         for output, numbers in zip(mean, weighted, strict=True):
             output[...] = (numbers[...] / total[...]).T
-
-
-def _product(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    dimensions = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
