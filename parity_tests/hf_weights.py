@@ -47,40 +47,6 @@ def randomise(model: Any, gain: float = 0.7) -> Any:
     return model
 
 
-class _Rotary64(torch.nn.Module):
-    """Rotary tables in float64."""
-
-    def __init__(self, frequencies: Any, factor: float) -> None:
-        super().__init__()
-        self.frequencies, self.factor = torch.tensor(np.asarray(frequencies, np.float64)), factor
-
-    def forward(self, x, position_ids):
-        angles = torch.cat([position_ids[..., None].double() * self.frequencies] * 2, dim=-1)
-        return angles.cos() * self.factor, angles.sin() * self.factor
-
-
-def make_float64(model: Any, frequencies: Any = None, factor: float = 1.0) -> None:
-    """Turns a torch model into one that computes in float64 throughout.
-
-    transformers' norms, rotary tables and eager softmax fall back to float32 whatever the dtype: the norms
-    become torch's own, the tables take the given frequencies (the plain θ^(−2i/d) without any), and the
-    attention must be sdpa.
-    """
-    c = model.config
-    assert c._attn_implementation == "sdpa"
-    model.double()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            norm = torch.nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
-            norm.weight = module.weight
-            model.set_submodule(name, norm)
-        elif type(module).__name__.endswith("RotaryEmbedding"):
-            if frequencies is None:
-                head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-                frequencies = c.rope_theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-            model.set_submodule(name, _Rotary64(frequencies, factor))
-
-
 def params_of(model: Any) -> dict[str, Any]:
     """The parameter tree of our decoder with a torch model's weights, in their dtype."""
     tree: dict[str, Any] = {}

@@ -1,6 +1,5 @@
 """Base models as we load them against transformers' torch models."""
 
-import copy
 import math
 import pydoc_data.topics
 from functools import partial
@@ -24,7 +23,7 @@ from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved.base_identity import base_identity
-from parity_tests.hf_weights import make_float64, random_torch_model
+from parity_tests.hf_weights import random_torch_model
 from parity_tests.memory import needs_proc, peak_memory
 from parity_tests.tolerances import DECODER, SMOLLM2_LOGITS
 
@@ -141,7 +140,7 @@ def test_our_attention_in_hf_flax_models_in_float64(architecture, tmp_path):
     oracle.save_pretrained(tmp_path)
     oracle.config.architectures = [architecture]
     oracle.config.save_pretrained(tmp_path)
-    make_float64(oracle)
+    oracle.double()  # eager attention would take its softmax in float32
     lengths = (12, 20)
     with jax.enable_x64(True):
         ours = as_base(load_model(tmp_path, dtype=jnp.float64))
@@ -418,36 +417,17 @@ def test_hf_flax_models_that_are_wrong_are_refused_by_name(case, tmp_path):
 TEXT = pydoc_data.topics.topics["class"]
 
 
-@pytest.fixture(scope="module")
-def smollm2():
+@pytest.mark.slow
+def test_smollm2_has_the_parameters_and_the_logits_of_torch():
     path = find_source("smollm2-135m").path
     options = {"gguf_file": path.name, "dtype": torch.float32}
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
-
-
-@pytest.mark.slow
-def test_smollm2_has_the_parameters_and_the_logits_of_torch(smollm2):
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
     model = load_model("smollm2-135m")
-    assert_same_parameters(model, smollm2)
+    assert_same_parameters(model, oracle)
     ids = jnp.array([load_tokenizer("smollm2-135m").encode(TEXT)[:256]])
-    expected = torch_logits(smollm2, ids)
-    # In the noise of float32; the next test is the sharp one.
-    np.testing.assert_allclose(model(ids).logits, expected, atol=SMOLLM2_LOGITS["float32"], rtol=0)
-
-
-@pytest.mark.slow
-def test_smollm2_in_float64(smollm2):
-    ids = jnp.array([load_tokenizer("smollm2-135m").encode(TEXT)[:256]])
-    oracle = copy.deepcopy(smollm2)
-    for module in oracle.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-5  # transformers reads 9.99999975e-06, which is 1e-5 in float32
-    make_float64(oracle)
-    with torch.no_grad():
-        expected = oracle(torch.from_numpy(np.array(ids))).logits.numpy()
-    with jax.enable_x64(True):
-        logits = load_model("smollm2-135m", dtype=jnp.float64)(ids).logits
-    np.testing.assert_allclose(logits, expected, atol=SMOLLM2_LOGITS["float64"], rtol=0)
+    expected = torch_logits(oracle, ids)
+    # In the noise of float32; test_smollm2.py is the sharp one.
+    np.testing.assert_allclose(model(ids).logits, expected, atol=SMOLLM2_LOGITS, rtol=0)
 
 
 @pytest.mark.slow
