@@ -33,7 +33,15 @@ from hylorada_jax.models.quantize import read_quantized, shapes_kept
 from hylorada_jax.models.quantized_elsewhere import BITSANDBYTES_4BIT, MXFP4, quant_method, refuse_quantized
 from hylorada_jax.models.source import Source, find_source
 from hylorada_jax.models.stacks import names_in_stack
-from hylorada_jax.models.weights import SafetensorsWeights, Slot, TreePath, Weights, check_match, load_tree
+from hylorada_jax.models.weights import (
+    SafetensorsWeights,
+    Slot,
+    TreePath,
+    Weights,
+    check_match,
+    check_tied,
+    load_tree,
+)
 from hylorada_jax.placement.placement import Placement
 
 if TYPE_CHECKING:
@@ -274,11 +282,6 @@ def _is_harmless(config: DecoderConfig, weights: Weights, name: str) -> bool:
         depth = config.num_hidden_layers
         return depth - config.shared_kv_layers <= int(found[1]) < depth
     if name == "lm_head.weight" and config.tie_word_embeddings:
-        if not np.array_equal(weights.read(name), weights.read("model.embed_tokens.weight")):
-            raise ModelError(
-                "With tie_word_embeddings the output head must equal the input embedding.",
-                f"{name} in {weights.file_of(name)} differs from model.embed_tokens.weight",
-                "Set tie_word_embeddings to false in config.json if the head was trained apart.",
-            )
+        check_tied(name, ["model.embed_tokens.weight"], weights)
         return True
     return name.endswith(".rotary_emb.inv_freq")

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.models.text_part import text_name
 from hylorada_jax.placement.placement import Placement
+from hylorada_jax.text import short
 
 # A hundred thousand tensors. The library itself admits 100 MB, of which Python makes more than a GiB.
 _MAX_HEADER_BYTES = 8 * 2**20
@@ -273,7 +274,7 @@ def check_match(
     if not sides["missing"] and not misshapen:
         sides["unexpected"] = [name for name in sides["unexpected"] if not is_harmless(name)]
     if any(sides.values()):
-        report = [f"{side} ({len(names)}): {shorten(names)}" for side, names in sides.items() if names]
+        report = [f"{side} ({len(names)}): {short(sorted(names))}" for side, names in sides.items() if names]
         raise ModelError(
             "The weights must fit the model that the config describes, tensor by tensor.",
             f"{where}\n    " + "\n    ".join(report),
@@ -281,6 +282,17 @@ def check_match(
         )
 
 
-def shorten(names: Sequence[str]) -> str:
-    """The first names of a long list, and how many more there are."""
-    return ", ".join(sorted(names)[:8]) + (f", … ({len(names) - 8} more)" if len(names) > 8 else "")
+def check_tied(head: str, embeddings: Collection[str], weights: Weights) -> None:
+    """Raises where a head that the config ties, and that the weights have all the same, differs.
+
+    Args:
+        head: its tensor.
+        embeddings: the tensors one of which it must equal.
+        weights: of both.
+    """
+    if not any(np.array_equal(weights.read(name), weights.read(head)) for name in embeddings):
+        raise ModelError(
+            "With tie_word_embeddings the output head must equal the input embedding.",
+            f"{head} in {weights.file_of(head)} differs from {short(sorted(embeddings))}",
+            "Set tie_word_embeddings to false in config.json if the head was trained apart.",
+        )

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,11 +27,12 @@ from hylorada_jax.models.weights import (
     TreePath,
     Weights,
     check_match,
+    check_tied,
     load_tree,
-    shorten,
     tensor_names,
 )
 from hylorada_jax.placement.placement import Placement
+from hylorada_jax.text import short
 
 
 def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
@@ -132,12 +133,14 @@ def load_hf_flax(
     """
     config = model.config
     leaves, slots = layout(source, model, weights)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    _check_tied(tied & weights.shapes.keys(), weights)
+    tied = {"lm_head.weight"} & weights.shapes.keys() if config.tie_word_embeddings else set()
+    for head in tied:
+        alike = [name for name, shape in weights.shapes.items() if shape == weights.shapes[head]]
+        check_tied(head, [name for name in alike if name != head], weights)
     leftover = [n for n in weights.shapes if n not in slots and n not in tied and not CONSTANTS.search(n)]
     if leftover:
         warnings.warn(
-            f"{source.path}: {type(model).__name__} has no place for {shorten(leftover)}", stacklevel=3
+            f"{source.path}: {type(model).__name__} has no place for {short(sorted(leftover))}", stacklevel=3
         )
     model.params = load_tree(leaves, slots, weights, dtype, placement)
     return model
@@ -155,20 +158,6 @@ def layout(
     slots = _slots(leaves, weights, model.base_model_prefix)
     check_match(leaves, slots, weights, lambda name: True, source.path)
     return leaves, slots
-
-
-def _check_tied(heads: Iterable[str], weights: Weights) -> None:
-    """Raises where a head that is to be the embedding again is not."""
-    for head in heads:
-        alike = (
-            name for name, shape in weights.shapes.items() if shape == weights.shapes[head] and name != head
-        )
-        if not any(np.array_equal(weights.read(name), weights.read(head)) for name in alike):
-            raise ModelError(
-                "With tie_word_embeddings the output head must equal the input embedding.",
-                f"{head} in {weights.file_of(head)} differs from every embedding",
-                "Set tie_word_embeddings to false in config.json if the head was trained apart.",
-            )
 
 
 def _no_flax_class(source: Source) -> ModelError:
