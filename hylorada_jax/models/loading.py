@@ -221,7 +221,7 @@ def _decoder_layout(
     empty: CausalLM, source: Source, weights: Weights
 ) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot]]:
     leaves = {path: leaf.shape for path, leaf in flatten_dict(empty.params).items()}
-    layout = empty.layer_numbers, empty.config.mixture_beside
+    layout = empty.layer_numbers, DECODERS[empty.config.model_type].experts_out_in
     slots = {name: slot for path, shape in leaves.items() for name, slot in _slots(path, shape, *layout)}
     check_match(leaves, slots, weights, partial(_is_harmless, empty.config, weights), source.path)
     return leaves, slots
@@ -250,15 +250,15 @@ def _slots(
     path: TreePath,
     shape: tuple[int, ...],
     numbers: Mapping[TreePath, tuple[int, ...]],
-    turned_experts: bool = False,
+    experts_out_in: bool = False,
 ) -> list[tuple[str, Slot]]:
     """The tensors that fill one leaf of our decoder: one, or one per layer, and expert, that it stacks.
 
-    With ``turned_experts`` a tensor of all experts is [experts, out, in], and not as the leaf has it.
+    With ``experts_out_in`` a tensor of all experts is [experts, out, in], and not as the leaf has it.
     """
     *module, leaf = path
     suffix = _TENSOR_SUFFIX.get(leaf, leaf)
-    transpose = leaf == "kernel" or (turned_experts and module[-1] == EXPERTS)
+    transpose = leaf == "kernel" or (experts_out_in and module[-1] == EXPERTS)
     names = names_in_stack(tuple(module), numbers)
     if names is None:
         return [(".".join([*module, suffix]), Slot(path, (), transpose))]

@@ -155,6 +155,7 @@ class Decoder:
         settings: the content of config.json → the same in the layout of transformers 4.57.
         text_of: the multimodal model_types whose text part it is.
         whole_caps_logits: these apply final_logit_softcapping too.
+        experts_out_in: its tensors of all experts are [experts, out, in], and not the other way round.
         quantized: of :mod:`~hylorada_jax.models.quantized_elsewhere`, what its checkpoints are read in beside
             what those of all families are.
     """
@@ -167,6 +168,7 @@ class Decoder:
     settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: said
     text_of: tuple[str, ...] = ()
     whole_caps_logits: bool = False
+    experts_out_in: bool = False
     quantized: tuple[str, ...] = ()
 
 

@@ -239,6 +239,7 @@ FAMILIES = [
             settings=settings,
             text_of=(whole,),
             whole_caps_logits=True,
+            experts_out_in=True,
         ),
     )
     for whole, causal_lm, keys, router in (
