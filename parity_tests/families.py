@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import torch
 import transformers
 
+from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.loading import load_model
 from parity_tests.hf_weights import randomise
 from parity_tests.measure import DTYPES, precision
@@ -202,14 +203,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-# Those that transformers 5 brought.
-NEW = ("gemma4_unified_text", "gemma4_text")
-if not hasattr(transformers, "Gemma4ForCausalLM"):
-    for _family in NEW:
-        del FAMILIES[_family]
-
 # Those that run in Hugging Face's Flax classes, which transformers 5 has no more.
-HF_FLAX = ("gpt2", "bert", "t5")
+HF_FLAX = tuple(family for family in FAMILIES if family not in DECODERS)
+
+# Those that only a later transformers has than the installed one. Not by hasattr, which imports every model.
+NEW = tuple(
+    family
+    for family in FAMILIES
+    if family not in HF_FLAX and DECODERS[family].causal_lm not in dir(transformers)
+)
+for _family in NEW:
+    del FAMILIES[_family]
 
 
 # In transformers 5 their experts are one parameter and no layers, which the reference does not adapt.
