@@ -3,9 +3,10 @@
 Imports neither jax nor torch: both packages name their bases here, and name the same base alike.
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from hylorada_jax.errors import ModelError
@@ -24,20 +25,8 @@ HASHED_ROPE = (
     "rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
     "beta_fast", "beta_slow", "truncate", "attention_factor",
 )  # fmt: skip
-# A later field goes here, with the value under which a model computes what it did before there was the field:
-# another value alone enters the hash.
-LATER: dict[str, Any] = {
-    "qk_norm_whole": False, "fused": False, "norms": "before", "norm_offset": 0.0, "norm_rounded_last": False,
-    "rotary_fraction": 1.0, "sliding_rope_theta": None, "unrotated_layers": (), "embedding_scale": 1.0,
-    "residual_scale": 1.0, "attention_scale": None, "attention_soft_cap": None, "logit_scale": 1.0,
-    "logit_soft_cap": None, "mixture": None, "shared_expert": None,
-    "swiglu_limit": None, "attention_sinks": False, "dense_layers": (), "mixture_beside": False,
-    "value_norm": False, "keys_as_values": False, "full_head_dim": None, "full_kv_heads": None,
-    "layer_scalar": False, "per_layer_width": None, "per_layer_vocab": None, "shared_kv_layers": 0,
-    "shared_kv_mlp": None,
-}  # fmt: skip
-LATER_ROPE: dict[str, Any] = {"short_factors": (), "long_factors": (), "rotated_part": 1.0}
-# Or here, where they change no number of a trained model's evaluation.
+# A later field enters the hash where it is not at its default, under which a model computes what it did
+# before there was the field; these never do, for they change no number of a trained model's evaluation.
 UNHASHED = ("initializer_range", "eos_token_ids")
 
 # The same in transformers' configs: parts of names.
@@ -92,8 +81,8 @@ def _settings(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     if isinstance(config, DecoderConfig):
-        settings = _covered(config, HASHED, LATER)
-        return _stated(settings | {"rope_scaling": _covered(config.rope_scaling, HASHED_ROPE, LATER_ROPE)})
+        rope = _covered(config.rope_scaling, HASHED_ROPE)
+        return _stated(_covered(config, HASHED, ("rope_scaling", *UNHASHED)) | {"rope_scaling": rope})
     settings = config.to_dict()
     try:
         return _settings(DecoderConfig.from_hf(settings))
@@ -106,8 +95,10 @@ def _settings(config: Any) -> dict[str, Any]:
     }
 
 
-def _covered(part: Any, hashed: Iterable[str], later: Mapping[str, Any]) -> dict[str, Any]:
-    on = [name for name, off in later.items() if getattr(part, name) != off]
+def _covered(part: Any, hashed: Collection[str], unhashed: Collection[str] = ()) -> dict[str, Any]:
+    """The fields that have always been covered, and of the later ones those that are on."""
+    later = [field for field in dataclasses.fields(part) if field.name not in (*hashed, *unhashed)]
+    on = [field.name for field in later if getattr(part, field.name) != field.default]
     return {name: getattr(part, name) for name in (*hashed, *on)}
 
 

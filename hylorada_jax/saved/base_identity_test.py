@@ -17,16 +17,6 @@ def sha256(config):
     return base_identity(None, config, [])["config_sha256"]
 
 
-def test_every_field_of_a_config_is_named_once():
-    """A field that you add goes to LATER with its "off", or to UNHASHED where it changes no number."""
-    tables = [
-        (DecoderConfig, [*module.HASHED, "rope_scaling", *module.LATER, *module.UNHASHED]),
-        (RopeScaling, [*module.HASHED_ROPE, *module.LATER_ROPE]),
-    ]
-    for kind, named in tables:
-        assert sorted(named) == sorted(field.name for field in dataclasses.fields(kind))
-
-
 @pytest.mark.parametrize("name", [*module.HASHED, *module.UNHASHED])
 def test_a_field_changes_the_hash_or_not(name):
     another: dict[str, Any] = {name: "another"}
@@ -47,10 +37,8 @@ def wider(kind, **off):
     return dataclasses.make_dataclass("Wider", fields, bases=(kind,), frozen=True, kw_only=True)
 
 
-def test_a_later_field_is_hashed_only_where_it_is_on(monkeypatch):
+def test_a_later_field_is_hashed_only_where_it_is_on():
     before = sha256(CONFIG)
-    monkeypatch.setattr(module, "LATER", {"softcap": None})
-    monkeypatch.setattr(module, "LATER_ROPE", {"turns": 1.0})
     rope = wider(RopeScaling, turns=1.0)()
     given = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)}
     off = wider(DecoderConfig, softcap=None)(**given | {"rope_scaling": rope})
