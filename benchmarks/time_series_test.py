@@ -232,7 +232,7 @@ def test_losses_and_errors_are_of_the_last_target_and_the_predicted_mean():
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(3, 5, 4)).astype("f4"), rng.normal(size=(7, 4)).astype("f4")
     targets = rng.integers(0, 7, (3, 5))
-    losses, means = last(jnp.asarray(hidden), jnp.asarray(head), {"targets": jnp.asarray(targets)})
+    losses, means = last(jnp.asarray(hidden), jnp.asarray(head), None, {"targets": jnp.asarray(targets)})
     logits = hidden[:, -1].astype(float) @ head.T.astype(float)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     # float32: a sum of four products, and of seven exponentials.

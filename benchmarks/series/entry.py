@@ -51,9 +51,9 @@ class Program(NamedTuple):
     sweep: Sweep
 
 
-def last(hidden: Array, head: Array, batch: Mapping[str, Array]) -> Array:
+def last(hidden: Array, head: Array, soft_cap: float | None, batch: Mapping[str, Array]) -> Array:
     """[2, rows]: the losses of each row's last target, and the means of the tokens predicted there."""
-    log_p = jax.nn.log_softmax(logits(hidden[:, -1], head))
+    log_p = jax.nn.log_softmax(logits(hidden[:, -1], head, soft_cap))
     target = jnp.maximum(batch["targets"][:, -1:], 0)  # rows of padding have none
     mean = jnp.exp(log_p) @ jnp.arange(log_p.shape[-1], dtype=jnp.float32)
     return jnp.stack([-jnp.take_along_axis(log_p, target, -1)[:, 0], mean])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,6 @@ from hylorada_jax.models.base_model import vocab_size
 from hylorada_jax.models.batch import Batch, padding
 from hylorada_jax.models.ids import check_tokens
 from hylorada_jax.models.positions import check_range
-from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.tokenizer import Tokenizer
 
 DEPTHS = 10
@@ -99,7 +97,7 @@ def evaluate_retrieval(
 
     Source: after Liu et al. 2024, "Lost in the Middle", §3 (key-value retrieval).
     """
-    sweep = Sweep(model, partial(_answered, soft_cap=as_scorable(model).base.logit_soft_cap))
+    sweep = Sweep(model, _answered)
     check_range((batch_size, seq_len), limit=sweep.model.base.position_limit)
     texts = contexts(tokenizer, seq_len, samples, facts=facts, seed=seed)
     vocab = vocab_size(sweep.model.base)
@@ -129,9 +127,7 @@ def contexts(
     ]
 
 
-def _answered(
-    hidden: Array, head: Array, batch: Mapping[str, Array], *, soft_cap: float | None = None
-) -> Array:
+def _answered(hidden: Array, head: Array, soft_cap: float | None, batch: Mapping[str, Array]) -> Array:
     """Of each row, whether its answer is the likeliest, and the answer's loss, [rows, 2]."""
     asked = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     scores = logits(asked, head, soft_cap)

@@ -146,7 +146,7 @@ def test_what_is_found_in_bfloat16_is_the_likeliest_token():
     hidden, head = (jnp.asarray(rng.normal(size=(256, 32)), jnp.bfloat16) for _ in range(2))
     likeliest = (np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T).argmax(-1)
     batch = {"places": jnp.zeros((256, 1), int), "answer": jnp.asarray(likeliest[:, None])}
-    assert np.all(retrieval._answered(hidden[:, None], head, batch)[:, 0])
+    assert np.all(retrieval._answered(hidden[:, None], head, None, batch)[:, 0])
 
 
 def test_the_loss_is_that_of_the_answers_tokens():
@@ -157,5 +157,5 @@ def test_the_loss_is_that_of_the_answers_tokens():
     p /= p.sum(-1, keepdims=True)
     expected = [-np.log(p[0, 1, 4] * p[0, 2, 9]), -np.log(p[1, 3, 7])]
     arrays = {"places": jnp.asarray(places), "answer": jnp.asarray(answer)}
-    losses = retrieval._answered(jnp.asarray(hidden), jnp.asarray(head), arrays)[:, 1]
+    losses = retrieval._answered(jnp.asarray(hidden), jnp.asarray(head), None, arrays)[:, 1]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

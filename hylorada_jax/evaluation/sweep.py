@@ -29,10 +29,13 @@ class Sweep:
 
     Args:
         model: as for :func:`as_scorable`.
-        function: (hidden states [batch, seq, d], output embedding [vocab, d], the batch) → array.
+        function: (hidden states [batch, seq, d], output embedding [vocab, d], the bound of the logits or
+            None, the batch) → array.
     """
 
-    def __init__(self, model: Any, function: Callable[[Array, Array, Mapping[str, Array]], Array]) -> None:
+    def __init__(
+        self, model: Any, function: Callable[[Array, Array, float | None, Mapping[str, Array]], Array]
+    ) -> None:
         self.model = as_scorable(model)
         self._resolve = jax.jit(self.model.resolve)
         self._run = jax.jit(partial(self._of_batch, function))
@@ -42,7 +45,7 @@ class Sweep:
     ) -> Array:
         model = self.model
         hidden = model.hidden(resolved, **model_inputs(model.base, batch), frozen=frozen)
-        return function(hidden, model.head(resolved, frozen), batch)
+        return function(hidden, model.head(resolved, frozen), model.base.logit_soft_cap, batch)
 
     def __call__(
         self,
@@ -110,5 +113,4 @@ def loss_sweep(model: Any) -> Sweep:
     """
     if isinstance(model, Sweep):
         return model
-    soft_cap = as_scorable(model).base.logit_soft_cap
-    return Sweep(model, lambda hidden, head, batch: score(hidden, head, batch["targets"], soft_cap))
+    return Sweep(model, lambda hidden, head, soft_cap, batch: score(hidden, head, batch["targets"], soft_cap))
