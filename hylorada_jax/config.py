@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hylorada_jax.errors import ConfigError, near, require_one_of
 from hylorada_jax.exact import fraction
@@ -22,6 +22,7 @@ from hylorada_jax.text import parse_json, shown
 QV = ("q", "v")
 QKVO = ("q", "k", "v", "o")
 
+Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
 # What each named method switches on. "roles" are the attention projections it adapts by default.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"roles": QV},
@@ -85,7 +86,7 @@ _NUMBERS = (
 
 RANK_STRATEGIES = ("uniform", "importance", "decreasing")
 STRUCTURE_ENCODERS = ("default", "temporal")
-LORA_A_INITS = ("orthogonal", "kaiming")
+LoraStart = Literal["orthogonal", "kaiming"]
 
 # α is 2r in each.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -511,9 +512,9 @@ def check_lora_a(init: object, gain: object) -> None:
     Raises:
         ConfigError: saying which.
     """
-    if init is not None and init not in LORA_A_INITS:
-        rule = f"lora_A_init must be one of {', '.join(LORA_A_INITS)}, or None."
-        raise ConfigError(rule, shown(init), near(init, LORA_A_INITS))
+    if init is not None and init not in (starts := get_args(LoraStart)):
+        rule = f"lora_A_init must be one of {', '.join(starts)}, or None."
+        raise ConfigError(rule, shown(init), near(init, starts))
     _require(_is_positive(gain), f"lora_A_gain must be > 0, and at most {MAX_NUMBER:,.0f}.", gain)
 
 

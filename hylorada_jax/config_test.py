@@ -2,6 +2,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hylorada_jax.config import METHODS, PRESETS, HyLoRADAConfig
+from hylorada_jax.config import METHODS, PRESETS, HyLoRADAConfig, Method
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.linear_adapter import init_leaves
+
+
+def test_the_type_names_the_methods():
+    assert tuple(METHODS) == get_args(Method)
 
 
 def test_the_documents_usages_run_as_written():

@@ -6,12 +6,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.config import HyLoRADAConfig, LoraStart, Method
 from hylorada_jax.errors import ConfigError
 
-Method = Literal["lora", "dora", "lorada", "longlora", "sparse", "hylorada_v1", "hylorada_v2", "hylorada"]
 Preset = Literal["recommended", "documented"]
-LoraStart = Literal["orthogonal", "kaiming"]
 # --daa or --no-daa; without either, what the method implies.
 Switch = Annotated[bool | None, tyro.conf.DisallowNone]
 

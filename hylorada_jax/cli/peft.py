@@ -6,9 +6,8 @@ from typing import Literal
 
 from hylorada_jax.cli.shared import base_of, puts_offline, unloaded
 from hylorada_jax.errors import DataError
+from hylorada_jax.leaves import Part
 from hylorada_jax.terminal import show
-
-Component = Literal["position_bias", "structure", "daa", "sparse"]
 
 
 @puts_offline
@@ -17,7 +16,7 @@ def export_peft(
     adapter: Path,
     output: Path,
     model: str | None = None,
-    drop: tuple[Component, ...] = (),
+    drop: tuple[Part, ...] = (),
     sample: str | None = None,
     offline: bool = False,
 ) -> None:
