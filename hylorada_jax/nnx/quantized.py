@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jax import Array
 
+from hylorada_jax.errors import ModelError
 from hylorada_jax.math import quantized
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -40,6 +41,18 @@ def untouched(function: _Function) -> _Function:
 
     A quantised model's call replaces those of all functions below it, and would quantise A and B too. qwix
     has no public way to ask for that.
+
+    Raises:
+        ModelError: qwix is imported, and in this version of it the way is another.
     """
-    interception = sys.modules.get("qwix._src.interception")
-    return function if interception is None else interception.disable_interceptions(function)
+    if sys.modules.get("qwix") is None:
+        return function
+    try:
+        from qwix._src.interception import disable_interceptions  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ModelError(
+            "qwix must leave the products of adapters as they are, and has no public way to ask for that.",
+            f"a qwix without the private way that is known here: {error}",
+            "Install one that has it, `pip install qwix==0.1.8`, or do not import qwix.",
+        ) from error
+    return disable_interceptions(function)
