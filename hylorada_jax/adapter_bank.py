@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hylorada_jax.errors import CheckpointError, DataError
+from hylorada_jax.errors import DataError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
@@ -18,9 +18,8 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.saved.opening import open_on
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import subtree
-from hylorada_jax.surgery.named import NamedAdapters
+from hylorada_jax.surgery.named import NamedAdapters, check_config
 from hylorada_jax.surgery.split import unfrozen_paths
-from hylorada_jax.text import shown
 from hylorada_jax.trees import Adapters, Frozen, Resolved, Tree
 
 
@@ -102,18 +101,12 @@ class AdapterBank:
         """
         self._named.check_new(name)
         saved = open_on(self.model.base, directory, self.model.modules).saved
-        theirs, ours = saved.config.to_dict(), self.model.config.to_dict()
-        if differing := [
-            f"{key}: adapter {shown(theirs[key])}, model {shown(ours[key])}"
-            for key in ours
-            if theirs[key] != ours[key]
-        ]:
-            raise CheckpointError(
-                "The adapters of a bank have the config of its model.",
-                "; ".join(differing),
-                "Give it a model of its own, which shares the frozen weights: "
-                "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
-            )
+        check_config(
+            saved.config,
+            self.model.config,
+            "Give it a model of its own, which shares the frozen weights: "
+            "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
+        )
         self._named.by_name[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
 
     def remove(self, name: str) -> None:

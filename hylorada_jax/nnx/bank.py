@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from hylorada_jax.errors import CheckpointError, DataError
+from hylorada_jax.errors import DataError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.nnx.adapted import Adapted
 from hylorada_jax.nnx.adapting import adaptation_of
@@ -19,8 +19,9 @@ from hylorada_jax.nnx.files import load_adapter
 from hylorada_jax.nnx.resolving import resolve
 from hylorada_jax.nnx.taking_off import unload
 from hylorada_jax.nnx.variables import AdapterParam
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.layout import check_keys
-from hylorada_jax.surgery.named import NamedAdapters
+from hylorada_jax.surgery.named import NamedAdapters, check_config
 
 
 class AdapterBank:
@@ -97,15 +98,14 @@ class AdapterBank:
             ConfigError: the name is taken.
             CheckpointError: the adapter is damaged, was trained on another base, or has another config.
         """
-        twin: Any = load_adapter(unload(nnx.clone(self.model)), directory, base_config=base_config)
-        if twin.hylorada.config != adaptation_of(self.model)[0].config:
-            raise CheckpointError(
-                "The adapters of a bank have the config of its model.",
-                f"{directory} with another",
-                "Put it on a model of its own, which shares the frozen arrays: "
-                "load_adapter(unload(nnx.clone(bank.model)), directory).",
-            )
-        self.add(name, _state(twin))
+        saved = open_adapter(directory)
+        check_config(
+            saved.config,
+            adaptation_of(self.model)[0].config,
+            "Put it on a model of its own, which shares the frozen arrays: "
+            "load_adapter(unload(nnx.clone(bank.model)), directory).",
+        )
+        self.add(name, _state(load_adapter(unload(nnx.clone(self.model)), saved, base_config=base_config)))
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""

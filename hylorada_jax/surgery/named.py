@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.text import shown
 
 
 class NamedAdapters:
@@ -68,3 +70,25 @@ class NamedAdapters:
                 repr(name),
                 f"Did you mean {' or '.join(near)}?" if near else "Add or load it first.",
             )
+
+
+def check_config(theirs: HyLoRADAConfig, ours: HyLoRADAConfig, remedy: str) -> None:
+    """Compares the config of an adapter's files with the bank's.
+
+    Args:
+        theirs: the adapter's.
+        ours: the model's.
+        remedy: how the adapter gets a model of its own.
+
+    Raises:
+        CheckpointError: they differ; both sides are listed.
+    """
+    adapter, model = theirs.to_dict(), ours.to_dict()
+    if differing := [
+        f"{key}: adapter {shown(adapter[key])}, model {shown(value)}"
+        for key, value in model.items()
+        if adapter[key] != value
+    ]:
+        raise CheckpointError(
+            "The adapters of a bank have the config of its model.", "; ".join(differing), remedy
+        )
