@@ -22,7 +22,6 @@ from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.stacks import layer_numbers, stacks_of
 from hylorada_jax.placement.axes import ROWS, TENSOR
-from hylorada_jax.placement.placement import Placement
 from hylorada_jax.placement.shards import place_in_use
 
 Variables = Mapping[str, Any]
@@ -87,26 +86,6 @@ def _start(path: Any) -> int | None:
     """What a leaf is filled with; None of one that is drawn."""
     ones = ("scale", "layer_scalar", "input_scale", "per_expert_scale")
     return {"bias": 0, **dict.fromkeys(ones, 1)}.get(path[-1].key)
-
-
-def _init_in_shares(
-    config: DecoderConfig, rng: Array, dtype: DTypeLike, placement: Placement
-) -> dict[str, Any]:
-    """As :func:`init_params`, but each leaf is drawn by itself, and each share on its device."""
-    shapes = param_shapes(config, dtype)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    places = jax.tree.leaves(placement.shardings(shapes))
-
-    def drawn(path: Any, leaf: Any, key: Array) -> Array:
-        if (constant := _start(path)) is not None:
-            return jnp.full(leaf.shape, constant, dtype)
-        return (jax.random.normal(key, leaf.shape, jnp.float32) * config.initializer_range).astype(dtype)
-
-    params = [
-        jax.jit(partial(drawn, path, leaf), out_shardings=place)(jax.random.fold_in(rng, number))
-        for number, ((path, leaf), place) in enumerate(zip(leaves, places, strict=True))
-    ]
-    return jax.tree_util.tree_unflatten(tree, params)
 
 
 def _flax_init(module: nn.Module, rng: Array) -> dict[str, Any]:
@@ -195,7 +174,6 @@ class CausalLM:
         *,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
-        placement: Placement | None = None,
     ) -> CausalLM:
         """A model with random weights.
 
@@ -204,21 +182,11 @@ class CausalLM:
             rng: a ``jax.random`` key.
             dtype: of the weights, and so of the computation.
             remat: see ``DecoderLM``.
-            placement: each device draws its own share, leaf by leaf: the same numbers on every mesh, but
-                others than without.
 
         Returns:
             The model, named 'random'.
-
-        Raises:
-            ConfigError: the placement would cut an attention head.
         """
-        if placement is None:
-            params = _jitted_init_params(config, rng, dtype)
-        else:
-            placement = placement.for_heads(config.num_attention_heads, config.kv_heads_in_common)
-            params = _init_in_shares(config, rng, dtype, placement)
-        return cls(DecoderLM(config, remat), params, config, "random")
+        return cls(DecoderLM(config, remat), _jitted_init_params(config, rng, dtype), config, "random")
 
     @property
     def logit_soft_cap(self) -> float | None:
