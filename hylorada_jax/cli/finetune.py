@@ -108,8 +108,9 @@ def finetune(
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.placed import default_mesh
     from hylorada_jax.surgery.fit import fit
+    from hylorada_jax.training.checks import check_data, check_groups, check_training
     from hylorada_jax.training.memory import device_memory
-    from hylorada_jax.training.trainer import HyLoRADATrainer, check_data, check_groups, check_training
+    from hylorada_jax.training.trainer import HyLoRADATrainer
 
     # All that the config can tell is reported before data and weights are read.
     weights = weights_in(dtype, base_dtype)

@@ -33,11 +33,12 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.placement.axes import AXES
 from hylorada_jax.placement.placement import Placement, parse_mesh
 from hylorada_jax.placement.shards import in_use, shard_rows
+from hylorada_jax.training.checks import check_training
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.report import MetricsLog
 from hylorada_jax.training.step import init_state, make_train_step
-from hylorada_jax.training.trainer import HyLoRADATrainer, check_training
+from hylorada_jax.training.trainer import HyLoRADATrainer
 
 # Lengths that no two axes share. Two key-value heads, which a tensor of 4 does not divide.
 SHAPE: dict[str, Any] = {

@@ -11,27 +11,24 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.data.document import TokenizedDocument, as_documents, check_predicted
+from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.loading import mixed_batches, rows_of_epoch
-from hylorada_jax.data.mixture import Mixture, as_mixture
+from hylorada_jax.data.mixture import Mixture
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.errors import CheckpointError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_json
 from hylorada_jax.math.quantized import dtype_name
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
+from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.batch import Batch, computed
-from hylorada_jax.models.placed import fitted
-from hylorada_jax.models.positions import check_range
-from hylorada_jax.placement.axes import mesh_sizes
-from hylorada_jax.placement.placement import Placement, parse_mesh, placement_of
+from hylorada_jax.placement.placement import placement_of
 from hylorada_jax.placement.processes import agree, everywhere, is_first, on_first, whole
 from hylorada_jax.placement.shards import in_use, own_rows, shard_rows
 from hylorada_jax.saved.adapter_files import check_template
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
+from hylorada_jax.training.checks import check_data, check_groups, check_training
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.identity import circumstances, defaults, run_identity
 from hylorada_jax.training.loop import Loop
@@ -41,7 +38,7 @@ from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
 from hylorada_jax.training.run_record import RunRecord, read_record
 from hylorada_jax.training.step import init_state, make_train_step
-from hylorada_jax.training.wandb_run import WandbRun, require_wandb
+from hylorada_jax.training.wandb_run import WandbRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,52 +65,6 @@ class TrainingResult:
     adapter: Path
     metrics: Path
     loss_plot: Path
-
-
-def check_data(
-    train_data: Sequence[Any] | Mixture,
-    eval_data: Sequence[Any] | None,
-    vocab: int,
-    adapter: HyLoRADAConfig,
-    config: TrainingConfig,
-) -> tuple[Mixture, list[TokenizedDocument] | None]:
-    """Tokenized documents, checked as far as they can be without the model.
-
-    Args:
-        train_data: a :class:`TokenizedDocument` or a sequence of token ids per document, or a mixture.
-        eval_data: the same of the held-out documents, or None.
-        vocab: number of ids the model has.
-        adapter: what is trained.
-        config: ``seq_len`` is read.
-
-    Returns:
-        The training documents, of one source or of several, and the held-out ones.
-
-    Raises:
-        DataError: there is too little data, nothing in a source counts, none is held out where the settings
-            need it, or :func:`as_documents` finds a fault.
-        ConfigError: nothing in the adapter reads structure.
-    """
-    has_encoder = bool(adapter.use_hylorada_v2)
-    if eval_data is None and config.needs_evaluations:
-        raise DataError(
-            "Keeping the best and patience need held-out data.",
-            f"keep={config.keep}, patience={config.patience}, eval_data=None",
-            "Give held-out documents too.",
-        )
-    mixture = as_mixture(train_data)
-    documents = as_documents(mixture.documents, vocab, "training", has_encoder=has_encoder)
-    if (tokens := sum(map(len, documents))) <= config.seq_len:
-        received = f"{tokens} tokens for a seq_len of {config.seq_len}"
-        raise DataError(
-            "The training data must fill a row.", received, "Give more text, or a smaller seq_len."
-        )
-    mixture = mixture.of(documents)
-    for number, (source, _) in enumerate(mixture.sources, start=1):
-        check_predicted(source, f"Source {number} of the training data")
-    if eval_data is None:
-        return mixture, None
-    return mixture, as_documents(eval_data, vocab, "evaluation", has_encoder=has_encoder)
 
 
 class HyLoRADATrainer:
@@ -195,7 +146,7 @@ class HyLoRADATrainer:
         """Remat and microbatches, with the step."""
         model, placement = self._model, self._placement
         optimizer = make_optimizer(model.adapters, config, model.config)
-        frozen = model.frozen if model.placement else _shapes(model.frozen, placement)
+        frozen = model.frozen if model.placement else placement.shapes(model.frozen)
 
         def step_of(setting: Setting) -> jax.stages.Wrapped:
             training = dataclasses.replace(config, **setting._asdict())
@@ -204,7 +155,7 @@ class HyLoRADATrainer:
         def arguments() -> tuple[Any, Any, Any]:
             state = jax.eval_shape(lambda adapters: init_state(adapters, optimizer), model.adapters)
             batch = next(self._batches(config))
-            return _shapes(state, placement), frozen, shard_rows(computed(batch))
+            return placement.shapes(state), frozen, shard_rows(computed(batch))
 
         own = getattr(model.base.module, "remat", None)
         settings = candidates(config, own=own, devices=placement.rows)
@@ -316,15 +267,6 @@ def _as_begun(config: TrainingConfig, directory: RunDirectory) -> TrainingConfig
     return dataclasses.replace(config, **auto)
 
 
-def _shapes(tree: Any, placement: Placement) -> Any:
-    """The shapes of a tree where a placement puts it."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        tree,
-        placement.shardings(tree),
-    )
-
-
 def _smaller(config: TrainingConfig, base: BaseModel) -> str:
     """What would make a step smaller that does not fit."""
     ways = ["shorter rows (seq_len)", "a smaller batch_size"]
@@ -373,62 +315,3 @@ def _require_evaluations(log: MetricsLog, checkpoints: Checkpoints, config: Trai
 
 def _perplexity(record: Record | None) -> float | None:
     return None if record is None else record["eval_perplexity"]
-
-
-def check_training(base: BaseModel, config: TrainingConfig) -> Placement:
-    """Refuses settings that a model cannot be trained with, as far as its shapes and the devices tell.
-
-    Args:
-        base: the base model; its weights are not read, so
-            :func:`hylorada_jax.models.loading.empty_model` does.
-        config: the settings.
-
-    Returns:
-        Where it is trained: on the mesh that it lies on, or else on that of the settings.
-
-    Raises:
-        ConfigError: packing is asked for and the model knows no segments, the mesh does not fit the devices,
-            the rows or the heads, or is not the one that the model lies on, wandb is asked for and not
-            installed, or the model knows no rematerialisation.
-        DataError: a row is longer than the model's table of positions.
-        ModelError: the model has no output head that the built-in loss can read.
-    """
-    if config.report_to == "wandb":
-        require_wandb()
-    if config.remat not in ("auto", "none") and not hasattr(base.module, "remat"):
-        raise ConfigError(
-            "Rematerialisation is a feature of our decoder.",
-            f"remat={config.remat!r} for model_type {base.config.model_type!r}",
-            "Leave remat at 'auto'.",
-        )
-    vocab_size(base)  # asks for the head
-    if config.packing:
-        require_segments(base)
-    check_range((config.batch_size, config.seq_len), limit=base.position_limit)
-    placement = placement_of(base.params) or fitted(Placement(parse_mesh(config.mesh)), base)
-    if config.mesh and mesh_sizes(config.mesh, placement.mesh.size) != placement.mesh.shape:
-        raise ConfigError(
-            "A model is trained on the mesh that it lies on.",
-            f"mesh={config.mesh!r}, a model on {placement}",
-            "Leave mesh out, or load the model with this one.",
-        )
-    placement.check_rows(config.batch_size, config.passes)
-    return placement
-
-
-def check_groups(adapter: HyLoRADAConfig, config: TrainingConfig) -> None:
-    """Refuses groups of shifted sparse attention that are longer than a row: it would be padded to them.
-
-    Args:
-        adapter: what is trained.
-        config: the settings.
-
-    Raises:
-        ConfigError: ``s2_group_size`` is more than ``seq_len``.
-    """
-    if adapter.s2_attn_enabled and (adapter.s2_group_size or 0) > config.seq_len:
-        raise ConfigError(
-            "A group of shifted sparse attention must not be longer than a row.",
-            f"s2_group_size={adapter.s2_group_size} for rows of {config.seq_len} tokens",
-            "Choose longer rows, or smaller groups; without s2_group_size they are a quarter of the row.",
-        )
