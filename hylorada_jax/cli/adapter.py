@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from hylorada_jax.cli.flags import flag_of, in_flags
 from hylorada_jax.config import HyLoRADAConfig, LoraStart, Method
 from hylorada_jax.errors import ConfigError
 
@@ -90,7 +91,11 @@ class AdapterOptions:
             if preset is None and self.method is None:
                 # The switches choose the method: hylorada_v1, or with --position-bias hylorada.
                 given = {"method": None, "use_hylorada": True} | given
-            return HyLoRADAConfig.preset(preset or "recommended", **given)
+            try:
+                return HyLoRADAConfig.preset(preset or "recommended", **given)
+            except ConfigError as error:
+                flags = {_SETTINGS.get(name, name): flag_of(name) for name in vars(self)}
+                raise in_flags(error, flags) from None
         for name, value in (("method", self.method), ("preset", preset)):
             if value is not None:
                 received = f"--config {file} --{name} {value}"

@@ -417,7 +417,7 @@ def test_structure_of_code_goes_through_training_evaluation_and_generation(
     [
         (("params", "--model", "no/such/model/here"), "no/such/model/here"),
         (("params", "--targets", "q_prj"), "q_proj"),
-        (("params", "--rank", "0"), "lora_rank"),
+        (("params", "--rank", "0"), "--rank must be"),
         (("params", "--config", "absent.json"), "absent.json"),
         (("evaluate", "--data", "absent.txt"), "absent.txt"),
         (("evaluate", "--adapter", "absent"), "absent"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.flags import flag_of, in_flags
 from hylorada_jax.cli.joining import ALONE, Processes
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.recipe import recipe_of
@@ -35,8 +36,24 @@ from hylorada_jax.training.config import TrainingConfig
 if TYPE_CHECKING:
     from hylorada_jax.saved.saved_adapter import SavedAdapter
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(TrainingConfig):
+    """The settings as they are given: none is refused while tyro parses, which words errors its own way."""
+
+    def __post_init__(self) -> None:
+        pass
+
+    def build(self) -> TrainingConfig:
+        """The settings; a ConfigError calls those that are refused by their options."""
+        try:
+            return TrainingConfig(**vars(self))
+        except ConfigError as error:
+            raise in_flags(error, {name: flag_of(name) for name in vars(self)}) from None
+
+
 # A group of the help, without a prefix: --steps, not --training.steps.
-Training = tyro.conf.OmitArgPrefixes[TrainingConfig]
+Training = tyro.conf.OmitArgPrefixes[TrainingOptions]
 
 
 @puts_offline
@@ -90,6 +107,7 @@ def finetune(
     given = {**locals()}
     from hylorada_jax.training.run_directory import RunDirectory
 
+    config = training.build()
     sources = sources_of(data, split=reading.split)
     own = sources_of(eval_data, weights=False) if eval_data else []
     saved = None if start_from is None else _opened(start_from, adapter)
@@ -98,11 +116,11 @@ def finetune(
     if structure:
         require_encoder(settings, structure)
     template = template_of(chat_template, saved)
-    RunDirectory(training.output).refuse_unless(resume=training.resume, overwrite=training.overwrite)
+    RunDirectory(config.output).refuse_unless(resume=config.resume, overwrite=config.overwrite)
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
     options |= {"structure": structure, "dtype": dtype, "base_dtype": base_dtype, "prompt": prompt}
     options |= {"chat_template": chat_template}
-    repeats = recipe_of(training, adapter, reading, **options)
+    repeats = recipe_of(config, adapter, reading, **options)
     processes.join(given)
 
     from hylorada_jax.models.base_model import vocab_size
@@ -119,27 +137,27 @@ def finetune(
         fit(empty, settings)
     else:
         check_whole(saved, empty)
-    mesh, why = (training.mesh, "") if training.mesh else default_mesh(empty, device_memory())
-    training = dataclasses.replace(training, mesh=mesh)
-    placement = check_training(empty, training)
-    check_groups(settings, training)
+    mesh, why = (config.mesh, "") if config.mesh else default_mesh(empty, device_memory())
+    config = dataclasses.replace(config, mesh=mesh)
+    placement = check_training(empty, config)
+    check_groups(settings, config)
     sources = reading.load_both(sources, own)
 
     from hylorada_jax.model import HyLoRADAModel
 
     tokenizer = tokenizer_of(model, template)
-    train, held_out = reading.prepare_both(sources, tokenizer, training.seq_len, structure)
+    train, held_out = reading.prepare_both(sources, tokenizer, config.seq_len, structure)
     what = f"held-out perplexity{reading.counted(sources)}"
     chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
     del sources  # in training they are tokens alone
-    check_data(train, held_out, vocab_size(empty), settings, training)
+    check_data(train, held_out, vocab_size(empty), settings, config)
     base = loaded(model, None, weights, placement if mesh else None)
     if saved is None:
-        adapted = HyLoRADAModel(base, settings, training.seed)
+        adapted = HyLoRADAModel(base, settings, config.seed)
     else:
         adapted = HyLoRADAModel.from_pretrained(base, saved)
     adapted.chat_template = template
-    trainer = HyLoRADATrainer(adapted, train, held_out, training, recipe=repeats)
+    trainer = HyLoRADATrainer(adapted, train, held_out, config, recipe=repeats)
     print(f"model    {one_line(model)}, {weights}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
     adapted.print_trainable_parameters()
@@ -157,7 +175,7 @@ def finetune(
         before, after = samples(adapted, prompt, tokenizer, structure, chat=chat)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")
-    if training.keep == "best":
+    if config.keep == "best":
         print(f"kept     step {result.kept} of {result.steps}, the best on the held-out data")
     for name, place in (("adapter", result.adapter), ("metrics", result.metrics), ("plot", result.loss_plot)):
         print(f"{name:<8} {one_line(place)}")
@@ -167,7 +185,7 @@ def _opened(adapter: Path, given: AdapterOptions) -> "SavedAdapter":
     """A saved adapter, beside whose settings no other are given."""
     from hylorada_jax.saved.saved_adapter import open_adapter
 
-    if named := [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is not None]:
+    if named := [flag_of(name) for name, value in vars(given).items() if value is not None]:
         raise ConfigError(
             "An adapter that is trained on keeps its settings.",
             f"--start-from {adapter} {' '.join(named)}",

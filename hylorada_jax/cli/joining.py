@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from hylorada_jax.cli.flags import flag_of
 from hylorada_jax.errors import ConfigError
 
 
@@ -44,9 +45,7 @@ class ProcessOptions:
         place = self.coordinator or ""
         complete = None not in given and re.fullmatch(r"\S+:[0-9]{1,5}", place) and 0 <= number < count
         if self.join_timeout < 1 or not (complete or given == (None, None, None)):
-            options = [
-                f"--{f.name.replace('_', '-')} {getattr(self, f.name)}" for f in dataclasses.fields(self)
-            ]
+            options = [f"{flag_of(f.name)} {getattr(self, f.name)}" for f in dataclasses.fields(self)]
             raise ConfigError(
                 "A process must have a coordinator HOST:PORT, a number of processes, and its own below that.",
                 " ".join(options),

@@ -14,6 +14,7 @@ from hylorada_jax.cli.chat import chat
 from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
+from hylorada_jax.cli.flags import options_of
 from hylorada_jax.cli.generate import generate
 from hylorada_jax.cli.help_text import unwrapped
 from hylorada_jax.cli.inspect import inspect
@@ -22,9 +23,9 @@ from hylorada_jax.cli.params import params
 from hylorada_jax.cli.parity import parity
 from hylorada_jax.cli.peft import export_peft, import_peft
 from hylorada_jax.cli.plan import plan
-from hylorada_jax.cli.recipe import expanded
-from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.terminal import brief, discard_output, printable
+from hylorada_jax.cli.recipe import expanded, named_recipe
+from hylorada_jax.errors import ConfigError, HyLoRADAError, near
+from hylorada_jax.terminal import brief, discard_output, one_line, printable
 
 _MEMORY = "Lower --batch-size or --max-new-tokens, or use --base-dtype nf4 or --mesh."
 _FILE = "Check that the path exists, who may use it, and the space on its disk."
@@ -84,13 +85,23 @@ def _run() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"hylorada {__version__}")
         return
+    given = sys.argv[1:]
+    if given and not given[0].startswith("-") and given[0].replace("_", "-") not in COMMANDS:
+        raise ConfigError("The first word must be a command.", given[0], near(given[0], COMMANDS))
+    arguments, recipe = expanded(given, options_of(finetune)), named_recipe(given)
     try:
         tyro.extras.subcommand_cli_from_dict(
             {name: unwrapped(command) for name, command in COMMANDS.items()},
-            args=expanded(sys.argv[1:]),
+            args=arguments,
             prog="hylorada",
             description="HyLoRADA: parameter-efficient fine-tuning of language models in JAX.",
         )
+    except ConfigError as error:
+        raise (error if recipe is None else error.at(f"{recipe} or an option beside it")) from None
+    except SystemExit as stop:
+        if recipe is not None and stop.code:
+            print(f"note: options come from the recipe {one_line(recipe)} too", file=sys.stderr)
+        raise
     finally:
         print(end="", flush=True)  # what cannot be written is to be known before Python ends
 

@@ -68,3 +68,29 @@ def test_output_that_nobody_reads_ends_the_command_without_a_traceback():
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "interrupted: nobody reads the output\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("finetne", "--output", "a"), "Did you mean finetune"),
+        (("finetune", "--output", "a", "--warmup-ratio", "2"), "--warmup-ratio must be in [0, 1].\n"),
+        (("finetune", "--output", "a", "--keep", "best"), "remedy:   Give --eval-every too"),
+        (
+            ("finetune", "--output", "a", "--recipe", "run.yaml"),
+            "--steps must be an integer ≥ 1.\n  received: run",
+        ),
+        (("params", "--daa-position-bias"), "remedy:   Set --daa too"),
+    ],
+)
+def test_settings_that_are_refused_are_called_by_their_options(
+    arguments, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("steps: 0")
+    monkeypatch.setattr(sys, "argv", ["hylorada", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error

@@ -1,15 +1,16 @@
 """A whole run in one file: the options of ``hylorada finetune`` as JSON or YAML."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hylorada_jax.cli.adapter import AdapterOptions
+from hylorada_jax.cli.flags import flag_of
 from hylorada_jax.cli.reading import DataOptions
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import read_bounded
 from hylorada_jax.text import parse_json, shown
@@ -40,51 +41,68 @@ def recipe_of(
     """
     given = {**options, **vars(adapter), **vars(reading)}
     given = {name: value for name, value in given.items() if value not in (None, ())}
-    settings = {n: v for n, v in dataclasses.asdict(training).items() if n not in _NOT_REPEATED}
+    settings = {n: v for n, v in asdict(training).items() if n not in _NOT_REPEATED}
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in {**given, **settings}.items()
     }
 
 
-def expanded(arguments: Sequence[str]) -> list[str]:
+def expanded(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
     """A command line with what its recipe says in front of the options beside it, which so win.
 
     Steps beside a recipe win over its epochs too, and the ratio of the warm-up over its steps.
 
     Args:
         arguments: of the program; only ``finetune`` has a recipe.
+        known: the options of ``finetune``.
 
     Returns:
         The same, or more of them.
 
     Raises:
-        ConfigError: the recipe cannot be read, or has a value that no option takes; or of two options that
-            replace each other both are given.
+        ConfigError: the recipe cannot be read, or has a key that is no option or a value that none
+            takes; or of two options that replace each other both are given.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as place:
         ...     file = Path(place) / "run.yaml"
         ...     _ = file.write_text("steps: 5\\npacking: false\\ntargets: [q_proj, v_proj]")
-        ...     expanded(["finetune", "--recipe", str(file), "--steps", "9"])[1:6]
+        ...     known = ("--steps", "--packing", "--targets")
+        ...     expanded(["finetune", "--recipe", str(file), "--steps", "9"], known)[1:6]
         ['--steps=5', '--no-packing', '--targets', 'q_proj', 'v_proj']
     """
     command, *rest = arguments or [""]
-    beside = {_called(argument.partition("=")[0]) for argument in rest if argument.startswith("--")}
+    path = named_recipe(arguments)
+    beside = {flag_of(argument.partition("=")[0]) for argument in rest if argument.startswith("--")}
     for one, other in _IN_PLACE.items() if command == "finetune" else ():
         if {one, other} <= beside:
             rule = f"{other} counts in place of {one}."
             raise ConfigError(rule, "both", "Give one of them.")
+    if path is None:
+        return [*arguments]
+    replaced = {other for one, other in _IN_PLACE.items() if one in beside}
+    said: list[str] = []
+    for name, value in _read(path).items():
+        if (option := flag_of(name)) not in known and option.replace("--no-", "--", 1) not in known:
+            rule = "A recipe's keys must be options of finetune."
+            raise ConfigError(rule, f"{path}: {shown(name)}", near(name, [key[2:] for key in known]))
+        try:
+            said += () if option in replaced else _option(name, value)
+        except ConfigError as error:
+            raise error.at(str(path)) from None
+    return [command, *said, *rest]
+
+
+def named_recipe(arguments: Sequence[str]) -> Path | None:
+    """The file of a command line's recipe, or None without one; only ``finetune`` has any."""
+    command, *rest = arguments or [""]
     named = [(i, a) for i, a in enumerate(rest) if a == _OPTION or a.startswith(f"{_OPTION}=")]
     if command != "finetune" or not named:
-        return [*arguments]
+        return None
     at, argument = named[-1]
-    path = argument.partition("=")[2] or (rest[at + 1] if at + 1 < len(rest) else "")
-    replaced = {other for one, other in _IN_PLACE.items() if one in beside}
-    options = _read(user_path(path)).items()
-    said = [text for name, value in options if _called(name) not in replaced for text in _option(name, value)]
-    return [command, *said, *rest]
+    return user_path(argument.partition("=")[2] or (rest[at + 1] if at + 1 < len(rest) else ""))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -100,13 +118,8 @@ def _read(path: Path) -> dict[str, Any]:
     return options
 
 
-def _called(name: str) -> str:
-    """An option by its name, with "_" or "-" and with or without the dashes before it."""
-    return f"--{name.removeprefix('--').replace('_', '-')}"
-
-
 def _option(name: str, value: Any) -> Iterator[str]:
-    option = _called(name)
+    option = flag_of(name)
     match value:
         case bool():
             yield option if value else f"--no-{option[2:]}"

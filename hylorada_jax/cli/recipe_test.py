@@ -7,7 +7,8 @@ import pytest
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
-from hylorada_jax.cli.finetune import Training
+from hylorada_jax.cli.finetune import Training, finetune
+from hylorada_jax.cli.flags import options_of
 from hylorada_jax.cli.reading import AS_IT_IS, DataOptions, Reading
 from hylorada_jax.cli.recipe import expanded, recipe_of
 from hylorada_jax.errors import ConfigError
@@ -16,6 +17,7 @@ from hylorada_jax.training.config import TrainingConfig
 ADAPTER = AdapterOptions(method="dora", rank=3, lora_plus=False, targets=("q_proj", r".*\.v_proj"))
 TRAINING = TrainingConfig(output="runs/a", steps=3, learning_rate=3e-5, packing=False, eval_tokens=None)
 READING = DataOptions(split="train[:9]", columns=("text=body",), score="last", skip_bad_rows=True)
+KNOWN = options_of(finetune)
 PROMPT = "--a 'text'\n"
 
 
@@ -31,9 +33,9 @@ def parsed(*arguments):
         prompt: str = "",
         recipe: Path | None = None,
     ):
-        return training, adapter, reading, start_from, prompt
+        return training.build(), adapter, reading, start_from, prompt
 
-    return tyro.cli(command, args=expanded(["finetune", *arguments])[1:])
+    return tyro.cli(command, args=expanded(["finetune", *arguments], KNOWN)[1:])
 
 
 def test_a_runs_recipe_gives_its_options_again_and_options_beside_it_win(tmp_path):
@@ -91,8 +93,9 @@ def test_yaml_says_the_same(tmp_path):
         ("a.yaml", b"1: 2", "1: 2"),
         ("a.yaml", b"steps: {a: 1}", "steps"),
         ("a.yaml", b"targets: [[a]]", "targets"),
-        ("a.yaml", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "b: "),
-        ("a.yaml", b"steps: 2024-01-01", "steps"),
+        ("a.yaml", b"targets: &a [x, x]\nexclude: &b [*a, *a]\ndata: [*b, *b]", "exclude: "),
+        ("a.yaml", b"steps: 2024-01-01", "a.yaml: steps"),
+        ("a.yaml", b"learning_rte: 1", "a.yaml: 'learning_rte'[\\s\\S]*learning-rate"),
         ("a.json", b'{"a": "' + b"x" * 2**20 + b'"}', "bytes"),
     ],
 )
@@ -100,12 +103,12 @@ def test_what_is_no_recipe_is_refused(tmp_path, name, content, said):
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=said):
-        expanded(["finetune", "--recipe", str(file)])
+        expanded(["finetune", "--recipe", str(file)], KNOWN)
 
 
 def test_a_recipe_that_is_not_there_is_refused():
     for arguments in (["--recipe", "nowhere.json"], ["--recipe"]):
         with pytest.raises(ConfigError, match="no such file"):
-            expanded(["finetune", *arguments])
-    assert expanded([]) == []
-    assert expanded(["merge", "--recipe", "x"]) == ["merge", "--recipe", "x"]
+            expanded(["finetune", *arguments], KNOWN)
+    assert expanded([], KNOWN) == []
+    assert expanded(["merge", "--recipe", "x"], KNOWN) == ["merge", "--recipe", "x"]

@@ -154,7 +154,7 @@ class TrainingConfig:
             raise ConfigError(
                 "Keeping the best and patience need evaluations on the way.",
                 f"keep={self.keep}, patience={self.patience}, eval_every=None",
-                "Give eval_every (--eval-every) too, as a tenth of the steps.",
+                "Give eval_every too, as a tenth of the steps.",
             )
         if self.resume and self.overwrite:
             raise ConfigError(

@@ -1,0 +1,53 @@
+"""Settings by the names of the command line's options."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+from hylorada_jax.errors import ConfigError
+
+
+def flag_of(name: str) -> str:
+    """The option of a setting, whose name may have "_" or "-", with or without the dashes before it.
+
+    Example:
+        >>> flag_of("warmup_ratio"), flag_of("--eval_every")
+        ('--warmup-ratio', '--eval-every')
+    """
+    return f"--{name.removeprefix('--').replace('_', '-')}"
+
+
+def options_of(command: Callable[..., None]) -> list[str]:
+    """The options of a command, those of its groups too."""
+    hints = {name: hint for name, hint in get_type_hints(inspect.unwrap(command)).items() if name != "return"}
+    groups = [[f.name for f in fields(h)] if is_dataclass(h) else [name] for name, h in hints.items()]
+    return [flag_of(name) for names in groups for name in names]
+
+
+def in_flags(error: ConfigError, flags: Mapping[str, str]) -> ConfigError:
+    """An error about settings that calls them by their options.
+
+    Names that are words too ("steps") are replaced where they begin a sentence or stand before "=".
+
+    Args:
+        error: about some of the settings.
+        flags: the options by the settings' names.
+
+    Example:
+        >>> error = ConfigError("steps must be even.", "steps=3, eval_every=None", "Leave eval_every out.")
+        >>> print(in_flags(error, {"steps": "--steps", "eval_every": "--eval-every"}))
+        --steps must be even.
+          received: --steps=3, --eval-every=None
+          remedy:   Leave --eval-every out.
+    """
+    some = "|".join(flags)
+    telling = "|".join(name for name in flags if "_" in name)
+    pattern = re.compile(rf"^(?:{some})\b|\b(?:{some})(?==)|\b(?:{telling})\b")
+
+    def said(text: object) -> str:
+        found = pattern.sub(lambda name: flags[name[0]], str(text))
+        return re.sub(r"(--[\w-]+)=True\b", r"\1", found)  # as a switch is given
+
+    return type(error)(said(error.rule), said(error.received), said(error.remedy))
