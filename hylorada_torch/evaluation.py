@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hylorada_jax.errors import ConfigError
+
 
 def evaluate_perplexity(
     model: Any, documents: Sequence[Any], *, seq_len: int = 1024, stride: int | None = None
@@ -18,17 +20,23 @@ def evaluate_perplexity(
         model: called with input_ids [1, seq], gives ``.logits``.
         documents: token ids of each document.
         seq_len: tokens per window.
-        stride: tokens between windows; half of ``seq_len`` when None.
+        stride: tokens between windows, 1 … seq_len; half of ``seq_len`` when None.
+
+    Raises:
+        ConfigError: stride is out of range.
 
     Source: method.md, section 9.
     """
+    stride = max(1, seq_len // 2) if stride is None else stride
+    if not 1 <= stride <= seq_len:
+        raise ConfigError(f"stride must be in 1 … seq_len, {seq_len}.", stride, "Correct it.")
     losses = []
     for tokens in documents:
         start = scored = 0
         while scored < len(tokens) - 1:
             stop = min(start + seq_len, len(tokens) - 1)
             losses.append(token_losses(model, tokens[start : stop + 1])[scored - start :])
-            start, scored = start + (stride or max(1, seq_len // 2)), stop
+            start, scored = start + stride, stop
     return math.exp(torch.cat(losses).mean())
 
 
@@ -56,9 +64,12 @@ def evaluate_lost_in_the_middle(
 
 @torch.no_grad()
 def token_losses(model: Any, tokens: Any) -> Tensor:
-    """The negative log-likelihood of every token but the first, in nats."""
+    """The negative log-likelihood of every token but the first, in nats, with the model in eval mode."""
     ids = torch.as_tensor(tokens, dtype=torch.long)
+    training = model.training
+    model.eval()
     logits = model(ids[None, :-1]).logits[0]
+    model.train(training)
     return F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[1:], reduction="none"
     )

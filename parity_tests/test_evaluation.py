@@ -1,5 +1,6 @@
 """The measures in JAX against the reference's, and against the loss that transformers computes itself."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import hylorada_torch
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_torch.evaluation import evaluate_lost_in_the_middle as torch_lost_in_the_middle
@@ -21,9 +23,9 @@ SEQ_LEN = 20
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "hylorada_v1"), ("qwen2", "hylorada")])
 def test_both_packages_measure_the_same(family, name):
     with measuring("float64"):
-        pair = build(family, CONFIGS[name], "float64")
+        pair = build(family, dataclasses.replace(CONFIGS[name], lora_dropout=0.5), "float64")
         pair.model.adapters = pair.adapters
-        reference = pair.reference.eval()
+        reference = pair.reference.train()  # measured without dropout all the same
         with all_in_float64():
             expected = torch_perplexity(reference, DOCUMENTS, seq_len=SEQ_LEN, stride=7)
             lost, buckets = torch_lost_in_the_middle(reference, DOCUMENTS, seq_len=SEQ_LEN)
@@ -34,6 +36,7 @@ def test_both_packages_measure_the_same(family, name):
         found = evaluate_lost_in_the_middle(pair.model, DOCUMENTS, **options)
     np.testing.assert_allclose(found.buckets, buckets, rtol=1e-10)
     assert found.perplexity == pytest.approx(lost, rel=1e-10)
+    assert reference.training
 
 
 def test_the_perplexity_of_a_window_is_transformers_own_loss():
@@ -44,3 +47,9 @@ def test_the_perplexity_of_a_window_is_transformers_own_loss():
         measured = torch_perplexity(model, DOCUMENTS[2:], seq_len=len(DOCUMENTS[2]))
     assert measured == pytest.approx(float(loss.exp()), rel=1e-12)
     assert hylorada_torch.evaluate_perplexity is torch_perplexity
+
+
+@pytest.mark.parametrize("stride", [0, SEQ_LEN + 1])
+def test_the_reference_refuses_windows_that_skip_tokens(stride):
+    with pytest.raises(ConfigError, match="stride"):
+        torch_perplexity(None, DOCUMENTS, seq_len=SEQ_LEN, stride=stride)

@@ -113,7 +113,7 @@ IMPORTED: dict[str, Any] = {
     "patterns": (
         "llama",
         {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {r".*\.0\.mlp\.down_proj": 2},
-         "alpha_pattern": {"down_proj": 9, "layers.1.self_attn.q_proj": 1}},
+         "alpha_pattern": {"down_proj": 9, "layers.1.self_attn.q_proj": 1, ".*q_proj": 7}},  # first wins
     ),
     "dora": ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True, "use_dora": True}),
     "dora of a pattern": (
@@ -149,6 +149,8 @@ def test_an_adapter_of_pefts_computes_the_same_and_goes_back_bit_by_bit(case, sa
         model = import_peft(jax_base(family, "float64"), theirs)
         assert relative_error(jax_logits(model, family), peft_logits(family, theirs)) <= LOGITS["float64"]
         export_peft(model, tmp_path / "back")
+    dropout = LoraConfig.from_pretrained(theirs).lora_dropout
+    assert dropout == model.config.lora_dropout == LoraConfig.from_pretrained(tmp_path / "back").lora_dropout
     before, after = (load_file(place / WEIGHTS_NAME) for place in (theirs, tmp_path / "back"))
     assert before.keys() == after.keys()
     for name in before:
