@@ -173,8 +173,9 @@ def _rates(rows: Sequence[Row]) -> str:
     """How the settings were come by, in words."""
     trained = [row for row in rows if row.trained]
     alone = all(list(row.point) == ["learning_rate"] for row in trained)
-    if alone and len(rates := {row.rate for row in trained}) == 1:
-        return f"all with the learning rate {rates.pop():g}"
+    if alone and all(row.tried == 1 for row in trained):
+        rates = {row.rate for row in trained}
+        return f"all with the learning rate {min(rates):g}" if len(rates) == 1 else "the rates as given"
     usual = statistics.mode(row.tried for row in trained)
     others = "".join(f", {row.label} of {row.tried}" for row in trained if row.tried != usual)
     chosen, many = ("learning rate that was", "rates") if alone else ("settings that were", "combinations")
