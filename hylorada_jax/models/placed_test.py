@@ -24,6 +24,7 @@ from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import empty_model, load_model
 from hylorada_jax.models.placed import default_mesh, fitted
+from hylorada_jax.models.quantize import quantize
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, load_tree
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.placement.axes import mesh_sizes
@@ -142,7 +143,10 @@ def quantised_facts(directory, placement=None):
     """What one placement makes of them in nf4, the head too."""
     base = load_model(directory, base_dtype="nf4+head", placement=placement)
     codes = base.params["model"]["layers"]["mlp"]["up_proj"]["kernel"].qvalue
+    afterwards = quantize(load_model(directory, placement=placement).params, "nf4+head")
+    pairs = zip(jax.tree.leaves(afterwards), jax.tree.leaves(base.params), strict=True)
     return {
+        "cut alike": all(code.sharding.is_equivalent_to(other.sharding, code.ndim) for code, other in pairs),
         "digest": tree_digest(base.params),
         "share": codes.size // codes.addressable_shards[0].data.size,
         "logits": np.asarray(base(jnp.array([[1, 2, 3, 4]])).logits).tolist(),
@@ -268,6 +272,7 @@ def test_a_quantised_model_on_a_mesh_is_that_on_one_device(found):
     ours, alone = found["quantised"]
     assert ours["digest"] == alone["digest"]
     assert (ours["share"], alone["share"]) == (4, 1)
+    assert ours["cut alike"]
     np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
 
 

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.sharding import NamedSharding
 
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.math.quantized import BASE_DTYPES, HEAD, is_quantized, quantized
 from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.mixture import EXPERTS
 from hylorada_jax.models.weights import Part, Slot, Weights, aligned, check_finite, owners
+from hylorada_jax.placement.axes import dividing
+from hylorada_jax.placement.placement import as_spec
 
 if TYPE_CHECKING:
     from qwix import QArray  # type: ignore[import-untyped]
@@ -38,7 +41,8 @@ def check_base_dtype(base_dtype: str | None) -> None:
 def quantize(params: dict[str, Any], base_dtype: str) -> dict[str, Any]:
     """The parameter tree of a decoder with its linear layers' kernels in int8 or nf4.
 
-    Embeddings, norms and biases stay as they are, and the head does unless base_dtype names it.
+    Embeddings, norms and biases stay as they are, and the head does unless base_dtype names it. On a mesh
+    codes and scales are cut as their kernels are, as far as their sizes divide.
 
     Args:
         params: of :class:`CausalLM`; under ``jax.eval_shape`` shapes serve.
@@ -94,11 +98,30 @@ def is_kept_in_codes(path: tuple[str, ...], base_dtype: str) -> bool:
 
 
 def _in_codes(path: tuple[str, ...], leaf: Array, base_dtype: str) -> QArray:
-    kind = base_dtype.removesuffix(HEAD)
-    return _jitted_one(leaf, kind, leaf.dtype.name, True) if path == _HEAD else _stack(leaf, kind)
+    place = getattr(leaf, "sharding", None)
+    return _coded(
+        leaf,
+        base_dtype.removesuffix(HEAD),
+        path == _HEAD,
+        place if isinstance(place, NamedSharding) else None,
+    )
 
 
-@partial(jax.jit, static_argnames="base_dtype")
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _coded(leaf: Array, kind: str, is_head: bool, place: NamedSharding | None) -> QArray:
+    codes = _one(leaf, kind, leaf.dtype.name, out_in=True) if is_head else _stack(leaf, kind)
+    if place is None:
+        return codes
+    # Left to itself the compiler may put all of them on every device.
+    return jax.lax.with_sharding_constraint(codes, jax.tree.map(partial(_cut_alike, place), codes))
+
+
+def _cut_alike(place: NamedSharding, field: Array) -> NamedSharding:
+    """Where a field lies that has the axes of what lies there, some of them shorter."""
+    axes = (*place.spec, *(None,) * (field.ndim - len(place.spec)))
+    return NamedSharding(place.mesh, as_spec(dividing(axes, field.shape, place.mesh.shape)))
+
+
 def _stack(kernels: Array, base_dtype: str) -> QArray:
     matrices = kernels.reshape(-1, *kernels.shape[-2:])
     codes = jax.lax.map(lambda kernel: _one(kernel, base_dtype, kernels.dtype.name), matrices)

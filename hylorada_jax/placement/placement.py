@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.leaves import LEAVES
+from hylorada_jax.math.quantized import is_quantized
 from hylorada_jax.placement.axes import AXES, FSDP, ROWS, TENSOR, Axis, dividing, mesh_sizes
 
 Rule = tuple[str, tuple[Axis, ...]]
@@ -113,12 +114,13 @@ class Placement:
         """The leaves that are cut less than their rule says, as lines to print.
 
         An axis of theirs does not divide, or it would divide within a head (:meth:`for_heads`). A line has a
-        leaf's path, its shape, and the axes of the mesh that do not cut it.
+        leaf's path, its shape, and the axes of the mesh that do not cut it. Of a quantised kernel its codes
+        count, not its scales.
         """
         found = []
         meant_rules = [rule for rule in self.rules if rule != _WHOLE_HEADS]
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            path, shape, sizes = _path(keys), tuple(leaf.shape), self.mesh.shape
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]:
+            path, shape, sizes = _path(keys), tuple(getattr(leaf, "qvalue", leaf).shape), self.mesh.shape
             everywhere = (0,) * len(shape)  # which every size divides
             meant = dividing(_axes_of(path, len(shape), meant_rules), everywhere, sizes)
             cut = dividing(_axes_of(path, len(shape), self.rules), shape, sizes)
