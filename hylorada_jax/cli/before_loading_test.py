@@ -182,6 +182,19 @@ def test_a_mistake_is_reported_and_not_the_weights(
     assert set(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "generate"])
+def test_texts_longer_than_the_model_has_seen_are_announced(command, place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    own = {
+        "finetune": ("--data", tmp_path / "texts.txt", "--seq-len", 130, "--output", tmp_path / "out"),
+        "evaluate": ("--data", tmp_path / "texts.txt", "--seq-len", 130),
+        "generate": ("--prompt", "it", "--max-new-tokens", 128),
+    }
+    with pytest.warns(UserWarning, match="the model has seen up to 128 tokens, and may get 130"):
+        status, *_ = run(monkeypatch, capsys, command, "--model", place / "llama", *own[command])
+    assert status == 2  # there are no weights
+
+
 @pytest.mark.usefixtures("weights")
 def test_an_adapter_of_peft_that_does_not_fit_is_reported_and_not_the_weights(
     place, tmp_path, monkeypatch, capsys

@@ -17,6 +17,7 @@ from hylorada_jax.cli.shared import (
     template_of,
     tokenizer_of,
     unloaded,
+    warn_of_length,
     weights_in,
 )
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
@@ -97,6 +98,7 @@ def evaluate(
     placement = placement_for(base, mesh)
     vocab = vocab_size(base)
     check_range((batch_size, seq_len), limit=base.position_limit)
+    warn_of_length(base, seq_len)
     if saved is not None:
         check_whole(saved, base)
 

@@ -24,6 +24,7 @@ from hylorada_jax.cli.shared import (
     template_of,
     tokenizer_of,
     unloaded,
+    warn_of_length,
     weights_in,
 )
 from hylorada_jax.data.corpus import PYTHON_STDLIB
@@ -141,6 +142,7 @@ def finetune(
     config = dataclasses.replace(config, mesh=mesh)
     placement = check_training(empty, config)
     check_groups(settings, config)
+    warn_of_length(empty, config.seq_len)
     sources = reading.load_both(sources, own)
 
     from hylorada_jax.model import HyLoRADAModel

@@ -1,6 +1,5 @@
 """The command that continues a prompt, or answers conversations."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hylorada_jax.cli.shared import (
     refuse_output,
     template_of,
     tokenizer_of,
+    warn_of_length,
     weights_in,
 )
 from hylorada_jax.data.packing import check_windows
@@ -121,9 +121,7 @@ def generate(
     check_prompts(prompts, base.token_limit)
     longest = max(map(len, prompts)) + settings["max_new_tokens"]
     check_range((len(prompts), longest), limit=base.position_limit)
-    seen = getattr(base.config, "max_position_embeddings", None)
-    if base.position_limit is None and seen is not None and longest > seen:
-        warnings.warn(f"the model has seen up to {seen:,} tokens, and may get {longest:,}", stacklevel=1)
+    warn_of_length(base, longest)
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     if structure_ids is not None:
         settings["structure_ids"] = [structure_ids]

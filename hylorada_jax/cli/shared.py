@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -236,6 +237,13 @@ def loaded(
     if verbose and placement is not None:
         tell_undivided(placement, found)
     return found
+
+
+def warn_of_length(base: "BaseModel", longest: int) -> None:
+    """Warns of texts longer than any that the model was trained on, where it can read them at all."""
+    seen = getattr(base.config, "max_position_embeddings", None)
+    if base.position_limit is None and seen is not None and longest > seen:
+        warnings.warn(f"the model has seen up to {seen:,} tokens, and may get {longest:,}", stacklevel=1)
 
 
 def tell_undivided(placement: "Placement", model: Any) -> None:
