@@ -70,5 +70,8 @@ def test_initial_distributions():
     leaves = sparse.init_leaves(jax.random.key(3), 4096, 16)
     # 4096 draws: the sample deviation has a relative standard error of 1.1%; 5% is over four of them.
     assert float(leaves["gate_scores"].std()) == pytest.approx(0.02, rel=0.05)
+    # Ranks, which those of one key share whatever their distribution.
+    ranks = [np.argsort(np.argsort(leaves[name].ravel()[:4096])) for name in ("down", "gate_scores")]
+    assert abs(np.corrcoef(ranks)[0, 1]) < 0.1
     bound = 16**-0.5
     assert bound * 0.99 < float(jnp.abs(leaves["down"]).max()) <= bound

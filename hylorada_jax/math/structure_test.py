@@ -84,4 +84,8 @@ def test_fresh_leaves():
         assert float(leaves["bucket_embeddings"].std()) == pytest.approx(0.02, rel=0.05)
         assert 0 < float(jnp.abs(leaves["proj_weight"]).max()) <= 32**-0.5
         assert float(leaves["gate"]) == 0
+        # Ranks, which those of one key share whatever their distribution; a standard error of 0.13.
+        random = [leaf.ravel()[:64] for leaf in leaves.values() if len(np.unique(leaf.ravel()[:64])) > 4]
+        ranks = np.corrcoef([np.argsort(np.argsort(draws)) for draws in random])
+        assert np.abs(ranks - np.eye(len(random))).max() < 0.6
     assert set(leaves) - set(structure.leaf_shapes(8)) == {"periods", "period_weight"}

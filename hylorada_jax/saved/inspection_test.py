@@ -82,6 +82,12 @@ def test_a_fresh_adapter_has_learned_nothing(base, settings, tmp_path):
     if "structure" in found:
         assert found["structure"]["periods"] == [24, 168, 720, 8760]
         assert found["structure"]["frequencies"][:2] == pytest.approx([1, 10000 ** (-1 / 16)])
+        negated = {  # of which only the modulus counts
+            name: -leaf if name.endswith(("periods", "freq_scale")) else leaf
+            for name, leaf in layout.flatten(model.sites, model.adapters).items()
+        }
+        again = inspect_adapter(saved(model, tmp_path / "negated", negated), weights(model))
+        assert again["structure"] == found["structure"]
     assert ("structure" in found, "sparse" in found) == (
         settings["method"] == "hylorada_v2",
         "sparse_adapter_dim" in settings,
