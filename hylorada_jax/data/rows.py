@@ -7,6 +7,7 @@ import csv
 import gzip
 import importlib
 import io
+import json
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -140,7 +141,9 @@ def _read_jsonl(path: Path, columns: Collection[str]) -> Iterator[Row | DataErro
             if not line.strip():
                 continue
             try:
-                yield as_row(parse_json(line), f"{path}:{number}")
+                yield as_row(parse_json(line.rstrip("\r\n")), f"{path}:{number}")
+            except json.JSONDecodeError as error:  # which counts lines from this one
+                yield _not_json(f"{path}:{number}: {error.msg} in column {error.colno}")
             except ValueError as error:
                 yield _not_json(f"{path}:{number}: {error}")
 
