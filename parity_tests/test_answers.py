@@ -321,7 +321,7 @@ def test_a_template_that_cannot_be_scored_is_refused_by_name(name):
     assert len(skipped) + len(kept) == 3
     assert len(skipped) >= 2
     assert counts[:3] == (3, len(kept), sum(map(len, kept)))
-    assert counts.dropped == 0
+    assert counts.unscored == counts.too_long == 0
 
 
 def test_conversations_need_a_chat_template():
@@ -340,20 +340,20 @@ def test_what_is_too_long_is_cut_dropped_or_an_error_and_counted():
     assert [len(each) for each in kept] == [len(short), len(short)]
     np.testing.assert_array_equal(mask(kept[1]), mask(long)[: len(short)])
     scored = int(mask(short).sum() + mask(kept[1]).sum())
-    assert counts == (3, 2, 2 * len(short), scored, 1, 1)
+    assert counts == (3, 2, 2 * len(short), scored, 1, 0, 1)
     kept, counts = prepare(chats, tokenizer, len(short) - 1, overlength="drop")
     assert [len(each) for each in kept] == [len(short)]
-    assert (counts.dropped, counts.truncated) == (1, 0)
+    assert (counts.unscored, counts.too_long, counts.truncated) == (0, 1, 0)
     with pytest.raises(DataError, match=f"chat: {len(long) - 1}"):
         prepare(chats, tokenizer, len(short) - 1, overlength="error")
     # What is cut before its answer has nothing left to score.
     first = int(np.flatnonzero(mask(short))[0])
     kept, counts = prepare(chats[:1], tokenizer, first - 1)
-    assert (kept, counts.dropped, counts.truncated) == ([], 1, 1)
+    assert (kept, counts.unscored, counts.too_long, counts.truncated) == ([], 1, 0, 1)
     # Texts are cut into windows later.
     (text,), counts = prepare([Document("text", "a b c d e f g")], tokenizer, 2)
     assert len(text) > 3
-    assert counts == (1, 1, len(text), len(text) - 1, 0, 0)
+    assert counts == (1, 1, len(text), len(text) - 1, 0, 0, 0)
 
 
 def test_code_in_a_conversation_has_its_depths_and_all_else_none():

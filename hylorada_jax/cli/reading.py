@@ -189,7 +189,8 @@ class DataOptions:
         )
         _list(skipped)
         said = [f"{counts.rows:,} rows", f"{counts.tokens:,} tokens", f"{counts.scored:,} scored"]
-        said += [f"{counts.dropped:,} rows without a scored token or too long"] * bool(counts.dropped)
+        said += [f"{counts.unscored:,} left out without a scored token"] * bool(counts.unscored)
+        said += [f"{counts.too_long:,} left out as too long"] * bool(counts.too_long)
         said += [f"{counts.truncated:,} truncated"] * bool(counts.truncated)
         if what:
             print(f"{what:<8} {form_of(rows)}: {', '.join(said)}")

@@ -58,7 +58,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("structure", [None, "code"])
 def test_a_second_time_the_same_comes_from_disk(place, tokenizer, monkeypatch, structure):
     expected = run(tokenizer, keep=False, structure=structure)
-    assert (expected[1].dropped, expected[1].truncated, len(expected[2])) == (1, 1, structure == "code")
+    assert (expected[1].unscored, expected[1].truncated, len(expected[2])) == (1, 1, structure == "code")
     assert not place.exists()
     assert_equal(run(tokenizer, keep=True, structure=structure), expected)
     monkeypatch.setattr(tokenization, "_tokenized", lambda *_: pytest.fail("tokenized anew"))
@@ -119,7 +119,7 @@ def test_rows_that_are_skipped_are_listed_each_time(place, tokenizer):
         skipped: list[DataError] = []
         _, counts = prepare([refused, *EXAMPLES], tokenizer, 24, skipped=skipped, keep=True)
         assert [str(error.received).partition(":")[0] for error in skipped] == ["refused"]
-        assert (counts.rows, counts.dropped) == (6, 1)
+        assert (counts.rows, counts.unscored) == (6, 1)
     assert not place.exists()
 
 

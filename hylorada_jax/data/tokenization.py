@@ -34,7 +34,8 @@ class Counts(NamedTuple):
         documents: what they gave: one each, or several where a template parts the turns of a conversation.
         tokens: of the documents.
         scored: tokens that count where they are predicted.
-        dropped: rows with nothing to score, or too long.
+        unscored: rows left out because nothing in them counts, perhaps after they were cut.
+        too_long: rows left out for their length.
         truncated: documents that were cut.
     """
 
@@ -42,7 +43,8 @@ class Counts(NamedTuple):
     documents: int
     tokens: int
     scored: int
-    dropped: int
+    unscored: int
+    too_long: int
     truncated: int
 
 
@@ -171,7 +173,7 @@ def _prepared(
     """The records, their counts, and the names of what does not parse."""
     kept: list[TokenizedDocument] = []
     unparsed: list[str] = []
-    dropped = truncated = 0
+    unscored = too_long = truncated = 0
     found = _tokenized(examples, tokenizer, structure, score, skipped, unparsed)
     for example, documents in zip(examples, found, strict=True):
         if documents is None:
@@ -184,15 +186,16 @@ def _prepared(
                 "Take a larger seq_len, or truncate or drop what is longer.",
             )
         if long and overlength == "drop":
-            documents = []
-        if long and documents:
+            too_long += 1
+            continue
+        if long:
             documents = [_cut(d, seq_len + 1) if d in long else d for d in documents]
             truncated += len(long)
         documents = [d for d in documents if _scored(d)]
-        dropped += not documents
+        unscored += not documents
         kept += documents
     tokens, scored = sum(map(len, kept)), sum(map(_scored, kept))
-    return kept, Counts(len(examples), len(kept), tokens, scored, dropped, truncated), unparsed
+    return kept, Counts(len(examples), len(kept), tokens, scored, unscored, too_long, truncated), unparsed
 
 
 def _scored(document: TokenizedDocument) -> int:
