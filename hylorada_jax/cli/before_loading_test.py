@@ -182,6 +182,15 @@ def test_a_mistake_is_reported_and_not_the_weights(
     assert set(place.rglob("*")) == before
 
 
+def test_data_of_which_no_row_is_left_are_an_error(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "the quick", "completion": " brown fox"}\n')
+    command = ("data", "--model", place / "llama", "--data", tmp_path / "rows.jsonl", "--seq-len", 4)
+    for options, why in (((), "without a scored token"), (("--overlength", "drop"), "as too long")):
+        status, out, err = run(monkeypatch, capsys, *command, *options)
+        assert (status, f"1 left out {why}" in out) == (2, True), out
+        assert "must have a token that is scored" in err
+
+
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "generate"])
 def test_texts_longer_than_the_model_has_seen_are_announced(command, place, tmp_path, monkeypatch, capsys):
     (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
