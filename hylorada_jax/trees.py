@@ -26,3 +26,8 @@ Frozen: TypeAlias = dict[str, Any]
 
 Resolved: TypeAlias = dict[str, Any]
 """What the forward pass reads, a function of weights alone: lora_A, scaled_B = s·B, column_scale = c, …"""
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of a parameter tree is one of qwix's arrays."""
+    return hasattr(leaf, "qvalue")

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.kernel_rows import tpu_kind
 from hylorada_jax.math.loss_blocks import block_rows, over_blocks, rows_of
-from hylorada_jax.math.quantized import Kernel, as_array, is_quantized
+from hylorada_jax.math.quantized import Kernel, as_array
+from hylorada_jax.trees import is_quantized
 
 IGNORED = -1
 """The target of a token that is not scored; any negative target counts as ignored."""

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.remat import computed_again
+from hylorada_jax.trees import is_quantized
 
 if TYPE_CHECKING:
     from qwix import QArray  # type: ignore[import-untyped]
@@ -86,11 +87,6 @@ def as_array(kernel: Kernel) -> Array:
         return (values.reshape(*scale.shape, -1) * scale[..., None]).reshape(codes.shape)
     *tiles, d_out = scale.shape
     return (values.reshape(*tiles, -1, d_out) * scale[..., None, :]).reshape(codes.shape)
-
-
-def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf of a parameter tree is one of qwix's arrays."""
-    return hasattr(leaf, "qvalue")
 
 
 def plain(params: Any) -> Any:

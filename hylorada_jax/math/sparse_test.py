@@ -72,6 +72,6 @@ def test_initial_distributions():
     assert float(leaves["gate_scores"].std()) == pytest.approx(0.02, rel=0.05)
     # Ranks, which those of one key share whatever their distribution.
     ranks = [np.argsort(np.argsort(leaves[name].ravel()[:4096])) for name in ("down", "gate_scores")]
-    assert abs(np.corrcoef(ranks)[0, 1]) < 0.1
+    assert np.abs(np.corrcoef(ranks) - np.eye(2)).max() < 0.1
     bound = 16**-0.5
     assert bound * 0.99 < float(jnp.abs(leaves["down"]).max()) <= bound

@@ -9,7 +9,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from hylorada_jax.math.quantized import Kernel, dot_general, is_quantized
+from hylorada_jax.math.quantized import Kernel, dot_general
+from hylorada_jax.trees import is_quantized
 
 
 def promote_dtype(

@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.math.quantized import is_quantized
 from hylorada_jax.models.bitsandbytes import BitsAndBytesWeights
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
@@ -43,6 +42,7 @@ from hylorada_jax.models.weights import (
     load_tree,
 )
 from hylorada_jax.placement.placement import Placement
+from hylorada_jax.trees import is_quantized
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel

@@ -14,12 +14,13 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.math.quantized import BASE_DTYPES, HEAD, is_quantized, quantized
+from hylorada_jax.math.quantized import BASE_DTYPES, HEAD, quantized
 from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.mixture import EXPERTS
 from hylorada_jax.models.weights import Part, Slot, Weights, aligned, check_finite, owners
 from hylorada_jax.placement.axes import dividing
 from hylorada_jax.placement.placement import as_spec
+from hylorada_jax.trees import is_quantized
 
 if TYPE_CHECKING:
     from qwix import QArray  # type: ignore[import-untyped]

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.exchange.merged import write_merged
-from hylorada_jax.math.quantized import dtype_name, is_quantized, plain
+from hylorada_jax.math.quantized import dtype_name, plain
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -22,6 +22,7 @@ from hylorada_jax.models.quantize import quantize
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.weights_digest import files_digest, tree_digest
 from hylorada_jax.placement.placement import Placement, parse_mesh
+from hylorada_jax.trees import is_quantized
 
 pytest.importorskip("qwix")
 SHAPE = {

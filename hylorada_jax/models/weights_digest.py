@@ -16,11 +16,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from hylorada_jax.math.quantized import is_quantized, split_name
+from hylorada_jax.math.quantized import split_name
 from hylorada_jax.models.loading import weights_layout
 from hylorada_jax.models.quantize import is_kept_in_codes, quantized_shapes, read_quantized
 from hylorada_jax.models.source import Source
 from hylorada_jax.placement.processes import whole
+from hylorada_jax.trees import is_quantized
 
 _PIECE_BYTES = 1 << 26
 

@@ -8,15 +8,15 @@ import jax
 from flax import nnx
 from jax import Array
 
+from hylorada_jax import trees
 from hylorada_jax.errors import ModelError
-from hylorada_jax.math import quantized
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def is_quantized(variable: Any) -> bool:
     """Whether a module's kernel is qwix's, and no ``nnx.Variable``."""
-    return not isinstance(variable, nnx.Variable) and quantized.is_quantized(getattr(variable, "array", None))
+    return not isinstance(variable, nnx.Variable) and trees.is_quantized(getattr(variable, "array", None))
 
 
 def value_of(variable: Any) -> Any:
@@ -29,7 +29,7 @@ def value_of(variable: Any) -> Any:
 
 def numbers(value: Any) -> Array:
     """The numbers of what :func:`value_of` gives."""
-    if not quantized.is_quantized(value):
+    if not trees.is_quantized(value):
         return value
     import qwix  # type: ignore[import-untyped]
 

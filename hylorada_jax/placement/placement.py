@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.leaves import LEAVES
-from hylorada_jax.math.quantized import is_quantized
 from hylorada_jax.placement.axes import AXES, FSDP, ROWS, TENSOR, Axis, dividing, mesh_sizes
+from hylorada_jax.trees import is_quantized
 
 Rule = tuple[str, tuple[Axis, ...]]
 """A regular expression for the end of a leaf's path, and what the leaf's last axes are cut over.

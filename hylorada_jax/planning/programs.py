@@ -18,7 +18,6 @@ from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.packing import Rows
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.loss import chosen_chunks
-from hylorada_jax.math.quantized import is_quantized
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
@@ -36,6 +35,7 @@ from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.memory import needed_bytes
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.step import init_state, make_train_step
+from hylorada_jax.trees import is_quantized
 
 # What a TPU's compiler says of temporaries; arguments come to them.
 _LACKS = re.compile(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)")
