@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from jax.sharding import NamedSharding
 
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.math.quantized import BASE_DTYPES, HEAD, quantized
 from hylorada_jax.models.families import ROUTERS
 from hylorada_jax.models.mixture import EXPERTS
 from hylorada_jax.models.weights import Part, Slot, Weights, aligned, check_finite, owners
-from hylorada_jax.placement.axes import dividing
-from hylorada_jax.placement.placement import as_spec
+from hylorada_jax.placement.axes import Axis
+from hylorada_jax.placement.placement import mesh_of
+from hylorada_jax.placement.shards import cut, in_use
 from hylorada_jax.trees import is_quantized
 
 if TYPE_CHECKING:
@@ -99,28 +99,16 @@ def is_kept_in_codes(path: tuple[str, ...], base_dtype: str) -> bool:
 
 
 def _in_codes(path: tuple[str, ...], leaf: Array, base_dtype: str) -> QArray:
-    place = getattr(leaf, "sharding", None)
-    return _coded(
-        leaf,
-        base_dtype.removesuffix(HEAD),
-        path == _HEAD,
-        place if isinstance(place, NamedSharding) else None,
-    )
+    axes = () if mesh_of(leaf) is None else tuple(leaf.sharding.spec)  # type: ignore[attr-defined]
+    with in_use(leaf):
+        return _coded(leaf, base_dtype.removesuffix(HEAD), path == _HEAD, axes)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _coded(leaf: Array, kind: str, is_head: bool, place: NamedSharding | None) -> QArray:
+def _coded(leaf: Array, kind: str, is_head: bool, axes: tuple[Axis, ...]) -> QArray:
     codes = _one(leaf, kind, leaf.dtype.name, out_in=True) if is_head else _stack(leaf, kind)
-    if place is None:
-        return codes
-    # Left to itself the compiler may put all of them on every device.
-    return jax.lax.with_sharding_constraint(codes, jax.tree.map(partial(_cut_alike, place), codes))
-
-
-def _cut_alike(place: NamedSharding, field: Array) -> NamedSharding:
-    """Where a field lies that has the axes of what lies there, some of them shorter."""
-    axes = (*place.spec, *(None,) * (field.ndim - len(place.spec)))
-    return NamedSharding(place.mesh, as_spec(dividing(axes, field.shape, place.mesh.shape)))
+    # Left to itself the compiler may put all of them on every device of a mesh.
+    return jax.tree.map(lambda field: cut(field, *axes), codes) if axes else codes
 
 
 def _stack(kernels: Array, base_dtype: str) -> QArray:
