@@ -188,7 +188,7 @@ def test_data_of_which_no_row_is_left_are_an_error(place, tmp_path, monkeypatch,
     for options, why in (((), "without a scored token"), (("--overlength", "drop"), "as too long")):
         status, out, err = run(monkeypatch, capsys, *command, *options)
         assert (status, f"1 left out {why}" in out) == (2, True), out
-        assert "must have a token that is scored" in err
+        assert "The data must have a document" in err
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "generate"])

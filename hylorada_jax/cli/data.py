@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline, template_of, tokenizer_of
 from hylorada_jax.data.corpus import PYTHON_STDLIB
+from hylorada_jax.data.document import TokenizedDocument, check_predicted
 from hylorada_jax.data.packing import check_windows
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.terminal import one_line, printable
 
 if TYPE_CHECKING:
@@ -45,22 +46,18 @@ def data(
     sources = [
         source._replace(train=reading.load(source.name)) for source in sources_of(data, split=reading.split)
     ]
-    tokenizer, left = tokenizer_of(model, template), 0
+    tokenizer = tokenizer_of(model, template)
+    found: list[TokenizedDocument] = []
     for source in sources:
         source.announce()
         documents = reading.prepare(source.train, tokenizer, seq_len, None, "rows")
-        left += len(documents)
+        found += documents
         for document in documents[:rows]:
             print(f"\n--- {one_line(document.name)}: {len(document):,} tokens")
             counts = [True] * len(document) if document.scored is None else document.scored.tolist()
             scored = [False, *counts[1:]]  # the first token follows nothing: it is never predicted
             print(_marked(tokenizer, document.tokens.tolist(), scored))
-    if not left:
-        raise DataError(
-            "At least one row must have a token that is scored.",
-            f"none of {', '.join(data)}",
-            "Take a larger --seq-len, or other data.",
-        )
+    check_predicted(found, "The data")
 
 
 def _marked(tokenizer: "Tokenizer", ids: list[int], scored: list[bool]) -> str:
