@@ -6,6 +6,7 @@ from jax.test_util import check_grads
 
 from hylorada_jax.math import structure
 from hylorada_jax.math.position_test import structure_bucket
+from hylorada_jax.math.sparse_test import rank_correlation
 
 
 def drawn(encoder_type, seed=0):
@@ -84,8 +85,6 @@ def test_fresh_leaves():
         assert float(leaves["bucket_embeddings"].std()) == pytest.approx(0.02, rel=0.05)
         assert 0 < float(jnp.abs(leaves["proj_weight"]).max()) <= 32**-0.5
         assert float(leaves["gate"]) == 0
-        # Ranks, which those of one key share whatever their distribution; a standard error of 0.13.
-        random = [leaf.ravel()[:64] for leaf in leaves.values() if len(np.unique(leaf.ravel()[:64])) > 4]
-        ranks = np.corrcoef([np.argsort(np.argsort(draws)) for draws in random])
-        assert np.abs(ranks - np.eye(len(random))).max() < 0.6
+        some = [leaf.ravel()[:64] for leaf in leaves.values()]
+        assert rank_correlation(draws for draws in some if len(np.unique(draws)) > 4) < 0.6  # ± 0.13
     assert set(leaves) - set(structure.leaf_shapes(8)) == {"periods", "period_weight"}
