@@ -94,7 +94,7 @@ def table(found: dict[int, list[Row]], against: str) -> str:
     note = (
         f"{origin(found[max(found)])} Differences with 95 % intervals: a paired bootstrap over seeds and "
         "documents (of one document, its windows); of few seeds they are too narrow rather than too wide. "
-        f"On {devices(everything)}. {commits(everything)}"
+        f"On {devices(everything)}. {commits(run for row in everything for run in row.runs)}"
     )
     return f"{markdown(lines)}\n\n{note}\n"
 

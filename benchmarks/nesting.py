@@ -27,7 +27,7 @@ from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
-from benchmarks.report import device, filled, markdown, over_seeds, plus_minus
+from benchmarks.report import filled, markdown, measured_on, over_seeds, plus_minus
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError
@@ -192,14 +192,14 @@ def table(runs: list[Record]) -> str:
             (ours, tokens), (theirs, _) = (_losses(each, side) for each in (some, found[WITHOUT]))
             cells.append(paired_bootstrap(ours, theirs, tokens).text(3))
         lines.append(cells)
-    settings, about = runs[-1]["settings"], runs[-1]["environment"]
+    settings = runs[-1]["settings"]
     return (
         f"{markdown(lines)}\n\n{settings['model']}, {PYTHON_STDLIB}; {settings['steps']} steps of "
         f"{settings['batch_size']} × {settings['seq_len']} tokens, of which those at a depth of at most "
         f"{settings['shallow']} count, rate {settings['learning_rate']:g}; deep is {settings['deep']} and "
         f"more, in other files. {over_seeds(max(map(len, found.values())))}; differences "
         "with 95 % intervals, a paired bootstrap over seeds and files. "
-        f"On {device(about)}. Commit {about['commit']}.\n"
+        f"{measured_on(runs)}\n"
     )
 
 

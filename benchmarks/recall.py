@@ -29,7 +29,7 @@ from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
-from benchmarks.report import device, draw, filled, markdown, over_seeds, plus_minus, styles
+from benchmarks.report import draw, filled, markdown, measured_on, over_seeds, plus_minus, styles
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.io.files import refuse_unusable, write_whole
@@ -196,7 +196,7 @@ def table(runs: list[Record]) -> str:
             ours, theirs = (_losses(each, length) for each in (some, found[WITHOUT]))
             cells.append(paired_bootstrap(ours, theirs, np.ones(ours.shape[1])).text(2))
         lines.append(cells)
-    settings, about = runs[-1]["settings"], runs[-1]["environment"]
+    settings = runs[-1]["settings"]
     trained = " and ".join(map(str, settings["train_lengths"]))
     return (
         f"{markdown(lines)}\n\n{settings['model']}; trained in {settings['steps']} steps of one row on "
@@ -204,7 +204,7 @@ def table(runs: list[Record]) -> str:
         f"tested on {settings['samples']} others at each of ten depths. "
         f"{over_seeds(max(map(len, found.values())))}. Effects are differences of exp(loss "
         f"of the answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and contexts. "
-        f"On {device(about)}. Commit {about['commit']}.\n"
+        f"{measured_on(runs)}\n"
     )
 
 

@@ -14,7 +14,7 @@ import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def caption(rows: Sequence[Row]) -> str:
     loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
     load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
     measured = f"Step, tokens/s: medians on {devices(rows)}{load}; memory: of the compiled step."
-    return f"{origin(rows, places=True)} {measured} {commits(rows)}"
+    return f"{origin(rows, places=True)} {measured} {commits(run for row in rows for run in row.runs)}"
 
 
 def origin(rows: Sequence[Row], *, places: bool = False) -> str:
@@ -152,10 +152,16 @@ def over_seeds(seeds: int) -> str:
     return f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "Of one seed"
 
 
-def commits(rows: Sequence[Row]) -> str:
+def commits(runs: Iterable[Record]) -> str:
     """Of what commits the runs are, in words."""
-    found = {str(run["environment"]["commit"]) for row in rows for run in row.runs}
-    return f"Commits {', '.join(sorted(found))}."
+    found = sorted({str(run["environment"]["commit"]) for run in runs})
+    return f"Commit{'s' * (len(found) > 1)} {', '.join(found)}."
+
+
+def measured_on(runs: Sequence[Record]) -> str:
+    """Of what devices and commits the runs are, in words."""
+    devices = " and ".join(sorted({device(run["environment"]) for run in runs}))
+    return f"On {devices}. {commits(runs)}"
 
 
 def devices(rows: Sequence[Row]) -> str:
