@@ -29,6 +29,7 @@ from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import identity, open_on
 from hylorada_jax.saved.saved_adapter import SavedAdapter
 from hylorada_jax.seeds import check_seed
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.intercept import Structure, adapt
@@ -75,6 +76,7 @@ class HyLoRADAModel:
         placement: over which devices all of this is cut; None: it is on one.
         chat_template: with which it is trained on conversations, where that is not the base's own; saved with
             the adapters.
+        structure: what they are trained to read of texts, "code" or None; saved with them, for commands.
         disabled: calling the model, or generating with it, uses the base alone; see :meth:`disable_adapter`.
 
     Args:
@@ -134,6 +136,7 @@ class HyLoRADAModel:
         self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
         self.chat_template: str | None = None
+        self.structure: Domain | None = None
         self._compile()
 
     def _compile(self) -> None:
@@ -495,6 +498,7 @@ class HyLoRADAModel:
             identity,
             overwrite=overwrite,
             chat_template=self.chat_template,
+            structure=self.structure,
         )
 
     @classmethod
@@ -528,5 +532,6 @@ class HyLoRADAModel:
             adapter_files.check_weights(saved.base, model.identity(weights=True))
         tensors = saved.tensors()
         model.adapters = model._put(layout.unflatten(model.sites, tensors))
-        model.start, model.chat_template = adapter_files.digest(tensors), saved.chat_template
+        model.start = adapter_files.digest(tensors)
+        model.chat_template, model.structure = saved.chat_template, saved.structure
         return model

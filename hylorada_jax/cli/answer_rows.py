@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
 from hylorada_jax.models.chat_template import render_each
+from hylorada_jax.structure.code import Domain
 
 if TYPE_CHECKING:
     from jax import Array
@@ -46,8 +47,10 @@ def _asked(chat: Conversation) -> Conversation:
     return chat._replace(messages=before) if last["role"] == "assistant" and before else chat
 
 
-def prompts_of(chats: Sequence[Conversation], tokenizer: "Tokenizer") -> list[list[int]]:
-    """The tokens that ask for an answer to each conversation.
+def prompts_of(
+    chats: Sequence[Conversation], tokenizer: "Tokenizer", structure: Domain | None
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """The token ids that ask for an answer to each conversation, and their structure where it is read.
 
     Raises:
         DataError: the model's chat template refuses one; it is named.
@@ -58,12 +61,21 @@ def prompts_of(chats: Sequence[Conversation], tokenizer: "Tokenizer") -> list[li
         if isinstance(rendered, DataError):
             raise rendered.at(chat.name)
         texts.append(rendered.text)
-    return [encoded.ids for encoded in tokenizer.encode_each(texts)]
+    encoded = tokenizer.encode_each(texts, offsets=structure is not None)
+    prompts = [each.ids for each in encoded]
+    if structure is None:
+        return prompts, None
+
+    from hylorada_jax.structure.code import fenced_depths
+
+    depths = (fenced_depths(text, each.offsets)[0] for text, each in zip(texts, encoded, strict=True))
+    return prompts, [each.tolist() for each in depths]
 
 
 def answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
+    inputs: Mapping[str, Sequence[Any]],
     tokenizer: "Tokenizer",
     batch_size: int,
     rng: "Array",
@@ -74,6 +86,7 @@ def answers(
     Args:
         model: what generates.
         prompts: token ids.
+        inputs: of ``model.generate`` too, with a value for each of the prompts.
         tokenizer: the model's.
         batch_size: prompts at a time.
         rng: of the sampling; each batch has a key of its own.
@@ -83,8 +96,9 @@ def answers(
 
     with tqdm(total=len(prompts), desc="answering", unit="row") as bar:
         for first in range(0, len(prompts), batch_size):
-            some = prompts[first : first + batch_size]
-            found = model.generate(some, rng=jax.random.fold_in(rng, first), **settings)
+            batch = slice(first, first + batch_size)
+            some, theirs = prompts[batch], {name: values[batch] for name, values in inputs.items()}
+            found = model.generate(some, rng=jax.random.fold_in(rng, first), **theirs, **settings)
             for prompt, tokens in zip(some, found, strict=True):
                 yield tokenizer.decode_continuation(prompt, tokens)
             bar.update(len(some))

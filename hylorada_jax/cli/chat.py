@@ -10,6 +10,7 @@ from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
+    GivenStructure,
     base_of,
     chat_of,
     check_adapter,
@@ -23,7 +24,6 @@ from hylorada_jax.cli.shared import (
 )
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.seeds import check_seed
-from hylorada_jax.structure.code import Domain
 
 
 @puts_offline
@@ -34,7 +34,7 @@ def chat(
     sampling: Sampling = AS_IT_IS,
     max_context: int | None = None,
     chat_template: Path | None = None,
-    structure: Domain | None = None,
+    structure: GivenStructure | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
     base_dtype: BaseDtype | None = None,
@@ -55,7 +55,8 @@ def chat(
         max_context: largest number of tokens in the conversation and its answer [the model's number of
             positions].
         chat_template: a Jinja file in place of the model's or the adapter's template.
-        structure: the structure that a hylorada_v2 adapter reads from code in the conversation: code.
+        structure: the structure that a hylorada_v2 adapter reads: code, of what is fenced in the
+            conversation, or none [that of its training].
         seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
@@ -65,7 +66,7 @@ def chat(
         offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     check_seed(seed)
-    saved = check_adapter(adapter, structure)
+    saved, read = check_adapter(adapter, structure)
     template = template_of(chat_template, saved)
 
     import jax
@@ -84,7 +85,7 @@ def chat(
             "Give another number, or none.",
         )
     tokenizer = tokenizer_of(model, template)
-    ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, structure)
+    ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, read)
     rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=1024)
     check_settings([ids], rng=rng, **settings)
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
@@ -93,7 +94,7 @@ def chat(
     talk = Talk(
         loaded(model, adapter, weights, placement, verbose=verbose),
         tokenizer,
-        structure,
+        read,
         context,
         rng,
         settings,

@@ -16,11 +16,13 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hylorada_jax.cli.adapter import AdapterOptions
-from hylorada_jax.cli.answer_rows import write
+from hylorada_jax.cli.answer_rows import answers, prompts_of, write
 from hylorada_jax.cli.main import main
+from hylorada_jax.cli.shared import chat_of
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.data.formats import read_row
+from hylorada_jax.data.tokenization_test import byte_tokenizer
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.causal_lm import param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -400,16 +402,25 @@ def test_structure_of_code_goes_through_training_evaluation_and_generation(
         )
     assert status == 0, err
     adapter = ("--model", tiny, "--adapter", output / "adapter")
+    # The adapter reads what it was trained to read.
     losses = [
-        json.loads(run(monkeypatch, capsys, "evaluate", *adapter, *common, "--json")[1])["loss"]
-        for common in (("--data", data), ("--data", data, "--structure", "code"))
+        json.loads(run(monkeypatch, capsys, "evaluate", *adapter, "--data", data, *more, "--json")[1])["loss"]
+        for more in ((), ("--structure", "code"), ("--structure", "none"))
     ]
-    assert losses[0] != losses[1]
-    status, out, err = run(
-        monkeypatch, capsys, "generate", *adapter, "--prompt", "def f(", "--structure", "code"
-    )
+    assert losses[0] == losses[1] != losses[2]
+    status, out, err = run(monkeypatch, capsys, "generate", *adapter, "--prompt", "def f(")
     assert status == 0, err
     assert out.startswith("def f(")
+    further = tmp_path / "further"
+    status, _, err = run(
+        monkeypatch,
+        capsys,
+        *("finetune", "--model", tiny, "--data", tmp_path / "0.py", "--output", further, "--prompt", ""),
+        *("--eval-data", data, "--start-from", output / "adapter", "--steps", 1, "--batch-size", 1),
+        *("--seq-len", 32),
+    )
+    assert status == 0, err
+    assert open_adapter(further / "adapter").structure == "code"
 
 
 @pytest.mark.parametrize(
@@ -610,6 +621,25 @@ def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
         assert read_row(json.loads(line), "", "messages") == chat._replace(
             messages=said, answers=[False, True]
         )
+
+
+def test_each_of_several_conversations_has_its_structure():
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
+    texts = ("say w3", "```python\nif a:\n    b(c)\n```", "say w5")
+    asked = [Conversation("", [{"role": "user", "content": text}], [False]) for text in texts]
+    prompts, depths = prompts_of(asked, tokenizer, "code")
+    assert depths is not None
+    assert [*zip(prompts, depths, strict=True)] == [chat_of(a.messages, tokenizer, "code") for a in asked]
+    assert [max(some) for some in depths] == [0, 2, 0]
+
+    generating = mock.Mock()
+    generating.generate.side_effect = lambda some, **_: [[]] * len(some)
+    assert (
+        len([*answers(generating, prompts, {"structure_ids": depths}, tokenizer, 2, jax.random.key(0))]) == 3
+    )
+    given = [call.kwargs["structure_ids"] for call in generating.generate.call_args_list]
+    assert given == [depths[:2], depths[2:]]
 
 
 def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
+    GivenStructure,
     base_of,
     check_adapter,
     check_whole,
@@ -22,7 +23,6 @@ from hylorada_jax.cli.shared import (
 )
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
 from hylorada_jax.data.packing import check_windows
-from hylorada_jax.structure.code import Domain
 
 _EMBEDDED = (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
 
@@ -38,7 +38,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 4,
     max_tokens: int | None = None,
-    structure: Domain | None = None,
+    structure: GivenStructure | None = None,
     chat_template: Path | None = None,
     dtype: Dtype = "float32",
     base_dtype: BaseDtype | None = None,
@@ -62,7 +62,7 @@ def evaluate(
         stride: tokens between windows [half a window]; no token is scored twice.
         batch_size: windows at a time.
         max_tokens: evaluate on about this many tokens; by default on all.
-        structure: the structure that a hylorada_v2 adapter was trained with: code.
+        structure: the structure that a hylorada_v2 adapter reads: code, or none [that of its training].
         chat_template: a Jinja file in place of the model's or the adapter's template.
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
@@ -83,7 +83,7 @@ def evaluate(
         for source in sources_of(data, weights=False, split=reading.split)
     ]
     weights = weights_in(dtype, base_dtype)
-    saved = check_adapter(adapter, structure, weights=weights if check_weights else None)
+    saved, read = check_adapter(adapter, structure, weights=weights if check_weights else None)
     processes.join(given)
 
     from hylorada_jax.data.document import as_documents
@@ -106,8 +106,8 @@ def evaluate(
     for source in sources:
         if not json:
             source.announce()
-        tokens += reading.prepare(source.held_out, tokenizer, seq_len, structure, None if json else "rows")
-    documents = as_documents(tokens, vocab, "evaluation", has_encoder=structure is not None)
+        tokens += reading.prepare(source.held_out, tokenizer, seq_len, read, None if json else "rows")
+    documents = as_documents(tokens, vocab, "evaluation", has_encoder=read is not None)
     measured = evaluate_perplexity(
         loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose),
         documents,

@@ -15,11 +15,12 @@ from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
+    GivenStructure,
     base_of,
     check_whole,
     loaded,
     puts_offline,
-    require_encoder,
+    structure_of,
     tell_undivided,
     template_of,
     tokenizer_of,
@@ -30,7 +31,6 @@ from hylorada_jax.cli.shared import (
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.config import TrainingConfig
 
@@ -67,7 +67,7 @@ def finetune(
     reading: Reading = AS_IT_IS,
     adapter: Adapter = DEFAULTS,
     start_from: Path | None = None,
-    structure: Domain | None = None,
+    structure: GivenStructure | None = None,
     chat_template: Path | None = None,
     dtype: Dtype = "float32",
     base_dtype: BaseDtype | None = None,
@@ -94,7 +94,8 @@ def finetune(
         reading: How data files are read, and which tokens are scored.
         adapter: The method and its settings.
         start_from: directory of an adapter to continue training; the new one has its settings.
-        structure: the structure that hylorada_v2 reads: code, each token's nesting depth in Python source.
+        structure: the structure that hylorada_v2 reads: code, each token's nesting depth in Python source; it
+            is saved with the adapter [that of start_from; without one, none].
         chat_template: a Jinja file in place of the model's template; it is saved with the adapter.
         dtype: dtype of the frozen weights and the computation; the adapter is float32.
         base_dtype: quantise the frozen linear layers to int8 or nf4, for a half or a quarter of bfloat16's
@@ -114,8 +115,7 @@ def finetune(
     saved = None if start_from is None else _opened(start_from, adapter)
     model = base_of(saved, model)
     settings = adapter.build() if saved is None else saved.config
-    if structure:
-        require_encoder(settings, structure)
+    read = structure_of(structure, saved, settings)
     template = template_of(chat_template, saved)
     RunDirectory(config.output).refuse_unless(resume=config.resume, overwrite=config.overwrite)
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
@@ -148,7 +148,7 @@ def finetune(
     from hylorada_jax.model import HyLoRADAModel
 
     tokenizer = tokenizer_of(model, template)
-    train, held_out = reading.prepare_both(sources, tokenizer, config.seq_len, structure)
+    train, held_out = reading.prepare_both(sources, tokenizer, config.seq_len, read)
     what = f"held-out perplexity{reading.counted(sources)}"
     chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
     del sources  # in training they are tokens alone
@@ -158,7 +158,7 @@ def finetune(
         adapted = HyLoRADAModel(base, settings, config.seed)
     else:
         adapted = HyLoRADAModel.from_pretrained(base, saved)
-    adapted.chat_template = template
+    adapted.chat_template, adapted.structure = template, read
     trainer = HyLoRADATrainer(adapted, train, held_out, config, recipe=repeats)
     print(f"model    {one_line(model)}, {weights}")
     print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
@@ -174,7 +174,7 @@ def finetune(
     before, after = ("unknown" if figure is None else f"{figure:.3f}" for figure in figures)  # a log was lost
     print(f"{what}  before {before}  after {after}")
     if prompt:
-        before, after = samples(adapted, prompt, tokenizer, structure, chat=chat)
+        before, after = samples(adapted, prompt, tokenizer, read, chat=chat)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")
     if config.keep == "best":

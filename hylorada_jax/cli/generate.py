@@ -8,6 +8,7 @@ from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
+    GivenStructure,
     base_of,
     check_adapter,
     generating,
@@ -24,7 +25,6 @@ from hylorada_jax.cli.shared import (
 from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.seeds import check_seed
-from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import show
 
 
@@ -40,7 +40,7 @@ def generate(
     chat_template: Path | None = None,
     output: Path | None = None,
     batch_size: int = 8,
-    structure: Domain | None = None,
+    structure: GivenStructure | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
     base_dtype: BaseDtype | None = None,
@@ -62,7 +62,8 @@ def generate(
         chat_template: a Jinja file in place of the model's or the adapter's template.
         output: a new JSON Lines file for the answered conversations [they are printed].
         batch_size: conversations at a time.
-        structure: the structure that a hylorada_v2 adapter reads: code, also in the tokens that follow.
+        structure: the structure that a hylorada_v2 adapter reads: code, also in the tokens that follow, or
+            none [that of its training].
         seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
@@ -85,11 +86,7 @@ def generate(
         refuse_output(output)
     check_windows(1, batch_size=batch_size)
     check_seed(seed)
-    saved = check_adapter(adapter, structure)
-    if structure and messages is not None:
-        raise ConfigError(
-            "Structure is read of a prompt.", f"--structure {structure} --messages", "Leave --structure out."
-        )
+    saved, read = check_adapter(adapter, structure)
     template = template_of(chat_template, saved)
     chats = None if messages is None else asked(messages)
 
@@ -104,15 +101,14 @@ def generate(
     base = generating(model, weights, saved)
     placement = placement_for(base, mesh)
     tokenizer = tokenizer_of(model, template)
-    structure_ids = None
     if chats is None:
         assert prompt is not None
-        ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat=chat)
+        ids, depths = prompt_of(prompt, tokenizer, read, chat=chat)
         if not ids:
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
-        prompts = [ids]
+        prompts, structure_ids = [ids], None if depths is None else [depths]
     else:
-        prompts = prompts_of(chats, tokenizer)
+        prompts, structure_ids = prompts_of(chats, tokenizer, read)
 
     chat = chat or chats is not None
     rng = jax.random.key(seed)
@@ -123,11 +119,10 @@ def generate(
     check_range((len(prompts), longest), limit=base.position_limit)
     warn_of_length(base, longest)
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
-    if structure_ids is not None:
-        settings["structure_ids"] = [structure_ids]
+    inputs = {} if structure_ids is None else {"structure_ids": structure_ids}
     generator = loaded(model, adapter, weights, placement, verbose=verbose)
     if chats is not None:
-        write(chats, answers(generator, prompts, tokenizer, batch_size, rng, **settings), output)
+        write(chats, answers(generator, prompts, inputs, tokenizer, batch_size, rng, **settings), output)
         return
-    (tokens,) = generator.generate(prompts, rng=rng, **settings)
+    (tokens,) = generator.generate(prompts, rng=rng, **inputs, **settings)
     show(("" if chat else prompt or "") + tokenizer.decode_continuation(prompts[0], tokens))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PACKAGED_MODEL = "smollm2-135m"
 Dtype = Literal["float32", "bfloat16"]
 BaseDtype = Literal["int8", "nf4", "int8+head", "nf4+head"]
+GivenStructure = Domain | Literal["none"]
 
 
 def weights_in(dtype: str, base_dtype: str | None) -> str:
@@ -116,38 +117,56 @@ def placement_for(base: "BaseModel", mesh: str) -> "Placement | None":
     return fitted(Placement(parse_mesh(mesh)), base) if mesh else None
 
 
-def require_encoder(config: HyLoRADAConfig | None, structure: str) -> None:
-    """Refuses structure for what cannot read it: a base model, or another method than hylorada_v2."""
+def structure_of(
+    given: GivenStructure | None, saved: "SavedAdapter | None", config: HyLoRADAConfig | None
+) -> Domain | None:
+    """The structure to read: the user's, or else that of an adapter, if any.
+
+    Args:
+        given: "none" for no structure, whatever the adapter's.
+        saved: the adapter, if one is saved.
+        config: of what shall read it; None for a base model.
+
+    Raises:
+        ConfigError: one is given to what cannot read it: a base model, or another method than hylorada_v2.
+    """
+    if given is None:
+        return None if saved is None else saved.structure
+    if given == "none":
+        return None
     if config is None or not config.use_hylorada_v2:
         raise ConfigError(
             "Structure is read by the structure encoder, which only method hylorada_v2 has.",
-            f"--structure {structure} for " + ("no adapter" if config is None else f"method {config.method}"),
+            f"--structure {given} for " + ("no adapter" if config is None else f"method {config.method}"),
             "Choose hylorada_v2, or leave --structure out.",
         )
+    return given
 
 
 def check_adapter(
-    adapter: Path | None, structure: str | None, *, weights: str | None = None
-) -> "SavedAdapter | None":
+    adapter: Path | None, structure: GivenStructure | None, *, weights: str | None = None
+) -> "tuple[SavedAdapter | None, Domain | None]":
     """The adapter; reports damage to it, and what it cannot be asked for, before the model is loaded.
 
     Args:
         adapter: its directory, or None for the base model alone.
-        structure: the structure that it shall read, or None.
+        structure: as of :func:`structure_of`.
         weights: the dtype in which its base's weights shall be checked, or None.
+
+    Returns:
+        The adapter, and the structure to read.
     """
     from hylorada_jax.saved.adapter_files import check_weights
     from hylorada_jax.saved.saved_adapter import open_adapter
 
     saved = None if adapter is None else open_adapter(adapter)
-    if structure:
-        require_encoder(None if saved is None else saved.config, structure)
+    found = structure_of(structure, saved, None if saved is None else saved.config)
     if weights and saved is None:
         rule = "Weights are checked against those that an adapter was trained on."
         raise ConfigError(rule, "--check-weights for no adapter", "Give --adapter, or leave it out.")
     if weights and saved is not None:
         check_weights(saved.base, {"dtype": weights})
-    return saved
+    return saved, found
 
 
 def check_whole(adapter: "Path | SavedAdapter", base: "BaseModel") -> None:

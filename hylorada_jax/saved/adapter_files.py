@@ -20,6 +20,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import any_path, kind_of, make_directory, refuse_unusable, write_whole
 from hylorada_jax.models.chat_template import MAX_TEMPLATE
+from hylorada_jax.structure.code import DOMAINS
 from hylorada_jax.text import short, shown, well_formed
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,6 +38,7 @@ def write_adapter(
     *,
     overwrite: bool = False,
     chat_template: str | None = None,
+    structure: str | None = None,
 ) -> None:
     """Writes an adapter; a reader sees either the old one or the new one, or an error, never a mixture.
 
@@ -47,13 +49,13 @@ def write_adapter(
         base: what identifies the base model; compared on reading.
         overwrite: replace an adapter that is already there.
         chat_template: with which it was trained, where that is not its base's own.
+        structure: what it was trained to read of a text; None: of ids of the user's own, or of none.
 
     Raises:
-        CheckpointError: an adapter is already there, a tensor is not finite, the template could not be read
-            again, or the disk is full.
+        CheckpointError: an adapter is already there, a tensor is not finite, the template or the structure
+            could not be read again, or the disk is full.
     """
-    if chat_template is not None:
-        check_template(chat_template)
+    check_beside(chat_template, structure)
     directory = any_path(directory)
     if not overwrite:
         refuse_existing(directory)
@@ -70,6 +72,8 @@ def write_adapter(
     }
     if chat_template is not None:
         body["chat_template"] = chat_template
+    if structure is not None:
+        body["structure"] = structure
     write_files(directory, weights, render(body))
 
 
@@ -106,8 +110,19 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
     return hashlib.sha256(_serialised(tensors)).hexdigest()
 
 
-def check_template(template: object) -> None:
-    """Raises a CheckpointError for a chat template that cannot be read again from an adapter."""
+def check_beside(chat_template: object, structure: object) -> None:
+    """Raises a CheckpointError for a chat template or a structure that an adapter's file cannot hold."""
+    if chat_template is not None:
+        _check_template(chat_template)
+    if structure is not None and structure not in DOMAINS:
+        raise CheckpointError(
+            "The structure that is saved with an adapter is one that is read off texts.",
+            shown(structure),
+            f"Give {' or '.join(DOMAINS)}, or None.",
+        )
+
+
+def _check_template(template: object) -> None:
     rule = f"A chat template must be text of at most {MAX_TEMPLATE:,} characters, all of which UTF-8 has."
     if not isinstance(template, str):
         raise CheckpointError(rule, shown(template), "Give one template as text: of several, take one.")

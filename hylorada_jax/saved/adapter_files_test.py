@@ -69,6 +69,15 @@ def test_a_chat_template_that_could_not_be_read_again_is_not_written(tmp_path, t
     assert not (tmp_path / "a").exists()
 
 
+def test_the_structure_goes_with_its_adapter(saved):
+    assert open_adapter(saved).structure is None
+    write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE, overwrite=True, structure="code")
+    assert open_adapter(saved).structure == "code"
+    with pytest.raises(CheckpointError, match=r"'hours'[\s\S]*code, or None"):
+        write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE, overwrite=True, structure="hours")
+    assert open_adapter(saved).structure == "code"
+
+
 def test_non_finite_tensors_are_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"finite[\s\S]*bad"):
         write_adapter(tmp_path, {"bad": np.array([np.nan])}, HyLoRADAConfig(), BASE)

@@ -25,6 +25,7 @@ from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.models.chat_template import MAX_TEMPLATE
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_finite, render
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.text import short, shown
 
 MAX_CONFIG_BYTES = 2**21
@@ -60,6 +61,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     weights_sha256: _Sha256
     sha256: _Sha256
     chat_template: Annotated[str, msgspec.Meta(max_length=MAX_TEMPLATE)] | msgspec.UnsetType = msgspec.UNSET
+    structure: Domain | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ class SavedAdapter:
         shapes: of its tensors, by name.
         weights_sha256: the checksum of the file that holds them.
         chat_template: with which it was trained, where that is not its base's own.
+        structure: what it was trained to read of a text, if anything.
     """
 
     directory: Path
@@ -81,6 +84,7 @@ class SavedAdapter:
     shapes: dict[str, tuple[int, ...]]
     weights_sha256: str
     chat_template: str | None
+    structure: Domain | None
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Reads the tensors: after ``shapes`` have been compared with what is needed, for they take memory.
@@ -125,8 +129,8 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
             "An adapter holds float32 or float64 tensors.", short(alien), "Save it with save_pretrained."
         )
     shapes = {name: shape for name, (_, shape) in header.items()}
-    checksum, template = body["weights_sha256"], body.get("chat_template")
-    return SavedAdapter(directory, config, body["base_model"], shapes, checksum, template)
+    beside = body.get("chat_template"), body.get("structure")
+    return SavedAdapter(directory, config, body["base_model"], shapes, body["weights_sha256"], *beside)
 
 
 def base_name(adapter: str | Path | SavedAdapter) -> str:

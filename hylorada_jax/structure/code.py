@@ -9,11 +9,12 @@ import tokenize
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 Domain = Literal["code"]  # whose structure is read off a text; other domains bring their ids
+DOMAINS = get_args(Domain)
 
 # Lists of a syntax node that stand one level deeper than the node itself.
 _SUITES = ("body", "orelse", "finalbody", "cases")

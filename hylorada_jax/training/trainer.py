@@ -25,7 +25,7 @@ from hylorada_jax.models.batch import Batch, computed
 from hylorada_jax.placement.placement import placement_of
 from hylorada_jax.placement.processes import agree, everywhere, is_first, on_first, whole
 from hylorada_jax.placement.shards import in_use, own_rows, shard_rows
-from hylorada_jax.saved.adapter_files import check_template
+from hylorada_jax.saved.adapter_files import check_beside
 from hylorada_jax.terminal import one_line
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.checks import check_data, check_groups, check_training
@@ -122,8 +122,7 @@ class HyLoRADATrainer:
         placement = check_training(model.base, config)
         self._placement = model.placement or placement
         check_groups(model.config, config)
-        if model.chat_template is not None:
-            check_template(model.chat_template)
+        check_beside(model.chat_template, model.structure)
         mixture, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
         self._rows = [
             (Rows(documents, config.seq_len, packing=config.packing), weight)
