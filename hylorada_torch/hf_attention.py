@@ -137,6 +137,7 @@ def adapt_attention(model: Any, name: str, config: HyLoRADAConfig, passes: Passe
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         kind = PositionalDAA if config.daa_position_bias else DirectAttentionAdapter
         daa = kind(model.config.num_attention_heads, config.daa_per_head, dtype=dtype)
+        daa.to(next(attention.parameters()).device)
     groups = functools.partial(s2_groups, config) if config.s2_attn_enabled else None
     attention.hylorada = AdaptedAttention(daa, groups, passes)
     if written_out := _WRITTEN_OUT.get(type(attention).__name__):

@@ -1,7 +1,6 @@
 """The linear adapters, written to be read: one formula, y = (base + δ·p)·c; what differs is c, and p."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,6 @@ class LoRALinear(nn.Module):
         lora_A_init: "orthogonal" (orthonormal rows when rank <= in_features), "kaiming", or None: as above.
         lora_A_gain: multiplies the initial ``lora_A``, finite and > 0.
         generator: source of the random initial ``lora_A``; torch's global one if None.
-        device: of the parameters; torch's default if None.
         dtype: of the parameters.
 
     Raises:
@@ -80,7 +78,6 @@ class LoRALinear(nn.Module):
         lora_A_init: str | None = None,
         lora_A_gain: float = 1.0,
         generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -95,9 +92,8 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout = nn.Dropout(dropout)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **factory))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **factory))
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype))
         with torch.no_grad():
             if (lora_A_init or self.default_init) == "orthogonal":
                 nn.init.orthogonal_(self.lora_A, generator=generator)

@@ -14,6 +14,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
 from hylorada_jax.saved.adapter_files import check_base, write_adapter
 from hylorada_jax.saved.base_identity import base_identity
 from hylorada_jax.saved.saved_adapter import open_adapter
+from hylorada_jax.structure.code import Domain
 from hylorada_torch.forward_pass import ForwardPass
 from hylorada_torch.position import check_positions, default_positions
 from hylorada_torch.surgery import attach_adapters, base_weight
@@ -43,7 +44,9 @@ class HyLoRADAModel(nn.Module):
         super().__init__()
         self.config = config
         self._identity = _identity(base_model)
-        self.chat_template: str | None = None  # kept for who talks with the model; read by none here
+        # Kept for who talks with the model; read by none here.
+        self.chat_template: str | None = None
+        self.structure: Domain | None = None
         self._attached = attach_adapters(base_model, config, seed=seed)
         self.structure_encoder = self._attached.structure_encoder
         self.base_model = base_model
@@ -176,6 +179,7 @@ class HyLoRADAModel(nn.Module):
             self._identity,
             overwrite=overwrite,
             chat_template=self.chat_template,
+            structure=self.structure,
         )
 
     @classmethod
@@ -194,7 +198,7 @@ class HyLoRADAModel(nn.Module):
         tensors = saved.tensors()
         model = cls(base_model, saved.config)
         model.load_adapters({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
-        model.chat_template = saved.chat_template
+        model.chat_template, model.structure = saved.chat_template, saved.structure
         return model
 
     def print_trainable_parameters(self) -> None:

@@ -153,9 +153,11 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
     check_attentions(model, attentions, config)
 
     model.requires_grad_(False)
+    # All is drawn on the CPU, where a seed always gives the same values, and goes to its layer's device.
     generator = torch.Generator().manual_seed(seed)
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    passes, position_bias = Passes(), PositionBias(dtype=dtype)
+    first = next(model.parameters())
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    passes, position_bias = Passes(), PositionBias(dtype=dtype).to(first.device)
     attached = Attached(passes)
     if config.position_bias_enabled:
         attached.owners.append(("", position_bias))
@@ -172,7 +174,8 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
         attached.owners.append((name, _follow_by_sparse(model.get_submodule(name), config, generator, dtype)))
     if config.use_hylorada_v2:
         kind = TemporalStructureEncoder if config.structure_encoder_type == "temporal" else StructureEncoder
-        attached.structure_encoder = kind(config.structure_dim, generator=generator, dtype=dtype)
+        encoder = kind(config.structure_dim, generator=generator, dtype=dtype).to(first.device)
+        attached.structure_encoder = encoder
         attached.owners.append(("structure_encoder", attached.structure_encoder))
     for name, module in unfrozen:
         module.requires_grad_(True)
@@ -199,7 +202,6 @@ def _build_linear(
         "lora_A_init": config.lora_A_init,
         "lora_A_gain": config.lora_A_gain,
         "generator": generator,
-        "device": weight.device,
         "dtype": torch.promote_types(weight.dtype, torch.float32),
     }
     norm: dict[str, Any] = {"detach_norm": bool(config.detach_norm)}
@@ -207,7 +209,7 @@ def _build_linear(
     adapter: DoRALinear
     match config.linear:
         case "lora":
-            return LoRALinear(d_in, d_out, **options)
+            return LoRALinear(d_in, d_out, **options).to(weight.device)
         case "dora":
             adapter = DoRALinear(d_in, d_out, **options, **norm)
         case "hylorada_v1":
@@ -221,6 +223,7 @@ def _build_linear(
             raise AssertionError(config.method)  # it adapts no linear layer
         case _:
             assert_never(config.linear)
+    adapter.to(weight.device)
     adapter.init_magnitude(weight)
     return adapter
 
@@ -229,16 +232,16 @@ def _follow_by_sparse(
     layer: nn.Module, config: HyLoRADAConfig, generator: torch.Generator, dtype: torch.dtype
 ) -> SparseAdapter:
     """Let a sparse adapter act on the whole output of a layer, its bias and its own adapter included."""
-    base = layer.base if isinstance(layer, AdaptedLinear) else layer
+    weight = base_weight(layer.base if isinstance(layer, AdaptedLinear) else layer)
     layer.sparse = SparseAdapter(
-        len(base_weight(base)),
+        len(weight),
         config.sparse_adapter_dim,
         config.sparse_topk_ratio,
         config.sparse_temperature,
         config.sparse_dropout,
         generator=generator,
         dtype=dtype,
-    )
+    ).to(weight.device)
     layer.register_forward_hook(lambda layer, _, output: layer.sparse(output))
     return layer.sparse
 

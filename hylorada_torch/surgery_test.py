@@ -169,6 +169,7 @@ def test_counts(settings, count):
         base = Qwen2ForCausalLM(QWEN)
     model = HyLoRADAModel(base, HyLoRADAConfig(**settings))
     assert sum(parameter.numel() for parameter in model.adapters().values()) == count
+    assert all(parameter.is_meta for parameter in model.adapters().values())  # as the layers are
 
 
 @pytest.mark.parametrize("scales_bias", [False, True])

@@ -64,11 +64,12 @@ def test_float64(family, name, tmp_path):
 
         # Saved, loaded and saved by the reference and loaded it is the same, bit for bit, on both sides, and
         # runs in the program that is compiled already. Loading compares how each side names the base.
-        model.adapters, model.chat_template = pair.adapters, "{{ messages }}"
+        model.adapters, model.chat_template, model.structure = pair.adapters, "{{ messages }}", "code"
         there, loaded = there_and_back(model, family, tmp_path)
         files = [(tmp_path / side / WEIGHTS_NAME).read_bytes() for side in ("jax", "torch")]
         assert files[0] == files[1]
-        assert (loaded.config, loaded.chat_template) == (CONFIGS[name], "{{ messages }}")
+        beside = loaded.chat_template, loaded.structure
+        assert (loaded.config, *beside) == (CONFIGS[name], "{{ messages }}", "code")
         assert str(jax.tree.structure(loaded.adapters)) == str(jax.tree.structure(pair.adapters))
         jax.tree.map(np.testing.assert_array_equal, loaded.adapters, pair.adapters)
         got, expected = pair.got(loaded), dataclasses.replace(pair, reference=there).expected()
