@@ -2,11 +2,13 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
 from hylorada_jax.errors import ConfigError
+
+_MAY_BE_EMPTY = ("--prompt", "--mesh")
 
 
 def flag_of(name: str) -> str:
@@ -24,6 +26,32 @@ def options_of(command: Callable[..., None]) -> list[str]:
     hints = {name: hint for name, hint in get_type_hints(inspect.unwrap(command)).items() if name != "return"}
     groups = [[f.name for f in fields(h)] if is_dataclass(h) else [name] for name, h in hints.items()]
     return [flag_of(name) for names in groups for name in names]
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Raises a ConfigError for an option whose value is empty, as of a shell variable that is not set.
+
+    Args:
+        arguments: of a command.
+
+    Example:
+        >>> refuse_empty(["finetune", "--prompt", ""])
+        >>> refuse_empty(["finetune", "--output", ""])
+        Traceback (most recent call last):
+        ...
+        hylorada_jax.errors.ConfigError: The value of --output must not be empty.
+          received: --output ""
+          remedy:   Give one, or leave --output out.
+    """
+    option = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            option, given, value = argument.partition("=")
+        else:
+            given, value = "=", argument
+        if given and not value and option and flag_of(option) not in _MAY_BE_EMPTY:
+            rule = f"The value of {option} must not be empty."
+            raise ConfigError(rule, f'{option} ""', f"Give one, or leave {option} out.")
 
 
 def in_flags(error: ConfigError, flags: Mapping[str, str]) -> ConfigError:

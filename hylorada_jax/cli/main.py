@@ -14,7 +14,7 @@ from hylorada_jax.cli.chat import chat
 from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
-from hylorada_jax.cli.flags import options_of
+from hylorada_jax.cli.flags import options_of, refuse_empty
 from hylorada_jax.cli.generate import generate
 from hylorada_jax.cli.help_text import unwrapped
 from hylorada_jax.cli.inspect import inspect
@@ -90,6 +90,7 @@ def _run() -> None:
         raise ConfigError("The first word must be a command.", given[0], near(given[0], COMMANDS))
     arguments, recipe = expanded(given, options_of(finetune)), named_recipe(given)
     try:
+        refuse_empty(arguments)
         tyro.extras.subcommand_cli_from_dict(
             {name: unwrapped(command) for name, command in COMMANDS.items()},
             args=arguments,

@@ -81,6 +81,12 @@ def test_output_that_nobody_reads_ends_the_command_without_a_traceback():
             "--steps must be an integer ≥ 1.\n  received: run",
         ),
         (("params", "--daa-position-bias"), "remedy:   Set --daa too"),
+        (("finetune", "--output", ""), '--output ""'),
+        (("evaluate", "--data", "a.txt", "--adapter="), "or leave --adapter out"),
+        (
+            ("finetune", "--output", "a", "--recipe", "empty.yaml"),
+            'an option beside it: --data ""',
+        ),
     ],
 )
 def test_settings_that_are_refused_are_called_by_their_options(
@@ -88,6 +94,7 @@ def test_settings_that_are_refused_are_called_by_their_options(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("steps: 0")
+    (tmp_path / "empty.yaml").write_text('data: [""]')
     monkeypatch.setattr(sys, "argv", ["hylorada", *arguments])
     with pytest.raises(SystemExit, match="2"):
         module.main()

@@ -244,7 +244,8 @@ class RunDirectory:
             raise CheckpointError(
                 "A run is resumed with the base model, the settings and the data it was started with.",
                 was,
-                "Resume with what it was started with, or choose another output directory.",
+                "Resume with what it was started with, or choose another output directory, where start_from "
+                "can go on with its adapter.",
             )
         if changed:
             warnings.warn(
