@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     MinPLogitsWarper,
+    Phi3Config,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -252,6 +253,15 @@ def test_logits_equal_transformers_in_float64(name):
         logits = logits_of(ours(hf, model), ids)
     assert logits.dtype == theirs.dtype == np.float64
     np.testing.assert_allclose(logits, theirs, rtol=0, atol=DECODER["float64"])
+
+
+def test_phi3_stretches_4096_tokens_where_nothing_says_how_many():
+    hf = {key: value for key, value in MODELS["phi3"].items() if key != "original_max_position_embeddings"}
+    hf["max_position_embeddings"] = 131072
+    theirs = ROPE_INIT_FUNCTIONS["longrope"](Phi3Config(**hf), "cpu")
+    ours = DecoderConfig.from_hf(hf).rope_scaling
+    assert ours.original_max_position_embeddings == 4096
+    assert ours.attention_factor == pytest.approx(theirs[1], rel=1e-12)
 
 
 OFF = [

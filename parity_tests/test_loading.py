@@ -370,14 +370,6 @@ def test_what_a_flax_class_cannot_rotate_is_refused_by_name(change, message):
         check_hf_flax(transformers.GemmaConfig.from_dict(RIGHT["gemma"].to_dict() | change))
 
 
-def test_longt5_is_refused_and_cannot_be_made():
-    config = transformers.LongT5Config(**T5)
-    with pytest.raises(ModelError, match=r"jnp\.clip"):
-        check_hf_flax(config)
-    with pytest.raises(TypeError, match="a_max"):
-        transformers.FlaxLongT5ForConditionalGeneration(config)
-
-
 def hf_flax_error(config, tmp_path) -> float:
     """How far transformers' Flax logits are from its torch logits, loaded by transformers itself."""
     oracle = random_torch_model(config.to_dict(), gain=3.0)  # attention far from uniform

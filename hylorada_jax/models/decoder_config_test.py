@@ -30,6 +30,11 @@ def test_gemmas_gelu_is_its_approximation_as_in_transformers_5():
         ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"model_type": "gemma2", "sliding_window": None}, "sliding_window=None, and 13 of 26"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
+            "sliding_attention",
+        ),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "longrope", "type": "linear", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"factor": 2.0}}, "rope type"),

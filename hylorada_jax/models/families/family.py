@@ -286,18 +286,17 @@ def sliding(
         The window, None where no layer has it; the layers.
 
     Raises:
-        ModelError: ``layer_types`` is not one type per layer, asks for a window that is not there, or
-            contradicts what is implied and fixed.
+        ModelError: ``layer_types`` is not one type per layer, or contradicts what is implied and fixed; or
+            layers slide, and there is no window.
     """
     layers, depth = tuple(implied), keys.num_hidden_layers
     if keys.layer_types is not None:
         layers = tuple(kind == "sliding_attention" for kind in keys.layer_types)
-        if len(layers) != depth or (any(layers) and window is None):
+        if len(layers) != depth:
             raise ModelError(
-                "layer_types names 'full_attention' or, with a window, 'sliding_attention' for each layer.",
-                f"layer_types of {len(layers)}, {sum(layers)} of them sliding; num_hidden_layers={depth}, "
-                f"sliding_window={window}",
-                "Check layer_types, sliding_window and use_sliding_window in config.json.",
+                "layer_types names 'full_attention' or 'sliding_attention' for each layer.",
+                f"layer_types of {len(layers)}; num_hidden_layers={depth}",
+                "Check layer_types in config.json.",
             )
         if fixed and layers != tuple(implied):
             raise ModelError(
@@ -305,4 +304,10 @@ def sliding(
                 f"layer_types with {sum(layers)} of {depth} sliding, sliding_window={window}",
                 "Remove layer_types from config.json.",
             )
+    if any(layers) and window is None:
+        raise ModelError(
+            "Layers of sliding attention have a window.",
+            f"sliding_window={window}, and {sum(layers)} of {depth} layers slide",
+            "Check layer_types, sliding_window and use_sliding_window in config.json.",
+        )
     return (window if any(layers) else None), layers

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
+from hylorada_jax.errors import ModelError
+from hylorada_jax.io.reading import checked
 from hylorada_jax.models.bounds import Multiplier, Positions, Theta, Vocabulary
 from hylorada_jax.models.families import gemma2
 from hylorada_jax.models.families.family import GGUF, QK_NORMS, Decoder, Family, Options
@@ -23,8 +25,17 @@ class Gemma3Keys(gemma2.Gemma2Keys, frozen=True, kw_only=True):
     final_logit_softcapping: Multiplier | None = None
 
 
+class _Local(Struct, forbid_unknown_fields=True):
+    rope_theta: Theta = 10000.0
+    rope_type: Literal["default"] = "default"
+
+
 def settings(said: dict[str, Any]) -> dict[str, Any]:
-    """With the rope parameters, which transformers 5 has for each type of layer, as 4.57 has them."""
+    """With the rope parameters, which transformers 5 has for each type of layer, as 4.57 has them.
+
+    Raises:
+        ModelError: layers with a window have more than a base, which no Gemma 3 has.
+    """
     rope = said.get("rope_parameters")
     if not isinstance(rope, Mapping) or not {"full_attention", "sliding_attention"} & rope.keys():
         return said
@@ -32,8 +43,10 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
     said = {key: value for key, value in said.items() if key != "rope_parameters"}
     if full:
         said["rope_parameters"] = full
-    if "rope_theta" in local:
-        said["rope_local_base_freq"] = local["rope_theta"]
+    if local:
+        rule = "Layers with a window rotate by the default rope type, with a base of their own."
+        remedy = "Check rope_parameters.sliding_attention in config.json."
+        said["rope_local_base_freq"] = checked(local, _Local, rule, ModelError, remedy).rope_theta
     return said
 
 

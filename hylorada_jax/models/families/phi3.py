@@ -1,5 +1,6 @@
 """Phi-3, 3.5 and 4-mini: q, k and v in one layer, gate and up in another; a part of each head rotates."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -7,6 +8,8 @@ from msgspec import Meta
 from hylorada_jax.models.bounds import Epsilon, Positions, Tokens, Vocabulary, Width
 from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options, alike
 from hylorada_jax.models.rope_config import partial_rotary_factor
+
+_ORIGINAL = "original_max_position_embeddings"
 
 
 class Phi3Keys(Keys, frozen=True, kw_only=True):
@@ -24,8 +27,14 @@ class Phi3Keys(Keys, frozen=True, kw_only=True):
 
 
 def settings(said: dict[str, Any]) -> dict[str, Any]:
-    """The part that rotates, which transformers 5 keeps among the rope parameters, under its own key."""
-    return {**said, "partial_rotary_factor": partial_rotary_factor(said)}
+    """The part that rotates, which transformers 5 keeps among the rope parameters, under its own key.
+
+    The length that LongRoPE stretches is 4096 tokens where nothing says it, and not all positions, as
+    elsewhere.
+    """
+    rope = said.get("rope_scaling") or said.get("rope_parameters")
+    inner = rope.get(_ORIGINAL) if isinstance(rope, Mapping) else None
+    return {_ORIGINAL: inner or 4096, **said, "partial_rotary_factor": partial_rotary_factor(said)}
 
 
 def options(keys: Phi3Keys) -> Options:

@@ -1,4 +1,4 @@
-"""T5, and mT5, whose logits are never scaled; LongT5, which transformers' Flax class cannot run."""
+"""T5, and mT5, whose logits are never scaled."""
 
 from dataclasses import replace
 from functools import partial
@@ -35,10 +35,8 @@ _T5 = Family(
     flax=_FLAX,
 )
 _OF_MT5 = replace(_FLAX, settings=partial(_settings, scaled=False))
-_OF_LONGT5 = Flax(faults=lambda config: {"it calls jnp.clip(a_max=…), which jax no longer has": True})
 
 FAMILIES = [
     _T5,
     replace(_T5, model_type="mt5", tokenizer=None, flax=_OF_MT5),
-    replace(_T5, model_type="longt5", tokenizer=None, flax=_OF_LONGT5),
 ]
