@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from hylorada_jax.errors import ConfigError, near, require_one_of
 from hylorada_jax.exact import fraction
+from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import read_json
 from hylorada_jax.leaves import Kind, lora_a_start
 from hylorada_jax.text import parse_json, shown
@@ -464,7 +465,7 @@ class HyLoRADAConfig:
     def load(cls, path: str | Path) -> HyLoRADAConfig:
         """The config of a JSON file in UTF-8; a ConfigError where there is none at ``path``."""
         rule = "A config file must be a JSON object of settings, in UTF-8."
-        return cls.from_dict(read_json(Path(path), rule, ConfigError, "Check the path and the file."))
+        return cls.from_dict(read_json(user_path(path), rule, ConfigError, "Check the path and the file."))
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> HyLoRADAConfig:

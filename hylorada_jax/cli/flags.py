@@ -3,8 +3,8 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from dataclasses import is_dataclass
+from typing import get_args, get_type_hints
 
 from hylorada_jax.errors import ConfigError
 
@@ -21,11 +21,13 @@ def flag_of(name: str) -> str:
     return f"--{name.removeprefix('--').replace('_', '-')}"
 
 
-def options_of(command: Callable[..., None]) -> list[str]:
-    """The options of a command, those of its groups too."""
+def options_of(command: Callable[..., None]) -> dict[str, bool]:
+    """The options of a command, those of its groups too, and whether each is a switch."""
     hints = {name: hint for name, hint in get_type_hints(inspect.unwrap(command)).items() if name != "return"}
-    groups = [[f.name for f in fields(h)] if is_dataclass(h) else [name] for name, h in hints.items()]
-    return [flag_of(name) for names in groups for name in names]
+    groups = [get_type_hints(h) if is_dataclass(h) else {name: h} for name, h in hints.items()]
+    return {
+        flag_of(name): bool in (hint, *get_args(hint)) for group in groups for name, hint in group.items()
+    }
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ from hylorada_jax.cli.shared import (
     check_adapter,
     generating,
     loaded,
+    output_file,
     placement_for,
     prompt_of,
     puts_offline,
-    refuse_output,
     template_of,
     tokenizer_of,
     warn_of_length,
@@ -59,7 +59,7 @@ def generate(
         adapter: directory of a trained adapter.
         sampling: How tokens are chosen [in a chat, the model's own settings; else the most likely, up to 64].
         chat: send the prompt as a user's message, through the model's chat template.
-        chat_template: a Jinja file in place of the model's or the adapter's template.
+        chat_template: a Jinja file in place of the model's or the adapter's template, for --chat or messages.
         output: a new JSON Lines file for the answered conversations [they are printed].
         batch_size: conversations at a time.
         structure: the structure that a hylorada_v2 adapter reads: code, also in the tokens that follow, or
@@ -83,7 +83,11 @@ def generate(
         if messages is None:
             rule = "Answers to messages are written to a file."
             raise ConfigError(rule, f"--output {output} for a prompt", "Leave --output out.")
-        refuse_output(output)
+        output = output_file(output)
+    if chat_template is not None and not chat and messages is None:
+        rule = "A chat template is of a conversation."
+        received = f"--chat-template {chat_template} for a prompt that is continued"
+        raise ConfigError(rule, received, "Give --chat too, or leave it out.")
     check_windows(1, batch_size=batch_size)
     check_seed(seed)
     saved, read = check_adapter(adapter, structure)

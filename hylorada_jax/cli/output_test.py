@@ -56,6 +56,15 @@ def test_an_output_that_cannot_be_written(place, command, name, monkeypatch, cap
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_a_leading_tilde_is_the_users_home(place, command, monkeypatch, capsys):
+    """As in --output=~/runs, which a shell leaves as it is."""
+    monkeypatch.setenv("HOME", str(place))
+    name = "~/file/output.json" if command.startswith(("parity", "generate")) else "~/file"
+    error = refused(command, name, monkeypatch, capsys)
+    assert f"{place / 'file'}" in error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_url_is_no_output(place, command, monkeypatch, capsys):
     """Else it would be a directory "s3:" beside the user's own."""
     assert "received: s3://bucket" in refused(command, "s3://bucket/run.json", monkeypatch, capsys)

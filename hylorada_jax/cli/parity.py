@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from hylorada_jax.cli.shared import refuse_output
+from hylorada_jax.cli.shared import output_file
 from hylorada_jax.errors import ConfigError, require_packages
 from hylorada_jax.terminal import one_line
 
@@ -33,7 +33,7 @@ def parity(
         ("torch", "transformers"),
         'Install it: `pip install "hylorada[torch]"`.',
     )
-    refuse_output(output, overwrite=overwrite, remedy="Give another --output, or --overwrite.")
+    output = output_file(output, overwrite=overwrite, remedy="Give another --output, or --overwrite.")
 
     from tqdm import tqdm
 

@@ -1,6 +1,6 @@
 """A whole run in one file: the options of ``hylorada finetune`` as JSON or YAML."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,14 @@ def recipe_of(
     }
 
 
-def expanded(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+def expanded(arguments: Sequence[str], known: Mapping[str, bool]) -> list[str]:
     """A command line with what its recipe says in front of the options beside it, which so win.
 
     Steps beside a recipe win over its epochs too, and the ratio of the warm-up over its steps.
 
     Args:
         arguments: of the program; only ``finetune`` has a recipe.
-        known: the options of ``finetune``.
+        known: the options of ``finetune``, and whether each is a switch.
 
     Returns:
         The same, or more of them.
@@ -69,7 +69,7 @@ def expanded(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
         >>> with tempfile.TemporaryDirectory() as place:
         ...     file = Path(place) / "run.yaml"
         ...     _ = file.write_text("steps: 5\\npacking: false\\ntargets: [q_proj, v_proj]")
-        ...     known = ("--steps", "--packing", "--targets")
+        ...     known = {"--steps": False, "--packing": True, "--targets": False}
         ...     expanded(["finetune", "--recipe", str(file), "--steps", "9"], known)[1:6]
         ['--steps=5', '--no-packing', '--targets', 'q_proj', 'v_proj']
     """
@@ -88,6 +88,11 @@ def expanded(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
         if (option := flag_of(name)) not in known and option.replace("--no-", "--", 1) not in known:
             rule = "A recipe's keys must be options of finetune."
             raise ConfigError(rule, f"{path}: {shown(name)}", near(name, [key[2:] for key in known]))
+        if option == _OPTION:
+            rule = "A recipe has all of its options in one file."
+            raise ConfigError(rule, f"{path}: {shown(name)}", "Copy that recipe's options into this one.")
+        if value is None and known.get(option):
+            continue  # a switch that is neither on nor off: as it is by default
         try:
             said += () if option in replaced else _option(name, value)
         except ConfigError as error:

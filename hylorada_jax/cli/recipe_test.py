@@ -73,9 +73,11 @@ def test_steps_beside_a_recipe_win_over_its_epochs_and_both_at_once_are_refused(
 def test_yaml_says_the_same(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "steps: 3\nlearning_rate: 3e-5  # as text in YAML 1.1\npacking: no\ntargets: [q_proj]\nrank: 3"
+        "steps: 3\nlearning_rate: 3e-5  # as text in YAML 1.1\npacking: no\ntargets: [q_proj]\nrank: 3\n"
+        "daa: null\neval_tokens: null"
     )
     training, adapter, *_ = parsed("--recipe", str(file), "--output", "b")
+    assert (training.eval_tokens, adapter.daa) == (None, None)
     assert (training.steps, training.learning_rate, training.packing) == (3, 3e-5, False)
     assert (adapter.targets, adapter.rank) == (("q_proj",), 3)
 
@@ -95,6 +97,7 @@ def test_yaml_says_the_same(tmp_path):
         ("a.yaml", b"targets: [[a]]", "targets"),
         ("a.yaml", b"targets: &a [x, x]\nexclude: &b [*a, *a]\ndata: [*b, *b]", "exclude: "),
         ("a.yaml", b"steps: 2024-01-01", "a.yaml: steps"),
+        ("a.yaml", b"recipe: b.yaml", "a.yaml: 'recipe'"),
         ("a.yaml", b"learning_rte: 1", "a.yaml: 'learning_rte'[\\s\\S]*learning-rate"),
         ("a.json", b'{"a": "' + b"x" * 2**20 + b'"}', "bytes"),
     ],

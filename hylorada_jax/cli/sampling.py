@@ -6,6 +6,9 @@ from typing import Any
 
 import tyro
 
+from hylorada_jax.cli.flags import flag_of
+from hylorada_jax.errors import ConfigError
+
 _OF_SAMPLING = ("top_k", "top_p", "min_p")
 
 
@@ -35,12 +38,21 @@ class SamplingOptions:
         Args:
             model: whose own settings are taken where the user gives none; None: those of no model.
             max_new_tokens: where neither says it.
+
+        Raises:
+            ConfigError: tokens are to be filtered, and the most likely one is taken.
         """
         from hylorada_jax.models.generation_config import generation_defaults
 
         given = {name: value for name, value in vars(self).items() if value is not None}
         own = {} if model is None else generation_defaults(model)
         chosen = {"max_new_tokens": max_new_tokens, "temperature": 0.0, **own, **given}
+        if not chosen["temperature"] and (idle := [name for name in given if name in _OF_SAMPLING]):
+            raise ConfigError(
+                "Tokens are filtered where they are sampled, at a temperature above 0.",
+                ", ".join(f"{flag_of(name)} {given[name]:g}" for name in idle) + " at temperature 0",
+                "Give --temperature too; 1 samples by the model's own probabilities.",
+            )
         heeded = {
             name: value
             for name, value in own.items()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io import hub
-from hylorada_jax.io.files import kind_of, refuse_unusable
+from hylorada_jax.io.files import kind_of, refuse_unusable, user_path
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, show
 
@@ -46,14 +46,15 @@ def puts_offline(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def refuse_output(output: Path, *, overwrite: bool = False, remedy: str = "Choose another name.") -> None:
-    """Reports an output file that cannot be written, or is there already, before anything is read.
+def output_file(output: Path, *, overwrite: bool = False, remedy: str = "Choose another name.") -> Path:
+    """The file to write; reports one that cannot be written, or is there already, before anything is read.
 
     Args:
-        output: the file.
+        output: as the user typed it.
         overwrite: one that is there is replaced.
         remedy: for the error about one that is there.
     """
+    output = user_path(output)
     refuse_unusable(output.parent)
     try:
         if not output.parent.is_dir():
@@ -65,6 +66,7 @@ def refuse_output(output: Path, *, overwrite: bool = False, remedy: str = "Choos
             raise CheckpointError("An output file is not overwritten.", output, remedy)
     except OSError as error:
         raise CheckpointError("An output must be a file that can be written.", error, remedy) from error
+    return output
 
 
 def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
@@ -228,9 +230,9 @@ def chat_of(
     if structure is None:
         return ids, None
 
-    from hylorada_jax.structure.code import fenced_depths
+    from hylorada_jax.data.tokenization import conversation_depths
 
-    return ids, fenced_depths(text, offsets)[0].tolist()
+    return ids, conversation_depths(text, ids, offsets, tokenizer)[0].tolist()
 
 
 def loaded(
