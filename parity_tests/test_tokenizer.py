@@ -10,8 +10,9 @@ import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.evaluation.retrieval import contexts
 from hylorada_jax.models.segments import specials_of
-from hylorada_jax.models.tokenizer import load_tokenizer
+from hylorada_jax.models.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
     "The cat",
@@ -77,6 +78,14 @@ def metaspace():
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     return tokenizer
+
+
+def test_the_answer_of_a_probe_is_in_its_context_by_the_same_tokens():
+    for make in (llama2, metaspace, lambda: load_tokenizer("smollm2-135m").backend):
+        context = contexts(Tokenizer(make()), 4096, 1)[3]
+        tokens, asked = context["tokens"], len(context["answer"]) + 1  # with the token before it
+        runs = [tokens[place : place + asked] for place in range(len(tokens) - asked)]
+        assert runs.count(tokens[-asked:]) == 1
 
 
 def word_piece(cleanup=True):

@@ -23,20 +23,20 @@ from hylorada_jax.models.tokenizer import Tokenizer
 DEPTHS = 10
 # What the fact is hidden among: sentences without a number or a name.
 _FILLER = (
-    " Rain had fallen on the roofs since the early morning.",
-    " A cart went slowly down the road to the harbour.",
-    " Nobody in the house had heard the door.",
-    " The bread was still warm when they sat down.",
-    " Two boats lay on the sand, and the tide was out.",
-    " Somebody had left a lamp burning in the hall.",
-    " The letters were read aloud and put away again.",
-    " Behind the garden the hills were already green.",
-    " They spoke of the weather and of the price of wool.",
-    " The old clock in the square had stopped again.",
+    "Rain had fallen on the roofs since the early morning.",
+    "A cart went slowly down the road to the harbour.",
+    "Nobody in the house had heard the door.",
+    "The bread was still warm when they sat down.",
+    "Two boats lay on the sand, and the tide was out.",
+    "Somebody had left a lamp burning in the hall.",
+    "The letters were read aloud and put away again.",
+    "Behind the garden the hills were already green.",
+    "They spoke of the weather and of the price of wool.",
+    "The old clock in the square had stopped again.",
 )
 _NAMES = ("Anna", "Peter", "Maria", "David", "Laura", "Thomas", "Julia", "Robert", "Helen", "Martin")
-_FACT = " The number of {name}'s locker is {number}."
-_QUESTION = " The number of {name}'s locker is"
+_FACT = "The number of {name}'s locker is {number}."
+_QUESTION = "The number of {name}'s locker is"
 
 
 class Retrieval(NamedTuple):
@@ -144,20 +144,29 @@ def _row(
 ) -> dict[str, list[int]]:
     """The tokens of a context with the fact that is asked for at a depth, and those of its answer."""
     name, number = _NAMES[rng.integers(len(_NAMES))], int(rng.integers(10_000, 100_000))
-    stated = {depth: tokenizer.encode(_FACT.format(name=name, number=number))}
+    # Some tokenizers (Llama 2's) put a space before every text themselves, and ours would be a second one.
+    lead = "" if tokenizer.encode("a b") == tokenizer.encode("a") + tokenizer.encode("b") else " "
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer.encode(lead + text)
+
+    stated = {depth: tokens(_FACT.format(name=name, number=number))}
     beside = rng.spawn(1)[0]  # what else is stated changes neither the fact nor the sentences
     others = beside.permutation([other for other in _NAMES if other != name])
     free = beside.permutation([place for place in range(DEPTHS) if place != depth])
     for other, place in list(zip(others, free, strict=True))[: facts - 1]:
-        stated[place] = tokenizer.encode(_FACT.format(name=other, number=beside.integers(10_000, 100_000)))
-    question = tokenizer.encode(_QUESTION.format(name=name))
-    answer = tokenizer.encode(f" {number}")
+        stated[place] = tokens(_FACT.format(name=other, number=beside.integers(10_000, 100_000)))
+    question = tokens(_QUESTION.format(name=name))
+    whole = tokens(_QUESTION.format(name=name) + f" {number}")  # as in the fact, whatever a text begins with
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(question, whole, strict=False))
+    question = [token for token, _ in same]
+    answer = whole[len(question) :]
     begin = tokenizer.encode_prompt("").ids[:1]  # the bos token, where the model expects one
     begin = [] if begin != [tokenizer.bos_token_id] else begin
     room = seq_len - sum(map(len, (begin, *stated.values(), question, answer)))
     sentences: list[list[int]] = []
     while room > 0:
-        sentence = tokenizer.encode(_FILLER[rng.integers(len(_FILLER))])
+        sentence = tokens(_FILLER[rng.integers(len(_FILLER))])
         room -= len(sentence)
         if room >= 0:
             sentences.append(sentence)
