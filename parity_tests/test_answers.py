@@ -356,11 +356,13 @@ def test_what_is_too_long_is_cut_dropped_or_an_error_and_counted():
     assert counts == (1, 1, len(text), len(text) - 1, 0, 0, 0)
 
 
-def test_code_in_a_conversation_has_its_depths_and_all_else_none():
+@pytest.mark.parametrize("after", ["\n(or)", ""])
+def test_code_in_a_conversation_has_its_depths_and_all_else_none(after):
     tokenizer, _ = pair(CHATML)
     code = "if a:\n    b(c)\n"
-    answer = {"role": "assistant", "content": f"if so:\n    (this)\n```python\n{code}```\n(or)"}
-    (found,) = tokenize([conversation([ASKED[0], answer])], tokenizer, "code")
+    answer = {"role": "assistant", "content": f"if so:\n    (this)\n```python\n{code}```{after}"}
+    later = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So:\n    (that)"}]
+    (found,) = tokenize([conversation([ASKED[0], answer, *later])], tokenizer, "code")
     depths, _ = character_depths(code)
     assert found.structure_ids is not None
     assert set(found.structure_ids.tolist()) == set(depths.tolist())

@@ -66,10 +66,12 @@ def prompts_of(
     if structure is None:
         return prompts, None
 
-    from hylorada_jax.structure.code import fenced_depths
+    from hylorada_jax.data.tokenization import conversation_depths
 
-    depths = (fenced_depths(text, each.offsets)[0] for text, each in zip(texts, encoded, strict=True))
-    return prompts, [each.tolist() for each in depths]
+    return prompts, [
+        conversation_depths(text, *each, tokenizer)[0].tolist()
+        for text, each in zip(texts, encoded, strict=True)
+    ]
 
 
 def answers(

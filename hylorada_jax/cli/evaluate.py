@@ -1,5 +1,6 @@
 """The command that measures a model on text."""
 
+import sys
 from pathlib import Path
 
 from hylorada_jax.cli.joining import ALONE, Processes
@@ -106,7 +107,8 @@ def evaluate(
     for source in sources:
         if not json:
             source.announce()
-        tokens += reading.prepare(source.held_out, tokenizer, seq_len, read, None if json else "rows")
+        to = sys.stderr if json else None  # stdout has the one JSON object
+        tokens += reading.prepare(source.held_out, tokenizer, seq_len, read, "rows", to=to)
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=read is not None)
     measured = evaluate_perplexity(
         loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose),

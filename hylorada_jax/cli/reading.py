@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TextIO
 
 import tyro
 
@@ -171,9 +171,11 @@ class DataOptions:
         tokenizer: "Tokenizer",
         seq_len: int,
         structure: Domain | None,
-        what: str | None,
+        what: str,
+        *,
+        to: TextIO | None = None,
     ) -> "list[TokenizedDocument]":
-        """The rows' tokens; a line that counts them is printed where ``what`` names them."""
+        """The rows' tokens; a line that counts them, named ``what``, is printed to stdout or ``to``."""
         from hylorada_jax.data.tokenization import prepare
 
         skipped: list[DataError] | None = [] if self.skip_bad_rows else None
@@ -192,8 +194,7 @@ class DataOptions:
         said += [f"{counts.unscored:,} left out without a scored token"] * bool(counts.unscored)
         said += [f"{counts.too_long:,} left out as too long"] * bool(counts.too_long)
         said += [f"{counts.truncated:,} truncated"] * bool(counts.truncated)
-        if what:
-            print(f"{what:<8} {form_of(rows)}: {', '.join(said)}")
+        print(f"{what:<8} {form_of(rows)}: {', '.join(said)}", file=to)
         return documents
 
     def prepare_both(

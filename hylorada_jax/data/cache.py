@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def key_of(examples: Iterable[Example], tokenizer: Tokenizer, options: Mapping[s
     today = datetime.date.today() if "strftime_now" in str(tokenizer.chat_template) else None
     names = [field.name for field in dataclasses.fields(tokenizer) if field.name != "backend"]
     decides = {name: getattr(tokenizer, name) for name in names}
-    program = _source(), tokenizers.__version__, jinja2.__version__
+    program = _source(), tokenizers.__version__, jinja2.__version__, sys.version_info[:2]
     sha = hashlib.sha256(repr((program, today, decides, dict(options))).encode())
     sha.update(tokenizer.backend.to_str().encode())
     for example in examples:

@@ -234,7 +234,9 @@ def _tokenized(
             yield None
             continue
         yield [
-            _record(example, scored, "" if len(found) == 1 else f", part {part}", structure, unparsed)
+            _record(
+                example, scored, "" if len(found) == 1 else f", part {part}", tokenizer, structure, unparsed
+            )
             for part, scored in enumerate(found, start=1)
         ]
 
@@ -259,13 +261,34 @@ def _texts(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list
             yield [Scored(ids, [True] * len(ids), offsets, document.text)]
 
 
+def conversation_depths(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], tokenizer: Tokenizer
+) -> tuple[np.ndarray, bool]:
+    """:func:`fenced_depths` of a conversation as a template writes it, its messages between special tokens.
+
+    Args:
+        text: what the template gave.
+        ids: its tokens.
+        offsets: the characters [start, stop) of each of them.
+        tokenizer: that made them.
+    """
+    return fenced_depths(text, offsets, [token in tokenizer.special_ids for token in ids])
+
+
 def _record(
-    example: Example, scored: Scored, part: str, structure: str | None, unparsed: list[str]
+    example: Example,
+    scored: Scored,
+    part: str,
+    tokenizer: Tokenizer,
+    structure: str | None,
+    unparsed: list[str],
 ) -> TokenizedDocument:
     depths = None
     if structure == "code":
-        depths_of = fenced_depths if isinstance(example, Conversation) else token_depths
-        depths, parses = depths_of(scored.text, scored.offsets)
+        if isinstance(example, Conversation):
+            depths, parses = conversation_depths(scored.text, scored.ids, scored.offsets, tokenizer)
+        else:
+            depths, parses = token_depths(scored.text, scored.offsets)
         if not parses:
             unparsed.append(example.name)
     return TokenizedDocument(

@@ -24,10 +24,10 @@ _BLANK = np.array([ord(character) for character in " \t\n\f"])
 _MOST_DOTS = 1000
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
-# One that is not closed reaches to the end.
+# One that is not closed reaches to the end, and a fence that closes is at least as long.
 _BLOCK = re.compile(
-    r"^ {0,3}(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)"
-    r"(?:^ {0,3}(?P=fence)[ \t]*$|\Z)",
+    r"^ {0,3}(?P<fence>(?P<mark>[`~])(?P=mark){2,})[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)"
+    r"(?:^ {0,3}(?P=fence)(?P=mark)*[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -65,13 +65,16 @@ def token_depths(source: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.nd
     return _at_their_ends(depths, offsets), parses
 
 
-def fenced_depths(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, bool]:
+def fenced_depths(
+    text: str, offsets: Sequence[tuple[int, int]], special: Sequence[bool] | None = None
+) -> tuple[np.ndarray, bool]:
     """The nesting depth of every token of a conversation: that of the blocks of Python in it, 0 elsewhere.
 
     Args:
         text: with blocks of code in Markdown's fences. Those of ``python``, ``py`` or ``python3`` count, and
             those without a language that parse.
         offsets: the characters [start, stop) of each token.
+        special: which tokens are special, as those around messages are; a block ends before such a one.
 
     Returns:
         The depths, int32 [tokens], and whether every block that says it is Python parses.
@@ -84,13 +87,16 @@ def fenced_depths(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.nda
     Source: CommonMark 0.31, section 4.5.
     """
     depths, all_parse = np.zeros(len(text), np.int32), True
-    for block in _BLOCK.finditer(text):
-        named = block["language"].lower() in ("python", "py", "python3")
-        if named or not block["language"]:
-            inner, parses = character_depths(block["code"])
-            all_parse &= parses or not named
-            if parses or named:
-                depths[block.start("code") : block.end("code")] = inner
+    between = [span for span, ends in zip(offsets, special or (), strict=bool(special)) if ends]
+    starts, stops = [0, *(stop for _, stop in between)], [*(start for start, _ in between), len(text)]
+    for first, last in zip(starts, stops, strict=True):
+        for block in _BLOCK.finditer(text[first:last]):
+            named = block["language"].lower() in ("python", "py", "python3")
+            if named or not block["language"]:
+                inner, parses = character_depths(block["code"])
+                all_parse &= parses or not named
+                if parses or named:
+                    depths[first + block.start("code") : first + block.end("code")] = inner
     return _at_their_ends(depths, offsets), all_parse
 
 

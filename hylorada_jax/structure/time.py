@@ -130,7 +130,8 @@ def _times(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
 def _shifted(moment: datetime, shift: Any, index: int) -> datetime:
     """A moment with a time zone on the clock of another one, which is so far from UTC."""
     try:
-        return (moment - moment.utcoffset() + shift).replace(tzinfo=None)  # type: ignore[operator]
+        # The zone goes first: pandas' timestamps with one count elapsed time, Python's what a clock shows.
+        return moment.replace(tzinfo=None) - moment.utcoffset() + shift  # type: ignore[operator]
     except OverflowError as error:
         raise _no_time(str(moment), index) from error
 

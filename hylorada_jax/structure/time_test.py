@@ -69,6 +69,15 @@ def test_time_zones_count_elapsed_hours_on_the_clock_of_the_first():
     assert np.diff(calendar_positions(twice)).tolist() == [1]
 
 
+def test_pandas_timestamps_of_a_time_zone_are_those_of_python():
+    pandas = pytest.importorskip("pandas")
+    for day in ("2024-03-30", "2024-10-26"):  # summer time begins, and ends
+        series = pandas.date_range(day, periods=96, freq="30min", tz="Europe/Berlin")
+        expected = calendar_positions([moment.to_pydatetime() for moment in series])
+        assert np.diff(expected).tolist() == [0.5] * 95
+        assert calendar_positions(list(series)).tolist() == expected.tolist()
+
+
 def test_float32_tells_seconds_apart_after_years():
     hours = calendar_positions(["2024-01-01T00:00", "2027-01-01T00:00:00", "2027-01-01T00:00:10"])
     assert len(set(hours.astype(np.float32).tolist())) == 3
