@@ -1,6 +1,6 @@
 """Every method at each budget, with intervals, and which settings were dropped when.
 
-    python benchmarks/budgets.py benchmarks/results/fair-wikitext-2 --against dora --page docs/results.md
+    python benchmarks/budgets.py benchmarks/results/fair-wikitext-2 --against dora --page docs/choosing.md
 
 Writes beside the runs: budgets.md and budgets.png, the perplexities and their differences, and how many
 directions the updates have; search.md, the held-out loss of every combination of settings that was tried; and
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.bootstrap import Effect, paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
-from benchmarks.report import commits, devices, draw, markdown, origin, plus_minus, replaced, styles
+from benchmarks.report import commits, devices, draw, filled, markdown, origin, plus_minus, styles
 from benchmarks.rows import Record, Row, budgets, is_measured, point, read, records
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.files import write_whole
@@ -39,6 +39,8 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
         against: the method that the others are compared with, seed by seed and text by text.
         page: a Markdown file whose table is replaced.
     """
+    if page is not None:
+        filled(page, directory.name, "")
     runs = records(directory)
     measured = [record for record in runs if is_measured(record)]
     if old := [record for record in measured if "passages" not in record["result"]]:
@@ -46,14 +48,17 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
         raise CheckpointError(rule, f"{len(old)} in {directory} without", "Run the experiment anew.")
     # A search that is under way has budgets with nothing measured yet to compare with.
     of_other = [record for record in measured if record["settings"]["label"] == against]
-    found = {steps: read(directory, steps=steps) for steps in budgets(of_other or measured)}
+    if not (compared := budgets(of_other) or budgets(measured)):
+        rule = "Methods are compared at the budgets that one was trained with."
+        raise CheckpointError(rule, f"{directory}: none was yet", "Let run_benchmark.py go on.")
+    found = {steps: read(directory, steps=steps) for steps in compared}
     text = table(found, against) + ranks(found[max(found)])
     show(text)
     write_whole(directory / "budgets.md", text.encode())
     write_whole(directory / "search.md", search(runs).encode())
     plot(found, against, directory)
     if page is not None:
-        write_whole(page, replaced(page.read_text("utf-8"), directory.name, text).encode())
+        write_whole(page, filled(page, directory.name, text))
 
 
 def table(found: dict[int, list[Row]], against: str) -> str:
@@ -92,9 +97,10 @@ def table(found: dict[int, list[Row]], against: str) -> str:
             cells += [mean_of(row, "other_perplexity")] if forgets else []
         lines.append(cells)
     note = (
-        f"{origin(found[max(found)])} Differences with 95 % intervals: a paired bootstrap over seeds and "
-        "documents (of one document, its windows); of few seeds they are too narrow rather than too wide. "
-        f"On {devices(everything)}. {commits(run for row in everything for run in row.runs)}"
+        f"{origin(found[max(found)], searched=found[min(found)])} Differences with 95 % intervals: a paired "
+        "bootstrap over seeds and documents (of one document, its windows); of few seeds they are too narrow "
+        f"rather than too wide. On {devices(everything)}. "
+        f"{commits(run for row in everything for run in row.runs)}"
     )
     return f"{markdown(lines)}\n\n{note}\n"
 

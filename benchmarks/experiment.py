@@ -9,7 +9,9 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
+
+import msgspec
 
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB
@@ -153,6 +155,8 @@ class Experiment:
             require_each_once("steps", self.steps)
             if list(self.steps) != sorted(self.steps):
                 raise ConfigError("steps must grow.", list(self.steps), "Put the smallest budget first.")
+        if list(self.seeds) != sorted(self.seeds):  # a table reads off the least what was searched
+            raise ConfigError("seeds must grow: the first is searched with.", list(self.seeds), "Sort them.")
         _ = self.variants
 
     @property
@@ -227,6 +231,13 @@ class Experiment:
         if unknown:
             remedy = " ".join(near(name, known) for name in unknown)
             raise ConfigError(f"{path} must have known settings.", ", ".join(unknown), remedy)
+        hints = get_type_hints(cls)
+        for name, value in settings.items():
+            try:
+                msgspec.convert([value] if name == "steps" and isinstance(value, int) else value, hints[name])
+            except msgspec.ValidationError as error:
+                rule = "An experiment's settings have the types of their names."
+                raise ConfigError(rule, f"{path}: {name}: {error}", "Correct it.") from None
         if changes.keys() & {"epochs", "steps"}:
             settings = {key: value for key, value in settings.items() if key not in ("epochs", "steps")}
         return cls(**(settings | changes))

@@ -1,6 +1,6 @@
 """Does the structure prior help where code is nested deeper than in training?
 
-    python benchmarks/nesting.py --output benchmarks/results --page docs/results.md
+    python benchmarks/nesting.py --test-tokens 16384 --output benchmarks/results --page docs/choosing.md
 
 Each method learns the Python standard library's source by the tokens of small nesting depths alone, and is
 tested on other files: on tokens of these depths, and on deeper ones. hylorada_v2 reads each token's depth, or

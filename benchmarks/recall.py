@@ -1,6 +1,7 @@
 """Do the parts that know the position help to find a fact in the middle of a long context?
 
-    python benchmarks/recall.py --output benchmarks/results --page docs/results.md
+    python benchmarks/recall.py --steps 48 --samples 4 --test-lengths 1024 2048 --output benchmarks/results \\
+        --page docs/choosing.md
 
 Every context gives ten people's numbers among sentences without one, and ends by asking for one of them
 (key-value retrieval). Each method is trained to answer in contexts of some lengths, and tested on other ones,

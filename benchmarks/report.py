@@ -128,8 +128,14 @@ def caption(rows: Sequence[Row]) -> str:
     return f"{origin(rows, places=True)} {measured} {commits(run for row in rows for run in row.runs)}"
 
 
-def origin(rows: Sequence[Row], *, places: bool = False) -> str:
-    """What was trained on and measured, in words; with or without the perplexity by place."""
+def origin(rows: Sequence[Row], *, places: bool = False, searched: Sequence[Row] | None = None) -> str:
+    """What was trained on and measured, in words.
+
+    Args:
+        rows: of the table; of the largest budget where it shows several.
+        places: it has the perplexity by place.
+        searched: the rows of the smallest of several budgets, with all settings that were tried.
+    """
     ended = [row.runs[0] for row in rows if row.runs]
     record = max(ended, key=lambda record: record["settings"]["steps"])  # the base has none
     settings, tokens, result = record["settings"], record["settings"]["tokens"], record["result"]
@@ -143,7 +149,7 @@ def origin(rows: Sequence[Row], *, places: bool = False) -> str:
         f"{settings['model']}, adapted on {settings['train_data']} ({part}{tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
         f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens{other}. "
-        f"{over_seeds(_seeds(rows))}, not over other text; {_rates(rows)}."
+        f"{over_seeds(_seeds(rows))}, not over other text; {_rates(rows if searched is None else searched)}."
     )
 
 

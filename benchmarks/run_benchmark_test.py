@@ -278,10 +278,15 @@ def test_the_budgets_table_has_the_differences_of_the_runs(halved):
     tried = (directory / "search.md").read_text()
     assert tried.count("| learning_rate") == 4 + 8
     assert tried.count(" |  |\n") == 2 + 4  # were dropped
+    counts = "of 4 combinations, hylorada_v1 of 8.", "of 8 combinations, lora of 4."  # of the first budget
+    assert any(count in " ".join(lines) for count in counts)
     for name in ("budgets.png", "held_out.png"):
         assert (directory / name).stat().st_size > 5_000
     with pytest.raises(ConfigError, match="hylorada_v1"):
         budgets.main(directory, against="dora")
+    absent = directory / "absent.md"
+    with pytest.raises(ConfigError, match=r"absent\.md"):
+        budgets.main(directory, against="lora", page=absent)
     with pytest.raises(CheckpointError, match="passage"):
         budgets.main(EXPERIMENTS[0].parents[1] / "results" / "wikitext-2", against="lora")
 
@@ -461,12 +466,29 @@ def test_a_file_of_experiments_is_called_as_its_experiment(path):
         ({"grid": {"lora_ranc": [2]}}, "lora_rank"),
         ({"grid": {"lora_plus_ratio": [2]}, "adapter": {}}, "LoRA"),
         ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": [1, 0]}, "seeds must grow"),
         ({"grid": {"learning_rate": []}}, "learning_rate"),
     ],
 )
 def test_an_experiment_that_says_what_cannot_be_is_refused(changes, match):
     with pytest.raises(ConfigError, match=match):
         Experiment(**experiment("tiny", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"seeds": 3}, "seeds: Expected `array`"),
+        ({"methods": ["lora"]}, "methods: Expected `object`"),
+        ({"grid": {"learning_rate": 0.001}}, "grid: Expected `array`"),
+        ({"steps": "3"}, "steps: Expected"),
+        ({"keep": None}, "keep: Expected `float`"),
+    ],
+)
+def test_a_file_whose_values_have_other_types_is_refused(changes, match, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(experiment("tiny", **changes)))
+    with pytest.raises(ConfigError, match=match):
+        Experiment.load(tmp_path / "own.json")
 
 
 def test_the_sparse_adapter_whose_rate_is_its_own_is_trained_once_a_seed(tmp_path):
