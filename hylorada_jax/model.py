@@ -19,7 +19,7 @@ from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
-from hylorada_jax.models.placed import placed
+from hylorada_jax.models.placed import fitted, placed
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
@@ -129,7 +129,8 @@ class HyLoRADAModel:
     ) -> None:
         """All that there is beside the adapters."""
         base = base if placement is None else placed(base, placement)
-        self.placement = placement or placement_of(base.params)
+        placement = placement or placement_of(base.params)
+        self.placement = placement and fitted(placement, base)
         self.base, self.config, self.modules, self.sites = base, config, modules, sites
         constants = self._put(build.build_constants(sites, base.params, config))
         self._unfrozen = unfrozen_paths(sites)

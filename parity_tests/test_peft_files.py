@@ -95,6 +95,9 @@ def test_what_cannot_be_exported_at_all_is_refused(tmp_path):
             export_peft(biased, tmp_path)
         with pytest.raises(ConfigError, match="gate"):
             export_peft(biased, tmp_path, drop=["gate"])
+        tables = adapted("t5", dataclasses.replace(CONFIGS["lora"], train_embeddings=True))
+        with pytest.raises(ModelError, match=r"'t5'[\s\S]*hylorada merge"):
+            export_peft(tables, tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / CONFIG_NAME).write_text("{}")
     with measuring("float64"), pytest.raises(CheckpointError, match="overwritten"):

@@ -141,7 +141,7 @@ def finetune(
     mesh, why = (config.mesh, "") if config.mesh else default_mesh(empty, device_memory())
     config = dataclasses.replace(config, mesh=mesh)
     placement = check_training(empty, config)
-    check_groups(settings, config)
+    check_groups(settings, config.seq_len)
     warn_of_length(empty, config.seq_len)
     sources = reading.load_both(sources, own)
 

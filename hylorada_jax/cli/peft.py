@@ -49,7 +49,7 @@ def export_peft(
     opened = open_on(empty, adapter)
     saved = opened.saved
     if sample is None:  # otherwise a refusal says more, and takes the model for it
-        check_export(opened.sites, saved.tensors(), saved.config, empty.params, drop)
+        check_export(opened.sites, saved.tensors(), saved.config, empty, drop)
     tokens = None
     if sample is not None:
         if not (ids := load_tokenizer(name).encode_prompt(sample).ids):

@@ -66,7 +66,9 @@ def plan(
     from hylorada_jax.planning.plan import plan as planned
     from hylorada_jax.planning.programs import base_of_shapes
     from hylorada_jax.surgery.fit import fit
+    from hylorada_jax.training.checks import check_groups
 
+    check_groups(settings, seq_len)
     config = _config(model)
     base = base_of_shapes(DecoderConfig.from_hf(config), base_dtype)
     fit(base, settings)

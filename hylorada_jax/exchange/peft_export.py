@@ -27,7 +27,6 @@ from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.targets import shortest_targets
 from hylorada_jax.text import short
-from hylorada_jax.trees import Params
 
 
 def export_peft(
@@ -70,7 +69,7 @@ def export_peft(
         model.sites,
         layout.flatten(model.sites, model.adapters),
         model.config,
-        model.base.params,
+        model.base,
         drop,
         share=None if sample is None else share,
     )
@@ -109,7 +108,7 @@ def check_export(
     sites: Sequence[Site],
     tensors: Mapping[str, np.ndarray],
     config: HyLoRADAConfig,
-    params: Params,
+    base: BaseModel,
     drop: Collection[str] = (),
     share: Callable[[str], str] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -119,7 +118,7 @@ def check_export(
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
         tensors: as an adapter file holds them.
         config: the adapter's.
-        params: of the base model; their names are read, so shapes will do.
+        base: the base model, perhaps without its weights.
         drop: as for :func:`export_peft`.
         share: what a refusal adds about a component.
 
@@ -131,14 +130,14 @@ def check_export(
         ConfigError: ``drop`` names no component.
     """
     left = without(sites, tensors, drop)
-    _refuse_inexpressible(sites, config, params, live_parts(sites, left), share)
+    _refuse_inexpressible(sites, config, base, live_parts(sites, left), share)
     return left
 
 
 def _refuse_inexpressible(
     sites: Sequence[Site],
     config: HyLoRADAConfig,
-    params: Params,
+    base: BaseModel,
     live: Mapping[Part, str],
     share: Callable[[str], str] | None,
 ) -> None:
@@ -152,13 +151,21 @@ def _refuse_inexpressible(
         name
         for site in sites
         if site.component == "linear" and config.magnitude_scales_bias and _is_dora(config)
-        if "bias" in subtree(params, site.module.path)
+        if "bias" in subtree(base.params, site.module.path)
         for name in site.names
     ]
     if biased:
         raise ModelError(
             "DoRA in PEFT scales no bias.",
             f"magnitude_scales_bias=True, and biases in {short(biased)}",
+            "Merge the adapter instead: `hylorada merge`.",
+        )
+    # Of other models several modules share the table, of which PEFT trains one, or the head has a bias.
+    family = family_of(base.config.model_type)
+    if config.train_embeddings and family.task != "CAUSAL_LM":
+        raise ModelError(
+            "Trained embeddings go to PEFT for causal language models.",
+            f"train_embeddings=True for model_type {family.model_type!r}",
             "Merge the adapter instead: `hylorada merge`.",
         )
     if not live:

@@ -124,8 +124,9 @@ def write_peft(
             "Choose another directory.",
         )
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    config = json.dumps(settings, indent=2, ensure_ascii=False).encode()
-    beside = {} if card is None else {CARD_NAME: card.encode()}
+    # A path of the base may have bytes that are not UTF-8.
+    config = json.dumps(settings, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
+    beside = {} if card is None else {CARD_NAME: card.encode(errors="backslashreplace")}
     write_files(directory, dump_safetensors(named, {"format": "pt"}), config, beside)
 
 

@@ -23,7 +23,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import empty_model, load_model
-from hylorada_jax.models.placed import default_mesh, fitted
+from hylorada_jax.models.placed import default_mesh
 from hylorada_jax.models.quantize import quantize
 from hylorada_jax.models.weights import SafetensorsWeights, Slot, load_tree
 from hylorada_jax.models.weights_digest import tree_digest
@@ -101,6 +101,8 @@ def facts(directory, placement=None, *, computed=True):
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
     found = {"read": read, "held": most, "params": shares(base.params), "adapters": adapters}
     found["digest"] = tree_digest(base.params)
+    if placement is not None:
+        found["undivided"] = model.placement.undivided(base.params)
     found["norms"] = np.asarray(
         model.frozen["constants"]["model"]["layers"]["mlp"]["down_proj"]["norm"]
     ).tolist()
@@ -191,9 +193,6 @@ def measure(directory):
         }
     }
     found["undivided"] = Placement(parse_mesh("fsdp=4,tensor=2")).undivided(odd)
-    empty = empty_model(directory)
-    for mesh in MESHES:
-        found[mesh]["undivided"] = fitted(Placement(parse_mesh(mesh)), empty).undivided(empty.params)
     print(json.dumps(found))
 
 

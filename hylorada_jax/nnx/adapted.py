@@ -49,21 +49,22 @@ class Adapted(nnx.Module):
     """What all adapted modules are, beside what they were.
 
     Attributes:
-        plain: the class that the module had.
-        inner: the class that this one extends: the same, or that of the adapted layer that the model is.
-        mixin: the class that says how it computes.
+        hylorada_plain: the class that the module had.
+        hylorada_inner: the class that this one extends: the same, or that of the adapted layer that the
+            model is.
+        hylorada_mixin: the class that says how it computes.
     """
 
-    plain: type
-    inner: type
-    mixin: type
+    hylorada_plain: type
+    hylorada_inner: type
+    hylorada_mixin: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As of any module; its class, which no module of Python's has, is made again."""
         cls, mixins = type(self), []
         while issubclass(cls, Adapted):
-            mixins.append(cls.mixin)
-            cls = cls.inner
+            mixins.append(cls.hylorada_mixin)
+            cls = cls.hylorada_inner
         state = super().__reduce_ex__(max(protocol, 2))[2:]
         return _empty, (cls, *reversed(mixins)), *state
 
@@ -78,17 +79,17 @@ class AdaptedLinear(Adapted):
     def __call__(self, *arguments: Any, **options: Any) -> Array:
         """The adapted output, in the dtype and shape of the module's own."""
         if not arguments:  # the module's own call says under which name x comes
-            call = inspect.signature(self.plain.__call__).bind(self, **options)
+            call = inspect.signature(self.hylorada_plain.__call__).bind(self, **options)
             arguments, options = call.args[1:], call.kwargs
         inputs, *rest = arguments
         settings: Settings = self.adapter_settings
-        kind = kind_of(self.plain)
+        kind = kind_of(self.hylorada_plain)
         assert kind is not None
         given = [option for option in (*rest, *options.values()) if isinstance(option, str)]
         form = Contraction.of(given[0], inputs.ndim) if given else contraction(self, kind, inputs.ndim)
         bias = getattr(self, "bias", None) if settings.kind and not settings.scales_bias else None
         layer = self if bias is None else _changed(self, bias=None, use_bias=False)
-        y = self.plain.__call__(layer, inputs, *rest, **options)
+        y = self.hylorada_plain.__call__(layer, inputs, *rest, **options)
         return untouched(self._adapted)(form, inputs, y, bias)
 
     def _adapted(self, form: Contraction, inputs: Array, y: Array, bias: nnx.Variable | None) -> Array:
@@ -119,7 +120,7 @@ class AdaptedLinear(Adapted):
         if hasattr(self, "scaled_B"):
             return {name: getattr(self, name)[...] for name in RESOLVED if hasattr(self, name)}
         leaves = {name: getattr(self, name)[...] for name in KINDS[settings.kind or "lora"]}
-        kind = kind_of(self.plain)
+        kind = kind_of(self.hylorada_plain)
         assert kind is not None
         weight = form.matrix(numbers(value_of(getattr(self, kind.leaves[0])))).T
         norm, detached = low_rank.row_norm_squared(weight), settings.detach_norm
@@ -151,7 +152,7 @@ class AdaptedEmbed(Adapted):
     def __call__(self, inputs: Array, *arguments: Any, **options: Any) -> Array:
         """The embedded inputs, in the module's dtype."""
         wide = _changed(self, dtype=self.embedding[...].dtype)
-        return self.plain.__call__(wide, inputs, *arguments, **options).astype(self.dtype)
+        return self.hylorada_plain.__call__(wide, inputs, *arguments, **options).astype(self.dtype)
 
 
 class AdaptedNorm(Adapted):
@@ -159,7 +160,7 @@ class AdaptedNorm(Adapted):
 
     def __call__(self, x: Array, *arguments: Any, **options: Any) -> Array:
         """The normalised x; where the module names no dtype, in that of x and its leaves as they were."""
-        y = self.plain.__call__(self, x, *arguments, **options)
+        y = self.hylorada_plain.__call__(self, x, *arguments, **options)
         if self.dtype is not None:
             return y
         leaves = (getattr(self, name, None) for name in ("scale", "bias"))
@@ -182,7 +183,12 @@ def adapted_class(mixin: type[Adapted], cls: type) -> type:
     has several. So what the mixin defines is laid over it.
     """
     own = {name: value for name, value in vars(mixin).items() if isinstance(value, FunctionType | property)}
-    facts = {"plain": plain_class(cls), "inner": cls, "mixin": mixin, "__module__": cls.__module__}
+    facts = {
+        "hylorada_plain": plain_class(cls),
+        "hylorada_inner": cls,
+        "hylorada_mixin": mixin,
+        "__module__": cls.__module__,
+    }
     return type(f"Adapted{cls.__name__}", (cls, mixin), own | facts)
 
 
@@ -195,7 +201,7 @@ def _empty(cls: Any, *mixins: Any) -> Any:
 
 def plain_class(cls: type) -> type:
     """The class that a module had before it was adapted."""
-    return cls.plain if issubclass(cls, Adapted) else cls
+    return cls.hylorada_plain if issubclass(cls, Adapted) else cls
 
 
 def set_class(thing: Any, cls: type) -> None:

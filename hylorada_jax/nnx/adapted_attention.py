@@ -69,7 +69,7 @@ class AdaptedMultiHead(Adapted):
                 "nnx.MultiHeadAttention with keys of other tokens",
                 "Set daa_enabled=False and daa_position_bias=None.",
             )
-        return self.plain.__call__(self, inputs_q, inputs_k, inputs_v, **options)
+        return self.hylorada_plain.__call__(self, inputs_q, inputs_k, inputs_v, **options)
 
     @property
     def attention_fn(self) -> Any:

@@ -18,7 +18,7 @@ class AdaptedModel(Adapted):
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """What the model gives."""
-        given = tokens_of(self.inner.__call__, arguments, options)
+        given = tokens_of(self.hylorada_inner.__call__, arguments, options)
         now = Pass(given.position_ids)
         if given.position_ids is not None:
             config: HyLoRADAConfig = self.hylorada.config
@@ -27,7 +27,7 @@ class AdaptedModel(Adapted):
             if config.use_hylorada_v2:
                 now = now._replace(prior=self._prior(self.structure_encoder, given))
         with called(now):
-            return self.inner.__call__(self, *arguments, **options)
+            return self.hylorada_inner.__call__(self, *arguments, **options)
 
     def _prior(self, encoder: Any, given: Tokens) -> Array:
         places = given.position_ids if given.structure_positions is None else given.structure_positions

@@ -20,6 +20,7 @@ from hylorada_jax.nnx import (
     merge,
     register_einsum,
     save_adapter,
+    tokens,
     unload,
 )
 
@@ -227,6 +228,31 @@ def test_a_shared_module_has_one_adapter_and_a_shared_kernel_is_not_merged():
     tied = adapt(nnx.Sequential(layer, other), config_of("lora"), nnx.Rngs(1))
     with pytest.raises(ModelError, match=r"layers\.0 and layers\.1"):
         merge(tied)
+
+
+class Outer(nnx.Module):
+    """A model that takes anything, and hands it on."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, *arguments, **options):
+        options.pop("positions", None)
+        return self.inner(*arguments, **options)
+
+
+def test_positions_are_found_among_whatever_a_call_takes():
+    layers = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    config = HyLoRADAConfig(target_modules="all-linear", daa_enabled=False)
+    net = moved(adapt(Outer(layers), config, nnx.Rngs(1)))
+    x, positions = jnp.ones((2, 3, 4)), jnp.array([[5, 6, 7], [0, 200, 3]])
+    with tokens(positions):
+        expected = net(x)
+    np.testing.assert_array_equal(net(x, positions=positions), expected)
+    with tokens(jnp.arange(3)):
+        counted = net(x)
+    np.testing.assert_array_equal(net(x), counted)
+    assert np.abs(expected - counted).max() > 1e-4
 
 
 class Words(nnx.Module):

@@ -143,9 +143,10 @@ def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) ->
         DataError: there is not one position for each of them.
     """
     given = _GIVEN.get() or Tokens()
-    bound = inspect.signature(call).bind(None, *arguments, **options).arguments
-    own = next((bound[name] for name in _POSITIONS if bound.get(name) is not None), None)
-    arrays = [value for value in bound.values() if getattr(value, "ndim", 0) >= 2]
+    bound = inspect.signature(call).bind(None, *arguments, **options)
+    named = bound.arguments | bound.kwargs  # those of **kwargs too
+    own = next((named[name] for name in _POSITIONS if named.get(name) is not None), None)
+    arrays = [value for value in (*bound.args, *bound.kwargs.values()) if getattr(value, "ndim", 0) >= 2]
     if not arrays:
         return given
     shape = arrays[0].shape[:2]

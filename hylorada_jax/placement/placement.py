@@ -150,7 +150,9 @@ class Placement:
                 f"tensor={tensor}, {heads} heads",
                 "Choose another size of tensor, and give the rest to fsdp.",
             )
-        return self if kv_heads % tensor == 0 else replace(self, rules=(_WHOLE_HEADS, *self.rules))
+        if kv_heads % tensor == 0 or _WHOLE_HEADS in self.rules:
+            return self
+        return replace(self, rules=(_WHOLE_HEADS, *self.rules))
 
     def check_rows(self, batch_size: int, microbatches: int) -> None:
         """Refuses batches whose rows cannot be divided; a ConfigError."""

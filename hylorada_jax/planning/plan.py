@@ -154,9 +154,16 @@ def plan(
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """Of those that fit the one with the most tokens per second, by the estimate; without one, the last."""
-    fitting = [row for row in reversed(rows) if row.fits]
-    return max(fitting, key=lambda row: row.tokens_per_second or 0, default=None)
+    """Of those that fit the one with the most tokens per second, by the estimate.
+
+    Without one, as for a chip that is not known, the last of the first mesh with any: what is cut least.
+    """
+    fitting = [row for row in rows if row.fits]
+    if not any(row.tokens_per_second for row in fitting):
+        return next(
+            (row for row in reversed(fitting) if row.figures.case.mesh == fitting[0].figures.case.mesh), None
+        )
+    return max(reversed(fitting), key=lambda row: row.tokens_per_second or 0)
 
 
 def as_record(row: Row) -> dict[str, Any]:

@@ -107,6 +107,16 @@ def test_less_is_computed_again_while_it_fits(base):
     assert (winner.figures.case.remat, winner.figures.case.rows, winner.bound) == ("dots", 2, "flops")
     assert winner.tokens_per_second == 8 * 2 * 16 / 3.5
 
+    # Without an estimate what is cut more is no better.
+    plain = [dataclasses.replace(row, seconds=None, tokens_per_second=None) for row in rows]
+    cut = [
+        dataclasses.replace(
+            row, figures=dataclasses.replace(row.figures, case=row.figures.case._replace(mesh="tensor=8"))
+        )
+        for row in plain
+    ]
+    assert best([*plain, *cut]) == plain[4]
+
 
 def test_nothing_is_compiled_where_weights_alone_do_not_fit(base):
     asked, compiled = compiler({})

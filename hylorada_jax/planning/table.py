@@ -27,7 +27,8 @@ def line(row: Row) -> str:
 
 def sent_by_kind(row: Row) -> str:
     """What each chip sends, by the kind of collective."""
-    kinds = row.figures.sent_bytes or {}
+    if (kinds := row.figures.sent_bytes) is None:
+        return "not known of these devices"
     return ", ".join(f"{kind} {_gib(sent)} GiB" for kind, sent in kinds.items()) or "nothing"
 
 

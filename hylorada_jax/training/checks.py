@@ -59,20 +59,20 @@ def check_training(base: BaseModel, config: TrainingConfig) -> Placement:
     return placement
 
 
-def check_groups(adapter: HyLoRADAConfig, config: TrainingConfig) -> None:
+def check_groups(adapter: HyLoRADAConfig, seq_len: int) -> None:
     """Refuses groups of shifted sparse attention that are longer than a row: it would be padded to them.
 
     Args:
         adapter: what is trained.
-        config: the settings.
+        seq_len: tokens of a row.
 
     Raises:
         ConfigError: ``s2_group_size`` is more than ``seq_len``.
     """
-    if adapter.s2_attn_enabled and (adapter.s2_group_size or 0) > config.seq_len:
+    if adapter.s2_attn_enabled and (adapter.s2_group_size or 0) > seq_len:
         raise ConfigError(
             "A group of shifted sparse attention must not be longer than a row.",
-            f"s2_group_size={adapter.s2_group_size} for rows of {config.seq_len} tokens",
+            f"s2_group_size={adapter.s2_group_size} for rows of {seq_len} tokens",
             "Choose longer rows, or smaller groups; without s2_group_size they are a quarter of the row.",
         )
 

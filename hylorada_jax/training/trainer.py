@@ -121,7 +121,7 @@ class HyLoRADATrainer:
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
         placement = check_training(model.base, config)
         self._placement = model.placement or placement
-        check_groups(model.config, config)
+        check_groups(model.config, config.seq_len)
         check_beside(model.chat_template, model.structure)
         mixture, held_out = check_data(train_data, eval_data, model.vocab_size, model.config, config)
         self._rows = [
@@ -132,7 +132,9 @@ class HyLoRADATrainer:
         config = dataclasses.replace(
             config, learning_rate=config.rate_for(model.config), progress=config.progress and is_first()
         )
-        self.choice = self._chosen(_as_begun(config, self._directory), memory or device_memory())
+        begun = _as_begun(config, self._directory)
+        self._placement.check_rows(begun.batch_size, begun.passes)  # the devices may be others than then
+        self.choice = self._chosen(begun, memory or device_memory())
         setting = self.choice.setting._asdict()
         self._config = config = dataclasses.replace(config, **setting)
         self._recipe = recipe and {name: setting.get(name, value) for name, value in recipe.items()}
