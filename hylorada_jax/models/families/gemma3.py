@@ -26,7 +26,7 @@ class Gemma3Keys(gemma2.Gemma2Keys, frozen=True, kw_only=True):
 
 
 class _Local(Struct, forbid_unknown_fields=True):
-    rope_theta: Theta = 10000.0
+    rope_theta: Theta | None = None
     rope_type: Literal["default"] = "default"
 
 
@@ -43,10 +43,10 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
     said = {key: value for key, value in said.items() if key != "rope_parameters"}
     if full:
         said["rope_parameters"] = full
-    if local:
-        rule = "Layers with a window rotate by the default rope type, with a base of their own."
-        remedy = "Check rope_parameters.sliding_attention in config.json."
-        said["rope_local_base_freq"] = checked(local, _Local, rule, ModelError, remedy).rope_theta
+    rule = "Layers with a window rotate by the default rope type, with a base of their own."
+    remedy = "Check rope_parameters.sliding_attention in config.json."
+    if theta := checked(local, _Local, rule, ModelError, remedy).rope_theta:
+        said["rope_local_base_freq"] = theta
     return said
 
 
