@@ -101,7 +101,7 @@ def facts(directory, placement=None, *, computed=True):
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
     found = {"read": read, "held": most, "params": shares(base.params), "adapters": adapters}
     found["digest"] = tree_digest(base.params)
-    if placement is not None:
+    if model.placement is not None:
         found["undivided"] = model.placement.undivided(base.params)
     found["norms"] = np.asarray(
         model.frozen["constants"]["model"]["layers"]["mlp"]["down_proj"]["norm"]
