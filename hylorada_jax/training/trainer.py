@@ -119,6 +119,7 @@ class HyLoRADATrainer:
         self._model = model
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
+        config = _as_begun(config, self._directory)
         placement = check_training(model.base, config)
         self._placement = model.placement or placement
         check_groups(model.config, config.seq_len)
@@ -132,9 +133,7 @@ class HyLoRADATrainer:
         config = dataclasses.replace(
             config, learning_rate=config.rate_for(model.config), progress=config.progress and is_first()
         )
-        begun = _as_begun(config, self._directory)
-        self._placement.check_rows(begun.batch_size, begun.passes)  # the devices may be others than then
-        self.choice = self._chosen(begun, memory or device_memory())
+        self.choice = self._chosen(config, memory or device_memory())
         setting = self.choice.setting._asdict()
         self._config = config = dataclasses.replace(config, **setting)
         self._recipe = recipe and {name: setting.get(name, value) for name, value in recipe.items()}
