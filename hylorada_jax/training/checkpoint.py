@@ -186,17 +186,11 @@ class Checkpoints:
         """
         damage: dict[int, str] = {}
         for step in reversed(self.steps):
-            found: tuple[TrainState, dict[str, Any]] | str
             try:
-                found = self._read(step, like)
-            except Exception as error:  # damage shows as any of a dozen exceptions of orbax and tensorstore
-                found = self._in_words(error)
-            # Damage to the part of one process is damage to all.
-            errors = [said for said in everywhere(found if isinstance(found, str) else None) if said]
-            if errors or isinstance(found, str):
-                damage[step] = errors[0]
+                state, data = self._read(step, like)
+            except Exception as error:
+                damage[step] = self._in_words(error)
                 continue
-            state, data = found
             self._set_aside(damage, used=step)
             return state, data
         if not damage:
@@ -228,17 +222,33 @@ class Checkpoints:
             ) from error
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        _refuse_unreadable(self._directory / str(step))
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        state, run = restored["state"], restored["run"]
-        msgspec.convert(run, _Run)
-        if _digest(state, run["data"]) != run["digest"]:
+        found: tuple[TrainState, _Run] | str
+        try:
+            found = self._read_here(step, like)
+        except Exception as error:  # damage shows as any of a dozen exceptions of orbax and tensorstore
+            found = self._in_words(error)
+        # Damage to the part of one process is damage to all, and the digest is computed by all together.
+        errors = [said for said in everywhere(found if isinstance(found, str) else None) if said]
+        if errors or isinstance(found, str):
+            raise ValueError(errors[0])
+        state, run = found
+        data = msgspec.to_builtins(run.data)
+        if _digest(state, data) != run.digest:
             raise ValueError("its content does not match its digest")
         if state.seed != like.seed:
             raise ValueError(f"its seed is {state.seed}, the run's is {like.seed}")
-        return state, run["data"]
+        return state, data
+
+    def _read_here(self, step: int, like: TrainState) -> tuple[TrainState, _Run]:
+        """What this process reads: item by item, for orbax's manager would wait for a process that failed."""
+        _refuse_unreadable(self._directory / str(step))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        items = self._orbax_directory / str(step)
+        state = ocp.StandardCheckpointHandler().restore(
+            items / "state", args=ocp.args.StandardRestore(shapes)
+        )
+        run = ocp.JsonCheckpointHandler().restore(items / "run", args=ocp.args.JsonRestore())
+        return state, msgspec.convert(run, _Run)
 
     def _set_aside(self, damage: dict[int, str], *, used: int) -> None:
         """Moves damaged checkpoints away, for their steps will be written again."""
