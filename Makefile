@@ -27,9 +27,11 @@ test: $(VENV)/.installed-dev
 test-quick: $(VENV)/.installed-dev
 	$(COMPILED_SOON) $(PYTEST) -m "not slow and not apart and not optimized" $(ARGS)
 
-# What measures a user's programs as they are compiled; the notebook, README's lines, three benchmarks, the compiler
-# for TPUs, the real model beside torch's, runs that are killed, and Hugging Face's Flax classes: a minute or more each.
-APART := hylorada_jax/training parity_tests benchmarks hylorada_jax/models/hf
+# What measures a user's programs as they are compiled; the notebook, the pages' lines, the benchmarks, the compiler
+# for TPUs, the real model beside torch's, runs that are killed, Hugging Face's Flax classes, and what differs little
+# from what `make test` has: half a minute or more each.
+APART := hylorada_jax/cli hylorada_jax/data hylorada_jax/exchange hylorada_jax/models/hf hylorada_jax/training \
+	parity_tests benchmarks
 test-apart: $(VENV)/.installed-dev
 	$(COMPILED_SOON) $(PYTEST) -m "apart and not optimized" $(APART) $(ARGS)
 	$(PYTEST) -m optimized parity_tests benchmarks $(ARGS)

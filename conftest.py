@@ -80,7 +80,7 @@ collect_ignore = [] if importlib.util.find_spec("tunix") else ["hylorada_jax/nnx
 SLOW_FILES = (
     "adapter_bank_test", "adapting_test", "best_test", "cli/chat_test", "cli_test", "decoder_test",
     "memory_test", "merged_test", "mesh_test", "models/mixture_test", "model_test", "placed_test",
-    "cli/plan_test", "run_directory_test", "step_test", "surgery_test", "template_test",
+    "cli/plan_test", "run_directory_test", "step_test", "surgery_test",
     "test_config_layouts", "test_decoder", "test_evaluation", "test_files", "test_fixtures", "test_fuzz",
     "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft",
     "test_peft_files", "test_peft_settings", "test_precision", "test_trajectories", "trainer_test",
@@ -90,8 +90,8 @@ SLOW_FILES = (
 # Benchmarks and runs of several processes, whole, on next to nothing, and what transformers 4.57 alone has:
 # `make test-apart`.
 APART_FILES = (
-    "hf", "optimize_hylorada_test", "several_processes_test", "step_time_test", "test_hf_flax_faults",
-    "time_series_test",
+    "hf", "nesting_test", "optimize_hylorada_test", "recall_test", "run_benchmark_test", "scaling_test",
+    "several_processes_test", "step_time_test", "template_test", "test_hf_flax_faults", "time_series_test",
 )  # fmt: skip
 
 # What a user does, from loading a model to merging its adapter: `make test-current` runs these and tests

@@ -299,6 +299,7 @@ OFF = [
 ]
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize(("name", "change"), OFF)
 def test_every_option_is_seen_by_these_tests(name, change):
     """If an option were dropped, the comparisons above would fail by far more than their tolerance."""

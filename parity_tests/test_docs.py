@@ -96,6 +96,7 @@ def test_what_a_page_points_to_is_there(page):
     assert [name for name in files if not any((place / name).exists() for place in places)] == []
 
 
+@pytest.mark.apart
 def test_the_lines_on_data_count_the_answers(capsys):
     *_, code = blocks("docs/data.md")  # before it, what a model wrote
     scope: dict = {}

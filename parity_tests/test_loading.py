@@ -409,7 +409,7 @@ def test_hf_flax_models_that_are_wrong_are_refused_by_name(case, tmp_path):
 TEXT = pydoc_data.topics.topics["class"]
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_smollm2_has_the_parameters_and_the_logits_of_torch():
     path = find_source("smollm2-135m").path
     options = {"gguf_file": path.name, "dtype": torch.float32}
@@ -422,7 +422,7 @@ def test_smollm2_has_the_parameters_and_the_logits_of_torch():
     assert relative_error(model(ids).logits, expected) <= MODEL["float32"]
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_smollm2_tokens_are_those_of_transformers():
     path = find_source("smollm2-135m").path
     oracle = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

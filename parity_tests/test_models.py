@@ -47,12 +47,18 @@ def test_every_attention_of_hugging_faces_that_is_ours_is_registered():
 # tokens. The other methods' formulas do not depend on it.
 FIRST = {row[0]: row for row in reversed(MATRIX)}
 CHOSEN = [row for row in MATRIX if not FUSED or row == FIRST[row[0]] or CONFIGS[row[1]].use_hylorada_v2]
-# Quick where the program is small.
-ROWS = [
-    pytest.param(*row, marks=() if row[0] in ("gpt2", "llama") and row not in FULLEST else pytest.mark.slow)
-    for row in CHOSEN
-    if row[0] not in FUSED
-]
+# Decoders like others here: `make test-transformers5` has each with its first row, and test_decoder.py all.
+ALIKE = {"mistral", "qwen3", "phi3", "granite", "olmo2", "smollm3", "gemma", "gemma2"}
+
+
+def marks(family, name):
+    """Quick where the program is small."""
+    if family in ALIKE and name == "hylorada":
+        return pytest.mark.apart
+    return () if family in ("gpt2", "llama") and (family, name) not in FULLEST else pytest.mark.slow
+
+
+ROWS = [pytest.param(*row, marks=marks(*row)) for row in CHOSEN if row[0] not in FUSED]
 
 
 @pytest.mark.parametrize(("family", "name"), ROWS)

@@ -21,7 +21,7 @@ def test_a_text_that_is_gone_is_told_by_the_faults_name():
         fault.edited()
 
 
-@pytest.mark.slow  # two processes of pytest
+@pytest.mark.apart  # two processes of pytest
 def test_a_fault_is_caught_and_no_fault_survives():
     fault = FAULTS["sign of β"]
     tests = ("parity_tests/test_layers.py::test_edge[hylorada_v1-plain-float64]",)

@@ -150,6 +150,7 @@ def test_linens_call_says_which_is_nnxs(base):
         HyLoRADAModel(transformer(base), METHODS[0])
 
 
+@pytest.mark.apart
 def test_the_loop_of_an_nnx_model_learns_its_batch_and_saves_the_adapter(base, tmp_path):
     model = transformer(base)
     losses = EXAMPLE["train"](model, IDS, tmp_path / "run", steps=20)
@@ -159,6 +160,7 @@ def test_the_loop_of_an_nnx_model_learns_its_batch_and_saves_the_adapter(base, t
     assert relative_error(loaded(IDS), base(IDS).logits) > 1e-3
 
 
+@pytest.mark.apart
 def test_the_lines_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[1] / "docs/nnx.md").read_text(encoding="utf-8")

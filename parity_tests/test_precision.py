@@ -87,6 +87,7 @@ def test_models_are_measured_at_the_highest_precision():
     assert all(product.params["precision"] == HIGHEST for product in found)
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("name", LAYERS)
 def test_products_in_fewer_bits_fail_the_suite(name):
     case = LAYERS[name].case(Draw())

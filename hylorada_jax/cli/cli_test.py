@@ -171,6 +171,7 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
     assert (status, "--rank" in err) == (2, True)
 
 
+@pytest.mark.apart
 def test_a_quantised_base_is_tuned_and_its_adapter_merged_into_it(tiny, tmp_path, monkeypatch, capsys):
     pytest.importorskip("qwix")
     common = ("--model", tiny, "--data", tiny / "texts.txt", "--seq-len", 32)
@@ -385,6 +386,7 @@ def test_the_scale_of_the_update_stays_where_only_the_rank_is_given(tmp_path):
     )
 
 
+@pytest.mark.apart
 def test_structure_of_code_goes_through_training_evaluation_and_generation(
     tiny, tmp_path, monkeypatch, capsys
 ):
@@ -526,6 +528,7 @@ def test_conversations_are_shown_trained_on_and_evaluated_by_their_answers(
     assert adapted["perplexity"] < 0.7 * plain["perplexity"]
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("weights", [(), (0.7, 0.3)], ids=["one set", "mixed"])
 def test_several_sources_are_counted_each_and_a_recipe_repeats_them(
     chatting, tmp_path, monkeypatch, capsys, weights

@@ -65,6 +65,7 @@ def test_another_kind_of_model_is_refused(command, tmp_path):
     assert (status, "models of our decoder" in err) == (2, True)
 
 
+@pytest.mark.apart
 def test_the_devices_here_are_planned_for(command):
     status, out, _ = command("--topology here --seq-len 16 --rank 2 --no-lora-plus --remat full none --json")
     assert status == 0

@@ -195,6 +195,7 @@ def test_a_name_that_exists_wins_over_the_pattern_that_it_is(tmp_path, monkeypat
     assert found("x/[!y].txt") == ["x/[!y].txt"]
 
 
+@pytest.mark.apart
 def test_functions_of_the_library_are_asked_for_their_docstrings_by_module():
     train, held_out = (
         [chat for chat in load_documents(PYTHON_DOCSTRINGS, split) if isinstance(chat, Conversation)]

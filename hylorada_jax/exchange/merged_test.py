@@ -387,7 +387,7 @@ def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 5 * largest
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 def test_smollm2_merged_writes_the_same_text(tmp_path):
     from hylorada_jax.models.tokenizer import load_tokenizer
 

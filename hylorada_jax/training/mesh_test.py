@@ -54,7 +54,7 @@ OF_EXPERTS, OVER_EXPERTS = "hylorada_v1 of experts", "fsdp=4,tensor=2"
 # Methods that have every adapter between them, where the mesh has all axes; and every other mesh.
 EVERYWHERE = "fsdp=2,tensor=2"
 CASES = [
-    *((method, EVERYWHERE) for method in ("lora", "hylorada", "hylorada_v2", "longlora")),
+    *((method, EVERYWHERE) for method in ("hylorada", "hylorada_v2", "longlora")),
     *(("dora", mesh) for mesh in ("data=8", "fsdp=8")),
     ("hylorada", "fsdp=2,tensor=4"),
     (OF_EXPERTS, OVER_EXPERTS),

@@ -153,7 +153,7 @@ def rows_of(ids):
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(ALL_ON, id="all on"),
+        pytest.param(ALL_ON, id="all on", marks=pytest.mark.apart),
         pytest.param(HyLoRADAConfig(method="longlora", lora_rank=2, s2_group_size=16), id="longlora"),
     ],
 )
