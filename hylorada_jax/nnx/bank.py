@@ -18,6 +18,7 @@ from hylorada_jax.nnx.adapting import adaptation_of
 from hylorada_jax.nnx.files import load_adapter
 from hylorada_jax.nnx.resolving import resolve
 from hylorada_jax.nnx.taking_off import unload
+from hylorada_jax.nnx.tokens import Tokens, given_to_rows, tokens
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.layout import check_keys
@@ -129,7 +130,7 @@ class AdapterBank:
 
         Raises:
             ConfigError: a name is not in the bank.
-            DataError: there is not one name for each row.
+            DataError: there is not one name for each row, or :func:`tokens` gives other rows.
         """
         if adapters is None:
             return self.model(*arguments, **options)
@@ -149,7 +150,8 @@ class AdapterBank:
                 f"{len(adapters)} adapters for {', '.join(map(str, wrong))}",
                 "Give a name, or None, for each row.",
             )
-        return _rows(self._graph, fixed, structure, *self._resolved(), index, arrays)
+        given = given_to_rows(len(adapters))
+        return _rows(self._graph, fixed, structure, *self._resolved(), index, arrays, given)
 
     def _is_disabled(self) -> bool:
         """The model is within :func:`disabled`: adapted, but its modules have their plain classes."""
@@ -185,14 +187,18 @@ def _rows(
     frozen: Any,
     index: Array,
     arrays: list[Any],
+    given: Tokens,
 ) -> Any:
-    def one(adapter: Any, frozen: Any, row: list[Any]) -> Any:
-        leaves = [kept if given is None else given[None] for kept, given in zip(fixed, row, strict=True)]
+    def one(adapter: Any, frozen: Any, row: list[Any], given: Tokens) -> Any:
+        leaves = [kept if array is None else array[None] for kept, array in zip(fixed, row, strict=True)]
         arguments, options = jax.tree.unflatten(structure, leaves)
-        output = nnx.merge(graph, adapter, frozen)(*arguments, **options)
+        positions, *beside = (fact if fact is None else fact[None] for fact in given)
+        with tokens(positions, structure_ids=beside[0], structure_positions=beside[1]):
+            output = nnx.merge(graph, adapter, frozen)(*arguments, **options)
         return jax.tree.map(lambda leaf: leaf[0], output)
 
-    return jax.vmap(one, (0, None, 0))(jax.tree.map(lambda leaf: leaf[index], stack), frozen, arrays)
+    adapters = jax.tree.map(lambda leaf: leaf[index], stack)
+    return jax.vmap(one, (0, None, 0, 0))(adapters, frozen, arrays, given)
 
 
 def _state(model: nnx.Module) -> nnx.State:

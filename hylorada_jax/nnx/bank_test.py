@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError
-from hylorada_jax.nnx import AdapterBank, AdapterParam, adapt, disabled, resolve, save_adapter
+from hylorada_jax.nnx import AdapterBank, AdapterParam, adapt, disabled, resolve, save_adapter, tokens
 from hylorada_jax.nnx.adapting_test import config_of, made, moved, output
-from hylorada_jax.nnx.hooks_test import FULL, POSITIONS, Words, run
+from hylorada_jax.nnx.hooks_test import FULL, POSITIONS, Unaware, Words, run
 
 X = jax.random.normal(jax.random.key(1), (4, 5, 6))
 PLACES = jnp.concatenate([POSITIONS, POSITIONS])
@@ -36,6 +37,28 @@ def test_every_row_has_its_adapter_and_what_the_model_learns_the_bank_has(tmp_pa
     )
     bank.switch("default")
     np.testing.assert_array_equal(run(model, X, PLACES), expected["default"])
+
+
+def test_what_the_context_gives_goes_along_with_its_row():
+    config = HyLoRADAConfig(
+        method="hylorada_v2", lora_rank=2, structure_seq_len=5, target_modules="all-linear"
+    )
+    model = moved(adapt(Unaware(), config, nnx.Rngs(1)))
+    bank, ids = AdapterBank(model), jnp.arange(20).reshape(4, 5)
+    for given in (
+        {"structure_ids": ids},
+        {"structure_ids": ids, "structure_positions": PLACES + 0.5, "position_ids": PLACES},
+        {"position_ids": PLACES[3:]},
+    ):
+        with tokens(**given):
+            got, expected = bank(X, adapters=["default", None, "default", "default"]), output(model, X)
+            with disabled(model):
+                base = output(model, X)
+        expected = expected.at[1].set(base[1])
+        assert float(jnp.abs(expected - base)[0].max()) > 1e-3
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+    with tokens(structure_ids=ids[:2]), pytest.raises(DataError, match=r"2, 5.* for 4 rows"):
+        bank(X, adapters=["default"] * 4)
 
 
 def test_within_disabled_every_row_is_the_bases():

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from hylorada_jax.errors import DataError
 from hylorada_jax.math.position import check_positions
 from hylorada_jax.modules.checks import check_structure
 
@@ -123,6 +124,25 @@ def _digest(value: Tokens | Pass) -> object:
         for name, array in value._asdict().items()
         if array is not None
     )
+
+
+def given_to_rows(rows: int) -> Tokens:
+    """What the context around gives, as [rows, seq].
+
+    Raises:
+        DataError: it is of another number of rows.
+    """
+
+    def of_rows(array: Array) -> Array:
+        if array.ndim > 1 and array.shape[0] not in (1, rows):
+            raise DataError(
+                "tokens() gives facts of one row for all, or of each row.",
+                f"{array.shape} for {rows} rows",
+                "Give one row for each of the batch.",
+            )
+        return jnp.broadcast_to(array, (rows, array.shape[-1]))
+
+    return Tokens(*(array if array is None else of_rows(array) for array in _GIVEN.get() or Tokens()))
 
 
 def current() -> Pass:
