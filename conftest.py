@@ -78,8 +78,8 @@ collect_ignore = [] if importlib.util.find_spec("tunix") else ["hylorada_jax/nnx
 
 # Fifteen seconds or more each: whole models, most of it compilation. `make test-quick` leaves them out.
 SLOW_FILES = (
-    "adapter_bank_test", "adapting_test", "best_test", "cli/chat_test", "cli_test", "decoder_test",
-    "memory_test", "merged_test", "mesh_test", "models/mixture_test", "model_test", "placed_test",
+    "adapter_bank_test", "adapting_test", "cli/chat_test", "cli_test", "decoder_test",
+    "merged_test", "mesh_test", "models/mixture_test", "model_test",
     "cli/plan_test", "run_directory_test", "step_test", "surgery_test",
     "test_config_layouts", "test_decoder", "test_evaluation", "test_files", "test_fixtures", "test_fuzz",
     "test_loading", "test_longlora", "test_models", "test_nnx", "test_peft",
@@ -90,8 +90,9 @@ SLOW_FILES = (
 # Benchmarks and runs of several processes, whole, on next to nothing, and what transformers 4.57 alone has:
 # `make test-apart`.
 APART_FILES = (
-    "hf", "nesting_test", "optimize_hylorada_test", "recall_test", "run_benchmark_test", "scaling_test",
-    "several_processes_test", "step_time_test", "template_test", "test_hf_flax_faults", "time_series_test",
+    "best_test", "cli/mesh_test", "cli/template_test", "hf", "memory_test", "nesting_test",
+    "optimize_hylorada_test", "placed_test", "recall_test", "run_benchmark_test", "scaling_test",
+    "several_processes_test", "step_time_test", "test_hf_flax_faults", "time_series_test", "wandb_run_test",
 )  # fmt: skip
 
 # What a user does, from loading a model to merging its adapter: `make test-current` runs these and tests
@@ -103,9 +104,10 @@ def pytest_collection_modifyitems(items):
     """Marks the tests of these files."""
     for item in items:
         stem, directory = item.path.stem, item.path.parent.name
-        if {stem, f"{directory}/{stem}"} & {*SLOW_FILES}:
+        names = {stem, directory, f"{directory}/{stem}"}
+        if names & {*SLOW_FILES}:
             item.add_marker(pytest.mark.slow)
-        if {stem, directory} & {*APART_FILES}:
+        if names & {*APART_FILES}:
             item.add_marker(pytest.mark.apart)
         if stem in MAIN_JOB_FILES:
             item.add_marker(pytest.mark.main_job)

@@ -47,8 +47,12 @@ FAMILIES = ("gpt2", "qwen2")
 QUICK = {("hylorada", "llama"), ("lora", "qwen2")}
 # GPT-2 differs in its attention, names and embeddings: of the linear adapters the fullest and the plainest.
 # Llama's is Qwen2's decoder, without its biases and with a head of its own: once, with all that is on.
+# The linear methods between these two are parts of the full one.
+PARTS = {("lorada", "qwen2"), ("dora", "qwen2"), ("hylorada_v1", "qwen2")}
 CASES = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    pytest.param(
+        *case, marks=() if case in QUICK else pytest.mark.apart if case in PARTS else pytest.mark.slow
+    )
     for case in [
         *itertools.product(CONFIGS, ("qwen2",)),
         *itertools.product(("longlora", "sparse", "hylorada_v2", "hylorada"), ("gpt2",)),

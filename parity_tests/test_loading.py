@@ -442,7 +442,7 @@ def test_smollm2_tokens_are_those_of_transformers():
         assert tokenizer.apply_chat_template(messages, add_generation_prompt=prompt) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 @needs_proc
 @pytest.mark.parametrize(("dtype", "model_mb"), [("float32", 538), ("bfloat16", 269)])
 def test_loading_holds_the_model_once(dtype, model_mb):

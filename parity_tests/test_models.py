@@ -48,12 +48,14 @@ def test_every_attention_of_hugging_faces_that_is_ours_is_registered():
 FIRST = {row[0]: row for row in reversed(MATRIX)}
 CHOSEN = [row for row in MATRIX if not FUSED or row == FIRST[row[0]] or CONFIGS[row[1]].use_hylorada_v2]
 # Decoders like others here: `make test-transformers5` has each with its first row, and test_decoder.py all.
-ALIKE = {"mistral", "qwen3", "phi3", "granite", "olmo2", "smollm3", "gemma", "gemma2"}
+ALIKE = {
+    "mistral", "qwen3", "phi3", "granite", "olmo2", "smollm3", "gemma", "gemma2", "gemma3_text", "gpt_oss",
+}  # fmt: skip
 
 
 def marks(family, name):
     """Quick where the program is small."""
-    if family in ALIKE and name == "hylorada":
+    if family in ALIKE and (family, name) == FIRST[family]:
         return pytest.mark.apart
     return () if family in ("gpt2", "llama") and (family, name) not in FULLEST else pytest.mark.slow
 

@@ -77,7 +77,11 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("config", METHODS, ids=lambda config: config.method)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=pytest.mark.apart if c.method in ("dora", "longlora") else ()) for c in METHODS],
+    ids=lambda config: config.method,
+)
 def test_an_adapter_goes_to_linen_and_back(base, config, tmp_path):
     model = moved(adapt(transformer(base), config, nnx.Rngs(2)))
     model.eval()

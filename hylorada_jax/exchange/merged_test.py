@@ -347,7 +347,7 @@ def test_a_base_without_a_name_must_be_given(bases, adapted, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 @needs_proc
 def test_memory_holds_one_tensor_at_a_time(bases, adapted, tmp_path):
     from hylorada_jax.models.loading import empty_model

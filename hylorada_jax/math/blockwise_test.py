@@ -127,6 +127,7 @@ def test_float64(case):
         assert difference(got, expected) <= 1e-12
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [(64, "float32"), (80, "bfloat16"), (96, "float32"), (128, "bfloat16"), (256, "bfloat16")],

@@ -146,6 +146,7 @@ def test_a_mixture_goes_on_with_the_same_bits_and_is_a_run_of_its_own(tmp_path, 
     assert_same_run(tmp_path / "run", again, (tmp_path / "whole", model, result))
 
 
+@pytest.mark.apart
 def test_speed_counts_what_is_computed_and_not_what_is_scored(tmp_path, monkeypatch):
     counted: list[int] = []
 
@@ -177,6 +178,7 @@ def test_a_run_learns_and_leaves_its_files(reference):
     jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
 
 
+@pytest.mark.apart
 def test_progress_is_shown_or_not_and_changes_nothing(tmp_path, reference, capsys):
     model, _ = train(tmp_path / "quiet", progress=False)
     assert capsys.readouterr() == ("", "")
