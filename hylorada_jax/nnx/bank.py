@@ -18,7 +18,7 @@ from hylorada_jax.nnx.adapting import adaptation_of
 from hylorada_jax.nnx.files import load_adapter
 from hylorada_jax.nnx.resolving import resolve
 from hylorada_jax.nnx.taking_off import unload
-from hylorada_jax.nnx.tokens import Tokens, given_to_rows, tokens
+from hylorada_jax.nnx.tokens import given_to_rows, tokens
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery.layout import check_keys
@@ -187,13 +187,12 @@ def _rows(
     frozen: Any,
     index: Array,
     arrays: list[Any],
-    given: Tokens,
+    given: dict[str, Array],
 ) -> Any:
-    def one(adapter: Any, frozen: Any, row: list[Any], given: Tokens) -> Any:
+    def one(adapter: Any, frozen: Any, row: list[Any], given: dict[str, Array]) -> Any:
         leaves = [kept if array is None else array[None] for kept, array in zip(fixed, row, strict=True)]
         arguments, options = jax.tree.unflatten(structure, leaves)
-        positions, *beside = (fact if fact is None else fact[None] for fact in given)
-        with tokens(positions, structure_ids=beside[0], structure_positions=beside[1]):
+        with tokens(**given):
             output = nnx.merge(graph, adapter, frozen)(*arguments, **options)
         return jax.tree.map(lambda leaf: leaf[0], output)
 

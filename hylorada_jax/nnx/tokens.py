@@ -126,8 +126,8 @@ def _digest(value: Tokens | Pass) -> object:
     )
 
 
-def given_to_rows(rows: int) -> Tokens:
-    """What the context around gives, as [rows, seq].
+def given_to_rows(rows: int) -> dict[str, Array]:
+    """What the context around gives, by the names of :func:`tokens`, as [rows, 1, seq].
 
     Raises:
         DataError: it is of another number of rows.
@@ -140,9 +140,10 @@ def given_to_rows(rows: int) -> Tokens:
                 f"{array.shape} for {rows} rows",
                 "Give one row for each of the batch.",
             )
-        return jnp.broadcast_to(array, (rows, array.shape[-1]))
+        return jnp.broadcast_to(array, (rows, array.shape[-1]))[:, None]
 
-    return Tokens(*(array if array is None else of_rows(array) for array in _GIVEN.get() or Tokens()))
+    given = (_GIVEN.get() or Tokens())._asdict()
+    return {name: of_rows(array) for name, array in given.items() if array is not None}
 
 
 def current() -> Pass:
