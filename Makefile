@@ -30,10 +30,8 @@ test-quick: $(VENV)/.installed-dev
 # What measures a user's programs as they are compiled; the notebook, the pages' lines, the benchmarks, the compiler
 # for TPUs, the real model beside torch's, runs that are killed, Hugging Face's Flax classes, and what differs little
 # from what `make test` has: half a minute or more each.
-APART := hylorada_jax/cli hylorada_jax/data hylorada_jax/exchange hylorada_jax/math hylorada_jax/models \
-	hylorada_jax/training hylorada_jax/methods_test.py parity_tests benchmarks
 test-apart: $(VENV)/.installed-dev
-	$(COMPILED_SOON) $(PYTEST) -m "apart and not optimized" $(APART) $(ARGS)
+	$(COMPILED_SOON) $(PYTEST) -m "apart and not optimized" $(ARGS)
 	$(PYTEST) -m optimized parity_tests benchmarks $(ARGS)
 
 # The newest of everything on the newest Python, no version pinned: what a user installs today. Without torch,

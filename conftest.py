@@ -87,8 +87,8 @@ SLOW_FILES = (
 )  # fmt: skip
 
 
-# Benchmarks and runs of several processes, whole, on next to nothing, and what transformers 4.57 alone has:
-# `make test-apart`.
+# Half a minute or more each: benchmarks, what runs whole or in several processes, and what
+# transformers 4.57 alone has. `make test-apart`.
 APART_FILES = (
     "best_test", "cli/mesh_test", "cli/template_test", "hf", "memory_test", "nesting_test",
     "optimize_hylorada_test", "placed_test", "recall_test", "run_benchmark_test", "scaling_test",
