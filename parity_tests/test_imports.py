@@ -36,8 +36,10 @@ EVERYTHING_IN_JAX = "import hylorada_jax\n[getattr(hylorada_jax, name) for name 
         (EVERYTHING_IN_JAX, ["jax", "torch", "transformers"], ["jax"]),
         ("import hylorada_torch", ["jax", "flax", "torch"], ["torch"]),
         ("from hylorada_jax.config import HyLoRADAConfig", ["jax", "flax", "torch", "transformers"], []),
+        # What a command needs to give its help, or to refuse an option.
+        ("import hylorada_jax.cli.main", ["jax", "flax", "torch", "transformers"], []),
     ],
-    ids=["hylorada_jax", "hylorada_torch", "config"],
+    ids=["hylorada_jax", "hylorada_torch", "config", "commands"],
 )
 def test_importing_a_package_loads_one_framework(statement, watched, loaded):
     assert loaded_by(statement, watched) == loaded

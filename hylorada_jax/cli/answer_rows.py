@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from hylorada_jax.data.answers import request_of
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
-from hylorada_jax.models.chat_template import render_each
 from hylorada_jax.structure.code import Domain
 
 if TYPE_CHECKING:
@@ -55,6 +53,9 @@ def prompts_of(
     Raises:
         DataError: the model's chat template refuses one; it is named.
     """
+    from hylorada_jax.data.answers import request_of
+    from hylorada_jax.models.chat_template import render_each
+
     requests = [request_of(chat, tokenizer, opening=True) for chat in chats]
     texts = []
     for chat, rendered in zip(chats, render_each(tokenizer.chat_template, requests), strict=True):

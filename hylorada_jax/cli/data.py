@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
-from hylorada_jax.cli.shared import PACKAGED_MODEL, puts_offline, template_of, tokenizer_of
+from hylorada_jax.cli.shared import puts_offline, template_of, tokenizer_of
 from hylorada_jax.data.corpus import PYTHON_STDLIB
-from hylorada_jax.data.document import TokenizedDocument, check_predicted
-from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.models.packaged import PACKAGED_MODEL
 from hylorada_jax.terminal import one_line, printable
 
 if TYPE_CHECKING:
+    from hylorada_jax.data.document import TokenizedDocument
     from hylorada_jax.models.tokenizer import Tokenizer
 
 
@@ -39,6 +39,9 @@ def data(
         chat_template: a Jinja file in place of the model's template.
         offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
+    from hylorada_jax.data.document import check_predicted
+    from hylorada_jax.data.packing import check_windows
+
     check_windows(seq_len)
     if rows < 1:
         raise ConfigError("At least one row must be shown.", f"--rows {rows}", "Leave it out for three.")

@@ -23,7 +23,6 @@ from hylorada_jax.cli.shared import (
     weights_in,
 )
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
-from hylorada_jax.data.packing import check_windows
 
 _EMBEDDED = (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
 
@@ -78,6 +77,9 @@ def evaluate(
         processes: For several processes, started with the same options except for --process-id.
     """
     given = {**locals()}
+
+    from hylorada_jax.data.packing import check_windows
+
     check_windows(seq_len, stride, max_tokens, batch_size)
     sources = [
         source._replace(held_out=reading.load(source.name, "eval" if source.name in _EMBEDDED else "all"))

@@ -22,7 +22,6 @@ from hylorada_jax.cli.shared import (
     warn_of_length,
     weights_in,
 )
-from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.seeds import check_seed
 from hylorada_jax.terminal import show
@@ -88,6 +87,9 @@ def generate(
         rule = "A chat template is of a conversation."
         received = f"--chat-template {chat_template} for a prompt that is continued"
         raise ConfigError(rule, received, "Give --chat too, or leave it out.")
+
+    from hylorada_jax.data.packing import check_windows
+
     check_windows(1, batch_size=batch_size)
     check_seed(seed)
     saved, read = check_adapter(adapter, structure)

@@ -1,7 +1,8 @@
 """The command that counts what would be trained."""
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter
-from hylorada_jax.cli.shared import PACKAGED_MODEL, print_result, puts_offline, unloaded
+from hylorada_jax.cli.shared import print_result, puts_offline, unloaded
+from hylorada_jax.models.packaged import PACKAGED_MODEL
 
 
 @puts_offline

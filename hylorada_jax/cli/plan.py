@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
-from hylorada_jax.cli.shared import PACKAGED_MODEL, BaseDtype, puts_offline
+from hylorada_jax.cli.shared import BaseDtype, puts_offline
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.models.packaged import PACKAGED_MODEL
 
 if TYPE_CHECKING:
     from hylorada_jax.planning.plan import Devices, Row

