@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -16,7 +16,8 @@ from hylorada_jax.models.tokenizer import Encoded, Tokenizer
 Score = Literal["answers", "last", "all"]
 """What counts: every answer (of the assistant, or a completion), the last one, or all that a row says."""
 
-_AT_ONCE = 256
+_AT_ONCE = 512
+"""Texts that are encoded together: of each answer its prompt, with all before it, and the whole."""
 
 
 class Scored(NamedTuple):
@@ -69,14 +70,31 @@ def score_answers(
     Source: transformers 5.24, ``apply_chat_template(…, return_assistant_tokens_mask=True)``, for templates
     that mark what is generated.
     """
-    remaining = iter(examples)
     # One batch is encoded while the next one is rendered, in the process of the templates.
     with ThreadPoolExecutor(1) as pool:
         begun: list[_Begun] = []
-        while (batch := list(islice(remaining, _AT_ONCE))) or begun:
-            begun += [_begin(batch, tokenizer, score, pool, offsets)] if batch else []
-            if len(begun) == 2 or not batch:
+        for batch in _batches(examples):
+            begun.append(_begin(batch, tokenizer, score, pool, offsets))
+            if len(begun) == 2:
                 yield from _ended(begun.pop(0), tokenizer, score)
+        for last in begun:
+            yield from _ended(last, tokenizer, score)
+
+
+def _batches(
+    examples: Iterable[Completion | Conversation],
+) -> Iterator[list[Completion | Conversation]]:
+    """Examples, so many at a time that their texts are about _AT_ONCE."""
+    batch: list[Completion | Conversation] = []
+    texts = 0
+    for example in examples:
+        batch.append(example)
+        texts += 2 * sum(example.answers) if isinstance(example, Conversation) else 2
+        if texts >= _AT_ONCE:
+            yield batch
+            batch, texts = [], 0
+    if batch:
+        yield batch
 
 
 class _Begun(NamedTuple):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,6 +25,8 @@ MEMORY = 512 * 2**20
 """Bytes of address space. Windows and macOS do not limit it; there SECONDS bound what can be filled."""
 LONGEST = 2**24
 """The characters of a text, several times the longest context."""
+_AT_ONCE = 2**22
+"""Characters of JSON that the process gets at once, unless one request is longer: it holds all of them."""
 _STARTING = 60.0  # seconds, for Python and jinja2 on a busy machine
 # Of the environment: the time zone, and where the system finds Python's libraries.
 _KEPT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
@@ -67,6 +69,24 @@ def run_template(
         >>> run_template("{{ 6 * n }}", [{"n": 7}])
         [Rendered(text='42', generated=[])]
     """
+    return [each for part in _parts(map(json.dumps, requests)) for each in _run(template, part, seconds)]
+
+
+def _parts(requests: Iterable[str]) -> Iterator[list[str]]:
+    """Requests, as many at a time as the process may get at once."""
+    part: list[str] = []
+    size = 0
+    for request in requests:
+        if part and size + len(request) > _AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(request)
+        size += len(request)
+    if part:
+        yield part
+
+
+def _run(template: str, requests: Sequence[str], seconds: float) -> list[Rendered | DataError]:
     found: list[Rendered | DataError] = []
     while len(found) < len(requests):
         try:
@@ -107,9 +127,9 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: _Process | None = None
 
-    def ask(self, template: str, requests: Sequence[dict[str, Any]], seconds: float) -> list[Rendered | str]:
+    def ask(self, template: str, requests: Sequence[str], seconds: float) -> list[Rendered | str]:
         """What is rendered, or what the template raises; an _EndedError where a limit is exceeded."""
-        line = json.dumps([template, requests, seconds]).encode() + b"\n"
+        line = f"[{json.dumps(template)}, [{', '.join(requests)}], {seconds}]\n".encode()
         answers: list[Rendered | str] = []
         with self._lock:
             try:

@@ -137,6 +137,14 @@ def test_one_request_that_takes_too_much_leaves_the_others_alone():
     assert re.search("ZeroDivisionError", str(found[2]))
 
 
+def test_requests_that_together_exceed_the_memory_are_rendered(monkeypatch):
+    monkeypatch.setattr(template_process, "MEMORY", 2**27)
+    template_process._worker.stop()
+    requests = [{"n": "x" * 2**22}] * 32
+    assert run_template("{{ n | length }}", requests, 20) == [Rendered(str(2**22), [])] * len(requests)
+    template_process._worker.stop()
+
+
 def test_what_generation_marks_is_told_apart_whatever_the_messages_say():
     template = (
         "{% for m in messages %}<{{ m }}>{% generation %}{{ m }}{% generation %}!{% endgeneration %}"
