@@ -576,7 +576,6 @@ def test_several_sources_are_counted_each_and_a_recipe_repeats_them(
         ("", ("--format", "alpaca"), r"column instruction[\s\S]*data\.jsonl:1: columns messages"),
         ("", ("--columns", "content"), r"--columns content"),
         ("", ("--score", "first"), "invalid choice"),
-        ("", ("--columns", "content=says"), r"content or tool_calls"),
         ("", ("--overlength", "error", "--seq-len", "8"), r"must fit into 8 tokens[\s\S]*data\.jsonl:\d+: "),
         ("", ("--overlength", "drop", "--seq-len", "8"), "must have a document"),
     ],

@@ -17,9 +17,35 @@ def names(columns: Collection[str]) -> str:
     return ", ".join(short[:12]) + (f", … ({len(short)})" if len(short) > 12 else "")
 
 
-def _renamed(message: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    kept = {name: value for name, value in message.items() if name not in {*columns, *columns.values()}}
-    return kept | {ours: message[theirs] for ours, theirs in columns.items() if theirs in message}
+class OtherNames:
+    """Other names of columns and of messages' keys.
+
+    Each is read where it is there, and else the format's own, which a second source may have.
+
+    Args:
+        theirs: the other names by the format's own.
+
+    Attributes:
+        theirs: the same.
+        met: those of the format's own names under whose other name something was there.
+    """
+
+    def __init__(self, theirs: Mapping[str, str]) -> None:
+        self.theirs = theirs
+        self.met: set[str] = set()
+
+    def called(self, name: str, row: Mapping[str, Any]) -> str:
+        """What a row or a message calls a column or a key."""
+        if (other := self.theirs.get(name)) is None or other not in row:
+            return name
+        self.met.add(name)
+        return other
+
+    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The same by the format's own names."""
+        others = {name: other for name in self.theirs if (other := self.called(name, row)) != name}
+        kept = {name: value for name, value in row.items() if name not in {*others, *others.values()}}
+        return kept | {name: row[other] for name, other in others.items()}
 
 
 class RowReader(NamedTuple):
@@ -27,11 +53,11 @@ class RowReader(NamedTuple):
 
     row: Mapping[str, Any]
     place: str
-    columns: Mapping[str, str]
+    others: OtherNames
 
     def called(self, column: str) -> str:
         """The column's name in this row."""
-        return self.columns.get(column, column)
+        return self.others.called(column, self.row)
 
     def error(self, column: str, expected: str, found: object) -> DataError:
         """The error that names the row, the column, what it must hold, and what it holds."""
@@ -45,8 +71,9 @@ class RowReader(NamedTuple):
         """What a column holds; an error where the row does not have it."""
         called = self.called(column)
         if called not in self.row:
+            other = self.others.theirs.get(column)
             raise DataError(
-                f"A row must have the column {called}.",
+                f"A row must have the column {other or column}.",
                 f"{self.place}: columns {names(self.row)}",
                 f"Correct or remove the row; --columns {column}=NAME reads a column of another name.",
             )
@@ -86,7 +113,7 @@ class RowReader(NamedTuple):
         values = self.json(column, list, expected)
         if not values or not all(isinstance(value, Mapping) for value in values):
             raise self.error(column, expected, shown(values) if values else kind_of(given))
-        return [_renamed(value, self.columns) for value in values]
+        return [self.others.renamed(value) for value in values]
 
     def messages(self, column: str) -> list[dict[str, Any]]:
         """The messages of a column, each with a role, and with a content or calls of tools."""
@@ -122,7 +149,7 @@ class RowReader(NamedTuple):
         """The calls, with mappings for arguments: a template would quote OpenAI's JSON once more."""
         expected = "tool_calls as a list of mappings, or JSON of it"
         column = where.partition("[")[0]
-        calls = RowReader({column: calls}, self.place, {}).json(column, list, expected) or []
+        calls = RowReader({column: calls}, self.place, OtherNames({})).json(column, list, expected) or []
         for call in calls:
             function = call.get("function", call) if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping):

@@ -7,17 +7,20 @@ import hashlib
 import json
 import os
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
+from hylorada_jax.data.columns import OtherNames, names
 from hylorada_jax.data.docstrings import docstring_rows
 from hylorada_jax.data.examples import Document, Example
 from hylorada_jax.data.formats import COLUMNS, Format, read_row, recognise
 from hylorada_jax.data.hub_rows import dataset_rows, hub_dataset, hub_rows
 from hylorada_jax.data.rows import Row, read_rows
 from hylorada_jax.errors import DataError, require_one_of
+from hylorada_jax.terminal import one_line
 
 PYTHON_STDLIB = "python-stdlib"
 """The embedded texts, which every machine that runs this package has: the source of Python's library."""
@@ -80,7 +83,8 @@ def load_documents(
             (:func:`hylorada_jax.data.rows.read_rows`).
         split: ``"train"``, ``"eval"`` or ``"all"``.
         form: the format; None recognises it by the columns of the first row.
-        columns: other names of the format's columns, as {"text": "body"}.
+        columns: other names of the format's columns and of messages' keys, as {"text": "body"}; each counts
+            in the rows and messages that have it. One that none has is warned of.
         skipped: gets the errors of malformed rows, which are left out; None raises the first.
 
     Returns:
@@ -99,13 +103,13 @@ def load_documents(
     require_one_of("split", split, get_args(Split))
     if form is not None:
         require_one_of("form", form, get_args(Format))
-    documents = list(_examples(_rows(source, columns or {}), form, columns or {}, skipped))
+    others = OtherNames(columns or {})
+    documents = list(_examples(_rows(source, others.theirs), form, others, skipped))
+    name = str(source) if isinstance(source, str | Path) else type(source).__name__
     if not documents:
-        raise DataError(
-            "Data must have text in it.",
-            source if isinstance(source, str | Path) else f"{type(source).__name__} without any",
-            "Give files that are not empty.",
-        )
+        raise DataError("Data must have text in it.", name, "Give files that are not empty.")
+    if absent := [other for ours, other in others.theirs.items() if ours not in others.met]:
+        warnings.warn(f"no row of {one_line(name)} has {names(absent)}", stacklevel=2)
     if split == "all":
         return documents
     ((train, held_out),) = divide([(documents, source)])
@@ -130,15 +134,15 @@ def _rows(source: str | Path | Rows, columns: Mapping[str, str]) -> Iterator[Row
 def _examples(
     rows: Iterable[Row | DataError],
     form: Format | None,
-    columns: Mapping[str, str],
+    others: OtherNames,
     skipped: list[DataError] | None,
 ) -> Iterator[Example]:
     for row in rows:
         try:
             if isinstance(row, DataError):
                 raise row
-            form = form or recognise([*row.values, *columns], row.place)
-            example = read_row(row.values, row.place, form, columns)
+            form = form or recognise(others.renamed(row.values), row.place)
+            example = read_row(row.values, row.place, form, others)
         except DataError as error:
             if skipped is None:
                 raise

@@ -126,6 +126,17 @@ def test_unusable_data_is_refused_by_name(tmp_path, source, content, said):
     assert said in str(error.value)
 
 
+def test_other_names_count_in_the_rows_that_have_them():
+    """Of several sources, one may have the format's own."""
+    columns = {"input": "context", "completion": "answer"}
+    plain = {"instruction": "Add.", "input": "1 1", "output": "2"}
+    for row in (plain, {"instruction": "Add.", "context": "1 1", "output": "2"}):
+        with pytest.warns(UserWarning, match="no row of list has .*answer"):
+            (chat,) = load_documents([row], columns=columns)
+        assert isinstance(chat, Conversation)
+        assert chat.messages[0]["content"] == "Add.\n\n1 1"
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [({"split": "test"}, "split must be one of train, eval, all"), ({"form": "csv"}, "form must be one of")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from hylorada_jax.data.columns import RowReader, kind_of, names, with_arguments
+from hylorada_jax.data.columns import OtherNames, RowReader, kind_of, names, with_arguments
 from hylorada_jax.data.examples import Completion, Document, Example
 from hylorada_jax.errors import DataError
 from hylorada_jax.text import parse_json, shown, well_formed
@@ -64,7 +64,7 @@ def recognise(columns: Collection[str], place: str) -> Format:
 
 
 def read_row(
-    row: Mapping[str, Any], place: str, form: Format, columns: Mapping[str, str] | None = None
+    row: Mapping[str, Any], place: str, form: Format, others: OtherNames | None = None
 ) -> Example | None:
     """What a row says.
 
@@ -72,7 +72,7 @@ def read_row(
         row: its values by column; where JSON is meant, a string of JSON serves as well.
         place: where the row is: its name, and what an error calls it.
         form: the format.
-        columns: other names of the format's columns and of a message's keys, {"content": "answer"}.
+        others: other names of the format's columns and of a message's keys.
 
     Returns:
         A text, a completion or a conversation; None for a text that is null or blank.
@@ -86,7 +86,7 @@ def read_row(
         >>> [message["content"] for message in read_row(row, "data.json[0]", "alpaca").messages]
         ['Add.\\n\\n1 2', '3']
     """
-    read = RowReader(row, place, columns or {})
+    read = RowReader(row, place, others or OtherNames({}))
     match form:
         case "text":
             text = read.text("text", null=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hylorada_jax.data.columns import OtherNames
 from hylorada_jax.data.examples import Completion, Conversation, Document
 from hylorada_jax.data.formats import read_row, recognise
 from hylorada_jax.errors import DataError
@@ -118,12 +119,15 @@ def test_rows_say_what_their_format_says(name):
 
 
 def test_columns_may_have_other_names():
-    assert read_row({"body": "a"}, "row", "text", {"text": "body"}) == Document("row", "a")
+    body, says = OtherNames({"text": "body"}), OtherNames({"role": "speaker", "content": "says"})
+    for row in ({"body": "a"}, {"text": "b", "body": "a"}, {"text": "a"}):
+        assert read_row(row, "row", "text", body) == Document("row", "a")
     row = {"messages": [{"speaker": "user", "says": "Hi"}, {"speaker": "assistant", "says": "Ho"}]}
-    found = read_row(row, "row", "messages", {"role": "speaker", "content": "says"})
-    assert found == CHAT
-    with pytest.raises(DataError, match=r"column body\.[\s\S]*row: columns text"):
-        read_row({"text": "a"}, "row", "text", {"text": "body"})
+    assert read_row(row, "row", "messages", says) == CHAT
+    row["messages"][1] = {"role": "assistant", "content": "Ho"}
+    assert read_row(row, "row", "messages", says) == CHAT
+    with pytest.raises(DataError, match=r"column body\.[\s\S]*row: columns txt"):
+        read_row({"txt": "a"}, "row", "text", body)
 
 
 WRONG: dict[str, Any] = {
