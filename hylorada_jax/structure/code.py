@@ -24,10 +24,12 @@ _BLANK = np.array([ord(character) for character in " \t\n\f"])
 _MOST_DOTS = 1000
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
-# One that is not closed reaches to the end, and a fence that closes is at least as long.
+# One that is not closed reaches to the end, and a fence that closes is at least as long. A list's item may
+# indent it by more than three blanks; what stands behind backticks has none, or they are of one line.
 _BLOCK = re.compile(
-    r"^ {0,3}(?P<fence>(?P<mark>[`~])(?P=mark){2,})[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)"
-    r"(?:^ {0,3}(?P=fence)(?P=mark)*[ \t]*$|\Z)",
+    r"^(?P<indent> *)(?P<fence>(?:(?P<mark>~)|`)(?:(?(mark)~|`)){2,})[ \t]*(?P<language>[\w+-]*)"
+    r"(?(mark)[^\n]*|[^\n`]*)\n(?P<code>.*?)"
+    r"(?:^(?:(?P=indent))? {0,3}(?P=fence)(?(mark)~|`)*[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -93,11 +95,23 @@ def fenced_depths(
         for block in _BLOCK.finditer(text[first:last]):
             named = block["language"].lower() in ("python", "py", "python3")
             if named or not block["language"]:
-                inner, parses = character_depths(block["code"])
+                inner, parses = _indented_depths(block["code"], len(block["indent"]))
                 all_parse &= parses or not named
                 if parses or named:
                     depths[first + block.start("code") : first + block.end("code")] = inner
     return _at_their_ends(depths, offsets), all_parse
+
+
+def _indented_depths(code: str, indent: int) -> tuple[np.ndarray, bool]:
+    """As :func:`character_depths`, of lines that are all indented, or less."""
+    if not indent:
+        return character_depths(code)
+    kept = np.ones(len(code), bool)
+    for line in re.finditer(rf"^ {{1,{indent}}}", code, re.MULTILINE):
+        kept[line.start() : line.end()] = False
+    inner, parses = character_depths(re.sub(rf"^ {{1,{indent}}}", "", code, flags=re.MULTILINE))
+    # The number of those before it, as a blank has the depth of the text before it.
+    return np.array([0, *inner], np.int32)[np.cumsum(kept)], parses
 
 
 def _at_their_ends(depths: np.ndarray, offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -1,13 +1,14 @@
 """Oracles: depths written by hand, tokenize's own INDENT and DEDENT, and laws over Python's own library."""
 
 import io
+import textwrap
 import tokenize
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hylorada_jax.structure.code import character_depths, token_depths
+from hylorada_jax.structure.code import character_depths, fenced_depths, token_depths
 
 # Under each line of source, the depth of each of its characters.
 BY_HAND = r"""
@@ -221,3 +222,21 @@ def test_a_token_has_the_depth_of_its_last_character():
     # bos, "if x", ":\n    ", "f(", two tokens of the bytes of one character, "')", eos
     assert depths.tolist() == [0, 0, 0, 1, 2, 2, 1, 0]
     assert token_depths("", [])[0].tolist() == []
+
+
+@pytest.mark.parametrize("language", ["python", ""])
+@pytest.mark.parametrize(
+    ("before", "indent"),
+    [("So:\n", ""), ("1. Do:\n", "   "), ("10. Do:\n\n", "    "), ("```a = 1``` is one.\n", "")],
+)
+def test_a_block_in_a_list_or_behind_code_in_a_line_has_its_depths(before, indent, language):
+    code = "if a:\n    b(c)\n\n    '''\n  d\n'''\n"
+    text = before + textwrap.indent(f"```{language}\n{code}```", indent) + "\nif c:\n  d"
+    found, parses = fenced_depths(text, [(at, at + 1) for at in range(len(text))])
+    assert parses
+    start, stop = text.rindex("`" + language + "\n", 0, text.index("if a")), text.rindex("```")
+    at = [number for number in range(start + 1 + len(language), stop) if not text[number].isspace()]
+    expected = [depth for depth, c in zip(character_depths(code)[0], code, strict=True) if not c.isspace()]
+    assert found[at].tolist() == expected
+    assert not found[:start].any()
+    assert not found[stop:].any()
