@@ -42,7 +42,9 @@ def asked(source: str) -> list[Conversation]:
 
 def _asked(chat: Conversation) -> Conversation:
     *before, last = chat.messages
-    return chat._replace(messages=before) if last["role"] == "assistant" and before else chat
+    if last["role"] != "assistant" or not before:
+        return chat
+    return chat._replace(messages=before, answers=chat.answers[:-1])
 
 
 def prompts_of(
@@ -110,7 +112,8 @@ def answers(
 def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | None) -> None:
     """A JSON line for each conversation with its answer as the last message, as it comes.
 
-    The line can be read as the conversation was, with its tools and the variables of its template.
+    The line can be read as the conversation was, with its tools and the variables of its template; turns of the
+    assistant that did not count do not count in it.
 
     Args:
         chats: what was asked.
@@ -119,9 +122,15 @@ def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | No
     """
     with contextlib.nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
         for chat, text in zip(chats, found, strict=True):
-            row: dict[str, Any] = {"messages": [*chat.messages, {"role": "assistant", "content": text}]}
+            said = [
+                message if counts or message["role"] != "assistant" else {**message, "train": False}
+                for message, counts in zip(chat.messages, chat.answers, strict=True)
+            ]
+            row: dict[str, Any] = {"messages": [*said, {"role": "assistant", "content": text}]}
             if chat.tools:
                 row["tools"] = chat.tools
             if chat.variables:
                 row["chat_template_kwargs"] = chat.variables
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            # A lone surrogate, which has no UTF-8, is written as JSON escapes it.
+            line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode()
+            print(line, file=file, flush=True)

@@ -56,7 +56,7 @@ def chat(
             positions].
         chat_template: a Jinja file in place of the model's or the adapter's template.
         structure: the structure that a hylorada_v2 adapter reads: code, of what is fenced in the
-            conversation, or none [that of its training].
+            conversation so far, or none [that of its training]. An answer has none while it is written.
         seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the

@@ -607,7 +607,9 @@ def test_bad_rows_are_skipped_and_listed_where_that_is_asked_for(chatting, tmp_p
 def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
     output = tmp_path / "said.jsonl"
     asked = [Conversation("", [{"role": "user", "content": text}], [False]) for text in "abc"]
-    asked[1] = asked[1]._replace(tools=[{"name": "f"}], variables={"enable_thinking": False})
+    asked[1] = asked[1]._replace(tools=[{"name": "f \ud83d"}], variables={"enable_thinking": False})
+    turn = [{"role": "assistant", "content": "?"}, *asked[0].messages]
+    asked[0] = asked[0]._replace(messages=asked[0].messages + turn, answers=[False] * 3)
 
     def answers():
         yield "A"
@@ -621,7 +623,7 @@ def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
     for chat, line, text in zip(asked, output.read_text().splitlines(), "AB", strict=False):
         said = [*chat.messages, {"role": "assistant", "content": text}]
         assert read_row(json.loads(line), "", "messages") == chat._replace(
-            messages=said, answers=[False, True]
+            messages=said, answers=[*chat.answers, True]
         )
 
 

@@ -11,6 +11,7 @@ from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.packaged import PACKAGED_MODEL
 from hylorada_jax.terminal import one_line, printable
+from hylorada_jax.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from hylorada_jax.data.document import TokenizedDocument
@@ -23,7 +24,7 @@ def data(
     data: tuple[str, ...] = (PYTHON_STDLIB,),
     model: str = PACKAGED_MODEL,
     reading: Reading = AS_IT_IS,
-    seq_len: int = 512,
+    seq_len: int = TrainingConfig.seq_len,
     rows: int = 3,
     chat_template: Path | None = None,
     offline: bool = False,

@@ -61,8 +61,8 @@ def generate(
         chat_template: a Jinja file in place of the model's or the adapter's template, for --chat or messages.
         output: a new JSON Lines file for the answered conversations [they are printed].
         batch_size: conversations at a time.
-        structure: the structure that a hylorada_v2 adapter reads: code, also in the tokens that follow, or
-            none [that of its training].
+        structure: the structure that a hylorada_v2 adapter reads of the prompt: code, or none [that of its
+            training]. Each new token has that of the prompt's last.
         seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the
