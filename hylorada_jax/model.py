@@ -461,17 +461,17 @@ class HyLoRADAModel:
         return model
 
     def identity(self, *, weights: bool = False) -> dict[str, Any]:
-        """What tells the base model from others, as :func:`base_identity` gives it.
+        """What tells the base model from others, as :func:`base_identity` gives it, and its weights' dtype.
 
         Args:
-            weights: with their "dtype" and their :func:`tree_digest`, which takes about a second for 2 GB.
+            weights: with their :func:`tree_digest`, which takes about a second for 2 GB.
         """
-        return identity(self.base, self.modules) | (self._weights if weights else {})
+        found = identity(self.base, self.modules) | {"dtype": dtype_name(self.base.params)}
+        return found | ({"weights_sha256": self._digest} if weights else {})
 
     @functools.cached_property
-    def _weights(self) -> dict[str, str]:
-        params = self.base.params
-        return dict(zip(adapter_files.WEIGHTS, (dtype_name(params), tree_digest(params)), strict=True))
+    def _digest(self) -> str:
+        return tree_digest(self.base.params)
 
     def save_pretrained(
         self, directory: str | Path, *, overwrite: bool = False, weights: bool = False

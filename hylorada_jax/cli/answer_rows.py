@@ -112,8 +112,8 @@ def answers(
 def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | None) -> None:
     """A JSON line for each conversation with its answer as the last message, as it comes.
 
-    The line can be read as the conversation was, with its tools and the variables of its template; turns of the
-    assistant that did not count do not count in it.
+    The line can be read as the conversation was: with its tools, its template's variables, and which turns of
+    the assistant count.
 
     Args:
         chats: what was asked.

@@ -57,11 +57,13 @@ def inspect(
 
 def _weights(model: str, saved: Any) -> Callable[[str], Any]:
     from hylorada_jax import load_model
+    from hylorada_jax.exchange.merged import dtypes_of
     from hylorada_jax.models.wrapped import as_base
     from hylorada_jax.saved.opening import open_on
 
     opened = open_on(unloaded(model), saved)  # before the model is loaded
-    params = as_base(load_model(model)).params
+    dtype, base_dtype = dtypes_of(saved)
+    params = as_base(load_model(model, dtype=dtype, base_dtype=base_dtype)).params
     places = {name: (m, i) for m in opened.modules.linears for i, name in enumerate(m.names)}
 
     def weight_of(name: str) -> Any:

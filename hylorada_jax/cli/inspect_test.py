@@ -37,8 +37,10 @@ def test_an_adapter_is_shown_as_table_json_and_plots(adapter, tmp_path, monkeypa
         assert f"\n{layer['name'].rpartition('.')[2]} " in text
 
 
-def test_beside_its_base_an_adapter_has_column_scales_too(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
-    model = HyLoRADAModel(load_model(tiny), HyLoRADAConfig(method="dora", lora_rank=2))
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+def test_beside_its_base_an_adapter_has_column_scales_too(tiny, tmp_path, monkeypatch, capsys, base_dtype):  # noqa: F811
+    base = load_model(tiny, base_dtype=base_dtype)
+    model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2))
     model.save_pretrained(tmp_path / "fresh")
     options = ("inspect", "--adapter", tmp_path / "fresh", "--model", tiny)
     found = json.loads(run(monkeypatch, capsys, *options, "--json")[1])

@@ -34,10 +34,9 @@ def export_peft(
         offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     from hylorada_jax import load_model
-    from hylorada_jax.exchange.merged import is_in_codes
+    from hylorada_jax.exchange.merged import dtypes_of
     from hylorada_jax.exchange.peft_export import check_export, effect
     from hylorada_jax.exchange.peft_export import export_peft as export
-    from hylorada_jax.math.quantized import split_name
     from hylorada_jax.model import HyLoRADAModel
     from hylorada_jax.models.tokenizer import load_tokenizer
     from hylorada_jax.saved.adapter_files import refuse_existing
@@ -56,8 +55,7 @@ def export_peft(
             raise DataError("A sample must have at least one token.", repr(sample), "Give some text.")
         tokens = [ids]
     # Magnitudes are those of the weights that were trained on.
-    trained = saved.base.get("dtype", "")
-    dtype, base_dtype = split_name(trained if is_in_codes(trained) else "float32")
+    dtype, base_dtype = dtypes_of(saved)
     adapted = HyLoRADAModel.from_pretrained(load_model(name, dtype=dtype, base_dtype=base_dtype), saved)
     export(adapted, output, drop=drop, sample=tokens)
     for component in drop if tokens else ():

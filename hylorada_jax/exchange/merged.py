@@ -23,7 +23,7 @@ from hylorada_jax.exchange.shards import (
     write_shards,
 )
 from hylorada_jax.io.files import user_path, write_json
-from hylorada_jax.math.quantized import BASE_DTYPES
+from hylorada_jax.math.quantized import BASE_DTYPES, split_name
 from hylorada_jax.models.generation_config import FILE, read_generation_config
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import empty_model, open_weights
@@ -36,7 +36,7 @@ from hylorada_jax.models.weights_digest import files_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import open_on
-from hylorada_jax.saved.saved_adapter import open_adapter
+from hylorada_jax.saved.saved_adapter import SavedAdapter, open_adapter
 from hylorada_jax.surgery.merge import live_parts, refuse_live
 from hylorada_jax.terminal import bar_options
 
@@ -125,6 +125,12 @@ def write_merged(
                 (place / "chat_template.jinja").write_text(template, "utf-8")
             if generation:
                 write_json(place / FILE, generation)
+
+
+def dtypes_of(saved: SavedAdapter) -> tuple[Any, str | None]:
+    """The dtype and base_dtype in which a base has the weights that an adapter was trained on."""
+    trained = saved.base.get("dtype", "")
+    return split_name(trained if is_in_codes(trained) else "float32")
 
 
 def is_in_codes(dtype: str) -> bool:

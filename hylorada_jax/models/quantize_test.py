@@ -99,9 +99,11 @@ def test_an_adapter_is_merged_into_what_it_was_trained_on(tmp_path):
     np.testing.assert_allclose(merged(IDS % 11).logits, expected, **rounding)
     assert dtype_name(merged.params) == "float32"
 
-    model.save_pretrained(tmp_path / "adapter", weights=True)
-    write_merged(path, tmp_path / "adapter", tmp_path / "merged", check_weights=True)
-    np.testing.assert_allclose(load_model(tmp_path / "merged")(IDS % 11).logits, expected, **rounding)
+    for digest in (True, False):
+        adapter, output = tmp_path / f"adapter {digest}", tmp_path / f"merged {digest}"
+        model.save_pretrained(adapter, weights=digest)
+        write_merged(path, adapter, output, check_weights=digest)
+        np.testing.assert_allclose(load_model(output)(IDS % 11).logits, expected, **rounding)
 
 
 def test_a_quantised_base_generates_what_its_numbers_do(tmp_path):

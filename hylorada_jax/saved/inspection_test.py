@@ -95,7 +95,9 @@ def test_a_fresh_adapter_has_learned_nothing(base, settings, tmp_path):
 
 
 def test_a_trained_adapter_is_measured_as_its_products_are(base, tmp_path):
-    config = HyLoRADAConfig(method="hylorada", lora_rank=3, lora_alpha=5, alpha_pattern={"v_proj": 7.0})
+    config = HyLoRADAConfig(
+        method="hylorada", lora_rank=3, lora_alpha=5, alpha_pattern={"v_proj": 7.0, "down_proj": 2.0}
+    )
     model = HyLoRADAModel(base, config)
     tensors = {
         name: RNG.normal(size=leaf.shape).astype(np.float32)

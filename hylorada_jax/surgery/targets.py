@@ -177,13 +177,16 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
     return ranks
 
 
-def layer_alphas(ranks: Mapping[str, int], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, float]:
+def layer_alphas(
+    ranks: Mapping[str, int], names: Sequence[str], config: HyLoRADAConfig, *, strict: bool = True
+) -> dict[str, float]:
     """α of every adapted layer: ``alpha_pattern``'s, or in ``lora_alpha``'s ratio to the rank.
 
     Args:
         ranks: from :func:`layer_ranks`.
         names: the names of all linear layers.
         config: its ``lora_alpha``, ``lora_rank`` and ``alpha_pattern`` are read.
+        strict: False where only the adapted layers are known, and a pattern may be of others.
 
     Returns:
         {name: α}.
@@ -191,27 +194,27 @@ def layer_alphas(ranks: Mapping[str, int], names: Sequence[str], config: HyLoRAD
     Raises:
         TargetError: a pattern matches no layer.
     """
-    own = by_pattern(config.alpha_pattern, names)
+    own = by_pattern(config.alpha_pattern, names, strict=strict)
     ratio = config.lora_alpha / config.lora_rank
     return {name: own.get(name, ratio * rank) for name, rank in ranks.items()}
 
 
-def by_pattern(pattern: Any, names: Sequence[str]) -> dict[str, Any]:
+def by_pattern(pattern: Any, names: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
     """{name: value} of the layers that a pattern's keys match; a TargetError where one matches none."""
     found: dict[str, Any] = {}
     values = dict(pattern)
-    for value, matching in zip(values.values(), _matching(values, names), strict=True):
+    for value, matching in zip(values.values(), _matching(values, names, strict), strict=True):
         found = dict.fromkeys(matching, value) | found  # the first one wins
     return found
 
 
-def _matching(patterns: Iterable[str], names: Sequence[str]) -> Iterator[set[str]]:
+def _matching(patterns: Iterable[str], names: Sequence[str], strict: bool = True) -> Iterator[set[str]]:
     for pattern, found in zip(patterns, matches(patterns, names), strict=True):
         if pattern == ALL_LINEAR:
             yield {name for name in names if not is_head(name) and not _is_one_of(name, ROUTERS)}
             continue
         found |= {name for name in names if _is_one_of(name, ROLES.get(pattern, (pattern,)))}
-        if not found:
+        if strict and not found:
             raise TargetError(
                 "Every target and exclusion must match a linear layer.",
                 repr(pattern),
