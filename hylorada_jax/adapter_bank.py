@@ -16,11 +16,12 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.saved.opening import open_on
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.named import NamedAdapters, check_config
 from hylorada_jax.surgery.split import unfrozen_paths
-from hylorada_jax.trees import Adapters, Frozen, Resolved, Tree
+from hylorada_jax.trees import Adapters, Frozen, Resolved, Tree, is_traced
 
 
 class AdapterBank:
@@ -59,6 +60,7 @@ class AdapterBank:
         self.model = model
         self._named = NamedAdapters(model.adapters)
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.adapters)
+        self._beside: dict[str, tuple[str | None, Domain | None]] = {}
         self._stacked: tuple[list[Adapters], Resolved] = [], {}
         self._rows = jax.jit(functools.partial(apply_rows, model))
         self._resolve = jax.jit(model.resolve)
@@ -87,6 +89,7 @@ class AdapterBank:
         """
         self._named.check_new(name)
         self._named.by_name[name] = jax.device_put(self._fitted(adapters), may_alias=False)
+        self._beside[name] = self.model.chat_template, self.model.structure
 
     def load(self, name: str, directory: str | Path) -> None:
         """Takes an adapter in from its files.
@@ -108,23 +111,33 @@ class AdapterBank:
             "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
         )
         self._named.by_name[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
+        self._beside[name] = saved.chat_template, saved.structure
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
         self._named.remove(name)
 
     def switch(self, name: str) -> None:
-        """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there."""
+        """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there.
+
+        Its chat template and structure become the model's too, as they were in its files, or the model's own
+        when it was added.
+        """
         self._named.check_known(name)
         self._keep_active()
-        self.model.adapters, self._named.active = self._named.by_name[name], name
+        model = self.model
+        self._beside[self._named.active] = model.chat_template, model.structure
+        model.chat_template, model.structure = self._beside[name]
+        model.adapters, self._named.active = self._named.by_name[name], name
 
     def __call__(
         self, input_ids: Array, adapters: Sequence[str | None] | None = None, **inputs: Array | None
     ) -> Any:
         """The output in evaluation mode of a batch whose rows have an adapter each.
 
-        Other names in another order run the same program; another number of adapters compiles a new one.
+        Other names in another order run the same program; another number of adapters compiles a new one. A
+        function of yours that is compiled around the call keeps the adapters that the bank had then:
+        :func:`apply_rows` takes them as arguments.
 
         Args:
             input_ids: int [batch, seq].
@@ -158,11 +171,14 @@ class AdapterBank:
         self._keep_active()
         trees = list(self._named.by_name.values())
         # Kept until an adapter comes, goes or is trained.
-        if [*map(id, trees)] != [*map(id, self._stacked[0])]:
-            resolved = [self._resolve(tree, self.model.frozen) for tree in trees]
-            rows = no_adapter(self.model, resolved[0]), *resolved
-            self._stacked = trees, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-        return self._stacked[1]
+        if [*map(id, trees)] == [*map(id, self._stacked[0])]:
+            return self._stacked[1]
+        resolved = [self._resolve(tree, self.model.frozen) for tree in trees]
+        rows = no_adapter(self.model, resolved[0]), *resolved
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        if not is_traced(stack):
+            self._stacked = trees, stack
+        return stack
 
     def _keep_active(self) -> None:
         """What the user assigned to ``model.adapters`` is the active adapter."""

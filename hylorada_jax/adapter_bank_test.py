@@ -194,6 +194,23 @@ def test_adapters_come_from_their_files(tmp_path):
     np.testing.assert_array_equal(loaded(**given, adapters=ROWS).logits, bank(**given, adapters=ROWS).logits)
 
 
+def test_an_adapters_template_and_structure_come_and_go_with_it(tmp_path):
+    bank = full_bank(CONFIGS["lora"])
+    bank.model.chat_template, bank.model.structure = "{{ messages }}", "code"
+    bank.model.save_pretrained(tmp_path)
+    bank.model.chat_template = bank.model.structure = None
+    bank.load("a", tmp_path)
+    for name, expected in (("a", ("{{ messages }}", "code")), ("tall", (None, None))):
+        bank.switch(name)
+        assert (bank.model.chat_template, bank.model.structure) == (expected)
+
+
+def test_a_function_that_is_compiled_around_the_call_leaves_the_bank_as_it_was():
+    bank, given = full_bank(CONFIGS["lora"]), tokens(CONFIGS["lora"])
+    compiled = jax.jit(lambda ids: bank(ids, ROWS).logits)(given["input_ids"])
+    np.testing.assert_allclose(bank(**given, adapters=ROWS).logits, compiled, atol=ROUNDING)
+
+
 def test_what_does_not_fit_is_refused_and_the_bank_stays_as_it_was(tmp_path):
     config = CONFIGS["lora"]
     bank, given = full_bank(config), tokens(config)

@@ -6,6 +6,8 @@ To a type checker they are all dicts: the names say which of them a signature ex
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import jax
+
 COLLECTION = "hylorada"
 """The Flax collection beside ``params`` in which a module finds its slice of the resolved tree."""
 
@@ -26,6 +28,11 @@ Frozen: TypeAlias = dict[str, Any]
 
 Resolved: TypeAlias = dict[str, Any]
 """What the forward pass reads, a function of weights alone: lora_A, scaled_B = s·B, column_scale = c, …"""
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether some leaf of a tree has no value yet, for a function that reads it is being compiled."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -24,6 +24,7 @@ from parity_tests.models import CONFIGS, SPREAD, Pair, budgets, draw_inputs, err
 def test_an_export_says_how_its_base_was_quantised(tmp_path):
     base = load_model(saved("llama", "float32").name, dtype="bfloat16", base_dtype="int8")
     model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2, target_modules=("k_proj",)))
+    model.chat_template = "{{ messages }}\n"
     export_peft(model, tmp_path / "new")
     card = ModelCard.load(tmp_path / "new" / CARD_NAME)
     assert (card.data.base_model, card.data.library_name) == (base.name, "peft")
@@ -35,6 +36,7 @@ def test_an_export_says_how_its_base_was_quantised(tmp_path):
             if magnitude := [value for name, value in found.items() if f"{full}.lora_magnitude" in name]:
                 weight = np.asarray(linear.weight(norms, layer), np.float64)
                 np.testing.assert_allclose(magnitude[0], np.linalg.norm(weight, axis=1), rtol=1e-6)
+    assert (tmp_path / "new" / "chat_template.jinja").read_text() == model.chat_template
     (tmp_path / CARD_NAME).write_text("mine")
     with pytest.raises(CheckpointError, match=CARD_NAME):
         export_peft(model, tmp_path)

@@ -24,6 +24,7 @@ from hylorada_jax.exchange.shards import (
 )
 from hylorada_jax.io.files import user_path, write_json
 from hylorada_jax.math.quantized import BASE_DTYPES, split_name
+from hylorada_jax.models.chat_template import TEMPLATE_NAME
 from hylorada_jax.models.generation_config import FILE, read_generation_config
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import empty_model, open_weights
@@ -122,7 +123,7 @@ def write_merged(
             else:
                 _copy(beside, source.path, place)
             if template is not None:
-                (place / "chat_template.jinja").write_text(template, "utf-8")
+                (place / TEMPLATE_NAME).write_text(template, "utf-8")
             if generation:
                 write_json(place / FILE, generation)
 

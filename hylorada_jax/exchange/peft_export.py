@@ -12,14 +12,16 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
-from hylorada_jax.exchange.peft_card import card
+from hylorada_jax.exchange.peft_card import CARD_NAME, card
 from hylorada_jax.exchange.peft_files import tied_head, write_peft
 from hylorada_jax.leaves import Part, collapsed_kind
 from hylorada_jax.math.quantized import dtype_name
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel
+from hylorada_jax.models.chat_template import TEMPLATE_NAME
 from hylorada_jax.models.families import TOKEN_EMBEDDINGS, family_of
 from hylorada_jax.models.text_part import INSIDE, names_in_peft
+from hylorada_jax.placement.processes import is_first
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import collapse, without
 from hylorada_jax.surgery.merge import live_parts
@@ -42,7 +44,8 @@ def export_peft(
 
     LoRA goes as LoRA, DoRA and HyLoRADA as DoRA of that magnitude. Embeddings and norms that were trained go
     as modules_to_save. Of the text part of a multimodal model the names are those in the whole one. Where the
-    base is quantised, a README.md says how to load it.
+    base is quantised, a README.md says how to load it; a chat template of the adapter's own goes into
+    chat_template.jinja. Of several processes all must call it, and the first writes.
 
     Args:
         model: carries the adapter.
@@ -53,7 +56,7 @@ def export_peft(
     Raises:
         ModelError: what the adapter does is no LoRA and no DoRA; the component is named.
         ConfigError: ``drop`` names no component.
-        CheckpointError: an adapter is already there.
+        CheckpointError: an adapter, or one of the other files, is already there.
 
     Example:
         model = HyLoRADAModel.from_pretrained(load_model("smollm2-135m"), "runs/finetune/adapter")
@@ -83,7 +86,9 @@ def export_peft(
         whole[tied_head(model.base.config.model_type)] = whole[embedding]
     settings, theirs = _settings(model, linear, list(whole)), names_in_peft(model.base.inside)
     named = {theirs(name): value for name, value in (made | whole).items()}
-    write_peft(directory, named, settings, _card(model.base))
+    beside = {CARD_NAME: _card(model.base), TEMPLATE_NAME: model.chat_template}
+    if is_first():
+        write_peft(directory, named, settings, {name: text for name, text in beside.items() if text})
 
 
 def effect(model: HyLoRADAModel, component: str, input_ids: Any) -> float:

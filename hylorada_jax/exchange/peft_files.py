@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -14,7 +15,6 @@ from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.exchange.peft_card import CARD_NAME
 from hylorada_jax.io.files import any_path, kind_of, user_path
 from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
@@ -101,7 +101,7 @@ def write_peft(
     directory: str | Path,
     tensors: Mapping[str, np.ndarray],
     settings: Mapping[str, Any],
-    card: str | None = None,
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes an adapter as PEFT does.
 
@@ -109,25 +109,23 @@ def write_peft(
         directory: made if it does not exist.
         tensors: {layer name + "." + leaf name: array}, by the names of the model that PEFT has.
         settings: of PEFT's LoraConfig.
-        card: the content of README.md; None: there is none.
+        beside: texts by the names of their files.
 
     Raises:
-        CheckpointError: an adapter, or with a card a README.md, is already there, or the directory cannot be
+        CheckpointError: an adapter, or one of these files, is already there, or the directory cannot be
             written.
     """
     directory = any_path(directory)
     refuse_existing(directory)
-    if card is not None and kind_of(directory / CARD_NAME):
-        raise CheckpointError(
-            f"The adapter of a quantised base comes with a {CARD_NAME}, which replaces none.",
-            directory,
-            "Choose another directory.",
-        )
+    for name in beside:
+        if kind_of(directory / name):
+            rule = f"This adapter comes with a {name}, which replaces none."
+            raise CheckpointError(rule, directory, "Choose another directory.")
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     # A path of the base may have bytes that are not UTF-8.
     config = json.dumps(settings, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
-    beside = {} if card is None else {CARD_NAME: card.encode(errors="backslashreplace")}
-    write_files(directory, dump_safetensors(named, {"format": "pt"}), config, beside)
+    files = {name: text.encode(errors="backslashreplace") for name, text in beside.items()}
+    write_files(directory, dump_safetensors(named, {"format": "pt"}), config, files)
 
 
 @dataclasses.dataclass(frozen=True)

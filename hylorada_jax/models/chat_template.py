@@ -12,6 +12,8 @@ from hylorada_jax.io.reading import read_bounded
 from hylorada_jax.models.template_process import SECONDS, Rendered, run_template
 from hylorada_jax.text import cut
 
+TEMPLATE_NAME = "chat_template.jinja"
+"""The file of a template beside a tokenizer's, as transformers names it."""
 MAX_TEMPLATE = 2**18
 """The characters of a template: ten times the longest that is known."""
 # Under which of these a model's template looks for a turn's reasoning differs; the first is the newest name.

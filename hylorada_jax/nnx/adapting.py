@@ -29,6 +29,7 @@ from hylorada_jax.nnx.finding import Found, find_modules
 from hylorada_jax.nnx.kinds import ATTENTIONS, Role
 from hylorada_jax.nnx.quantized import is_quantized
 from hylorada_jax.nnx.variables import AdapterParam
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import build
 from hylorada_jax.surgery.modules import Modules, Path, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site, plan
@@ -57,12 +58,16 @@ class Adaptation:
         modules: what there was to adapt.
         sites: what is, and with which leaves.
         resolved: it is the model that :func:`hylorada_jax.nnx.resolve` gives.
+        chat_template: with which the adapter was trained, where its files say so.
+        structure: what it was trained to read of a text, where they say so.
     """
 
     config: HyLoRADAConfig
     modules: Modules
     sites: tuple[Site, ...]
     resolved: bool = False
+    chat_template: str | None = None
+    structure: Domain | None = None
 
 
 def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
@@ -232,9 +237,13 @@ def module_of(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
 
 
 def attach(
-    model: Any, adaptation: Adaptation, found: Mapping[Path, Found], adapters: Adapters, rngs: nnx.Rngs
+    model: Any,
+    adaptation: Adaptation,
+    found: Mapping[Path, Found],
+    adapters: Adapters,
+    rngs: nnx.Rngs | None,
 ) -> None:
-    """Puts the leaves of an adapter tree on the modules that :func:`plan_on` found."""
+    """Puts the leaves of an adapter tree on the modules that :func:`plan_on` found; no rngs: to infer."""
     config = adaptation.config
     for site in adaptation.sites:
         node, module = subtree(adapters, site.module.path), module_of(model, found, site)

@@ -1,5 +1,6 @@
 """Several adapters on one NNX model: by name, one at a time or one per row of a batch."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ from hylorada_jax.nnx.taking_off import unload
 from hylorada_jax.nnx.tokens import given_to_rows, tokens
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.saved.saved_adapter import open_adapter
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery.layout import check_keys
 from hylorada_jax.surgery.named import NamedAdapters, check_config
+from hylorada_jax.trees import is_traced
 
 
 class AdapterBank:
@@ -57,6 +60,8 @@ class AdapterBank:
         self.model = model
         self._named = NamedAdapters(_state(model))
         self._read: list[Any] = []
+        self._stacked: Any = None
+        self._beside = {"default": _beside(model)}
         called: Any = resolve(model)
         called.eval()
         self._graph = nnx.graphdef(called)
@@ -86,6 +91,7 @@ class AdapterBank:
         self._named.check_new(name)
         check_keys(*(_shapes(each) for each in (state, self._named.by_name[self._named.active])))
         self._named.by_name[name] = jax.device_put(state, may_alias=False)
+        self._beside[name] = _beside(self.model)
 
     def load(self, name: str, directory: str | Path, *, base_config: Any = None) -> None:
         """Takes an adapter in from its files; the active one stays.
@@ -107,16 +113,25 @@ class AdapterBank:
             "load_adapter(unload(nnx.clone(bank.model)), directory).",
         )
         self.add(name, _state(load_adapter(unload(nnx.clone(self.model)), saved, base_config=base_config)))
+        self._beside[name] = saved.chat_template, saved.structure
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
         self._named.remove(name)
 
     def switch(self, name: str) -> None:
-        """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there."""
+        """Makes an adapter the model's; a ConfigError for one that is not there.
+
+        Its chat template and structure become the model's too; functions that have compiled the model are
+        compiled anew only where these differ.
+        """
         self._named.check_known(name)
         self._named.by_name[self._named.active] = _state(self.model)
         nnx.update(self.model, self._named.by_name[name])
+        if self._beside[name] != _beside(self.model):
+            template, structure = self._beside[name]
+            model: Any = self.model
+            model.hylorada = dataclasses.replace(model.hylorada, chat_template=template, structure=structure)
         self._named.active = name
 
     def __call__(self, *arguments: Any, adapters: Sequence[str | None] | None = None, **options: Any) -> Any:
@@ -125,7 +140,9 @@ class AdapterBank:
         Args:
             arguments: the model's; every array has an axis of rows in front.
             adapters: the adapter's name for each row; None for a row that has none. Absent: the active
-                adapter for all rows, as in calling the model. Within :func:`disabled` no row has one.
+                adapter for all rows, as in calling the model. Within :func:`disabled` no row has one. With
+                names the call compiles itself: a function of yours that is compiled around it keeps the
+                adapters that the bank had then.
             options: the model's keyword arguments, likewise.
 
         Raises:
@@ -163,9 +180,12 @@ class AdapterBank:
         self._named.by_name[self._named.active] = _state(self.model)
         # Kept until the model or an adapter changes.
         read = jax.tree.leaves((nnx.state(self.model), list(self._named.by_name.values())))
-        if [*map(id, read)] != [*map(id, self._read)]:
-            self._read, self._stacked = read, self._resolve()
-        return self._stacked
+        if [*map(id, read)] == [*map(id, self._read)]:
+            return self._stacked
+        stacked = self._resolve()
+        if not is_traced(stacked):
+            self._read, self._stacked = read, stacked
+        return stacked
 
     def _resolve(self) -> tuple[nnx.State, nnx.State]:
         twin = nnx.clone(self.model)
@@ -176,6 +196,10 @@ class AdapterBank:
             resolved.append(_apart(adapters))  # what is not resolved is the twin's own
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), _none(resolved[0]), *resolved)
         return stack, frozen
+
+
+def _beside(model: Any) -> tuple[str | None, Domain | None]:
+    return model.hylorada.chat_template, model.hylorada.structure
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -9,6 +9,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelEr
 from hylorada_jax.nnx import AdapterBank, AdapterParam, adapt, disabled, resolve, save_adapter, tokens
 from hylorada_jax.nnx.adapting_test import config_of, made, moved, output
 from hylorada_jax.nnx.hooks_test import FULL, POSITIONS, Unaware, Words, run
+from hylorada_jax.saved.saved_adapter import open_adapter
 
 X = jax.random.normal(jax.random.key(1), (4, 5, 6))
 PLACES = jnp.concatenate([POSITIONS, POSITIONS])
@@ -67,6 +68,26 @@ def test_within_disabled_every_row_is_the_bases():
     bank = AdapterBank(moved(adapt(net, config_of("lora"), nnx.Rngs(0))))
     with disabled(net):
         np.testing.assert_array_equal(bank(x, adapters=["default", None]), before)
+
+
+def test_a_function_that_is_compiled_around_the_call_leaves_the_bank_as_it_was():
+    net, x = made("Linear")
+    bank = AdapterBank(moved(adapt(net, config_of("lora"), nnx.Rngs(0))))
+    compiled = nnx.jit(lambda x: bank(x, adapters=["default", None]))
+    expected = compiled(x)
+    np.testing.assert_allclose(bank(x, adapters=["default", None]), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(compiled(x), expected)
+
+
+def test_an_adapters_template_and_structure_come_and_go_with_it(tmp_path):
+    bank = AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0)))
+    save_adapter(bank.model, tmp_path / "a", chat_template="{{ messages }}", structure="code")
+    bank.load("a", tmp_path / "a")
+    for name in ("a", "default", "a"):
+        bank.switch(name)
+        save_adapter(bank.model, tmp_path / "again", overwrite=True)
+        found, expected = open_adapter(tmp_path / "again"), ("{{ messages }}", "code")
+        assert (found.chat_template, found.structure) == (expected if name == "a" else (None, None))
 
 
 def test_an_adapter_outlives_the_arrays_that_it_was_added_from():

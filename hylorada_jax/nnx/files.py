@@ -1,15 +1,19 @@
 """The adapters of NNX models on disk: the two files that Linen models, torch and PEFT's export read."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flax import nnx
 
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.nnx.adapting import adaptation_of, adapters_of, attach, check_rngs, plan_on
+from hylorada_jax.placement.processes import is_first
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.base_identity import base_identity
 from hylorada_jax.saved.saved_adapter import SavedAdapter, open_adapter
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import Modules
 
@@ -23,6 +27,8 @@ def save_adapter(
     name: str | None = None,
     base_config: Any = None,
     overwrite: bool = False,
+    chat_template: str | None = None,
+    structure: Domain | None = None,
 ) -> None:
     """Writes the adapter of a model: adapter_config.json and adapter_model.safetensors.
 
@@ -37,9 +43,15 @@ def save_adapter(
         base_config: of the base, transformers' or our DecoderConfig, which says what the layers' shapes do
             not; ``model.config``, where that is one.
         overwrite: replace an adapter that is already there.
+        chat_template: with which it was trained, where that is not its base's own; by default that of the
+            files it was loaded from.
+        structure: what it was trained to read of texts, "code"; likewise.
+
+    Of several processes all must call it, and the first writes.
 
     Raises:
         ModelError: the model is not adapted.
+        ConfigError: ``base_config`` is none.
         CheckpointError: an adapter is already there, or cannot be written.
 
     Example:
@@ -54,12 +66,18 @@ def save_adapter(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     adaptation, found = adaptation_of(model)
+    tensors = layout.flatten(adaptation.sites, adapters_of(model, adaptation, found))
+    identity = _identity(model, adaptation.modules, name, base_config)
+    if not is_first():
+        return
     adapter_files.write_adapter(
         directory,
-        layout.flatten(adaptation.sites, adapters_of(model, adaptation, found)),
+        tensors,
         adaptation.config,
-        _identity(model, adaptation.modules, name, base_config),
+        identity,
         overwrite=overwrite,
+        chat_template=chat_template or adaptation.chat_template,
+        structure=structure or adaptation.structure,
     )
 
 
@@ -77,7 +95,7 @@ def load_adapter(
         directory: what :func:`save_adapter` or ``save_pretrained`` wrote.
         base_config: as of :func:`save_adapter`. Without any, the layers' names and shapes must agree, and no
             more is known.
-        rngs: of dropout, where the adapter trains on.
+        rngs: of dropout, where the adapter trains on. Without, its dropout is off until ``model.train()``.
 
     Returns:
         The same model.
@@ -104,8 +122,9 @@ def load_adapter(
         given |= {key: saved.base[key] for key in ("model_type", "config_sha256")}
     adapter_files.check_base(saved.base, given)
     layout.check_keys(saved.shapes, layout.tensor_shapes(adaptation.sites))
-    rngs = nnx.Rngs(0) if rngs is None else rngs
-    check_rngs(rngs, adaptation)
+    if rngs is not None:
+        check_rngs(rngs, adaptation)
+    adaptation = replace(adaptation, chat_template=saved.chat_template, structure=saved.structure)
     attach(model, adaptation, found, layout.unflatten(adaptation.sites, saved.tensors()), rngs)
     return model
 
@@ -113,6 +132,13 @@ def load_adapter(
 def _identity(model: Any, modules: Modules, name: str | None, config: Any) -> dict[str, Any]:
     if config is None:
         own = getattr(model, "config", None)
-        config = own if isinstance(own, DecoderConfig) or hasattr(own, "model_type") else None
+        config = own if _is_config(own) else None
+    elif not _is_config(config):
+        rule = "A base_config is one of transformers, or our DecoderConfig."
+        raise ConfigError(rule, type(config).__name__, "Give AutoConfig.from_pretrained(…), or leave it out.")
     linears = ((name, m.d_out, m.d_in) for m in modules.linears for name in m.names)
     return base_identity(name, config, linears)
+
+
+def _is_config(given: Any) -> bool:
+    return isinstance(given, DecoderConfig) or (hasattr(given, "model_type") and hasattr(given, "to_dict"))

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from flax import nnx
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ModelError
+from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
 from hylorada_jax.nnx import AdapterParam, adapt, load_adapter, save_adapter
 from hylorada_jax.nnx.adapting_test import METHODS, config_of, made, moved
 
@@ -53,6 +55,27 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_changes(model, error
         load_adapter(model, tmp_path)
     if before is not None:
         assert nnx.split(model)[0] == before
+
+
+def test_an_adapter_that_is_loaded_to_infer_drops_nothing_until_it_trains(tmp_path):
+    net, x = made("Linear")
+    save_adapter(moved(adapt(net, config_of("lora", lora_dropout=0.5), nnx.Rngs(3))), tmp_path)
+    loaded = load_adapter(made("Linear")[0], tmp_path)
+    np.testing.assert_array_equal(loaded(x), loaded(x))
+    loaded.train()
+    assert not jnp.array_equal(loaded(x), loaded(x))
+    training = load_adapter(made("Linear")[0], tmp_path, rngs=nnx.Rngs(0))
+    assert not jnp.array_equal(training(x), training(x))
+
+
+def test_a_config_that_is_none_is_refused_or_not_read(tmp_path):
+    net, _ = made("Linear")
+    adapt(net, config_of("lora"), nnx.Rngs(3))
+    with pytest.raises(ConfigError, match="base_config is one of transformers"):
+        save_adapter(net, tmp_path, base_config={"model_type": "llama"})
+    net.config = types.SimpleNamespace(model_type="mine")
+    save_adapter(net, tmp_path)
+    load_adapter(made("Linear")[0], tmp_path)
 
 
 def test_a_damaged_adapter_leaves_the_model_as_it_was(tmp_path):
