@@ -20,7 +20,7 @@ from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import pad_left
 from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
 from hylorada_jax.models.placed import fitted, placed
-from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.positions import check_range, check_rows
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.placement.placement import Placement, placement_of
@@ -320,12 +320,7 @@ class HyLoRADAModel:
                 )
             if name == _STRUCTURE_IDS:
                 check_structure_ids(given)
-            if given.shape != shape:
-                raise DataError(
-                    f"{name} must have one value per token, [batch, seq].",
-                    f"{given.shape} for tokens {shape}",
-                    "Give them in the shape of input_ids.",
-                )
+            check_rows(shape, **{name: given})
 
     def generate(
         self,

@@ -221,7 +221,7 @@ def _forward(
         start = (lowest, 0) if sinks is None else (sinks[:, None], 1)
         state = *(jnp.broadcast_to(x, per_row.shape).astype(dtype) for x in start), jnp.zeros(shape, dtype)
         peak, mass, total = lax.fori_loop(visit.first, visit.end, step, state)
-        seen = mass > 0
+        seen = mass != 0  # NaN is seen: a mean in its place would hide it
         mass = jnp.where(seen, mass, 1)
         out = total / mass.reshape(*shape[:-1], 1)
         return None, (out.astype(query.dtype), seen[:, 0], peak + jnp.log(mass))

@@ -127,6 +127,15 @@ def test_float64(case):
         assert difference(got, expected) <= 1e-12
 
 
+@pytest.mark.parametrize(("name", "head"), [("query", 0), ("key", 1)])
+def test_no_finite_number_takes_the_place_of_nan(name, head):
+    leaves, pattern = draw()
+    leaves[name][0, 20, head] = np.nan
+    got, expected = (results(dict(leaves), pattern, jnp.float32, how)["y"] for how in ("blockwise", "dense"))
+    assert np.isnan(expected).any()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.apart
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +52,10 @@ class Pattern:
     @classmethod
     def of_rows(
         cls,
-        positions: Int[Array, "batch seq"],
+        positions: Integer[Array, "batch seq"],
         *,
         key_valid: Bool[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Integer[Array, "batch seq"] | None = None,
         window: int | Int[Array, ""] | None = None,
         causal: bool = True,
         counted: bool = False,
@@ -74,6 +74,9 @@ class Pattern:
             >>> Pattern.of_rows(jnp.array([[0, 1, 2]]), window=2).mask()[0, 0].astype(int).tolist()
             [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
         """
+        # Differences of unsigned ones would have no sign.
+        positions = positions.astype(jnp.int32)
+        segment_ids = None if segment_ids is None else segment_ids.astype(jnp.int32)
         slots = jnp.arange(positions.shape[1], dtype=jnp.int32)
         facts = key_valid, segment_ids, segment_ids, window, causal
         return cls(slots, slots, positions, positions, *facts, own=True, counted=counted)

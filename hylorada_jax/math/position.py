@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, UInt
+from jaxtyping import Float, Int, Integer, UInt
 
 from hylorada_jax.errors import DataError
 
@@ -184,7 +184,7 @@ def check_positions(positions: Array | np.ndarray, shape: tuple[int, ...] | None
 
 
 def position_factor(
-    position_bias: Float[Array, " buckets"], positions: Int[Array, "*tokens"]
+    position_bias: Float[Array, " buckets"], positions: Integer[Array, "*tokens"]
 ) -> Float[Array, "*tokens"]:
     """How much each position turns the update up or down, for all the adapters of a model.
 
@@ -203,6 +203,6 @@ def position_factor(
 
     Source: method.md §§1–2.
     """
-    index = jnp.clip(positions, 0, MAX_DISTANCE - 1)
+    index = jnp.clip(positions.astype(jnp.int32), 0, MAX_DISTANCE - 1)
     buckets = jnp.take(jnp.asarray(position_buckets(len(position_bias))), index, mode="clip")
     return jnp.tanh(jnp.take(position_bias, buckets, mode="clip"))

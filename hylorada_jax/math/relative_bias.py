@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, offset_buckets, relative_buckets
 
@@ -20,8 +20,8 @@ Bias = Callable[[Array, Array, Array], Array]
 
 def relative_bias(
     position_bias: Float[Array, "buckets heads"],
-    query_positions: Int[Array, "batch query"],
-    key_positions: Int[Array, "batch key"],
+    query_positions: Integer[Array, "batch query"],
+    key_positions: Integer[Array, "batch key"],
 ) -> Float[Array, "batch heads query key"]:
     """The attention bias of every query, key and head, from the layer's small table.
 
@@ -42,7 +42,8 @@ def relative_bias(
 
     Source: method.md §§2–3; Raffel et al. 2020, §2.1.
     """
-    return _relative_bias(position_bias, query_positions, key_positions)
+    places = (positions.astype(jnp.int32) for positions in (query_positions, key_positions))
+    return _relative_bias(position_bias, *places)
 
 
 def gathered(table: Array, query_positions: Array, key_positions: Array) -> Array:

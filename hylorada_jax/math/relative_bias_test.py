@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hylorada_jax.math.position import MAX_DISTANCE, relative_buckets
+from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.math.position import MAX_DISTANCE, position_factor, relative_buckets
 from hylorada_jax.math.relative_bias import gathered, relative_bias, selected
 
 
@@ -33,6 +34,19 @@ def test_the_two_formulas_agree_at_every_distance():
     key = jnp.asarray([[0, 40_000]])
     query = jnp.arange(0, 40_001)[None]
     np.testing.assert_array_equal(gathered(table, query, key), selected(table, query, key))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint32", "int8"])
+def test_positions_of_other_integers_are_as_far_apart(dtype):
+    table, position_bias = jnp.arange(64.0)[:, None], jnp.linspace(-1, 1, 64)
+    positions = jnp.array([[0, 1, 20, 100]])
+    given = positions.astype(dtype)
+    expected = relative_bias(table, positions, positions)
+    np.testing.assert_array_equal(relative_bias(table, given, given), expected)
+    expected = position_factor(position_bias, positions)
+    np.testing.assert_array_equal(position_factor(position_bias, given), expected)
+    pattern = Pattern.of_rows(given, segment_ids=given)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(pattern)} == {"int32"}
 
 
 def test_nothing_of_the_bias_size_is_kept_for_the_backward_pass():

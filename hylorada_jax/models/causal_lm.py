@@ -19,7 +19,7 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import Cache
 from hylorada_jax.models.generate import Decode, generate, stream
 from hylorada_jax.models.ids import check_prompts, check_tokens
-from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.positions import check_range, check_rows
 from hylorada_jax.models.stacks import layer_numbers, stacks_of
 from hylorada_jax.placement.axes import ROWS, TENSOR
 from hylorada_jax.placement.shards import place_in_use
@@ -249,8 +249,9 @@ class CausalLM:
             The output. Logits at padding are finite and mean nothing.
 
         Raises:
-            DataError: a token id is outside the vocabulary. Ids are read where their values are known; under
-                ``jax.jit`` or the like one outside goes unnoticed, and the output means nothing.
+            DataError: a token id is outside the vocabulary, or an input has not one value for each token. Ids
+                are read where their values are known; under ``jax.jit`` or the like one outside goes
+                unnoticed, and the output means nothing.
         """
         check_tokens(input_ids, self.token_limit)
         logits = _apply(
@@ -401,6 +402,7 @@ def _apply(
     """The module's result: positions filled in, and which keys are not padding."""
     # Users bring numpy arrays too.
     input_ids = jnp.asarray(input_ids)
+    check_rows(input_ids.shape, attention_mask=attention_mask, segment_ids=segment_ids)
     position_ids, attention_mask, segment_ids = (
         None if given is None else jnp.asarray(given) for given in (position_ids, attention_mask, segment_ids)
     )

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hylorada_jax.errors import DataError
 from hylorada_jax.models.causal_lm import CausalLM, init_params, param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
 
@@ -84,3 +85,11 @@ def test_attention_mask_and_segments_agree_on_padding():
     real = np.asarray(mask > 0)
     # The same numbers in another program: float32 rounding.
     np.testing.assert_allclose(np.asarray(by_mask)[real], np.asarray(by_segment)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 1), (6,)])
+def test_an_input_has_a_value_for_each_token(shape):
+    base = CausalLM.from_config(DecoderConfig.from_hf(TINY), jax.random.key(0))
+    for name in ("attention_mask", "segment_ids"):
+        with pytest.raises(DataError, match=rf"{name} must have one value for each token[\s\S]*\(2, 6\)"):
+            base(jnp.ones((2, 6), int), **{name: jnp.ones(shape, int)})

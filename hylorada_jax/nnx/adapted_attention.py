@@ -15,6 +15,7 @@ from hylorada_jax.modules.attention import scaled_and_shifted
 from hylorada_jax.modules.checks import check_scores, score_positions
 from hylorada_jax.nnx.adapted import Adapted
 from hylorada_jax.nnx.hooks import positions_of
+from hylorada_jax.trees import is_traced
 
 
 class AdaptedAttention(Adapted):
@@ -59,11 +60,15 @@ class AdaptedScores(Adapted):
 
 
 class AdaptedMultiHead(Adapted):
-    """Flax's multi-head attention with direct adaptation: α goes into the queries, all else into its bias."""
+    """Flax's multi-head attention with direct adaptation: α goes into the queries, all else into its bias.
+
+    Keys are of the same tokens as queries. Where arrays have no values yet, only their shapes tell.
+    """
 
     def __call__(self, inputs_q: Array, inputs_k: Any = None, inputs_v: Any = None, **options: Any) -> Array:
         """The module's output."""
-        if inputs_k is not None and inputs_k is not inputs_q:
+        other = inputs_k is not None and inputs_k is not inputs_q
+        if other and (inputs_k.shape != inputs_q.shape or not is_traced((inputs_q, inputs_k))):
             raise ModelError(
                 "Direct attention adaptation is of self-attention.",
                 "nnx.MultiHeadAttention with keys of other tokens",

@@ -4,6 +4,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from hylorada_jax.errors import DataError
 from hylorada_jax.math.attention import DAA
 from hylorada_jax.math.groups import attend
 from hylorada_jax.math.pattern import Pattern
@@ -61,7 +62,16 @@ class Attention(nnx.Module):
             window: a token sees itself and the window − 1 tokens before it; None: all of them.
             scale: of the scores; None takes 1/√head_dim.
             soft_cap: bound of the scores before anything is added to them.
+
+        Raises:
+            DataError: keys or values are of other tokens, as with a KV cache; or positions do not fit.
         """
+        if not key.shape[:2] == value.shape[:2] == query.shape[:2]:
+            raise DataError(
+                "Attention is of whole rows: keys and values are those of the queries' tokens.",
+                f"queries {query.shape}, keys {key.shape}, values {value.shape}",
+                "With a KV cache, call AttentionScores on the scores.",
+            )
         positions = positions_of(query[..., 0, 0], positions)
         pattern = Pattern.of_rows(positions, key_valid=key_valid, segment_ids=segment_ids, window=window)
         patterns, daa = self._adapted(pattern)

@@ -111,8 +111,12 @@ def test_flaxs_attention_is_adapted_in_rows_and_token_by_token():
     np.testing.assert_allclose(
         jnp.concatenate([one(net, x[:, i : i + 1]) for i in range(5)], 1), rows, rtol=1e-5, atol=1e-5
     )
-    with pytest.raises(ModelError, match="self-attention"):
-        net(x, x + 1)
+    net = moved(adapt(multi_head(decode=False), DAA, nnx.Rngs(1)))
+    thrice = nnx.jit(lambda net, q, k, v: net(q, k, v, is_causal=True))(net, x, x, x)
+    np.testing.assert_allclose(thrice, rows, rtol=1e-5, atol=1e-5)
+    for call in (lambda net: net(x, x + 1), nnx.jit(lambda net: net(x, x[:, 1:]))):
+        with pytest.raises(ModelError, match="self-attention"):
+            call(net)
 
 
 class Words(nnx.Module):
@@ -224,6 +228,7 @@ def test_structure_reaches_every_layer():
 
 S2 = HyLoRADAConfig(method="longlora", target_modules="all-linear", train_embeddings=False, train_norms=False)
 scores = lambda: Net(AttentionScores, nnx.Rngs(0))
+HEADS = jnp.ones((1, 4, 2, 3))
 full = lambda: adapt(Words(), FULL, nnx.Rngs(0))
 
 
@@ -234,8 +239,9 @@ full = lambda: adapt(Words(), FULL, nnx.Rngs(0))
         (lambda: adapt(multi_head(decode=False), FULL, nnx.Rngs(0)), ModelError, "daa_position_bias"),
         (lambda: full().out(jnp.ones((2, 5, 8))), ModelError, "no adapted model"),
         (lambda: full()(X, jnp.arange(6)), DataError, "Position ids"),
+        (lambda: Attention(2)(HEADS[:, -1:], HEADS, HEADS), DataError, "call AttentionScores"),
     ],
-    ids=["groups of scores", "two biases", "outside", "shape"],
+    ids=["groups of scores", "two biases", "outside", "shape", "cache"],
 )
 def test_what_cannot_reach_its_place_is_refused(call, error, match):
     with pytest.raises(error, match=match):

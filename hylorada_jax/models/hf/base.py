@@ -26,7 +26,7 @@ from hylorada_jax.models.hf.generate import generate
 from hylorada_jax.models.hf.head import embedding_path
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.module_kinds import register, register_linear
-from hylorada_jax.models.positions import check_range
+from hylorada_jax.models.positions import check_range, check_rows
 
 # Every Flax model of transformers passes through this file before adapters attach to it.
 register_linear(FlaxConv1D, out_in=True)
@@ -217,6 +217,7 @@ class HFFlaxModel:
         input_ids = jnp.asarray(input_ids)
         self._check_support(segment_ids, groups)
         check_range(input_ids.shape, position_ids, self.position_limit)
+        check_rows(input_ids.shape, attention_mask=inputs.get("attention_mask"), segment_ids=segment_ids)
         if (answer := inputs.get("decoder_input_ids")) is not None:
             check_range(jnp.shape(answer), limit=self.position_limit)
         if segment_ids is not None:
