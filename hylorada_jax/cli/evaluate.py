@@ -93,7 +93,8 @@ def evaluate(
     from hylorada_jax.evaluation.perplexity import evaluate_perplexity
     from hylorada_jax.models.base_model import vocab_size
     from hylorada_jax.models.positions import check_range
-    from hylorada_jax.placement.processes import is_first
+    from hylorada_jax.models.weights_digest import tree_digest
+    from hylorada_jax.placement.processes import agree, are_several, is_first
 
     template = template_of(chat_template, saved)
     model = base_of(saved, model)
@@ -112,8 +113,12 @@ def evaluate(
         to = sys.stderr if json else None  # stdout has the one JSON object
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, read, "rows", to=to)
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=read is not None)
+    found = loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose)
+    if are_several():
+        params = found.params if saved is None else found.base.params
+        agree({"adapter": saved and saved.weights_sha256, "weights": tree_digest(params)})
     measured = evaluate_perplexity(
-        loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose),
+        found,
         documents,
         seq_len=seq_len,
         stride=stride,

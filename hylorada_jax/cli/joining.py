@@ -31,7 +31,7 @@ class ProcessOptions:
     join_timeout: int = 300
 
     def join(self, settings: Mapping[str, Any]) -> None:
-        """Joins the others, if there are any; all but the first then print nothing but errors.
+        """Joins the others, if there are any; all but the first then print no results and no warnings.
 
         Args:
             settings: the command's options by name, which all must have been given alike, but for these.

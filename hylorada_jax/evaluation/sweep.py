@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from hylorada_jax.models.generate import not_finite
 from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.scoring import model_inputs, score
 from hylorada_jax.placement.placement import mesh_of, rows_of
-from hylorada_jax.placement.processes import whole
+from hylorada_jax.placement.processes import agree, are_several, whole
 from hylorada_jax.placement.shards import in_use, on_devices, own_rows, shard_rows
 from hylorada_jax.terminal import bar_options
 from hylorada_jax.trees import Adapters, Frozen, Resolved
@@ -72,7 +73,7 @@ class Sweep:
             Every batch and the function's value of it.
 
         Raises:
-            ConfigError: a batch or ``max_tokens`` has nothing in it.
+            ConfigError: a batch or ``max_tokens`` has nothing in it; or several processes have other rows.
             NonFiniteError: a value is NaN or infinite; it names the document, or the row.
         """
         check_windows(1, tokens=max_tokens, batch_size=batch_size)
@@ -85,6 +86,8 @@ class Sweep:
         batch_size = -(-batch_size // parts) * parts
         own = own_rows(mesh, batch_size)
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
+        if are_several():
+            agree({"rows": _digest(chosen)})
         shown = bar_options(shown=progress is not None)
         for batch in tqdm(chosen, desc=progress, unit="batch", leave=False, **shown):
             with in_use(frozen):
@@ -93,6 +96,14 @@ class Sweep:
             if not np.isfinite(values).all():
                 raise _not_finite(batch, values)
             yield batch, values
+
+
+def _digest(chosen: Sequence[Batch]) -> str:
+    sha = hashlib.sha256()
+    for batch in chosen:
+        for name in sorted(batch):
+            sha.update(np.ascontiguousarray(batch[name]).tobytes())
+    return sha.hexdigest()
 
 
 def _not_finite(batch: Batch, values: np.ndarray) -> NonFiniteError:

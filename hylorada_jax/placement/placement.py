@@ -50,14 +50,42 @@ def parse_mesh(text: str = "") -> Mesh:
         text: sizes of its axes, such as "fsdp=8,tensor=2"; what they leave of the devices goes to data.
 
     Raises:
-        ConfigError: an axis is unknown, or the sizes do not multiply to the devices.
+        ConfigError: an axis is unknown, the sizes do not multiply to the devices, or several processes would
+            share some of a batch's rows and not all of theirs.
 
     Example:
         >>> dict(parse_mesh("fsdp=1").shape)["fsdp"]
         1
     """
     sizes = mesh_sizes(text, jax.device_count())
-    return jax.make_mesh([sizes[axis] for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = jax.make_mesh([sizes[axis] for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    rows = mesh.devices.reshape(rows_of(sizes), -1)
+    check_processes([[device.process_index for device in row] for row in rows])
+    return mesh
+
+
+def check_processes(rows: Sequence[Sequence[int]]) -> None:
+    """Refuses a mesh over which jax cannot put together the rows that several processes bring.
+
+    Args:
+        rows: for each part of a batch's rows, the processes whose devices compute it.
+
+    Raises:
+        ConfigError: they have not all as many parts, or two of them have one part in common and not all.
+
+    Example:
+        >>> check_processes([[0, 0], [1, 1]])
+        >>> check_processes([[0, 1], [0, 1]])
+    """
+    processes = {process for row in rows for process in row}
+    parts = {frozenset(n for n, row in enumerate(rows) if process in row) for process in processes}
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) > len(rows):
+        raise ConfigError(
+            "The processes must have as many parts of a batch's rows each, and share all of theirs or none.",
+            "; ".join(f"part {n}: processes {sorted({*row})}" for n, row in enumerate(rows)),
+            "Choose a tensor that divides the devices of each process, or is a multiple of them, and as many "
+            "devices in each.",
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.placement.axes import mesh_sizes
-from hylorada_jax.placement.placement import RULES, Placement, parse_mesh, specs_of
+from hylorada_jax.placement.placement import RULES, Placement, check_processes, parse_mesh, specs_of
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.step import init_state
@@ -29,6 +29,21 @@ def model():
     base = CausalLM.from_config(DecoderConfig.from_hf(SHAPE), jax.random.key(0))
     config = HyLoRADAConfig(method="hylorada", lora_rank=8, sparse_enabled=True, sparse_adapter_dim=8)
     return HyLoRADAModel(base, config)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0, 0], [0, 1], [1, 1]],  # two processes of three devices, tensor=2
+        [[0], [0], [1]],
+        [[0, 0, 0], [0, 1, 1], [1, 1, 2], [2, 2, 2]],
+    ],
+)
+def test_processes_that_share_some_of_their_rows_are_refused(rows):
+    with pytest.raises(ConfigError, match=r"part 1: processes \[0"):
+        check_processes(rows)
+    check_processes([[process] for process in (0, 0, 1, 1)])
+    check_processes([[0, 1], [0, 1], [2, 3], [2, 3]])
 
 
 def specs(tree):

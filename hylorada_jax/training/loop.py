@@ -99,6 +99,10 @@ class Loop:
         bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", **shown)
         with bar, _interrupts() as interrupted:
             self._speed.restart()
+            # jax stops all at the number after the largest that it was asked about, and at no later one: at 1
+            # where the notice came before this.
+            early = multihost_utils.reached_preemption_sync_point(1)
+            multihost_utils.reached_preemption_sync_point(step)
             while not ended:
                 step += 1
                 batch = next(batches)
@@ -115,7 +119,7 @@ class Loop:
                     best = config.keep == "best" and self.log.bests[-1]["step"] == step
                 # The other processes have to stop too, and after the same step: jax finds it.
                 agreed = multihost_utils.reached_preemption_sync_point(step)
-                stops = (agreed or (interrupted.is_set() and not are_several())) and not ended
+                stops = (agreed or early or (interrupted.is_set() and not are_several())) and not ended
                 if ended or best or stops or step % config.checkpoint_every == 0:
                     self._look_at(pending, bar)
                     pending = None

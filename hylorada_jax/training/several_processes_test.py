@@ -20,18 +20,20 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, on_devices, tiny):  # noqa: F811
-    """(devices, command, options) → a process that reads the tiny model and texts."""
+    """(devices, command, options) → a process that reads the tiny model and, without others, these texts."""
     texts = tmp_path_factory.mktemp("data") / "texts.txt"
     texts.write_text("".join(f"{n} brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
 
-    def command(devices, name, *options):
-        words = [sys.executable, "-m", "hylorada_jax", name, "--model", tiny, "--data", texts]
+    def command(devices, name, *options, cwd=None):
+        words = [sys.executable, "-m", "hylorada_jax", name, "--model", tiny]
+        words += [] if "--data" in options else ["--data", texts]
         return subprocess.Popen(
             [*map(str, words), *map(str, options), "--seq-len", "16"],
             env=on_devices(devices, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=cwd,
         )
 
     return command
@@ -128,10 +130,23 @@ def test_two_processes_evaluate_as_one(command, whole_run):
     ours, theirs = json.loads(first.splitlines()[-1]), json.loads(alone)  # gloo says that it has connected
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-6)  # sums in another order
     assert ours["tokens"] == theirs["tokens"]
-    for process in pair(evaluating, second=("--stride", 4)):
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert "stride: None in process 0, 4 in process 1" in said
+
+
+def test_other_texts_under_the_same_name_are_refused_by_each_before_they_are_measured(command, tmp_path):
+    """Of one as many rows as of the other, for which a batch would be put together of both."""
+    for number, word in enumerate(("fox", "fish")):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "t.txt").write_text(f"the {word} jumps over lazy dogs\n" * 8)
+
+    def evaluating(devices, *options):
+        number = options[options.index("--process-id") + 1]
+        return command(devices, "evaluate", "--data", "t.txt", *options, cwd=tmp_path / str(number))
+
+    for process in pair(evaluating):
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2, said
+        assert "rows: " in said
+        assert "in process 0" in said
 
 
 def test_other_settings_are_refused_by_each_before_the_weights_are_read(start, tmp_path):

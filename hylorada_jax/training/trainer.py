@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from hylorada_jax.training.run_directory import RunDirectory
 from hylorada_jax.training.run_record import RunRecord, read_record
 from hylorada_jax.training.step import init_state, make_train_step
 from hylorada_jax.training.wandb_run import WandbRun
+
+_SHOWN_WITHIN = 60.0  # seconds: Linux asks an NFS server again after so long what is in a directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,8 @@ class HyLoRADATrainer:
         self._evaluator = None if held_out is None else _evaluator(model, held_out, config)
         self._start = model.adapters  # as the identity has them, also where train() is called again
         self._identity = run_identity(model, config, train_data=mixture, eval_data=held_out)
-        agree(self._identity)
+        theirs = {name: value for name, value in vars(config).items() if name not in ("output", "progress")}
+        agree(self._identity | {"settings": theirs})
 
     def _chosen(self, config: TrainingConfig, limit: int | None) -> Choice:
         """Remat and microbatches, with the step."""
@@ -181,7 +185,7 @@ class HyLoRADATrainer:
         config, directory = self._config, self._directory
         try:
             run = on_first(self._opened)
-            if not all(seen := everywhere(directory.run.exists())):
+            if not all(seen := everywhere(_appears(directory.run))):
                 raise CheckpointError(
                     "The output directory must be one that all processes see.",
                     f"{directory.path}, which process {seen.index(False)} does not see",
@@ -265,6 +269,14 @@ def _as_begun(config: TrainingConfig, directory: RunDirectory) -> TrainingConfig
         begun["microbatches"] = training.get("microbatches")
     auto = {name: value for name, value in begun.items() if value and getattr(config, name) == "auto"}
     return dataclasses.replace(config, **auto)
+
+
+def _appears(file: Any) -> bool:
+    """Whether a file that the first process has written is there: on NFS it may take a while to show."""
+    until = time.monotonic() + _SHOWN_WITHIN
+    while not (there := bool(file.exists())) and time.monotonic() < until:
+        time.sleep(0.5)
+    return there
 
 
 def _smaller(config: TrainingConfig, base: BaseModel) -> str:

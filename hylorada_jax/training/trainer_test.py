@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, as_documents
@@ -224,6 +225,11 @@ def test_interrupt_saves_and_resume_ends_bit_equal(tmp_path, reference, monkeypa
         train(tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is handler
     assert (tmp_path / "run" / "checkpoints" / "3").exists()  # not a step that is due
+    # A notice of preemption that came before the first step is met at jax's first number.
+    with monkeypatch.context() as early:
+        early.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: number == 1)
+        with pytest.raises(KeyboardInterrupt, match=r"step 4 is saved .* resume"):
+            train(tmp_path / "run", resume=True)
     model, _ = train(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", model, reference)
 
