@@ -18,8 +18,8 @@ class AdaptedModel(Adapted):
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """What the model gives."""
-        given = tokens_of(self.hylorada_inner.__call__, arguments, options)
-        now = Pass(given.position_ids)
+        given, counted = tokens_of(self.hylorada_inner.__call__, arguments, options)
+        now = Pass(given.position_ids, counted)
         if given.position_ids is not None:
             config: HyLoRADAConfig = self.hylorada.config
             if config.position_bias_enabled:

@@ -72,8 +72,11 @@ class Attention(nnx.Module):
                 f"queries {query.shape}, keys {key.shape}, values {value.shape}",
                 "With a KV cache, call AttentionScores on the scores.",
             )
+        counted = positions is None and (current().positions is None or current().counted)
         positions = positions_of(query[..., 0, 0], positions)
-        pattern = Pattern.of_rows(positions, key_valid=key_valid, segment_ids=segment_ids, window=window)
+        pattern = Pattern.of_rows(
+            positions, key_valid=key_valid, segment_ids=segment_ids, window=window, counted=counted
+        )
         patterns, daa = self._adapted(pattern)
         return attend(query, key, value, patterns, daa, scale=scale, soft_cap=soft_cap)
 

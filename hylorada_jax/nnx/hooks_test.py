@@ -1,4 +1,5 @@
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ from flax import nnx
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import DataError, ModelError
+from hylorada_jax.math.groups import attend
 from hylorada_jax.modules.attention import PositionalDAA
 from hylorada_jax.nnx import (
     Attention,
     AttentionScores,
     adapt,
     disabled,
+    hooks,
     load_adapter,
     save_adapter,
     tokens,
@@ -187,6 +190,22 @@ class Compiling(nnx.Module):
 
     def __call__(self, x):
         return inside(self.layer, x)
+
+
+def test_positions_that_nobody_gives_are_known_to_count_up(monkeypatch):
+    """By which the kernels for TPUs know how far apart two tokens are."""
+    asked = mock.Mock(side_effect=attend)
+    monkeypatch.setattr(hooks, "attend", asked)
+    net, unaware = adapt(Words(depth=1), FULL, nnx.Rngs(1)), adapt(Unaware(depth=1), FULL, nnx.Rngs(1))
+    for call, counted in (
+        (lambda: net(X), True),
+        (lambda: net(X, POSITIONS), False),
+        (lambda: within(unaware, X, POSITIONS), False),
+        (lambda: Attention(2)(HEADS, HEADS, HEADS), True),
+    ):
+        asked.reset_mock()
+        call()
+        assert {p.counted for args, _ in asked.call_args_list for p in args[3]} == {counted}
 
 
 def test_what_is_compiled_within_a_call_answers_again_for_the_same_tokens_alone():

@@ -34,11 +34,13 @@ class Pass(NamedTuple):
 
     Attributes:
         positions: of the tokens, [batch, seq]; None: the model was called with no batch of tokens.
+        counted: nobody has given them, and they are 0, 1, 2 … in each row.
         position: t = tanh(position_bias[bucket]) of every token.
         prior: the structure prior of every token.
     """
 
     positions: Array | None = None
+    counted: bool = False
     position: Array | None = None
     prior: Array | None = None
 
@@ -116,13 +118,12 @@ def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 def _digest(value: Tokens | Pass) -> object:
     """Equal for equal arrays, which are constants of what is compiled; for tracers it equals nothing else."""
-    arrays = [array for array in value if array is not None]
-    if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays):
+    arrays = {name: x for name, x in value._asdict().items() if isinstance(x, jax.Array)}
+    if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays.values()):
         return object()
-    return tuple(
+    return getattr(value, "counted", None), *(
         (name, array.shape, array.dtype, array.sharding, hashlib.sha256(np.asarray(array).tobytes()).digest())
-        for name, array in value._asdict().items()
-        if array is not None
+        for name, array in arrays.items()
     )
 
 
@@ -151,7 +152,7 @@ def current() -> Pass:
     return _PASS.get() or Pass()
 
 
-def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tokens:
+def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tokens, bool]:
     """What is known of the tokens that a model is called with.
 
     Args:
@@ -169,13 +170,13 @@ def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) ->
     own = next((named[name] for name in _POSITIONS if named.get(name) is not None), None)
     arrays = [value for value in (*bound.args, *bound.kwargs.values()) if getattr(value, "ndim", 0) >= 2]
     if not arrays:
-        return given
+        return given, False
     shape = arrays[0].shape[:2]
     positions = own if given.position_ids is None else given.position_ids
-    if positions is None:
+    if counted := positions is None:
         positions = jnp.arange(shape[1])
     positions = jnp.asarray(positions)
     if positions.shape in ((shape[1],), (1, shape[1])):
         positions = jnp.broadcast_to(positions, shape)
     check_positions(positions, shape)
-    return given._replace(position_ids=positions)
+    return given._replace(position_ids=positions), counted
