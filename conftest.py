@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -71,6 +73,24 @@ def on_devices():
         }
 
     return variables
+
+
+@pytest.fixture(scope="session")
+def run_on_devices(on_devices):
+    """(count, program, arguments) → what a program prints in such a process, which must end well."""
+
+    def run(count, program, *arguments, **more):
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        for _ in range(3):
+            ended = subprocess.run(command, env=on_devices(count, **more), capture_output=True, text=True)
+            # XLA's threads for the CPU may, if seldom, each hold a collective that another one waits for. It
+            # then ends the process, whatever was being computed.
+            if ended.returncode == 0 or "may be stuck" not in ended.stderr:
+                break
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    return run
 
 
 # Models of tunix, which takes part in `make test-current` alone.

@@ -7,7 +7,6 @@ found.
 import contextlib
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,16 +77,9 @@ def measure(model, directory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, on_devices, tiny):  # noqa: F811
+def found(tmp_path_factory, run_on_devices, tiny):  # noqa: F811
     program = f"import sys\nfrom {__name__} import measure\nmeasure(*sys.argv[1:])"
-    run = subprocess.run(
-        [sys.executable, "-c", program, tiny, tmp_path_factory.mktemp("commands")],
-        env=on_devices(8),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(run_on_devices(8, program, tiny, tmp_path_factory.mktemp("commands")))
 
 
 def test_weights_are_cut_where_a_copy_would_leave_no_room_to_train(found):

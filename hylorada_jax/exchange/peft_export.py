@@ -27,7 +27,7 @@ from hylorada_jax.surgery.collapse import collapse, without
 from hylorada_jax.surgery.merge import live_parts
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
-from hylorada_jax.surgery.targets import shortest_targets
+from hylorada_jax.surgery.targets import patterns_of, shortest_targets
 from hylorada_jax.text import short
 
 
@@ -191,7 +191,7 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
     ranks = {theirs(name): rank for site in linear for name, rank in zip(site.names, site.ranks, strict=True)}
     scales = {theirs(name): s for site in linear for name, s in zip(site.names, site.scales, strict=True)}
     alphas = {
-        name: scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
+        name: _alpha(scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name]), config)
         for name, scale in scales.items()
     }
     return {
@@ -203,12 +203,8 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
         "lora_alpha": _plain(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "target_modules": _targets(list(ranks), [*map(theirs, model.linear_names)], model.base.inside),
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.lora_rank},
-        "alpha_pattern": {
-            name: _plain(alpha)
-            for name, alpha in alphas.items()
-            if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12)
-        },
+        "rank_pattern": patterns_of(ranks, config.lora_rank),
+        "alpha_pattern": patterns_of(alphas, _plain(config.lora_alpha)),
         "use_rslora": config.use_rslora,
         "use_dora": _is_dora(config),
         # torch's Conv1D has its weight [d_in, d_out]; Flax's, whose kernel is [d_out, d_in], is its port.
@@ -234,6 +230,11 @@ def _targets(chosen: list[str], names: list[str], inside: bool) -> list[str] | s
 
 def _is_dora(config: HyLoRADAConfig) -> bool:
     return config.linear is not None and collapsed_kind(config.linear) == "dora"
+
+
+def _alpha(found: float, config: HyLoRADAConfig) -> float | int:
+    """α as it was set: s·r is it to rounding."""
+    return _plain(config.lora_alpha if math.isclose(found, config.lora_alpha, rel_tol=1e-12) else found)
 
 
 def _plain(number: float) -> float | int:

@@ -21,7 +21,7 @@ from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.layout import check_keys
 from hylorada_jax.surgery.modules import Modules, modules_of
 from hylorada_jax.surgery.patterns import matches
-from hylorada_jax.surgery.targets import is_head, shortest_targets
+from hylorada_jax.surgery.targets import is_head, patterns_of, shortest_targets
 from hylorada_jax.text import short
 
 
@@ -130,6 +130,8 @@ def _config(
     ranks, settings = _ranks(saved.shapes), saved.settings
     rank, alpha = settings["r"], settings["lora_alpha"]
     alphas = _by_pattern(saved, "alpha_pattern", "lora_alpha")
+    # What no pattern says follows from the rank: those that are so have the value of none.
+    own = {name: None if a == alpha * ranks[name] / rank else float(a) for name, a in alphas.items()}
     return HyLoRADAConfig(
         method=method,
         lora_rank=rank,
@@ -137,8 +139,8 @@ def _config(
         lora_dropout=settings["lora_dropout"],
         use_rslora=settings["use_rslora"],
         target_modules=shortest_targets(list(ranks), names),
-        rank_pattern={name: r for name, r in ranks.items() if r != rank},
-        alpha_pattern={name: float(a) for name, a in alphas.items() if a != alpha * ranks[name] / rank},
+        rank_pattern=patterns_of(ranks, rank),
+        alpha_pattern=patterns_of(own, None),
         train_embeddings=trained[0],
         train_norms=trained[1],
     )

@@ -1,8 +1,6 @@
 """Attention by blocks against dense attention, which has the formula's own tests."""
 
 import logging
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -297,6 +295,5 @@ for ours, theirs in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
 """
 
 
-def test_rows_and_heads_on_eight_devices(on_devices):
-    run = subprocess.run([sys.executable, "-c", SHARDED], env=on_devices(8), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_rows_and_heads_on_eight_devices(run_on_devices):
+    run_on_devices(8, SHARDED)

@@ -1,8 +1,5 @@
 """In shard_map and on explicit meshes a layer has the gradients that it has on one device."""
 
-import subprocess
-import sys
-
 ON_FOUR_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -41,8 +38,5 @@ print("done")
 """
 
 
-def test_gradients_of_what_all_shards_share_are_summed(on_devices):
-    run = subprocess.run(
-        [sys.executable, "-c", ON_FOUR_DEVICES], env=on_devices(4), capture_output=True, text=True
-    )
-    assert run.stdout == "done\n", run.stderr
+def test_gradients_of_what_all_shards_share_are_summed(run_on_devices):
+    assert run_on_devices(4, ON_FOUR_DEVICES) == "done\n"

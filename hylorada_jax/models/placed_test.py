@@ -4,8 +4,6 @@ import gc
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -197,16 +195,9 @@ def measure(directory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, on_devices):
+def found(tmp_path_factory, run_on_devices):
     program = f"import sys\nfrom {__name__} import measure\nmeasure(sys.argv[1])"
-    run = subprocess.run(
-        [sys.executable, "-c", program, tmp_path_factory.mktemp("model")],
-        env=on_devices(8),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(run_on_devices(8, program, tmp_path_factory.mktemp("model")))
 
 
 on_each_mesh = pytest.mark.parametrize("mesh", MESHES)

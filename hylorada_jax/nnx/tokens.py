@@ -118,13 +118,15 @@ def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 def _digest(value: Tokens | Pass) -> object:
     """Equal for equal arrays, which are constants of what is compiled; for tracers it equals nothing else."""
-    arrays = {name: x for name, x in value._asdict().items() if isinstance(x, jax.Array)}
-    if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays.values()):
+    arrays = [x for x in value if isinstance(x, jax.Array)]
+    if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays):
         return object()
-    return getattr(value, "counted", None), *(
-        (name, array.shape, array.dtype, array.sharding, hashlib.sha256(np.asarray(array).tobytes()).digest())
-        for name, array in arrays.items()
-    )
+    return tuple(_constant(x) if isinstance(x, jax.Array) else x for x in value)
+
+
+def _constant(array: Array) -> object:
+    content = hashlib.sha256(np.asarray(array).tobytes()).digest()
+    return array.shape, array.dtype, array.sharding, content
 
 
 def given_to_rows(rows: int) -> dict[str, Array]:

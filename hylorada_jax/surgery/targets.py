@@ -79,6 +79,60 @@ def shortest_targets(selected: Sequence[str], names: Sequence[str]) -> tuple[str
     return tuple(selected)
 
 
+def patterns_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    r"""Few patterns by which each layer has its value: a ``rank_pattern`` or ``alpha_pattern``, also PEFT's.
+
+    Args:
+        values: by the full names of all adapted layers.
+        default: the value that needs no pattern.
+
+    Returns:
+        {pattern: value}: endings of names where these will do, else full names, or regular expressions in
+        which a component is one of several numbers.
+
+    Example:
+        >>> patterns_of({"h.0.q": 4, "h.0.v": 8, "h.1.q": 4, "h.1.v": 8}, 4)
+        {'v': 8}
+        >>> patterns_of({"h.0.q": 4, "h.1.q": 8, "h.2.q": 8}, 4)
+        {'h\\.(?:1|2)\\.q': 8}
+    """
+    found: dict[str, Any] = {}
+    for value in dict.fromkeys(values.values()):
+        if value == default:
+            continue
+        names = [name for name, own in values.items() if own == value]
+        endings = shortest_targets(names, list(values))
+        by_number = any(component.isdigit() for ending in endings for component in ending.split("."))
+        found |= dict.fromkeys(_alternatives(names) if by_number else endings, value)
+    return found
+
+
+def _alternatives(names: Sequence[str]) -> list[str]:
+    """Full names, those that differ in one number alone put together, and these again."""
+    found = [tuple((component,) for component in name.split(".")) for name in names]
+    for place in range(max(map(len, found))):
+        alike: dict[Any, list[Any]] = {}
+        for each in found:
+            numbered = place < len(each) and each[place][0].isdigit()
+            alike.setdefault((each[:place], each[place + 1 :]) if numbered else each, []).append(each)
+        found = [
+            (*first[:place], tuple(n for each in group for n in each[place]), *first[place + 1 :])
+            if len(group) > 1
+            else first
+            for group in alike.values()
+            for first in group[:1]
+        ]
+    return [_pattern(components) for components in found]
+
+
+def _pattern(components: Sequence[Sequence[str]]) -> str:
+    if all(len(names) == 1 for names in components):
+        return ".".join(name for (name,) in components)
+    return r"\.".join(
+        re.escape(names[0]) if len(names) == 1 else f"(?:{'|'.join(names)})" for names in components
+    )
+
+
 def mlp_outputs(names: Sequence[str]) -> list[str]:
     """The last linear layer of every MLP block: where a sparse adapter acts.
 

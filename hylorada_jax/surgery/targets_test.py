@@ -1,8 +1,19 @@
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import TargetError
-from hylorada_jax.surgery.targets import layer_ranks, mlp_outputs, select_targets, self_attentions
+from hylorada_jax.surgery.targets import (
+    by_pattern,
+    layer_ranks,
+    mlp_outputs,
+    patterns_of,
+    select_targets,
+    self_attentions,
+)
 
 LLAMA = [
     f"model.layers.{i}.{part}"
@@ -61,6 +72,26 @@ def test_a_broken_regex_an_empty_choice_and_the_head_are_refused():
         select(LLAMA, target_modules="q_proj", exclude_modules=("q_proj",))
     with pytest.raises(TargetError, match="output head"):
         select(LLAMA, target_modules="lm_head")
+
+
+EXPERTS = [f"model.layers.{i}.mlp.experts.{e}.w{w}" for i in range(3) for e in range(4) for w in (1, 2)]
+
+
+@given(st.dictionaries(st.sampled_from([*LLAMA[:-1], *EXPERTS]), st.integers(1, 3), min_size=1))
+def test_patterns_give_each_layer_its_value_as_here_so_in_peft(values):
+    patterns = patterns_of(values, 2)
+    here = by_pattern(patterns, [*values])
+    # peft.utils.other.get_pattern_key
+    peft = {
+        name: next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), 2)
+        for name in values
+    }
+    assert {name: here.get(name, 2) for name in values} == peft == values
+
+
+def test_patterns_are_few_where_many_layers_have_a_value():
+    values = {name: 8 if name.startswith("model.layers.0") else 4 for name in [*LLAMA[:-1], *EXPERTS]}
+    assert len(patterns_of(values, 8)) == 7
 
 
 def test_ranks_follow_the_depth_of_the_whole_model():

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 from typing import Any
 from unittest import mock
@@ -211,16 +210,9 @@ def measure(directory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, on_devices):
+def found(tmp_path_factory, run_on_devices):
     program = f"import sys\nfrom {__name__} import measure\nmeasure(sys.argv[1])"
-    run = subprocess.run(
-        [sys.executable, "-c", program, tmp_path_factory.mktemp("mesh")],
-        env=on_devices(8, JAX_ENABLE_X64="1"),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(run_on_devices(8, program, tmp_path_factory.mktemp("mesh"), JAX_ENABLE_X64="1"))
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])

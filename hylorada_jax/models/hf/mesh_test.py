@@ -1,8 +1,6 @@
 """Oracle of one of Hugging Face's Flax models on eight devices: the same on one, and as copies on each."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -53,13 +51,9 @@ def measure(directory):
     print(json.dumps([facts(Path(directory) / "mesh", placement), facts(Path(directory) / "alone")]))
 
 
-def test_a_model_on_a_mesh_computes_and_trains_as_on_one_device(tmp_path, on_devices):
+def test_a_model_on_a_mesh_computes_and_trains_as_on_one_device(tmp_path, run_on_devices):
     program = f"import sys\nfrom {__name__} import measure\nmeasure(sys.argv[1])"
-    run = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], env=on_devices(8), capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    ours, alone = json.loads(run.stdout)
+    ours, alone = json.loads(run_on_devices(8, program, tmp_path))
     assert (ours["share"], alone["share"]) == (4, 1)  # by the rule for kernels of others, over fsdp alone
     # float32, and sums in another order.
     np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-5)
