@@ -89,7 +89,7 @@ def _batches(
     texts = 0
     for example in examples:
         batch.append(example)
-        texts += 2 * sum(example.answers) if isinstance(example, Conversation) else 2
+        texts += 1 + 2 * sum(example.answers) if isinstance(example, Conversation) else 2
         if texts >= _AT_ONCE:
             yield batch
             batch, texts = [], 0
