@@ -16,7 +16,6 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.ids import check_structure_ids, check_tokens
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.saved.opening import open_on
-from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.named import NamedAdapters, check_config
@@ -60,7 +59,6 @@ class AdapterBank:
         self.model = model
         self._named = NamedAdapters(model.adapters)
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.adapters)
-        self._beside: dict[str, tuple[str | None, Domain | None]] = {}
         self._stacked: tuple[list[Adapters], Resolved] = [], {}
         self._rows = jax.jit(functools.partial(apply_rows, model))
         self._resolve = jax.jit(model.resolve)
@@ -89,7 +87,7 @@ class AdapterBank:
         """
         self._named.check_new(name)
         self._named.by_name[name] = jax.device_put(self._fitted(adapters), may_alias=False)
-        self._beside[name] = self.model.chat_template, self.model.structure
+        self._named.beside[name] = self.model.chat_template, self.model.structure
 
     def load(self, name: str, directory: str | Path) -> None:
         """Takes an adapter in from its files.
@@ -111,7 +109,7 @@ class AdapterBank:
             "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
         )
         self._named.by_name[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
-        self._beside[name] = saved.chat_template, saved.structure
+        self._named.beside[name] = saved.chat_template, saved.structure
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
@@ -126,8 +124,8 @@ class AdapterBank:
         self._named.check_known(name)
         self._keep_active()
         model = self.model
-        self._beside[self._named.active] = model.chat_template, model.structure
-        model.chat_template, model.structure = self._beside[name]
+        self._named.beside[self._named.active] = model.chat_template, model.structure
+        model.chat_template, model.structure = self._named.beside[name]
         model.adapters, self._named.active = self._named.by_name[name], name
 
     def __call__(

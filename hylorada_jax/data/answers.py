@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -12,6 +12,7 @@ from hylorada_jax.errors import DataError
 from hylorada_jax.models.chat_template import Request, marks_generation, render_each
 from hylorada_jax.models.template_process import Rendered
 from hylorada_jax.models.tokenizer import Encoded, Tokenizer
+from hylorada_jax.portions import portions
 
 Score = Literal["answers", "last", "all"]
 """What counts: every answer (of the assistant, or a completion), the last one, or all that a row says."""
@@ -73,7 +74,7 @@ def score_answers(
     # One batch is encoded while the next one is rendered, in the process of the templates.
     with ThreadPoolExecutor(1) as pool:
         begun: list[_Begun] = []
-        for batch in _batches(examples):
+        for batch in portions(examples, _texts, _AT_ONCE):
             begun.append(_begin(batch, tokenizer, score, pool, offsets))
             if len(begun) == 2:
                 yield from _ended(begun.pop(0), tokenizer, score)
@@ -81,20 +82,8 @@ def score_answers(
             yield from _ended(last, tokenizer, score)
 
 
-def _batches(
-    examples: Iterable[Completion | Conversation],
-) -> Iterator[list[Completion | Conversation]]:
-    """Examples, so many at a time that their texts are about _AT_ONCE."""
-    batch: list[Completion | Conversation] = []
-    texts = 0
-    for example in examples:
-        batch.append(example)
-        texts += 1 + 2 * sum(example.answers) if isinstance(example, Conversation) else 2
-        if texts >= _AT_ONCE:
-            yield batch
-            batch, texts = [], 0
-    if batch:
-        yield batch
+def _texts(example: Completion | Conversation) -> int:
+    return 1 + 2 * sum(example.answers) if isinstance(example, Conversation) else 2
 
 
 class _Begun(NamedTuple):

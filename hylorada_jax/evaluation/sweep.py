@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.generate import not_finite
 from hylorada_jax.models.scorable import as_scorable
 from hylorada_jax.models.scoring import model_inputs, score
+from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.placement.placement import mesh_of, rows_of
 from hylorada_jax.placement.processes import agree, are_several, whole
 from hylorada_jax.placement.shards import in_use, on_devices, own_rows, shard_rows
@@ -87,7 +87,7 @@ class Sweep:
         own = own_rows(mesh, batch_size)
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         if are_several():
-            agree({"rows": _digest(chosen)})
+            agree({"rows": tree_digest({str(number): batch for number, batch in enumerate(chosen)})})
         shown = bar_options(shown=progress is not None)
         for batch in tqdm(chosen, desc=progress, unit="batch", leave=False, **shown):
             with in_use(frozen):
@@ -96,14 +96,6 @@ class Sweep:
             if not np.isfinite(values).all():
                 raise _not_finite(batch, values)
             yield batch, values
-
-
-def _digest(chosen: Sequence[Batch]) -> str:
-    sha = hashlib.sha256()
-    for batch in chosen:
-        for name in sorted(batch):
-            sha.update(np.ascontiguousarray(batch[name]).tobytes())
-    return sha.hexdigest()
 
 
 def _not_finite(batch: Batch, values: np.ndarray) -> NonFiniteError:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from hylorada_jax.errors import DataError
+from hylorada_jax.portions import portions
 
 SECONDS = 5.0
 """For one conversation; one of ten thousand messages takes a tenth of them."""
@@ -69,21 +70,11 @@ def run_template(
         >>> run_template("{{ 6 * n }}", [{"n": 7}])
         [Rendered(text='42', generated=[])]
     """
-    return [each for part in _parts(map(json.dumps, requests)) for each in _run(template, part, seconds)]
-
-
-def _parts(requests: Iterable[str]) -> Iterator[list[str]]:
-    """Requests, as many at a time as the process may get at once."""
-    part: list[str] = []
-    size = 0
-    for request in requests:
-        if part and size + len(request) > _AT_ONCE:
-            yield part
-            part, size = [], 0
-        part.append(request)
-        size += len(request)
-    if part:
-        yield part
+    return [
+        each
+        for part in portions(map(json.dumps, requests), len, _AT_ONCE)
+        for each in _run(template, part, seconds)
+    ]
 
 
 def _run(template: str, requests: Sequence[str], seconds: float) -> list[Rendered | DataError]:

@@ -61,7 +61,6 @@ class AdapterBank:
         self._named = NamedAdapters(_state(model))
         self._read: list[Any] = []
         self._stacked: Any = None
-        self._beside = {"default": _beside(model)}
         called: Any = resolve(model)
         called.eval()
         self._graph = nnx.graphdef(called)
@@ -91,7 +90,7 @@ class AdapterBank:
         self._named.check_new(name)
         check_keys(*(_shapes(each) for each in (state, self._named.by_name[self._named.active])))
         self._named.by_name[name] = jax.device_put(state, may_alias=False)
-        self._beside[name] = _beside(self.model)
+        self._named.beside[name] = _beside(self.model)
 
     def load(self, name: str, directory: str | Path, *, base_config: Any = None) -> None:
         """Takes an adapter in from its files; the active one stays.
@@ -113,7 +112,7 @@ class AdapterBank:
             "load_adapter(unload(nnx.clone(bank.model)), directory).",
         )
         self.add(name, _state(load_adapter(unload(nnx.clone(self.model)), saved, base_config=base_config)))
-        self._beside[name] = saved.chat_template, saved.structure
+        self._named.beside[name] = saved.chat_template, saved.structure
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
@@ -128,8 +127,9 @@ class AdapterBank:
         self._named.check_known(name)
         self._named.by_name[self._named.active] = _state(self.model)
         nnx.update(self.model, self._named.by_name[name])
-        if self._beside[name] != _beside(self.model):
-            template, structure = self._beside[name]
+        self._named.beside[self._named.active] = _beside(self.model)
+        if (beside := self._named.beside[name]) != _beside(self.model):
+            template, structure = beside
             model: Any = self.model
             model.hylorada = dataclasses.replace(model.hylorada, chat_template=template, structure=structure)
         self._named.active = name

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from hylorada_jax.errors import DataError
 from hylorada_jax.math.position import check_positions
 from hylorada_jax.modules.checks import check_structure
+from hylorada_jax.trees import is_traced
 
 # What a model calls the places of its tokens.
 _POSITIONS = ("position_ids", "positions")
@@ -119,7 +120,7 @@ def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 def _digest(value: Tokens | Pass) -> object:
     """Equal for equal arrays, which are constants of what is compiled; for tracers it equals nothing else."""
     arrays = [x for x in value if isinstance(x, jax.Array)]
-    if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays):
+    if is_traced(arrays) or not all(array.is_fully_addressable for array in arrays):
         return object()
     return tuple(_constant(x) if isinstance(x, jax.Array) else x for x in value)
 

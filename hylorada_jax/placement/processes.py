@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -156,6 +157,7 @@ def agree(settings: Mapping[str, Any]) -> None:
         )
 
 
+@functools.cache
 def _code() -> str:
     sha = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):

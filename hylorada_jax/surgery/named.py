@@ -10,6 +10,7 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.structure.code import Domain
 from hylorada_jax.text import shown
 
 
@@ -19,6 +20,7 @@ class NamedAdapters:
     Attributes:
         by_name: the adapters, in the order in which they came.
         active: the name of the one that the model has.
+        beside: the chat template and the structure of those that are not active, and perhaps of that one.
 
     Args:
         first: the adapter that the model has, named "default".
@@ -27,13 +29,14 @@ class NamedAdapters:
     def __init__(self, first: Any) -> None:
         self.by_name: dict[str, Any] = {"default": first}
         self.active = "default"
+        self.beside: dict[str, tuple[str | None, Domain | None]] = {}
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
         self.check_known(name)
         if name == self.active:
             raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
-        del self.by_name[name]
+        del self.by_name[name], self.beside[name]
 
     def index(self, adapters: Sequence[str | None]) -> Array:
         """The place of each row's adapter, int [batch]: 0 for None, then in their order.

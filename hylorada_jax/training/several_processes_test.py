@@ -130,6 +130,10 @@ def test_two_processes_evaluate_as_one(command, whole_run):
     ours, theirs = json.loads(first.splitlines()[-1]), json.loads(alone)  # gloo says that it has connected
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-6)  # sums in another order
     assert ours["tokens"] == theirs["tokens"]
+    for process in pair(evaluating, second=("--stride", 4)):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "stride: None in process 0, 4 in process 1" in said
 
 
 def test_other_texts_under_the_same_name_are_refused_by_each_before_they_are_measured(command, tmp_path):
