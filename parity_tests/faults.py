@@ -227,7 +227,11 @@ _OF_JAX = [
             "additions.append(relative_bias(",
             "additions.append(logits.scale * relative_bias(",
         ),
-        ("soft cap of the logits missing", "jnp.tanh(scores / logits.soft_cap)", "scores / logits.soft_cap"),
+        (
+            "soft cap of the logits missing",
+            "scores * logits.scale, logits.soft_cap",
+            "scores * logits.scale, None",
+        ),
         ("α added", "(query * logits.alpha", "(query + logits.alpha"),
         (
             "query heads interleaved",
@@ -245,7 +249,7 @@ _OF_JAX = [
         "hylorada_jax.math.blockwise",
         ("sums of earlier blocks not rescaled", "mass * rescale + p.sum", "mass + p.sum"),
         ("derivative of the softmax without its mean", "p * (dp - delta[..., None])", "p * dp"),
-        ("derivative of the soft cap missing", "ds * (1 - jnp.square(", "ds * (1 - 0 * jnp.square("),
+        ("derivative of the soft cap missing", "(setting.scale * slope * ds)", "(setting.scale * ds)"),
         ("keys of another block", "dks.at[j].add(dk)", "dks.at[0].add(dk)"),
         ("rows that see nothing are zero", "jnp.where(seen, rows, mean)", "jnp.where(seen, rows, 0 * mean)"),
     ),

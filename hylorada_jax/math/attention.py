@@ -15,6 +15,7 @@ from hylorada_jax.math.blockwise import BLOCK, blockwise_attention
 from hylorada_jax.math.kernel_rows import tpu_kind
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import relative_bias
+from hylorada_jax.math.soft_cap import soft_capped
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +126,7 @@ def _dense(query: Array, key: Array, value: Array, pattern: Pattern, logits: Log
         additions.append(relative_bias(table, pattern.query_positions, pattern.key_positions))
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=dtype)
-    scores = scores * logits.scale
-    if logits.soft_cap is not None:
-        scores = logits.soft_cap * jnp.tanh(scores / logits.soft_cap)
+    scores, _ = soft_capped(scores * logits.scale, logits.soft_cap)
     shape, mask = scores.shape, pattern.mask()
     if additions:
         # With all heads on one axis: split in two, a TPU would not fuse the bias into the softmax.

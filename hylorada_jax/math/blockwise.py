@@ -36,6 +36,7 @@ from hylorada_jax.math.blocks import (
 )
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import all_buckets, band, bias_of_offsets, few_buckets
+from hylorada_jax.math.soft_cap import soft_capped
 
 # Tokens of a block, at most.
 BLOCK = 256
@@ -168,12 +169,11 @@ def _by_distance(
     return lax.cond(visit.few[j], lambda: run(_Bias(far, bias)), lambda: run(_Bias(near, bias)))
 
 
-def _scores(setting: _Setting, query: Array, key: Array) -> Array:
-    """The logits [batch, heads, query, key] of a block before the bias and the mask."""
+def _scores(setting: _Setting, query: Array, key: Array) -> tuple[Array, Array | float]:
+    """A block's logits [batch, heads, query, key] before bias and mask, and the soft cap's derivative."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     logits = setting.scale * jnp.einsum("bkgqd,bksd->bkgqs", query, key, preferred_element_type=dtype)
-    logits = _heads_as_one(logits)
-    return logits if setting.soft_cap is None else setting.soft_cap * jnp.tanh(logits / setting.soft_cap)
+    return soft_capped(_heads_as_one(logits), setting.soft_cap)
 
 
 def _heads_as_one(x: Array) -> Array:
@@ -205,7 +205,7 @@ def _forward(
 
             def run(own: _Bias | None) -> tuple[Array, ...]:
                 peak, mass, total = state
-                scores, mask = _scores(setting, q, k), block.mask()
+                (scores, _), mask = _scores(setting, q, k), block.mask()
                 scores = scores if own is None else scores + own.of(own.read)
                 scores = jnp.where(mask, scores, lowest)
                 above = jnp.maximum(peak, scores.max(axis=-1))
@@ -265,16 +265,14 @@ def _backward(setting: _Setting, kept: tuple[Any, ...], cotangents: tuple[Array,
             block = block_pattern(queries, keys, window, causal=setting.causal)
 
             def run(own: _Bias | None) -> tuple[Any, ...]:
-                capped = _scores(setting, q, k)
+                capped, slope = _scores(setting, q, k)
                 added, pull = (0, None) if own is None else jax.vjp(*own)
                 p = jnp.where(block.mask(), jnp.exp(capped + added - lse[..., None]), 0)
                 dp = _heads_as_one(product("bkgqd,bksd->bkgqs", g, v))
                 ds = p * (dp - delta[..., None])
                 dbias = None if pull is None else pull(ds)[0]
-                if setting.soft_cap is not None:
-                    ds = ds * (1 - jnp.square(capped / setting.soft_cap))
                 p = p.astype(g.dtype).reshape(*shape[:-1], -1)
-                ds = (setting.scale * ds).astype(k.dtype).reshape(p.shape)
+                ds = (setting.scale * slope * ds).astype(k.dtype).reshape(p.shape)
                 dq, dk = product("bkgqs,bksd->bkgqd", ds, k), product("bkgqs,bkgqd->bksd", ds, q)
                 return dq, dk, product("bkgqs,bkgqd->bksd", p, g), dbias
 

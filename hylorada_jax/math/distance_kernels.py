@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.kernel_grid import Block, Grid, Settings, Step
 from hylorada_jax.math.kernel_rows import product
+from hylorada_jax.math.soft_cap import soft_capped
 
 # Of what is not seen; finite, so that a row that has seen nothing yet is no NaN.
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)
@@ -208,11 +209,7 @@ def _logits(
 ) -> tuple[Array, Array | float]:
     """The logits of a block [keys, queries], and the soft cap's derivative."""
     del value
-    logits = product(key[...], query[...], (1, 1))
-    slope: Array | float = 1.0
-    if settings.soft_cap is not None:
-        capped = jnp.tanh(logits / settings.soft_cap)
-        logits, slope = settings.soft_cap * capped, 1 - capped * capped
+    logits, slope = soft_capped(product(key[...], query[...], (1, 1)), settings.soft_cap)
     # From the middle on: the distances of the first key. The next key's are greater by −1.
     stretch = jnp.concatenate([near[...], far[...]], axis=1)
     rolled = jnp.broadcast_to(stretch, (settings.size, stretch.shape[1]))

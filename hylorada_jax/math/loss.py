@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from hylorada_jax.math.kernel_rows import tpu_kind
 from hylorada_jax.math.loss_blocks import block_rows, over_blocks, rows_of
 from hylorada_jax.math.quantized import Kernel, as_array
+from hylorada_jax.math.soft_cap import soft_capped
 from hylorada_jax.trees import is_quantized
 
 IGNORED = -1
@@ -39,7 +40,7 @@ def logits(
     """
     words = as_array(head).astype(hidden.dtype)
     raw = jnp.einsum("...d,vd->...v", hidden, words, preferred_element_type=_wide(hidden.dtype))
-    return raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
+    return soft_capped(raw, soft_cap)[0]
 
 
 def token_nll(
@@ -231,16 +232,14 @@ _token_nll.defvjp(_forward, _backward)
 
 def _nll_and_slope(h: Array, y: Array, head: Array, soft_cap: float | None) -> tuple[Array, Array]:
     """A chunk's nll [groups, chunk] and its derivative with respect to W h [groups, chunk, vocab]."""
-    scores = logits(h, head, soft_cap)
+    scores, of_cap = soft_capped(logits(h, head), soft_cap)
     normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     scored = (y >= 0)[..., None]
     target_scores = jnp.take_along_axis(scores, jnp.maximum(y, 0)[..., None], axis=-1)
     nll = jnp.where(scored, normaliser - target_scores, 0)[..., 0]
     # A comparison instead of a gather or a scatter: it fuses, and needs no copy of a transposed head.
     onehot = jnp.arange(head.shape[0]) == y[..., None]
-    slope = jnp.exp(scores - normaliser) - onehot
-    if soft_cap is not None:
-        slope = slope * (1 - jnp.square(scores / soft_cap))
+    slope = (jnp.exp(scores - normaliser) - onehot) * of_cap
     return nll, jnp.where(scored, slope, 0)
 
 
@@ -258,12 +257,11 @@ def _nll_and_jacobian(
 
         lse, mean = over_vocabulary(h, head, soft_cap, with_mean=with_jacobian)
     own = rows_of(head, jnp.maximum(y, 0)).astype(h.dtype).astype(lse.dtype)
-    scores = jnp.sum(h.astype(lse.dtype) * own, axis=-1)
-    if soft_cap is not None:
-        capped = jnp.tanh(scores / soft_cap)
-        scores, own = soft_cap * capped, own * (1 - capped * capped)[..., None]
-    nll = jnp.where(y >= 0, lse - scores, 0)
-    return nll, None if mean is None else jnp.where((y >= 0)[..., None], mean - own, 0).astype(h.dtype)
+    scores, slope = soft_capped(jnp.sum(h.astype(lse.dtype) * own, axis=-1, keepdims=True), soft_cap)
+    nll = jnp.where(y >= 0, lse - scores[..., 0], 0)
+    if mean is None:
+        return nll, None
+    return nll, jnp.where((y >= 0)[..., None], mean - own * slope, 0).astype(h.dtype)
 
 
 def _matmul(spec: str, x: Array, y: Array) -> Array:

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from hylorada_jax.math.quantized import Kernel, as_array
+from hylorada_jax.math.soft_cap import soft_capped
 
 # What of the head is made numbers at a time: 32 MiB in bfloat16, 2,048 rows of 8,192.
 _NUMBERS = 2**24
@@ -58,16 +59,14 @@ def over_blocks(
         start = jnp.minimum(number * block, vocab - block)  # the last block begins among known rows
         rows = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, block), head)
         words = as_array(rows).astype(hidden.dtype)
-        scores, slope = jnp.einsum("gtd,vd->gtv", hidden, words, preferred_element_type=wide), None
-        if soft_cap is not None:
-            capped = jnp.tanh(scores / soft_cap)
-            scores, slope = soft_cap * capped, 1 - capped * capped
+        scores = jnp.einsum("gtd,vd->gtv", hidden, words, preferred_element_type=wide)
+        scores, slope = soft_capped(scores, soft_cap)
         scores = jnp.where(start + jnp.arange(block) < number * block, -jnp.inf, scores)
         highest = jnp.maximum(top, scores.max(axis=-1))
         weights, kept = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
         total = kept * total + weights.sum(axis=-1)
         if weighted:
-            slopes = (weights if slope is None else weights * slope).astype(hidden.dtype)
+            slopes = (weights * slope).astype(hidden.dtype)
             product = jnp.einsum("gtv,vd->gtd", slopes, words, preferred_element_type=wide)
             weighted = [kept[..., None] * weighted[0] + product]
         return highest, total, *weighted

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from hylorada_jax.math.kernel_rows import divided_over, product, tpu_kind
+from hylorada_jax.math.soft_cap import soft_capped
 from hylorada_jax.placement.axes import TENSOR
 
 # All that a chunk of ``hylorada_jax.math.loss.kernel_tokens`` takes; TPUs since v5 have 64 MiB or more.
@@ -110,14 +111,10 @@ def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head:
             numbers[...] = jnp.zeros_like(numbers)
 
     words: Array = head[...]
-    slope: Array | None = None
     if part := vocab % block:  # what the last block has beyond may be anything, NaN too
         number = j * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
         words = jnp.where(number < vocab, words, 0)
-    scores = product(words, hidden[...], (1, 1))
-    if soft_cap is not None:
-        capped = jnp.tanh(scores / soft_cap)
-        scores, slope = soft_cap * capped, 1 - capped * capped
+    scores, slope = soft_capped(product(words, hidden[...], (1, 1)), soft_cap)
     if part:
         scores = jnp.where(number < vocab, scores, _HIDDEN)
     highest = jnp.maximum(top[...], scores.max(axis=0, keepdims=True))
@@ -125,8 +122,7 @@ def _kernel(vocab: int, soft_cap: float | None, outputs: int, hidden: Any, head:
     top[...] = highest
     total[...] = kept * total[...] + weights.sum(axis=0, keepdims=True)
     for numbers in weighted:
-        slopes = weights if slope is None else weights * slope
-        numbers[...] = kept * numbers[...] + product(words, slopes.astype(words.dtype), (0, 0))
+        numbers[...] = kept * numbers[...] + product(words, (weights * slope).astype(words.dtype), (0, 0))
 
     @pl.when(j == pl.num_programs(1) - 1)
     def end() -> None:
