@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import os
 import sys
 import warnings
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TextIO
 
 import tyro
 
+from hylorada_jax.data.columns import Format
 from hylorada_jax.data.corpus import Split, divide, load_documents, trained_on
 from hylorada_jax.data.examples import Completion, Conversation, Document, Example
-from hylorada_jax.data.formats import Format
 from hylorada_jax.data.hub_rows import hub_dataset
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.io.files import user_path
@@ -77,8 +76,10 @@ def sources_of(given: Sequence[str], *, weights: bool = True, split: str | None 
         raise ConfigError(rule, " ".join(given), "Leave the weights out.")
     if not sources:
         raise ConfigError("Data must have a source.", "none", "Name a file, a glob or a Hub dataset.")
-    if wrong := [weight for weight in weighted if not 0 < weight < math.inf]:
-        raise ConfigError("A weight must be a positive number.", wrong[0], "Leave out what has no share.")
+    if weighted:
+        from hylorada_jax.data.mixture import check_weights  # which brings jax
+
+        check_weights(weighted)
     return sources if split is None else _split(sources, split)
 
 

@@ -33,11 +33,24 @@ def test_a_number_behind_the_last_equals_sign_is_a_weight_unless_a_file_has_the_
         (("a=1", "b=-2"), "positive[\\s\\S]*-2"),
         (("a=nan",), "positive"),
         (("a=inf",), "positive"),
+        (("a=1e-300", "b=1e300"), "ratios"),
     ],
 )
 def test_sources_without_a_sensible_weight_are_refused(given, said):
     with pytest.raises(ConfigError, match=said):
         sources_of(given)
+
+
+def test_a_split_is_of_the_hub_datasets_that_name_none(tmp_path, monkeypatch):
+    """A file of a name like theirs is none of them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "guide.md").write_text("a")
+    given = ["docs/guide.md", "owner/name", "owner/name::test"]
+    expected = ["docs/guide.md", "owner/name::train[:9]", "owner/name::test"]
+    assert [source.name for source in sources_of(given, split="train[:9]")] == expected
+    with pytest.raises(ConfigError, match="A split is one of a Hub dataset"):
+        sources_of(["docs/guide.md"], split="train[:9]")
 
 
 def test_what_is_not_trained_on_has_no_weights():

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
 from hylorada_jax.text import cut, parse_json, shown, well_formed
+
+Format = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
+
+# The columns by which a format is recognised, the most telling first.
+TELLING: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+COLUMNS = frozenset(
+    {column for telling in TELLING.values() for column in telling}
+    | {"tools", "chat_template_kwargs", "system", "input", "history"}
+)
+"""All that a format reads."""
 
 
 def names(columns: Collection[str]) -> str:
@@ -41,11 +57,18 @@ class OtherNames:
         self.met.add(name)
         return other
 
-    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The same by the format's own names."""
-        others = {name: other for name in self.theirs if (other := self.called(name, row)) != name}
-        kept = {name: value for name, value in row.items() if name not in {*others, *others.values()}}
-        return kept | {name: row[other] for name, other in others.items()}
+    def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row by the format's own names."""
+        return self._renamed(row, self.theirs.keys() & COLUMNS)
+
+    def message(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A message by its own names; the text of another source may be called ``content``."""
+        return self._renamed(given, self.theirs.keys() - COLUMNS)
+
+    def _renamed(self, given: Mapping[str, Any], which: Collection[str]) -> dict[str, Any]:
+        others = {name: other for name in which if (other := self.called(name, given)) != name}
+        kept = {name: value for name, value in given.items() if name not in {*others, *others.values()}}
+        return kept | {name: given[other] for name, other in others.items()}
 
 
 class RowReader(NamedTuple):
@@ -113,7 +136,7 @@ class RowReader(NamedTuple):
         values = self.json(column, list, expected)
         if not values or not all(isinstance(value, Mapping) for value in values):
             raise self.error(column, expected, shown(values) if values else kind_of(given))
-        return [self.others.renamed(value) for value in values]
+        return [self.others.message(value) for value in values]
 
     def messages(self, column: str) -> list[dict[str, Any]]:
         """The messages of a column, each with a role, and with a content or calls of tools."""

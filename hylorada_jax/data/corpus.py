@@ -13,10 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
-from hylorada_jax.data.columns import OtherNames, names
+from hylorada_jax.data.columns import COLUMNS, Format, OtherNames, names
 from hylorada_jax.data.docstrings import docstring_rows
 from hylorada_jax.data.examples import Document, Example
-from hylorada_jax.data.formats import COLUMNS, Format, read_row, recognise
+from hylorada_jax.data.formats import read_row, recognise
 from hylorada_jax.data.hub_rows import dataset_rows, hub_dataset, hub_rows
 from hylorada_jax.data.rows import Row, read_rows
 from hylorada_jax.errors import DataError, require_one_of
@@ -124,7 +124,7 @@ def _rows(source: str | Path | Rows, columns: Mapping[str, str]) -> Iterator[Row
         yield from _standard_library()
     elif str(source) == PYTHON_DOCSTRINGS:
         yield from docstring_rows(_standard_library())
-    elif (dataset := hub_dataset(str(source))) and not os.path.exists(dataset.name):
+    elif dataset := hub_dataset(str(source)):
         yield from hub_rows(dataset, wanted)
     else:
         for path in _files(str(source)):
@@ -141,7 +141,7 @@ def _examples(
         try:
             if isinstance(row, DataError):
                 raise row
-            form = form or recognise(others.renamed(row.values), row.place)
+            form = form or recognise(others.columns(row.values), row.place)
             example = read_row(row.values, row.place, form, others)
         except DataError as error:
             if skipped is None:

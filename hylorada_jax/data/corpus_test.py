@@ -1,4 +1,5 @@
 import ast
+import gzip
 import inspect
 import json
 import sys
@@ -164,11 +165,13 @@ def test_of_a_hub_dataset_only_the_training_files_are_read(monkeypatch, tmp_path
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     write_jsonl(tmp_path / "train.jsonl", ["seen"])
+    with gzip.open(tmp_path / "train-2.jsonl.gz", "wt") as file:
+        file.write('{"text": "seen too"}')
     write_jsonl(tmp_path / "test.jsonl", ["unseen"])
     (tmp_path / "train" / "dataset_info.json").parent.mkdir()
     (tmp_path / "train" / "dataset_info.json").write_text('{"features": {}}')
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
-    assert [d.text for d in load_texts("owner/name")] == ["seen"]
+    assert sorted(d.text for d in load_texts("owner/name")) == ["seen", "seen too"]
 
 
 def test_links_that_lead_up_are_followed_once(tmp_path):

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from hylorada_jax.data.columns import OtherNames, RowReader, kind_of, names, with_arguments
+from hylorada_jax.data.columns import TELLING, Format, OtherNames, RowReader, kind_of, names, with_arguments
 from hylorada_jax.data.examples import Completion, Document, Example
 from hylorada_jax.errors import DataError
 from hylorada_jax.text import parse_json, shown, well_formed
 
-Format = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
-
-
-# The columns by which a format is recognised, the most telling first.
-_TELLING: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt-completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
-COLUMNS = frozenset(
-    {column for telling in _TELLING.values() for column in telling}
-    | {"tools", "chat_template_kwargs", "system", "input", "history"}
-)
-"""All that a format reads."""
 # Of sharegpt's "from".
 _SPEAKERS = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
@@ -52,10 +36,10 @@ def recognise(columns: Collection[str], place: str) -> Format:
         >>> recognise(["id", "prompt", "completion"], "data.jsonl")
         'prompt-completion'
     """
-    for form, telling in _TELLING.items():
+    for form, telling in TELLING.items():
         if set(telling) <= set(columns):
             return form
-    known = "; ".join(f"{' and '.join(telling)} ({form})" for form, telling in _TELLING.items())
+    known = "; ".join(f"{' and '.join(telling)} ({form})" for form, telling in TELLING.items())
     raise DataError(
         f"Data must have the columns of a format: {known}.",
         f"{place}: columns {names(columns)}",

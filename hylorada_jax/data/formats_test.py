@@ -125,6 +125,11 @@ def test_columns_may_have_other_names():
     asked, said = {"speaker": "user", "says": "Hi"}, {"speaker": "assistant", "says": "Ho"}
     for answer in (said, {"role": "assistant", "content": "Ho"}):
         assert read_row({"messages": [asked, answer]}, "row", "messages", says) == CHAT
+    # What a column is called does not rename what a message has, nor the other way round.
+    texts, answers = OtherNames({"text": "content"}), OtherNames({"content": "text"})
+    assert read_row({"messages": CHAT.messages}, "row", "messages", texts) == CHAT
+    assert texts.columns({"content": "a"}) == {"text": "a"}
+    assert answers.columns({"text": "a"}) == {"text": "a"}
     with pytest.raises(DataError, match=r"column body\.[\s\S]*row: columns txt"):
         read_row({"txt": "a"}, "row", "text", body)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hylorada_jax.data.rows import ROW_SUFFIXES, SUFFIXES, Row, as_row, read_rows, without_nulls
+from hylorada_jax.data.rows import ROW_SUFFIXES, SUFFIXES, Row, arrow_row, as_row, read_rows
 from hylorada_jax.errors import DataError
 from hylorada_jax.io import hub
 
@@ -29,10 +30,13 @@ class HubDataset(NamedTuple):
 
 
 def hub_dataset(source: str) -> HubDataset | None:
-    """What "owner/name", "owner/name:config" or "owner/name:config:split" names; None for another source.
+    """What "owner/name", "owner/name:config" or "owner/name:config:split" names.
 
     Args:
         source: as given; the configuration may be empty.
+
+    Returns:
+        The dataset; None for another source, and where a file or a directory has its name.
 
     Example:
         >>> hub_dataset("owner/name::train[:1000]"), hub_dataset("texts/a.txt")
@@ -42,6 +46,8 @@ def hub_dataset(source: str) -> HubDataset | None:
     if found is None or source.lower().endswith(SUFFIXES):
         return None
     name, config, split = found.groups()
+    if os.path.exists(name):
+        return None
     return HubDataset(name, config or None, split)
 
 
@@ -99,11 +105,12 @@ def dataset_rows(
         return
     wanted = [name for name in rows.column_names or () if name in columns]
     for number, values in enumerate(rows.select_columns(wanted) if wanted else rows):
-        yield Row(place.format(number), without_nulls(values))
+        yield Row(place.format(number), arrow_row(values))
 
 
 def _files(dataset: HubDataset) -> list[Path]:
-    suffixes = (".txt", *ROW_SUFFIXES)
+    plain = (".txt", *ROW_SUFFIXES)
+    suffixes = (*plain, *(f"{suffix}.gz" for suffix in plain if suffix != ".parquet"))
     patterns = [f"*{form}" for suffix in suffixes for form in (suffix, suffix.upper())]
     try:
         root = hub.fetch(dataset.name, patterns, "dataset")
@@ -112,11 +119,11 @@ def _files(dataset: HubDataset) -> list[Path]:
     files = sorted(
         path
         for path in root.rglob("*")
-        if path.suffix.lower() in suffixes and path.name not in _NOT_DATA and path.is_file()
+        if path.name.lower().endswith(suffixes) and path.name not in _NOT_DATA and path.is_file()
     )
     if not files:
         raise DataError(
-            f"A Hub dataset must have {', '.join(suffixes)} files.",
+            f"A Hub dataset must have {', '.join(plain)} files.",
             dataset,
             "Convert it, and give the files.",
         )

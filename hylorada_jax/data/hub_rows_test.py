@@ -125,6 +125,8 @@ def test_datasets_of_the_library_are_rows():
     ):
         found = load_documents(source)
         assert found == [Conversation(f"row {n}", chat, [False, True]) for n, chat in enumerate(CHATS)]
+    texts = datasets.Dataset.from_list([{"text": "a"}, {"text": None}, {"text": "c"}])
+    assert load_documents(texts) == [Document("row 0", "a"), Document("row 2", "c")]
     with pytest.raises(DataError, match=r"column text must hold text[\s\S]*row 0: 3 of type int"):
         load_documents(datasets.Dataset.from_dict({"text": [3]}))
     with pytest.raises(DataError, match=r'train[\s\S]*dataset\["train"\]'):

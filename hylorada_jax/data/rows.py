@@ -230,7 +230,7 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
             for batch in _batches(rows, chosen, path, limit):
                 for at in range(len(batch)):
                     (values,) = batch.slice(at, 1).to_pylist()  # alone, so that an error is of this row
-                    values = {name: without_nulls(value) for name, value in values.items()}
+                    values = arrow_row(values)
                     expanded += 64 + _size(values)
                     if expanded > limit:
                         raise _expands("A parquet file", f"{path}[{number}]", expanded, limit)
@@ -257,11 +257,18 @@ def _batches(rows: Any, columns: Sequence[str], path: Path, limit: int) -> Itera
         yield from rows.iter_batches(batch, row_groups=[group], columns=[*columns])
 
 
-def without_nulls(value: Any) -> Any:
-    """A value without the fields that other rows have: arrow gives every struct of a column all of them."""
+def arrow_row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of arrow's, all columns with it, also where they are null.
+
+    Within a column are no nulls: arrow gives every struct in it the fields of all.
+    """
+    return {name: _without_nulls(value) for name, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [*map(without_nulls, value)] if isinstance(value, list) else value
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list) else value
 
 
 def _size(value: Any) -> int:
