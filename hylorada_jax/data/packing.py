@@ -46,6 +46,9 @@ class Rows:
         stride: tokens between the starts of windows, 1 … seq_len; None takes ``seq_len`` (no overlap).
         packing: several windows may share a row. Otherwise each has its own, padded on the right.
 
+    Attributes:
+        tokens: how many there are in all rows, those in two windows counted twice.
+
     Raises:
         ConfigError: seq_len or stride is out of range.
 
@@ -80,6 +83,7 @@ class Rows:
             if document.scored is None or (_targets(document, window) != IGNORED).any()
         ]
         lengths = [window.stop - window.start for window in self._windows]
+        self.tokens = sum(lengths)
         self._rows = best_fit(lengths, seq_len) if packing else [[i] for i in range(len(lengths))]
 
     def __len__(self) -> int:
@@ -123,15 +127,18 @@ def check_windows(
 
 
 def spread(rows: Sequence[Batch] | Rows, tokens: int) -> list[Batch]:
-    """As many rows as hold so many tokens, spread evenly over all of them.
+    """As many rows as hold about so many tokens, spread evenly over all of them.
 
     Args:
-        rows: of equal length.
+        rows: of equal length; padding in them does not count.
         tokens: at least one; all rows are taken where they hold fewer.
     """
-    width = rows[0]["input_ids"].size
-    check_windows(width, tokens=tokens)
-    count = min(len(rows), -(-tokens // width))
+    check_windows(1, tokens=tokens)
+    if isinstance(rows, Rows):
+        held = rows.tokens
+    else:
+        held = sum(int(np.count_nonzero(row["segment_ids"])) for row in rows)
+    count = min(len(rows), max(1, round(tokens * len(rows) / held)))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 

@@ -145,8 +145,15 @@ def test_batches_have_every_row_once_and_one_shape():
     stacked = np.concatenate([batch["targets"] for batch in all_batches])
     np.testing.assert_array_equal(stacked[:5], np.stack([rows[i]["targets"] for i in range(5)]))
     assert (stacked[5] == -1).all()
-    (some,) = batches(spread(rows, 7), 2)  # two rows of 6 hold 7 tokens: the first, and one from the middle
+    (some,) = batches(spread(rows, 10), 2)  # two rows of 6: the first, and one from the middle
     np.testing.assert_array_equal(some["input_ids"], np.stack([rows[i]["input_ids"] for i in (0, 2)]))
+
+
+def test_padding_is_not_counted_where_some_tokens_are_taken():
+    rows = Rows(numbered([5] * 40), 16, packing=False)  # 4 tokens each have a next one
+    assert rows.tokens == 160
+    for these in (rows, list(rows)):
+        assert [len(spread(these, tokens)) for tokens in (40, 1, 10**9)] == [10, 1, 40]
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [1]])

@@ -125,6 +125,19 @@ def peak_rates(training: TrainingConfig, config: HyLoRADAConfig) -> dict[leaves.
     return rates
 
 
+def reported_rate(adapters: Adapters, training: TrainingConfig, config: HyLoRADAConfig) -> float:
+    """The peak rate by which a run is known: its own, or where no leaf has that, the greatest that one has.
+
+    Args:
+        adapters: the trainable tree.
+        training: as in :func:`peak_rates`.
+        config: as in :func:`peak_rates`.
+    """
+    rate = training.rate_for(config)
+    rates = {GROUPS[label].rate or rate for label in jax.tree.leaves(label_tree(adapters))}
+    return rate if rate in rates else max(rates)
+
+
 def make_optimizer(
     adapters: Adapters, training: TrainingConfig, config: HyLoRADAConfig
 ) -> optax.GradientTransformation:

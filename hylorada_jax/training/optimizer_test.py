@@ -9,7 +9,14 @@ import pytest
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.optimizer import GROUPS, label_tree, make_optimizer, peak_rates, schedule
+from hylorada_jax.training.optimizer import (
+    GROUPS,
+    label_tree,
+    make_optimizer,
+    peak_rates,
+    reported_rate,
+    schedule,
+)
 
 LINEAR_LEAVES = [
     "lora_A", "lora_B", "magnitude", "magnitude_gate", "residual_weight", "position_scale",
@@ -70,6 +77,13 @@ def test_every_leaf_has_the_rate_and_decay_of_the_table():
 def test_without_lora_plus_both_factors_share_a_rate():
     rates = peak_rates(TRAINING, HyLoRADAConfig(lora_plus_ratio=16.0))
     assert rates["lora_B"] == rates["lora_A"] == 3e-4
+
+
+def test_the_rate_that_is_reported_is_one_that_a_leaf_has():
+    mlp = {"mlp": {"down": 0.0, "gate_scores": 0.0}}
+    assert reported_rate(TREE, TRAINING, LORA_PLUS) == 3e-4
+    assert reported_rate(mlp, TRAINING, LORA_PLUS) == 2e-4
+    assert reported_rate(mlp | {"daa": {"alpha": 0.0}}, TRAINING, LORA_PLUS) == 1e-3
 
 
 def test_first_update_is_adamws_closed_form_in_every_group():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.identity import circumstances, defaults, run_identity
 from hylorada_jax.training.loop import Loop
 from hylorada_jax.training.memory import Choice, Setting, candidates, choose, device_memory
-from hylorada_jax.training.optimizer import make_optimizer
+from hylorada_jax.training.optimizer import make_optimizer, reported_rate
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
 from hylorada_jax.training.run_record import RunRecord, read_record
@@ -133,6 +134,13 @@ class HyLoRADATrainer:
             for documents, weight in mixture.sources
         ]
         config = config.for_rows(rows_of_epoch(self._rows))
+        self._peak = reported_rate(model.adapters, config, model.config)
+        if config.learning_rate not in (None, self._peak):
+            warnings.warn(
+                f"learning_rate={config.learning_rate:g} is not read: what {model.config.method} trains "
+                f"has rates of its own, at most {self._peak:g}",
+                stacklevel=2,
+            )
         config = dataclasses.replace(
             config, learning_rate=config.rate_for(model.config), progress=config.progress and is_first()
         )
@@ -233,8 +241,7 @@ class HyLoRADATrainer:
                 settings = {**run.identity, "ran_on": run.recorded, "recipe": self._recipe}
                 log.send_to(WandbRun(directory.path, run.id, settings))
             frozen = model.frozen if model.placement else placement.put(model.frozen)
-            peak = config.rate_for(model.config)
-            loop = Loop(config, peak, directory, checkpoints, log, frozen, self._evaluator)
+            loop = Loop(config, self._peak, directory, checkpoints, log, frozen, self._evaluator)
             state = loop.run(self.choice.step, state, batches)
             checkpoints.wait()
             steps = kept = int(state.step)

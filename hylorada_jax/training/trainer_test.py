@@ -579,6 +579,12 @@ def errors_of(directory):
     return directory.with_suffix(".stderr")
 
 
+def test_a_learning_rate_that_nothing_has_is_warned_of(tmp_path):
+    model = HyLoRADAModel(tiny_model().base, HyLoRADAConfig(method="sparse", sparse_adapter_dim=4))
+    with pytest.warns(UserWarning, match=r"learning_rate=0\.01 is not read[\s\S]*at most 0\.0002"):
+        HyLoRADATrainer(model, texts(), None, settings(tmp_path, eval_every=None))
+
+
 @pytest.mark.apart
 def test_kill_9_at_any_moment_then_resume_ends_bit_equal(tmp_path, compilation_cache):
     steps = 60
