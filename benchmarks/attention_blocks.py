@@ -7,12 +7,10 @@ and may not fit a core's memory. Every record is of forward and backward for one
 bytes_accessed as the kernels state them, temp_bytes as the compiler has it; null where it does not fit.
 """
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import run
+from benchmarks.command import run, started
 from benchmarks.tpu_compile import TOPOLOGIES
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import use_libtpu
@@ -69,7 +67,7 @@ def main(
                 records.append(place | {"block": block, "figures": figures})
                 print(*place.values(), block, figures, flush=True)
     output.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "benchmarks.attention_blocks", *sys.argv[1:]])
+    command = started()
     write_json(output / "attention-blocks.json", {"command": command, "records": records})
 
 

@@ -13,7 +13,6 @@ and each round begins with another one. Of a base, base-dtypes-<device>.json has
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import sys
 import time
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run, write_record
+from benchmarks.command import run, started, write_record
 from benchmarks.experiment import INSTALL
-from benchmarks.report import device, filled, markdown
+from benchmarks.report import check_page, device, fill_page, markdown
 from benchmarks.step_time import paired_ratio, rotated
 from hylorada_jax.errors import HyLoRADAError, require_packages
-from hylorada_jax.io.files import refuse_unusable, write_whole
+from hylorada_jax.io.files import refuse_unusable
 from hylorada_jax.terminal import show
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ def main(
     require_packages("Quantised bases need the package qwix.", ["qwix"], f"Install it: {INSTALL}.")
     if steps < 2:
         raise HyLoRADAError("steps must be ≥ 2: the first one warms up.", steps, "Give more.")
-    if page is not None:
-        filled(page, "base-dtypes", "")
+    check_page(page, "base-dtypes")
     from hylorada_jax.cli.adapter import DEFAULTS
     from hylorada_jax.training.config import TrainingConfig
     from parity_tests.environment import environment
@@ -76,7 +74,7 @@ def main(
         output=output, steps=steps, batch_size=batch_size, seq_len=seq_len, eval_tokens=eval_tokens
     )
     record = {
-        "command": shlex.join(["python", "benchmarks/base_dtypes.py", *sys.argv[1:]]),
+        "command": started(),
         "environment": environment(),
         "settings": {"model": model, "data": "python-stdlib", "method": config.method, "steps": steps}
         | {"batch_size": batch_size, "seq_len": seq_len, "eval_tokens": eval_tokens},
@@ -84,8 +82,7 @@ def main(
     }
     path = write_record(output, "base-dtypes", record)
     show(text := table(record))
-    if page is not None:
-        write_whole(page, filled(page, "base-dtypes", text))
+    fill_page(page, "base-dtypes", text)
     print(path)
 
 

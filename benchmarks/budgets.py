@@ -24,7 +24,17 @@ from numpy.typing import NDArray
 from benchmarks.bootstrap import Effect, paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
-from benchmarks.report import commits, devices, draw, filled, markdown, origin, plus_minus, styles
+from benchmarks.report import (
+    check_page,
+    commits,
+    devices,
+    draw,
+    fill_page,
+    markdown,
+    origin,
+    plus_minus,
+    styles,
+)
 from benchmarks.rows import Record, Row, budgets, is_measured, point, read, records
 from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.io.files import write_whole
@@ -39,8 +49,7 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
         against: the method that the others are compared with, seed by seed and text by text.
         page: a Markdown file whose table is replaced.
     """
-    if page is not None:
-        filled(page, directory.name, "")
+    check_page(page, directory.name)
     runs = records(directory)
     measured = [record for record in runs if is_measured(record)]
     if old := [record for record in measured if "passages" not in record["result"]]:
@@ -57,8 +66,7 @@ def main(directory: Path, /, *, against: str, page: Path | None = None) -> None:
     write_whole(directory / "budgets.md", text.encode())
     write_whole(directory / "search.md", search(runs).encode())
     plot(found, against, directory)
-    if page is not None:
-        write_whole(page, filled(page, directory.name, text))
+    fill_page(page, directory.name, text)
 
 
 def table(found: dict[int, list[Row]], against: str) -> str:

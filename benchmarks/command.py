@@ -1,6 +1,7 @@
 """The command line of a benchmark, and the file of what it measured."""
 
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,11 @@ def run(command: Callable[..., None]) -> None:
     except BrokenPipeError:  # as with `| head`
         discard_output()
         sys.exit(141)
+
+
+def started() -> str:
+    """The command that this program was started with, for the record of what it measured."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def write_record(output: Path, name: str, record: dict[str, Any]) -> Path:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +31,12 @@ from typing import TYPE_CHECKING, Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run, write_record
+from benchmarks.command import run, started, write_record
 from benchmarks.experiment import INSTALL
-from benchmarks.report import device, filled, markdown
+from benchmarks.report import check_page, device, fill_page, markdown
 from benchmarks.step_time import AGREEMENT, cores, paired_ratio, rotated, time_steps
 from hylorada_jax.errors import HyLoRADAError, require_packages
-from hylorada_jax.io.files import refuse_unusable, write_whole
+from hylorada_jax.io.files import refuse_unusable
 from hylorada_jax.terminal import show
 
 if TYPE_CHECKING:
@@ -78,8 +77,7 @@ def main(
     )
     if conversations < 1:
         raise HyLoRADAError("conversations must be ≥ 1.", conversations, "Correct it.")
-    if page is not None:
-        filled(page, "conversations", "")
+    check_page(page, "conversations")
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
@@ -94,7 +92,7 @@ def main(
     about, of, before = environment(), pieces(), _load()
     versions = about["versions"] | {name: importlib.metadata.version(name) for name in PACKAGES}  # type: ignore[operator]
     record = {
-        "command": shlex.join(["python", "benchmarks/conversations.py", *sys.argv[1:]]),
+        "command": started(),
         "environment": about | {"versions": versions},
         "settings": describe(setting)
         | {"tokens": "made-up conversations", "conversations": conversations}
@@ -107,8 +105,7 @@ def main(
     }
     path = write_record(output, "conversations", record)
     show(text := table(record))
-    if page is not None:
-        write_whole(page, filled(page, "conversations", text))
+    fill_page(page, "conversations", text)
     print(path)
 
 

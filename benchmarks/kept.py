@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import started
 from benchmarks.experiment import differences
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io.files import write_json
@@ -65,7 +64,7 @@ def kept(
     if (record := stored(file, settings, "Choose another --output.")) is not None:
         return record
     print(f"{method}, seed {seed} …", flush=True)
-    return written(file, settings, shlex.join(["python", *sys.argv]), compute())
+    return written(file, settings, started(), compute())
 
 
 def by_method(runs: list[Record]) -> dict[str, list[Record]]:

@@ -27,7 +27,7 @@ from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
-from benchmarks.report import filled, markdown, measured_on, over_seeds, plus_minus
+from benchmarks.report import check_page, fill_page, markdown, measured_on, over_seeds, plus_minus
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError
@@ -73,8 +73,7 @@ def main(
         rule = "Deeper tokens must be deeper than those that are trained on."
         raise ConfigError(rule, f"shallow {shallow}, deep {deep}", "Correct them.")
     require_each_once("seeds", seeds)
-    if page is not None:
-        filled(page, NAME, "")
+    check_page(page, NAME)
     settings = {
         "model": model, "shallow": shallow, "deep": deep, "steps": steps, "batch_size": batch_size,
         "seq_len": seq_len, "learning_rate": learning_rate, "test_tokens": test_tokens,
@@ -84,8 +83,7 @@ def main(
     found = [nesting.run(BASE, 0), *(nesting.run(name, seed) for seed in seeds for name in METHODS)]
     show(text := table(found))
     write_whole(directory / "table.md", text.encode())
-    if page is not None:
-        write_whole(page, filled(page, NAME, text))
+    fill_page(page, NAME, text)
 
 
 class Nesting:

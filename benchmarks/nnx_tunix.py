@@ -14,14 +14,12 @@ another one.
 """
 
 import importlib.metadata
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import run
+from benchmarks.command import run, started
 from benchmarks.step_time import paired_ratio, rotated
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import use_libtpu
@@ -92,7 +90,7 @@ def main(
     write_json(
         output / "nnx-tunix.json",
         {
-            "command": shlex.join(["python", "-m", "benchmarks.nnx_tunix", *sys.argv[1:]]),
+            "command": started(),
             "environment": about,
             "device": chip.device_kind,
             "shape": SHAPE,

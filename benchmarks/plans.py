@@ -9,16 +9,14 @@ stands in hylorada_jax/planning/cases.py.
 
 import importlib.metadata
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.command import run
-from benchmarks.report import filled, markdown
+from benchmarks.command import run, started
+from benchmarks.report import check_page, fill_page, markdown
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.io.files import refuse_unusable, write_json, write_whole
+from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import libtpu_directory
 
 
@@ -61,8 +59,7 @@ def main(*, output: Path, page: Path | None = None) -> None:
         page: a Markdown file whose table is replaced.
     """
     refuse_unusable(output)
-    if page is not None:
-        filled(page, "plans", "")
+    check_page(page, "plans")
     from parity_tests.environment import environment
 
     (libtpu,) = importlib.metadata.distributions(name="libtpu", path=[str(libtpu_directory())])
@@ -73,7 +70,7 @@ def main(*, output: Path, page: Path | None = None) -> None:
             continue
         found = {method: planned(plan, method) for method in plan.methods}
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.plans", *sys.argv[1:]]),
+            "command": started(),
             "environment": environment() | {"libtpu": libtpu.version},
             "model": plan.shape,
             "topology": plan.topology,
@@ -85,8 +82,7 @@ def main(*, output: Path, page: Path | None = None) -> None:
             },
         }
         write_json(file, record)
-    if page is not None:
-        write_whole(page, filled(page, "plans", table(recorded(output))))
+    fill_page(page, "plans", table(recorded(output)))
 
 
 def recorded(directory: Path) -> list[dict[str, Any]]:

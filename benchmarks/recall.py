@@ -30,7 +30,16 @@ from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
 from benchmarks.kept import Record, by_method, kept
-from benchmarks.report import draw, filled, markdown, measured_on, over_seeds, plus_minus, styles
+from benchmarks.report import (
+    check_page,
+    draw,
+    fill_page,
+    markdown,
+    measured_on,
+    over_seeds,
+    plus_minus,
+    styles,
+)
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.io.files import refuse_unusable, write_whole
@@ -85,8 +94,7 @@ def main(
     given = {"train_lengths": train_lengths, "test_lengths": test_lengths, "seeds": seeds}
     for name, values in given.items():
         require_each_once(name, values)
-    if page is not None:
-        filled(page, NAME, "")
+    check_page(page, NAME)
     settings = {
         "model": model, "train_lengths": list(train_lengths), "test_lengths": list(test_lengths),
         "steps": steps, "learning_rate": learning_rate, "samples": samples, "facts": FACTS,
@@ -98,8 +106,7 @@ def main(
     show(text)
     write_whole(directory / "table.md", text.encode())
     plot(found, directory)
-    if page is not None:
-        write_whole(page, filled(page, NAME, text))
+    fill_page(page, NAME, text)
 
 
 class Recall:

@@ -53,8 +53,7 @@ def main(
     write_whole(directory / ("table.md" if rate is None else f"table-rate{rate:g}.md"), text.encode())
     if rate is None:
         plot(rows, directory)
-    if page is not None:
-        write_whole(page, filled(page, directory.name, text))
+    fill_page(page, directory.name, text)
 
 
 def table(rows: Sequence[Row], *, against: str | None = None) -> str:
@@ -231,12 +230,27 @@ def _difference(row: Row, other: Row) -> str:
     return plus_minus(differences, 2) if differences else ""
 
 
-def filled(page: Path, name: str, table: str) -> bytes:
-    """A Markdown file with another table, not yet written.
+def check_page(page: Path | None, name: str) -> None:
+    """Refuses a page that has no place for a table.
+
+    Args:
+        page: a Markdown file; None for none.
+        name: of the table.
 
     Raises:
         ConfigError: there is no such file, or it has no place for this table.
     """
+    if page is not None:
+        _filled(page, name, "")
+
+
+def fill_page(page: Path | None, name: str, table: str) -> None:
+    """Puts a table into a page that was checked, in place of the one that is there."""
+    if page is not None:
+        write_whole(page, _filled(page, name, table))
+
+
+def _filled(page: Path, name: str, table: str) -> bytes:
     rule = "A page must be a Markdown file."
     return replaced(read_bounded(page, rule, ConfigError, "Check its path.").decode(), name, table).encode()
 

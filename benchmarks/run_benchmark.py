@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run
+from benchmarks.command import run, started
 from benchmarks.experiment import Experiment
 
 
@@ -84,7 +83,7 @@ def main(
         for key, value in locals().items()
         if value is not None and key not in ("config", "data_dir", "output", "keep_adapters")
     }
-    command = shlex.join(["python", *sys.argv])
+    command = started()
     # A benchmark that goes on after a kill finds its compiled programs. JAX asks when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "hylorada" / "jax"))
     experiment = _experiment(config, given)

@@ -16,13 +16,11 @@ are a loop, of which each takes the same.
 import dataclasses
 import importlib.metadata
 import json
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import run
+from benchmarks.command import run, started
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.io.files import refuse_unusable, write_figure, write_json
 from hylorada_jax.placement.axes import leaves_room
@@ -78,7 +76,7 @@ def main(
                     programs[name] = found = _figures(SHAPES[model], count, growth(count))
                     print(f"{name}: {found}", flush=True)
                     record = {
-                        "command": shlex.join(["python", "-m", "benchmarks.scaling", *sys.argv[1:]]),
+                        "command": started(),
                         "environment": environment() | {"libtpu": libtpu.version},
                         "method": ADAPTER.method,
                         "seq_len": SEQ_LEN,

@@ -33,7 +33,6 @@ contender, step-time-<tokens of a row>-<device>.json has:
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,10 +45,10 @@ from typing import TYPE_CHECKING, Any, Literal
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run, write_record
-from benchmarks.report import device, filled, markdown
+from benchmarks.command import run, started, write_record
+from benchmarks.report import check_page, device, fill_page, markdown
 from hylorada_jax.errors import HyLoRADAError
-from hylorada_jax.io.files import refuse_unusable, write_whole
+from hylorada_jax.io.files import refuse_unusable
 
 if TYPE_CHECKING:
     from benchmarks.contenders.setting import Contender, Setting
@@ -99,8 +98,7 @@ def main(
     """
     refuse_unusable(output)
     name = f"step-time-{seq_len}"
-    if page is not None:
-        filled(page, name, "")
+    check_page(page, name)
     # Else JAX would take most of a GPU's memory at its start, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what it holds would compile in no time
@@ -113,14 +111,13 @@ def main(
     roster.check(contenders, setting, rounds)
     about = environment()
     record = {
-        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
+        "command": started(),
         "environment": about | {"versions": about["versions"] | roster.versions(contenders)},  # type: ignore[operator]
         **measure(setting, contenders, rounds, memory=memory, peak_tflops=peak_tflops),
     }
     path = write_record(output, name, record)
     print(table(record["contenders"]))
-    if page is not None:
-        write_whole(page, filled(page, name, ratios(record)))
+    fill_page(page, name, ratios(record))
     print(path)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def run(budget: Budget) -> Record:
     from parity_tests.environment import environment
 
     recorded: Record = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command.started(),
         "environment": environment() | {"statsmodels": statsmodels_version()},
         "settings": dataclasses.asdict(budget),
         "series": {},

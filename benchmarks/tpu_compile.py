@@ -16,14 +16,12 @@ accepts, and its figures are the compiler's. Every record is of one device:
 """
 
 import importlib.metadata
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.command import run
+from benchmarks.command import run, started
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import use_libtpu
 from hylorada_jax.planning.shapes import SHAPES
@@ -111,7 +109,7 @@ def main(
 
     output.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.tpu_compile", *sys.argv[1:]]),
+        "command": started(),
         "environment": environment() | {"libtpu": importlib.metadata.version("libtpu")},
         "dtype": "bfloat16",
     }

@@ -18,12 +18,10 @@ here. Of a gather XLA counts all that it may read from.
 import importlib.metadata
 import itertools
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import run
+from benchmarks.command import run, started
 from benchmarks.tpu_compile import MODEL
 from hylorada_jax.io.files import refuse_unusable, write_json
 from hylorada_jax.planning.libtpu import use_libtpu
@@ -65,7 +63,7 @@ def main(*, output: Path) -> None:
     turns = sum(math.ceil(count / size) for count in scored) / len(scored)
     step = tpu_programs.compiled_step("lora", config, [device], batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.tpu_loss", *sys.argv[1:]]),
+        "command": started(),
         "environment": environment() | {"libtpu": importlib.metadata.version("libtpu")},
         "device": device.device_kind,
         "losses": losses,
