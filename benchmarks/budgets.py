@@ -166,7 +166,7 @@ def search(runs: Sequence[Record]) -> str:
     Args:
         runs: of :func:`benchmarks.rows.records`.
     """
-    first = min(record["settings"]["seed"] for record in runs)
+    first = min(record["settings"]["seed"] for record in runs if record["settings"]["kind"] != BASE)
     losses: dict[str, dict[str, dict[int, float]]] = {}  # by label, settings and steps
     for record in runs:
         own = record["settings"]

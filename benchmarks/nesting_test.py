@@ -12,7 +12,7 @@ from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.data import corpus
 from hylorada_jax.data.examples import Document
 from hylorada_jax.data.tokenization import tokenize
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.models.tokenizer import load_tokenizer
 
 
@@ -52,6 +52,9 @@ def test_the_table_has_the_differences_of_the_runs(tiny, tmp_path, monkeypatch):
     )
     effect = np.mean(perplexities[nesting.READING]) - np.mean(perplexities[nesting.WITHOUT])
     assert float(row[5].split()[0]) == pytest.approx(effect, abs=6e-4)
+    some[:] = [Document(f"{n}.py", source.replace("f", f"g{n}") * 9) for n in range(3)]
+    with pytest.raises(CheckpointError, match="sha256"):
+        nesting.main(output=tmp_path, **options)
     with pytest.raises(ConfigError, match="shallow 1, deep 1"):
         nesting.main(output=tmp_path, **options | {"deep": 1})
     with pytest.raises(ConfigError, match="deep 50"):

@@ -29,7 +29,7 @@ from benchmarks.experiment import INSTALL, differences
 from benchmarks.report import draw
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
-from hylorada_jax.errors import CheckpointError, ConfigError, near, require_packages
+from hylorada_jax.errors import CheckpointError, ConfigError, HyLoRADAError, near, require_packages
 from hylorada_jax.exact import fraction
 from hylorada_jax.io.files import kind_of, refuse_unusable, write_json, write_whole
 
@@ -74,6 +74,8 @@ def main(
         output: directory of the study.
     """
     settings = {name: value for name, value in locals().items() if name not in ("n_trials", "output")}
+    if n_trials < 1:
+        raise ConfigError("A study must have a trial.", f"n_trials {n_trials}", "Give at least 1.")
     search = Search(output, settings)
     search.run(n_trials)
     search.report(f"hylorada finetune --model {model} --data {data} --output runs/best")
@@ -139,6 +141,8 @@ class Search:
         from hylorada_jax.surgery.fit import fit
 
         check_windows(settings["seq_len"], tokens=settings["dev_tokens"])
+        if not 0 < settings["epochs"] < math.inf:
+            raise ConfigError("epochs must be positive.", settings["epochs"], "Correct it.")
         empty = as_base(empty_model(settings["model"]))
         require_segments(empty)
         check_range((settings["batch_size"], settings["seq_len"]), limit=empty.position_limit)
@@ -232,9 +236,17 @@ class Search:
 
         Args:
             command: that trains with the best settings, for the user to go on with.
+
+        Raises:
+            HyLoRADAError: no trial ended.
         """
+        import optuna
+
         from parity_tests.environment import environment
 
+        if not self._study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+            rule = "One trial of a study must end with a finite loss, to be the best."
+            raise HyLoRADAError(rule, f"{len(self._study.trials)} that did not", "Raise --n-trials.")
         best = self._study.best_trial
         path = self._output / "best.json"
         write_whole(path, config_of(self._settings["method"], best.params).to_json().encode())

@@ -1,6 +1,7 @@
 """Laws: one program for each rank, a killed study goes on, and what it found trains."""
 
 import json
+import math
 import time
 
 import jax
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks import optimize_hylorada, trial
 from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, HyLoRADAError
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.slow
@@ -126,6 +127,7 @@ def test_a_trial_whose_process_died_is_not_under_way_for_ever(tiny, tmp_path, mo
         ({"seq_len": 0}, ConfigError, "seq_len 0"),
         ({"train_tokens": 0}, ConfigError, "0 tokens"),
         ({"dev_tokens": 0}, ConfigError, "0 tokens"),
+        *(({"epochs": wrong}, ConfigError, "epochs must be positive") for wrong in (0.0, math.nan, math.inf)),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
@@ -133,6 +135,13 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, 
     with pytest.raises(error, match=match):
         optimize_hylorada.Search(tmp_path, settings(tiny, **changes))
     assert not (tmp_path / "study.db").exists()
+
+
+def test_a_study_without_a_trial_that_ended_has_no_best(tiny, tmp_path):  # noqa: F811
+    with pytest.raises(HyLoRADAError, match="must end with a finite loss"):
+        optimize_hylorada.Search(tmp_path, settings(tiny)).report("a command")
+    with pytest.raises(ConfigError, match="n_trials 0"):
+        optimize_hylorada.main(n_trials=0, output=tmp_path)
 
 
 def test_a_study_of_other_settings_is_not_gone_on_with(tiny, tmp_path):  # noqa: F811

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def main(
         retrieval_samples: facts at each depth of the retrieval probe [0, which leaves it out].
         name: of the directory of results [the config file's; benchmark].
         output: where that directory lies.
-        keep_adapters: keep each run's adapter beside them, in <output>/<name>/adapters/.
+        keep_adapters: keep the adapter of each run that is done now, in <output>/<name>/adapters/.
     """
     given = {
         key: value
@@ -111,8 +112,18 @@ def _experiment(config: Path | None, given: dict[str, Any]) -> Experiment:
         methods = {label: experiment.methods.get(label, {}) for label in labels}
         experiment = dataclasses.replace(experiment, methods=methods)
     if rates is not None:
-        experiment = dataclasses.replace(experiment, grid={**experiment.grid, "learning_rate": rates})
+        experiment = dataclasses.replace(experiment, **_with_rates(experiment, rates))
     return experiment
+
+
+def _with_rates(experiment: Experiment, rates: Sequence[float]) -> dict[str, Any]:
+    """The grid of all methods, and the methods without rates in grids of their own."""
+    methods = {label: dict(settings) for label, settings in experiment.methods.items()}
+    for settings in methods.values():
+        if "grid" in settings:
+            own = settings["grid"].items()
+            settings["grid"] = {name: values for name, values in own if name != "learning_rate"}
+    return {"methods": methods, "grid": {**experiment.grid, "learning_rate": rates}}
 
 
 if __name__ == "__main__":

@@ -278,6 +278,9 @@ def test_the_budgets_table_has_the_differences_of_the_runs(halved):
     tried = (directory / "search.md").read_text()
     assert tried.count("| learning_rate") == 4 + 8
     assert tried.count(" |  |\n") == 2 + 4  # were dropped
+    runs = list(records(directory).values())
+    base = {"settings": {"label": "base", "kind": "base", "seed": 0, "steps": 0, "point": {}}}
+    assert budgets.search([base, *runs]) == budgets.search(runs)  # its seed, always 0, is none of theirs
     counts = "of 4 combinations, hylorada_v1 of 8.", "of 8 combinations, lora of 4."  # of the first budget
     assert any(count in " ".join(lines) for count in counts)
     for name in ("budgets.png", "held_out.png"):
@@ -535,6 +538,11 @@ def test_the_command_reads_a_file_and_what_is_given_beside_it(tmp_path, monkeypa
     assert (found.epochs, found.steps, list(found.methods)) == (2.0, None, ["base", "dora"])
     found = run_benchmark._experiment(file, {"learning_rates": (0.5,), "steps": (2, 8)})
     assert (found.grid, found.steps) == ({"learning_rate": (0.5,)}, (2, 8))
+    own = {"full": {"grid": {"learning_rate": [0.1, 0.2], "weight_decay": [0.0, 0.1]}}}
+    file.write_text(json.dumps(experiment("tiny", methods=own)))
+    (full,) = run_benchmark._experiment(file, {"learning_rates": (0.5,)}).variants
+    points = [candidate.point for candidate in full.candidates]
+    assert points == [{"learning_rate": 0.5, "weight_decay": decay} for decay in (0.0, 0.1)]
     monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--methods", "lorra"])
     with pytest.raises(SystemExit) as stop:
         command.run(run_benchmark.main)

@@ -79,11 +79,12 @@ class Full:
         factor = schedule(training)
 
         @optax.inject_hyperparams
-        def adamw(peak: Any) -> optax.GradientTransformation:
-            return optax.adamw(lambda step: peak * factor(step), weight_decay=training.weight_decay)
+        def adamw(peak: Any, weight_decay: Any) -> optax.GradientTransformation:
+            return optax.adamw(lambda step: peak * factor(step), weight_decay=weight_decay)
 
         return optax.chain(
-            optax.clip_by_global_norm(training.max_grad_norm), adamw(peak=training.learning_rate)
+            optax.clip_by_global_norm(training.max_grad_norm),
+            adamw(peak=training.learning_rate, weight_decay=training.weight_decay),
         )
 
     def effective_ranks(self, params: Params) -> dict[str, float]:
