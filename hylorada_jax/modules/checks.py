@@ -45,6 +45,16 @@ def refuse_prior(structure_prior: Any) -> None:
         )
 
 
+def check_deterministic(deterministic: Any) -> None:
+    """Refuses what is not true or false: a structure prior in its place, which nothing would read."""
+    if jnp.ndim(deterministic):
+        raise ConfigError(
+            "deterministic says whether nothing is dropped, True or False.",
+            f"an array {jnp.shape(deterministic)}",
+            "A structure prior is read by HyLoRADAv2Linear alone.",
+        )
+
+
 def check_prior(prior: Array, x: Array, structure_dim: int) -> None:
     """Refuses a structure prior that is not one row for every token."""
     expected = (*jnp.shape(x)[:-1], structure_dim)

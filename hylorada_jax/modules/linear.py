@@ -29,6 +29,7 @@ from hylorada_jax.config import check_dropout
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.modules.checks import (
+    check_deterministic,
     check_linear,
     check_linear_call,
     check_prior,
@@ -74,6 +75,7 @@ class _LinearAdapter(nn.Module):
         x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
         check_linear(self)
         check_dropout(self.dropout)
+        check_deterministic(deterministic)
         check_linear_call(self, x, base_output, base_weight)
         start |= {"lora_A_init": self.lora_A_init, "lora_A_gain": self.lora_A_gain}
         norm_squared = low_rank.row_norm_squared(base_weight)

@@ -106,6 +106,9 @@ def test_neutral_conditions_are_v1_to_the_bit(dtype):
         {"params": leaves | {"position_scale": jnp.ones(())}}, *inputs, POSITIONS
     )
     assert jnp.array_equal(without, v1)
+    for layer in (LoRALinear(5, 3, rank=2), DoRALinear(5, 3, rank=2)):
+        with pytest.raises(ConfigError, match="HyLoRADAv2Linear alone"):
+            layer.init(jax.random.key(0), *inputs, prior)
     assert not jnp.array_equal(v2.apply({"params": live}, *inputs, prior), v1)
 
 

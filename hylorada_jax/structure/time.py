@@ -21,8 +21,8 @@ def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
         position_i = hours from Monday 00:00 of the week of timestamp 0 to timestamp i
 
     Counted from a Monday, periods of 24 and 168 hours keep their meaning: equal phases are equal hours of the
-    day and of the week, in every series. Counted from a week near by, the numbers stay small, so that float32
-    still tells seconds apart after years.
+    day and of the week, in every series. Counted from a week near by, the numbers stay small: float32 tells
+    times 4 seconds apart after a year, and 14 seconds after four.
 
     Timestamps with a time zone count elapsed hours on the clock of the first one: after a change to summer
     time the phases move by an hour. Those without one count as they are.

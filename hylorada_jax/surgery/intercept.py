@@ -146,7 +146,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             return next_fun(*args, **kwargs)
         if kind is None:
             return self._with_trained(module, context.method_name, *args, **kwargs)
-        x, *more = inspect.signature(context.orig_method).bind(*args, **kwargs).args
+        given = inspect.signature(context.orig_method).bind(*args, **kwargs)
+        x, *more = given.args
         match kind.role:
             case "experts":
                 return self._experts(module, x, _adapter(module), *more)
@@ -158,7 +159,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             case "embedding":
                 return self._embedded(module, x)
             case "norm":
-                return self._with_trained(module, "__call__", x, *more)
+                return self._with_trained(module, "__call__", x, *more, **given.kwargs)
             case "attention":  # it reads its leaves itself
                 return next_fun(*args, **kwargs)
             case _:
@@ -305,6 +306,13 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     ) -> Array:
         if not self._train or rate is None:
             return x
+        if not module.has_rng(DROPOUT_RNG):
+            raise ModelError(
+                "A module that has adapters must be given the random numbers 'dropout' in training.",
+                f"{'.'.join(module.path)} was called without them",
+                'Call apply(…, rngs={"dropout": key}), and name it to nn.scan and nn.vmap, '
+                'split_rngs={"params": True, "dropout": True}.',
+            )
         kept, key = 1 - jnp.asarray(rate), module.make_rng(DROPOUT_RNG)
         shape, own_rows = x.shape, self._rows
         if own_rows is None:

@@ -105,6 +105,55 @@ def test_stacked_layers_that_cannot_be_told_apart_are_refused(name, axes):
         find_modules(lambda key: Scanned().init(key, X)["params"])
 
 
+def test_a_network_within_nn_jit_is_refused():
+    """Flax would answer a call in training by what it cached in evaluation."""
+    block = nn.jit(Block)
+
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(WIDTH, name="head")(block(name="block")(x)[0])
+
+    init = lambda key: Jitted().init(key, X)["params"]
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"nn\.jit[\s\S]*received: block, block\.fc\n"):
+            find_modules(init)
+        jax.eval_shape(init, jax.random.key(0))
+
+
+def test_dropout_under_a_scan_that_hands_on_no_random_numbers_is_refused():
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0, "hylorada": 0}
+            scan = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=3)
+            return scan(name="layers")(x, None)[0]
+
+    config = dataclasses.replace(LORA, lora_dropout=0.5)
+    init = lambda key: Scanned().init(key, X)["params"]
+    sites, params = plan(find_modules(init), config), jax.jit(init)(jax.random.key(0))
+    constants = build.build_constants(sites, params, config)
+    adapters = build.build_adapters(sites, constants, params, config)
+    leaves = resolve(sites, adapters, params, constants, config)
+    variables, rngs = {"params": params, "hylorada": leaves}, {"dropout": jax.random.key(1)}
+    said = r"'dropout' in training[\s\S]*layers\.fc[\s\S]*split_rngs"
+    with adapt(leaves, config, train=True), pytest.raises(ModelError, match=said):
+        Scanned().apply(variables, X, rngs=rngs)
+
+
+def test_a_norm_that_trains_keeps_its_mask():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm(name="norm")(nn.Dense(WIDTH, name="fc")(x), mask=jnp.arange(WIDTH) < 3)
+
+    config = dataclasses.replace(V1, train_norms=True)
+    params, adapters, adapted, _ = attach(Masked(), config=config)
+    expected = Masked().apply({"params": params}, X)
+    np.testing.assert_allclose(adapted(adapters), expected, rtol=1e-5, atol=1e-6)  # float32
+    assert np.abs(expected - nn.LayerNorm().apply({"params": params["norm"]}, X)).max() > 0.1
+
+
 class Tied(nn.Module):
     """Embeddings that are the output head too, and a norm."""
 

@@ -27,6 +27,9 @@ from hylorada_jax.trees import Params, Tree
 
 Path = tuple[str, ...]
 
+# jax's caches answer for one value of it only: with a new one an interceptor sees what was traced before.
+_looked_at = jax.make_user_context(None)
+
 # nn.scan stacks the parameters of this submodule along a first axis, one slice per layer.
 SCANNED = "layers"
 
@@ -130,6 +133,7 @@ class Modules:
         linears, attentions, embeddings, norms: as their names say.
         take_positions: some module is called with the tokens and their positions.
         others: modules with a kernel that is not known to be y = x · kernel, "name (class)".
+        of_base: they are those of a base model, whose output head no module computes: the loss reads it.
     """
 
     linears: tuple[Linear, ...] = ()
@@ -138,6 +142,7 @@ class Modules:
     norms: tuple[Holder, ...] = ()
     take_positions: bool = False
     others: tuple[str, ...] = ()
+    of_base: bool = False
 
     @property
     def linear_names(self) -> list[str]:
@@ -183,8 +188,9 @@ def find_modules(
         by their classes, see :mod:`hylorada_jax.models.module_kinds`.
 
     Raises:
-        ConfigError: a registered linear module does not hold its weight as a matrix named kernel, or the
-            parameters of layers under nn.scan or nn.vmap do not lie on axis 0 of a submodule named layers.
+        ConfigError: a registered linear module does not hold its weight as a matrix named kernel; the
+            parameters of layers under nn.scan or nn.vmap do not lie on axis 0 of a submodule named layers;
+            or a layer is within nn.jit.
 
     Example:
         >>> class Net(nn.Module):
@@ -195,6 +201,31 @@ def find_modules(
         >>> find_modules(lambda key: Net().init(key, jnp.ones((1, 2)))["params"]).linear_names
         ['fc']
     """
+    _refuse_jitted(init)
+    return _found(init, layer_numbers)
+
+
+def _refuse_jitted(init: Callable[[Array], Any]) -> None:
+    """Traces twice: the second time jax answers for what is within nn.jit, and no interceptor sees it."""
+    seen: list[set[Path]] = []
+
+    def see(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        seen[-1].add(context.module.path)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(see), _looked_at(object()):
+        for _ in range(2):
+            seen.append(set())
+            jax.eval_shape(lambda key: init(key), jax.random.key(0))
+    if jitted := sorted(".".join(path) for path in seen[0] - seen[1]):
+        raise ConfigError(
+            "Layers that adapters attach to must not be within nn.jit, whose cache knows of no adapters.",
+            ", ".join(jitted),
+            "Take nn.jit out of the network, and jit the function that calls it.",
+        )
+
+
+def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int, ...]]) -> Modules:
     called: dict[Path, tuple[nn.Module, ModuleKind, tuple[int, ...] | None]] = {}
     taking: set[Path] = set()
     others: dict[Path, str] = {}
@@ -213,9 +244,9 @@ def find_modules(
             others[module.path] = f"{'.'.join(module.path)} ({type(module).__name__})"
         return output
 
+    # A function of its own: jax would answer from its cache for one that was traced before, and the recorder
+    # would see nothing.
     with nn.intercept_methods(record):
-        # A function of its own: jax would answer from its cache for one that was traced before, and the
-        # recorder would see nothing.
         shapes = jax.eval_shape(lambda key: init(key), jax.random.key(0))
     linears: list[Linear] = []
     attentions: list[Attention] = []
@@ -261,7 +292,7 @@ def find_modules(
 
 def modules_of(base: BaseModel) -> Modules:
     """The modules of a base model, under the names that its layers have; see :func:`find_modules`."""
-    return find_modules(base.init_params, base.layer_numbers)
+    return dataclasses.replace(_found(base.init_params, base.layer_numbers), of_base=True)
 
 
 def _wrongly_stacked(

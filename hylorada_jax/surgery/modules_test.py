@@ -150,6 +150,20 @@ def find(*layers):
     return find_modules(lambda key: Row().init(key, jnp.ones((2, WIDTH)))["params"])
 
 
+def test_all_linear_says_what_it_leaves_out_by_its_name_and_that_can_be_named():
+    class Scored(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1, name="score")(nn.Dense(WIDTH, name="fc")(x))
+
+    modules = find_modules(lambda key: Scored().init(key, jnp.ones((2, WIDTH)))["params"])
+    with pytest.warns(UserWarning, match="all-linear leaves out score: by their names"):
+        (site,) = plan(modules, HyLoRADAConfig(method="lora", target_modules="all-linear"))
+    assert site.names == ("fc",)
+    sites = plan(modules, HyLoRADAConfig(method="lora", target_modules=("all-linear", "score")))
+    assert [site.names for site in sites] == [("fc",), ("score",)]
+
+
 def test_a_layer_that_looks_like_a_linear_one_is_no_target():
     with pytest.raises(TargetError, match="layer0"):
         plan(find(Dense, InOut), HyLoRADAConfig(method="lora", target_modules="layer0"))

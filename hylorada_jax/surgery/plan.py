@@ -11,7 +11,14 @@ from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER, Component, Kin
 from hylorada_jax.math import linear_adapter, position, sparse, structure
 from hylorada_jax.models.families import that_can
 from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules
-from hylorada_jax.surgery.targets import ALL_LINEAR, layer_alphas, layer_ranks, mlp_outputs, select_targets
+from hylorada_jax.surgery.targets import (
+    ALL_LINEAR,
+    layer_alphas,
+    layer_ranks,
+    left_out,
+    mlp_outputs,
+    select_targets,
+)
 from hylorada_jax.text import short
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,13 +134,21 @@ def _everywhere(component: Component, module: Module, shapes: Shapes) -> Site:
 
 def _linear_sites(modules: Modules, config: HyLoRADAConfig, kind: Kind) -> list[Site]:
     names = modules.linear_names
-    if modules.others and ALL_LINEAR in (config.target_modules or ()):
+    selected = select_targets(names, config, heads=not modules.of_base)
+    every = ALL_LINEAR in (config.target_modules or ())
+    if every and not modules.of_base and (left := left_out(set(names).difference(selected))):
+        warnings.warn(
+            f"{ALL_LINEAR} leaves out {short(left)}: by their names output heads or routers. "
+            "Name them in target_modules to adapt them too.",
+            stacklevel=3,
+        )
+    if every and modules.others:
         warnings.warn(
             f"{ALL_LINEAR} leaves out {short(modules.others)}: not known to compute y = x · kernel. "
             "register_linear makes a class that does known.",
             stacklevel=3,
         )
-    ranks = layer_ranks(select_targets(names, config), names, config)
+    ranks = layer_ranks(selected, names, config)
 
     def shapes(module: Linear, name: str) -> Shapes:
         return linear_adapter.leaf_shapes(

@@ -16,7 +16,7 @@ from hylorada_jax.surgery.patterns import matches
 ALL_LINEAR = "all-linear"
 
 
-def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
+def select_targets(names: Sequence[str], config: HyLoRADAConfig, *, heads: bool = False) -> list[str]:
     """The names of the layers to adapt, in the order of ``names``.
 
     A pattern matches a layer by its full name, by the end of its name after a dot ("q_proj" matches
@@ -26,6 +26,7 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
     Args:
         names: the full names of all linear layers of a model.
         config: its ``target_modules``, ``exclude_modules`` and ``roles`` are read.
+        heads: whether what has the name of an output head may be adapted, where it is named.
 
     Returns:
         The selected names.
@@ -42,11 +43,11 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig) -> list[str]:
     targets = config.roles if config.target_modules is None else config.target_modules
     chosen: set[str] = set().union(*_matching(targets, names))
     chosen -= set().union(*_matching(config.exclude_modules, names))
-    if heads := sorted(filter(is_head, chosen)):
+    if not heads and (found := sorted(filter(is_head, chosen))):
         raise TargetError(
             "The output head is not adapted: the loss reads its weight itself, in chunks of the vocabulary.",
-            ", ".join(heads),
-            f"Exclude it: exclude_modules={heads}.",
+            ", ".join(found),
+            f"Exclude it: exclude_modules={found}.",
         )
     if targets and not chosen:
         raise TargetError(
@@ -201,9 +202,24 @@ def is_cross(name: str) -> bool:
     return not {*CROSS_ATTENTIONS}.isdisjoint(name.split("."))
 
 
+def left_out(names: Iterable[str]) -> list[str]:
+    """The linear layers that "all-linear" leaves out: by their names, output heads and routers of experts."""
+    return sorted(name for name in names if is_head(name) or _is_one_of(name, ROUTERS))
+
+
 def layer_index(name: str) -> int | None:
-    """The depth of a layer: the first number in its dotted name, None where there is none."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    """The depth of a layer, by its dotted name; None where it has no number.
+
+    Args:
+        name: the first part that is a number tells, or else the first that ends in one, as flax names blocks.
+
+    Example:
+        >>> [layer_index(name) for name in ("h.3.mlp.c_fc", "Block_3.Dense_1", "lm_head")]
+        [3, 3, None]
+    """
+    parts = name.split(".")
+    numbers = [part for part in parts if part.isdigit()] or re.findall(r"_(\d+)(?=\.|$)", name)
+    return int(numbers[0]) if numbers else None
 
 
 def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, int]:
@@ -218,9 +234,15 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
         {name: rank}; a layer outside the numbered blocks has the full rank.
 
     Raises:
-        TargetError: a pattern matches no layer.
+        TargetError: a pattern matches no layer, or ranks are by depth and no layer has a number.
     """
     depths = [index for name in names if (index := layer_index(name)) is not None]
+    if config.rank_strategy != "uniform" and not depths:
+        raise TargetError(
+            f"rank_strategy={config.rank_strategy!r} takes layers with numbers in their names.",
+            ", ".join(_endings(names)),
+            "Name the blocks as in layers.0, or give ranks by rank_pattern.",
+        )
     depth = max(depths, default=0) + 1
     own = by_pattern(config.rank_pattern, names)
     ranks = {}
@@ -265,7 +287,7 @@ def by_pattern(pattern: Any, names: Sequence[str], *, strict: bool = True) -> di
 def _matching(patterns: Iterable[str], names: Sequence[str], strict: bool = True) -> Iterator[set[str]]:
     for pattern, found in zip(patterns, matches(patterns, names), strict=True):
         if pattern == ALL_LINEAR:
-            yield {name for name in names if not is_head(name) and not _is_one_of(name, ROUTERS)}
+            yield set(names).difference(left_out(names))
             continue
         found |= {name for name in names if _is_one_of(name, ROLES.get(pattern, (pattern,)))}
         if strict and not found:

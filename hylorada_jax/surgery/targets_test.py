@@ -100,6 +100,14 @@ def test_ranks_follow_the_depth_of_the_whole_model():
     assert ranks == {"model.layers.1.self_attn.q_proj": 6, "model.layers.2.self_attn.q_proj": 4}
 
 
+def test_ranks_by_depth_need_numbers_which_flax_puts_behind_a_blocks_name():
+    config = HyLoRADAConfig(lora_rank=8, rank_strategy="decreasing")
+    names = [f"Block_{number}.Dense_{layer}" for number in range(3) for layer in range(2)]
+    assert layer_ranks(names, names, config) == dict(zip(names, (8, 8, 6, 6, 4, 4), strict=True))
+    with pytest.raises(TargetError, match=r"decreasing[\s\S]*fc, out"):
+        layer_ranks(["fc"], ["fc", "out"], config)
+
+
 @pytest.mark.parametrize(
     ("block", "attention", "mlp"),
     [
