@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -323,6 +324,27 @@ def test_packed_documents_equal_the_separate_ones(name):
         np.testing.assert_allclose(
             packed[segments[0] == i + 1], alone[i, : len(row)], rtol=0, atol=DECODER["float32"]
         )
+
+
+def test_a_text_that_outgrows_longropes_short_factors_is_computed_anew():
+    """As transformers 5 does; 4.57 keeps keys that the short factors have turned."""
+    model, original = random_model("phi3", gain=1.5), MODELS["phi3"]["original_max_position_embeddings"]
+    rows = [text[: original - short].tolist() for text, short in zip(texts(), (3, 5, 4), strict=True)]
+    prompts, count = [[*row] for row in rows], 10
+    for _ in range(count):
+        ids, mask = padded([np.array(row, np.int32) for row in rows], "left")
+        for row, token in zip(rows, logits_of(model, ids, mask)[:, -1].argmax(-1).tolist(), strict=True):
+            row.append(token)
+    expected = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    assert model.generate(prompts, max_new_tokens=count, eos_token_id=()) == expected
+    cached = dataclasses.replace(model.config.rope_scaling, original_max_position_embeddings=10**6)
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, rope_scaling=cached))
+    kept = other.generate(prompts, max_new_tokens=count, eos_token_id=())
+    assert [new[:4] for new in kept] == [new[:4] for new in expected]
+    assert kept != expected  # what this test can tell apart
+    streamed = model.stream(prompts[0], max_new_tokens=count, eos_token_id=())
+    (alone,) = model.generate(prompts[:1], max_new_tokens=count, eos_token_id=())
+    assert [token for some in streamed for token in some] == alone
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from hylorada_jax.exchange.shards import (
     write_shards,
 )
 from hylorada_jax.io.files import user_path, write_json
-from hylorada_jax.math.quantized import BASE_DTYPES, split_name
+from hylorada_jax.math.quantized import BASE_DTYPES, float_dtype, split_name
 from hylorada_jax.models.chat_template import TEMPLATE_NAME
 from hylorada_jax.models.generation_config import FILE, read_generation_config
 from hylorada_jax.models.inside import files_inside
@@ -84,7 +83,7 @@ def write_merged(
     """
     output = user_path(output)
     refuse_taken(output)
-    target = None if dtype is None else _float_dtype(dtype)
+    target = None if dtype is None else float_dtype(dtype)
     saved = open_adapter(adapter)  # before the model is looked for
     base = as_base(empty_model(model))
     sites, leaves = open_on(base, saved).sites, saved.tensors()
@@ -143,15 +142,6 @@ def known_dtype(dtype: str) -> bool:
     """Whether an adapter's record of its base's dtype is one that a base can be loaded in."""
     name, _, base_dtype = dtype.partition("+")
     return name in _NAMES and base_dtype in ("", *BASE_DTYPES)
-
-
-def _float_dtype(dtype: DTypeLike) -> np.dtype:
-    found = jnp.dtype(dtype)
-    if found not in DTYPES.values():
-        raise ModelError(
-            "Weights are floating-point numbers.", f"dtype {found.name}", "Use float32 or bfloat16."
-        )
-    return found
 
 
 def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.math.remat import computed_again
 from hylorada_jax.trees import is_quantized
 
@@ -124,6 +124,28 @@ def dtype_name(params: Mapping[str, Any]) -> str:
     base_dtypes = {leaf.qtype for leaf in leaves if is_quantized(leaf)}
     head = is_quantized(params.get("lm_head", {}).get("embedding"))
     return "+".join(["/".join(sorted(dtypes)), *base_dtypes]) + (HEAD if head else "")
+
+
+def float_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype that weights may have, as numpy's.
+
+    Args:
+        dtype: float16, bfloat16, float32 or float64, by its name or as an object of numpy's or jax's.
+
+    Raises:
+        ModelError: it is another one, or none that jax knows.
+
+    Example:
+        >>> float_dtype("bfloat16").name
+        'bfloat16'
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        raise ModelError("Weights are floating-point numbers.", f"dtype {dtype}", "Use float32 or bfloat16.")
+    return found
 
 
 def split_name(name: str) -> tuple[Any, str | None]:

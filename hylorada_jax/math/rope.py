@@ -215,8 +215,8 @@ def longrope_frequencies(
 
         ω'_i = ω_i / short_i,  or  ω_i / long_i once the longest text of the call outgrows ``original``
 
-    As in transformers, a packed document and the same document alone may so differ, and a cache has keys of
-    either.
+    As in transformers, a packed document and the same document alone may so differ. What is cached holds up
+    to ``original`` tokens, and is computed anew for a text that outgrows them.
 
     Args:
         head_dim: width of the rotated part of a head, even.

@@ -359,7 +359,7 @@ class CausalLM:
             DataError: there is no prompt, or one that is empty or has a token id outside the vocabulary.
         """
         check_prompts(prompts, self.token_limit)
-        return generate(*self._decoding(variables, decode), prompts, **self._ending(settings))
+        return generate(*self._decoding(variables, decode), prompts, **self._facts(settings))
 
     def stream(
         self,
@@ -379,14 +379,18 @@ class CausalLM:
             An iterator of lists of new tokens.
         """
         check_prompts([prompt], self.token_limit)
-        return stream(*self._decoding(variables, decode), prompt, **self._ending(settings))
+        return stream(*self._decoding(variables, decode), prompt, **self._facts(settings))
 
     def _decoding(self, variables: Variables | None, decode: Decode | None) -> tuple[Any, Any, Variables]:
         return decode or DecodeStep(self.module), self.init_cache, variables or {"params": self.params}
 
-    def _ending(self, settings: dict[str, Any]) -> dict[str, Any]:
-        ends = settings.get("eos_token_id")
-        return settings | {"eos_token_id": self.end_token_ids if ends is None else ends}
+    def _facts(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings, with what the model knows: its end tokens, and how long its cached keys hold."""
+        ends, rope = settings.get("eos_token_id"), self.config.rope_scaling
+        return settings | {
+            "eos_token_id": self.end_token_ids if ends is None else ends,
+            "holds": rope.original_max_position_embeddings if rope.rope_type == "longrope" else None,
+        }
 
 
 def _apply(

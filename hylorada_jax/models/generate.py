@@ -39,6 +39,7 @@ def generate(
     repetition_penalty: float | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     rng: Array | None = None,
+    holds: int | None = None,
 ) -> list[list[int]]:
     """Continues a batch of prompts of different lengths.
 
@@ -60,6 +61,8 @@ def generate(
         repetition_penalty: see :func:`hylorada_jax.models.sampling.penalise`; at any temperature.
         eos_token_id: token or tokens that end a row.
         rng: a ``jax.random`` key, needed when temperature > 0.
+        holds: tokens up to which what is cached holds (LongRoPE): where the longest row outgrows them, all
+            rows are computed anew, once.
 
     Returns:
         The new tokens of every prompt, with the end token if one came.
@@ -72,8 +75,9 @@ def generate(
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     how |= {"repetition_penalty": repetition_penalty, "rng": rng}
     check_settings(prompts, max_new_tokens=max_new_tokens, **how)
+    at_once, chosen = max_new_tokens, sampling(**how)
     rounds = _rounds(
-        decode, init_cache, variables, prompts, max_new_tokens, max_new_tokens, eos_token_id, sampling(**how)
+        decode, init_cache, variables, prompts, max_new_tokens, at_once, eos_token_id, holds, chosen
     )
     *_, last = rounds
     return _rows(last)
@@ -87,6 +91,7 @@ def stream(
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
+    holds: int | None = None,
     **how: Any,
 ) -> Iterator[list[int]]:
     """The tokens that :func:`generate` gives for one prompt, as they come: one, then some at a time.
@@ -94,7 +99,7 @@ def stream(
     Nothing is computed between two of them, so that who reads them can stop.
 
     Args:
-        decode, init_cache, variables, max_new_tokens, eos_token_id: as in :func:`generate`.
+        decode, init_cache, variables, max_new_tokens, eos_token_id, holds: as in :func:`generate`.
         prompt: token ids.
         **how: temperature, top_k, top_p, min_p, repetition_penalty, rng, as in :func:`generate`.
 
@@ -105,10 +110,9 @@ def stream(
         ConfigError, DataError: as in :func:`generate`, and here, not in the iterator.
     """
     check_settings([prompt], max_new_tokens=max_new_tokens, **how)
+    at_once, chosen = _AT_ONCE, sampling(**how)
     return _new(
-        _rounds(
-            decode, init_cache, variables, [prompt], max_new_tokens, _AT_ONCE, eos_token_id, sampling(**how)
-        )
+        _rounds(decode, init_cache, variables, [prompt], max_new_tokens, at_once, eos_token_id, holds, chosen)
     )
 
 
@@ -155,6 +159,7 @@ def _rounds(
     max_new_tokens: int,
     at_once: int,
     eos_token_id: int | Sequence[int] | None,
+    holds: int | None,
     chosen: Sampling,
 ) -> Iterator[_State]:
     """The state after the first token, and after each call that follows; to be read before the next."""
@@ -165,11 +170,30 @@ def _rounds(
         cache = init_cache(len(prompts), input_ids.shape[1] + len(budget))
         state = _begin(decode, variables, cache, input_ids, lengths, budget, chosen, ends)
     yield state
-    for step in range(1, max_new_tokens, at_once):
-        until = np.int32(min(step + at_once, max_new_tokens))
-        with in_use(variables):
-            state = _go_on(decode, variables, state, until, chosen, ends)
+    longest, step = int(lengths.max()), 1
+    outgrown = max_new_tokens if holds is None or longest > holds else holds + 1 - longest
+    while step < max_new_tokens:
+        if step == outgrown:
+            if not _goes_on(state):
+                return
+            new = whole(state.tokens)[:, :step]
+            input_ids = pad_left([[*row, *more] for row, more in zip(prompts, new, strict=True)])
+            for leaf in jax.tree.leaves(state.cache):  # its memory is wanted for the next
+                leaf.delete()
+            with in_use(variables):
+                cache = init_cache(len(prompts), input_ids.shape[1] + len(budget))
+                state = _anew(decode, variables, state._replace(cache=cache), input_ids, chosen, ends)
+            step += 1
+        else:
+            until = min(step + at_once, max_new_tokens, outgrown if step < outgrown else max_new_tokens)
+            with in_use(variables):
+                state = _go_on(decode, variables, state, np.int32(until), chosen, ends)
+            step = until
         yield state
+
+
+def _goes_on(state: _State) -> bool:
+    return not whole(state.ended).all() and bool(whole(state.finite).all())
 
 
 def _rows(state: _State) -> list[list[int]]:
@@ -205,18 +229,46 @@ def _begin(
     ends: Int[Array, " ends"],
 ) -> _State:
     """The prompt in one pass, and the first token."""
-    batch, width = input_ids.shape
-    positions = jnp.arange(width, dtype=jnp.int32) - (width - lengths[:, None])
-    valid = positions >= 0
-    logits, cache = decode(
-        variables, input_ids, position_ids=jnp.maximum(positions, 0), key_valid=valid, cache=cache
-    )
+    batch = len(input_ids)
+    logits, cache, valid = _prefilled(decode, variables, cache, input_ids, lengths)
     seen = None
     if chosen.repetition_penalty is not None:
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], input_ids].max(valid)
     tokens = jnp.zeros((batch, budget.shape[0]), jnp.int32)
     none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
     return _put(_State(jnp.int32(0), tokens, none, no, ~no, seen, lengths, cache), logits, chosen, ends)
+
+
+@partial(jax.jit, static_argnames="decode", donate_argnames="state")
+def _anew(
+    decode: Decode,
+    variables: Mapping[str, Any],
+    state: _State,
+    input_ids: Int[Array, "batch width"],
+    chosen: Sampling,
+    ends: Int[Array, " ends"],
+) -> _State:
+    """A token more, of all tokens so far and an empty cache."""
+    lengths = state.lengths + state.step
+    logits, cache, _ = _prefilled(decode, variables, state.cache, input_ids, lengths)
+    return _put(state._replace(cache=cache), logits, chosen, ends)
+
+
+def _prefilled(
+    decode: Decode,
+    variables: Mapping[str, Any],
+    cache: Any,
+    input_ids: Int[Array, "batch width"],
+    lengths: Int[Array, " batch"],
+) -> tuple[Float[Array, "batch vocab"], Any, Bool[Array, "batch width"]]:
+    """Rows padded on the left: the logits after them, the cache with them, and where they are not padding."""
+    width = input_ids.shape[1]
+    positions = jnp.arange(width, dtype=jnp.int32) - (width - lengths[:, None])
+    valid = positions >= 0
+    logits, cache = decode(
+        variables, input_ids, position_ids=jnp.maximum(positions, 0), key_valid=valid, cache=cache
+    )
+    return logits, cache, valid
 
 
 @partial(jax.jit, static_argnames="decode", donate_argnames="state")

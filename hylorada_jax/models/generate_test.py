@@ -132,6 +132,14 @@ def test_nothing_is_compiled_again():
     assert programs() == (compiled[0] + 1, compiled[1] + 1)
 
 
+def test_prompts_of_one_length_may_be_an_array():
+    rows = [[5, 6], [0, 0]]
+    for array in (np.array(rows), jnp.array(rows)):
+        assert run(array, max_new_tokens=3) == run(rows, max_new_tokens=3)
+    with pytest.raises(DataError, match="at least one token"):
+        run(np.zeros((0, 2), int), max_new_tokens=3)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.9, "rng": jax.random.key(3)},

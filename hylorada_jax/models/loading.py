@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.math.quantized import float_dtype
 from hylorada_jax.models.bitsandbytes import BitsAndBytesWeights
 from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder import DecoderLM
@@ -180,11 +181,7 @@ def _installed(package: str) -> str:
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype:
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ModelError(
-            "Weights are floating-point numbers.", f"dtype {dtype.name}", "Use float32 or bfloat16."
-        )
+    dtype = float_dtype(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ModelError(
             "float64 weights need 64-bit mode; without it jax would store them as float32.",

@@ -77,8 +77,10 @@ def test_every_leaf_has_the_dtype_that_was_asked_for(tmp_path):
         assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float64)}
     with pytest.raises(ModelError, match="jax_enable_x64"):
         load_model(path, dtype=jnp.float64)
-    with pytest.raises(ModelError, match="floating-point"):
-        load_model(path, dtype=jnp.int8)
+    wrong: Any
+    for wrong in (jnp.int8, "bf16", object()):
+        with pytest.raises(ModelError, match="floating-point"):
+            load_model(path, dtype=wrong)
 
 
 def test_harmless_extras_pass(tmp_path):

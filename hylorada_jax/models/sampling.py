@@ -166,7 +166,7 @@ def check_settings(
     rng: Array | None = None,
 ) -> None:
     """Raises on settings that cannot be meant."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
         raise DataError(
             "Every prompt needs at least one token.",
             f"lengths {[len(prompt) for prompt in prompts]}",
