@@ -27,6 +27,7 @@ from hylorada_jax.models.base_model import require_segments
 from hylorada_jax.models.batch import Batch, computed
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.memory import needed_bytes
 from hylorada_jax.training.step import init_state, make_train_step
 
 
@@ -109,7 +110,7 @@ class Runner:
             "losses": [round(loss, 5) for loss in losses],
             "seconds_per_step": step_seconds,
             "tokens_per_second": training.batch_size * training.seq_len / step_seconds,
-            "program_bytes": program_bytes(self._compiled),
+            "program_bytes": needed_bytes(self._compiled),
             # How busy the machine was: times of one that had other work are not its best.
             "load_per_core": os.getloadavg()[0] / (os.cpu_count() or 1),
         }
@@ -217,12 +218,3 @@ class Evaluation:
 def whole(documents: Sequence[TokenizedDocument]) -> bool:
     """All of the documents are texts, of which every token counts."""
     return all(document.scored is None for document in documents)
-
-
-def program_bytes(compiled: Any) -> int | None:
-    """Memory of a compiled program: arguments, temporaries, and results that take no argument's place."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept

@@ -16,13 +16,13 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks.contenders.setting import RATE, Contender, Setting
-from benchmarks.trial import program_bytes
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import Batch
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.scoring import score
+from hylorada_jax.training.memory import needed_bytes
 from hylorada_jax.training.optimizer import make_optimizer, schedule
 from hylorada_jax.training.step import init_state, make_train_step
 
@@ -93,4 +93,4 @@ def _compiled(step: Any, state: Any, frozen: Any, batches: Sequence[Batch], trai
         state, metrics = jax.block_until_ready(program(state, frozen, next(rows)))
         return float(metrics["loss"])
 
-    return Contender(run, trainable, seconds, program_bytes(program))
+    return Contender(run, trainable, seconds, needed_bytes(program))

@@ -1,7 +1,7 @@
 """The command that tells what fits before anything is rented."""
 
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -9,12 +9,12 @@ from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
 from hylorada_jax.cli.shared import BaseDtype, puts_offline
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.packaged import PACKAGED_MODEL
+from hylorada_jax.training.config import RematPolicy
 
 if TYPE_CHECKING:
     from hylorada_jax.planning.plan import Devices, Row
 
 HERE = "here"
-Policy = Literal["none", "dots", "full"]
 
 
 @puts_offline
@@ -26,7 +26,7 @@ def plan(
     base_dtype: BaseDtype | None = None,
     seq_len: int = 4096,
     mesh: tuple[str, ...] = (),
-    remat: tuple[Policy, ...] = (),
+    remat: tuple[RematPolicy, ...] = (),
     rows: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (1,),
     json: bool = False,
     offline: bool = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from hylorada_jax.data.document import STRUCTURE, TokenizedDocument
 from hylorada_jax.data.examples import Example
 from hylorada_jax.io.files import TEMPORARY, user_path, write_whole
 from hylorada_jax.models.tokenizer import Tokenizer
+from hylorada_jax.placement.processes import source_sha256
 
 ROOM = 8 * 2**30
 """Bytes of all that is kept; beyond, what was not used for longest is removed."""
@@ -61,18 +61,12 @@ def key_of(examples: Iterable[Example], tokenizer: Tokenizer, options: Mapping[s
     today = datetime.date.today() if "strftime_now" in str(tokenizer.chat_template) else None
     names = [field.name for field in dataclasses.fields(tokenizer) if field.name != "backend"]
     decides = {name: getattr(tokenizer, name) for name in names}
-    program = _source(), tokenizers.__version__, jinja2.__version__, sys.version_info[:2]
+    program = source_sha256(), tokenizers.__version__, jinja2.__version__, sys.version_info[:2]
     sha = hashlib.sha256(repr((program, today, decides, dict(options))).encode())
     sha.update(tokenizer.backend.to_str().encode())
     for example in examples:
         sha.update(repr(example).encode(errors="backslashreplace"))
     return sha.hexdigest()
-
-
-@functools.cache
-def _source() -> str:
-    package = Path(__file__).parents[1]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
 
 
 def read(key: str) -> tuple[list[TokenizedDocument], Any] | None:

@@ -109,7 +109,7 @@ def test_all_that_decides_the_tokens_is_in_the_key(tokenizer, monkeypatch):
     assert [cache.key_of(*call) == key for call, key in zip(calls, keys, strict=True)] == [
         call[1] is not dated for call in calls
     ]
-    monkeypatch.setattr(cache, "_source", lambda: "of another version")
+    monkeypatch.setattr(cache, "source_sha256", lambda: "of another version")
     assert not {cache.key_of(*call) for call in calls} & {*keys}
 
 

@@ -119,32 +119,21 @@ def write_shards(
         ...     load_file(Path(place) / "model.safetensors")["x"].shape
         (2, 3)
     """
-    shards = _split(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        _write_file(directory / "model.safetensors", shards[0])
-        return
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        _write_file(directory / file, shard)
-    places = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors)}, "weight_map": places}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (directory / "model.safetensors.index.json").write_text(text, "utf-8")
+    from huggingface_hub import split_state_dict_into_shards_factory  # slow to import
 
-
-def _split(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
-    """The tensors of each shard, as huggingface_hub splits them."""
-    shards: list[list[Tensor]] = []
-    current: list[Tensor] = []
-    for tensor in tensors:
-        if tensor.size > limit:
-            shards.append([tensor])
-            continue
-        if sum(other.size for other in current) + tensor.size > limit:
-            shards.append(current)
-            current = []
-        current.append(tensor)
-    return [*shards, current] if current or not shards else shards
+    named = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_file(directory / file, [named[name] for name in names])
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, "utf-8")
 
 
 def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:

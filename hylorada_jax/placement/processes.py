@@ -158,11 +158,14 @@ def agree(settings: Mapping[str, Any]) -> None:
 
 
 @functools.cache
+def source_sha256() -> str:
+    """The hash of the package's own code, by which one version of it is told from another."""
+    package = Path(__file__).parents[1]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
+
+
 def _code() -> str:
-    sha = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        sha.update(file.read_bytes())
-    return f"jax {jax.__version__}, hylorada {sha.hexdigest()[:16]}"
+    return f"jax {jax.__version__}, hylorada {source_sha256()[:16]}"
 
 
 def whole(x: Any) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 from jax.sharding import AbstractMesh
@@ -18,11 +18,11 @@ from hylorada_jax.planning.cases import Case, Figures
 from hylorada_jax.planning.chips import Chip
 from hylorada_jax.planning.compiling import Compile
 from hylorada_jax.planning.programs import model_of_shapes, step_arguments
-from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.config import RematPolicy, TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
 
 # From the one that takes least memory on, each is faster than the one before it.
-REMATS = ("full", "dots", "none")
+REMATS = get_args(RematPolicy)[::-1]
 
 
 class Devices(NamedTuple):

@@ -15,7 +15,8 @@ from hylorada_jax.seeds import check_seed
 
 Schedule = Literal["linear", "cosine", "constant"]
 Keep = Literal["last", "best"]
-Remat = Literal["auto", "none", "dots", "full"]
+RematPolicy = Literal["none", "dots", "full"]
+Remat = Literal["auto", RematPolicy]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

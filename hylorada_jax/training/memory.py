@@ -11,7 +11,7 @@ import jax
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.placement.processes import everywhere
-from hylorada_jax.training.config import Remat, TrainingConfig
+from hylorada_jax.training.config import Remat, RematPolicy, TrainingConfig
 from hylorada_jax.training.step import Metrics, TrainState
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
@@ -98,7 +98,7 @@ def candidates(config: TrainingConfig, *, own: str | None, devices: int) -> list
     if config.remat != "auto":
         remats: Sequence[Any] = (config.remat,)
     elif own in (None, "none"):
-        remats = [each for each in get_args(Remat) if each != "auto"] if own else ("none",)
+        remats = get_args(RematPolicy) if own else ("none",)
     else:
         remats = (own,)
     if config.microbatches == "auto":
