@@ -11,6 +11,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Int
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
@@ -52,10 +53,20 @@ class _AdaptedDecode:
     dtype: Any
 
     def __call__(self, variables: Mapping[str, Any], *arguments: Any, **inputs: Any) -> Any:
-        structure = Structure(ids=variables.get(_STRUCTURE_IDS), decoding=True)
+        ids, valid = variables.get(_STRUCTURE_IDS), inputs.get("key_valid")
+        if ids is not None and valid is not None:
+            ids = _aligned(ids, valid)
+        structure = Structure(ids=ids, decoding=True)
         collections = {name: tree for name, tree in variables.items() if name != _STRUCTURE_IDS}
         with adapt(variables[COLLECTION], self.config, dtype=self.dtype, structure=structure):
             return self.step(collections, *arguments, **inputs)
+
+
+def _aligned(ids: Int[Array, "batch prompt"], valid: Bool[Array, "batch width"]) -> Int[Array, "batch width"]:
+    """The prompts' structure, in rows that may have new tokens too; -1 is before a prompt, as padding is."""
+    width, new = ids.shape[1], valid[0].sum() - (ids[0] >= 0).sum()
+    places = jnp.arange(valid.shape[1]) - valid.shape[1] + width + new
+    return jnp.maximum(ids[:, jnp.clip(places, 0, width - 1)], 0)
 
 
 class HyLoRADAModel:
@@ -396,8 +407,8 @@ class HyLoRADAModel:
             self._check_structure(structure, padded.shape)
         if isinstance(self.base, CausalLM):
             decode = _AdaptedDecode(DecodeStep(self.base.module), self.config, self._dtype(None))
-            if structure.ids is not None:
-                variables[_STRUCTURE_IDS] = structure.ids
+            if structure_ids is not None:
+                variables[_STRUCTURE_IDS] = jnp.asarray(pad_left(structure_ids, filling=-1))
             yield {"variables": variables, "decode": decode}
             return
         with adapt(resolved, self.config, dtype=self._dtype(None), structure=structure):

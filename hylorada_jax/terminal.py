@@ -9,6 +9,7 @@ import re
 import sys
 
 _said: set[str] = set()
+_quiet = False
 
 MAX_LENGTH = 2000
 """Characters of a part of a message."""
@@ -97,15 +98,27 @@ def show(text: str) -> None:
     print(printable(text) if sys.stdout is not None and sys.stdout.isatty() else text)
 
 
-def say_once(line: str) -> None:
-    """Prints a line to stderr, the first time in a process.
+def remark(line: str) -> None:
+    """Prints a line to stderr, beside a command's result; not after :func:`keep_quiet`.
 
     Args:
         line: printable.
     """
+    if not _quiet:
+        print(line, file=sys.stderr)
+
+
+def say_once(line: str) -> None:
+    """As :func:`remark`, the first time in a process."""
     if line not in _said:
         _said.add(line)
-        print(line, file=sys.stderr)
+        remark(line)
+
+
+def keep_quiet() -> None:
+    """No remarks from here on: of several processes, one makes them."""
+    global _quiet
+    _quiet = True
 
 
 def _cut(text: str) -> str:

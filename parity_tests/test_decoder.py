@@ -23,7 +23,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import rope
+from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
@@ -345,6 +347,32 @@ def test_a_text_that_outgrows_longropes_short_factors_is_computed_anew():
     streamed = model.stream(prompts[0], max_new_tokens=count, eos_token_id=())
     (alone,) = model.generate(prompts[:1], max_new_tokens=count, eos_token_id=())
     assert [token for some in streamed for token in some] == alone
+
+
+def test_a_text_that_outgrows_them_keeps_its_prompts_structure():
+    settings: dict[str, Any] = {"lora_rank": 2, "lora_A_init": "kaiming", "target_modules": "all-linear"}
+    model = HyLoRADAModel(random_model("phi3", gain=1.5), HyLoRADAConfig(method="hylorada_v2", **settings))
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    model.adapters = jax.tree.map(
+        lambda leaf: leaf + 0.5 * jax.random.normal(next(keys), leaf.shape), model.adapters
+    )
+    prompts = [text[:length].tolist() for text, length in zip(texts(), (9, 7), strict=False)]
+    depths = [[n % 3 + 1 for n in range(len(prompt))] for prompt in prompts]
+    rows, levels = [[*row] for row in prompts], [[*row] for row in depths]
+    for _ in range(8):
+        (ids, mask), (structure, _) = (
+            padded([np.array(row, np.int32) for row in each], "left") for each in (rows, levels)
+        )
+        found = model(
+            jnp.asarray(ids), attention_mask=jnp.asarray(mask), structure_ids=jnp.asarray(structure)
+        )
+        for row, level, token in zip(rows, levels, found.logits[:, -1].argmax(-1).tolist(), strict=True):
+            row.append(token)
+            level.append(level[-1])
+    expected = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    assert model.generate(prompts, structure_ids=depths, max_new_tokens=8, eos_token_id=()) == expected
+    flat = [[1] * len(row) for row in depths]
+    assert model.generate(prompts, structure_ids=flat, max_new_tokens=8, eos_token_id=()) != expected
 
 
 @pytest.mark.parametrize("name", MODELS)

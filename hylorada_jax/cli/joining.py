@@ -11,6 +11,7 @@ import tyro
 
 from hylorada_jax.cli.flags import flag_of
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.terminal import keep_quiet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class ProcessOptions:
             return
         if not processes.is_first():
             warnings.simplefilter("ignore")
+            keep_quiet()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the libraries' output too
         others = {name: value for name, value in settings.items() if value is not self}
         processes.agree({n: vars(v) if dataclasses.is_dataclass(v) else v for n, v in others.items()})

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TextIO
@@ -17,7 +16,7 @@ from hylorada_jax.data.hub_rows import hub_dataset
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.io.files import user_path
 from hylorada_jax.structure.code import Domain
-from hylorada_jax.terminal import brief, one_line
+from hylorada_jax.terminal import brief, one_line, remark
 
 if TYPE_CHECKING:
     from hylorada_jax.data.document import TokenizedDocument
@@ -230,9 +229,9 @@ def form_of(rows: Sequence[Example]) -> str:
 
 def _list(skipped: list[DataError] | None) -> None:
     for error in (skipped or [])[:_SHOWN]:
-        print(f"skipped: {one_line(brief(error.received))}: {brief(error.rule)}", file=sys.stderr)
+        remark(f"skipped: {one_line(brief(error.received))}: {brief(error.rule)}")
     if skipped and len(skipped) > _SHOWN:
-        print(f"skipped: {len(skipped) - _SHOWN} rows more", file=sys.stderr)
+        remark(f"skipped: {len(skipped) - _SHOWN} rows more")
 
 
 # A group of the help, without a prefix: --score, not --reading.score.

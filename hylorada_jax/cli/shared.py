@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from hylorada_jax.io import hub
 from hylorada_jax.io.files import kind_of, refuse_unusable, user_path
 from hylorada_jax.models.packaged import PACKAGED_MODEL
 from hylorada_jax.structure.code import Domain
-from hylorada_jax.terminal import one_line, show
+from hylorada_jax.terminal import one_line, remark, show
 
 if TYPE_CHECKING:
     from hylorada_jax.models.base_model import BaseModel
@@ -81,7 +80,7 @@ def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
 
     name = base_name(adapter)
     place = ", from the Hugging Face Hub" if is_hub_name(name) else ""
-    print(f"base model from the adapter: {one_line(name)}{place}", file=sys.stderr)
+    remark(f"base model from the adapter: {one_line(name)}{place}")
     return name
 
 
@@ -115,7 +114,7 @@ def placement_for(base: "BaseModel", mesh: str) -> "Placement | None":
     if not mesh:
         mesh, why = default_mesh(base, device_memory())
         if mesh:
-            print(f"mesh {why}", file=sys.stderr)
+            remark(f"mesh {why}")
     return fitted(Placement(parse_mesh(mesh)), base) if mesh else None
 
 
@@ -268,21 +267,19 @@ def warn_of_length(base: "BaseModel", longest: int) -> None:
 
 
 def tell_undivided(placement: "Placement", model: Any) -> None:
-    """Reports the leaves of a model that its mesh does not divide; of several processes, the first does.
+    """Reports the leaves of a model that its mesh does not divide.
 
     Args:
         placement: where the model lies, fitted to its heads.
         model: the base model, or one with adapters.
     """
     from hylorada_jax.model import HyLoRADAModel
-    from hylorada_jax.placement.processes import is_first
 
     trees = (model.base.params, model.adapters) if isinstance(model, HyLoRADAModel) else (model.params,)
     lines = [line for tree in trees for line in placement.undivided(tree)]
-    if is_first():
-        print(f"mesh {placement}: leaves that it does not divide: {len(lines)}", file=sys.stderr)
-        for line in lines:
-            print(f"  {line}", file=sys.stderr)
+    remark(f"mesh {placement}: leaves that it does not divide: {len(lines)}")
+    for line in lines:
+        remark(f"  {line}")
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -309,18 +309,21 @@ def _put(
     )
 
 
-def pad_left(rows: Sequence[Sequence[int]], *, bucket: bool = True) -> Int[np.ndarray, "batch width"]:
-    """Rows of different lengths as one array, filled with zeros in front.
+def pad_left(
+    rows: Sequence[Sequence[int]], *, bucket: bool = True, filling: int = 0
+) -> Int[np.ndarray, "batch width"]:
+    """Rows of different lengths as one array, filled in front.
 
     Args:
         rows: integers.
         bucket: round the width up to one of few.
+        filling: what is in front.
 
     Returns:
         int32 rows.
     """
     width = max(len(row) for row in rows)
-    padded = np.zeros((len(rows), _bucket(width) if bucket else width), np.int32)
+    padded = np.full((len(rows), _bucket(width) if bucket else width), filling, np.int32)
     for line, row in zip(padded, rows, strict=True):
         line[padded.shape[1] - len(row) :] = row
     return padded

@@ -49,12 +49,6 @@ class Structure:
         """The part of ``given`` that belongs to the tokens at hand."""
         if given is None or not self.decoding or given.shape == shape:
             return given
-        if shape[1] > 1:
-            raise ModelError(
-                "With structure a text must not outgrow the length up to which what is cached holds.",
-                f"{shape[1]} tokens, of which {given.shape[1]} have structure",
-                "Generate fewer tokens, or give no structure.",
-            )
         return jnp.broadcast_to(given[:, -1:], shape)
 
 

@@ -124,9 +124,13 @@ def test_two_processes_evaluate_as_one(command, whole_run):
         adapter = whole_run[0] / "adapter"
         return command(devices, "evaluate", "--adapter", adapter, "--max-tokens", 300, "--json", *options)
 
-    first, second = ended(*pair(evaluating))
+    processes = pair(evaluating, "--verbose")
+    (first, remarks), (second, others) = [process.communicate(timeout=300) for process in processes]
     (alone,) = ended(evaluating(1))
+    assert [process.returncode for process in processes] == [0, 0], (remarks, others)
     assert second == ""
+    assert "leaves that it does not divide" in remarks
+    assert "leaves that it does not divide" not in others
     ours, theirs = json.loads(first.splitlines()[-1]), json.loads(alone)  # gloo says that it has connected
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-6)  # sums in another order
     assert ours["tokens"] == theirs["tokens"]
