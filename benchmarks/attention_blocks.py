@@ -67,8 +67,7 @@ def main(
                 records.append(place | {"block": block, "figures": figures})
                 print(*place.values(), block, figures, flush=True)
     output.mkdir(parents=True, exist_ok=True)
-    command = started()
-    write_json(output / "attention-blocks.json", {"command": command, "records": records})
+    write_json(output / "attention-blocks.json", {"command": started(), "records": records})
 
 
 if __name__ == "__main__":

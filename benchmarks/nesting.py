@@ -90,7 +90,7 @@ class Nesting:
     """The runs of one setting; those that are there are not done again.
 
     Args:
-        settings: of all runs; with a digest of the texts, which other Pythons have others of.
+        settings: of all runs. Beside them stands a digest of the texts, which other Pythons have others of.
         directory: of their files.
 
     Raises:
@@ -103,13 +103,13 @@ class Nesting:
         from hylorada_jax.data.tokenization import tokenize
         from hylorada_jax.models.tokenizer import load_tokenizer
 
-        self._settings, self._directory = dict(settings), directory
         tokenizer = load_tokenizer(settings["model"])
         self._texts: dict[str, Any] = {
             side: tokenize(load_documents(PYTHON_STDLIB, side), tokenizer, structure="code")
             for side in ("train", "eval")
         }
-        self._settings |= {"sha256": {side: digest(texts) for side, texts in self._texts.items()}}
+        digests = {side: digest(texts) for side, texts in self._texts.items()}
+        self._settings, self._directory = {**settings, "sha256": digests}, directory
         deepest = max(int(document.structure_ids.max()) for document in self._texts["eval"])
         if settings["deep"] > deepest:
             rule = f"The test's files must have deeper tokens; the deepest are at {deepest}."

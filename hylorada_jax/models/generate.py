@@ -163,33 +163,46 @@ def _rounds(
     chosen: Sampling,
 ) -> Iterator[_State]:
     """The state after the first token, and after each call that follows; to be read before the next."""
-    input_ids, budget = pad_left(prompts), np.zeros(_bucket(max_new_tokens), np.int32)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    lengths, budget = np.array([len(prompt) for prompt in prompts], np.int32), _bucket(max_new_tokens)
     ends = np.atleast_1d(np.array([] if eos_token_id is None else eos_token_id, np.int32))
-    with in_use(variables):
-        cache = init_cache(len(prompts), input_ids.shape[1] + len(budget))
-        state = _begin(decode, variables, cache, input_ids, lengths, budget, chosen, ends)
-    yield state
-    longest, step = int(lengths.max()), 1
-    outgrown = max_new_tokens if holds is None or longest > holds else holds + 1 - longest
+    longest = int(lengths.max())
+    # Where all is computed at once: at the start, and where what is cached then holds no longer.
+    anew = {0} if holds is None or longest > holds else {0, holds + 1 - longest}
+    state, step = _untouched(lengths, budget), 0
     while step < max_new_tokens:
-        if step == outgrown:
-            if not _goes_on(state):
+        if step in anew:
+            if step and not _goes_on(state):
                 return
             new = whole(state.tokens)[:, :step]
             input_ids = pad_left([[*row, *more] for row, more in zip(prompts, new, strict=True)])
             for leaf in jax.tree.leaves(state.cache):  # its memory is wanted for the next
                 leaf.delete()
             with in_use(variables):
-                cache = init_cache(len(prompts), input_ids.shape[1] + len(budget))
-                state = _anew(decode, variables, state._replace(cache=cache), input_ids, chosen, ends)
+                cache = init_cache(len(prompts), input_ids.shape[1] + budget)
+                state = _begin(decode, variables, state._replace(cache=cache), input_ids, chosen, ends)
             step += 1
         else:
-            until = min(step + at_once, max_new_tokens, outgrown if step < outgrown else max_new_tokens)
+            until = min(step + at_once, max_new_tokens, *(each for each in anew if each > step))
             with in_use(variables):
                 state = _go_on(decode, variables, state, np.int32(until), chosen, ends)
             step = until
         yield state
+
+
+def _untouched(lengths: Any, budget: int) -> _State:
+    """Before the first token, without a cache; of numpy's arrays, which lie on no device yet."""
+    zeros: Callable[..., Any] = np.zeros
+    batch = len(lengths)
+    return _State(
+        step=zeros((), np.int32),
+        tokens=zeros((batch, budget), np.int32),
+        counts=zeros(batch, np.int32),
+        ended=zeros(batch, bool),
+        finite=~zeros(batch, bool),
+        seen=None,
+        lengths=lengths,
+        cache=None,
+    )
 
 
 def _goes_on(state: _State) -> bool:
@@ -217,30 +230,8 @@ def _new(rounds: Iterator[_State]) -> Iterator[list[int]]:
             return
 
 
-@partial(jax.jit, static_argnames="decode", donate_argnames="cache")
-def _begin(
-    decode: Decode,
-    variables: Mapping[str, Any],
-    cache: Any,
-    input_ids: Int[Array, "batch prompt"],
-    lengths: Int[Array, " batch"],
-    budget: Int[Array, " budget"],
-    chosen: Sampling,
-    ends: Int[Array, " ends"],
-) -> _State:
-    """The prompt in one pass, and the first token."""
-    batch = len(input_ids)
-    logits, cache, valid = _prefilled(decode, variables, cache, input_ids, lengths)
-    seen = None
-    if chosen.repetition_penalty is not None:
-        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], input_ids].max(valid)
-    tokens = jnp.zeros((batch, budget.shape[0]), jnp.int32)
-    none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
-    return _put(_State(jnp.int32(0), tokens, none, no, ~no, seen, lengths, cache), logits, chosen, ends)
-
-
 @partial(jax.jit, static_argnames="decode", donate_argnames="state")
-def _anew(
+def _begin(
     decode: Decode,
     variables: Mapping[str, Any],
     state: _State,
@@ -248,27 +239,17 @@ def _anew(
     chosen: Sampling,
     ends: Int[Array, " ends"],
 ) -> _State:
-    """A token more, of all tokens so far and an empty cache."""
-    lengths = state.lengths + state.step
-    logits, cache, _ = _prefilled(decode, variables, state.cache, input_ids, lengths)
-    return _put(state._replace(cache=cache), logits, chosen, ends)
-
-
-def _prefilled(
-    decode: Decode,
-    variables: Mapping[str, Any],
-    cache: Any,
-    input_ids: Int[Array, "batch width"],
-    lengths: Int[Array, " batch"],
-) -> tuple[Float[Array, "batch vocab"], Any, Bool[Array, "batch width"]]:
-    """Rows padded on the left: the logits after them, the cache with them, and where they are not padding."""
-    width = input_ids.shape[1]
-    positions = jnp.arange(width, dtype=jnp.int32) - (width - lengths[:, None])
+    """All tokens so far, padded on the left, in one pass into an empty cache; and the next token."""
+    batch, width = input_ids.shape
+    positions = jnp.arange(width, dtype=jnp.int32) - (width - (state.lengths + state.step)[:, None])
     valid = positions >= 0
     logits, cache = decode(
-        variables, input_ids, position_ids=jnp.maximum(positions, 0), key_valid=valid, cache=cache
+        variables, input_ids, position_ids=jnp.maximum(positions, 0), key_valid=valid, cache=state.cache
     )
-    return logits, cache, valid
+    seen = state.seen
+    if seen is None and chosen.repetition_penalty is not None:
+        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], input_ids].max(valid)
+    return _put(state._replace(cache=cache, seen=seen), logits, chosen, ends)
 
 
 @partial(jax.jit, static_argnames="decode", donate_argnames="state")
