@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hylorada_jax.data.rows import ROW_SUFFIXES, SUFFIXES, Row, arrow_row, as_row, read_rows
+from hylorada_jax.data.rows import READ_SUFFIXES, SUFFIXES, Row, arrow_row, as_row, read_rows
 from hylorada_jax.errors import DataError
 from hylorada_jax.io import hub
 
@@ -109,9 +109,7 @@ def dataset_rows(
 
 
 def _files(dataset: HubDataset) -> list[Path]:
-    plain = (".txt", *ROW_SUFFIXES)
-    suffixes = (*plain, *(f"{suffix}.gz" for suffix in plain if suffix != ".parquet"))
-    patterns = [f"*{form}" for suffix in suffixes for form in (suffix, suffix.upper())]
+    patterns = [f"*{form}" for suffix in READ_SUFFIXES for form in (suffix, suffix.upper())]
     try:
         root = hub.fetch(dataset.name, patterns, "dataset")
     except Exception as error:  # the client raises many kinds
@@ -119,11 +117,11 @@ def _files(dataset: HubDataset) -> list[Path]:
     files = sorted(
         path
         for path in root.rglob("*")
-        if path.name.lower().endswith(suffixes) and path.name not in _NOT_DATA and path.is_file()
+        if path.name.lower().endswith(READ_SUFFIXES) and path.name not in _NOT_DATA and path.is_file()
     )
     if not files:
         raise DataError(
-            f"A Hub dataset must have {', '.join(plain)} files.",
+            f"A Hub dataset must have {', '.join(READ_SUFFIXES)} files.",
             dataset,
             "Convert it, and give the files.",
         )

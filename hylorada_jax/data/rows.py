@@ -300,7 +300,9 @@ _READERS: dict[str, Callable[[Path, Collection[str]], Iterator[Row | DataError]]
     ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }
-ROW_SUFFIXES = tuple(_READERS)
+_PLAIN = (".txt", *_READERS)
+READ_SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN if suffix != ".parquet"))
+"""How the files end that :func:`read_rows` reads."""
 _COMPRESSED = {
     ".gz": "gunzip -k",
     ".bz2": "bunzip2 -k",
@@ -310,4 +312,4 @@ _COMPRESSED = {
     ".tgz": "tar -xzf",
     ".tar": "tar -xf",
 }
-SUFFIXES = (".txt", *ROW_SUFFIXES, *_COMPRESSED)
+SUFFIXES = (*_PLAIN, *_COMPRESSED)

@@ -16,9 +16,9 @@ TEMPLATE_NAME = "chat_template.jinja"
 """The file of a template beside a tokenizer's, as transformers names it."""
 MAX_TEMPLATE = 2**18
 """The characters of a template: ten times the longest that is known."""
-# Under which of these a model's template looks for a turn's reasoning differs; the first is the newest name.
-# Most of what a template is given, and what it is asked for every turn.
+# Most of a template's variables are of these types, and each turn of a conversation brings them again.
 _SIMPLE = {str, bool, float, type(None)}
+# Where models' templates look for a turn's reasoning; the first is the newest name.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 

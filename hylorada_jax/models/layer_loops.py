@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import require_one_of
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import Cache, DecoderLayer, KeysValues, Own, Step, Stream
 from hylorada_jax.models.stacks import Stack, parts_of, stacks_of
@@ -33,10 +33,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 def check_remat(remat: str) -> str:
     """The policy's name, where there is such a one; a ConfigError otherwise."""
-    if remat not in REMAT_POLICIES:
-        raise ConfigError(
-            f"remat must be one of {', '.join(REMAT_POLICIES)}.", f"remat={remat!r}", "Choose one of them."
-        )
+    require_one_of("remat", remat, tuple(REMAT_POLICIES))
     return remat
 
 

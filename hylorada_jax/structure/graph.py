@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, require_one_of
 
 MEASURES = ("degree", "pagerank", "core")
 MAX_BUCKETS = 1 << 20
@@ -49,10 +49,7 @@ def importance_buckets(
 
     Source: method.md, section 5; Page et al. 1999 (PageRank); Seidman 1983 (k-cores).
     """
-    if measure not in MEASURES:
-        raise ConfigError(
-            f"measure must be one of {', '.join(MEASURES)}.", repr(measure), "Choose one of them."
-        )
+    require_one_of("measure", measure, MEASURES)
     if not isinstance(num_buckets, int) or not 1 <= num_buckets <= MAX_BUCKETS:
         rule = f"num_buckets must be an integer from 1 to {MAX_BUCKETS:,}."
         raise ConfigError(rule, repr(num_buckets), "Choose 64 or fewer.")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import DataError, require_one_of
 
 _HOUR = 3_600_000_000  # microseconds
 _FIELDS = ("hour", "weekday", "month")
@@ -77,8 +77,7 @@ def calendar_ids(
         >>> calendar_ids(["2024-05-01T06:00", "2024-12-31"], "month")
         array([ 4, 11], dtype=int32)
     """
-    if field not in _FIELDS:
-        raise ConfigError(f"field must be one of {', '.join(_FIELDS)}.", repr(field), "Choose one of them.")
+    require_one_of("field", field, _FIELDS)
     times = _times(timestamps)
     days = times.astype("datetime64[D]")
     if field == "weekday":
