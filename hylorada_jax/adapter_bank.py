@@ -36,7 +36,7 @@ class AdapterBank:
         model: the model; its adapters are the bank's first, named "default".
 
     Args:
-        model: the base with a config, which all the adapters have.
+        model: the adapted model, whose config all adapters share.
 
     Example:
         >>> from hylorada_jax import HyLoRADAConfig
@@ -74,12 +74,12 @@ class AdapterBank:
         return self._named.active
 
     def add(self, name: str, adapters: Adapters) -> None:
-        """Takes an adapter in under a new name; the active one stays.
+        """Adds an adapter under a new name; the active one stays active.
 
         Args:
             name: how it is called from now on.
-            adapters: a tree like ``model.adapters``; it is copied, for a step that donates its arrays would
-                take them from the bank.
+            adapters: a tree like ``model.adapters``; it is copied, since a step that donates its arrays would
+                delete the bank's.
 
         Raises:
             ConfigError: the name is taken.
@@ -90,7 +90,7 @@ class AdapterBank:
         self._named.beside[name] = self.model.chat_template, self.model.structure
 
     def load(self, name: str, directory: str | Path) -> None:
-        """Takes an adapter in from its files.
+        """Loads an adapter from its files; the active one stays active.
 
         Args:
             name: a new name.
@@ -134,7 +134,7 @@ class AdapterBank:
         """The output in evaluation mode of a batch whose rows have an adapter each.
 
         Other names in another order run the same program; another number of adapters compiles a new one. A
-        function of yours that is compiled around the call keeps the adapters that the bank had then:
+        function that you compile around the call keeps the adapters that the bank had when it was compiled:
         :func:`apply_rows` takes them as arguments.
 
         Args:

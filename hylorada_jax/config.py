@@ -138,7 +138,7 @@ class HyLoRADAConfig:
         rank_strategy: uniform; importance (smaller ranks in the middle); decreasing (smaller with depth).
         rank_pattern: {layer name or regular expression: its rank}; the first that matches a layer wins over
             ``rank_strategy``. α keeps its ratio to r.
-        alpha_pattern: {layer name or regular expression: its α}, in place of that.
+        alpha_pattern: {layer name or regular expression: its α}, overriding that ratio.
         target_modules: layer names, regular expressions over full names, or "all-linear"; None takes the
             attention projections the method names. The roles q, k, v and o stand for the model's own
             names of these projections.
@@ -165,8 +165,8 @@ class HyLoRADAConfig:
         train_norms: train the norms themselves.
         structure_dim: width of the structure prior.
         structure_encoder_type: default or temporal.
-        structure_seq_len: the length whose middle the encoder counts positions from. A constant: were it the
-            length of the row, every later token would change the prior of all earlier ones.
+        structure_seq_len: the length whose middle the encoder counts positions from. Constant, so that later
+            tokens do not change the prior of earlier ones.
 
     Raises:
         ConfigError: a value is out of range, unknown, or contradicts another.

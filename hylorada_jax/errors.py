@@ -19,6 +19,12 @@ class HyLoRADAError(ValueError):
 
     The message is fit for a terminal whatever was received: printable, of bearable length, and no name with
     newlines in it forges a line. The attributes keep what was given.
+
+    Example:
+        >>> print(HyLoRADAError("r must be ≥ 1.", 0, "Give 1."))
+        r must be ≥ 1.
+          received: 0
+          remedy:   Give 1.
     """
 
     def __init__(self, rule: str, received: object, remedy: str) -> None:

@@ -84,7 +84,7 @@ class HyLoRADAModel:
         adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
         frozen: what does not train: {"params": the base's parameters, but for those that train themselves,
             "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
-        placement: over which devices all of this is cut; None: it is on one.
+        placement: the mesh over which all of this is sharded; None: one device.
         chat_template: with which it is trained on conversations, where that is not the base's own; saved with
             the adapters.
         structure: what they are trained to read of texts, "code" or None; saved with them, for commands.
@@ -246,7 +246,7 @@ class HyLoRADAModel:
         return self.apply_resolved(resolved, input_ids, train=train, rngs=rngs, frozen=frozen, **inputs)
 
     def resolve(self, adapters: Adapters, frozen: Frozen | None = None) -> Resolved:
-        """What the adapters amount to that depends on weights only (A, s·B, c, …), for once per step.
+        """The adapters' weight-only quantities (A, s·B, c, …), to be computed once per step.
 
         Args:
             adapters: a tree like ``model.adapters``.
@@ -356,6 +356,7 @@ class HyLoRADAModel:
             ConfigError: a setting is out of range, or nothing in the model reads structure.
             DataError: there is no prompt, one is empty or has a token id outside the vocabulary, or
                 structure ids do not fit the prompts.
+            NonFiniteError: a logit is NaN or infinite.
         """
         with self._decoding(prompts, structure_ids) as adapted:
             return self.base.generate(prompts, **adapted, **settings)
@@ -456,7 +457,7 @@ class HyLoRADAModel:
         return self.modules.linear_names
 
     def with_remat(self, remat: str) -> Self:
-        """This model, with the same arrays, under another rematerialisation; others' decoders know none.
+        """This model, with the same arrays and another rematerialisation, which only our decoder has.
 
         Args:
             remat: "none", "dots" or "full" (:class:`hylorada_jax.models.decoder.DecoderLM`).
@@ -467,7 +468,7 @@ class HyLoRADAModel:
         return model
 
     def identity(self, *, weights: bool = False) -> dict[str, Any]:
-        """What tells the base model from others, as :func:`base_identity` gives it, and its weights' dtype.
+        """What identifies the base model (:func:`base_identity`), and its weights' dtype.
 
         Args:
             weights: with their :func:`tree_digest`, which takes about a second for 2 GB.

@@ -22,6 +22,9 @@ def evaluate_perplexity(
         seq_len: tokens per window.
         stride: tokens between windows, 1 … seq_len; half of ``seq_len`` when None.
 
+    Returns:
+        The perplexity.
+
     Raises:
         ConfigError: stride is out of range.
 
@@ -43,12 +46,15 @@ def evaluate_perplexity(
 def evaluate_lost_in_the_middle(
     model: Any, documents: Sequence[Any], *, seq_len: int = 1024
 ) -> tuple[float, list[float]]:
-    """LiM PPL, the mean of the perplexities of the ten tenths of all whole windows; and these ten.
+    """LiM PPL, the mean of the perplexities of the ten tenths of all whole windows.
 
     Args:
         model: called with input_ids [1, seq], gives ``.logits``.
         documents: token ids of each document.
         seq_len: predictions per window.
+
+    Returns:
+        LiM PPL, and the perplexities of the ten tenths.
 
     Source: method.md, section 9.
     """

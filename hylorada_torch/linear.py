@@ -344,9 +344,15 @@ class HyLoRADAUnified(HyLoRADALinear):
         rank: r.
         alpha: α.
         dropout: as of `LoRALinear`.
-        position_bias: the model's one `PositionBias`. None is p = 1, and not a bias of the layer's own: it
-            serves a whole model, and a layer that forgot it must not train another.
+        position_bias: the model's one `PositionBias`. None means p = 1: no layer makes a bias of its own,
+            since one serves the whole model.
         **hylorada: what `HyLoRADALinear` takes besides.
+
+    Raises:
+        ConfigError: as `LoRALinear`.
+
+    Reference:
+        method.md, sections 1 and 2.
     """
 
     def __init__(

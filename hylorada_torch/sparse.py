@@ -61,6 +61,9 @@ class TopKGate(nn.Module):
         generator: source of the random initial scores; torch's global one if None.
         dtype: of the parameter.
 
+    Raises:
+        ConfigError: a setting is out of range.
+
     Example:
         >>> TopKGate(adapter_dim=10, topk_ratio=0.3)().sum().item()
         3.0
@@ -90,7 +93,7 @@ class TopKGate(nn.Module):
 
 
 class SparseAdapter(nn.Module):
-    """A bottleneck after an MLP block, of whose units a learned gate leaves a few on.
+    """A bottleneck after an MLP block, with a learned gate that leaves few of its units on.
 
     out = h + up(dropout(gelu(down(h) ⊙ mask))), gelu exact, mask of `topk_mask`
 
@@ -105,6 +108,9 @@ class SparseAdapter(nn.Module):
         dropout: probability in [0, 1) of dropping a unit in training.
         generator: source of the random initial values; torch's global one if None.
         dtype: of the parameters.
+
+    Raises:
+        ConfigError: a setting is out of range.
 
     Example:
         >>> h = torch.randn(1, 5, 8)

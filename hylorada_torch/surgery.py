@@ -37,13 +37,13 @@ class AdaptedLinear(nn.Module):
 
     y = (x Wᵀ + δ·p)·c + b, or (x Wᵀ + b + δ·p)·c when ``magnitude_scales_bias``.
 
-    The bias stays outside the scaling because DoRA decomposes the weight alone; so does PEFT, and only so is
-    a trained adapter also a DoRA adapter.
+    The bias stays outside the scaling, as in DoRA and PEFT: only then is a trained adapter also a DoRA
+    adapter.
 
     Args:
         base: an nn.Linear (weight [d_out, d_in]) or a GPT-2 Conv1D (weight [d_in, d_out]), bias or not.
         adapter: its adapter.
-        passes: tells the positions to `HyLoRADAUnified` and the structure prior to `HyLoRADAv2Linear`.
+        passes: gives `HyLoRADAUnified` the positions and `HyLoRADAv2Linear` the structure prior.
         magnitude_scales_bias: count the bias as part of what the adapter scales.
     """
 

@@ -37,8 +37,8 @@ class AdapterOptions:
         method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2 or hylorada [the preset's;
             recommended is hylorada_v1: it merges into the weights and exports to PEFT, and hylorada's
             additions, a position bias and DAA, gained nothing in our benchmarks].
-        preset: starting point that other options modify: recommended, the best settings in our benchmarks,
-            or documented, those of the method's documents [recommended].
+        preset: starting point that other options modify: recommended, level with the best settings in our
+            benchmarks, or documented, those of the method's documents [recommended].
         config: a HyLoRADAConfig as JSON, in place of a preset; options given beside it take precedence.
         rank: rank of the update, r [8].
         alpha: scale of the update, α [2r; with a config file, in the file's ratio to r].

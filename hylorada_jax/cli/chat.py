@@ -44,8 +44,8 @@ def chat(
 ) -> None:
     """Talk with a model: each line is a message, and answers are streamed.
 
-    In it, /system TEXT sets the system message, /reset starts over, /help lists these, and /quit or the
-    end of the input leaves. Ctrl-C stops an answer. Pipes are read line by line: `echo Hi. | hylorada chat`.
+    /system TEXT sets the system message, /reset starts over, /help lists these, and /quit or the end of the
+    input leaves. Ctrl-C stops an answer. Pipes are read line by line: `echo Hi. | hylorada chat`.
 
     Args:
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [the adapter's
@@ -55,8 +55,9 @@ def chat(
         max_context: largest number of tokens in the conversation and its answer [the model's number of
             positions].
         chat_template: a Jinja file in place of the model's or the adapter's template.
-        structure: the structure that a hylorada_v2 adapter reads: code, of what is fenced in the
-            conversation so far, or none [that of its training]. An answer has none while it is written.
+        structure: the structure that a hylorada_v2 adapter reads: code, for the
+            conversation's fenced blocks so far, or none [that of its training]. An answer has none while
+            written.
         seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the

@@ -61,7 +61,7 @@ def evaluate(
         seq_len: tokens per window.
         stride: tokens between windows [half a window]; no token is scored twice.
         batch_size: windows at a time.
-        max_tokens: take windows of about this many tokens, overlaps among them; by default all.
+        max_tokens: evaluate windows of about this many tokens in all, overlaps included; by default all.
         structure: the structure that a hylorada_v2 adapter reads: code, or none [that of its training].
         chat_template: a Jinja file in place of the model's or the adapter's template.
         dtype: dtype of the weights and the computation.

@@ -80,7 +80,7 @@ def finetune(
     """Fine-tune a language model: its weights stay frozen, an adapter is trained.
 
     Writes to the output directory: adapter/ (adapter_config.json, adapter_model.safetensors), checkpoints/,
-    metrics.jsonl, loss.png, and recipe.json, which repeats the run.
+    metrics.jsonl, loss.png, run.json, and recipe.json, which repeats the run.
 
     Args:
         training: Steps, batches, rates, evaluation, and the run's directory.
@@ -100,7 +100,7 @@ def finetune(
         dtype: dtype of the frozen weights and the computation; the adapter is float32.
         base_dtype: quantise the frozen linear layers to int8 or nf4, for a half or a quarter of bfloat16's
             memory; with +head, an untied output head too.
-        prompt: a sample that the model continues, or answers in a chat, before and after; empty for none.
+        prompt: text to continue, or to answer in a chat, before and after training; empty for none.
         offline: contact nothing; take Hugging Face Hub files from the local cache.
         verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
         recipe: a .json or .yaml file of these options by name; options given beside it take precedence.

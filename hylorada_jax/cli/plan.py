@@ -31,7 +31,7 @@ def plan(
     json: bool = False,
     offline: bool = False,
 ) -> None:
-    """Find out how a model can be trained on TPUs you need not have, from its config alone.
+    """Find how a model can be trained on TPUs, from its config alone; no TPU is needed.
 
     The real training step is compiled for them, with bfloat16 weights, adapters and optimizer state sharded
     over the mesh. Each compilation takes a minute or more, and a line of the table is printed after each.

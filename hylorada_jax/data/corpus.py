@@ -76,15 +76,15 @@ def load_documents(
     Args:
         source: ``"python-stdlib"`` or ``"python-docstrings"``; a file; a glob (``"books/**/*.txt"``); a
             dataset of the Hub (``"owner/name"``, ``"owner/name:config"``, ``"owner/name:config:split"``, its
-            split "train" where none is named); or rows, as any iterable of dictionaries, a
-            ``datasets.Dataset`` is one. Rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
+            split "train" where none is named); or any iterable of dictionaries, such as a
+            ``datasets.Dataset``. Rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
             ``.parquet`` files are documents of the format that their columns tell
             (:func:`hylorada_jax.data.formats.recognise`); any other file is one text
             (:func:`hylorada_jax.data.rows.read_rows`).
         split: ``"train"``, ``"eval"`` or ``"all"``.
         form: the format; None recognises it by the columns of the first row.
-        columns: other names of the format's columns and of messages' keys, as {"text": "body"}; each counts
-            in the rows and messages that have it. One that none has is warned of.
+        columns: other names of the format's columns and of messages' keys, as {"text": "body"}; each applies
+            where it occurs; one that occurs nowhere gives a warning.
         skipped: gets the errors of malformed rows, which are left out; None raises the first.
 
     Returns:

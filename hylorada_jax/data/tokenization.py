@@ -58,8 +58,8 @@ def tokenize(
 ) -> list[TokenizedDocument]:
     """The tokens of each document, and which of them count.
 
-    A text has all that the tokenizer's template adds and the token that ends it, and counts whole. Of
-    completions and conversations the answers count (:func:`hylorada_jax.data.answers.score_answers`).
+    A text includes what the tokenizer's template adds and its end token, and all of it counts. In completions
+    and conversations only the answers count (:func:`hylorada_jax.data.answers.score_answers`).
 
     Args:
         examples: from :func:`load_documents`.
@@ -72,8 +72,8 @@ def tokenize(
         skipped: gets the errors of rows that cannot be tokenized, which are left out; None raises the first.
 
     Returns:
-        The records, in the order of the examples. One has a record, none where nothing in it counts, or
-        several where a template parts the turns of a conversation.
+        The documents, in the order of the examples: one of each, none where nothing in it counts, or several
+        where a template splits a conversation's turns.
 
     Raises:
         ConfigError: the domain, or what is scored, is unknown.
@@ -113,8 +113,8 @@ def prepare(
         tokenizer: the model's.
         seq_len: tokens of a row.
         structure, score, skipped: as in :func:`tokenize`.
-        overlength: of a completion or conversation with more than seq_len + 1 tokens, the last of which is
-            only predicted: "truncate" leaves out what is behind them, "drop" the row, and "error" raises.
+        overlength: for a completion or conversation of more than seq_len + 1 tokens, the last of which is
+            only predicted: "truncate" cuts the rest, "drop" drops the row, and "error" raises.
             Texts are cut into windows, and none is too long.
         keep: keep the result on disk, and take it from there where the same was asked for before
             (:mod:`hylorada_jax.data.cache`).

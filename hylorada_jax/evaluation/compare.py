@@ -47,7 +47,7 @@ def compare_models(
         progress: show progress bars on stderr.
 
     Returns:
-        The measures of each model, by its name.
+        ``.parameters``, ``.perplexity`` and ``.by_place`` of each model, by its name.
 
     Raises:
         DataError: no document fills a window, a token id is outside a model's vocabulary, or a field of a

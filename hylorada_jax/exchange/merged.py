@@ -58,8 +58,8 @@ def write_merged(
         W' = c ⊙ (W + s·B A)          (and bias' = c ⊙ bias when the magnitude scales the bias)
 
     Memory holds the adapter and a part of one tensor at a time (of a GGUF file, one tensor). Adapted weights
-    are computed in float64 and rounded once; all other tensors are copied. Of a base that was quantised when
-    the adapter was trained, W is what it was rounded to, in all of its linear layers. With an adapter's chat
+    are computed in float64 and rounded once; all other tensors are copied. If the base was quantised in
+    training, W is its quantised weight, in all linear layers. With an adapter's chat
     template, generation_config.json also names the token that ends a turn in it.
 
     Args:

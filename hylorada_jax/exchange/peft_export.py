@@ -42,8 +42,8 @@ def export_peft(
 
         magnitude in the file = c ⊙ n = (1−β)·m + β·n
 
-    LoRA goes as LoRA, DoRA and HyLoRADA as DoRA of that magnitude. Embeddings and norms that were trained go
-    as modules_to_save. Of the text part of a multimodal model the names are those in the whole one. Where the
+    LoRA goes as LoRA, DoRA and HyLoRADA as DoRA of that magnitude. Trained embeddings and norms
+    become modules_to_save. The text part of a multimodal model keeps its names in the whole model. Where the
     base is quantised, a README.md says how to load it; a chat template of the adapter's own goes into
     chat_template.jinja. Of several processes all must call it, and the first writes.
 

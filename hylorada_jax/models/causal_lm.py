@@ -357,6 +357,7 @@ class CausalLM:
         Raises:
             ConfigError: a setting is out of range.
             DataError: there is no prompt, or one that is empty or has a token id outside the vocabulary.
+            NonFiniteError: a logit is NaN or infinite.
         """
         check_prompts(prompts, self.token_limit)
         return generate(*self._decoding(variables, decode), prompts, **self._facts(settings))

@@ -82,8 +82,8 @@ def generation_defaults(name: str | Path) -> dict[str, Any]:
         name: as for :func:`hylorada_jax.load_model`; a Hub name fetches no weights.
 
     Returns:
-        Those of temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens that a ``generate``
-        is to be given: none of sampling where the model is not to sample, as without a file.
+        Those of temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens to pass to
+        ``generate``; no sampling settings if the model does not sample or has no file.
 
     Raises:
         ModelError: the model is not found, or a setting is of another type or out of bounds.

@@ -69,11 +69,11 @@ def load_model(
             contacted its name is printed on stderr; under :func:`hylorada_jax.offline` the cache is read.
         dtype: of the weights and of the computation: float32, bfloat16, float16, or float64 under x64.
         base_dtype: 'int8' or 'nf4' keeps the linear layers of our decoder in 8 or 4 bits, quantised one
-            by one as they are read, and numbers of ``dtype`` again where they are used; 'int8+head' and
+            by one as they are read and dequantised to ``dtype`` where they are used; 'int8+head' and
             'nf4+head' the output head too; None: in ``dtype``.
         remat: what the backward pass of our decoder keeps, see `DecoderLM`; not available for HF Flax models.
-        placement: over which devices its weights are cut, each reading its own share; None: all of them go to
-            the default device.
+        placement: the mesh over which its weights are sharded, each device reading its own share; None: all
+            go to the default device.
 
     Returns:
         Our decoder for the families of ``families.DECODERS`` (Llama, Gemma, Qwen3, Phi-3 …); a Flax

@@ -116,7 +116,10 @@ class ShiftedSparseAttention(nn.Module):
 
     A token sees the tokens of its group that are not later, of its own document, and no padding: also in
     the groups at either end, which do not wrap around. Rows may have any length. For training: a model
-    trained so is evaluated and generates with full attention. It has no parameters.
+    trained so is evaluated and generates with full attention. It has no parameters. Called with query
+    [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim], and [batch, seq] of
+    ``positions``, which only DAA reads, ``segment_ids``, each token's document, and ``key_valid``, False for
+    padding.
 
     Attributes:
         group_size: G, such that shift = shift_ratio·G is a whole number.

@@ -107,7 +107,8 @@ class LoRALinear(_LinearAdapter):
         out_features: its d_out.
         rank: r ≥ 1.
         alpha: α.
-        dropout: probability of dropping an input of the low-rank path.
+        dropout: probability in [0, 1) of dropping an input of the low-rank path; ``deterministic=True``, the
+            call's default, drops none.
         use_rslora: scale by α/√r.
         lora_A_init: "orthogonal", "kaiming", or None: as below.
         lora_A_gain: multiplies the initial lora_A, finite and > 0.
@@ -144,7 +145,7 @@ class DoRALinear(_LinearAdapter):
 
         y = (base + δ)·m'/‖W + s·B A‖
 
-    Attributes:
+    Attributes: LoRALinear's, and
         detach_norm: stop the gradient at the norm.
 
     Parameters: LoRALinear's, and magnitude [d_out], ‖W‖ of the weight that ``init`` is called with.
@@ -199,7 +200,7 @@ class HyLoRADALinear(DoRALinear):
 
         y = (base + δ)·((1−β)·m/‖W + s·B A‖ + β),  m = g·m' + (1−g)·‖W‖
 
-    Attributes:
+    Attributes: LoRALinear's, and
         gate_init: magnitude_gate at the start; g is its sigmoid.
         residual_init: residual_weight at the start; β is its sigmoid.
         detach_norm: stop the gradient at the norm.
@@ -208,7 +209,7 @@ class HyLoRADALinear(DoRALinear):
     scalars magnitude_gate and residual_weight.
 
     Raises:
-        ConfigError: it is given a structure prior, which only v2 reads.
+        ConfigError: as LoRALinear, or it is given a structure prior, which only v2 reads.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -266,12 +267,13 @@ class HyLoRADAv2Linear(HyLoRADALinear):
 
         y = (base + δ·p)·c,  p = 0.5 + σ(structure_prior · scale_from_structure);  p = 1 without a prior
 
-    Attributes:
+    Attributes: HyLoRADALinear's, and
         structure_dim: width of the prior.
 
     Parameters: HyLoRADALinear's, and scale_from_structure [structure_dim] zeros, so that p starts at 1.
 
     Raises:
+        ConfigError: as LoRALinear.
         DataError: the prior is not [*tokens, structure_dim].
 
     Example:
@@ -318,14 +320,15 @@ class HyLoRADAUnified(HyLoRADALinear):
 
         y = (base + δ·p)·c,  p = 1 + σ(position_scale)·tanh(position_bias[bucket(position)])
 
-    Attributes:
+    Attributes: HyLoRADALinear's, and
         position_bias: the one :class:`~hylorada_jax.modules.position.PositionBias` that all layers of a model
-            share; its parameter is counted once, where it is. None is p = 1, and not a bias of the layer's
-            own: it serves a whole model, and a layer that forgot it must not train another.
+            share; its parameter is counted once, where it is. None means p = 1: no layer makes a bias of its
+            own, since one serves the whole model.
 
     Parameters: HyLoRADALinear's, and the scalar position_scale 0.
 
     Raises:
+        ConfigError: as LoRALinear.
         DataError: the positions are not integers ≥ 0, or not one for every token of x.
 
     Example:

@@ -10,7 +10,7 @@ from hylorada_jax.modules.checks import check_buckets
 
 
 class PositionBias(nn.Module):
-    """How much each position turns the low-rank updates up or down; one for all layers of a model.
+    """A learned factor of the low-rank updates for each position; one for all layers of a model.
 
         t = tanh(position_bias[bucket(position)])
 

@@ -13,7 +13,7 @@ from hylorada_jax.modules.checks import check_encoder, check_periods, check_stru
 
 
 class StructureEncoder(nn.Module):
-    """What is known of each token's place, as one vector for all layers.
+    """One vector per token, from its place and its structure id, for all layers.
 
         e = bucket_embeddings[bucket] + [sin θ, cos θ]  (+ structure_embeddings[clip(structure_ids)])
         prior = σ(gate)·proj(LayerNorm(e)),   θ_i = position·|freq_scale_i|·10000^(−i/(D/2))
@@ -30,7 +30,8 @@ class StructureEncoder(nn.Module):
 
     Raises:
         ConfigError: a setting is out of range.
-        DataError: positions or structure_ids are not [batch, seq] alike, or negative, or no integers.
+        DataError: positions are not [batch, seq] or are negative integers, or structure_ids are not integers
+            of that shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -56,7 +57,7 @@ class StructureEncoder(nn.Module):
         """The prior, at least float32.
 
         ``seq_len`` is the length whose middle the buckets count from. None takes that of ``positions``, so
-        that a row that grows moves its middle: fix it where rows of several lengths are to agree.
+        the middle moves as a row grows: fix it if rows of several lengths must agree.
         """
         return self._encode(positions, structure_ids, seq_len, "default")
 
@@ -111,14 +112,15 @@ class TemporalStructureEncoder(StructureEncoder):
 
     Positions are steps, or hours as floats, so that the periods start at calendar ones.
 
-    Attributes:
+    Attributes: StructureEncoder's, and
         num_periods: how many of the periods 24, 168, 720 and 8760, from the first.
 
     Parameters: StructureEncoder's, and periods [num_periods], period_weight [D, 2·num_periods]
     Kaiming-uniform(a=√5).
 
     Raises:
-        ConfigError: num_periods is not 1 … 4.
+        ConfigError: num_periods is not 1 … 4; and as StructureEncoder.
+        DataError: as StructureEncoder.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -75,21 +75,21 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
 
         y = (x Wᵀ + s·(x Aᵀ) Bᵀ)·c + bias   in every adapted linear module
         h + up(gelu(down(h) ⊙ mask))        behind every MLP's last (sparse adapter)
-        α_h·S + β_h + position_bias         in attention that is open to it: of its scores S
+        α_h·S + β_h + position_bias         on the scores S of attention that adapters reach
 
     Linear modules are nnx.Linear, LinearGeneral, Einsum, and what :func:`register_einsum` makes one; their
     names are the model's own paths, "layers.0.attn.query". The leaves lie beside each kernel, as
     :class:`AdapterParam`; embeddings and norms that train become such. Layers that ``nnx.vmap`` stacks have
     stacked leaves. For a copy: ``adapt(nnx.clone(model), …)``.
 
-    Attention is open in :class:`Attention` and :class:`AttentionScores`, which a model's author calls, and in
-    nnx.MultiHeadAttention. Positions are read off the model's own call, see :func:`tokens`.
+    Adapters reach attention in :class:`Attention` and :class:`AttentionScores`, which a model's author calls,
+    and in nnx.MultiHeadAttention. Positions are read off the model's own call, see :func:`tokens`.
 
     Args:
         model: any NNX module, whose other variables stay frozen as long as ``wrt=AdapterParam``.
         config: what is adapted, and how: ``target_modules`` are names, endings of names, regular expressions,
             or "all-linear".
-        rngs: of lora_A and of dropout, which is on and off with ``model.train()`` and ``model.eval()``.
+        rngs: for lora_A and dropout, which ``model.train()`` and ``model.eval()`` turn on and off.
 
     Returns:
         The same model.

@@ -76,12 +76,12 @@ class AdapterBank:
         return self._named.active
 
     def add(self, name: str, state: nnx.State) -> None:
-        """Takes an adapter in under a new name; the active one stays.
+        """Adds an adapter under a new name; the active one stays active.
 
         Args:
             name: a new name.
-            state: ``nnx.state(…, AdapterParam)`` of a model with the same config; it is copied, for a step
-                that donates its arrays would take them from the bank.
+            state: ``nnx.state(…, AdapterParam)`` of a model with the same config; it is copied, since
+                a step that donates its arrays would delete the bank's.
 
         Raises:
             ConfigError: the name is taken.
@@ -93,7 +93,7 @@ class AdapterBank:
         self._named.beside[name] = _beside(self.model)
 
     def load(self, name: str, directory: str | Path, *, base_config: Any = None) -> None:
-        """Takes an adapter in from its files; the active one stays.
+        """Loads an adapter from its files; the active one stays active.
 
         Args:
             name: a new name.

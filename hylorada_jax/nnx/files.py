@@ -43,9 +43,9 @@ def save_adapter(
         base_config: of the base, transformers' or our DecoderConfig, which says what the layers' shapes do
             not; ``model.config``, where that is one.
         overwrite: replace an adapter that is already there.
-        chat_template: with which it was trained, where that is not its base's own; by default that of the
-            files it was loaded from.
-        structure: what it was trained to read of texts, "code"; likewise.
+        chat_template: used in training, if not the base's own; by default that of the files it was loaded
+            from.
+        structure: what it was trained to read, "code"; likewise.
 
     Of several processes all must call it, and the first writes.
 

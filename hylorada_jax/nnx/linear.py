@@ -121,7 +121,7 @@ class DoRALinear(LoRALinear):
         y = (base + δ)·m'/‖W + s·B A‖
 
     The magnitude starts at ‖W‖ of the weight that the layer first meets, in :meth:`init_magnitude` or in a
-    call; until then it is NaN. Meet it before a loop: within a compiled step that would compile twice.
+    call; until then it is NaN. Set it before a loop, or a compiled step compiles twice.
 
     Args, errors and source: :class:`hylorada_jax.DoRALinear`.
 

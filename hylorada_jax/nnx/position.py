@@ -11,7 +11,7 @@ from hylorada_jax.nnx.variables import AdapterParam
 
 
 class PositionBias(nnx.Module):
-    """How much each position turns the low-rank updates up or down; one for all layers of a model.
+    """A learned factor of the low-rank updates for each position; one for all layers of a model.
 
         t = tanh(position_bias[bucket(position)])
 

@@ -12,7 +12,7 @@ from hylorada_jax.nnx.variables import AdapterParam
 
 
 class StructureEncoder(nnx.Module):
-    """What is known of each token's place, as one vector for all layers.
+    """One vector per token, from its place and its structure id, for all layers.
 
         e = bucket_embeddings[bucket] + [sin θ, cos θ]  (+ structure_embeddings[clip(structure_ids)])
         prior = σ(gate)·proj(LayerNorm(e)),   θ_i = position·|freq_scale_i|·10000^(−i/(D/2))

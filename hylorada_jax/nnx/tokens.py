@@ -60,11 +60,11 @@ def tokens(
     structure_ids: Int[Array, "batch seq"] | None = None,
     structure_positions: Int[Array, "batch seq"] | Float[Array, "batch seq"] | None = None,
 ) -> Iterator[None]:
-    """A context that tells an adapted model what its own call does not: where its tokens stand.
+    """A context that gives an adapted model its tokens' positions where its own call does not.
 
     A model whose call takes ``positions`` or ``position_ids`` needs no context for these. Without either they
     count 0, 1, 2 … in each row, which a KV cache or packed documents make wrong. Open it inside the compiled
-    function: around one, that is compiled anew for other positions.
+    function: around one, other positions recompile it.
 
     Args:
         position_ids: of the tokens.

@@ -42,7 +42,7 @@ _WHOLE_HEADS: Rule = (r"(k|v|qkv)_proj/kernel", (FSDP, None))
 
 
 def parse_mesh(text: str = "") -> Mesh:
-    """The mesh of all devices that a user writes.
+    """The mesh of all devices that a text describes.
 
         data · fsdp · tensor = devices
 
@@ -97,7 +97,7 @@ class Placement:
         rules: the first that matches a leaf decides; an axis that does not divide stays whole.
 
     Raises:
-        ConfigError: a rule is none.
+        ConfigError: a rule is malformed.
 
     Example:
         >>> str(Placement(parse_mesh("fsdp=1,tensor=1,data=1")))  # of one device
@@ -131,7 +131,7 @@ class Placement:
         )
 
     def put(self, tree: Any) -> Any:
-        """A tree with every leaf where it belongs; what lies there, or on the only device, is not copied.
+        """A tree with every leaf on its devices; leaves already there are not copied.
 
         In several processes each gives its own devices their parts: a leaf that lies with one process must be
         the same in all.
@@ -158,7 +158,7 @@ class Placement:
 
     @property
     def rows(self) -> int:
-        """Into how many parts the rows of a batch are divided."""
+        """The number of parts a batch's rows are divided into."""
         return rows_of(self.mesh.shape)
 
     def for_heads(self, heads: int, kv_heads: int) -> Placement:

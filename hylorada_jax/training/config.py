@@ -39,27 +39,27 @@ class TrainingConfig:
             layers; "full", whole layers. "auto" uses the first of them that fits the device by the compiler's
             figures, and "none" on a CPU; a model loaded with another remat keeps it. A resumed run keeps the
             choice.
-        seq_len: tokens per row.
+        seq_len: tokens per row, ≥ 2.
         packing: several documents share a row, isolated from each other. The model must support segments.
         learning_rate: peak rate; None is 4e-3, or with LoRA+ 4e-3 for lora_B and less for the rest, which was
             best for SmolLM2-135M (docs/choosing.md); 5e-4 if embeddings or norms are trained. Larger models
             need smaller rates. DAA and sparse adapters have their own, 1e-3 and 2e-4 (method.md, section 7).
         schedule: course of the rates after warm-up: "linear" or "cosine" down to 0, or "constant".
-        warmup_ratio: fraction of the steps over which the rates rise linearly from 0.
+        warmup_ratio: fraction in [0, 1] of the steps over which the rates rise linearly from 0.
         warmup_steps: number of these steps, in place of the fraction.
-        weight_decay: AdamW's weight decay.
-        max_grad_norm: global norm to which the gradient is clipped.
+        weight_decay: AdamW's weight decay, ≥ 0.
+        max_grad_norm: global norm to which the gradient is clipped, > 0.
         seed: seed of shuffling and dropout, in [0, 2³²).
         eval_every: steps between evaluations; None evaluates only before the first and after the last step.
-        eval_stride: tokens between the windows of an evaluation; None takes ``seq_len``.
+        eval_stride: tokens between the windows of an evaluation, 1 … seq_len; None takes ``seq_len``.
         eval_tokens: evaluate on about this many tokens of the held-out documents; None takes all.
         keep: the adapter that the run ends with: that of the "last" step, or the "best", with the lowest
             held-out loss of all evaluations, the one before the first step included.
         patience: end the run after so many evaluations in a row without a new lowest held-out loss, ≥ 1. The
             rates still follow ``schedule`` over all ``steps``, so they may be high at that point.
-        checkpoint_every: steps between checkpoints; the last step always has one.
+        checkpoint_every: steps between checkpoints, ≥ 1; the last step always has one.
         keep_checkpoints: number of newest checkpoints kept, ≥ 1; with keep="best" also the best one.
-        log_every: steps between lines of metrics.jsonl.
+        log_every: steps between lines of metrics.jsonl, ≥ 1.
         report_to: "wandb" sends the lines of metrics.jsonl to Weights & Biases: to the project hylorada, as a
             run named after ``output``, unless WANDB_PROJECT, WANDB_NAME or WANDB_MODE say otherwise.
             TensorBoard gets them whenever it is installed.
@@ -198,7 +198,7 @@ class TrainingConfig:
         return dataclasses.replace(self, steps=math.ceil(fraction(self.epochs) * rows / self.batch_size))
 
     def rate_for(self, adapter: HyLoRADAConfig) -> float:
-        """The learning rate, or where none was given that which suits an adapter.
+        """The learning rate, or the adapter's default if none was given.
 
         Args:
             adapter: LoRA+ is read, and what is trained of the base.

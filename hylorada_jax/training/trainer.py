@@ -74,10 +74,10 @@ class TrainingResult:
 class HyLoRADATrainer:
     """Trains a model's adapters and keeps the run in a directory.
 
-    The directory gets adapter/ (the result), checkpoints/, metrics.jsonl, loss.png and run.json (what the run
-    is). A run that was killed at any moment goes on with ``resume=True`` and ends with the same bits. All
-    settings are checked here, before any work. Of several processes each makes a trainer, of the same, and
-    the first writes all but its checkpoints.
+    The directory gets adapter/ (the result), checkpoints/, metrics.jsonl, tensorboard/ where that is
+    installed, loss.png, run.json (what the run is) and recipe.json. A run that was killed at any moment goes
+    on with ``resume=True`` and ends with the same bits. All settings are checked here, before any work. With
+    several processes each makes the same trainer, and the first writes all but the others' checkpoints.
 
     Args:
         model: what is trained, from the adapters that it has now; at the end it has the trained ones.
