@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flax import nnx
 
 import hylorada_jax
+import hylorada_jax.nnx
 import hylorada_torch
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import position as jax_position
 from hylorada_jax.math.attention import DAA, attention
 from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.models.families.family import Mixture
+from hylorada_jax.models.mixture import MixtureBlock
 from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_torch import position as torch_position
@@ -113,6 +117,43 @@ def attached_sparse():
     return attached(config, {"down": EYE, "up": EYE, "mask": np.ones(SIZE, np.float32)})
 
 
+def attached_expert():
+    """The one expert of a mixture, x ↦ x, of which up is adapted."""
+    block = MixtureBlock(Mixture(experts=1, chosen=1, width=SIZE), lambda gate, up: up)
+    kernels = {name: {"kernel": EYE[None]} for name in ("gate_proj", "up_proj", "down_proj")}
+    leaves = {"lora_A": EYE[None], "scaled_B": EYE[None]}
+    resolved = {"experts": {"up_proj": leaves}, DROPOUT_RATE: RATE}
+    resolved = jax.tree.map(jnp.asarray, resolved)
+    variables = {"params": {"gate": {"kernel": EYE[:, :1]}, "experts": kernels}, "hylorada": resolved}
+    with adapt(resolved, HyLoRADAConfig(method="lora"), train=True):
+        return block.apply(variables, jnp.asarray(X), rngs=RNGS) - X
+
+
+def nnx_linear():
+    layer = hylorada_jax.nnx.LoRALinear(SIZE, SIZE, SIZE, SIZE, RATE, rngs=nnx.Rngs(0))
+    return with_values(layer, LORA)(X, BASE, 0 * EYE, deterministic=False) - BASE
+
+
+def nnx_sparse():
+    layer = hylorada_jax.nnx.SparseAdapter(SIZE, SIZE, topk_ratio=1.0, dropout=RATE, rngs=nnx.Rngs(0))
+    return with_values(layer, SPARSE)(X, deterministic=False) - X
+
+
+def nnx_attached_sparse():
+    model = nnx.Dict(mlp=nnx.Dict(down_proj=nnx.Linear(SIZE, SIZE, use_bias=False, rngs=nnx.Rngs(0))))
+    config = HyLoRADAConfig(
+        method="sparse", sparse_adapter_dim=SIZE, sparse_topk_ratio=1.0, sparse_dropout=RATE
+    )
+    layer = hylorada_jax.nnx.adapt(model, config, nnx.Rngs(0)).mlp.down_proj
+    return with_values(layer, SPARSE | {"kernel": EYE})(X) - X
+
+
+def with_values(module, values):
+    for name, value in values.items():
+        getattr(module, name)[...] = jnp.asarray(value)
+    return module
+
+
 def torch_linear():
     layer = hylorada_torch.LoRALinear(SIZE, SIZE, rank=SIZE, alpha=SIZE, dropout=RATE)
     return in_training(layer, LORA)(*map(torch.tensor, (X, BASE, 0 * EYE))).numpy() - BASE
@@ -131,10 +172,10 @@ def in_training(layer, leaves):
 @pytest.mark.parametrize(
     ("update", "kept"),
     [
-        *((update, X) for update in (jax_linear, attached_linear, torch_linear)),
+        *((update, X) for update in (jax_linear, attached_linear, attached_expert, nnx_linear, torch_linear)),
         *(
             (update, F.gelu(torch.tensor(X)).numpy())
-            for update in (jax_sparse, attached_sparse, torch_sparse)
+            for update in (jax_sparse, attached_sparse, nnx_sparse, nnx_attached_sparse, torch_sparse)
         ),
     ],
 )

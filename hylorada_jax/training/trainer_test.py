@@ -179,6 +179,39 @@ def test_a_run_learns_and_leaves_its_files(reference):
     jax.tree.map(np.testing.assert_array_equal, loaded.adapters, model.adapters)
 
 
+def test_a_run_logs_measures_and_orders_its_rows_as_its_settings_say(tmp_path, reference):
+    model, held_out = tiny_model(), texts(1, 4)
+    # The adapters do nothing yet.
+    at_first = evaluate_perplexity(model.base, held_out, seq_len=16, stride=5, max_tokens=40, batch_size=2)
+    _, result = train(
+        tmp_path / "run",
+        model,
+        eval_data=held_out,
+        seed=1,
+        steps=5,
+        warmup_steps=1,
+        log_every=2,
+        eval_every=None,
+        eval_stride=5,
+        eval_tokens=40,
+    )
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rates = {record["step"]: record["learning_rate"] for record in records if "loss" in record}
+    assert rates == pytest.approx({2: 1e-2, 4: 0.5e-2, 5: 0.25e-2})  # 0 in the first step, and before a sixth
+    measured = next(record for record in records if "eval_loss" in record)
+    assert measured["eval_tokens"] == at_first.tokens
+    assert measured["eval_loss"] == pytest.approx(at_first.loss, rel=1e-5)
+    assert result.losses[0] != reference[-1].losses[0]  # of other rows
+
+
+def test_the_seed_decides_what_is_dropped(tmp_path):
+    """Equal rows have no order, and before the first step adapters do nothing that could be dropped."""
+    changes = {"train_data": [np.arange(17)] * 8, "steps": 2, "warmup_steps": 0}
+    one, other = (train(tmp_path / f"{seed}", seed=seed, **changes)[1].losses for seed in (0, 1))
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+
+
 @pytest.mark.apart
 def test_progress_is_shown_or_not_and_changes_nothing(tmp_path, reference, capsys):
     model, _ = train(tmp_path / "quiet", progress=False)
