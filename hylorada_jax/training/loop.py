@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -65,7 +66,8 @@ class Loop:
     _speed: Speed = dataclasses.field(default_factory=Speed)
 
     def __post_init__(self) -> None:
-        self._factor = schedule(self.config)
+        # At once: asked of the device after a step, one would wait for the step that was begun meanwhile.
+        self._factors = np.asarray(jax.vmap(schedule(self.config))(jnp.arange(self.config.steps)))
 
     def run(
         self,
@@ -166,7 +168,7 @@ class Loop:
         if done is None:
             return
         values = {name: value.item() for name, value in jax.device_get(done.metrics).items()}
-        values["learning_rate"] = self.peak * float(self._factor(done.step - 1))
+        values["learning_rate"] = self.peak * float(self._factors[done.step - 1])
         checked = {name: values[name] for name in ("loss", "grad_norm", "adapter_norm")}
         if not np.isfinite(list(checked.values())).all():
             found = ", ".join(f"{name} {value}" for name, value in checked.items())
