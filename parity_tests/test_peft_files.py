@@ -56,6 +56,17 @@ def test_peft_computes_what_was_exported(case, dtype, tmp_path):
     assert relative_error(peft_logits(family, None, dtype), got) > 0.01  # the adapter does something
 
 
+@pytest.mark.parametrize(
+    ("family", "wrapper"),
+    [("gpt2", "PeftModelForCausalLM"), ("t5", "PeftModelForSeq2SeqLM"), ("bert", "PeftModel")],
+)
+def test_peft_wraps_what_was_exported_for_its_task(family, wrapper, tmp_path):
+    model = adapted(family, CONFIGS["lora"], "float32")
+    export_peft(model, tmp_path)
+    assert type(PeftModel.from_pretrained(torch_base(family, "float32"), tmp_path)).__name__ == wrapper
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["base_model_name_or_path"] == model.base.name
+
+
 TOKENWISE: dict[str, Any] = {
     "daa": ("llama", CONFIGS["lorada"]),
     "sparse": ("llama", dataclasses.replace(CONFIGS["dora"], sparse_enabled=True, sparse_adapter_dim=4)),

@@ -19,6 +19,7 @@ from hylorada_jax.io.files import any_path, kind_of, user_path
 from hylorada_jax.io.reading import checked, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
+from hylorada_jax.models.chat_template import TEMPLATE_NAME, read_template
 from hylorada_jax.models.families import family_of
 from hylorada_jax.models.text_part import text_name
 from hylorada_jax.saved.adapter_files import (
@@ -137,12 +138,14 @@ class SavedPeft:
         settings: of its LoraConfig, PEFT's defaults in place of what is absent or null.
         shapes: of its tensors, under our names.
         names: PEFT's names of these.
+        chat_template: the one that lies beside them, or None.
     """
 
     path: Path
     settings: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     names: dict[str, str]
+    chat_template: str | None
 
     @property
     def layers(self) -> dict[str, str]:
@@ -178,6 +181,7 @@ def open_peft(directory: str | Path) -> SavedPeft:
         CheckpointError: a file is missing or damaged, has values of other types, or has a tensor that LoRA
             and DoRA do not have.
         ConfigError: a setting asks for what this library does not have; it is named.
+        DataError: a chat template beside it cannot be read, or is not jinja.
     """
     directory = user_path(directory)
     settings = _read_settings(directory / CONFIG_NAME)
@@ -196,7 +200,14 @@ def open_peft(directory: str | Path) -> SavedPeft:
     names = {_our_name(name, path): name for name in theirs}
     if twice := sorted(theirs.keys() - names.values()):
         raise CheckpointError("An adapter holds a tensor once.", short(twice), "Save it with PEFT.")
-    return SavedPeft(path, settings, {ours: theirs[name][1] for ours, name in names.items()}, names)
+    template = directory / TEMPLATE_NAME
+    return SavedPeft(
+        path,
+        settings,
+        {ours: theirs[name][1] for ours, name in names.items()},
+        names,
+        read_template(template) if template.is_file() else None,
+    )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

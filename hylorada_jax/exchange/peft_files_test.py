@@ -52,6 +52,15 @@ def refused(saved, base, *said):
     assert error.value.remedy
 
 
+def test_a_chat_template_beside_an_adapter_is_its_own(saved, base):
+    assert import_peft(base, saved).chat_template is None
+    template = saved / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    assert import_peft(base, saved).chat_template == "{{ messages[0].content }}"
+    template.write_text("{{")
+    refused(saved, base, "A chat template must be a file of jinja")
+
+
 RANKS: tuple[Any, ...] = (None, 0, -1, True, 2.0, "2", [2], 2**16 + 1)
 ALPHAS: tuple[Any, ...] = (None, 0, -1, True, "4", {}, 1e7)
 RATES: tuple[Any, ...] = (1.0, -0.1, "0", True, [])

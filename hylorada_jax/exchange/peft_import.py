@@ -56,6 +56,7 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
         tensors = tensors | expand(model.sites, tensors, model.base.params, model.frozen["constants"], config)
     model.adapters = layout.unflatten(model.sites, _of_dtype(model, tensors))
     model.start = digest(tensors)
+    model.chat_template = saved.chat_template
     return model
 
 
