@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
+from hylorada_jax.io.hub import recorded_name
 from hylorada_jax.saved.adapter_files import check_base, write_adapter
 from hylorada_jax.saved.base_identity import base_identity
 from hylorada_jax.saved.saved_adapter import open_adapter
@@ -221,4 +222,4 @@ def _identity(base_model: nn.Module) -> dict[str, Any]:
         if isinstance(module, nn.Linear | Conv1D)
     ]
     config = getattr(base_model, "config", None)
-    return base_identity(getattr(config, "_name_or_path", None) or None, config, linears)
+    return base_identity(recorded_name(getattr(config, "_name_or_path", "")) or None, config, linears)

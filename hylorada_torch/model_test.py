@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -51,6 +52,21 @@ def test_print_trainable_parameters(capsys):
     small_model().print_trainable_parameters()
     # 2·4 + 6·2 + 6 + 2 and 2·6 + 3·2 + 3 + 2 adapter parameters; 4·6 + 6 + 6·3 frozen ones.
     assert capsys.readouterr().out == "trainable params: 51 || all params: 99 || trainable%: 51.5152\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"), [("owner/model", "owner/model"), ("models/tiny", "./models/tiny")]
+)
+def test_a_base_from_a_path_that_looks_like_a_hub_name_is_recorded_as_a_path(
+    name, recorded, tmp_path, monkeypatch
+):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    base = base_model("gpt2")
+    base.config._name_or_path = name
+    HyLoRADAModel(base, HyLoRADAConfig(method="lora")).save_pretrained("adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model"]["name"] == recorded
 
 
 # In a whole model: positions, masks, caches, groups. All weights and adapters are random, in float64.

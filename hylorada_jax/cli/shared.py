@@ -75,7 +75,7 @@ def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
     """
     if given is not None or adapter is None:
         return given or PACKAGED_MODEL
-    from hylorada_jax.models.source import is_hub_name
+    from hylorada_jax.io.hub import is_hub_name
     from hylorada_jax.saved.saved_adapter import base_name
 
     name = base_name(adapter)

@@ -2,13 +2,34 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hylorada_jax.io.files import user_path
 from hylorada_jax.terminal import say_once
 
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _offline = False
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the Hub is asked for a base model of this name: no path here has it."""
+    return bool(_NAME.fullmatch(name)) and not os.path.exists(user_path(name))
+
+
+def recorded_name(name: str) -> str:
+    """The name of a base model as adapters record it: elsewhere the Hub is not to be asked for a path here.
+
+    Args:
+        name: as the user gave it.
+
+    Example:
+        >>> recorded_name("owner/model")
+        'owner/model'
+    """
+    return f"./{name}" if _NAME.fullmatch(name) and not is_hub_name(name) else name
 
 
 @contextlib.contextmanager

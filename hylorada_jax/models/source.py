@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,6 @@ from hylorada_jax.models.packaged import PACKAGED_MODEL, packaged_file
 from hylorada_jax.models.text_part import text_config
 from hylorada_jax.terminal import one_line, say_once
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What a model directory holds beside its weights and config.json, and what a merged model takes along: the
 # tokenizer in all its formats, the chat templates, and the settings of generation and of a processor.
 SMALL_FILES = (
@@ -90,9 +88,8 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
     if name == PACKAGED_MODEL:
         return _from_gguf(name, packaged_file())
     path = user_path(name)
+    name = hub.recorded_name(name)
     # Not path.is_dir(), which raises for a name that is too long: a text that was pasted by mistake.
-    if os.path.exists(path) and _HUB_NAME.fullmatch(name):
-        name = f"./{name}"  # an adapter records it, and elsewhere the Hub is not to be asked for it
     if os.path.isdir(path):
         return _from_directory(name, path, config_only)
     if os.path.isfile(path):
@@ -103,18 +100,13 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
                 "Give the directory that holds config.json and the weights.",
             )
         return _from_gguf(name, path)
-    if is_hub_name(name):
+    if hub.is_hub_name(name):
         return _from_directory(name, _from_hub(name, config_only), config_only)
     raise ModelError(
         f"A base model must be '{PACKAGED_MODEL}', a directory, a .gguf file, or a Hub name (owner/model).",
         f"{name!r}: no such directory or file, and no Hub name",
         _near(path),
     )
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether the Hub is asked for a base model of this name: no path here has it."""
-    return bool(_HUB_NAME.fullmatch(name)) and not os.path.exists(user_path(name))
 
 
 def _near(path: Path) -> str:

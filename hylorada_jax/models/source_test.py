@@ -13,8 +13,9 @@ from huggingface_hub.errors import (
 )
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io.hub import is_hub_name
 from hylorada_jax.models import packaged
-from hylorada_jax.models.source import find_source, is_hub_name
+from hylorada_jax.models.source import find_source
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 

@@ -16,6 +16,7 @@ from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
 from transformers.models.t5.modeling_flax_t5 import FlaxT5LayerNorm
 
 from hylorada_jax.errors import ModelError
+from hylorada_jax.io.hub import recorded_name
 from hylorada_jax.math.position import default_positions
 from hylorada_jax.models.base_model import require_generation
 from hylorada_jax.models.families import flax_of, that_can
@@ -138,7 +139,7 @@ class HFFlaxModel:
     @property
     def name(self) -> str:
         """What the model was loaded from, or its class for a model made from a config."""
-        return self.config.name_or_path or type(self.model).__name__
+        return recorded_name(self.config.name_or_path) or type(self.model).__name__
 
     def init_params(self, rng: Array) -> dict[str, Any]:
         """Fresh random parameters.
