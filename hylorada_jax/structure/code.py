@@ -24,14 +24,21 @@ _BLANK = np.array([ord(character) for character in " \t\n\f"])
 _MOST_DOTS = 1000
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
-# One that is not closed reaches to the end, and a fence that closes is at least as long. A list's item may
-# indent it by more than three blanks; what stands behind backticks has none, or they are of one line.
-_BLOCK = re.compile(
-    r"^(?P<indent> *)(?P<fence>(?:(?P<mark>~)|`)(?:(?(mark)~|`)){2,})[ \t]*(?P<language>[\w+-]*)"
-    r"(?(mark)[^\n]*|[^\n`]*)\n(?P<code>.*?)"
-    r"(?:^(?:(?P=indent))? {0,3}(?P=fence)(?(mark)~|`)*[ \t]*$|\Z)",
-    re.MULTILINE | re.DOTALL,
+# The markers of lists' items may stand before a fence that opens, and indent its block by their width. What
+# stands behind backticks has none, or they are of one line.
+_OPENING_FENCE = re.compile(
+    r"(?P<indent>(?: |[-+*] |\d{1,9}[.)] )*)(?P<fence>~{3,}|`{3,}(?!.*`))[ \t]*(?P<language>[\w+-]*).*\n"
 )
+_CLOSING_FENCE = re.compile(r"(?P<indent> *)(?P<fence>~{3,}|`{3,})[ \t\r]*\n?")
+
+
+class _Block(NamedTuple):
+    """A fenced block: its language, how far it is indented, and the characters [start, stop) of its code."""
+
+    language: str
+    indent: int
+    start: int
+    stop: int
 
 
 class _Lexed(NamedTuple):
@@ -92,14 +99,35 @@ def fenced_depths(
     between = [span for span, ends in zip(offsets, special or (), strict=bool(special)) if ends]
     starts, stops = [0, *(stop for _, stop in between)], [*(start for start, _ in between), len(text)]
     for first, last in zip(starts, stops, strict=True):
-        for block in _BLOCK.finditer(text[first:last]):
-            named = block["language"].lower() in ("python", "py", "python3")
-            if named or not block["language"]:
-                inner, parses = _indented_depths(block["code"], len(block["indent"]))
+        for block in _blocks(text[first:last]):
+            named = block.language.lower() in ("python", "py", "python3")
+            if named or not block.language:
+                start, stop = first + block.start, first + block.stop
+                inner, parses = _indented_depths(text[start:stop], block.indent)
                 all_parse &= parses or not named
                 if parses or named:
-                    depths[first + block.start("code") : first + block.end("code")] = inner
+                    depths[start:stop] = inner
     return _at_their_ends(depths, offsets), all_parse
+
+
+def _blocks(text: str) -> Iterator[_Block]:
+    """The fenced blocks of a text; one that is not closed reaches to its end."""
+    opened: _Block | None = None
+    fence = ""
+    for line in re.finditer(r"[^\n]*\n|[^\n]+", text):
+        if opened is None:
+            if found := _OPENING_FENCE.fullmatch(line[0]):
+                opened = _Block(found["language"], len(found["indent"]), line.end(), len(text))
+                fence = found["fence"]
+        elif (
+            (found := _CLOSING_FENCE.fullmatch(line[0]))
+            and found["fence"].startswith(fence)
+            and len(found["indent"]) <= opened.indent + 3
+        ):
+            yield opened._replace(stop=line.start())
+            opened = None
+    if opened is not None:
+        yield opened
 
 
 def _indented_depths(code: str, indent: int) -> tuple[np.ndarray, bool]:

@@ -227,9 +227,17 @@ def test_a_token_has_the_depth_of_its_last_character():
 @pytest.mark.parametrize("language", ["python", ""])
 @pytest.mark.parametrize(
     ("before", "indent"),
-    [("So:\n", ""), ("1. Do:\n", "   "), ("10. Do:\n\n", "    "), ("```a = 1``` is one.\n", "")],
+    [
+        ("So:\n", ""),
+        ("1. Do:\n", "   "),
+        ("10. Do:\n\n", "    "),
+        ("```a = 1``` is one.\n", ""),
+        ("10. ```sh\n    ls\n    ```\n\nThen:\n", ""),
+        ("- a\n   - ```sh\r\n     ls\r\n     ```\r\n", ""),
+    ],
 )
 def test_a_block_in_a_list_or_behind_code_in_a_line_has_its_depths(before, indent, language):
+    """Also behind one that a list's marker opens, which hides no later block."""
     code = "if a:\n    b(c)\n\n    '''\n  d\n'''\n"
     text = before + textwrap.indent(f"```{language}\n{code}```", indent) + "\nif c:\n  d"
     found, parses = fenced_depths(text, [(at, at + 1) for at in range(len(text))])
@@ -240,3 +248,11 @@ def test_a_block_in_a_list_or_behind_code_in_a_line_has_its_depths(before, inden
     assert found[at].tolist() == expected
     assert not found[:start].any()
     assert not found[stop:].any()
+
+
+def test_a_block_that_a_lists_marker_opens_has_its_depths():
+    text = "2. - ```python\n     if a:\n       b\n     ```\n"
+    found, parses = fenced_depths(text, [(at, at + 1) for at in range(len(text))])
+    assert parses
+    assert {text[at] for at in np.flatnonzero(found)} == {"b", "\n"}
+    assert found[text.index("b")] == 1
