@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hylorada_jax.cli.cli_test import chatting, run, tiny  # noqa: F401
 from hylorada_jax.cli.conversation import Talk, converse
+from hylorada_jax.cli.sampling import SamplingOptions
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models import generate as generation
 from hylorada_jax.models.tokenizer import Tokenizer
@@ -226,6 +227,10 @@ def test_chat_streams_what_generate_says_and_compiles_once(chatting, monkeypatch
     assert out.count("\n") >= 3
     # The same bucket, and the same programs as generate's.
     assert programs() == before
+
+
+def test_options_that_filter_nothing_need_no_sampling():
+    assert SamplingOptions(top_k=0, top_p=1.0, min_p=0.0).settings(None, 5)["temperature"] == 0
 
 
 def test_the_settings_of_the_model_are_used_in_a_chat_and_options_win(

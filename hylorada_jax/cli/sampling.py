@@ -9,7 +9,8 @@ import tyro
 from hylorada_jax.cli.flags import flag_of
 from hylorada_jax.errors import ConfigError
 
-_OF_SAMPLING = ("top_k", "top_p", "min_p")
+# Each with the value that filters nothing.
+_OF_SAMPLING = {"top_k": 0, "top_p": 1, "min_p": 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class SamplingOptions:
         given = {name: value for name, value in vars(self).items() if value is not None}
         own = {} if model is None else generation_defaults(model)
         chosen = {"max_new_tokens": max_new_tokens, "temperature": 0.0, **own, **given}
-        if not chosen["temperature"] and (idle := [name for name in given if name in _OF_SAMPLING]):
+        if not chosen["temperature"] and (
+            idle := [name for name, value in given.items() if value != _OF_SAMPLING.get(name, value)]
+        ):
             raise ConfigError(
                 "Tokens are filtered where they are sampled, at a temperature above 0.",
                 ", ".join(f"{flag_of(name)} {given[name]:g}" for name in idle) + " at temperature 0",

@@ -22,6 +22,7 @@ from hylorada_jax.config import check_dropout
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.modules.checks import (
+    check_deterministic,
     check_linear,
     check_linear_call,
     check_prior,
@@ -100,6 +101,7 @@ class LoRALinear(nnx.Module):
         token_scale: TokenScale | None = None,
     ) -> Array:
         x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
+        check_deterministic(deterministic)
         check_linear_call(self, x, base_output, base_weight)
         return linear_adapter.adapted_layer(
             self._leaves(base_weight),

@@ -1,10 +1,21 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from hylorada_jax.errors import ConfigError
 from hylorada_jax.modules import linear as linen
-from hylorada_jax.nnx import AdapterParam, HyLoRADALinear
+from hylorada_jax.nnx import AdapterParam, HyLoRADALinear, LoRALinear
+
+
+def test_a_structure_prior_where_none_is_read_is_refused():
+    x, prior = jnp.ones((1, 2, 3)), jnp.ones((1, 2, 32))
+    layer: Any = LoRALinear(3, 4, rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="deterministic"):
+        layer(x, x @ jnp.ones((3, 4)), jnp.ones((4, 3)), prior)
 
 
 def test_a_layer_that_meets_its_weight_in_a_gradient_has_linens():

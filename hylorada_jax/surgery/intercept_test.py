@@ -116,9 +116,22 @@ def test_a_network_within_nn_jit_is_refused():
 
     init = lambda key: Jitted().init(key, X)["params"]
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"nn\.jit[\s\S]*received: block, block\.fc\n"):
+        with pytest.raises(ConfigError, match=r"nn\.jit[\s\S]*received: block\.fc\n"):
             find_modules(init)
         jax.eval_shape(init, jax.random.key(0))
+
+
+def test_nn_jit_around_what_has_no_adapters_is_allowed_and_so_is_a_jitted_init():
+    convolution = nn.jit(nn.Conv)
+
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(WIDTH, name="head")(convolution(WIDTH, (1,), name="block")(x))
+
+    init = jax.jit(lambda key: Jitted().init(key, X)["params"])
+    for _ in range(2):
+        assert find_modules(init).linear_names == ["head"]
 
 
 def test_dropout_under_a_scan_that_hands_on_no_random_numbers_is_refused():

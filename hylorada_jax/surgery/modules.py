@@ -201,6 +201,7 @@ def find_modules(
         >>> find_modules(lambda key: Net().init(key, jnp.ones((1, 2)))["params"]).linear_names
         ['fc']
     """
+    init = inspect.unwrap(init)  # a jitted one, to which jax may know the answer
     _refuse_jitted(init)
     return _found(init, layer_numbers)
 
@@ -210,7 +211,8 @@ def _refuse_jitted(init: Callable[[Array], Any]) -> None:
     seen: list[set[Path]] = []
 
     def see(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        seen[-1].add(context.module.path)
+        if kind_of(context) is not None:
+            seen[-1].add(context.module.path)
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(see), _looked_at(object()):
