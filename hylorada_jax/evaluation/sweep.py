@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from hylorada_jax.placement.processes import agree, are_several, whole
 from hylorada_jax.placement.shards import in_use, on_devices, own_rows, shard_rows
 from hylorada_jax.terminal import bar_options
 from hylorada_jax.trees import Adapters, Frozen, Resolved
+
+_Item = TypeVar("_Item")
 
 
 class Sweep:
@@ -88,14 +90,32 @@ class Sweep:
         chosen = list(batches(rows if max_tokens is None else spread(rows, max_tokens), batch_size))
         if are_several():
             agree({"rows": tree_digest({str(number): batch for number, batch in enumerate(chosen)})})
-        shown = bar_options(shown=progress is not None)
-        for batch in tqdm(chosen, desc=progress, unit="batch", leave=False, **shown):
+
+        def begun(batch: Batch) -> tuple[Batch, Array]:
             with in_use(frozen):
                 shards = shard_rows({name: values[own] for name, values in batch.items()})
-                values = whole(self._run(resolved, frozen, shards))
-            if not np.isfinite(values).all():
-                raise _not_finite(batch, values)
-            yield batch, values
+                return batch, self._run(resolved, frozen, shards)
+
+        shown = bar_options(shown=progress is not None)
+        bar = tqdm(total=len(chosen), desc=progress, unit="batch", leave=False, **shown)
+        with bar:
+            for batch, computed in _one_ahead(map(begun, chosen)):
+                with in_use(frozen):
+                    values = whole(computed)
+                if not np.isfinite(values).all():
+                    raise _not_finite(batch, values)
+                bar.update()
+                yield batch, values
+
+
+def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Each item when the next has been made: a device has work while the host reads what it did before."""
+    held = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
 
 
 def _not_finite(batch: Batch, values: np.ndarray) -> NonFiniteError:
