@@ -21,6 +21,7 @@ from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.mixture import MixtureBlock
 from hylorada_jax.surgery.intercept import adapt
+from hylorada_jax.surgery.layout import flatten
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_torch import position as torch_position
 from hylorada_torch.attention import attend
@@ -186,6 +187,32 @@ def test_dropout_drops_from_the_update_alone_and_keeps_its_mean(update, kept):
     assert np.all(of_zero ^ of_kept)
     # A half of 128, within five standard deviations.
     assert abs(of_kept.mean() - (1 - RATE)) <= 5 * 0.5 / 128**0.5
+
+
+def linen_gates(**gates):
+    layer = hylorada_jax.HyLoRADALinear(3, 4, rank=2, **gates)
+    return layer.init(jax.random.key(0), X[..., :3], X[..., :4], np.ones((4, 3)))["params"]
+
+
+def nnx_gates(**gates):
+    return vars(hylorada_jax.nnx.HyLoRADALinear(3, 4, rank=2, rngs=nnx.Rngs(0), **gates))
+
+
+def torch_gates(**gates):
+    return dict(hylorada_torch.HyLoRADALinear(3, 4, rank=2, **gates).named_parameters())
+
+
+def attached_gates(**gates):
+    config = HyLoRADAConfig(method="hylorada_v1", **gates)
+    model = build("llama", config, "float32").model
+    return {name.rpartition(".")[2]: leaf for name, leaf in flatten(model.sites, model.adapters).items()}
+
+
+@pytest.mark.parametrize("leaves", [linen_gates, nnx_gates, torch_gates, attached_gates])
+def test_gates_start_where_the_settings_say(leaves):
+    found = leaves(gate_init=0.25, residual_init=-0.75)
+    for name, start in (("magnitude_gate", 0.25), ("residual_weight", -0.75)):
+        assert np.all(np.asarray(found[name][...].tolist()) == start)
 
 
 def test_the_nudge_of_the_structure_buckets():

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -10,7 +11,7 @@ from flax import nnx
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.math.groups import attend
-from hylorada_jax.modules.attention import PositionalDAA
+from hylorada_jax.modules.attention import PositionalDAA, ShiftedSparseAttention
 from hylorada_jax.nnx import (
     Attention,
     AttentionScores,
@@ -28,6 +29,7 @@ FULL = HyLoRADAConfig(lora_rank=2, target_modules="all-linear")
 DAA = HyLoRADAConfig(
     method="lora", lora_rank=2, target_modules="all-linear", daa_enabled=True, daa_position_bias=True
 )
+S2 = HyLoRADAConfig(method="longlora", target_modules="all-linear", train_embeddings=False, train_norms=False)
 POSITIONS = jnp.array([[0, 1, 2, 0, 1], [7, 8, 9, 10, 40]])
 
 
@@ -90,6 +92,42 @@ def test_direct_adaptation_is_linens_layer_and_nothing_changes_before(hook):
         with disabled(net):
             np.testing.assert_array_equal(output(net, x), before)
         np.testing.assert_array_equal(output(unload(net), x), before)
+
+
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]])
+VALID = jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]], bool)
+ALIKE = SEGMENTS[:, :, None] == SEGMENTS[:, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        ({"segment_ids": SEGMENTS}, ALIKE),
+        ({"key_valid": VALID}, VALID[:, None]),
+        ({"window": 2}, jnp.triu(jnp.ones((5, 5), bool), -1)),
+        ({"scale": 0.3}, True),
+        ({"soft_cap": 0.7}, True),
+    ],
+    ids=["documents", "padding", "window", "scale", "soft cap"],
+)
+def test_attention_sees_what_its_call_says(options, seen):
+    with jax.enable_x64(True):
+        query, key, value = jax.random.normal(jax.random.key(2), (3, 2, 5, 2, 4), jnp.float64)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * options.get("scale", 0.5)
+        if cap := options.get("soft_cap"):
+            scores = cap * jnp.tanh(scores / cap)
+        expected = attended(jnp.where(jnp.broadcast_to(seen, (2, 5, 5))[:, None], scores, -jnp.inf), value)
+        np.testing.assert_allclose(Attention(2)(query, key, value, **options), expected, atol=1e-12)
+
+
+def test_groups_see_no_padding_and_no_other_document():
+    net = adapt(Net(Attention, nnx.Rngs(0)), dataclasses.replace(S2, s2_group_size=4), nnx.Rngs(0))
+    net.train()
+    heads = jax.random.normal(jax.random.key(2), (3, 2, 5, 2, 4))
+    options = {"segment_ids": SEGMENTS, "key_valid": VALID}
+    expected = ShiftedSparseAttention(4).apply({}, *heads, **options)
+    np.testing.assert_allclose(net.attn.hook(*heads, **options), expected, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(net.attn.hook(*heads), expected, atol=0.01)
 
 
 def multi_head(**options):
@@ -245,7 +283,6 @@ def test_structure_reaches_every_layer():
     np.testing.assert_array_equal(output(unload(net), X), base)
 
 
-S2 = HyLoRADAConfig(method="longlora", target_modules="all-linear", train_embeddings=False, train_norms=False)
 scores = lambda: Net(AttentionScores, nnx.Rngs(0))
 HEADS = jnp.ones((1, 4, 2, 3))
 full = lambda: adapt(Words(), FULL, nnx.Rngs(0))

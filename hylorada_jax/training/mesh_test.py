@@ -187,7 +187,7 @@ def measure(directory):
     found: dict[str, Any] = {"apart": [], "gathered": {}}
     for method, mesh in CASES:
         run = Run(model_of(method, Placement(parse_mesh(mesh))))
-        found["gathered"][mesh] = gathered(run.compiled.as_text())
+        found["gathered"].setdefault(mesh, []).extend(gathered(run.compiled.as_text()))
         losses, _ = run.steps(0)
         more, state = run.steps(*range(1, STEPS))
         found["apart"].append(furthest(([*losses, *more], state), alone[method]))
