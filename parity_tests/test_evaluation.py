@@ -20,10 +20,9 @@ DOCUMENTS = [np.random.default_rng(n).integers(VOCAB, size=n) for n in (45, 12, 
 SEQ_LEN = 20
 
 
-@pytest.mark.parametrize(("family", "name"), [("gpt2", "hylorada_v1"), ("qwen2", "hylorada")])
-def test_both_packages_measure_the_same(family, name):
+def test_both_packages_measure_the_same():
     with measuring("float64"):
-        pair = build(family, dataclasses.replace(CONFIGS[name], lora_dropout=0.5), "float64")
+        pair = build("gpt2", dataclasses.replace(CONFIGS["hylorada_v1"], lora_dropout=0.5), "float64")
         pair.model.adapters = pair.adapters
         reference = pair.reference.train()  # measured without dropout all the same
         with all_in_float64():

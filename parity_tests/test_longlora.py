@@ -238,14 +238,14 @@ def test_whole_model(family):
     if family == "qwen2":  # whose two kinds of layers have a mask each
         mask = {"full_attention": mask, "sliding_attention": mask}
     positions = torch.tensor(positions_in(documents))
-    peft, leaves = peft_model(family, "float64", pair.reference, targets)
+    peft, leaves = peft_model(family, pair.reference, targets)
     masked: Any = functools.partial(peft, attention_mask=mask, position_ids=positions)
     expected = torch_results(masked, tokens, leaves)
-    check_model(got, expected, "float64")
+    check_model(got, expected)
 
     # The reference has no segments: its mask says what a head of the ordinary model sees.
     length = documents.shape[1]
     whole = seen_keys(1, length, length - 1, documents, documents > 0, window) if packed else documents
     options = {"attention_mask": torch.tensor(whole), "position_ids": positions}
     reference: Any = functools.partial(pair.reference.train(), **options)
-    check_model(torch_results(reference, tokens, pair.reference.adapters()), expected, "float64")
+    check_model(torch_results(reference, tokens, pair.reference.adapters()), expected)

@@ -49,7 +49,8 @@ FIRST = {row[0]: row for row in reversed(MATRIX)}
 CHOSEN = [row for row in MATRIX if not FUSED or row == FIRST[row[0]] or CONFIGS[row[1]].use_hylorada_v2]
 # Decoders like others here: `make test-transformers5` has each with its first row, and test_decoder.py all.
 ALIKE = {
-    "mistral", "qwen3", "phi3", "granite", "olmo2", "smollm3", "gemma", "gemma2", "gemma3_text", "gpt_oss",
+    "mistral", "qwen2_moe", "qwen3", "phi3", "granite", "olmo2", "smollm3", "gemma", "gemma2", "gemma3_text",
+    "gpt_oss",
 }  # fmt: skip
 
 
