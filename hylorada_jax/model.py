@@ -26,6 +26,7 @@ from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.placement.placement import Placement, placement_of
 from hylorada_jax.placement.processes import is_first, whole
+from hylorada_jax.placement.shards import in_use
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import identity, open_on
 from hylorada_jax.saved.saved_adapter import SavedAdapter
@@ -211,7 +212,8 @@ class HyLoRADAModel:
         input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, position_ids, self.base.position_limit)
         inputs |= {"structure_ids": structure_ids, "structure_positions": structure_positions}
-        return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs)
+        with in_use(self.frozen):
+            return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs)
 
     def apply(
         self,
@@ -390,7 +392,8 @@ class HyLoRADAModel:
         if self.disabled:
             yield {}
             return
-        resolved = self._resolve(self.adapters, self.frozen)
+        with in_use(self.frozen):
+            resolved = self._resolve(self.adapters, self.frozen)
         variables = {"params": self._params(resolved, None), COLLECTION: resolved}
         ours = isinstance(self.base, CausalLM)
         structure = Structure(decoding=True)
@@ -447,7 +450,8 @@ class HyLoRADAModel:
             ModelError: a component has an effect that no weights can express; it is named.
         """
         check_mergeable(self.sites, self.adapters)
-        resolved = self._resolve(self.adapters, self.frozen)
+        with in_use(self.frozen):
+            resolved = self._resolve(self.adapters, self.frozen)
         params = merge(self.sites, resolved, self.base.params, self.config)
         return self.base.with_params(params)
 

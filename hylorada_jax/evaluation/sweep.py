@@ -82,7 +82,8 @@ class Sweep:
         like = self.model.frozen
         frozen = on_devices(like, like=like) if frozen is None else frozen
         adapters = on_devices(self.model.adapters, like=like) if adapters is None else adapters
-        resolved = self._resolve(adapters, frozen)
+        with in_use(frozen):
+            resolved = self._resolve(adapters, frozen)
         mesh = mesh_of(frozen)
         parts = 1 if mesh is None else rows_of(mesh.shape)
         batch_size = -(-batch_size // parts) * parts

@@ -22,7 +22,7 @@ from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.positions import check_range, check_rows
 from hylorada_jax.models.stacks import layer_numbers, stacks_of
 from hylorada_jax.placement.axes import ROWS, TENSOR
-from hylorada_jax.placement.shards import place_in_use
+from hylorada_jax.placement.shards import in_use, place_in_use
 
 Variables = Mapping[str, Any]
 
@@ -218,9 +218,10 @@ class CausalLM:
         check_tokens(input_ids, self.token_limit)
         input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, position_ids)
-        logits = _jitted_logits(
-            self.module, {"params": self.params}, input_ids, attention_mask, position_ids, segment_ids
-        )
+        with in_use(self.params):
+            logits = _jitted_logits(
+                self.module, {"params": self.params}, input_ids, attention_mask, position_ids, segment_ids
+            )
         return CausalLMOutput(logits=logits)
 
     def forward(

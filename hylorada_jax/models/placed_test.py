@@ -14,10 +14,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+import hylorada_jax.model
 from hylorada_jax.adapter_bank import AdapterBank
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
 from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models import decoder_layer
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import empty_model, load_model
@@ -116,6 +118,54 @@ def facts(directory, placement=None, *, computed=True):
     return found
 
 
+def in_use_facts(directory, placement):
+    """The mesh that a layer, and adapters that are resolved, find in use in each kind of call."""
+    model = HyLoRADAModel(load_model(directory, dtype=np.float32, placement=placement), CONFIG)
+    seen, ids = [], jnp.ones((2, 6), int)
+
+    def noting(function):
+        def noted(*arguments, **options):
+            mesh = jax.sharding.get_abstract_mesh()
+            seen.append(",".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
+            return function(*arguments, **options)
+
+        return noted
+
+    def during(call, *arguments):
+        seen.clear()
+        return np.asarray(call(*arguments)).tolist(), sorted({*seen})
+
+    logits = lambda ids: model(ids).logits
+
+    def disabled(ids):
+        with model.disable_adapter():
+            return logits(ids)
+
+    def measured(ids):
+        return evaluate_perplexity(model, ids, seq_len=6, batch_size=2, progress=False).loss
+
+    def merged(ids):
+        return model.merge_and_unload()(ids).logits
+
+    def within(ids):
+        with jax.set_mesh(parse_mesh(COMPUTED[0])):
+            return jax.jit(lambda adapters, ids: model.apply(adapters, ids).logits)(model.adapters, ids)
+
+    calls = {"called": logits, "disabled": disabled, "measured": measured, "merged": merged, "within": within}
+    calls["compiled by the user"] = jax.jit(lambda ids: model(ids).logits)
+    with (
+        mock.patch.object(decoder_layer, "attend", noting(decoder_layer.attend)),
+        mock.patch.object(hylorada_jax.model, "resolve", noting(hylorada_jax.model.resolve)),
+    ):
+        found = {}
+        for name, call in calls.items():
+            jax.clear_caches()  # what is compiled already is not traced
+            found[name] = during(call, ids)
+    programs = [model(ids) and model._jitted._cache_size() for _ in range(2)]  # type: ignore[attr-defined]
+    found["compiled anew"] = programs[1] - programs[0]
+    return found
+
+
 def several_facts(directory, placement=None):
     """What one placement makes of them with two adapters, by row and merged."""
     base = load_model(directory, dtype=np.float32, placement=placement)
@@ -173,6 +223,7 @@ def measure(directory):
     found["several"] = [
         several_facts(directory, place) for place in (Placement(parse_mesh(COMPUTED[0])), None)
     ]
+    found["in use"] = [in_use_facts(directory, place) for place in (Placement(parse_mesh(COMPUTED[0])), None)]
     found["quantised"] = None
     if importlib.util.find_spec("qwix"):
         placement = Placement(parse_mesh(COMPUTED[0]))
@@ -244,6 +295,20 @@ def test_a_model_on_a_mesh_computes_what_it_does_on_one_device(mesh, found):
     np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
     assert ours["tokens"] == alone["tokens"]
     assert ours["streamed"] == alone["tokens"][0]
+
+
+def test_the_mesh_of_a_model_is_in_use_where_it_is_called_measured_and_merged(found):
+    """Also for the base alone; what a user compiles has the mesh that the user has in use."""
+    for calls, mesh in zip(found["in use"], ("data=2,fsdp=2,tensor=2", ""), strict=True):
+        for name in ("called", "disabled", "merged"):
+            assert calls[name][1] == [mesh], name
+        assert calls["measured"][1] == [mesh or "data=8,fsdp=1,tensor=1"]  # rows, over copies of the weights
+        assert calls["within"][1] == ["data=2,fsdp=2,tensor=2"]
+        assert calls["compiled by the user"][1] == [""]
+        assert calls["compiled anew"] == 0
+    for name in ("called", "disabled", "measured", "merged", "within", "compiled by the user"):
+        ours, alone = (calls[name][0] for calls in found["in use"])
+        np.testing.assert_allclose(ours, alone, rtol=0, atol=1e-4, err_msg=name)
 
 
 def test_adapters_by_row_and_merged_on_a_mesh_are_those_of_one_device(found):

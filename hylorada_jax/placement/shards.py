@@ -30,9 +30,17 @@ def on_devices(tree: Any, *, like: Any) -> Any:
 
 
 def in_use(tree: Any) -> contextlib.AbstractContextManager[Any]:
-    """A context in which programs know of the mesh that a tree lies on, if it lies on several devices."""
+    """A context in which programs know of the mesh that a tree lies on, if it lies on several devices.
+
+    In a function that is being traced, as by a user's ``jax.jit``, it changes nothing.
+    """
     mesh = mesh_of(tree)
-    return contextlib.nullcontext() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh)
+    if mesh is None or mesh.size == 1:
+        return contextlib.nullcontext()
+    try:
+        return jax.set_mesh(mesh)
+    except ValueError:  # jax refuses it within a trace
+        return contextlib.nullcontext()
 
 
 def own_rows(mesh: Mesh | None, rows: int) -> list[int]:
