@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hylorada_jax.errors import ConfigError, HyLoRADAError
 from hylorada_jax.terminal import brief
@@ -170,9 +171,22 @@ def _code() -> str:
 
 def whole(x: Any) -> np.ndarray:
     """An array on the host, whatever process its parts lie in; all of them must call it."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+    return np.asarray(x if not isinstance(x, jax.Array) or lies_here(x) else replicated(x))
+
+
+def lies_here(x: jax.Array) -> bool:
+    """Whether this process can read all of an array without the others."""
+    return x.is_fully_addressable or x.is_fully_replicated
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """An array of a mesh with a copy on every device; all processes must call it, in one order."""
+    place: Any = x.sharding
+    return jax.jit(_itself, out_shardings=NamedSharding(place.mesh, PartitionSpec()))(x)
+
+
+def _itself(x: jax.Array) -> jax.Array:
+    return x  # by name, so that jax knows it again and compiles once for each shape
 
 
 def lost_another(error: Exception) -> str | None:
