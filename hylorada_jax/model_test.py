@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import pickle
 from unittest import mock
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 
 from hylorada_jax import HyLoRADAConfig, HyLoRADAModel
+from hylorada_jax.adapter_bank import AdapterBank
 from hylorada_jax.errors import CheckpointError, ModelError, TargetError
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.saved import opening
+from hylorada_jax.saved.adapter_files import write_adapter
+from hylorada_jax.saved.inspection import inspect_adapter
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import build, fit, layout
 
 IDS = jnp.asarray(np.random.default_rng(9).integers(0, 40, (2, 6)))
@@ -78,6 +83,22 @@ def test_life_of_an_adapter(base, method, tmp_path):
     assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, again.adapters, model.adapters)
     assert sum(leaf.size for leaf in jax.tree.leaves(model.adapters)) == model.num_trainable
+
+
+def test_an_adapter_whose_depths_were_read_otherwise_keeps_its_ranks(tmp_path):
+    """By depth they would be 4, 3 and 2 today, and each layer has the full rank."""
+    uniform = HyLoRADAConfig(method="lora", lora_rank=4)
+    model = HyLoRADAModel(qwen2(), uniform)
+    model.adapters = moved(model)
+    by_depth = dataclasses.replace(uniform, rank_strategy="decreasing")
+    write_adapter(tmp_path, layout.flatten(model.sites, model.adapters), by_depth, model.identity())
+    again = HyLoRADAModel.from_pretrained(qwen2(), tmp_path)
+    assert again.config == uniform
+    jax.tree.map(np.testing.assert_array_equal, again.adapters, model.adapters)
+    AdapterBank(again).load("other", tmp_path)
+    with pytest.raises(CheckpointError, match="rank_strategy"):
+        AdapterBank(HyLoRADAModel(qwen2(), by_depth)).load("other", tmp_path)
+    assert {layer["rank"] for layer in inspect_adapter(open_adapter(tmp_path))["linear"]} == {4}
 
 
 def test_a_pickled_model_is_the_same_with_programs_of_its_own():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
@@ -18,7 +17,7 @@ from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.structure.code import Domain
 from hylorada_torch.forward_pass import ForwardPass
 from hylorada_torch.position import check_positions, default_positions
-from hylorada_torch.surgery import attach_adapters, base_weight
+from hylorada_torch.surgery import attach_adapters, base_weight, linears_of
 
 
 class HyLoRADAModel(nn.Module):
@@ -196,6 +195,7 @@ class HyLoRADAModel(nn.Module):
         """
         saved = open_adapter(directory)
         check_base(saved.base, _identity(base_model))
+        saved = saved.on([name for name, _ in linears_of(base_model)])
         tensors = saved.tensors()
         model = cls(base_model, saved.config)
         model.load_adapters({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
@@ -216,10 +216,6 @@ def _cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def _identity(base_model: nn.Module) -> dict[str, Any]:
-    linears = [
-        (name, *base_weight(module).shape)
-        for name, module in base_model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
+    linears = [(name, *base_weight(module).shape) for name, module in linears_of(base_model)]
     config = getattr(base_model, "config", None)
     return base_identity(recorded_name(getattr(config, "_name_or_path", "")) or None, config, linears)

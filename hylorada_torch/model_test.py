@@ -1,4 +1,5 @@
 import json
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -7,8 +8,12 @@ from torch import nn
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError
+from hylorada_jax.saved.adapter_files import write_adapter
+from hylorada_jax.saved.base_identity import base_identity
 from hylorada_torch.conftest import CAUSAL_MODELS, INPUT_IDS, base_model, randomize
 from hylorada_torch.model import HyLoRADAModel
+
+SHAPES = (("A", (8, 9)), ("B", (9, 8)))
 
 
 def small_model(seed=0):
@@ -46,6 +51,27 @@ def test_loading_what_does_not_fit_changes_nothing():
     for part in ("missing 0.lora_B", "unknown 0.lora_C", "2.lora_A is (1, 6), not (2, 6)"):
         assert part in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.adapters().items())
+
+
+@pytest.mark.parametrize("names", [("block_0", "block_1"), ("fc", "out")])
+def test_an_adapter_whose_depths_were_read_otherwise_keeps_its_ranks(names, tmp_path):
+    """Of a version to which these names had no depth: each layer has the full rank."""
+    layers = OrderedDict((name, nn.Linear(9, 9, bias=False)) for name in names)
+    base = nn.Sequential(layers)
+    config = HyLoRADAConfig(
+        method="lora", lora_rank=8, rank_strategy="decreasing", target_modules="all-linear"
+    )
+    leaves = {f"{name}.lora_{leaf}": torch.randn(*shape).numpy() for name in names for leaf, shape in SHAPES}
+    write_adapter(tmp_path, leaves, config, base_identity(None, None, [(name, 9, 9) for name in names]))
+    x = expected = torch.randn(4, 9)
+    for name, layer in layers.items():
+        A, B = (torch.from_numpy(leaves[f"{name}.lora_{leaf}"]) for leaf in "AB")
+        s = config.lora_alpha / config.lora_rank
+        expected = expected @ layer.weight.T + s * expected @ A.T @ B.T
+    model = HyLoRADAModel.from_pretrained(base, tmp_path)
+    # Sums of nine products in float32, in another order.
+    atol = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=atol)
 
 
 def test_print_trainable_parameters(capsys):

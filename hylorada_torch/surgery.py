@@ -88,6 +88,13 @@ def base_weight(layer: nn.Linear | Conv1D) -> Tensor:
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
+def linears_of(model: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
+    """The linear layers of a model that is not adapted, by name."""
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
 @dataclasses.dataclass
 class Attached:
     """What `attach_adapters` has put into a model.
@@ -143,7 +150,7 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
             "method='hylorada_v2' for an encoder-decoder model",
             "Choose another method.",
         )
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    names = [name for name, _ in linears_of(model)]
     ranks = layer_ranks(select_targets(names, config), names, config)
     alphas = layer_alphas(ranks, names, config)
     attentions = self_attentions(names) if config.daa_enabled or config.s2_attn_enabled else []

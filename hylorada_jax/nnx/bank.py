@@ -104,10 +104,11 @@ class AdapterBank:
             ConfigError: the name is taken.
             CheckpointError: the adapter is damaged, was trained on another base, or has another config.
         """
-        saved = open_adapter(directory)
+        ours = adaptation_of(self.model)[0]
+        saved = open_adapter(directory).on(ours.modules.linear_names)
         check_config(
             saved.config,
-            adaptation_of(self.model)[0].config,
+            ours.config,
             "Put it on a model of its own, which shares the frozen arrays: "
             "load_adapter(unload(nnx.clone(bank.model)), directory).",
         )

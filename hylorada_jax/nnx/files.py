@@ -9,6 +9,7 @@ from flax import nnx
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.nnx.adapting import adaptation_of, adapters_of, attach, check_rngs, plan_on
+from hylorada_jax.nnx.finding import find_modules
 from hylorada_jax.placement.processes import is_first
 from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.base_identity import base_identity
@@ -116,6 +117,7 @@ def load_adapter(
         True
     """
     saved = directory if isinstance(directory, SavedAdapter) else open_adapter(directory)
+    saved = saved.on(find_modules(model)[0].linear_names)
     adaptation, found = plan_on(model, saved.config)
     given = _identity(model, adaptation.modules, None, base_config)
     if given["model_type"] is None:  # of a model that does not say, only the layers are compared

@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import jax
@@ -8,8 +9,10 @@ from flax import nnx
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
-from hylorada_jax.nnx import AdapterParam, adapt, load_adapter, save_adapter
+from hylorada_jax.nnx import AdapterBank, AdapterParam, adapt, load_adapter, save_adapter, unload
 from hylorada_jax.nnx.adapting_test import METHODS, config_of, made, moved
+from hylorada_jax.saved.adapter_files import write_adapter
+from hylorada_jax.saved.base_identity import base_identity
 
 
 @pytest.mark.parametrize(
@@ -87,3 +90,72 @@ def test_a_damaged_adapter_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(CheckpointError):
         load_adapter(net, tmp_path)
     assert nnx.split(net)[0] == before
+
+
+class Blocks(nnx.Module):
+    """Three layers in a row, of these names."""
+
+    def __init__(self, names):
+        self.order = names
+        for seed, name in enumerate(names):
+            setattr(self, name, nnx.Linear(9, 9, use_bias=False, rngs=nnx.Rngs(seed)))
+
+    def __call__(self, x):
+        for name in self.order:
+            x = getattr(self, name)(x)
+        return x
+
+
+BY_DEPTH = HyLoRADAConfig(method="lora", lora_rank=8, rank_strategy="decreasing", target_modules="all-linear")
+NUMBERED, NAMED = ("block_0", "block_1", "block_2"), ("fc", "mid", "out")
+
+
+def written(directory, names, ranks, config=BY_DEPTH, ranks_of_b=None):
+    """An adapter's file by hand, and its leaves."""
+    rng = np.random.default_rng(0)
+    leaves = {}
+    for name, rank, other in zip(names, ranks, ranks_of_b or ranks, strict=True):
+        leaves[f"{name}.lora_A"] = rng.normal(size=(rank, 9)).astype(np.float32)
+        leaves[f"{name}.lora_B"] = rng.normal(size=(9, other)).astype(np.float32)
+    identity = base_identity(None, None, [(name, 9, 9) for name in sorted(names)])
+    write_adapter(directory, leaves, config, identity, overwrite=True)
+    return leaves
+
+
+@pytest.mark.parametrize(
+    ("names", "ranks", "config"),
+    [
+        (NUMBERED, (8, 8, 8), BY_DEPTH),
+        (NAMED, (8, 8, 8), BY_DEPTH),
+        (NUMBERED, (8, 6, 4), BY_DEPTH),
+        (NUMBERED, (8, 3, 8), dataclasses.replace(BY_DEPTH, rank_pattern={"block_1": 3})),
+        (NUMBERED, (8, 3, 4), dataclasses.replace(BY_DEPTH, rank_pattern={"block_1": 3})),
+    ],
+    ids=["former", "no numbers", "today's", "former with a pattern", "today's with a pattern"],
+)
+def test_an_adapter_whose_depths_were_read_otherwise_keeps_its_ranks(names, ranks, config, tmp_path):
+    leaves = written(tmp_path / "former", names, ranks, config)
+    loaded = load_adapter(Blocks(names), tmp_path / "former")
+    x = jax.random.normal(jax.random.key(0), (4, 9))
+    expected = np.asarray(x)
+    s = config.lora_alpha / config.lora_rank  # α keeps its ratio to the rank
+    for name in names:
+        A, B, kernel = leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"], getattr(loaded, name).kernel[...]
+        expected = expected @ np.asarray(kernel) + s * expected @ A.T @ B.T
+    np.testing.assert_allclose(loaded(x), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert (loaded.hylorada.config == config) == (ranks[2] == 4)
+    save_adapter(loaded, tmp_path / "again")
+    np.testing.assert_array_equal(load_adapter(Blocks(names), tmp_path / "again")(x), loaded(x))
+    bank = AdapterBank(loaded)
+    bank.load("other", tmp_path / "former")
+    np.testing.assert_array_equal(*bank(jnp.stack([x, x]), adapters=["default", "other"]))
+    assert unload(loaded)(x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ranks_of_b"), [((8, 8, 8), (8, 6, 8)), ((8, 8, 9), None)], ids=["A and B", "too large"]
+)
+def test_ranks_that_no_depth_gives_are_damage(ranks, ranks_of_b, tmp_path):
+    written(tmp_path, NUMBERED, ranks, ranks_of_b=ranks_of_b)
+    with pytest.raises(CheckpointError, match="of another shape block_"):
+        load_adapter(Blocks(NUMBERED), tmp_path)

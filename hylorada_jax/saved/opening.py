@@ -19,7 +19,7 @@ class Opened:
     """A saved adapter that fits a base model.
 
     Attributes:
-        saved: the adapter, its tensors not yet read.
+        saved: the adapter on that model, its tensors not yet read.
         modules: the base model's.
         sites: what the adapter's config adapts there.
     """
@@ -57,6 +57,7 @@ def open_on(base: BaseModel, adapter: str | Path | SavedAdapter, modules: Module
     saved = adapter if isinstance(adapter, SavedAdapter) else open_adapter(adapter)
     modules = modules_of(base) if modules is None else modules
     check_base(saved.base, identity(base, modules))
+    saved = saved.on(modules.linear_names)
     sites = fit(base, saved.config, modules)[1]
     check_keys(saved.shapes, tensor_shapes(sites))
     return Opened(saved, modules, sites)

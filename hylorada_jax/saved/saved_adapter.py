@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,7 @@ from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.models.chat_template import MAX_TEMPLATE
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_finite, render
 from hylorada_jax.structure.code import Domain
+from hylorada_jax.surgery.targets import with_saved_ranks
 from hylorada_jax.text import short, shown
 
 MAX_CONFIG_BYTES = 2**21
@@ -85,6 +86,16 @@ class SavedAdapter:
     weights_sha256: str
     chat_template: str | None
     structure: Domain | None
+
+    def on(self, names: Sequence[str]) -> "SavedAdapter":
+        """The adapter as one of a model with these linear layers: its config has the ranks of its tensors.
+
+        Raises:
+            TargetError: a pattern of its ranks matches no layer.
+        """
+        layers = ((name, f"{name}.lora_A") for name in names)
+        ranks = {name: self.shapes[A][0] for name, A in layers if self.shapes.get(A)}
+        return dataclasses.replace(self, config=with_saved_ranks(self.config, ranks, names))
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Reads the tensors: after ``shapes`` have been compared with what is needed, for they take memory.

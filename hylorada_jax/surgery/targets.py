@@ -3,6 +3,7 @@
 Imports neither jax nor torch: both packages select their targets here.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -222,6 +223,30 @@ def layer_index(name: str) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
+def model_depth(names: Sequence[str], config: HyLoRADAConfig) -> int:
+    """The number of a model's layers in depth, 1 where their names have no numbers.
+
+    Args:
+        names: the names of all linear layers.
+        config: its ``method`` and ``rank_strategy`` are read.
+
+    Raises:
+        TargetError: ranks are by depth and no layer has a number.
+
+    Example:
+        >>> model_depth(["h.0.c_fc", "h.1.c_fc", "lm_head"], HyLoRADAConfig(rank_strategy="decreasing"))
+        2
+    """
+    depth = max((index for name in names if (index := layer_index(name)) is not None), default=None)
+    if config.linear and config.rank_strategy != "uniform" and depth is None:
+        raise TargetError(
+            f"rank_strategy={config.rank_strategy!r} takes layers with numbers in their names.",
+            ", ".join(_endings(names)),
+            "Name the blocks as in layers.0, or give ranks by rank_pattern.",
+        )
+    return 1 if depth is None else depth + 1
+
+
 def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, int]:
     """The rank of every selected layer, by ``rank_pattern`` or else by ``rank_strategy`` (method.md §7).
 
@@ -236,14 +261,7 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
     Raises:
         TargetError: a pattern matches no layer, or ranks are by depth and no layer has a number.
     """
-    depths = [index for name in names if (index := layer_index(name)) is not None]
-    if config.rank_strategy != "uniform" and not depths:
-        raise TargetError(
-            f"rank_strategy={config.rank_strategy!r} takes layers with numbers in their names.",
-            ", ".join(_endings(names)),
-            "Name the blocks as in layers.0, or give ranks by rank_pattern.",
-        )
-    depth = max(depths, default=0) + 1
+    depth = model_depth(names, config)
     own = by_pattern(config.rank_pattern, names)
     ranks = {}
     for name in selected:
@@ -251,6 +269,44 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
         by_depth = config.lora_rank if index is None else config.layer_rank(index, depth)
         ranks[name] = own.get(name, by_depth)
     return ranks
+
+
+def with_saved_ranks(
+    config: HyLoRADAConfig, ranks: Mapping[str, int], names: Sequence[str]
+) -> HyLoRADAConfig:
+    """The config of an adapter that was saved with these ranks.
+
+    Which numbers in a name tell the depth has changed between versions, and an adapter keeps the ranks that
+    it was trained with.
+
+    Args:
+        config: the adapter's.
+        ranks: by the names of the layers that it adapts.
+        names: the names of all linear layers of the model.
+
+    Returns:
+        The config; where its ranks by depth are others today, ``rank_pattern`` says all of them. One that has
+        no such ranks, or of which they exceed ``lora_rank``, is returned as it is.
+
+    Example:
+        >>> names = ["block_0.fc", "block_1.fc"]
+        >>> config = HyLoRADAConfig(lora_rank=8, rank_strategy="decreasing")
+        >>> config = with_saved_ranks(config, dict.fromkeys(names, 8), names)
+        >>> config.rank_strategy, config.rank_pattern
+        ('uniform', ())
+    """
+    if config.rank_strategy == "uniform" or not ranks:
+        return config
+    own = by_pattern(config.rank_pattern, names)
+    if any(not 1 <= rank <= config.lora_rank for name, rank in ranks.items() if name not in own):
+        return config
+    kept = {name: own.get(name, rank) for name, rank in ranks.items()}
+    numbered = any(layer_index(name) is not None for name in names)
+    if numbered and layer_ranks(list(kept), names, config) == kept:
+        return config
+    return dataclasses.replace(
+        config, rank_strategy="uniform", rank_pattern=patterns_of(kept, config.lora_rank)
+    )
 
 
 def layer_alphas(
