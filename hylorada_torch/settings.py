@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.surgery.targets import by_pattern, layer_index
+from hylorada_jax.surgery.targets import by_pattern, layer_index, model_depth
 from hylorada_jax.training.config import TrainingConfig
 
 
@@ -54,11 +54,14 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
         names: the names of all linear layers, which tell L.
         config: ``lora_rank``, ``rank_strategy`` and ``rank_pattern`` are read.
 
+    Raises:
+        TargetError: a pattern matches no layer, or ranks are by depth and no layer has a number.
+
     Reference:
         method.md §7.
     """
     r, own = config.lora_rank, by_pattern(config.rank_pattern, names)
-    last = max((index for name in names if (index := layer_index(name)) is not None), default=0)
+    last = model_depth(names, config) - 1
 
     def by_depth(i: int | None) -> int:
         if i is None or config.rank_strategy == "uniform" or last == 0:

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import TargetError
 from hylorada_jax.surgery import targets
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_torch.settings import floor_of, layer_ranks, rising_steps, s2_groups
@@ -33,6 +34,19 @@ def test_ranks_by_depth_are_those_of_the_jax_package(strategy):
                 lora_rank=rank, rank_strategy=strategy, rank_pattern={r"model\.layers\.0\.q_proj": 5}
             )
             assert layer_ranks(names, names, config) == targets.layer_ranks(names, names, config)
+
+
+@pytest.mark.parametrize("strategy", ["importance", "decreasing"])
+def test_ranks_by_depth_of_names_without_numbers_are_refused_as_in_the_jax_package(strategy):
+    config, names = HyLoRADAConfig(lora_rank=8, rank_strategy=strategy), ["fc", "out"]
+    with pytest.raises(TargetError, match=rf"{strategy}[\s\S]*fc, out") as ours:
+        layer_ranks(names, names, config)
+    with pytest.raises(TargetError) as theirs:
+        targets.layer_ranks(names, names, config)
+    assert str(ours.value) == str(theirs.value)
+    # Nothing has a rank where no linear layer is adapted.
+    sparse = HyLoRADAConfig(method="sparse", rank_strategy=strategy)
+    assert layer_ranks([], names, sparse) == targets.layer_ranks([], names, sparse) == {}
 
 
 def test_groups_are_those_of_the_jax_package():
