@@ -115,10 +115,12 @@ class DecodeStep:
         position_ids: Int[Array, "batch query"],
         key_valid: Bool[Array, "batch query"] | None = None,
         cache: KVCache,
+        empty: bool = False,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-        """See ``CausalLM.decode``."""
+        """See ``CausalLM.decode``; ``empty``: the cache has no tokens yet."""
+        given = {"cache": cache, "empty": empty}
         hidden, cache = self.module.apply(
-            variables, input_ids, position_ids, key_valid, cache=cache, method="hidden"
+            variables, input_ids, position_ids, key_valid, **given, method="hidden"
         )
         return self.module.apply(variables, hidden[:, -1], method="logits"), cache
 

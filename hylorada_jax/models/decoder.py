@@ -72,6 +72,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         groups: tuple[int, int] | None = None,
         counted: bool = False,
+        empty: bool = False,
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
@@ -79,18 +80,22 @@ class Decoder(nn.Module):
         start = jnp.int32(0) if cache is None else cache.length
         slots = start + jnp.arange(length, dtype=jnp.int32)
         key_slots, key_positions = slots, position_ids
+        own = cache is None or empty
         if cache is not None:
             new = jnp.ones(input_ids.shape, bool) if key_valid is None else key_valid
-            key_valid = lax.dynamic_update_slice_in_dim(cache.valid, new, start, axis=1)
+            valid = lax.dynamic_update_slice_in_dim(cache.valid, new, start, axis=1)
             new_positions = position_ids.astype(cache.positions.dtype)
-            key_positions = lax.dynamic_update_slice_in_dim(cache.positions, new_positions, start, axis=1)
-            key_slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
+            positions = lax.dynamic_update_slice_in_dim(cache.positions, new_positions, start, axis=1)
+            cache = KVCache(cache.layers, positions, valid, start + length)
+            if not own:
+                key_valid, key_positions = valid, positions
+                key_slots = jnp.arange(valid.shape[1], dtype=jnp.int32)
 
         patterns: tuple[Pattern, ...]
         if groups is None:
             places = slots, key_slots, position_ids, key_positions
             facts = key_valid, segment_ids, segment_ids
-            patterns = (Pattern(*places, *facts, own=cache is None, counted=counted),)
+            patterns = (Pattern(*places, *facts, own=own, counted=counted),)
         else:
             patterns = shifted_patterns(
                 position_ids, *groups, key_valid=key_valid, segment_ids=segment_ids, counted=counted
@@ -104,8 +109,8 @@ class Decoder(nn.Module):
             carry = run(self.layers, stacks[0], carry, steps, own_of(stacks[0], per_layer))
         else:
             carry = self.layers(carry, per_layer, steps)
-        if carry.caches is not None and key_valid is not None:
-            cache = KVCache(carry.caches, key_positions, key_valid, start + length)
+        if cache is not None and carry.caches is not None:
+            cache = cache._replace(layers=carry.caches)
         return scaled(self.norm(carry.x), c.logit_scale), cache
 
     def _per_layer(
@@ -158,6 +163,7 @@ class DecoderLM(nn.Module):
         cache: KVCache | None = None,
         groups: tuple[int, int] | None = None,
         counted: bool = False,
+        empty: bool = False,
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm.
 
@@ -169,11 +175,12 @@ class DecoderLM(nn.Module):
             cache: the tokens so far; the new ones are appended at the end of every row.
             groups: size and shift of shifted sparse attention's groups; not together with a cache.
             counted: the positions count up by one within a document.
+            empty: the cache has no tokens yet, so that the new ones attend to each other alone.
 
         Returns:
             The states and, when one was given, the cache with the new tokens.
         """
-        return self.model(input_ids, position_ids, key_valid, segment_ids, cache, groups, counted)
+        return self.model(input_ids, position_ids, key_valid, segment_ids, cache, groups, counted, empty)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of hidden states, in float32 at least."""

@@ -144,7 +144,10 @@ class DecoderAttention(nn.Module):
     def __call__(
         self, stream: Stream, x: Float[Array, "batch query hidden"], layer: Int[Array, ""], step: Step
     ) -> tuple[Float[Array, "batch query hidden"], Stream]:
-        """Attends x to itself, or to the cache in ``stream``, which comes back with x's keys and values."""
+        """Attends x to itself, or to the cache in ``stream``, which comes back with x's keys and values.
+
+        Of an empty cache the pattern's keys are x's ``own``, and are not read back from it.
+        """
         c = self.config
 
         def heads(projected: Array, norm_name: str | None = None) -> Array:
@@ -175,8 +178,9 @@ class DecoderAttention(nn.Module):
             at = (layer, zero, step.start, zero, zero)
             keys = lax.dynamic_update_slice(stream.cache[0], key[None], at)
             values = lax.dynamic_update_slice(stream.cache[1], value[None], at)
-            key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-            value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
+            if not step.patterns[0].own:
+                key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+                value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
             stream = stream._replace(cache=(keys, values))
         if stream.shared is not None:
             stream = stream._replace(shared=(key, value))

@@ -49,7 +49,8 @@ def generate(
 
     Args:
         decode: ``decode(variables, input_ids, position_ids=, key_valid=, cache=)`` gives (logits after the
-            last token, cache); static, so hash it by value or keep one object.
+            last token, cache); static, so hash it by value or keep one object. For the prompt it also gets
+            ``empty=True``: the cache has no tokens yet.
         init_cache: ``init_cache(batch, slots)`` gives an empty cache.
         variables: the collections of the model; the column scales of adapters already resolved.
         prompts: token ids, one non-empty list per prompt.
@@ -243,9 +244,8 @@ def _begin(
     batch, width = input_ids.shape
     positions = jnp.arange(width, dtype=jnp.int32) - (width - (state.lengths + state.step)[:, None])
     valid = positions >= 0
-    logits, cache = decode(
-        variables, input_ids, position_ids=jnp.maximum(positions, 0), key_valid=valid, cache=state.cache
-    )
+    places = {"position_ids": jnp.maximum(positions, 0), "key_valid": valid}
+    logits, cache = decode(variables, input_ids, **places, cache=state.cache, empty=True)
     seen = state.seen
     if seen is None and chosen.repetition_penalty is not None:
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], input_ids].max(valid)

@@ -1,5 +1,6 @@
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
+from hylorada_jax.models import decoder_layer
 from hylorada_jax.models import generate as generation
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -20,7 +22,7 @@ def chain_cache(batch, slots):
     return jnp.zeros((batch, 2), jnp.int32)
 
 
-def chain_decode(variables, input_ids, *, position_ids, key_valid=None, cache):
+def chain_decode(variables, input_ids, *, position_ids, key_valid=None, cache, empty=False):
     """A model that can be computed by hand: what follows is a sum over real tokens and their positions."""
     valid = jnp.ones_like(input_ids, bool) if key_valid is None else key_valid
     seen = jnp.stack([input_ids * variables["weight"], position_ids], -1)
@@ -130,6 +132,47 @@ def test_nothing_is_compiled_again():
     other.generate([[1] * 69], **settings)  # the next bucket
     assert [*other.stream(turn * 2, **settings)]
     assert programs() == (compiled[0] + 1, compiled[1] + 1)
+
+
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.4, "sliding_window": 5,
+}  # fmt: skip
+BOTH = ["sliding_attention", "full_attention"]
+SHAPES: dict[str, dict[str, Any]] = {
+    "windows": {
+        "model_type": "qwen3", "num_hidden_layers": 4, "use_sliding_window": True, "layer_types": BOTH * 2
+    },
+    "sinks": {
+        "model_type": "gpt_oss", "num_hidden_layers": 2, "layer_types": BOTH,
+        "num_local_experts": 3, "num_experts_per_tok": 2,
+    },
+    "shared keys and values": {
+        "model_type": "gemma4_text", "num_hidden_layers": 8, "layer_types": BOTH * 4,
+        "num_kv_shared_layers": 4, "global_head_dim": 12, "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": VOCAB,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "longest"), [*((kind, 70) for kind in SHAPES), ("windows", 300)])
+def test_prompts_of_unequal_lengths_attend_to_themselves_and_then_to_the_cache(kind, longest):
+    """Oracle: the pass over each row alone, without padding and without a cache."""
+    base = CausalLM.from_config(DecoderConfig.from_hf(SHAPE | SHAPES[kind]), jax.random.key(0))
+    rng, attend, seen = np.random.default_rng(1), decoder_layer.attend, set()
+    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (longest, 1, 40)]
+
+    def noted(query, key, value, patterns, *arguments, **options):
+        seen.add((query.shape[1], key.shape[1], patterns[0].own))
+        return attend(query, key, value, patterns, *arguments, **options)
+
+    with mock.patch.object(decoder_layer, "attend", noted):
+        new = base.generate(prompts, max_new_tokens=6, eos_token_id=())
+    width = 128 if longest == 70 else 384
+    assert seen == {(width, width, True), (1, width + 64, False)}
+    for prompt, tokens in zip(prompts, new, strict=True):
+        logits = base(jnp.array([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == tokens
 
 
 def test_prompts_of_one_length_may_be_an_array():
