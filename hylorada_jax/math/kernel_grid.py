@@ -101,14 +101,20 @@ class Grid:
         self.near = Block((None, 1, size), lambda row, head, i, j: (head, 0, i - j - 1 + self._origin))
         self.far = Block((None, 1, size), lambda row, head, i, j: (head, 0, i - j + self._origin))
 
-    def _live(self, segments: Array | None, window: Array) -> Int[Array, "batch pair"]:
+    def _next_live(self, segments: Array | None, window: Array) -> Int[Array, "batch pair"]:
+        """For each pair of a row, the first from it on of which some query may see some key.
+
+        The last pair is such: a block sees itself.
+        """
         query, key = self._pairs
         live = jnp.broadcast_to(nearest(query - key, self._settings.size) < window, (self._batch, query.size))
         if segments is not None:
             blocks = segments.reshape(self._batch, -1, self._settings.size)
             low, high = blocks.min(axis=2), blocks.max(axis=2)
             live &= (low[:, query] <= high[:, key]) & (low[:, key] <= high[:, query])
-        return live.astype(jnp.int32)
+        last = query.size - 1
+        places = jnp.where(live, np.arange(query.size, dtype=np.int32), last)
+        return jax.lax.cummin(places, axis=1, reverse=True)
 
     def run(
         self,
@@ -136,14 +142,14 @@ class Grid:
         order = jnp.asarray(np.stack([*self._pairs, *self._edges]), jnp.int32)
         grid = (self._heads // self._inner, self._batch, self._pairs.shape[1], self._inner)
 
-        def body(order, live, *references) -> None:
+        def body(order, next_live, *references) -> None:
             row, pair, inner = (pl.program_id(axis) for axis in (1, 2, 3))
             first = (order[2, pair] == 1) & (inner == 0)
             step = Step(
                 begins=first & (pair == 0) & (row == 0),
                 first=first,
                 last=(order[3, pair] == 1) & (inner == self._inner - 1),
-                live=live[row, pair] == 1,
+                live=next_live[row, pair] == pair,
                 stretch=order[0, pair] - order[1, pair] - 1 + self._origin,
             )
             kept = references[len(inputs) + len(outputs) :]
@@ -155,9 +161,19 @@ class Grid:
 
             kernel(step, references[: len(inputs)], references[len(inputs) : -len(kept)], kept)
 
-        def spec(block: Block) -> pl.BlockSpec:
-            def index(outer, row, pair, inner, order, live):
+        def written(block: Block) -> pl.BlockSpec:
+            def index(outer, row, pair, inner, order, next_live):
                 return block.at(row, outer * self._inner + inner, order[0, pair], order[1, pair])
+
+            return pl.BlockSpec(block.shape, index)
+
+        def read(block: Block) -> pl.BlockSpec:
+            # A block is copied when a step has another than the one before. So a pair that is passed over has
+            # those of the next that is not, which are so also fetched while the one before is computed.
+            def index(outer, row, pair, inner, order, next_live):
+                place = next_live[row, pair]
+                head = outer * self._inner + jnp.where(place == pair, inner, 0)
+                return block.at(row, head, order[0, place], order[1, place])
 
             return pl.BlockSpec(block.shape, index)
 
@@ -167,8 +183,8 @@ class Grid:
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=grid,
-                in_specs=[None if array is None else spec(block) for array, block in inputs],
-                out_specs=[spec(block) for _, block in outputs],
+                in_specs=[None if array is None else read(block) for array, block in inputs],
+                out_specs=[written(block) for _, block in outputs],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
             ),
             out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in outputs],
@@ -177,7 +193,7 @@ class Grid:
             ),
             cost_estimate=self._cost([*given, *outputs], products),
             interpret=self._settings.interpret,
-        )(order, self._live(segments, window), *(array for array, _ in inputs))
+        )(order, self._next_live(segments, window), *(array for array, _ in inputs))
 
     def _cost(self, touched: Sequence[tuple[Any, Block]], products: int) -> pl.CostEstimate:
         """Of all blocks, as if none were passed over: a block is moved when the next step has another."""
