@@ -1,7 +1,6 @@
 """On disk and loaded: parity_tests/test_files.py, for every family."""
 
 import json
-import subprocess
 import sys
 
 import jax
@@ -13,7 +12,7 @@ from hylorada_jax.models import weights_digest
 from hylorada_jax.models.weights_digest import copies_of, tree_digest
 from hylorada_jax.placement.placement import Placement, parse_mesh
 from hylorada_jax.placement.processes import join
-from hylorada_jax.placement.processes_test import free_port
+from hylorada_jax.placement.processes_test import measured_by_two
 
 
 def tree():
@@ -88,21 +87,9 @@ def measure(port, number):
 @pytest.fixture(scope="module")
 def found(on_devices):
     """Of two processes of two devices each: {mesh: [digest, [axes and pieces of each leaf hashed]]}."""
-    program = f"import sys\nfrom {__name__} import measure\nmeasure(*sys.argv[1:])"
-    port = str(free_port())
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, port, number],
-            env=on_devices(2),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in "01"
-    ]
-    said = [process.communicate(timeout=120)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    return [json.loads(next(line for line in text.splitlines() if line.startswith("{"))) for text in said]
+    measured, said, codes = measured_by_two(__name__, on_devices)
+    assert codes == [0, 0], said
+    return measured
 
 
 def test_processes_that_hold_a_model_between_them_hash_each_its_share(found):

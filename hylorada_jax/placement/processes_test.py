@@ -79,9 +79,13 @@ def measure(port, number):
     signal.pause()  # jax ends it
 
 
-@pytest.fixture(scope="module")
-def found(on_devices):
-    program = f"import sys\nfrom {__name__} import measure\nmeasure(*sys.argv[1:])"
+def measured_by_two(module, on_devices):
+    """What a module's ``measure(port, number)`` says of each of two processes of two devices.
+
+    Returns:
+        The JSON objects, what both wrote to stderr, and how they ended.
+    """
+    program = f"import sys\nfrom {module} import measure\nmeasure(*sys.argv[1:])"
     port = str(free_port())
     started = [
         subprocess.Popen(
@@ -95,7 +99,13 @@ def found(on_devices):
     ]
     said = [process.communicate(timeout=120)[1] for process in started]
     lines = [next((line for line in text.splitlines() if line.startswith("{")), text) for text in said]
-    return [json.loads(line) for line in lines], said[1], started[1].returncode
+    return [json.loads(line) for line in lines], said, [process.returncode for process in started]
+
+
+@pytest.fixture(scope="module")
+def found(on_devices):
+    measured, said, codes = measured_by_two(__name__, on_devices)
+    return measured, said[1], codes[1]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
