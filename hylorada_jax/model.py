@@ -383,6 +383,11 @@ class HyLoRADAModel:
         with self._decoding([prompt], None if structure_ids is None else [structure_ids]) as adapted:
             return self.base.stream(prompt, **adapted, **settings)
 
+    def _resolved(self) -> Resolved:
+        """What :meth:`resolve` gives of the model's own adapters."""
+        with in_use(self.frozen):
+            return self._resolve(self.adapters, self.frozen)
+
     @contextlib.contextmanager
     def _decoding(
         self, prompts: Sequence[Sequence[int]], structure_ids: Sequence[Sequence[int]] | None
@@ -392,9 +397,8 @@ class HyLoRADAModel:
         if self.disabled:
             yield {}
             return
-        with in_use(self.frozen):
-            resolved = self._resolve(self.adapters, self.frozen)
-        variables = {"params": self._params(resolved, None), COLLECTION: resolved}
+        resolved = self._resolved()
+        variables: dict[str, Any] = {"params": self._params(resolved, None), COLLECTION: resolved}
         ours = isinstance(self.base, CausalLM)
         structure = Structure(decoding=True)
         if structure_ids is not None:
@@ -450,8 +454,7 @@ class HyLoRADAModel:
             ModelError: a component has an effect that no weights can express; it is named.
         """
         check_mergeable(self.sites, self.adapters)
-        with in_use(self.frozen):
-            resolved = self._resolve(self.adapters, self.frozen)
+        resolved = self._resolved()
         params = merge(self.sites, resolved, self.base.params, self.config)
         return self.base.with_params(params)
 

@@ -55,9 +55,8 @@ def chat(
         max_context: largest number of tokens in the conversation and its answer [the model's number of
             positions].
         chat_template: a Jinja file in place of the model's or the adapter's template.
-        structure: the structure that a hylorada_v2 adapter reads: code, for the
-            conversation's fenced blocks so far, or none [that of its training]. An answer has none while
-            written.
+        structure: the structure that a hylorada_v2 adapter reads: code, for the conversation's fenced
+            blocks so far, or none [that of its training]. An answer has none while it is written.
         seed: seed of the sampling, in [0, 2³²).
         dtype: dtype of the weights and the computation.
         base_dtype: quantise the linear layers to int8 or nf4, with +head the output head too, as for the

@@ -94,5 +94,5 @@ def import_peft(
     saved = open_peft(adapter)
     check_import(saved, unloaded(model), method)  # before the model is loaded
     saved.tensors()
-    read(load_model(model), adapter, method=method).save_pretrained(output)
+    read(load_model(model), saved, method=method).save_pretrained(output)
     show(str(output))

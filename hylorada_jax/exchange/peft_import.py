@@ -25,12 +25,15 @@ from hylorada_jax.surgery.targets import is_head, patterns_of, shortest_targets
 from hylorada_jax.text import short
 
 
-def import_peft(base_model: Any, directory: str | Path, *, method: str | None = None) -> HyLoRADAModel:
+def import_peft(
+    base_model: Any, directory: str | Path | SavedPeft, *, method: str | None = None
+) -> HyLoRADAModel:
     """A model that carries an adapter PEFT has saved, and goes on training from there.
 
     Args:
         base_model: the model it was trained on, as for :class:`HyLoRADAModel`.
-        directory: holds PEFT's adapter_config.json and adapter_model.safetensors.
+        directory: holds PEFT's adapter_config.json and adapter_model.safetensors; or what
+            :func:`hylorada_jax.exchange.peft_files.open_peft` gave of it.
         method: lora or dora, as the file has it, when None; a DoRA adapter can also start ``hylorada_v1``,
             whose magnitude is set so that at its ordinary gates it computes the same.
 
@@ -47,7 +50,8 @@ def import_peft(base_model: Any, directory: str | Path, *, method: str | None = 
 
     Source: method.md §1, Collapse, solved for the magnitude.
     """
-    saved, base = open_peft(directory), as_base(base_model)
+    saved = directory if isinstance(directory, SavedPeft) else open_peft(directory)
+    base = as_base(base_model)
     settings, modules = saved.settings, check_import(saved, base, method)
     tensors, trained = settle_whole(saved.tensors(), settings, base, modules)
     config = _config(saved, modules.linear_names, method or _theirs(settings), trained)

@@ -118,9 +118,8 @@ class DecodeStep:
         empty: bool = False,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """See ``CausalLM.decode``; ``empty``: the cache has no tokens yet."""
-        given = {"cache": cache, "empty": empty}
         hidden, cache = self.module.apply(
-            variables, input_ids, position_ids, key_valid, **given, method="hidden"
+            variables, input_ids, position_ids, key_valid, cache=cache, empty=empty, method="hidden"
         )
         return self.module.apply(variables, hidden[:, -1], method="logits"), cache
 

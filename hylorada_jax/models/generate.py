@@ -244,8 +244,14 @@ def _begin(
     batch, width = input_ids.shape
     positions = jnp.arange(width, dtype=jnp.int32) - (width - (state.lengths + state.step)[:, None])
     valid = positions >= 0
-    places = {"position_ids": jnp.maximum(positions, 0), "key_valid": valid}
-    logits, cache = decode(variables, input_ids, **places, cache=state.cache, empty=True)
+    logits, cache = decode(
+        variables,
+        input_ids,
+        position_ids=jnp.maximum(positions, 0),
+        key_valid=valid,
+        cache=state.cache,
+        empty=True,
+    )
     seen = state.seen
     if seen is None and chosen.repetition_penalty is not None:
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], input_ids].max(valid)

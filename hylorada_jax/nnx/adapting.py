@@ -109,7 +109,8 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
 
     Source: method.md §§1, 4.
     """
-    adaptation, found = plan_on(model, config)
+    modules, found = find_modules(model)
+    adaptation = plan_on(model, config, modules, found)
     sites = adaptation.sites
     check_rngs(rngs, adaptation, "params")
     raw = {
@@ -131,9 +132,17 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
     return model
 
 
-def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, Found]]:
-    """What a config adapts in a model that is not adapted; changes nothing. Errors: as :func:`adapt`."""
-    modules, found = find_modules(model)
+def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping[Path, Found]) -> Adaptation:
+    """What a config adapts in a model that is not adapted; changes nothing.
+
+    Errors: as :func:`adapt`.
+
+    Args:
+        model: the model.
+        config: what is to be adapted.
+        modules: the model's, of :func:`hylorada_jax.nnx.finding.find_modules`.
+        found: each of them by its path, from there too.
+    """
     if adapted := sorted(".".join(path) for path, here in found.items() if isinstance(here.module, Adapted)):
         raise ModelError(
             "A module is adapted once.",
@@ -170,7 +179,7 @@ def plan_on(model: Any, config: HyLoRADAConfig) -> tuple[Adaptation, dict[Path, 
                 f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
                 "Adapt the model as it was before it was quantised.",
             )
-    return Adaptation(config, modules, sites), found
+    return Adaptation(config, modules, sites)
 
 
 def check_rngs(rngs: Any, adaptation: Adaptation, *streams: str) -> None:

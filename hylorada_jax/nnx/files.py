@@ -117,8 +117,9 @@ def load_adapter(
         True
     """
     saved = directory if isinstance(directory, SavedAdapter) else open_adapter(directory)
-    saved = saved.on(find_modules(model)[0].linear_names)
-    adaptation, found = plan_on(model, saved.config)
+    modules, found = find_modules(model)
+    saved = saved.on(modules.linear_names)
+    adaptation = plan_on(model, saved.config, modules, found)
     given = _identity(model, adaptation.modules, None, base_config)
     if given["model_type"] is None:  # of a model that does not say, only the layers are compared
         given |= {key: saved.base[key] for key in ("model_type", "config_sha256")}
