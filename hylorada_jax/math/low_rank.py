@@ -20,6 +20,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from hylorada_jax.math.adapted_norm import adapted_norm_squared
+from hylorada_jax.math.remat import named_output
 from hylorada_jax.math.scaled_sum import rounded, scaled_sum
 
 # n is kept above this so that a zero row of W gives a finite c and a finite gradient.
@@ -186,7 +187,7 @@ def adapted_output(
     if column_scale is not None:
         return scaled_sum(base_output, delta, column_scale.astype(delta.dtype), written)
     y, dtype = base_output.astype(delta.dtype) + delta, base_output.dtype
-    return rounded(y, dtype) if written else y.astype(dtype)
+    return named_output(rounded(y, dtype) if written else y.astype(dtype))
 
 
 def row_norm_squared(weight: Float[Array, "d_out d_in"]) -> Float[Array, " d_out"]:

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from hylorada_jax.math.own_derivative import called
+from hylorada_jax.math.remat import named_output
 
 # In place of a c of 0, of which y would not tell what was scaled.
 _LEAST = 1e-30
@@ -69,7 +70,10 @@ def _forward(written: bool, base: Array, delta: Array, scale: Array) -> tuple[Ar
     scale = jnp.where(jnp.abs(scale) < _LEAST, _LEAST, scale)
     y = base.astype(delta.dtype) + delta
     y = y * scale
-    y = rounded(y, base.dtype) if written else y.astype(base.dtype)
+    y = named_output(rounded(y, base.dtype) if written else y.astype(base.dtype))
+    # To jax a new array, to compilers the same. Without it jax.checkpoint keeps y twice where it goes into a
+    # checkpoint within, as gate and up do: for this derivative and for that.
+    y = jnp.copy(y)
     return y, (y, scale)
 
 

@@ -9,7 +9,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from hylorada_jax.math.quantized import Kernel, dot_general
+from hylorada_jax.math import quantized
+from hylorada_jax.math.quantized import Kernel
+from hylorada_jax.math.remat import named_output
 from hylorada_jax.trees import is_quantized
 
 
@@ -20,6 +22,11 @@ def promote_dtype(
     given = kernel.scale if is_quantized(kernel) else kernel
     x, promoted, bias = nn.dtypes.promote_dtype(x, given, bias, dtype=dtype, inexact=inexact)
     return [x, kernel.astype(promoted.dtype) if is_quantized(kernel) else promoted, bias]
+
+
+def dot_general(x: Array, kernel: Kernel, dimensions: Any, **settings: Any) -> Array:
+    """The product of a layer without an adapter, which a rematerialised layer may keep."""
+    return named_output(quantized.dot_general(x, kernel, dimensions, **settings))
 
 
 Dense = partial(nn.Dense, promote_dtype=promote_dtype, dot_general=dot_general)

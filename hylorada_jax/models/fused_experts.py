@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from hylorada_jax.math import experts
-from hylorada_jax.math.remat import computed_again
+from hylorada_jax.math.remat import computed_again, named_output
 from hylorada_jax.models.dense import Dense, promote_dtype, scaled
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.mixture import EXPERTS, by_experts
@@ -36,7 +36,7 @@ class Router(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(), (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.normal(), (self.features,), jnp.float32)
         x, kernel, bias = promote_dtype(x, kernel, bias)
-        return x @ kernel + bias
+        return named_output(x @ kernel) + bias
 
 
 class ScaledRouter(nn.Module):
@@ -83,7 +83,7 @@ class FusedExperts(nn.Module):
             if self.biases:
                 bias = self.param(f"{name}_bias", normal, (m.experts, features), jnp.float32)
             x, kernel, bias = promote_dtype(x, kernel, bias)
-            y = experts.experts_dot(x, kernel, rows)
+            y = named_output(experts.experts_dot(x, kernel, rows))
             return y if bias is None else y + bias[rows.expert]
 
         return layer(DOWN, self.glu(layer(GATE_UP, x, 2 * m.width)), x.shape[-1])

@@ -17,17 +17,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.errors import require_one_of
+from hylorada_jax.math.remat import OUTPUT
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import Cache, DecoderLayer, KeysValues, Own, Step, Stream
 from hylorada_jax.models.stacks import Stack, parts_of, stacks_of
 from hylorada_jax.trees import COLLECTION
 
-# What the backward pass keeps of a layer's inside. 'dots' keeps the projections (matrix products without a
-# batch axis) and computes attention again, whose logits grow with the square of the length.
+# What the backward pass keeps of a layer's inside. 'dots' keeps by name what linear layers give: a policy for
+# products would keep of an adapted layer the base's and δ, in float32 too, and of experts none.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT),
 }
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from hylorada_jax.math import experts
 from hylorada_jax.math.quantized import Kernel
+from hylorada_jax.math.remat import named_output
 from hylorada_jax.models.dense import Dense, promote_dtype
 from hylorada_jax.models.families.family import Mixture
 from hylorada_jax.models.module_kinds import register
@@ -34,7 +35,7 @@ class ExpertDense(nn.Module):
         shape = self.count, x.shape[-1], self.features
         kernel: Kernel = self.param("kernel", nn.initializers.normal(), shape, jnp.float32)
         x, kernel, _ = promote_dtype(x, kernel, None)
-        return experts.experts_dot(x, kernel, rows)
+        return named_output(experts.experts_dot(x, kernel, rows))
 
 
 register(ExpertDense, "experts")

@@ -15,7 +15,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import experts, linear_adapter, low_rank, position, quantized, sparse, structure
-from hylorada_jax.models.dense import promote_dtype
+from hylorada_jax.models.dense import dot_general, promote_dtype
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
 from hylorada_jax.surgery.modules import as_it_lies, takes_positions
@@ -341,7 +341,7 @@ def _multiplies_by_itself(module: Any) -> bool:
     """Whether a linear module has a product of its own: over several axes, or in 8 bits."""
     if isinstance(module, nn.DenseGeneral):
         return True
-    ours = (None, jax.lax.dot_general, quantized.dot_general)
+    ours = (None, jax.lax.dot_general, dot_general)
     given = getattr(module, "dot_general_cls", None), getattr(module, "dot_general", None)
     return given[0] is not None or given[1] not in ours
 
