@@ -307,9 +307,9 @@ class HyLoRADAConfig:
             require_one_of(name, getattr(self, name), allowed)
         if self.position_bias_enabled and (self.use_hylorada_v2 or not self.use_hylorada):
             raise ConfigError(
-                "position_bias_enabled acts in the Unified layer, which only method='hylorada' has.",
+                "position_bias_enabled scales the update of method='hylorada' or 'hylorada_v1'.",
                 f"method={self.method!r}, position_bias_enabled=True",
-                "Choose method='hylorada', or leave position_bias_enabled out.",
+                "Choose one of them, or leave position_bias_enabled out.",
             )
         if self.daa_position_bias and not self.daa_enabled:
             raise ConfigError(

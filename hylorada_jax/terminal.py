@@ -95,7 +95,12 @@ def show(text: str) -> None:
     Args:
         text: what a model has written, a table, or JSON.
     """
-    print(printable(text) if sys.stdout is not None and sys.stdout.isatty() else text)
+    print(printable(text) if on_terminal() else text)
+
+
+def on_terminal() -> bool:
+    """Whether stdout is a terminal; where it is closed, it is none."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def remark(line: str) -> None:

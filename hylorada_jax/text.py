@@ -1,6 +1,7 @@
 """What comes from outside: text that UTF-8 can write; JSON, with one kind of error; values cut for errors."""
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Sequence
@@ -52,6 +53,30 @@ def parse_json(text: str) -> Any:
         return json.loads(text.removeprefix("\ufeff"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def to_json(value: Any) -> str:
+    """A line of JSON, which has no infinity and no NaN: null stands for them.
+
+    Args:
+        value: dicts, lists and tuples of plain values.
+
+    Example:
+        >>> to_json({"perplexity": float("inf"), "tokens": [3]})
+        '{"perplexity": null, "tokens": [3]}'
+    """
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """The command line's options that say what is trained."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,8 @@ _SETTINGS = {
     "sparse": "sparse_enabled",
     "s2_attn": "s2_attn_enabled",
 }
+# What a method without linear adapters would not read.
+_OF_LINEAR = "rank", "alpha", "dropout", "lora_A_init", "lora_A_gain", "lora_plus", "exclude"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,11 +94,7 @@ class AdapterOptions:
             if preset is None and self.method is None:
                 # The switches choose the method: hylorada_v1, or with --position-bias hylorada.
                 given = {"method": None, "use_hylorada": True} | given
-            try:
-                return HyLoRADAConfig.preset(preset or "recommended", **given)
-            except ConfigError as error:
-                flags = {_SETTINGS.get(name, name): flag_of(name) for name in vars(self)}
-                raise in_flags(error, flags) from None
+            return self._checked(lambda: HyLoRADAConfig.preset(preset or "recommended", **given))
         for name, value in (("method", self.method), ("preset", preset)):
             if value is not None:
                 received = f"--config {file} --{name} {value}"
@@ -104,7 +103,21 @@ class AdapterOptions:
         if self.rank is not None and self.alpha is None:
             # α follows r where only r is given, so that the update's scale stays the same.
             given["lora_alpha"] = start.lora_alpha / start.lora_rank * self.rank
-        return dataclasses.replace(start, **given)
+        return self._checked(lambda: dataclasses.replace(start, **given))
+
+    def _checked(self, build: Callable[[], HyLoRADAConfig]) -> HyLoRADAConfig:
+        """A config; a ConfigError calls settings that are refused by their options."""
+        try:
+            config = build()
+        except ConfigError as error:
+            raise in_flags(error, {_SETTINGS.get(n, n): flag_of(n) for n in vars(self)}) from None
+        if config.linear is None and (idle := [n for n in _OF_LINEAR if getattr(self, n) is not None]):
+            raise ConfigError(
+                f"--method {config.method} has no low-rank update.",
+                ", ".join(flag_of(name) for name in idle),
+                "Leave that out, or choose a method with one and add --sparse.",
+            )
+        return config
 
 
 # A group of the help, without a prefix: --rank, not --adapter.rank.

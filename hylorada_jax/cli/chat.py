@@ -24,6 +24,7 @@ from hylorada_jax.cli.shared import (
 )
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.seeds import check_seed
+from hylorada_jax.terminal import on_terminal
 
 
 @puts_offline
@@ -66,6 +67,8 @@ def chat(
         offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     check_seed(seed)
+    if sys.stdin is None:  # as Python has it where it is closed
+        raise ConfigError("A conversation is read from stdin.", "stdin is closed", "Type it, or pipe it in.")
     saved, read = check_adapter(adapter, structure)
     template = template_of(chat_template, saved)
 
@@ -99,7 +102,7 @@ def chat(
         rng,
         settings,
     )
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = sys.stdin.isatty() and on_terminal()
     if interactive:
         with contextlib.suppress(ImportError):  # the history and the keys of a line; Windows has none
             import readline  # noqa: F401

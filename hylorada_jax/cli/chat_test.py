@@ -229,6 +229,12 @@ def test_chat_streams_what_generate_says_and_compiles_once(chatting, monkeypatch
     assert programs() == before
 
 
+def test_a_closed_stdin_is_an_error_of_ours(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, _, err = run(monkeypatch, capsys, "chat")
+    assert (status, "stdin is closed" in err) == (2, True)
+
+
 def test_options_that_filter_nothing_need_no_sampling():
     assert SamplingOptions(top_k=0, top_p=1.0, min_p=0.0).settings(None, 5)["temperature"] == 0
 

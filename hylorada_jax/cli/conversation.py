@@ -1,13 +1,12 @@
 """A conversation on a terminal, or with a pipe."""
 
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hylorada_jax.cli.shared import chat_of
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
 from hylorada_jax.structure.code import Domain
-from hylorada_jax.terminal import printable
+from hylorada_jax.terminal import on_terminal, printable
 
 if TYPE_CHECKING:
     from jax import Array
@@ -98,7 +97,7 @@ class _Printer:
             text = text.rstrip("\ufffd")  # the first bytes of a character, mostly
             text = text[: text.rfind(" ") + 1].rstrip() if self._by_words else text
         # The whole of it: whether a joiner is seen depends on what is before it.
-        text = printable(text) if sys.stdout.isatty() else text
+        text = printable(text) if on_terminal() else text
         print(text[self._printed :], end="\n" if last else "", flush=True)
         self._printed = max(self._printed, len(text))
 

@@ -1,6 +1,5 @@
 """The command that shows data as a model is trained on them."""
 
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from hylorada_jax.cli.shared import puts_offline, template_of, tokenizer_of
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.packaged import PACKAGED_MODEL
-from hylorada_jax.terminal import one_line, printable
+from hylorada_jax.terminal import on_terminal, one_line, printable
 from hylorada_jax.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def data(
 
 def _marked(tokenizer: "Tokenizer", ids: list[int], scored: list[bool]) -> str:
     """The text of tokens, special ones written out, with marks around what is scored."""
-    in_colour = sys.stdout.isatty()
+    in_colour = on_terminal()
     start, stop = ("\x1b[32m", "\x1b[0m") if in_colour else ("⟦", "⟧")
     parts, at = [], 0
     for counts, run in groupby(scored):

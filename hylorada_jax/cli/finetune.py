@@ -19,6 +19,7 @@ from hylorada_jax.cli.shared import (
     base_of,
     check_whole,
     loaded,
+    method_of,
     puts_offline,
     structure_of,
     tell_undivided,
@@ -161,7 +162,7 @@ def finetune(
     adapted.chat_template, adapted.structure = template, read
     trainer = HyLoRADATrainer(adapted, train, held_out, config, recipe=repeats)
     print(f"model    {one_line(model)}, {weights}")
-    print(f"method   {settings.method}, rank {settings.lora_rank}: ", end="")
+    print(f"method   {method_of(settings)}: ", end="")
     adapted.print_trainable_parameters()
     if why:
         print(f"mesh     {why}")

@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hylorada_jax.errors import ConfigError
 
@@ -21,13 +21,11 @@ def flag_of(name: str) -> str:
     return f"--{name.removeprefix('--').replace('_', '-')}"
 
 
-def options_of(command: Callable[..., None]) -> dict[str, bool]:
-    """The options of a command, those of its groups too, and whether each is a switch."""
+def options_of(command: Callable[..., None]) -> dict[str, tuple[Any, ...]]:
+    """The options of a command, those of its groups too, each with its type and those of a union."""
     hints = {name: hint for name, hint in get_type_hints(inspect.unwrap(command)).items() if name != "return"}
     groups = [get_type_hints(h) if is_dataclass(h) else {name: h} for name, h in hints.items()]
-    return {
-        flag_of(name): bool in (hint, *get_args(hint)) for group in groups for name, hint in group.items()
-    }
+    return {flag_of(name): (hint, *get_args(hint)) for group in groups for name, hint in group.items()}
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:

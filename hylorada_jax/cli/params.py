@@ -1,7 +1,7 @@
 """The command that counts what would be trained."""
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter
-from hylorada_jax.cli.shared import print_result, puts_offline, unloaded
+from hylorada_jax.cli.shared import method_of, print_result, puts_offline, unloaded
 from hylorada_jax.models.packaged import PACKAGED_MODEL
 
 
@@ -40,13 +40,13 @@ def params(
     result = {
         "model": model,
         "method": settings.method,
-        "rank": settings.lora_rank,
+        "rank": settings.lora_rank if settings.linear else None,
         "trainable": trainable,
         "components": components,
         "base": base,
         "adapted_layers": sum(len(site.layers) for site in sites if site.component == "linear"),
     }
-    text = f"{settings.method}, rank {settings.lora_rank}: {trainable:,} trainable beside "
+    text = f"{method_of(settings)}: {trainable:,} trainable beside "
     text += f"{total - trainable:,} frozen ({100 * trainable / total:.3f} %)"
     if len(components) > 1:
         text += "".join(f"\n  {name:<17} {count:>11,}" for name, count in components.items())

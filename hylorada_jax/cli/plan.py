@@ -1,6 +1,7 @@
 """The command that tells what fits before anything is rented."""
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -142,6 +143,7 @@ def _command(model: str, adapter: AdapterOptions, base_dtype: str | None, seq_le
 
     case = row.figures.case
     words = ["hylorada", "finetune", "--model", "MODEL" if model in SHAPES else model]
+    words += ["--output", f"runs/{Path(model).resolve().name}"]
     for name, value in vars(adapter).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -66,7 +66,7 @@ def test_another_kind_of_model_is_refused(command, tmp_path):
 
 
 @pytest.mark.apart
-def test_the_devices_here_are_planned_for(command):
+def test_the_devices_here_are_planned_for(command, tmp_path):
     status, out, _ = command("--topology here --seq-len 16 --rank 2 --no-lora-plus --remat full none --json")
     assert status == 0
     record = json.loads(out)
@@ -75,7 +75,8 @@ def test_the_devices_here_are_planned_for(command):
         assert row["argument_bytes"] < row["needed_bytes"]
     words = shlex.split(record["best"])
     assert words[:2] == ["hylorada", "finetune"]
-    assert " ".join(words[4:]) == (
+    assert words[4:6] == ["--output", f"runs/{tmp_path.name}"]
+    assert " ".join(words[6:]) == (
         "--rank 2 --no-lora-plus --remat none --batch-size 1 --seq-len 16 --dtype bfloat16"
     )
     status, out, _ = command("--topology here --seq-len 16 --remat full")

@@ -132,7 +132,11 @@ class DataOptions:
         if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
             rule = "A column's other name must be given as ours=theirs."
             raise ConfigError(rule, f"--columns {' '.join(wrong)}", "For example --columns text=body.")
-        return {ours: theirs for ours, _, theirs in pairs}
+        names = {ours: theirs for ours, _, theirs in pairs}
+        if len(names) < len(pairs):
+            rule = "A column must be given one other name."
+            raise ConfigError(rule, f"--columns {' '.join(self.columns)}", "Leave out all but one.")
+        return names
 
     def counted(self, sources: Sequence[Source]) -> str:
         """What of the held-out rows counts, behind the name of a figure; nothing where all of it does."""

@@ -1,8 +1,9 @@
 """A whole run in one file: the options of ``hylorada finetune`` as JSON or YAML."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -48,14 +49,14 @@ def recipe_of(
     }
 
 
-def expanded(arguments: Sequence[str], known: Mapping[str, bool]) -> list[str]:
+def expanded(arguments: Sequence[str], known: Mapping[str, Collection[Any]]) -> list[str]:
     """A command line with what its recipe says in front of the options beside it, which so win.
 
     Steps beside a recipe win over its epochs too, and the ratio of the warm-up over its steps.
 
     Args:
         arguments: of the program; only ``finetune`` has a recipe.
-        known: the options of ``finetune``, and whether each is a switch.
+        known: the options of ``finetune``, and the types of each.
 
     Returns:
         The same, or more of them.
@@ -69,7 +70,7 @@ def expanded(arguments: Sequence[str], known: Mapping[str, bool]) -> list[str]:
         >>> with tempfile.TemporaryDirectory() as place:
         ...     file = Path(place) / "run.yaml"
         ...     _ = file.write_text("steps: 5\\npacking: false\\ntargets: [q_proj, v_proj]")
-        ...     known = {"--steps": False, "--packing": True, "--targets": False}
+        ...     known = {"--steps": [int], "--packing": [bool], "--targets": [tuple]}
         ...     expanded(["finetune", "--recipe", str(file), "--steps", "9"], known)[1:6]
         ['--steps=5', '--no-packing', '--targets', 'q_proj', 'v_proj']
     """
@@ -85,16 +86,15 @@ def expanded(arguments: Sequence[str], known: Mapping[str, bool]) -> list[str]:
     replaced = {other for one, other in _IN_PLACE.items() if one in beside}
     said: list[str] = []
     for name, value in _read(path).items():
-        if (option := flag_of(name)) not in known and option.replace("--no-", "--", 1) not in known:
+        option = flag_of(name)
+        if (positive := option if option in known else option.replace("--no-", "--", 1)) not in known:
             rule = "A recipe's keys must be options of finetune."
             raise ConfigError(rule, f"{path}: {shown(name)}", near(name, [key[2:] for key in known]))
         if option == _OPTION:
             rule = "A recipe has all of its options in one file."
             raise ConfigError(rule, f"{path}: {shown(name)}", "Copy that recipe's options into this one.")
-        if value is None and known.get(option):
-            continue  # a switch that is neither on nor off: as it is by default
         try:
-            said += () if option in replaced else _option(name, value)
+            said += () if option in replaced else _option(name, positive, value, known[positive])
         except ConfigError as error:
             raise error.at(str(path)) from None
     return [command, *said, *rest]
@@ -123,11 +123,20 @@ def _read(path: Path) -> dict[str, Any]:
     return options
 
 
-def _option(name: str, value: Any) -> Iterator[str]:
-    option = flag_of(name)
+def _option(name: str, option: str, value: Any, types: Collection[Any]) -> Iterator[str]:
+    """The words of an option, which a recipe may call by --no- and its name."""
+    switch = bool in types
+    if value is None and NoneType not in types:
+        rule = "In a recipe, only options that may be without a value are null."
+        raise ConfigError(rule, f"{name}: null", "Leave this option out.")
+    if value is not None and switch != isinstance(value, bool):
+        rule = "In a recipe, switches are true or false, and no other option is."
+        raise ConfigError(rule, f"{name}: {shown(value)}", "Correct this option.")
     match value:
+        case None if switch:  # neither on nor off: as it is by default
+            return
         case bool():
-            yield option if value else f"--no-{option[2:]}"
+            yield option if value == (option == flag_of(name)) else f"--no-{option[2:]}"
         case None | int() | float() | str():
             yield f"{option}={value}"
         case list() if value and all(isinstance(item, str) for item in value):

@@ -74,12 +74,13 @@ def test_yaml_says_the_same(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "steps: 3\nlearning_rate: 3e-5  # as text in YAML 1.1\npacking: no\ntargets: [q_proj]\nrank: 3\n"
-        "daa: null\neval_tokens: null"
+        "daa: null\neval_tokens: null\nno_lora_plus: true\nno-progress: no"
     )
     training, adapter, *_ = parsed("--recipe", str(file), "--output", "b")
     assert (training.eval_tokens, adapter.daa) == (None, None)
     assert (training.steps, training.learning_rate, training.packing) == (3, 3e-5, False)
-    assert (adapter.targets, adapter.rank) == (("q_proj",), 3)
+    assert (adapter.targets, adapter.rank, adapter.lora_plus) == (("q_proj",), 3, False)
+    assert training.progress
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,13 @@ def test_yaml_says_the_same(tmp_path):
         ("a.yaml", b"targets: &a [x, x]\nexclude: &b [*a, *a]\ndata: [*b, *b]", "exclude: "),
         ("a.yaml", b"steps: 2024-01-01", "a.yaml: steps"),
         ("a.yaml", b"recipe: b.yaml", "a.yaml: 'recipe'"),
+        ("a.yaml", b"output: null", "a.yaml: output: null"),
+        ("a.yaml", b"prompt:", "a.yaml: prompt: null"),
+        ("a.yaml", b"packing:", "a.yaml: packing: null"),
+        ("a.yaml", b"packing: 'false'", "a.yaml: packing: 'false'"),
+        ("a.yaml", b"no_packing: 1", "a.yaml: no_packing: 1"),
+        ("a.yaml", b"daa: [a]", "a.yaml: daa"),
+        ("a.yaml", b"steps: true", "a.yaml: steps: True"),
         ("a.yaml", b"learning_rte: 1", "a.yaml: 'learning_rte'[\\s\\S]*learning-rate"),
         ("a.json", b'{"a": "' + b"x" * 2**20 + b'"}', "bytes"),
     ],

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from hylorada_jax.io.files import kind_of, refuse_unusable, user_path
 from hylorada_jax.models.packaged import PACKAGED_MODEL
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, remark, show
+from hylorada_jax.text import to_json
 
 if TYPE_CHECKING:
     from hylorada_jax.models.base_model import BaseModel
@@ -282,6 +282,11 @@ def tell_undivided(placement: "Placement", model: Any) -> None:
         remark(f"  {line}")
 
 
+def method_of(settings: HyLoRADAConfig) -> str:
+    """The method, with the rank where it has one."""
+    return f"{settings.method}, rank {settings.lora_rank}" if settings.linear else str(settings.method)
+
+
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints a command's result: one JSON object, or the text."""
-    show(json.dumps(result) if as_json else text)
+    show(to_json(result) if as_json else text)

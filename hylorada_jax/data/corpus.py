@@ -199,7 +199,7 @@ def _divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[E
     hashes = [hashlib.sha256(by(document).encode()).digest() for document in documents]
     distinct = set(hashes)
     if len(distinct) == 1:
-        return _cut_tail(documents[0])
+        return _cut_tail(documents[0], len(documents))
     limit = int(_HELD_OUT * 2**64).to_bytes(8, "big")
     chosen = {digest for digest in distinct if digest[:8] < limit}
     if not chosen or chosen == distinct:
@@ -224,11 +224,12 @@ def _module(document: Example) -> str:
     return document.name.partition(":")[0]
 
 
-def _cut_tail(document: Example) -> tuple[list[Example], list[Example]]:
-    """One text's head and tail, cut at a line where there is one near."""
+def _cut_tail(document: Example, count: int) -> tuple[list[Example], list[Example]]:
+    """The head and the tail of a text that is there so often, cut at a line where there is one near."""
     if not isinstance(document, Document):
-        rule = "Data must have two rows at least, to hold one of them out."
-        raise DataError(rule, f"{document.name} alone", "Give more rows, or held-out ones by --eval-data.")
+        rule = "Data must have two different rows at least, to hold one of them out."
+        received = f"{document.name} and {count - 1:,} like it" if count > 1 else f"{document.name} alone"
+        raise DataError(rule, received, "Give more rows, or held-out ones by --eval-data.")
     size = len(document.text)
     at = int(size * (1 - _HELD_OUT))
     at = document.text.rfind("\n", int(size * (1 - 2 * _HELD_OUT)), at) + 1 or at

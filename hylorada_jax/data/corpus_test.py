@@ -117,6 +117,8 @@ def test_a_single_file_holds_out_its_last_lines(tmp_path, text):
         ("", None, "not a directory"),
         ("empty.txt", b" \n", "text in it"),
         ("short.txt", b"a", "hold a part"),
+        ("alone.jsonl", b'{"prompt": "a", "completion": "b"}', "alone.jsonl:1 alone"),
+        ("alike.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 3, "alike.jsonl:1 and 2 like it"),
     ],
 )
 def test_unusable_data_is_refused_by_name(tmp_path, source, content, said):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import time
@@ -20,7 +19,7 @@ from hylorada_jax.io import bucket
 from hylorada_jax.io.files import make_directory, write_figure, write_whole
 from hylorada_jax.io.reading import checked
 from hylorada_jax.placement.processes import is_first, on_first
-from hylorada_jax.text import parse_json
+from hylorada_jax.text import parse_json, to_json
 
 Record = Mapping[str, Any]
 
@@ -84,8 +83,8 @@ class MetricsLog:
     """The lines of metrics.jsonl, also sent to TensorBoard where that is installed.
 
     A line is an object with ``step`` and either the metrics of a training step with ``tokens_per_second``, or
-    ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``. Use as a context manager. Of several processes
-    each has the lines, and the first writes and sends them.
+    ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``; null stands for a number that is infinite. Use as
+    a context manager. Of several processes each has the lines, and the first writes and sends them.
 
     Args:
         path: metrics.jsonl; what it holds is kept up to ``last_step``.
@@ -106,7 +105,7 @@ class MetricsLog:
         self._boards: list[Board] = []
         if not is_first():
             return
-        lines = [json.dumps(record) + "\n" for record in self.records]
+        lines = [to_json(record) + "\n" for record in self.records]
         write_whole(path, "".join(lines).encode())
         self._file = _opened(path, os.O_APPEND)
         if (board := _TensorBoard.open(tensorboard)) is not None:
@@ -135,7 +134,7 @@ class MetricsLog:
         if "eval_loss" in record:
             self.evaluations.append(record)
         if self._file is not None:
-            self._file.write((json.dumps(record) + "\n").encode())
+            self._file.write((to_json(record) + "\n").encode())
         for board in self._boards:
             board.add(record)
 
@@ -179,6 +178,8 @@ def read_metrics(path: Path) -> list[Record]:
                 record = parse_json(line.decode())
             except ValueError as error:
                 raise CheckpointError(rule, f"{place}: {error}", remedy) from error
+            if isinstance(record, dict):  # null is what JSON can say of infinity
+                record = {name: math.inf if item is None else item for name, item in record.items()}
             kind = _Evaluation if isinstance(record, dict) and "eval_loss" in record else _Training
             checked(record, kind, rule, CheckpointError, remedy, place)
             records.append(record)

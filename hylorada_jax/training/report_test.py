@@ -1,3 +1,4 @@
+import json
 import math
 import os
 
@@ -24,6 +25,17 @@ def test_lines_up_to_the_resumed_step_stay_and_later_ones_go(tmp_path):
         assert log.evaluation_at(3) == evaluation
     expected = [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, evaluation]
     assert read_metrics(path) == expected
+
+
+def test_an_infinite_number_is_written_as_json_and_read_again(tmp_path):
+    line = {"step": 1, "eval_loss": 800.0, "eval_perplexity": math.inf}
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board", last_step=0) as log:
+        log.write(line)
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(written, parse_constant=pytest.fail) == line | {"eval_perplexity": None}
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "board", last_step=1) as log:
+        assert log.evaluations == [line]
+    assert (tmp_path / "metrics.jsonl").read_text() == written
 
 
 def test_the_bests_are_those_of_less_than_any_before(tmp_path):
