@@ -15,6 +15,7 @@ from hylorada_jax.math.blockwise import BLOCK, blockwise_attention
 from hylorada_jax.math.kernel_rows import tpu_kind
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import relative_bias
+from hylorada_jax.math.remat import named_output
 from hylorada_jax.math.soft_cap import soft_capped
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _dense(query: Array, key: Array, value: Array, pattern: Pattern, logits: Log
         sinks = sinks.reshape(*scores.shape[1:-2], 1, 1)
         weights = weights * jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sinks)
     weights = weights.astype(value.dtype).reshape(shape)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
+    return named_output(jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape))
 
 
 def _blockwise(query: Array, key: Array, value: Array, pattern: Pattern, logits: Logits) -> Array:

@@ -36,6 +36,7 @@ from hylorada_jax.math.blocks import (
 )
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import all_buckets, band, bias_of_offsets, few_buckets
+from hylorada_jax.math.remat import named_output
 from hylorada_jax.math.soft_cap import soft_capped
 
 # Tokens of a block, at most.
@@ -245,7 +246,7 @@ def _attend(
 
 
 def _keep(setting: _Setting, *arguments: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    out, seen, lse = _forward(setting, *arguments)
+    out, seen, lse = map(named_output, _forward(setting, *arguments))
     return (out, seen), (*arguments, out, lse)
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.kernel_grid import Block, Grid, Settings, Step
 from hylorada_jax.math.kernel_rows import product
+from hylorada_jax.math.remat import named_output
 from hylorada_jax.math.soft_cap import soft_capped
 
 # Of what is not seen; finite, so that a row that has seen nothing yet is no NaN.
@@ -85,6 +86,7 @@ def _forward(
         both = jnp.logaddexp(lse, sinks[:, None, None])
         out = (out * jnp.exp(lse - both).swapaxes(2, 3)).astype(out.dtype)
         lse = both
+    out, lse = named_output(out), named_output(lse)
     return out, (query, key, value, segments, bias, sinks, window, out, lse)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from hylorada_jax.math.kernel_rows import nearest, visible_blocks
@@ -101,7 +102,7 @@ class Grid:
         self.near = Block((None, 1, size), lambda row, head, i, j: (head, 0, i - j - 1 + self._origin))
         self.far = Block((None, 1, size), lambda row, head, i, j: (head, 0, i - j + self._origin))
 
-    def _next_live(self, segments: Array | None, window: Array) -> Int[Array, "batch pair"]:
+    def _next_live(self, segments: Array | None, window: ArrayLike) -> Int[Array, "batch pair"]:
         """For each pair of a row, the first from it on of which some query may see some key.
 
         The last pair is such: a block sees itself.
@@ -124,7 +125,7 @@ class Grid:
         sums: Sequence[tuple[int, ...]],
         *,
         segments: Array | None,
-        window: Array,
+        window: ArrayLike,
         products: int,
     ) -> Sequence[Array]:
         """What a kernel writes.

@@ -5,17 +5,17 @@ import functools
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Shaped
 
-OUTPUT = "linear output"
-"""The name, for ``jax.checkpoint``, of what a linear layer gives, with its adapter where it has one."""
+OUTPUT = "output"
+"""The name, for ``jax.checkpoint``, of what attention gives, and a linear layer with its adapter, if any."""
 
 
-def named_output(y: Float[Array, "*tokens d_out"]) -> Float[Array, "*tokens d_out"]:
-    """y by the name :data:`OUTPUT`, which each linear layer gives once.
+def named_output(y: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """y by the name :data:`OUTPUT`, which each linear layer gives once, and attention.
 
-    It stands after the last product that is as wide as y. Where the layer has a derivative of its own, that
-    must read this array: an earlier one would be computed again, with the product.
+    It stands after the last product that is as wide as y. What has a derivative of its own must read this
+    array there: an earlier one would be computed again, with the product.
 
     Example:
         >>> named_output(jax.numpy.ones(1)).tolist()

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.kernel_rows import block_length, in_shards, padded_rows, visible_blocks
 from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.math.remat import OUTPUT
 
 
 def splash_attention(
@@ -108,6 +109,7 @@ def _kernel(
         return splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**sizes),
+            residual_checkpoint_name=OUTPUT,
             attn_logits_soft_cap=soft_cap,
             interpret=interpret,
         )

@@ -140,8 +140,8 @@ class DecoderLM(nn.Module):
     Args:
         config: shape and options.
         remat: what the backward pass keeps of each layer: 'none' all of it; 'full' its input alone (least
-            memory, one more forward pass); 'dots' the output of each of its linear layers, adapted or not, so
-            that attention, norms and activations are computed again, and adapters' products with A.
+            memory, one more forward pass); 'dots' the outputs of attention and of each of its linear layers,
+            adapted or not, so that norms and activations are computed again, and adapters' products with A.
     """
 
     config: DecoderConfig

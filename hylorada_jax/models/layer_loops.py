@@ -23,8 +23,9 @@ from hylorada_jax.models.decoder_layer import Cache, DecoderLayer, KeysValues, O
 from hylorada_jax.models.stacks import Stack, parts_of, stacks_of
 from hylorada_jax.trees import COLLECTION
 
-# What the backward pass keeps of a layer's inside. 'dots' keeps by name what linear layers give: a policy for
-# products would keep of an adapted layer the base's and δ, in float32 too, and of experts none.
+# What the backward pass keeps of a layer's inside. 'dots' keeps by name what attention and linear layers
+# give: a policy for products would keep of an adapted layer the base's and δ, in float32 too, and of experts
+# none.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

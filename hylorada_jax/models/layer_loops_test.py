@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import subjaxprs
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.math import attention
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.layer_loops import REMAT_POLICIES
 from hylorada_jax.planning.programs import base_of_shapes, model_of_shapes
@@ -32,11 +34,11 @@ WIDTHS = {
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def of(remat, method, shape, base_dtype, **options):
+def of(remat, method, shape, base_dtype=None, batch=(ROWS, LENGTH), **options):
     config = HyLoRADAConfig(method=method, lora_rank=RANK, lora_dropout=0.1, **options)
     model = model_of_shapes(base_of_shapes(DecoderConfig.from_hf(shape), base_dtype), config)
     model = model.with_remat(remat)
-    arguments = model.adapters, model.frozen, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+    arguments = model.adapters, model.frozen, jax.ShapeDtypeStruct(batch, jnp.int32)
 
     def loss(adapters, frozen, ids):
         rngs = {"dropout": jax.random.key(0)}
@@ -47,14 +49,29 @@ def of(remat, method, shape, base_dtype, **options):
 
 def kept(loss, arguments):
     """How many numbers of each token every layer keeps, array by array, and the bytes of all of them."""
+    tokens = LAYERS * arguments[-1].size
     pull = jax.eval_shape(lambda adapters, *more: jax.vjp(lambda a: loss(a, *more), adapters)[1], *arguments)
     arrays = [
-        leaf
-        for leaf in jax.tree.leaves(pull)
-        if leaf.shape[:1] == (LAYERS,) and leaf.size % (LAYERS * ROWS * LENGTH) == 0
+        leaf for leaf in jax.tree.leaves(pull) if leaf.shape[:1] == (LAYERS,) and leaf.size % tokens == 0
     ]
-    widths = sorted(leaf.size // (LAYERS * ROWS * LENGTH) for leaf in arrays)
+    widths = sorted(leaf.size // tokens for leaf in arrays)
     return widths, sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
+
+
+def counted(counts, loss, arguments):
+    """How many operations of the gradient's program are such."""
+
+    def count(jaxpr):
+        jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as compilers do, but for a kernel
+        read = {id(v) for v in [*jaxpr.outvars, *(v for each in jaxpr.eqns for v in each.invars)]}
+        live = [
+            e
+            for e in jaxpr.eqns
+            if e.primitive.name != "pallas_call" or not read.isdisjoint(map(id, e.outvars))
+        ]
+        return sum(map(counts, live)) + sum(map(count, subjaxprs(jaxpr.replace(eqns=live))))
+
+    return count(jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr)
 
 
 def products_with_weights(loss, arguments):
@@ -66,14 +83,10 @@ def products_with_weights(loss, arguments):
     }
     kernels |= {shape[::-1] for shape in kernels}
 
-    def count(jaxpr):
-        own = sum(
-            "dot" in each.primitive.name and any(v.aval.shape[-2:] in kernels for v in each.invars)
-            for each in jaxpr.eqns
-        )
-        return own + sum(map(count, subjaxprs(jaxpr)))
+    def reads_one(each):
+        return "dot" in each.primitive.name and any(v.aval.shape[-2:] in kernels for v in each.invars)
 
-    return count(jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr)
+    return counted(reads_one, loss, arguments)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +107,8 @@ def test_dots_keeps_what_each_linear_layer_gives_once(method, targets, shape, ba
         given = of(remat, method, shape, base_dtype, target_modules=targets)
         found[remat], products[remat] = kept(*given), products_with_weights(*given)
     widths = dict(WIDTHS[shape["model_type"]])
+    if targets is ALL:
+        widths["attention"] = 64  # o's adapter reads it; where all logits are there, attention does not
     if shape is DENSE and method == "lora":
         del widths["down"]  # it is added to the stream, and neither derivative reads it
     stream = 32
@@ -102,3 +117,20 @@ def test_dots_keeps_what_each_linear_layer_gives_once(method, targets, shape, ba
     in_bfloat16 = 2 * LAYERS * ROWS * LENGTH * (stream + sum(widths.values()))
     assert found["dots"][1] == in_bfloat16 < 0.7 * found["none"][1]
     assert products["dots"] == products["none"] < products["full"]
+
+
+@pytest.mark.parametrize("name", ["splash", "distance", "blockwise"])
+def test_dots_keeps_what_attention_gives(name, monkeypatch):
+    # Nothing is compiled or run, so the kernels for TPUs can be traced here.
+    chosen = attention.IMPLEMENTATIONS[name]._replace(suits=lambda query, key: True)
+    monkeypatch.setattr(attention, "IMPLEMENTATIONS", {name: chosen})
+    found, exponentials = {}, {}
+    for remat in REMAT_POLICIES:
+        given = of(remat, "lora", DENSE, batch=(7, 256), target_modules=ALL)
+        found[remat], _ = kept(*given)
+        exponentials[remat] = counted(lambda each: each.primitive.name == "exp", *given)
+    widths = [32, *WIDTHS["qwen2"].values(), 64]
+    widths.remove(32)  # down's, as above
+    sums = [4] if name != "blockwise" else [1, 4]  # by head; and whether a query sees a key
+    assert found["dots"] == sorted([*widths, *sums])
+    assert exponentials["dots"] == exponentials["none"] < exponentials["full"]

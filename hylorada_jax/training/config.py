@@ -35,10 +35,10 @@ class TrainingConfig:
         microbatches: parts a step's rows are computed in, one after the other; divides ``batch_size``.
             More parts take less memory and give the same result. "auto" uses more than one
             only if the step does not fit a device with remat="full".
-        remat: what the backward pass recomputes to save memory: "none"; "dots", all but the outputs of linear
-            layers; "full", whole layers. "auto" uses the first of them that fits the device by the compiler's
-            figures, and "none" on a CPU; a model loaded with another remat keeps it. A resumed run keeps the
-            choice.
+        remat: what the backward pass recomputes to save memory: "none"; "dots", all but the outputs of
+            attention and linear layers; "full", whole layers. "auto" uses the first of them that fits the
+            device by the compiler's figures, and "none" on a CPU; a model loaded with another remat keeps it.
+            A resumed run keeps the choice.
         seq_len: tokens per row, ≥ 2.
         packing: several documents share a row, isolated from each other. The model must support segments.
         learning_rate: peak rate; None is 4e-3, or with LoRA+ 4e-3 for lora_B and less for the rest, which was
