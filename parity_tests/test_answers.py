@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,16 @@ WRONG: dict[str, Any] = {
         [ASKED[0], {"role": "assistant", "content": "a<|im_end|>b"}],
         r"row: the turn 'a<\|im_end\|>b<\|im_end\|>",
     ),
+    "a call that it leaves out": (
+        CHATML.template,
+        [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        r"row: a call of 'add', and a text without it",
+    ),
+    "a call that it leaves out and marks": (
+        "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
+        [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        r"row: a call of 'add', and a text without it",
+    ),
     "a system prompt that is refused": (
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
         CHATS["system"],
@@ -322,6 +333,19 @@ def test_a_template_that_cannot_be_scored_is_refused_by_name(name):
     assert len(skipped) >= 2
     assert counts[:3] == (3, len(kept), sum(map(len, kept)))
     assert counts.unscored == counts.too_long == 0
+
+
+def test_a_refused_row_leaves_the_tokenizer_to_others():
+    tokenizer, _ = pair(CHATML)
+    refused = conversation([ASKED[0], {"role": "assistant", "content": "a<|im_end|>b"}])
+    rows = [refused, *[conversation(CHATS["two turns"])] * 400]
+    running = threading.active_count()
+    with pytest.raises(
+        DataError, match="must end with a special token"
+    ) as kept:  # with all that it refers to
+        tokenize(rows, tokenizer)  # whose next rows are being encoded when the first is refused
+    assert threading.active_count() == running
+    assert kept.tb
 
 
 def test_conversations_need_a_chat_template():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from hylorada_jax.data.answered import answer_text, as_message
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer
 
 
-def asked(source: str) -> list[Conversation]:
+def asked(source: str, variables: Mapping[str, Any]) -> list[Conversation]:
     """The conversations of a source, each without an answer that ends it.
 
     Args:
         source: as of :func:`load_documents`.
+        variables: what the template is given where a row does not say.
 
     Raises:
         DataError: it cannot be read, or has texts or completions.
@@ -37,7 +39,7 @@ def asked(source: str) -> list[Conversation]:
             f"{source}, whose rows are {type(rows[0]).__name__.lower()}s",
             "Give rows of messages.",
         )
-    return [_asked(chat) for chat in chats]
+    return [_asked(chat._replace(variables={**variables, **chat.variables})) for chat in chats]
 
 
 def _asked(chat: Conversation) -> Conversation:
@@ -105,7 +107,7 @@ def answers(
             some, theirs = prompts[batch], {name: values[batch] for name, values in inputs.items()}
             found = model.generate(some, rng=jax.random.fold_in(rng, first), **theirs, **settings)
             for prompt, tokens in zip(some, found, strict=True):
-                yield tokenizer.decode_continuation(prompt, tokens)
+                yield answer_text(tokenizer, prompt, tokens)
             bar.update(len(some))
 
 
@@ -126,7 +128,7 @@ def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | No
                 message if counts or message["role"] != "assistant" else {**message, "train": False}
                 for message, counts in zip(chat.messages, chat.answers, strict=True)
             ]
-            row: dict[str, Any] = {"messages": [*said, {"role": "assistant", "content": text}]}
+            row: dict[str, Any] = {"messages": [*said, as_message(text)]}
             if chat.tools:
                 row["tools"] = chat.tools
             if chat.variables:

@@ -20,6 +20,7 @@ from hylorada_jax.cli.shared import (
     puts_offline,
     template_of,
     tokenizer_of,
+    variables_of,
     weights_in,
 )
 from hylorada_jax.errors import ConfigError
@@ -35,6 +36,7 @@ def chat(
     sampling: Sampling = AS_IT_IS,
     max_context: int | None = None,
     chat_template: Path | None = None,
+    chat_template_kwargs: str | None = None,
     structure: GivenStructure | None = None,
     seed: int = 0,
     dtype: Dtype = "float32",
@@ -56,6 +58,8 @@ def chat(
         max_context: largest number of tokens in the conversation and its answer [the model's number of
             positions].
         chat_template: a Jinja file in place of the model's or the adapter's template.
+        chat_template_kwargs: what the template is given beside the messages, as a JSON object such as
+            {"enable_thinking": false}; as in the rows that an adapter was trained on.
         structure: the structure that a hylorada_v2 adapter reads: code, for the conversation's fenced
             blocks so far, or none [that of its training]. An answer has none while it is written.
         seed: seed of the sampling, in [0, 2³²).
@@ -70,7 +74,7 @@ def chat(
     if sys.stdin is None:  # as Python has it where it is closed
         raise ConfigError("A conversation is read from stdin.", "stdin is closed", "Type it, or pipe it in.")
     saved, read = check_adapter(adapter, structure)
-    template = template_of(chat_template, saved)
+    template, variables = template_of(chat_template, saved), variables_of(chat_template_kwargs)
 
     import jax
 
@@ -88,7 +92,7 @@ def chat(
             "Give another number, or none.",
         )
     tokenizer = tokenizer_of(model, template)
-    ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, read)
+    ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, read, variables)
     rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=1024)
     check_settings([ids], rng=rng, **settings)
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
@@ -101,6 +105,7 @@ def chat(
         context,
         rng,
         settings,
+        variables,
     )
     interactive = sys.stdin.isatty() and on_terminal()
     if interactive:

@@ -1,5 +1,6 @@
 """What `hylorada chat` says to a model, what it prints of the answers, and what an interrupt does."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from hylorada_jax.cli.cli_test import chatting, run, tiny  # noqa: F401
 from hylorada_jax.cli.conversation import Talk, converse
 from hylorada_jax.cli.sampling import SamplingOptions
+from hylorada_jax.cli.shared import variables_of
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models import generate as generation
 from hylorada_jax.models.tokenizer import Tokenizer
@@ -227,6 +229,29 @@ def test_chat_streams_what_generate_says_and_compiles_once(chatting, monkeypatch
     assert out.count("\n") >= 3
     # The same bucket, and the same programs as generate's.
     assert programs() == before
+
+
+def test_what_gpt_oss_thinks_is_no_part_of_what_it_said(monkeypatch, capsys):
+    answer = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Ho"
+    model = Scripted(answer, "!")
+    talk = talk_with(model, context=1000)
+    say(monkeypatch, talk, "Hi", "And?")
+    assert talk.messages[1] == {"role": "assistant", "content": "Ho", "reasoning_content": "Hm"}
+    assert model.asked[1] == "[user]Hi[assistant]Ho[user]And?[assistant]"
+    assert capsys.readouterr().out == f"{answer}\n!\n"
+
+
+def test_the_template_gets_the_variables_that_are_given(monkeypatch, capsys):
+    model = Scripted("A")
+    tokenizer = bytewise()
+    tokenizer = dataclasses.replace(tokenizer, chat_template="{{ how }}" + TEMPLATE)
+    talk = talk_with(model, tokenizer=tokenizer)
+    talk.variables = variables_of('{"how": "*", "add_generation_prompt": false}')
+    say(monkeypatch, talk, "Hi")
+    assert model.asked == ["*[user]Hi[assistant]"]
+    for wrong in ("{", "[1]"):
+        status, _, err = run(monkeypatch, capsys, "chat", "--chat-template-kwargs", wrong)
+        assert (status, "must be a JSON object" in err) == (2, True)
 
 
 def test_a_closed_stdin_is_an_error_of_ours(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """A conversation on a terminal, or with a pipe."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Talk:
         context: tokens of a prompt and its answer, at most; None for any number.
         rng: of the sampling; each answer has a key of its own.
         settings: of ``model.stream``.
+        variables: what the template is given beside the messages.
         system: what the system's message says, or "".
         messages: what was said.
     """
@@ -42,8 +44,9 @@ class Talk:
     context: int | None
     rng: "Array"
     settings: dict[str, Any]
+    variables: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def answer(self, text: str) -> None:
         """Says something to the model, and prints what it answers as it comes.
@@ -55,9 +58,12 @@ class Talk:
         """
         import jax
 
+        from hylorada_jax.data.answered import answer_text, as_message
+
         asked = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
-        prompt, structure_ids = chat_of([*system, *self.messages, asked], self.tokenizer, self.structure)
+        asks = [*system, *self.messages, asked]
+        prompt, structure_ids = chat_of(asks, self.tokenizer, self.structure, self.variables)
         settings = self.settings | {"rng": jax.random.fold_in(self.rng, len(self.messages))}
         if self.context is not None:
             room = self.context - len(prompt)
@@ -75,13 +81,13 @@ class Talk:
         try:
             for tokens in self.model.stream(prompt, **settings):
                 ids += tokens
-                printer.show(self.tokenizer.decode_continuation(prompt, ids))
+                printer.show(answer_text(self.tokenizer, prompt, ids))
         except KeyboardInterrupt:
             pass
-        said = self.tokenizer.decode_continuation(prompt, ids)
+        said = answer_text(self.tokenizer, prompt, ids)
         printer.show(said, last=True)
         if ids:
-            self.messages += [asked, {"role": "assistant", "content": said}]
+            self.messages += [asked, as_message(said)]
 
 
 class _Printer:

@@ -151,7 +151,8 @@ def finetune(
     tokenizer = tokenizer_of(model, template)
     train, held_out = reading.prepare_both(sources, tokenizer, config.seq_len, read)
     what = f"held-out perplexity{reading.counted(sources)}"
-    chat = any(isinstance(row, Conversation) for source in sources for row in source.train[:1])
+    firsts = [row for source in sources for row in source.train[:1] if isinstance(row, Conversation)]
+    chat = firsts[0].variables if firsts else None
     del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, config)
     base = loaded(model, None, weights, placement if mesh else None)

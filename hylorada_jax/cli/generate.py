@@ -19,9 +19,11 @@ from hylorada_jax.cli.shared import (
     puts_offline,
     template_of,
     tokenizer_of,
+    variables_of,
     warn_of_length,
     weights_in,
 )
+from hylorada_jax.data.answered import answer_text
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.seeds import check_seed
 from hylorada_jax.terminal import show
@@ -37,6 +39,7 @@ def generate(
     sampling: Sampling = AS_IT_IS,
     chat: bool = False,
     chat_template: Path | None = None,
+    chat_template_kwargs: str | None = None,
     output: Path | None = None,
     batch_size: int = 8,
     structure: GivenStructure | None = None,
@@ -59,6 +62,8 @@ def generate(
         sampling: How tokens are chosen [in a chat, the model's own settings; else the most likely, up to 64].
         chat: send the prompt as a user's message, through the model's chat template.
         chat_template: a Jinja file in place of the model's or the adapter's template, for --chat or messages.
+        chat_template_kwargs: what the template is given beside the messages, as a JSON object such as
+            {"enable_thinking": false}; a row's own take precedence.
         output: a new JSON Lines file for the answered conversations [they are printed].
         batch_size: conversations at a time.
         structure: the structure that a hylorada_v2 adapter reads of the prompt: code, or none [that of its
@@ -83,18 +88,19 @@ def generate(
             rule = "Answers to messages are written to a file."
             raise ConfigError(rule, f"--output {output} for a prompt", "Leave --output out.")
         output = output_file(output)
-    if chat_template is not None and not chat and messages is None:
-        rule = "A chat template is of a conversation."
-        received = f"--chat-template {chat_template} for a prompt that is continued"
-        raise ConfigError(rule, received, "Give --chat too, or leave it out.")
+    for option, value in (("", chat_template), ("-kwargs", chat_template_kwargs)):
+        if value is not None and not chat and messages is None:
+            rule = "A chat template is of a conversation."
+            received = f"--chat-template{option} {value} for a prompt that is continued"
+            raise ConfigError(rule, received, "Give --chat too, or leave it out.")
 
     from hylorada_jax.data.packing import check_windows
 
     check_windows(1, batch_size=batch_size)
     check_seed(seed)
     saved, read = check_adapter(adapter, structure)
-    template = template_of(chat_template, saved)
-    chats = None if messages is None else asked(messages)
+    template, variables = template_of(chat_template, saved), variables_of(chat_template_kwargs)
+    chats = None if messages is None else asked(messages, variables)
 
     import jax
 
@@ -109,7 +115,7 @@ def generate(
     tokenizer = tokenizer_of(model, template)
     if chats is None:
         assert prompt is not None
-        ids, depths = prompt_of(prompt, tokenizer, read, chat=chat)
+        ids, depths = prompt_of(prompt, tokenizer, read, chat=chat, variables=variables)
         if not ids:
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
         prompts, structure_ids = [ids], None if depths is None else [depths]
@@ -131,4 +137,7 @@ def generate(
         write(chats, answers(generator, prompts, inputs, tokenizer, batch_size, rng, **settings), output)
         return
     (tokens,) = generator.generate(prompts, rng=rng, **inputs, **settings)
-    show(("" if chat else prompt or "") + tokenizer.decode_continuation(prompts[0], tokens))
+    if chat:
+        show(answer_text(tokenizer, prompts[0], tokens))
+    else:
+        show((prompt or "") + tokenizer.decode_continuation(prompts[0], tokens))

@@ -1,5 +1,6 @@
 """What a model writes before and after it is trained."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hylorada_jax.cli.shared import prompt_of
@@ -12,7 +13,12 @@ _NEW_TOKENS = 64
 
 
 def samples(
-    model: Any, prompt: str, tokenizer: "Tokenizer", structure: Domain | None, *, chat: bool = False
+    model: Any,
+    prompt: str,
+    tokenizer: "Tokenizer",
+    structure: Domain | None,
+    *,
+    chat: Mapping[str, Any] | None = None,
 ) -> tuple[str, str]:
     """The prompt as the base model continues or answers it, and as the adapted one does.
 
@@ -23,10 +29,12 @@ def samples(
         prompt: some text.
         tokenizer: the model's.
         structure: whose ids the adapted model reads beside the tokens.
-        chat: the prompt is a user's message, given by the model's chat template.
+        chat: the prompt is a user's message, and this what the model's chat template is given beside it; None
+            for a text to continue.
     """
-    ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat=chat)
-    prompt += "\n\n" if chat else ""
+    chats = chat is not None
+    ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat=chats, variables=chat or {})
+    prompt += "\n\n" if chats else ""
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):
         begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]
@@ -35,7 +43,7 @@ def samples(
         structure_ids = structure_ids and structure_ids[: len(begin)] + structure_ids[cut]
     if not ids:
         return prompt, prompt
-    ends = tokenizer.chat_end_ids if chat else tokenizer.end_token_ids
+    ends = tokenizer.chat_end_ids if chats else tokenizer.end_token_ids
     settings = {"max_new_tokens": new, "eos_token_id": ends or None}
     with model.disable_adapter():
         before = model.generate([ids], **settings)

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
@@ -15,7 +16,7 @@ from hylorada_jax.io.files import kind_of, refuse_unusable, user_path
 from hylorada_jax.models.packaged import PACKAGED_MODEL
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import one_line, remark, show
-from hylorada_jax.text import to_json
+from hylorada_jax.text import parse_json, shown, to_json
 
 if TYPE_CHECKING:
     from hylorada_jax.models.base_model import BaseModel
@@ -205,12 +206,30 @@ def tokenizer_of(model: str, template: str | None) -> "Tokenizer":
     return tokenizer if template is None else dataclasses.replace(tokenizer, chat_template=template)
 
 
+def variables_of(chat_template_kwargs: str | None) -> dict[str, Any]:
+    """What a chat template is given beside the messages."""
+    rule = "--chat-template-kwargs must be a JSON object."
+    remedy = """For example --chat-template-kwargs '{"enable_thinking": false}'."""
+    try:
+        found = {} if chat_template_kwargs is None else parse_json(chat_template_kwargs)
+    except ValueError as error:
+        raise ConfigError(rule, f"{shown(chat_template_kwargs)}: {error}", remedy) from error
+    if not isinstance(found, dict):
+        raise ConfigError(rule, shown(chat_template_kwargs), remedy)
+    return found
+
+
 def prompt_of(
-    text: str, tokenizer: "Tokenizer", structure: Domain | None, *, chat: bool = False
+    text: str,
+    tokenizer: "Tokenizer",
+    structure: Domain | None,
+    *,
+    chat: bool = False,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[int], list[int] | None]:
     """The token ids of a prompt, or of what asks for an answer to it, and their structure if it is read."""
     if chat:
-        return chat_of([{"role": "user", "content": text}], tokenizer, structure)
+        return chat_of([{"role": "user", "content": text}], tokenizer, structure, variables)
     ids, offsets = tokenizer.encode_prompt(text)
     if structure is None:
         return ids, None
@@ -221,10 +240,18 @@ def prompt_of(
 
 
 def chat_of(
-    messages: Sequence[Mapping[str, Any]], tokenizer: "Tokenizer", structure: Domain | None
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: "Tokenizer",
+    structure: Domain | None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[int], list[int] | None]:
     """The token ids that ask for an answer to a conversation, and their structure where it is read."""
-    text = tokenizer.apply_chat_template(messages)  # which brings its bos token
+    from hylorada_jax.data.answers import request_of
+    from hylorada_jax.data.examples import Conversation
+    from hylorada_jax.models.chat_template import render
+
+    asked = Conversation("", [{**message} for message in messages], [], None, {**variables})
+    text = render(tokenizer.chat_template, request_of(asked, tokenizer, opening=True))  # with its bos token
     ids, offsets = tokenizer.encode_with_offsets(text)
     if structure is None:
         return ids, None

@@ -28,7 +28,7 @@ def test_a_model_without_a_template_is_tuned_on_chats_with_one_that_its_adapter_
         return err
 
     file, other = tmp_path / "own.jinja", tmp_path / "other.jinja"
-    file.write_text(TEMPLATE)
+    file.write_text("\ufeff" + TEMPLATE)  # as editors of Windows write it
     other.write_text(TEMPLATE + "{# another #}")
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats(30)))
     common = ("--model", tiny, "--data", tmp_path / "chats.jsonl", "--seq-len", 48)

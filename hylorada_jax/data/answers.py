@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hylorada_jax.data.examples import Completion, Conversation
 from hylorada_jax.errors import DataError
@@ -13,6 +13,7 @@ from hylorada_jax.models.chat_template import Request, marks_generation, render_
 from hylorada_jax.models.template_process import Rendered
 from hylorada_jax.models.tokenizer import Encoded, Tokenizer
 from hylorada_jax.portions import portions
+from hylorada_jax.text import shown
 
 Score = Literal["answers", "last", "all"]
 """What counts: every answer (of the assistant, or a completion), the last one, or all that a row says."""
@@ -39,7 +40,7 @@ def score_answers(
     score: Score = "answers",
     *,
     offsets: bool = True,
-) -> Iterator[list[Scored] | DataError]:
+) -> Generator[list[Scored] | DataError, None, None]:
     """The tokens of conversations and completions, and which of them are scored.
 
     An answer is what the model writes: the tokens that follow those of its prompt, as inference gives them,
@@ -180,7 +181,10 @@ def _conversations(
                 if isinstance(each, DataError):
                     raise each
                 taken.append((each, tokens))
-            yield _marked(example, *taken[0], score) if numbers is None else _grown(tokenizer, taken)
+            if numbers is None:
+                yield _marked(example, *taken[0], score)
+            else:
+                yield _grown([example.messages[number] for number in numbers], tokenizer, taken)
         except DataError as error:
             yield error
 
@@ -189,7 +193,7 @@ def request_of(
     example: Conversation, tokenizer: Tokenizer, stop: int | None = None, *, opening: bool = False
 ) -> Request:
     """What renders a conversation up to a message, with the opening of an answer where that is asked for."""
-    variables = {**tokenizer.special_tokens, "add_generation_prompt": opening, **example.variables}
+    variables = {**tokenizer.special_tokens, **example.variables, "add_generation_prompt": opening}
     return Request(example.messages[:stop], variables, example.tools)
 
 
@@ -203,6 +207,8 @@ def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: 
     """A conversation whose template says what the assistant writes."""
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
     answers = _answers(example, score)
+    for number in answers:
+        _check_calls(example.messages[number], rendered.text)
     spans, wanted = rendered.generated, [number in answers for number in turns]
     if score != "all" and not all(wanted):
         if len(spans) != len(turns):
@@ -220,11 +226,29 @@ def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: 
     return [Scored(encoded.ids, scored, encoded.offsets, rendered.text)]
 
 
-def _grown(tokenizer: Tokenizer, rendered: Sequence[tuple[Rendered, Encoded]]) -> list[Scored]:
+def _check_calls(message: Mapping[str, Any], text: str) -> None:
+    """Refuses a text without the calls of a scored answer: a model would learn to say nothing instead."""
+    for call in message.get("tool_calls", ()):
+        name = call.get("function", call).get("name")
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                "A template must write the calls of tools that a model is trained to make.",
+                f"a call of {shown(name)}, and a text without it",
+                "Give a template that has tools (--chat-template), or leave the row out.",
+            )
+
+
+def _grown(
+    answers: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    rendered: Sequence[tuple[Rendered, Encoded]],
+) -> list[Scored]:
     """A conversation as it grows: prompts and what each becomes with its answer, by turns."""
     parts: list[Scored] = []
-    for (before, prompt), (after, whole) in zip(rendered[::2], rendered[1::2], strict=True):
+    pairs = zip(rendered[::2], rendered[1::2], strict=True)
+    for message, ((before, prompt), (after, whole)) in zip(answers, pairs, strict=True):
         added = _added(before, after)
+        _check_calls(message, added)
         answer = _to_its_end(tokenizer, _continuation(tokenizer, prompt, whole, before.text, added))
         scored: list[bool] = []
         if parts and prompt.ids[: len(parts[-1].ids)] == parts[-1].ids:

@@ -63,7 +63,8 @@ def key_of(examples: Iterable[Example], tokenizer: Tokenizer, options: Mapping[s
     decides = {name: getattr(tokenizer, name) for name in names}
     program = source_sha256(), tokenizers.__version__, jinja2.__version__, sys.version_info[:2]
     sha = hashlib.sha256(repr((program, today, decides, dict(options))).encode())
-    sha.update(tokenizer.backend.to_str().encode())
+    # The one setting of a tokenizer that is not in its JSON.
+    sha.update(f"{tokenizer.backend.encode_special_tokens}{tokenizer.backend.to_str()}".encode())
     for example in examples:
         sha.update(repr(example).encode(errors="backslashreplace"))
     return sha.hexdigest()

@@ -82,6 +82,8 @@ def test_all_that_decides_the_tokens_is_in_the_key(tokenizer, monkeypatch):
     options = {"seq_len": 8, "score": "answers"}
     other = byte_tokenizer()
     other.backend.add_tokens(["ab"])
+    splitting = byte_tokenizer()
+    splitting.backend.encode_special_tokens = True
     dated = replace(tokenizer, chat_template=TEMPLATE + "{{ strftime_now('%d') }}")
     calls = [
         (EXAMPLES, tokenizer, options),
@@ -89,6 +91,7 @@ def test_all_that_decides_the_tokens_is_in_the_key(tokenizer, monkeypatch):
         ([*EXAMPLES[:-1], EXAMPLES[-1]._replace(name="other")], tokenizer, options),
         ([EXAMPLES[0]._replace(variables={"a": 1}), *EXAMPLES[1:]], tokenizer, options),  # type: ignore[call-arg]
         (EXAMPLES, replace(tokenizer, backend=other.backend), options),
+        (EXAMPLES, replace(tokenizer, backend=splitting.backend), options),
         (EXAMPLES, replace(tokenizer, special_tokens={}), options),
         (EXAMPLES, replace(tokenizer, end_token_ids=(1,)), options),
         (EXAMPLES, replace(tokenizer, chat_template=TEMPLATE + " "), options),

@@ -140,9 +140,10 @@ class RowReader(NamedTuple):
 
     def messages(self, column: str) -> list[dict[str, Any]]:
         """The messages of a column, each with a role, and with a content or calls of tools."""
-        return [self._message(given, f"{column}[{n}]") for n, given in enumerate(self.listed(column))]
+        return [self.message(given, f"{column}[{n}]") for n, given in enumerate(self.listed(column))]
 
-    def _message(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def message(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A message of which the role, the content and the calls are checked; its other keys stay."""
         message = {key: value for key, value in given.items() if value is not None}
         role = message.get("role")
         if not isinstance(role, str) or not role:
@@ -178,6 +179,12 @@ class RowReader(NamedTuple):
             if not isinstance(function, Mapping):
                 raise self.error(column, expected, f"{where}.tool_calls: {shown(call)}")
         return [with_arguments(call) for call in calls]
+
+    def after_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages behind that of the column ``system``, unless they begin with the same."""
+        text = self.optional("system")
+        first = {"role": "system", "content": text}
+        return messages if not text or messages[0] == first else [first, *messages]
 
     def conversation(self, messages: list[dict[str, Any]], first: int = 0) -> Conversation:
         """The conversation; its answers are the assistant's from a message on that are not left out.

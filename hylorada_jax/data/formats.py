@@ -79,19 +79,18 @@ def read_row(
             if isinstance(read.value("prompt"), str):
                 return Completion(place, read.text("prompt") or "", read.text("completion") or "")
             prompt, completion = (read.messages(column) for column in ("prompt", "completion"))
+            prompt = read.after_system(prompt)
             return read.conversation(prompt + completion, first=len(prompt))
         case "messages":
-            return read.conversation(read.messages("messages"))
+            return read.conversation(read.after_system(read.messages("messages")))
         case "alpaca":
-            return read.conversation(_alpaca(read))
+            return read.conversation(read.after_system(_alpaca(read)))
         case "sharegpt":
-            return read.conversation(_sharegpt(read))
+            return read.conversation(read.after_system(_sharegpt(read)))
 
 
 def _alpaca(row: RowReader) -> list[dict[str, Any]]:
-    messages = []
-    if system := row.optional("system"):
-        messages.append({"role": "system", "content": system})
+    messages: list[dict[str, Any]] = []
     for pair in row.json("history", list, "a list of pairs, or JSON of it") or []:
         if not isinstance(pair, Sequence) or [type(part) for part in pair] != [str, str]:
             raise row.error("history", "pairs of an instruction and its answer", shown(pair))
@@ -106,27 +105,31 @@ def _exchange(user: str, assistant: str) -> list[dict[str, Any]]:
 
 def _sharegpt(row: RowReader) -> list[dict[str, Any]]:
     messages = []
-    if system := row.optional("system"):
-        messages.append({"role": "system", "content": system})
     for number, given in enumerate(row.listed("conversations")):
-        speaker, value = given.get("from", given.get("role")), given.get("value", given.get("content"))
         where = f"conversations[{number}]"
+        message = {key: value for key, value in given.items() if value is not None}
+        speaker = message.pop("from", message.get("role"))
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise row.error(
                 "conversations", f"messages from {', '.join(_SPEAKERS)}", f"{where}: {shown(speaker)}"
             )
-        if not isinstance(value, str):
-            raise row.error("conversations", "messages whose value is text", f"{where}: {kind_of(value)}")
-        message: dict[str, Any] = {"role": _SPEAKERS[speaker], "content": well_formed(value)}
+        message["role"] = _SPEAKERS[speaker]
+        said = message.pop("value", message.get("content"))
+        if said is None and "tool_calls" not in message:
+            raise row.error("conversations", "messages whose value is text", f"{where}: null")
         if speaker == "function_call":
-            message = {"role": "assistant", "tool_calls": _called(row, value, where)}
-        counts = {key: given[key] for key in ("train", "weight") if given.get(key) is not None}
-        messages.append(message | counts)
+            message.pop("content", None)
+            message["tool_calls"] = _called(row, said, where)
+        elif said is not None:
+            message["content"] = said
+        messages.append(row.message(message, where))
     return messages
 
 
-def _called(row: RowReader, value: str, where: str) -> list[dict[str, Any]]:
+def _called(row: RowReader, value: Any, where: str) -> list[dict[str, Any]]:
     expected = "a function_call as JSON with a name and arguments"
+    if not isinstance(value, str):
+        raise row.error("conversations", expected, f"{where}: {kind_of(value)}")
     try:
         parsed = parse_json(value)
     except ValueError as error:

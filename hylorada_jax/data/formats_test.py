@@ -83,6 +83,42 @@ ROWS: dict[str, Any] = {
         CHAT,
     ),
     "sharegpt of roles": ({"conversations": [USER, SAID]}, "sharegpt", CHAT),
+    "sharegpt of roles, calling": (
+        {
+            "conversations": [
+                USER,
+                {"role": "assistant", "content": "", "reasoning_content": "?", "tool_calls": [CALL]},
+                {"role": "tool", "name": "f", "tool_call_id": "1", "content": "2", "from": None},
+                {"from": "gpt", "value": "Ho", "reasoning_content": "!"},
+            ],
+        },
+        "sharegpt",
+        Conversation(
+            "row",
+            [
+                USER,
+                {"role": "assistant", "content": "", "reasoning_content": "?", "tool_calls": [CALL]},
+                {"role": "tool", "name": "f", "tool_call_id": "1", "content": "2"},
+                SAID | {"reasoning_content": "!"},
+            ],
+            [False, True, False, True],
+        ),
+    ),
+    "a column of the system": (
+        {"messages": [USER, SAID], "system": "s"},
+        "messages",
+        Conversation("row", [{"role": "system", "content": "s"}, USER, SAID], [False, False, True]),
+    ),
+    "a system twice": (
+        {"conversations": [{"from": "system", "value": "s"}, USER, SAID], "system": "s"},
+        "sharegpt",
+        Conversation("row", [{"role": "system", "content": "s"}, USER, SAID], [False, False, True]),
+    ),
+    "a system before prompt and completion": (
+        {"prompt": [USER], "completion": [SAID], "system": "s"},
+        "prompt-completion",
+        Conversation("row", [{"role": "system", "content": "s"}, USER, SAID], [False, False, True]),
+    ),
     "sharegpt, untrained": (
         {"conversations": [USER | {"train": None}, SAID | {"weight": 0}, USER, SAID | {"weight": None}]},
         "sharegpt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import datetime
 import gzip
 import importlib
 import io
@@ -260,15 +261,21 @@ def _batches(rows: Any, columns: Sequence[str], path: Path, limit: int) -> Itera
 def arrow_row(values: Mapping[str, Any]) -> dict[str, Any]:
     """A row of arrow's, all columns with it, also where they are null.
 
-    Within a column are no nulls: arrow gives every struct in it the fields of all.
+    Within a column are no nulls: arrow gives every struct in it the fields of all. Dates and times, which
+    JSON has none of, are text.
     """
-    return {name: _without_nulls(value) for name, value in values.items()}
+    return {name: _as_json(value) for name, value in values.items()}
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [*map(_without_nulls, value)] if isinstance(value, list) else value
+def _as_json(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _as_json(inner) for key, inner in value.items() if inner is not None}
+        case list():
+            return [*map(_as_json, value)]
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+    return value
 
 
 def _size(value: Any) -> int:

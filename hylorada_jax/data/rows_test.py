@@ -1,6 +1,7 @@
 """Oracles: what Python's own json and csv write is read back; a fault in a file is named by its place."""
 
 import csv
+import datetime
 import gzip
 import json
 import os
@@ -315,5 +316,13 @@ def test_conversations_are_read_of_every_kind_of_file(tmp_path):
             for chat, messages in zip(load_documents(tmp_path / name), chats, strict=True)
         ]
         assert load_documents(tmp_path / name) == expected
+    # Metadata of a message, which JSON has no type for.
+    when = datetime.datetime(2024, 1, 2, 3, 4, 5)
+    dated = [[{**chat[0], "when": when, "day": when.date(), "at": when.time()}, chat[1]] for chat in chats]
+    parquet.write_table(arrow.table({"messages": dated}), tmp_path / "a.parquet")
+    (chat, *_) = load_documents(tmp_path / "a.parquet")
+    assert isinstance(chat, Conversation)
+    said = chat.messages[0]
+    assert (said["when"], said["day"], said["at"]) == ("2024-01-02T03:04:05", "2024-01-02", "03:04:05")
     rows = load_documents([{"messages": chat} for chat in chats])
     assert rows == [Conversation(f"row {n}", chat, [False, True]) for n, chat in enumerate(chats)]

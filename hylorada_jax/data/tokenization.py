@@ -224,21 +224,29 @@ def _tokenized(
         raise ConfigError("structure must be code.", repr(structure), remedy)
     texts = _texts([example for example in examples if isinstance(example, Document)], tokenizer)
     others = [example for example in examples if not isinstance(example, Document)]
-    answers = score_answers(others, tokenizer, score, offsets=structure is not None)
-    for example in examples:
-        found = next(texts if isinstance(example, Document) else answers)
-        if isinstance(found, DataError):
-            if skipped is None:
-                raise found
-            skipped.append(found)
-            yield None
-            continue
-        yield [
-            _record(
-                example, scored, "" if len(found) == 1 else f", part {part}", tokenizer, structure, unparsed
-            )
-            for part, scored in enumerate(found, start=1)
-        ]
+    # Closed, it has ended its thread: nobody else may use a tokenizer whose limits are being taken off.
+    with contextlib.closing(
+        score_answers(others, tokenizer, score, offsets=structure is not None)
+    ) as answers:
+        for example in examples:
+            found = next(texts if isinstance(example, Document) else answers)
+            if isinstance(found, DataError):
+                if skipped is None:
+                    raise found
+                skipped.append(found)
+                yield None
+                continue
+            yield [
+                _record(
+                    example,
+                    scored,
+                    "" if len(found) == 1 else f", part {part}",
+                    tokenizer,
+                    structure,
+                    unparsed,
+                )
+                for part, scored in enumerate(found, start=1)
+            ]
 
 
 def _take_limits_off(tokenizer: Tokenizer) -> None:

@@ -116,7 +116,7 @@ def read_template(file: str | Path) -> str:
     rule, remedy = "A chat template must be a file of jinja, in UTF-8.", "Correct it, or give another file."
     content = read_bounded(user_path(file), rule, DataError, remedy, limit=4 * MAX_TEMPLATE)
     try:
-        source = _choose(content.decode(), None)
+        source = _choose(content.decode("utf-8-sig"), None)
     except UnicodeDecodeError as error:
         raise DataError(rule, f"{file}: {error}", remedy) from error
     (found,) = run_template(source, [{}])  # most of them miss the messages
