@@ -338,6 +338,26 @@ def with_attribute():
     return net
 
 
+class Doubling(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_all_linear_names_what_it_leaves_out():
+    rngs = nnx.Rngs(0)
+    unit = nnx.WeightNorm(nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
+    model = nnx.Sequential(
+        Doubling(4, 4, rngs=rngs), nnx.Conv(4, 4, 1, rngs=rngs), unit, nnx.Linear(4, 4, rngs=rngs)
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 4))
+    before = model(x)
+    left = r"layers\.0 \(Doubling\), layers\.1 \(Conv\), layers\.2\.layer_instance \(WeightNorm\)"
+    with pytest.warns(UserWarning, match=left):
+        adapt(model, config_of("dora"), rngs)
+    assert model.hylorada.modules.linear_names == ["layers.3"]
+    np.testing.assert_allclose(model(x), before, rtol=1e-5)
+
+
 NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.nnx.adapted import Adapted
 from hylorada_jax.nnx.adapting import adaptation_of
@@ -148,7 +148,9 @@ class AdapterBank:
 
         Raises:
             ConfigError: a name is not in the bank.
-            DataError: there is not one name for each row, or :func:`tokens` gives other rows.
+            DataError: there is not one name for each row, a list in the place of an array, or :func:`tokens`
+                gives other rows.
+            ModelError: the model writes to its variables, or gives something without an axis of rows.
         """
         if adapters is None:
             return self.model(*arguments, **options)
@@ -158,6 +160,12 @@ class AdapterBank:
             twin.eval()
             return twin(*arguments, **options)
         leaves, structure = jax.tree.flatten((arguments, options))
+        if any(isinstance(leaf, list) for leaf in (*arguments, *options.values())):
+            raise DataError(
+                "What has a value for each row is an array.",
+                "a list",
+                "Give jax.numpy.asarray of it.",
+            )
         arrays = [leaf if isinstance(leaf, jax.Array | np.ndarray) else None for leaf in leaves]
         fixed = tuple(leaf if array is None else None for leaf, array in zip(leaves, arrays, strict=True))
         if wrong := [
@@ -199,6 +207,10 @@ class AdapterBank:
         return stack, frozen
 
 
+# What a model keeps from call to call in evaluation; a scan writes back whatever it has scanned over.
+_KEPT = nnx.Not(nnx.Any(AdapterParam, nnx.Param, nnx.BatchStat, nnx.RngState))
+
+
 def _beside(model: Any) -> tuple[str | None, Domain | None]:
     return model.hylorada.chat_template, model.hylorada.structure
 
@@ -217,8 +229,23 @@ def _rows(
     def one(adapter: Any, frozen: Any, row: list[Any], given: dict[str, Array]) -> Any:
         leaves = [kept if array is None else array[None] for kept, array in zip(fixed, row, strict=True)]
         arguments, options = jax.tree.unflatten(structure, leaves)
+        model = nnx.merge(graph, adapter, frozen)
+        before = jax.tree.leaves(nnx.state(model, _KEPT))
         with tokens(**given):
-            output = nnx.merge(graph, adapter, frozen)(*arguments, **options)
+            output = model(*arguments, **options)
+        after = jax.tree.leaves(nnx.state(model, _KEPT))
+        if any(one is not other for one, other in zip(before, after, strict=True)):
+            raise ModelError(
+                "A model with an adapter for each row keeps nothing from call to call.",
+                "one that writes to its variables, as a cache of keys and values",
+                "Merge each adapter into a model of its own.",
+            )
+        if any(jnp.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(output)):
+            raise ModelError(
+                "A model with an adapter for each row gives arrays with an axis of rows in front.",
+                f"shapes {jax.tree.map(jnp.shape, output)} for a row",
+                "Call the model with one adapter, or let it give such arrays alone.",
+            )
         return jax.tree.map(lambda leaf: leaf[0], output)
 
     adapters = jax.tree.map(lambda leaf: leaf[index], stack)

@@ -109,13 +109,35 @@ def test_an_adapter_outlives_the_arrays_that_it_was_added_from():
         (lambda bank: bank.add("default", nnx.state(bank.model, AdapterParam)), ConfigError, "unasked"),
         (lambda bank: bank.add("other", nnx.state(bank.model, nnx.BatchStat)), CheckpointError, "missing"),
         (lambda bank: bank(jnp.ones((2, 6)), adapters=["default"]), DataError, "1 adapters"),
+        (lambda bank: bank([[1.0] * 6], adapters=["default"]), DataError, "a list"),
         (lambda bank: AdapterBank(resolve(bank.model)), ModelError, "resolved"),
     ],
-    ids=["unknown", "active", "taken", "other leaves", "rows", "resolved"],
+    ids=["unknown", "active", "taken", "other leaves", "rows", "a list", "resolved"],
 )
 def test_what_a_bank_cannot_do_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call(AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0))))
+
+
+class Counting(nnx.Module):
+    """A layer that counts its calls, or gives one number."""
+
+    def __init__(self, *, one_number):
+        self.seen, self.one_number = nnx.Cache(jnp.zeros(())), one_number
+        self.fc = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        if self.one_number:
+            return self.fc(x).sum()
+        self.seen[...] += 1
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(("one_number", "said"), [(False, "writes to its variables"), (True, "axis of rows")])
+def test_a_model_that_cannot_be_computed_row_by_row_is_refused(one_number, said):
+    bank = AdapterBank(adapt(Counting(one_number=one_number), config_of("lora"), nnx.Rngs(0)))
+    with pytest.raises(ModelError, match=said):
+        bank(jnp.ones((2, 6)), adapters=["default", None])
 
 
 def test_an_adapter_of_another_config_is_refused(tmp_path):

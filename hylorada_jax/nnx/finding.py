@@ -78,10 +78,15 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
     linears: list[Linear] = []
     embeddings: list[Holder] = []
     norms: list[Holder] = []
+    others: list[str] = []
     attentions: dict[Path, Found] = {}
     named = names_of(model)
     modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model, graph=True)}
+    wrappers = [
+        path for path, module in modules.items() if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm)
+    ]
     for path, module in sorted(modules.items()):
+        described = f"{'.'.join(path)} ({type(module).__name__})"
         kind = kind_of(plain_class(type(module)))
         if kind is not None and kind.role in ATTENTIONS:
             place = path if kind.role == "multi_head" else path[:-1] or path
@@ -95,11 +100,18 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
             continue
         first = None if kind is None else getattr(module, kind.leaves[0], None)
         if kind is None or first is None:
+            if isinstance(getattr(module, "kernel", None), nnx.Variable):
+                others.append(described)
+            continue
+        within = next((modules[outer] for outer in wrappers if path[: len(outer)] == outer), None)
+        if kind.role == "linear" and within is not None:  # which gives it another kernel than its own
+            others.append(f"{'.'.join(path)} ({type(within).__name__})")
             continue
         try:
             form = contraction(module, kind) if kind.role == "linear" else None
-        except ModelError:
-            continue  # such as one with a kernel for each expert
+        except ModelError:  # such as one with a kernel for each expert
+            others.append(described)
+            continue
         names, stacked = _names(path, module, first.shape, axes_of(module, kind))
         names = tuple(map(named, names))
         found[path] = Found(module, kind, form)
@@ -117,7 +129,7 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
         elif not path or path[-1] not in (*RELATIVE_POSITIONS, *HEADS):
             embeddings.append(Holder(path, names, stacked, tuple(shapes.items())))
     reached = tuple(_attention(path, here, linears) for path, here in attentions.items())
-    parts = Modules(tuple(linears), reached, tuple(embeddings), tuple(norms))
+    parts = Modules(tuple(linears), reached, tuple(embeddings), tuple(norms), others=tuple(others))
     return parts, found | attentions
 
 

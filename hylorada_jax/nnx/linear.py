@@ -123,7 +123,8 @@ class DoRALinear(LoRALinear):
         y = (base + δ)·m'/‖W + s·B A‖
 
     The magnitude starts at ‖W‖ of the weight that the layer first meets, in :meth:`init_magnitude` or in a
-    call; until then it is NaN. Set it before a loop, or a compiled step compiles twice.
+    call; until then it is NaN. Set it before a loop, or a compiled step compiles twice, and one that merges
+    the layer anew (``nnx.split``, ``jax.jit``) never trains it.
 
     Args, errors and source: :class:`hylorada_jax.DoRALinear`.
 

@@ -11,7 +11,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.leaves import leaf_of
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.optimizer import optimizer_of
+from hylorada_jax.training.optimizer import optimizer_of, peak_rates
 
 
 def make_optimizer(
@@ -22,13 +22,14 @@ def make_optimizer(
     Args:
         model: an adapted model, or one with layers of this package in it.
         training: rates, decay, schedule and clipping.
-        config: LoRA+; that of :func:`adapt`, where it was called with the model.
+        config: LoRA+; None takes that of :func:`adapt`, which was called with the model or its parts.
 
     Returns:
         The transformation for ``nnx.Optimizer(model, tx, wrt=AdapterParam)``.
 
     Raises:
-        ConfigError: there is nothing to train, or a leaf that belongs to no group.
+        ConfigError: there is nothing to train, a leaf that belongs to no group, or parts whose configs have
+            different rates.
 
     Example:
         >>> from hylorada_jax.nnx import LoRALinear
@@ -47,8 +48,7 @@ def make_optimizer(
             f"{type(model).__name__} without any",
             "Call hylorada_jax.nnx.adapt(model, config, rngs) first.",
         )
-    if config is None:
-        config = getattr(getattr(model, "hylorada", None), "config", HyLoRADAConfig())
+    config = _config_of(model, training) if config is None else config
     tx = optimizer_of([_group(path, variable) for path, variable in found], training, config)
 
     # In a list of arrays the groups are the same, whether nnx gives variables or their values.
@@ -61,6 +61,20 @@ def make_optimizer(
         return jax.tree.unflatten(structure, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _config_of(model: Any, training: TrainingConfig) -> HyLoRADAConfig:
+    """That of the model, or of its parts where they were adapted one by one."""
+    modules = (module for _, module in nnx.iter_modules(model, graph=True))
+    adapted = [module.hylorada.config for module in modules if hasattr(module, "hylorada")]
+    by_rates = {tuple(peak_rates(training, config).items()): config for config in adapted}
+    if len(by_rates) > 1:
+        raise ConfigError(
+            "Parts of a model that are trained together have the same rates.",
+            " and ".join(str(dict(rates)) for rates in by_rates),
+            "Give make_optimizer the config to go by.",
+        )
+    return next(iter(by_rates.values()), HyLoRADAConfig())
 
 
 def _group(path: tuple[Any, ...], variable: nnx.Variable) -> str:

@@ -79,6 +79,29 @@ def test_every_leaf_of_a_layer_has_its_group():
         assert rate == pytest.approx(special, rel=1e-3), path
 
 
+def test_parts_that_were_adapted_one_by_one_have_their_rates():
+    def adapted(*ratios):
+        model = nnx.List([nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))) for _ in ratios])
+        for part, ratio in zip(model, ratios, strict=True):
+            plus = {"lora_plus_enabled": True, "lora_plus_ratio": ratio}
+            config = HyLoRADAConfig(method="lora", target_modules="all-linear", lora_rank=2, **plus)
+            adapt(part, config, nnx.Rngs(1))
+        return nnx.Sequential(*model)
+
+    def rates(model):
+        state = nnx.state(model, AdapterParam)
+        tx = make_optimizer(model, TRAINING)
+        return nnx.to_pure_dict(tx.update(jax.tree.map(jnp.ones_like, state), tx.init(state), state)[0])
+
+    for part in rates(adapted(3.0, 3.0))["layers"].values():
+        one = part["layers"][0]
+        assert float(one["lora_B"].mean() / one["lora_A"].mean()) == pytest.approx(
+            3, rel=0.01
+        )  # weight decay
+    with pytest.raises(ConfigError, match="the config to go by"):
+        rates(adapted(3.0, 4.0))
+
+
 def test_nothing_to_train_is_refused():
     with pytest.raises(ConfigError, match="adapt"):
         make_optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TRAINING)

@@ -1,5 +1,6 @@
 """Tokens second: the forward pass of adapted layers, attached without editing the model."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_jax.trees import COLLECTION, Resolved, Tree
 
 DROPOUT_RNG = "dropout"
+# Part of what jax's cache of jitted functions goes by: they are compiled anew within another context.
+_within: Any = jax.make_user_context(None)
 _RESOLVED = tuple(
     leaf.resolved for leaf in LEAVES if leaf.component in ("linear", "sparse") and leaf.resolved
 )
@@ -82,6 +85,9 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     tokens, in which bfloat16 would lose what it adds. Only what they give is rounded, to the dtype that it
     has in the base, so that the layers after them compute in it.
 
+    Open it within the function that is compiled: a jitted function called in the context is compiled for its
+    config, with the position bias and the structure encoder that it is first called with.
+
     Args:
         resolved: from :func:`hylorada_jax.surgery.resolve.resolve`; what serves the whole model is read.
         config: ``sparse_dropout``, ``magnitude_scales_bias`` and ``structure_seq_len`` are read.
@@ -124,13 +130,14 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         self._rows = rows
         self._pass: _Pass | None = None
         self._own_call: tuple[str, ...] | None = None
-        self._context = nn.intercept_methods(self._intercept)
+        self._contexts = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        self._context.__enter__()
+        self._contexts.enter_context(_within((self._config, self._train, self._dtype)))
+        self._contexts.enter_context(nn.intercept_methods(self._intercept))
 
     def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+        self._contexts.__exit__(*error)
 
     def _intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module

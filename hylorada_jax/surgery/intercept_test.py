@@ -121,6 +121,44 @@ def test_a_network_within_nn_jit_is_refused():
         jax.eval_shape(init, jax.random.key(0))
 
 
+def test_a_function_that_was_compiled_without_adapters_is_compiled_anew_within_the_context():
+    network = nn.Dense(WIDTH, use_bias=False)
+    params = network.init(jax.random.key(0), X)["params"]
+    leaves = {
+        "lora_A": jnp.ones((1, WIDTH)),
+        "scaled_B": jnp.ones((WIDTH, 1)),
+        "dropout_rate": jnp.array(0.5),
+    }
+    given, rngs = {"params": params, "hylorada": leaves}, {"dropout": jax.random.key(1)}
+    compiled = jax.jit(network.apply)
+    base = compiled(given, X, rngs=rngs)
+    for train in (True, False):
+        with adapt(leaves, LORA, train=train):
+            got, expected = compiled(given, X, rngs=rngs), network.apply(given, X, rngs=rngs)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        assert float(jnp.abs(got - base).max()) > 0.1
+    np.testing.assert_array_equal(compiled(given, X, rngs=rngs), base)
+
+
+def test_parameters_in_boxes_are_refused():
+    network = nn.Dense(WIDTH, kernel_init=nn.with_partitioning(nn.initializers.zeros, (None, "tensor")))
+    init = lambda key: network.init(key, X)["params"]
+    with pytest.raises(ConfigError, match=r"meta\.unbox"):
+        find_modules(init)
+    assert find_modules(lambda key: nn.meta.unbox(init(key))).linear_names == [""]
+
+
+def test_a_module_with_the_name_of_our_leaves_is_refused():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(WIDTH, name="position_bias")(nn.Dense(WIDTH, name="fc")(x))
+
+    modules = find_modules(lambda key: Net().init(key, X)["params"])
+    with pytest.raises(ModelError, match="another name"):
+        plan(modules, LORA)
+
+
 def test_nn_jit_around_what_has_no_adapters_is_allowed_and_so_is_a_jitted_init():
     convolution = nn.jit(nn.Conv)
 

@@ -250,6 +250,16 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
     # would see nothing.
     with nn.intercept_methods(record):
         shapes = jax.eval_shape(lambda key: init(key), jax.random.key(0))
+
+    def is_boxed(leaf: Any) -> bool:
+        return isinstance(leaf, nn.meta.AxisMetadata)
+
+    if any(map(is_boxed, jax.tree.leaves(shapes, is_leaf=is_boxed))):
+        raise ConfigError(
+            "Parameters must be arrays, without the axes that flax keeps beside them.",
+            "a network made with nn.with_partitioning, or its like",
+            "Give flax.linen.meta.unbox of what init returns, here and wherever params are taken.",
+        )
     linears: list[Linear] = []
     attentions: list[Attention] = []
     embeddings: list[Holder] = []

@@ -79,8 +79,10 @@ def plan(modules: Modules, config: HyLoRADAConfig) -> tuple[Site, ...]:
 
     Raises:
         TargetError: a pattern matches nothing, or there is no MLP whose last layer is known by name.
-        ModelError: the model has no attention, embedding or norm that the component could attach to.
+        ModelError: the model has no attention, embedding or norm that the component could attach to, or a
+            module of a name that leaves of the library have.
     """
+    _refuse_reserved(modules)
     sites = _linear_sites(modules, config, config.linear) if config.linear else []
     if config.position_bias_enabled:
         place = Module((), ("",), False)
@@ -100,6 +102,17 @@ def plan(modules: Modules, config: HyLoRADAConfig) -> tuple[Site, ...]:
     if config.train_norms:
         unfrozen += _require(modules.norms, "train_norms", "norms")
     return (*sites, *(_everywhere("unfrozen", module, dict(module.shapes)) for module in unfrozen))
+
+
+def _refuse_reserved(modules: Modules) -> None:
+    parts = *modules.linears, *modules.attentions, *modules.embeddings, *modules.norms
+    for path in (part.path for part in parts):
+        if path and path[0] in (POSITION_BIAS, STRUCTURE_ENCODER):
+            raise ModelError(
+                f"At the top of a model, {POSITION_BIAS} and {STRUCTURE_ENCODER} are leaves of adapters.",
+                ".".join(path),
+                "Give the module another name.",
+            )
 
 
 def count_parameters(sites: Sequence[Site]) -> int:
@@ -145,7 +158,7 @@ def _linear_sites(modules: Modules, config: HyLoRADAConfig, kind: Kind) -> list[
     if every and modules.others:
         warnings.warn(
             f"{ALL_LINEAR} leaves out {short(modules.others)}: not known to compute y = x · kernel. "
-            "register_linear makes a class that does known.",
+            "A class that does is made known by register_linear, or in NNX by register_einsum.",
             stacklevel=3,
         )
     ranks = layer_ranks(selected, names, config)
