@@ -92,6 +92,8 @@ def new_directory(directory: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+    except BrokenPipeError:  # of what the block prints
+        raise
     except OSError as error:
         raise CheckpointError(
             "The output directory must be writable, and the disk must have room for the model.",

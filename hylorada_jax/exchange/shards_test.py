@@ -104,6 +104,12 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_output_that_nobody_reads_is_no_fault_of_the_directory(tmp_path):
+    with pytest.raises(BrokenPipeError), new_directory(tmp_path / "new"):
+        raise BrokenPipeError  # as of a progress bar
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_directory_that_was_planted_is_neither_written_nor_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
     planted = tmp_path / f".hylorada-{'0' * 16}"

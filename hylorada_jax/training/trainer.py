@@ -188,6 +188,7 @@ class HyLoRADATrainer:
             NonFiniteError: a loss or a gradient became NaN or infinite; the error names the step, the file
                 with the batch, and the last good checkpoint.
             CheckpointError: a checkpoint or another file could not be written, or none can be used.
+            BrokenPipeError: nobody reads what is printed any more.
             KeyboardInterrupt: after an interrupt, once a checkpoint is written. A second one does not wait.
         """
         config, directory = self._config, self._directory
@@ -201,6 +202,8 @@ class HyLoRADATrainer:
                 )
             with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
                 return self._train(checkpoints, run)
+        except BrokenPipeError:  # of a line that is printed
+            raise
         except OSError as error:  # a full disk also meets the small files
             raise CheckpointError(
                 "The output directory must be writable.",

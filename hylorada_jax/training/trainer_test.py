@@ -437,6 +437,20 @@ def test_a_run_is_not_overwritten_unasked_and_only_its_own_files_are_deleted(tmp
     assert (directory / "notes.txt").read_text() == "mine"
 
 
+def test_output_that_nobody_reads_is_no_fault_of_the_directory(tmp_path, reference, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    closed = os.fdopen(writing, "w", buffering=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", closed)
+        with pytest.raises(BrokenPipeError):
+            train(tmp_path / "run")
+    with contextlib.suppress(BrokenPipeError):
+        closed.close()
+    model, _ = train(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", model, reference)
+
+
 def test_another_run_is_not_resumed_and_both_sides_are_named(reference):
     directory, _, _ = reference
     trainer = HyLoRADATrainer(tiny_model(), texts(7), texts(1, 4), settings(directory, resume=True, seed=3))
