@@ -7,13 +7,20 @@ followed.
 
 A run's run.json is renamed before anything else of it is deleted, and removed last: a deletion that was cut
 short can be finished, and what it left is never taken for a run.
+
+One trainer at a time is in the directory: the first process of its run locks it, with no file, and the system
+unlocks it when that process ends, however it ends. No lock keeps another machine out, nor anybody out of a
+bucket, of a file system without locks, or on Windows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import secrets
+import shlex
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +43,11 @@ from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.text import short
 from hylorada_jax.training.checkpoint import DAMAGED
 from hylorada_jax.training.run_record import RunRecord, differences, read_record
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # What lies in the directories of a run, as paths below them; a directory's ends with a slash.
 _OF_ADAPTER = re.compile("|".join([re.escape(CONFIG_NAME), re.escape(WEIGHTS_NAME), TEMPORARY]))
@@ -97,9 +109,26 @@ class RunDirectory:
             overwrite: it may hold a run, which will be deleted.
 
         Raises:
-            CheckpointError: it cannot be made or written into, holds a run and nothing was said about it, or
-                holds something else of a name that a run writes.
+            CheckpointError: it cannot be made or written into, holds a run and nothing was said about it,
+                holds something else of a name that a run writes, or is another trainer's at the moment.
         """
+        with _locked(self.path, exclusive=False):  # the others of several processes look at it too
+            self._refuse_unless(resume=resume, overwrite=overwrite)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Makes the directory, and keeps all other trainers out of it while the block runs.
+
+        Raises:
+            CheckpointError: another one is in it.
+            OSError: it could not be made.
+        """
+        make_directory(self.path)
+        with _locked(self.path, exclusive=True):
+            yield
+
+    def _refuse_unless(self, *, resume: bool, overwrite: bool) -> None:
+        """As :meth:`refuse_unless`, also for the trainer that is in it."""
         refuse_unusable(self.path, in_bucket=True)
         if bucket.is_in_bucket(self.path):
             bucket.refuse_undescribed(self.path)
@@ -150,13 +179,14 @@ class RunDirectory:
             The content of the run's run.json.
 
         Raises:
-            CheckpointError: as :meth:`refuse_unless` says, or the run that is there is another one.
+            CheckpointError: as :meth:`refuse_unless` says, but for other trainers, which :meth:`alone` keeps
+                out; or the run that is there is another one.
             OSError: something could not be deleted or written.
 
         Warns:
             UserWarning: the run was started on something else.
         """
-        self.refuse_unless(resume=resume, overwrite=overwrite)
+        self._refuse_unless(resume=resume, overwrite=overwrite)
         # Through JSON, so that a tuple equals the list that is read back.
         plain = json.loads(json.dumps({"identity": identity, "recorded": recorded}))
         names = [place.name for place in self._places]
@@ -254,6 +284,33 @@ class RunDirectory:
                 stacklevel=4,
             )
         return there
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, *, exclusive: bool) -> Iterator[None]:
+    """Locks a run's directory while the block runs, where that can be; a CheckpointError where it is locked.
+
+    Args:
+        directory: exists or not.
+        exclusive: against every other lock, or else against those that are exclusive.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None and not bucket.is_in_bucket(directory):
+            try:
+                opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+                stack.callback(os.close, opened)
+                fcntl.flock(opened, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
+                stack.callback(fcntl.flock, opened, fcntl.LOCK_UN)  # at once, though a fork may have it open
+            except BlockingIOError as error:
+                listing = f"lsof {shlex.quote(str(directory))}"
+                raise CheckpointError(
+                    "A run's directory is written by one trainer at a time.",
+                    f"{directory}, where another one is training",
+                    f"Wait until it ends, end it (`{listing}` shows it), or choose another directory.",
+                ) from error
+            except (OSError, ValueError):  # no such directory, or a file system without locks
+                pass
+        yield
 
 
 def _below(place: Path, written: re.Pattern[str]) -> Iterator[tuple[Path, bool]]:

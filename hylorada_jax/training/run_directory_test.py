@@ -1,9 +1,13 @@
 """Law: a run's own files are overwritten when that is asked for, and nothing else ever is."""
 
+import contextlib
+import errno
 import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
 from hylorada_jax.io import bucket as of_bucket
 from hylorada_jax.io.files import any_path
+from hylorada_jax.training import run_directory as module
 from hylorada_jax.training.checkpoint_test import restore, save
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.identity import defaults
@@ -303,6 +308,74 @@ def test_a_deletion_that_is_cut_short_says_so_and_can_be_finished(tmp_path, monk
         assert left == {"run.json", "notes.txt"}
         assert (run.path / "notes.txt").read_text() == "mine"
     assert steps > 30
+
+
+# Takes the lock as any program may, says so, and keeps it until it is killed or told to end.
+HOLDER = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_a_directory_is_another_processs_until_that_ends_however_it_does(tmp_path, end):
+    run = a_run(tmp_path / "it's a run")
+    (tmp_path / "link").symlink_to(run.path)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, run.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        before = snapshot(run.path)
+        for path in (run.path, tmp_path / "link"):
+            for how in FLAGS.values():
+                with pytest.raises(CheckpointError, match="one trainer at a time") as error:
+                    RunDirectory(path).refuse_unless(resume="resume" in how, overwrite="overwrite" in how)
+                assert str(path) in str(error.value)
+            with pytest.raises(CheckpointError, match="one trainer at a time"), RunDirectory(path).alone():
+                pass
+        assert "lsof" in error.value.remedy
+        assert snapshot(run.path) == before
+    finally:
+        getattr(child, end)()
+        child.communicate()
+    RunDirectory(run.path).refuse_unless(resume=True, overwrite=False)
+    with RunDirectory(tmp_path / "link").alone():
+        opened(run.path, overwrite=True)  # by the one that is in it
+
+
+class Ended(BaseException):
+    """As KeyboardInterrupt, by which pytest would end."""
+
+
+def test_a_directory_is_free_again_however_the_block_ends(tmp_path):
+    for error in (None, OSError, BlockingIOError, CheckpointError("", "", ""), Ended):
+        with contextlib.suppress(OSError, CheckpointError, Ended), RunDirectory(tmp_path / "run").alone():
+            with pytest.raises(CheckpointError, match="one trainer at a time"):
+                RunDirectory(tmp_path / "run").refuse_unless(resume=True, overwrite=False)
+            if error is not None:
+                raise error
+    assert not list((tmp_path / "run").iterdir())  # no file of a lock
+    opened(tmp_path / "run")
+
+
+@pytest.mark.parametrize("system", ["Windows", "NFS"])
+def test_where_there_are_no_locks_one_goes_on_without(tmp_path, monkeypatch, system):
+    def refusing(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patched:
+        if system == "Windows":
+            patched.setattr(module, "fcntl", None)
+        else:
+            patched.setattr(module.fcntl, "flock", refusing)
+        for _ in range(2):
+            with RunDirectory(tmp_path).alone():
+                opened(tmp_path, resume=True)
+                RunDirectory(tmp_path).refuse_unless(resume=True, overwrite=False)
 
 
 def test_in_a_bucket_too_a_deletion_takes_the_run_alone_and_can_be_finished(bucket, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -102,8 +104,8 @@ class HyLoRADATrainer:
             document does not fit its tokens.
         ModelError: the model has no output head that the built-in loss can read.
         CheckpointError: the output directory cannot be written, holds a run and neither resume nor overwrite
-            is set, or holds something else of a name that a run writes, or the model's chat template cannot
-            be saved.
+            is set, holds something else of a name that a run writes, or another trainer is in it, or the
+            model's chat template cannot be saved.
 
     Example:
         >>> config = TrainingConfig(output="runs/a", steps=200)
@@ -187,21 +189,23 @@ class HyLoRADATrainer:
         Raises:
             NonFiniteError: a loss or a gradient became NaN or infinite; the error names the step, the file
                 with the batch, and the last good checkpoint.
-            CheckpointError: a checkpoint or another file could not be written, or none can be used.
+            CheckpointError: a checkpoint or another file could not be written, or none can be used; or
+                another trainer is in the directory.
             BrokenPipeError: nobody reads what is printed any more.
             KeyboardInterrupt: after an interrupt, once a checkpoint is written. A second one does not wait.
         """
         config, directory = self._config, self._directory
         try:
-            run = on_first(self._opened)
-            if not all(seen := everywhere(_appears(directory.run))):
-                raise CheckpointError(
-                    "The output directory must be one that all processes see.",
-                    f"{directory.path}, which process {seen.index(False)} does not see",
-                    "Choose a directory on a file system that their machines share.",
-                )
-            with Checkpoints(directory.checkpoints, config.keep_checkpoints) as checkpoints:
-                return self._train(checkpoints, run)
+            with contextlib.ExitStack() as until_the_end:
+                run = on_first(functools.partial(self._opened, until_the_end))
+                if not all(seen := everywhere(_appears(directory.run))):
+                    raise CheckpointError(
+                        "The output directory must be one that all processes see.",
+                        f"{directory.path}, which process {seen.index(False)} does not see",
+                        "Choose a directory on a file system that their machines share.",
+                    )
+                checkpoints = Checkpoints(directory.checkpoints, config.keep_checkpoints)
+                return self._train(until_the_end.enter_context(checkpoints), run)
         except BrokenPipeError:  # of a line that is printed
             raise
         except OSError as error:  # a full disk also meets the small files
@@ -211,9 +215,10 @@ class HyLoRADATrainer:
                 "See to what the message says, as by freeing space, then go on with resume (--resume).",
             ) from error
 
-    def _opened(self) -> RunRecord:
-        """The directory, made ready; in the first process."""
+    def _opened(self, until_the_end: contextlib.ExitStack) -> RunRecord:
+        """The directory, made ready, and no other trainer's until the end; in the first process."""
         config, directory = self._config, self._directory
+        until_the_end.enter_context(directory.alone())
         run = directory.open(
             self._identity,
             circumstances(self._model, config) | {"mesh": config.mesh or None},

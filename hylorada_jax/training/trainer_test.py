@@ -437,6 +437,26 @@ def test_a_run_is_not_overwritten_unasked_and_only_its_own_files_are_deleted(tmp
     assert (directory / "notes.txt").read_text() == "mine"
 
 
+def test_while_a_run_trains_no_other_trainer_gets_its_directory(tmp_path, reference, monkeypatch):
+    directory, write = tmp_path / "run", MetricsLog.write
+    late = HyLoRADATrainer(tiny_model(), texts(), texts(1, 4), settings(directory, overwrite=True))
+
+    def coming_too(log, record):
+        monkeypatch.setattr(MetricsLog, "write", write)
+        for how in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(CheckpointError, match="one trainer at a time"):
+                train(directory, **how)
+        with pytest.raises(CheckpointError, match="one trainer at a time"):
+            late.train()
+        write(log, record)
+
+    monkeypatch.setattr(MetricsLog, "write", coming_too)
+    model, _ = train(directory)
+    assert MetricsLog.write is write
+    assert_same_run(directory, model, reference)
+    late.train()
+
+
 def test_output_that_nobody_reads_is_no_fault_of_the_directory(tmp_path, reference, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
