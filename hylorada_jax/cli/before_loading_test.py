@@ -21,6 +21,7 @@ from hylorada_jax.saved.opening import identity
 from hylorada_jax.surgery.fit import fit
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.run_directory_test import opened, snapshot
 from hylorada_jax.training.trainer import HyLoRADATrainer
 
 SMALL = {"vocab_size": 257, "max_position_embeddings": 32, "hidden_size": 16, "num_hidden_layers": 1}
@@ -186,6 +187,63 @@ def test_a_mistake_is_reported_and_not_the_weights(
     assert "remedy" in err
     assert not (tmp_path / "out").exists()
     assert set(place.rglob("*")) == before
+
+
+@pytest.fixture
+def finished(place, tmp_path):
+    """A run whose files serve as all that another run may read."""
+    finished = opened(tmp_path / "runs" / "a")
+    shutil.copytree(place / "adapter", finished.adapter)
+    finished.metrics.write_text('{"text": "the quick brown fox"}\n' * 60)
+    shutil.copy(place / "chat.jinja", finished.nonfinite_batch)
+    shutil.copy(place / "wide.json", finished.loss_plot)
+    finished.recipe.write_text(json.dumps({"model": str(place / "llama"), "data": ["texts.txt"]}))
+    (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    (tmp_path / "linked").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "linked" / name).symlink_to(finished.adapter / name)
+    return finished
+
+
+@pytest.mark.parametrize(("options", "read"), [
+    (("--start-from", "runs/a/adapter"), "a/adapter"), (("--start-from", "linked"), "linked/adapter_config"),
+    (("--data", "runs/a/metrics.jsonl"), "metrics.jsonl"), (("--data", "runs/**/*.jsonl"), "metrics.jsonl"),
+    (("--data", "texts.txt=0.5", "runs/a/metrics.jsonl=0.5"), "metrics.jsonl"),
+    (("--data", "texts.txt", "--eval-data", "runs/a/*.jsonl"), "metrics.jsonl"),
+    (("--chat-template", "runs/a/nonfinite_batch.npz"), "nonfinite_batch"),
+    (("--config", "runs/a/loss.png"), "loss.png"), (("--model", "runs/a/adapter"), "a/adapter"),
+])  # fmt: skip
+def test_a_run_is_not_overwritten_by_one_that_reads_its_files(
+    options, read, finished, place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = (*options, *(() if "--model" in options else ("--model", place / "llama")))
+    options = (*options, *(() if "--data" in options else ("--data", "texts.txt")))
+    before = snapshot(tmp_path)
+    status, _, err = run(
+        monkeypatch, capsys, "finetune", *options, "--output", finished.path, "--overwrite", "--seq-len", 8
+    )
+    assert (status, "not overwritten by one that reads its files" in err) == (2, True), err
+    assert f"received: {read}" in err or f"/{read}" in err
+    assert "remedy:   Choose another output directory" in err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_can_be_overwritten_by_its_own_recipe(finished, tmp_path, monkeypatch, capsys):
+    """Which says that again: here the weights are all that is missing."""
+    monkeypatch.chdir(tmp_path)
+    command = (
+        "finetune",
+        "--recipe",
+        finished.recipe,
+        "--output",
+        finished.path,
+        "--overwrite",
+        "--seq-len",
+        8,
+    )
+    status, _, err = run(monkeypatch, capsys, *command)
+    assert (status, "safetensors" in err) == (2, True), err
 
 
 def test_data_of_which_no_row_is_left_are_an_error(place, tmp_path, monkeypatch, capsys):

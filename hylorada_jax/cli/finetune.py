@@ -1,6 +1,7 @@
 """The command that trains an adapter."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import tyro
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
 from hylorada_jax.cli.flags import flag_of, in_flags
 from hylorada_jax.cli.joining import ALONE, Processes
-from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
+from hylorada_jax.cli.reading import AS_IT_IS, Reading, Source, sources_of
 from hylorada_jax.cli.recipe import recipe_of
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.cli.shared import (
@@ -29,9 +30,10 @@ from hylorada_jax.cli.shared import (
     warn_of_length,
     weights_in,
 )
-from hylorada_jax.data.corpus import PYTHON_STDLIB
+from hylorada_jax.data.corpus import PYTHON_STDLIB, files_of
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.io.files import any_path, user_path
 from hylorada_jax.terminal import one_line, show
 from hylorada_jax.training.config import TrainingConfig
 
@@ -118,7 +120,8 @@ def finetune(
     settings = adapter.build() if saved is None else saved.config
     read = structure_of(structure, saved, settings)
     template = template_of(chat_template, saved)
-    RunDirectory(config.output).refuse_unless(resume=config.resume, overwrite=config.overwrite)
+    inputs = _inputs(model, [*sources, *own], start_from, [chat_template, adapter.config])
+    RunDirectory(config.output).refuse_unless(resume=config.resume, overwrite=config.overwrite, inputs=inputs)
     options = {"model": model, "data": data, "eval_data": eval_data, "start_from": start_from}
     options |= {"structure": structure, "dtype": dtype, "base_dtype": base_dtype, "prompt": prompt}
     options |= {"chat_template": chat_template}
@@ -183,6 +186,25 @@ def finetune(
         print(f"kept     step {result.kept} of {result.steps}, the best on the held-out data")
     for name, place in (("adapter", result.adapter), ("metrics", result.metrics), ("plot", result.loss_plot)):
         print(f"{name:<8} {one_line(place)}")
+
+
+def _inputs(
+    model: str, data: Sequence[Source], start_from: Path | None, files: Sequence[Path | None]
+) -> Iterator[Path]:
+    """What a run reads, and would lose if it lay in the run that is overwritten.
+
+    A recipe does not count: it is read by now, and what it says is written again in the place of the
+    recipe.json that is overwritten. So a run is repeated in its own directory.
+    """
+    from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+
+    yield user_path(model)
+    for source in data:
+        yield from files_of(source.name)
+    if start_from is not None:
+        directory = any_path(start_from)
+        yield from (directory, directory / CONFIG_NAME, directory / WEIGHTS_NAME)  # each may be a link
+    yield from (user_path(file) for file in files if file is not None)
 
 
 def _opened(adapter: Path, given: AdapterOptions) -> "SavedAdapter":

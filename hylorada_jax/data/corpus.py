@@ -252,6 +252,23 @@ def _standard_library() -> Iterator[Row]:
                 continue
 
 
+def files_of(source: str) -> list[Path]:
+    """The user's own files that a source of :func:`load_documents` names, sorted; none of any other source.
+
+    Args:
+        source: by its name.
+
+    Raises:
+        DataError: nothing is found.
+
+    Example:
+        >>> files_of("python-stdlib"), files_of("owner/name:config")
+        ([], [])
+    """
+    embedded = source in (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
+    return [] if embedded or hub_dataset(source) else _files(source)
+
+
 def _files(source: str) -> list[Path]:
     """The files that a source names, sorted."""
     source = os.path.expanduser(source)  # a quoted glob comes with its "~"; Path's method may raise

@@ -6,7 +6,8 @@ nothing is changed. What lies beside them stays. The directory may be a link, or
 followed.
 
 A run's run.json is renamed before anything else of it is deleted, and removed last: a deletion that was cut
-short can be finished, and what it left is never taken for a run.
+short can be finished, and what it left is never taken for a run. recipe.json goes just before it: it may be
+the recipe of the run that overwrites, which reads it again when it is started anew.
 
 One trainer at a time is in the directory: the first process of its run locks it, with no file, and the system
 unlocks it when that process ends, however it ends. No lock keeps another machine out, nor anybody out of a
@@ -22,7 +23,7 @@ import re
 import secrets
 import shlex
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -89,31 +90,33 @@ class RunDirectory:
         self.loss_plot = self.path / "loss.png"
         self.tensorboard = self.path / "tensorboard"
         self.nonfinite_batch = self.path / "nonfinite_batch.npz"
-        # What a run writes, and for a directory what that holds.
+        # What a run writes, and for a directory what that holds; deleted from the last to the first.
         self._places: dict[Path, re.Pattern[str] | None] = {
+            self.recipe: None,
             self.adapter: _OF_ADAPTER,
             self.checkpoints: _OF_CHECKPOINTS,
             self.path / DAMAGED: _OF_CHECKPOINTS,
             self.tensorboard: _OF_TENSORBOARD,
-            self.recipe: None,
             self.metrics: None,
             self.loss_plot: None,
             self.nonfinite_batch: None,
         }
 
-    def refuse_unless(self, *, resume: bool, overwrite: bool) -> None:
+    def refuse_unless(self, *, resume: bool, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
         """Refuses a directory that a run cannot be written to; changes nothing.
 
         Args:
             resume: it may hold a run.
             overwrite: it may hold a run, which will be deleted.
+            inputs: files and directories that the new run is to read; asked for where a run will be deleted.
 
         Raises:
             CheckpointError: it cannot be made or written into, holds a run and nothing was said about it,
-                holds something else of a name that a run writes, or is another trainer's at the moment.
+                holds something else of a name that a run writes, is another trainer's at the moment, or
+                an input is among what will be deleted.
         """
         with _locked(self.path, exclusive=False):  # the others of several processes look at it too
-            self._refuse_unless(resume=resume, overwrite=overwrite)
+            self._refuse_unless(resume=resume, overwrite=overwrite, inputs=inputs)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -127,11 +130,12 @@ class RunDirectory:
         with _locked(self.path, exclusive=True):
             yield
 
-    def _refuse_unless(self, *, resume: bool, overwrite: bool) -> None:
+    def _refuse_unless(self, *, resume: bool, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
         """As :meth:`refuse_unless`, also for the trainer that is in it."""
         refuse_unusable(self.path, in_bucket=True)
         if bucket.is_in_bucket(self.path):
             bucket.refuse_undescribed(self.path)
+        deleted: list[Path] = []
         try:
             there = self._there()
             held = self._held(there)
@@ -139,10 +143,12 @@ class RunDirectory:
             record = read_record(held[0]) if held else None
             self._refuse(self._taken([] if record is None else record.writes, there))
             if overwrite and record is not None:
-                self._contents(record, there)
+                deleted = [*held, *self._contents(record, there)]
         except OSError as error:
             rule = "The output directory must be readable."
             raise CheckpointError(rule, error, "Choose another output directory.") from error
+        if deleted:
+            self._refuse_lost(inputs, deleted)
         if held and not (resume or overwrite):
             raise CheckpointError(
                 "A run is never overwritten unasked.",
@@ -263,6 +269,16 @@ class RunDirectory:
             "Move that away, or choose another directory.",
         )
 
+    def _refuse_lost(self, inputs: Iterable[Path], deleted: Iterable[Path]) -> None:
+        """Refuses to delete what the new run is to read."""
+        places = {_place(path) for path in deleted}
+        if lost := [str(path) for path in inputs if (place := _place(path)) and place in places]:
+            raise CheckpointError(
+                "A run is not overwritten by one that reads its files.",
+                f"{short(lost)}, in the run of {self.path}",
+                "Choose another output directory, or copy what is read elsewhere and name the copy.",
+            )
+
     def _same_run(self, run: RunRecord, defaults: Mapping[str, Any]) -> RunRecord:
         """The run that is there, which must be the one at hand."""
         there = read_record(self.run)
@@ -311,6 +327,17 @@ def _locked(directory: Path, *, exclusive: bool) -> Iterator[None]:
             except (OSError, ValueError):  # no such directory, or a file system without locks
                 pass
         yield
+
+
+def _place(path: Path) -> object:
+    """What a file or a directory has under all names that lead to it, but hard links; None for none."""
+    if bucket.is_in_bucket(path):
+        return str(path).rstrip("/")
+    try:
+        real = Path(os.path.realpath(path))
+        return tuple((found.st_dev, found.st_ino) for found in (real.stat(), real.parent.stat()))
+    except (OSError, ValueError):
+        return None
 
 
 def _below(place: Path, written: re.Pattern[str]) -> Iterator[tuple[Path, bool]]:

@@ -59,6 +59,7 @@ def a_run(path):
     for name in (
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "adapter/.hylorada-0123456789abcdef", "metrics.jsonl", "loss.png", "nonfinite_batch.npz",
+        "recipe.json",
         "checkpoints/2/_CHECKPOINT_METADATA", "checkpoints/2/run/metadata", "checkpoints/2/state/_METADATA",
         f"checkpoints/2/state/ocdbt.process_0/d/{'0f' * 16}", "checkpoints/2/state/manifest.ocdbt",
         "checkpoints/4.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp/ocdbt.process_0/d/manifest.ocdbt.__lock",
@@ -299,6 +300,8 @@ def test_a_deletion_that_is_cut_short_says_so_and_can_be_finished(tmp_path, monk
             opened(run.path, resume=True)
         elif run.deleted_run.exists():
             assert not run.run.exists()
+            left = {path.name for path in run.path.iterdir()} - {"run.json.deleted", "notes.txt"}
+            assert not left or "recipe.json" in left  # the run's own, by which it may be started again
             refused(run.path, r"cut short[\s\S]*--overwrite", resume=True)
             refused(run.path, "overwritten unasked")
         else:  # all of it is deleted, and the new run has not begun
@@ -308,6 +311,47 @@ def test_a_deletion_that_is_cut_short_says_so_and_can_be_finished(tmp_path, monk
         assert left == {"run.json", "notes.txt"}
         assert (run.path / "notes.txt").read_text() == "mine"
     assert steps > 30
+
+
+def overwriting(path, *inputs):
+    RunDirectory(path).refuse_unless(resume=False, overwrite=True, inputs=iter(inputs))
+
+
+@pytest.mark.parametrize("name", [
+    "adapter", "adapter/adapter_config.json", "checkpoints/2/run/metadata", "metrics.jsonl",
+    "recipe.json", "run.json",
+])  # fmt: skip
+def test_what_the_new_run_reads_is_not_deleted(tmp_path, outside, name, monkeypatch):
+    run = a_run(tmp_path / "runs" / "a")
+    monkeypatch.chdir(run.path)
+    (run.path / "notes.txt").write_text("mine")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "run").symlink_to(run.path)
+    (tmp_path / "links" / "input").symlink_to(run.path / name)
+    before = snapshot(tmp_path)
+    for path in (run.path, tmp_path / "links" / "run", "../a"):
+        for read in (
+            run.path / name,
+            Path(name),
+            tmp_path / "links" / "run" / name,
+            tmp_path / "links" / "input",
+        ):
+            with pytest.raises(CheckpointError, match="one that reads its files") as error:
+                overwriting(path, outside, read)
+            assert str(read) in str(error.value)
+            assert str(outside) not in str(error.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_the_new_run_reads_beside_a_run_stays_and_is_no_hindrance(tmp_path, outside):
+    run = a_run(tmp_path / "run")
+    (run.path / "notes.txt").write_text("mine")
+    copy = shutil.copytree(run.adapter, outside / "adapter")
+    os.link(run.metrics, outside / "metrics.jsonl")  # its content stays when the run's own name is deleted
+    kept = (run.path, run.path / "notes.txt", copy, outside / "metrics.jsonl", outside / "none", Path("\0"))
+    overwriting(run.path, *kept, any_path("gpt2"))
+    RunDirectory(run.path).refuse_unless(resume=True, overwrite=False, inputs=[run.adapter])
+    overwriting(tmp_path / "new", run.adapter)
 
 
 # Takes the lock as any program may, says so, and keeps it until it is killed or told to end.
@@ -418,6 +462,13 @@ def test_in_a_bucket_too_a_deletion_takes_the_run_alone_and_can_be_finished(buck
             opened(place, resume=True)
         opened(place, overwrite=True)
         assert within(place).keys() == {"run.json", *mine}
+    run = opened(place, overwrite=True)
+    changes["write"](run.adapter / "adapter_config.json", b"the run's")
+    for read in (run.adapter, run.adapter / "adapter_config.json", any_path(f"{place}/adapter/")):
+        with run.alone(), pytest.raises(CheckpointError, match="one that reads its files"):
+            overwriting(place, read)
+    overwriting(place, any_path(f"{place}2/adapter"), place / "notes.txt", Path("adapter"))
+    opened(place, overwrite=True)
     assert steps == 10  # run.json under its other name, all files and directories, the new run.json
     monkeypatch.setattr(bucket, "hidden", True)
     with pytest.raises(CheckpointError, match=r"storage\.buckets\.get access"):
