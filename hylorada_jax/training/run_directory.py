@@ -40,6 +40,7 @@ from hylorada_jax.io.files import (
     remove,
     write_whole,
 )
+from hylorada_jax.placement.processes import are_several
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.text import short
 from hylorada_jax.training.checkpoint import DAMAGED
@@ -115,7 +116,8 @@ class RunDirectory:
                 holds something else of a name that a run writes, is another trainer's at the moment, or
                 an input is among what will be deleted.
         """
-        with _locked(self.path, exclusive=False):  # the others of several processes look at it too
+        # Of several processes the first may be in it already when another one looks.
+        with contextlib.nullcontext() if are_several() else _locked(self.path, exclusive=False):
             self._refuse_unless(resume=resume, overwrite=overwrite, inputs=inputs)
 
     @contextlib.contextmanager
