@@ -207,8 +207,13 @@ class AdapterBank:
         return stack, frozen
 
 
-# What a model keeps from call to call in evaluation; a scan writes back whatever it has scanned over.
-_KEPT = nnx.Not(nnx.Any(AdapterParam, nnx.Param, nnx.BatchStat, nnx.RngState))
+def _kept(model: nnx.Module) -> dict[Any, Array]:
+    """What a model has kept from call to call, in evaluation, by its place.
+
+    Left out is what evaluation does not write to, for a scan writes back whatever it has scanned over.
+    """
+    others = nnx.Any(AdapterParam, nnx.Param, nnx.BatchStat, nnx.RngState, nnx.Intermediate)
+    return dict(jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Not(others))))
 
 
 def _beside(model: Any) -> tuple[str | None, Domain | None]:
@@ -230,11 +235,11 @@ def _rows(
         leaves = [kept if array is None else array[None] for kept, array in zip(fixed, row, strict=True)]
         arguments, options = jax.tree.unflatten(structure, leaves)
         model = nnx.merge(graph, adapter, frozen)
-        before = jax.tree.leaves(nnx.state(model, _KEPT))
+        before = _kept(model)
         with tokens(**given):
             output = model(*arguments, **options)
-        after = jax.tree.leaves(nnx.state(model, _KEPT))
-        if any(one is not other for one, other in zip(before, after, strict=True)):
+        after = _kept(model)
+        if any(after.get(path) is not leaf for path, leaf in before.items()):
             raise ModelError(
                 "A model with an adapter for each row keeps nothing from call to call.",
                 "one that writes to its variables, as a cache of keys and values",

@@ -122,22 +122,28 @@ def test_what_a_bank_cannot_do_is_refused(call, error, match):
 class Counting(nnx.Module):
     """A layer that counts its calls, or gives one number."""
 
-    def __init__(self, *, one_number):
-        self.seen, self.one_number = nnx.Cache(jnp.zeros(())), one_number
+    def __init__(self, does):
+        self.seen, self.does = nnx.Cache(jnp.zeros(())), does
         self.fc = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
 
     def __call__(self, x):
-        if self.one_number:
-            return self.fc(x).sum()
-        self.seen[...] += 1
-        return self.fc(x)
+        self.sow(nnx.Intermediate, "sown", x)
+        if self.does == "count":
+            self.seen[...] += 1
+        y = self.fc(x)
+        return y.sum() if self.does == "sum" else y
 
 
-@pytest.mark.parametrize(("one_number", "said"), [(False, "writes to its variables"), (True, "axis of rows")])
-def test_a_model_that_cannot_be_computed_row_by_row_is_refused(one_number, said):
-    bank = AdapterBank(adapt(Counting(one_number=one_number), config_of("lora"), nnx.Rngs(0)))
-    with pytest.raises(ModelError, match=said):
-        bank(jnp.ones((2, 6)), adapters=["default", None])
+def test_a_model_that_cannot_be_computed_row_by_row_is_refused():
+    x, names = jnp.ones((2, 6)), ["default", None]
+    banks = {
+        does: AdapterBank(adapt(Counting(does), config_of("lora"), nnx.Rngs(0)))
+        for does in ("count", "sum", "nothing")
+    }
+    for does, said in (("count", "writes to its variables"), ("sum", "axis of rows")):
+        with pytest.raises(ModelError, match=said):
+            banks[does](x, adapters=names)
+    np.testing.assert_allclose(banks["nothing"](x, adapters=names), banks["nothing"](x), rtol=1e-6)
 
 
 def test_an_adapter_of_another_config_is_refused(tmp_path):
