@@ -148,6 +148,14 @@ def test_parameters_in_boxes_are_refused():
     assert find_modules(lambda key: nn.meta.unbox(init(key))).linear_names == [""]
 
 
+def test_adapters_of_another_rank_are_refused():
+    network = nn.Dense(WIDTH, name="fc")
+    _, _, adapted, _ = attach(network, config=LORA)
+    _, adapters, _, _ = attach(network, config=dataclasses.replace(LORA, lora_rank=3, lora_alpha=24))
+    with pytest.raises(ModelError, match="rank 3, where the model has 2"):
+        adapted(adapters)
+
+
 def test_a_module_with_the_name_of_our_leaves_is_refused():
     class Net(nn.Module):
         @nn.compact

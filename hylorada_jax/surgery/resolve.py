@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.math import linear_adapter, sparse
 from hylorada_jax.math.adapted_norm import KEPT
@@ -41,6 +42,9 @@ def resolve(
         factors of what depends on the token; sparse adapters: down, up, mask; unfrozen leaves, the
         dropout rate and all else as it is. In at least float32, as is the gradient that microbatches add up.
 
+    Raises:
+        ModelError: the adapters have another rank than the sites.
+
     Source: method.md §1, §4.
     """
     tree: Resolved = {}
@@ -65,6 +69,13 @@ def resolve(
 def _linear(
     site: Site, leaves: dict[str, Array], params: Params, constants: Tree, config: HyLoRADAConfig
 ) -> dict[str, Array]:
+    if (rank := leaves["lora_A"].shape[-2]) != max(site.ranks):
+        raise ModelError(
+            "Adapters have the rank that the model was adapted with, which their scale α/r goes by.",
+            f"{site.names[0]}: rank {rank}, where the model has {max(site.ranks)}",
+            "Give this model's own, or adapt a model with their config.",
+        )
+
     def one(layer: Array, leaves: Any, norm: Array, scale: Array) -> dict[str, Array]:
         weight = site.linear.reader(params, layer)
         # On a mesh the weight stays where it is: what is small goes to it.
