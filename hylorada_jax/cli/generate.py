@@ -115,7 +115,7 @@ def generate(
     tokenizer = tokenizer_of(model, template)
     if chats is None:
         assert prompt is not None
-        ids, depths = prompt_of(prompt, tokenizer, read, chat=chat, variables=variables)
+        ids, depths = prompt_of(prompt, tokenizer, read, variables if chat else None)
         if not ids:
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
         prompts, structure_ids = [ids], None if depths is None else [depths]

@@ -32,9 +32,8 @@ def samples(
         chat: the prompt is a user's message, and this what the model's chat template is given beside it; None
             for a text to continue.
     """
-    chats = chat is not None
-    ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat=chats, variables=chat or {})
-    prompt += "\n\n" if chats else ""
+    ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat)
+    prompt += "" if chat is None else "\n\n"
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):
         begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]
@@ -43,7 +42,7 @@ def samples(
         structure_ids = structure_ids and structure_ids[: len(begin)] + structure_ids[cut]
     if not ids:
         return prompt, prompt
-    ends = tokenizer.chat_end_ids if chats else tokenizer.end_token_ids
+    ends = tokenizer.end_token_ids if chat is None else tokenizer.chat_end_ids
     settings = {"max_new_tokens": new, "eos_token_id": ends or None}
     with model.disable_adapter():
         before = model.generate([ids], **settings)

@@ -223,13 +223,18 @@ def prompt_of(
     text: str,
     tokenizer: "Tokenizer",
     structure: Domain | None,
-    *,
-    chat: bool = False,
-    variables: Mapping[str, Any] = MappingProxyType({}),
+    chat: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int] | None]:
-    """The token ids of a prompt, or of what asks for an answer to it, and their structure if it is read."""
-    if chat:
-        return chat_of([{"role": "user", "content": text}], tokenizer, structure, variables)
+    """The token ids of a prompt, or of what asks for an answer to it, and their structure if it is read.
+
+    Args:
+        text: the prompt.
+        tokenizer: the model's.
+        structure: that an adapter reads.
+        chat: what the template is given beside the prompt as a user's message; None for a text to continue.
+    """
+    if chat is not None:
+        return chat_of([{"role": "user", "content": text}], tokenizer, structure, chat)
     ids, offsets = tokenizer.encode_prompt(text)
     if structure is None:
         return ids, None

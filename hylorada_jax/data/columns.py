@@ -180,17 +180,15 @@ class RowReader(NamedTuple):
                 raise self.error(column, expected, f"{where}.tool_calls: {shown(call)}")
         return [with_arguments(call) for call in calls]
 
-    def after_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages behind that of the column ``system``, unless they begin with the same."""
-        text = self.optional("system")
-        first = {"role": "system", "content": text}
-        return messages if not text or messages[0] == first else [first, *messages]
-
     def conversation(self, messages: list[dict[str, Any]], first: int = 0) -> Conversation:
         """The conversation; its answers are the assistant's from a message on that are not left out.
 
-        A message is left out by ``train: false``, or by ``weight: 0``, as OpenAI's files have it.
+        A message is left out by ``train: false``, or by ``weight: 0``, as OpenAI's files have it. That of the
+        column ``system`` comes first, unless they begin with the same.
         """
+        system = {"role": "system", "content": self.optional("system")}
+        if system["content"] and messages[0] != system:
+            messages, first = [system, *messages], first + 1
         weights = [message.pop("weight", 1) for message in messages]
         for number, weight in enumerate(weights):
             if weight not in (0, 1):

@@ -79,14 +79,13 @@ def read_row(
             if isinstance(read.value("prompt"), str):
                 return Completion(place, read.text("prompt") or "", read.text("completion") or "")
             prompt, completion = (read.messages(column) for column in ("prompt", "completion"))
-            prompt = read.after_system(prompt)
             return read.conversation(prompt + completion, first=len(prompt))
         case "messages":
-            return read.conversation(read.after_system(read.messages("messages")))
+            return read.conversation(read.messages("messages"))
         case "alpaca":
-            return read.conversation(read.after_system(_alpaca(read)))
+            return read.conversation(_alpaca(read))
         case "sharegpt":
-            return read.conversation(read.after_system(_sharegpt(read)))
+            return read.conversation(_sharegpt(read))
 
 
 def _alpaca(row: RowReader) -> list[dict[str, Any]]:
