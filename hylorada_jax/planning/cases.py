@@ -29,8 +29,8 @@ class Figures:
         batch_size: rows of all chips.
         refused: the compiler made no program, for the chip lacks memory.
         limit_bytes: memory that there is, where the compiler says so.
-        needed_bytes: memory that the step takes.
-        argument_bytes: weights, adapters, the optimizer's state and the batch.
+        needed_bytes: memory that training takes: the step's, and what the model keeps beside it.
+        argument_bytes: the step's weights, adapters, optimizer state and batch.
         temp_bytes: what there is beside arguments while it runs.
         flops: operations, kernels and all turns of loops included.
         bytes_accessed: what operations read and write, in any memory.

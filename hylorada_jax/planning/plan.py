@@ -1,7 +1,6 @@
 """Which ways to train a model fit which devices, and how fast they may be: before there are any."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -9,7 +8,6 @@ import jax
 from jax.sharding import AbstractMesh
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.math.quantized import bits_of
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.placement.axes import AXES, leaves_room, mesh_sizes
@@ -19,6 +17,7 @@ from hylorada_jax.planning.chips import Chip
 from hylorada_jax.planning.compiling import Compile
 from hylorada_jax.planning.programs import model_of_shapes, step_arguments
 from hylorada_jax.training.config import RematPolicy, TrainingConfig
+from hylorada_jax.training.memory import beside_step, bytes_on_device
 from hylorada_jax.training.optimizer import make_optimizer
 
 # From the one that takes least memory on, each is faster than the one before it.
@@ -78,11 +77,7 @@ def argument_bytes(base: CausalLM, adapter: HyLoRADAConfig, mesh: str, count: in
     training = TrainingConfig(output="none", batch_size=count)
     optimizer = make_optimizer(model.adapters, training, adapter)
     state, frozen, _ = step_arguments(model, placement_on(mesh, count, base), training, optimizer)
-    bits = (
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits_of(leaf.dtype)
-        for leaf in jax.tree.leaves((state, frozen))
-    )
-    return sum(bits) // 8
+    return bytes_on_device((state, frozen))
 
 
 def sensible_meshes(base: CausalLM, adapter: HyLoRADAConfig, devices: Devices) -> list[str]:
@@ -138,16 +133,18 @@ def plan(
         rows: that each part of data × fsdp computes.
     """
     for mesh in meshes:
-        least = argument_bytes(base, adapter, mesh, devices.chips)
+        beside = beside_step(model_of_shapes(base, adapter), placement_on(mesh, devices.chips, base))
+        arguments = argument_bytes(base, adapter, mesh, devices.chips)
+        least = beside + arguments
         for number in rows:
             for remat in remats:
                 case = Case(mesh, remat, number)
                 if devices.memory is not None and least > devices.memory:
                     batch = number * placement_on(mesh, devices.chips, base).rows
-                    figures = Figures(case, batch, argument_bytes=least, needed_bytes=least)
+                    figures = Figures(case, batch, argument_bytes=arguments, needed_bytes=least)
                 elif (figures := compiled(case)).refused and figures.temp_bytes is not None:
                     needed = least + figures.temp_bytes
-                    figures = dataclasses.replace(figures, argument_bytes=least, needed_bytes=needed)
+                    figures = dataclasses.replace(figures, argument_bytes=arguments, needed_bytes=needed)
                 yield (row := _row(figures, devices, seq_len))
                 if not row.fits:
                     break

@@ -32,7 +32,7 @@ from hylorada_jax.planning.chips import parse_topology
 from hylorada_jax.planning.collectives import collectives, sent_bytes
 from hylorada_jax.planning.hlo_cost import program_cost
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.memory import needed_bytes
+from hylorada_jax.training.memory import beside_step, needed_bytes
 from hylorada_jax.training.optimizer import make_optimizer
 from hylorada_jax.training.step import init_state, make_train_step
 from hylorada_jax.trees import is_quantized
@@ -162,7 +162,8 @@ def figures_of(
     )
     start = time.perf_counter()
     try:
-        compiled = compiled_step(model_of_shapes(base, adapter), placement, training)
+        model = model_of_shapes(base, adapter)
+        compiled = compiled_step(model, placement, training)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -176,7 +177,7 @@ def figures_of(
     found = Figures(
         case,
         rows,
-        needed_bytes=needed_bytes(compiled),
+        needed_bytes=beside_step(model, placement) + needed_bytes(compiled),
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         compile_seconds=seconds,

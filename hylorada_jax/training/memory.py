@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
@@ -10,7 +11,11 @@ from typing import Any, NamedTuple, get_args
 import jax
 
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.math.quantized import bits_of
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.placement.placement import Placement
 from hylorada_jax.placement.processes import everywhere
+from hylorada_jax.surgery.split import split, unfrozen_paths
 from hylorada_jax.training.config import Remat, RematPolicy, TrainingConfig
 from hylorada_jax.training.step import Metrics, TrainState
 
@@ -39,7 +44,7 @@ class Choice(NamedTuple):
     Attributes:
         setting: what was chosen.
         step: compiled where a device's memory had to be compared.
-        needed: bytes that the compiled step takes on a device; None where it was not compiled ahead.
+        needed: bytes that training takes on a device; None where the step was not compiled ahead.
         limit: bytes that there are; None where the device does not say.
     """
 
@@ -51,7 +56,7 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         if self.needed is None or self.limit is None:
             return f"{self.setting}: the device states no limit"
-        return f"{self.setting}: the step needs {_gib(self.needed)} of {_gib(self.limit)}"
+        return f"{self.setting}: training needs {_gib(self.needed)} of {_gib(self.limit)}"
 
 
 def device_memory() -> int | None:
@@ -77,6 +82,37 @@ def needed_bytes(compiled: jax.stages.Compiled) -> int:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
+
+
+def bytes_on_device(tree: Any) -> int:
+    """The bytes of a tree's arrays, or of their shapes, on each device.
+
+    Args:
+        tree: of leaves with shardings.
+
+    Example:
+        >>> bytes_on_device({"a": jax.numpy.ones((2, 8)), "b": jax.numpy.ones(4, "bfloat16")})
+        72
+    """
+    bits = (
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits_of(leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
+    )
+    return sum(bits) // 8
+
+
+def beside_step(model: HyLoRADAModel, placement: Placement) -> int:
+    """The bytes on each device that training keeps and its step does not take: what the model itself holds.
+
+    These are the adapters that it starts with, which the state is a copy of, and the base's own leaves of
+    what trains itself, such as an embedding table.
+
+    Args:
+        model: to be trained.
+        placement: where its leaves lie.
+    """
+    own = split(model.base.params, unfrozen_paths(model.sites))[1]
+    return bytes_on_device(placement.shapes((model.adapters, own)))
 
 
 def candidates(config: TrainingConfig, *, own: str | None, devices: int) -> list[Setting]:
@@ -114,6 +150,7 @@ def choose(
     arguments: Callable[[], Sequence[Any]],
     limit: int | None,
     *,
+    beside: int = 0,
     remedy: str = "Choose shorter rows (seq_len) or a smaller batch_size.",
 ) -> Choice:
     """The first setting whose step fits, by the compiler's figures; nothing is run.
@@ -123,6 +160,7 @@ def choose(
         step_of: a setting's step, jitted.
         arguments: gives those of the steps, or their shapes; asked for where something is compiled.
         limit: the bytes that there are on each device; None takes the first setting, and compiles nothing.
+        beside: bytes that are taken on each device beside the step, of :func:`beside_step`.
         remedy: of the error.
 
     Returns:
@@ -147,14 +185,14 @@ def choose(
 
     def fits(number: int) -> bool:
         program = compiled(number)
-        return not isinstance(program, str) and needed_bytes(program) <= limit
+        return not isinstance(program, str) and beside + needed_bytes(program) <= limit
 
     # Most steps fit as they are: one compilation. Else by halves.
     number = 0 if fits(0) else bisect_left(range(len(settings)), True, lo=1, key=fits)
     program = compiled(min(number, len(settings) - 1))
     if isinstance(program, str):
         why = program
-    elif (needed := needed_bytes(program)) > limit:
+    elif (needed := beside + needed_bytes(program)) > limit:
         why = f"{needed:,} bytes needed, {needed - limit:,} more than the {limit:,} that there are"
     else:
         return Choice(settings[number], program, needed, limit)

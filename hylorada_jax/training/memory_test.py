@@ -14,8 +14,9 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.placement.placement import Placement, parse_mesh
 from hylorada_jax.training.config import TrainingConfig
-from hylorada_jax.training.memory import Setting, candidates, choose, needed_bytes
+from hylorada_jax.training.memory import Setting, beside_step, candidates, choose, needed_bytes
 from hylorada_jax.training.trainer import HyLoRADATrainer
 
 DATA = [np.arange(first, first + 40) % 29 for first in range(30)]
@@ -23,20 +24,25 @@ ORDER = [Setting("none", 1), Setting("dots", 1), Setting("full", 1), Setting("fu
 VAST = 2**40
 
 
-def trainer(directory, limit=VAST, recipe=None, **changes):
+ADAPTER = HyLoRADAConfig(method="lora", lora_rank=2, lora_dropout=0.1, target_modules=("v_proj",))
+
+
+def adapted(adapter=ADAPTER):
     shape = {
         "model_type": "llama", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 64,
         "num_hidden_layers": 4, "num_attention_heads": 2,
     }  # fmt: skip
     base = CausalLM.from_config(DecoderConfig.from_hf(shape), jax.random.key(0))
-    model = HyLoRADAModel(
-        base, HyLoRADAConfig(method="lora", lora_rank=2, lora_dropout=0.1, target_modules=("v_proj",))
-    )
+    return HyLoRADAModel(base, adapter)
+
+
+def trainer(directory, limit=VAST, recipe=None, model=None, **changes):
     given = {
         "output": directory, "steps": 4, "batch_size": 2, "microbatches": "auto", "seq_len": 64,
         "checkpoint_every": 2, "progress": False,
     }  # fmt: skip
-    return HyLoRADATrainer(model, DATA, None, TrainingConfig(**given | changes), recipe=recipe, memory=limit)
+    config = TrainingConfig(**given | changes)
+    return HyLoRADATrainer(model or adapted(), DATA, None, config, recipe=recipe, memory=limit)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,17 @@ def test_the_first_setting_that_fits_is_chosen(programs):
         assert len(set(steps.asked)) == len(steps.asked) <= (1 if found.setting == ORDER[0] else 4)
 
 
+def test_what_the_model_keeps_beside_the_step_counts():
+    """The adapters that a run starts with, and the base's own table where the table trains."""
+    model = adapted(HyLoRADAConfig(method="lora", lora_rank=2, train_embeddings=True))
+    kept = [*jax.tree.leaves(model.adapters), *jax.tree.leaves(model.base.params["embed_tokens"])]
+    choice = trainer("unused", model=model, remat="none", microbatches=1).choice
+    beside = sum(leaf.nbytes for leaf in kept)
+    assert choice.needed == needed_bytes(choice.step) + beside
+    with pytest.raises(ConfigError, match=f"{choice.needed:,} bytes needed, 1 more"):
+        trainer("unused", choice.needed - 1, model=model, remat="none", microbatches=1)
+
+
 def test_nothing_fits_and_nothing_is_written(tmp_path):
     remedy = "--remat full.*--microbatches auto.*smaller batch_size.*bfloat16"
     with pytest.raises(ConfigError, match=f"(?s)more than the 1,000 that there are.*{remedy}"):
@@ -102,7 +119,8 @@ def test_a_cpu_takes_the_fastest_and_compiles_nothing_for_it(caplog):
 
 def test_what_was_chosen_trains_and_is_what_it_would_be_by_name(tmp_path, programs, caplog):
     """Bit for bit, also where the run is resumed in more memory; and no program is compiled twice."""
-    limit, chosen = needed_bytes(programs[ORDER[3]]), ORDER[3]._asdict()
+    beside = beside_step(adapted(), Placement(parse_mesh()))
+    limit, chosen = beside + needed_bytes(programs[ORDER[3]]), ORDER[3]._asdict()
     recipe = {"microbatches": "auto", "remat": "auto", "data": ["a"]}
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         run = trainer(tmp_path / "auto", limit, recipe)

@@ -36,7 +36,7 @@ from hylorada_jax.training.checks import check_data, check_groups, check_trainin
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.identity import circumstances, defaults, run_identity
 from hylorada_jax.training.loop import Loop
-from hylorada_jax.training.memory import Choice, Setting, candidates, choose, device_memory
+from hylorada_jax.training.memory import Choice, Setting, beside_step, candidates, choose, device_memory
 from hylorada_jax.training.optimizer import make_optimizer, reported_rate
 from hylorada_jax.training.report import MetricsLog, Record, plot_losses
 from hylorada_jax.training.run_directory import RunDirectory
@@ -174,7 +174,14 @@ class HyLoRADATrainer:
         own = getattr(model.base.module, "remat", None)
         settings = candidates(config, own=own, devices=placement.rows)
         with in_use(frozen):
-            return choose(settings, step_of, arguments, limit, remedy=_smaller(config, model.base))
+            return choose(
+                settings,
+                step_of,
+                arguments,
+                limit,
+                beside=beside_step(model, placement),
+                remedy=_smaller(config, model.base),
+            )
 
     def _batches(self, config: TrainingConfig) -> grain.DatasetIterator[Batch]:
         own = own_rows(self._placement.mesh, config.batch_size)
