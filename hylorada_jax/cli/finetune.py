@@ -174,12 +174,13 @@ def finetune(
     if verbose:
         tell_undivided(placement, adapted)
 
+    start = adapted.adapters
     result = trainer.train()
     figures = (result.perplexity_before, result.perplexity_after)
     before, after = ("unknown" if figure is None else f"{figure:.3f}" for figure in figures)  # a log was lost
     print(f"{what}  before {before}  after {after}")
     if prompt:
-        before, after = samples(adapted, prompt, tokenizer, read, chat=chat)
+        before, after = samples(adapted, start, prompt, tokenizer, read, chat=chat)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")
     if config.keep == "best":

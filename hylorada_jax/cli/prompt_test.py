@@ -1,6 +1,5 @@
 """What `hylorada generate` and the samples of `finetune` give a model, and what they print of its answer."""
 
-import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -118,14 +117,17 @@ def test_a_model_of_transformers_generates_without_an_adapter(tmp_path, monkeypa
 
 
 class Limited:
-    """A model of 32 positions, which goes on with one word."""
+    """A model of 32 positions, which goes on with the word that its adapters are."""
 
-    base, disable_adapter = SimpleNamespace(position_limit=32), contextlib.nullcontext
+    base = SimpleNamespace(position_limit=32)
+
+    def __init__(self):
+        self.adapters = 9
 
     def generate(self, prompts, *, max_new_tokens, eos_token_id):
         check_range((1, len(prompts[0]) + max_new_tokens), limit=32)
         self.prompt = prompts[0]
-        return [[9] * max_new_tokens]
+        return [[self.adapters] * max_new_tokens]
 
 
 @pytest.mark.parametrize("words", [1, 3, 30, 31, 32, 50])
@@ -137,9 +139,10 @@ def test_a_sample_ends_where_the_positions_of_the_model_do(words):
     backend.add_special_tokens(["<s>"])
     tokenizer, model = Tokenizer(backend, {"bos_token": "<s>"}), Limited()
     text = " ".join(f"w{1 + i % 8}" for i in range(words))
-    before, after = samples(model, text, tokenizer, None)
+    before, after = samples(model, 8, text, tokenizer, None)
     # The text whole where it fits, its end where it does not, and at least a word more.
     kept = words if words < 31 else 15
     assert model.prompt == [0, *tokenizer.encode(text)[-kept:]]
     begun = text if kept == words else "…" + tokenizer.decode(model.prompt)
-    assert before == after == begun + " w9" * (31 - kept)
+    assert (before, after) == (begun + " w8" * (31 - kept), begun + " w9" * (31 - kept))
+    assert model.adapters == 9

@@ -14,21 +14,23 @@ _NEW_TOKENS = 64
 
 def samples(
     model: Any,
+    start: Any,
     prompt: str,
     tokenizer: "Tokenizer",
     structure: Domain | None,
     *,
     chat: Mapping[str, Any] | None = None,
 ) -> tuple[str, str]:
-    """The prompt as the base model continues or answers it, and as the adapted one does.
+    """The prompt as a model continues or answers it with the adapters of before training, and with its own.
 
     Where a model's positions end, a sample ends too; of a prompt that alone is longer, the end is continued.
 
     Args:
-        model: a HyLoRADAModel.
+        model: a HyLoRADAModel, trained.
+        start: its adapters before.
         prompt: some text.
         tokenizer: the model's.
-        structure: whose ids the adapted model reads beside the tokens.
+        structure: whose ids the model reads beside the tokens.
         chat: the prompt is a user's message, and this what the model's chat template is given beside it; None
             for a text to continue.
     """
@@ -43,13 +45,15 @@ def samples(
     if not ids:
         return prompt, prompt
     ends = tokenizer.end_token_ids if chat is None else tokenizer.chat_end_ids
-    settings = {"max_new_tokens": new, "eos_token_id": ends or None}
-    with model.disable_adapter():
-        before = model.generate([ids], **settings)
     inputs = {} if structure_ids is None else {"structure_ids": [structure_ids]}
-    after = model.generate([ids], **settings, **inputs)
-    first, second = (prompt + tokenizer.decode_continuation(ids, rows[0]) for rows in (before, after))
-    return first, second
+
+    def written(adapters: Any) -> str:
+        model.adapters = adapters
+        rows = model.generate([ids], max_new_tokens=new, eos_token_id=ends or None, **inputs)
+        return prompt + tokenizer.decode_continuation(ids, rows[0])
+
+    trained = model.adapters
+    return written(start), written(trained)
 
 
 def room(length: int, limit: int | None) -> tuple[int, int]:
