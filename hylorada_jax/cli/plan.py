@@ -78,7 +78,9 @@ def plan(
     devices = _devices(topology)
     for each in mesh:
         placement_on(each, devices.chips, base)
-    meshes = mesh or sensible_meshes(base, settings, devices)
+    # Of several chips "" is a copy of the weights on each, and finetune without --mesh may cut them.
+    copies = f"data={devices.chips}" if devices.chips > 1 else ""
+    meshes = [each.strip() or copies for each in mesh] or sensible_meshes(base, settings, devices)
     remats = [each for each in REMATS if not remat or each in remat]
     if topology == HERE:
         compilers = compiling.for_here(config, settings, seq_len, base_dtype)

@@ -1,8 +1,10 @@
 """What `hylorada plan` refuses before it compiles, and what it says of this machine."""
 
+import contextlib
 import json
 import shlex
 import sys
+from unittest import mock
 
 import pytest
 
@@ -63,6 +65,16 @@ def test_another_kind_of_model_is_refused(command, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     status, _, err = command("--topology v5e:2x2")
     assert (status, "models of our decoder" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("chips", "mesh"), [("2x2", "data=4"), ("1x1", "")])
+def test_copies_on_several_chips_are_named_in_the_command(chips, mesh, command, monkeypatch):
+    """Without --mesh, finetune may cut the weights instead."""
+    planned = mock.Mock(return_value=())
+    monkeypatch.setattr("hylorada_jax.planning.plan.plan", planned)
+    monkeypatch.setattr("hylorada_jax.planning.compiling.for_topology", lambda *_: contextlib.nullcontext())
+    assert command(f"--topology v5e:{chips} --mesh ''")[0] == 0
+    assert planned.call_args.kwargs["meshes"] == [mesh]
 
 
 @pytest.mark.apart
