@@ -216,25 +216,28 @@ class Loop:
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt as ever.
+    """An event that the first Ctrl-C or SIGTERM sets; the second does what it ever did.
 
-    An exception in the middle of a step would lose the state, which the step has consumed. One of several
-    processes tells jax by the signal that it takes for a preemption.
+    An exception in the middle of a step would lose the state, which the step has consumed. SIGTERM is what
+    precedes a preemption: of several processes jax itself notes it, and the one that Ctrl-C meets tells jax.
     """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield interrupted
         return
-    before = signal.getsignal(signal.SIGINT)
+    noted = [signal.SIGINT] if are_several() else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.getsignal(number) for number in noted}
 
-    def note(*_: object) -> None:
+    def note(number: int, _: object) -> None:
         interrupted.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[signal.Signals(number)])
         if are_several():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGINT, note)
+    for number in noted:
+        signal.signal(number, note)
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
