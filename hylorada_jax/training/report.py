@@ -245,7 +245,8 @@ class _Appending:
             rest = rest[self._file.write(rest) :]
 
     def flush(self) -> None:
-        """Nothing is left to write."""
+        """Waits until the disk has it all: a checkpoint that outlives the machine relies on the lines."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
