@@ -116,6 +116,8 @@ class HyLoRADAModel:
         (1, 3, 32)
     """
 
+    _seed: int | None  # of fresh adapters; None of any others
+
     def __init__(
         self,
         base_model: Any,
@@ -128,8 +130,7 @@ class HyLoRADAModel:
         base = as_base(base_model)
         self._set_up(base, config, *fit(base, config), placement)
         self.adapters = self.init_adapters(seed)
-        # Where the adapters came from: a checksum of a file's tensors, or the seed of fresh ones.
-        self.start = f"seed {seed}"
+        self._seed = seed
 
     def _set_up(
         self,
@@ -151,6 +152,26 @@ class HyLoRADAModel:
         self.chat_template: str | None = None
         self.structure: Domain | None = None
         self._compile()
+
+    @property
+    def adapters(self) -> Adapters:
+        """The trainable tree."""
+        return self._adapters
+
+    @adapters.setter
+    def adapters(self, tree: Adapters) -> None:
+        self._adapters, self._seed = tree, None
+
+    @property
+    def start(self) -> str:
+        """Where training starts: the seed of fresh adapters, or a checksum of any others.
+
+        Not always a checksum: the last bits of fresh ones are the platform's. Of several processes all must
+        ask.
+        """
+        if self._seed is not None:
+            return f"seed {self._seed}"
+        return adapter_files.digest(layout.flatten(self.sites, self.adapters))
 
     def _compile(self) -> None:
         self._jitted, self._resolve = jax.jit(self.apply), jax.jit(self.resolve)
@@ -545,8 +566,6 @@ class HyLoRADAModel:
         model._set_up(base, saved.config, opened.modules, opened.sites, placement)
         if check_weights:
             adapter_files.check_weights(saved.base, model.identity(weights=True))
-        tensors = saved.tensors()
-        model.adapters = model._put(layout.unflatten(model.sites, tensors))
-        model.start = adapter_files.digest(tensors)
+        model.adapters = model._put(layout.unflatten(model.sites, saved.tensors()))
         model.chat_template, model.structure = saved.chat_template, saved.structure
         return model

@@ -15,7 +15,6 @@ from hylorada_jax.math.linear_adapter import leaf_shapes
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.wrapped import as_base
-from hylorada_jax.saved.adapter_files import digest
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.layout import check_keys
@@ -59,7 +58,6 @@ def import_peft(
     if config.method == "hylorada_v1":
         tensors = tensors | expand(model.sites, tensors, model.base.params, model.frozen["constants"], config)
     model.adapters = layout.unflatten(model.sites, _of_dtype(model, tensors))
-    model.start = digest(tensors)
     model.chat_template = saved.chat_template
     return model
 

@@ -188,7 +188,8 @@ class Placement:
             raise ConfigError(
                 "The mesh's data × fsdp, over which rows are divided, must divide batch_size / microbatches.",
                 f"{batch_size} / {microbatches} = {batch_size // microbatches} rows, {self}",
-                f"Choose a batch_size that is a multiple of {self.rows * microbatches}, or a larger tensor.",
+                f"Choose a batch_size that is a multiple of {self.rows * microbatches}, fewer microbatches "
+                "or a larger tensor.",
             )
 
     def __str__(self) -> str:

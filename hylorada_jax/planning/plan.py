@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-import jax
 from jax.sharding import AbstractMesh
 
 from hylorada_jax.config import HyLoRADAConfig

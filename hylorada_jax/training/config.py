@@ -223,6 +223,7 @@ class TrainingConfig:
         free = (
             "output",
             "remat",
+            "microbatches",
             "resume",
             "overwrite",
             "eval_every",

@@ -7,11 +7,11 @@ structure, order and shares (so the tokenizer too), a chat template that is not 
 settings of precision and random numbers.
 
 Recorded beside it, with a warning where a resumed run differs: versions of the libraries, the devices,
-``XLA_FLAGS`` and rematerialisation. They may change the last bits, and a run must be able to move to another
-machine. The model's name is recorded too: the same weights under another path are the same model. Neither:
-what decides only when something is evaluated, written, sent or shown, which of its adapters a run ends with
-and when (eval_every, keep, patience, checkpoint_every, keep_checkpoints, log_every, report_to, progress), and
-where it is kept.
+``XLA_FLAGS``, rematerialisation and microbatches. They may change the last bits, and a run must be able to
+move to another machine. The model's name is recorded too: the same weights under another path are the same
+model. Neither: what decides only when something is evaluated, written, sent or shown, which of its adapters a
+run ends with and when (eval_every, keep, patience, checkpoint_every, keep_checkpoints, log_every, report_to,
+progress), and where it is kept.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def circumstances(model: HyLoRADAModel, config: TrainingConfig) -> dict[str, Any
 
     Args:
         model: what is trained.
-        config: ``remat`` is read.
+        config: ``remat`` and ``microbatches`` are read.
 
     Returns:
         Plain JSON types.
@@ -108,6 +108,7 @@ def circumstances(model: HyLoRADAModel, config: TrainingConfig) -> dict[str, Any
         "devices": f"{jax.device_count()} × {device.platform} ({device.device_kind})",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "remat": config.remat,
+        "microbatches": config.microbatches,
     }
 
 

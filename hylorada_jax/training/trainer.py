@@ -284,13 +284,9 @@ def _as_begun(config: TrainingConfig, directory: RunDirectory) -> TrainingConfig
     """The settings, with what was chosen when the run began in the place of "auto"."""
     if not (config.resume and directory.run.exists()):
         return config
-    run = read_record(directory.run)
-    training = run.identity.get("training")
-    begun = {"remat": run.recorded.get("remat")}
-    if isinstance(training, dict):
-        begun["microbatches"] = training.get("microbatches")
-    auto = {name: value for name, value in begun.items() if value and getattr(config, name) == "auto"}
-    return dataclasses.replace(config, **auto)
+    begun = read_record(directory.run).recorded
+    auto = (name for name in Setting._fields if getattr(config, name) == "auto" and begun.get(name))
+    return dataclasses.replace(config, **{name: begun[name] for name in auto})
 
 
 def _appears(file: Any) -> bool:
@@ -303,18 +299,22 @@ def _appears(file: Any) -> bool:
 
 def _smaller(config: TrainingConfig, base: BaseModel) -> str:
     """What would make a step smaller that does not fit."""
-    ways = ["shorter rows (seq_len)", "a smaller batch_size"]
-    if config.microbatches != "auto" and config.microbatches < config.batch_size and not config.resume:
-        ways.insert(0, "microbatches='auto' (--microbatches auto)")
+    ways = []
     if config.remat in ("none", "dots") and hasattr(base.module, "remat"):
-        ways.insert(0, "remat='full' (--remat full)")
+        ways.append("remat='full' (--remat full)")
+    if config.microbatches != "auto" and config.microbatches < config.batch_size:
+        ways.append("microbatches='auto' (--microbatches auto)")
     if placement_of(base.params) is None and (count := jax.device_count()) > 1:
         ways.append(f"weights that are cut over the devices (--mesh fsdp={count})")
-    if base.dtype == jnp.float32:
-        ways.append("bfloat16 (--dtype bfloat16)")
-    if hasattr(base.module, "remat") and dtype_name(base.params) == base.dtype.name:
-        ways.append("a base in 4 bits (--base-dtype nf4)")
-    return f"Choose {', '.join(ways[:-1])} or {ways[-1]}."
+    if config.resume:  # what follows would be another run
+        ways.append("devices with more memory")
+    else:
+        ways += ["shorter rows (seq_len)", "a smaller batch_size"]
+        if base.dtype == jnp.float32:
+            ways.append("bfloat16 (--dtype bfloat16)")
+        if hasattr(base.module, "remat") and dtype_name(base.params) == base.dtype.name:
+            ways.append("a base in 4 bits (--base-dtype nf4)")
+    return f"Choose {' or '.join(filter(None, [', '.join(ways[:-1]), ways[-1]]))}."
 
 
 def _evaluator(

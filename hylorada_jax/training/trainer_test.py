@@ -244,19 +244,20 @@ def test_the_best_adapter_is_the_one_of_the_least_loss_in_the_log(tmp_path):
     assert result.perplexity_after == np.exp(min(losses))
 
 
-def test_interrupt_saves_and_resume_ends_bit_equal(tmp_path, reference, monkeypatch):
-    write, handler = MetricsLog.write, signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_resume_ends_bit_equal(number, tmp_path, reference, monkeypatch):
+    write, handler = MetricsLog.write, signal.getsignal(number)
 
     def interrupt_once(log, record):
         write(log, record)
         if record["step"] == 3 and "loss" in record:
             monkeypatch.setattr(MetricsLog, "write", write)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricsLog, "write", interrupt_once)
     with pytest.raises(KeyboardInterrupt, match=r"step 3 is saved .* resume"):
         train(tmp_path / "run")
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     assert (tmp_path / "run" / "checkpoints" / "3").exists()  # not a step that is due
     # A notice of preemption that came before the first step is met at jax's first number.
     with monkeypatch.context() as early:
@@ -265,6 +266,14 @@ def test_interrupt_saves_and_resume_ends_bit_equal(tmp_path, reference, monkeypa
             train(tmp_path / "run", resume=True)
     model, _ = train(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", model, reference)
+
+
+def test_a_run_goes_on_in_other_microbatches(tmp_path, reference, monkeypatch):
+    with dying_after(5, monkeypatch):
+        train(tmp_path / "run")
+    with pytest.warns(UserWarning, match="microbatches 2, now 4"):
+        _, result = train(tmp_path / "run", resume=True, microbatches=4)
+    assert result.losses == pytest.approx(reference[2].losses, rel=1e-5)  # float32, summed in another order
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, reference):
@@ -500,6 +509,11 @@ def of_another_config(model):
     return HyLoRADAModel(base, model.config)
 
 
+def started_elsewhere(model):
+    model.adapters = jax.tree.map(lambda leaf: leaf + 1, model.adapters)
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -507,6 +521,7 @@ def of_another_config(model):
         (in_bfloat16, "base.dtype: float32 in .*bfloat16 now"),
         (of_another_config, "base.config_sha256"),
         (lambda model: tiny_model(seed=1), "start: seed 0 in .*seed 1 now"),
+        (started_elsewhere, "start: seed 0 in .*now"),
         (lambda model: tiny_model(method="dora"), "adapter.method"),
     ],
 )
