@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,73 @@ def run_on_devices(on_devices):
         return ended.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model directory as a user has it: config, weights, and a tokenizer of bytes."""
+    import jax
+    import numpy as np
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from hylorada_jax.models.causal_lm import param_shapes
+    from hylorada_jax.models.decoder_config import DecoderConfig
+    from hylorada_jax.models.loading import _slots
+    from hylorada_jax.models.stacks import layer_numbers
+
+    hf = {
+        "model_type": "llama", "vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 24, "tie_word_embeddings": True,
+        "max_position_embeddings": 128,
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("tiny")
+    (path / "config.json").write_text(json.dumps(hf))
+    rng = np.random.default_rng(0)
+    tensors = {}
+    config = DecoderConfig.from_hf(hf)
+    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
+        for name, slot in _slots(tuple(key.key for key in leaf_path), leaf.shape, layer_numbers(config)):
+            shape = leaf.shape[len(slot.at) :]
+            tensors[name] = rng.normal(0, 0.3, shape[::-1] if slot.transpose else shape).astype(np.float32)
+    save_file(tensors, path / "model.safetensors")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chatting(tiny, tmp_path_factory):
+    """The model with a chat template."""
+    from tokenizers import Tokenizer, decoders
+
+    path = tmp_path_factory.mktemp("chatting")
+    shutil.copytree(tiny, path, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    settings = {"eos_token": "<end>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A decoder of one layer, for what reads a whole model's logits."""
+    import jax
+
+    from hylorada_jax.evaluation.perplexity_test import SHAPE
+    from hylorada_jax.models.causal_lm import CausalLM
+    from hylorada_jax.models.decoder_config import DecoderConfig
+
+    return CausalLM.from_config(DecoderConfig.from_hf(SHAPE), jax.random.key(0))
 
 
 # Models of tunix, which takes part in `make test-current` alone.

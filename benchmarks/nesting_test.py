@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from benchmarks import nesting
-from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.data import corpus
 from hylorada_jax.data.examples import Document
 from hylorada_jax.data.tokenization import tokenize
@@ -16,7 +15,7 @@ from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.models.tokenizer import load_tokenizer
 
 
-def test_only_tokens_of_the_depths_count(tiny):  # noqa: F811
+def test_only_tokens_of_the_depths_count(tiny):
     source = "def f(x):\n    if x:\n        return [x, (1, 2)]\n"
     documents = tokenize([Document("f.py", source)], load_tokenizer(str(tiny)), structure="code")
     for structure in (False, True):
@@ -29,7 +28,7 @@ def test_only_tokens_of_the_depths_count(tiny):  # noqa: F811
         assert 0 < document.scored.sum() < len(document)
 
 
-def test_the_table_has_the_differences_of_the_runs(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_the_table_has_the_differences_of_the_runs(tiny, tmp_path, monkeypatch):
     source = "def f(x):\n    if x:\n        return [x, (1, {2: [3]})]\n"
     some = [Document(f"{n}.py", source.replace("f", f"f{n}") * 9) for n in range(3)]
     monkeypatch.setattr(corpus, "load_documents", lambda *source: some)

@@ -10,7 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import optimize_hylorada, trial
-from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError, HyLoRADAError
 
@@ -31,7 +30,7 @@ def two_ranks(monkeypatch):
     monkeypatch.setattr(optimize_hylorada, "RANKS", (2, 3))
 
 
-def test_a_rank_compiles_one_step_and_a_killed_study_goes_on(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_rank_compiles_one_step_and_a_killed_study_goes_on(tiny, tmp_path, monkeypatch, capsys):
     compiled: list[int] = []
     ranks: list[float] = []
     make, suggest = trial.make_train_step, optimize_hylorada.suggest
@@ -78,7 +77,7 @@ def test_a_rank_compiles_one_step_and_a_killed_study_goes_on(tiny, tmp_path, mon
     assert f"--learning-rate {best.params['learning_rate']:.3g}" in capsys.readouterr().out
 
 
-def test_a_trial_is_the_run_that_its_settings_say(tiny, tmp_path):  # noqa: F811
+def test_a_trial_is_the_run_that_its_settings_say(tiny, tmp_path):
     """Trained alone, with programs of its own, the second trial of a rank comes to the same loss."""
     search = optimize_hylorada.Search(tmp_path / "study", settings(tiny, method="hylorada_v1"))
     search.run(4)
@@ -107,7 +106,7 @@ def test_the_history_tells_trials_that_were_stopped_from_those_that_ended():
     }
 
 
-def test_a_trial_whose_process_died_is_not_under_way_for_ever(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_trial_whose_process_died_is_not_under_way_for_ever(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optimize_hylorada, "HEARTBEAT", 1)
     study = optimize_hylorada.Search(tmp_path, settings(tiny))._study
     dead = study.ask()  # and is never told
@@ -130,21 +129,21 @@ def test_a_trial_whose_process_died_is_not_under_way_for_ever(tiny, tmp_path, mo
         *(({"epochs": wrong}, ConfigError, "epochs must be positive") for wrong in (0.0, math.nan, math.inf)),
     ],
 )
-def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
+def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):
     # A Search loads a model when it runs.
     with pytest.raises(error, match=match):
         optimize_hylorada.Search(tmp_path, settings(tiny, **changes))
     assert not (tmp_path / "study.db").exists()
 
 
-def test_a_study_without_a_trial_that_ended_has_no_best(tiny, tmp_path):  # noqa: F811
+def test_a_study_without_a_trial_that_ended_has_no_best(tiny, tmp_path):
     with pytest.raises(HyLoRADAError, match="must end with a finite loss"):
         optimize_hylorada.Search(tmp_path, settings(tiny)).report("a command")
     with pytest.raises(ConfigError, match="n_trials 0"):
         optimize_hylorada.main(n_trials=0, output=tmp_path)
 
 
-def test_a_study_of_other_settings_is_not_gone_on_with(tiny, tmp_path):  # noqa: F811
+def test_a_study_of_other_settings_is_not_gone_on_with(tiny, tmp_path):
     optimize_hylorada.Search(tmp_path, settings(tiny))
     with pytest.raises(CheckpointError, match=r"epochs 1\.0, now 2\.0"):
         optimize_hylorada.Search(tmp_path, settings(tiny, epochs=2.0))

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from benchmarks import recall, trial
-from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.evaluation.retrieval import evaluate_retrieval
 from hylorada_jax.models.loading import load_model
@@ -16,7 +15,7 @@ from hylorada_jax.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def long_rows(tiny, tmp_path_factory):  # noqa: F811
+def long_rows(tiny, tmp_path_factory):
     """The model, whose tokens are bytes, with room for a context."""
     directory = tmp_path_factory.mktemp("long") / "model"
     shutil.copytree(tiny, directory)

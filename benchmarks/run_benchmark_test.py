@@ -15,7 +15,6 @@ from benchmarks.benchmark import Benchmark
 from benchmarks.experiment import Experiment
 from benchmarks.rows import read
 from benchmarks.trainables import Full
-from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.tokenization import tokenize
@@ -55,12 +54,12 @@ def experiment(directory, **changes):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def held_back(tiny):  # noqa: F811
+def held_back(tiny):
     (tiny / "test.txt").write_text("a lazy cat sleeps under the brown bridge\n" * 20)
 
 
 @pytest.fixture(scope="module")
-def done(tiny, held_back, tmp_path_factory):  # noqa: F811
+def done(tiny, held_back, tmp_path_factory):
     """The directory of a benchmark that ran to its end."""
     output = tmp_path_factory.mktemp("results")
     run(tiny, output)
@@ -107,7 +106,7 @@ def test_the_first_loss_is_the_base_models_for_every_method_of_a_seed(done):
     assert len({record["result"]["losses"][2] for record in second.values()}) == 2
 
 
-def test_the_base_models_numbers_are_those_of_the_evaluation(done, tiny):  # noqa: F811
+def test_the_base_models_numbers_are_those_of_the_evaluation(done, tiny):
     base = load_model(tiny)
     tokens = tokenize(load_documents(tiny / "test.txt"), load_tokenizer(tiny))
     expected = evaluate_perplexity(base, tokens, seq_len=24, max_tokens=96, progress=False)
@@ -118,7 +117,7 @@ def test_the_base_models_numbers_are_those_of_the_evaluation(done, tiny):  # noq
     assert found["other_perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
 
 
-def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypatch):
     trained: list[object] = []
     train = trial.Runner.train
 
@@ -152,7 +151,7 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
         (MemoryError(), {"out_of_memory": ""}),
     ],
 )
-def test_a_run_that_does_not_end_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch, error, kept):  # noqa: F811
+def test_a_run_that_does_not_end_is_kept_and_not_chosen(tiny, tmp_path, monkeypatch, error, kept):
     train = trial.Runner.train
 
     def fails(self, trainable, training, on_step=None):
@@ -183,7 +182,7 @@ HALVING = {
 
 
 @pytest.fixture(scope="module")
-def halved(tiny, held_back, tmp_path_factory):  # noqa: F811
+def halved(tiny, held_back, tmp_path_factory):
     """The directory of a benchmark of two budgets, and how many steps were compiled."""
     output = tmp_path_factory.mktemp("halving")
     compiled: list[object] = []
@@ -218,7 +217,7 @@ def test_the_better_half_of_the_settings_goes_on_to_the_next_budget(halved):
         assert set(losses[4]) == set(sorted(losses[2], key=losses[2].__getitem__)[: tried // 2])
 
 
-def test_a_winner_whose_test_measures_a_kill_prevented_is_trained_again(halved, tiny, tmp_path):  # noqa: F811
+def test_a_winner_whose_test_measures_a_kill_prevented_is_trained_again(halved, tiny, tmp_path):
     shutil.copytree(halved[0], tmp_path / "tiny")
     (winner,) = (
         name
@@ -294,7 +293,7 @@ def test_the_budgets_table_has_the_differences_of_the_runs(halved):
         budgets.main(EXPERIMENTS[0].parents[1] / "results" / "wikitext-2", against="lora")
 
 
-def test_of_completions_the_answers_count(tiny, tmp_path):  # noqa: F811
+def test_of_completions_the_answers_count(tiny, tmp_path):
     for name in ("train", "test"):
         lines = [
             {"prompt": f"the quick brown {n}", "completion": " jumps over the lazy dog"} for n in range(30)
@@ -317,7 +316,7 @@ def test_of_completions_the_answers_count(tiny, tmp_path):  # noqa: F811
     assert "LiM" not in report.table(read(tmp_path / "tiny"))
 
 
-def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch):
     train = trial.Runner.train
 
     def diverges(self, trainable, training, on_step=None):
@@ -337,7 +336,7 @@ def test_what_always_diverges_has_a_row_that_says_so(tiny, tmp_path, monkeypatch
         read(tmp_path / "tiny")
 
 
-def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_weights_that_the_last_update_broke_are_no_result(tiny, tmp_path, monkeypatch):
     train = trial.Runner.train
 
     def breaks(self, trainable, training, on_step=None):
@@ -436,14 +435,14 @@ def test_the_pages_table_is_replaced_and_nothing_else(done, tmp_path):
         ({"retrieval_samples": 1}, DataError, "context"),
     ],
 )
-def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):  # noqa: F811
+def test_bad_input_is_refused_before_a_model_is_loaded(tiny, tmp_path, changes, error, match):
     # A Benchmark loads a model when it runs.
     settings = Experiment(**experiment(tiny, **changes))
     with pytest.raises(error, match=match):
         Benchmark(settings, tmp_path, tiny, "")
 
 
-def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):  # noqa: F811
+def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path):
     for name in ("config.json", "model.safetensors", "texts.txt"):
         (tmp_path / name).write_bytes((tiny / name).read_bytes())
     settings = Experiment(**experiment(tmp_path, test_data="texts.txt"))
@@ -500,7 +499,7 @@ def test_the_sparse_adapter_whose_rate_is_its_own_is_trained_once_a_seed(tmp_pat
     assert rates == [[2e-4], [1e-2, 1e-4]]
 
 
-def test_the_command_ends_with_the_table_and_the_plots(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_command_ends_with_the_table_and_the_plots(tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "long.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 800)
     options = {
         "--methods": ("base", "lora"), "--model": (tiny,), "--train-data": ("long.txt",),
@@ -526,7 +525,7 @@ def test_a_model_that_lets_packed_documents_see_each_other_is_refused():
         trial.Runner([]).train(trainable, None)  # type: ignore[arg-type]
 
 
-def test_runs_of_other_settings_are_not_overwritten(done, tiny):  # noqa: F811
+def test_runs_of_other_settings_are_not_overwritten(done, tiny):
     with pytest.raises(CheckpointError, match="batch_size 2, now 3"):
         run(tiny, done.parent, batch_size=3)
 

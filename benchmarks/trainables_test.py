@@ -10,11 +10,11 @@ import pytest
 from benchmarks.trainables import Adapted, Full
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.evaluation.compare import compare_models
-from hylorada_jax.evaluation.perplexity_test import SEQ_LEN, base, documents  # noqa: F401 - a fixture
+from hylorada_jax.evaluation.perplexity_test import SEQ_LEN, documents
 from hylorada_jax.training.config import TrainingConfig
 
 
-def test_before_training_every_trainable_is_scored_as_its_base(base):  # noqa: F811
+def test_before_training_every_trainable_is_scored_as_its_base(base):
     adapted = Adapted(base, HyLoRADAConfig(method="lora", lora_rank=2)).model
     models = {"base": base, "full": Full(base), "adapted": adapted}
     found = compare_models(models, documents(), seq_len=SEQ_LEN, batch_size=2, progress=False)
@@ -25,7 +25,7 @@ def test_before_training_every_trainable_is_scored_as_its_base(base):  # noqa: F
 
 
 @pytest.mark.parametrize("kind", ["full", "adapted"])
-def test_what_a_step_is_given_as_numbers_is_not_compiled_into_it(base, kind):  # noqa: F811
+def test_what_a_step_is_given_as_numbers_is_not_compiled_into_it(base, kind):
     """A benchmark's runs that differ in these alone share the first one's program."""
     trained = Full(base) if kind == "full" else Adapted(base, HyLoRADAConfig(method="lora", lora_rank=2))
     params = trained.start(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hylorada_jax.cli.cli_test import TINY, run
+from hylorada_jax.cli.cli_test import run
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError, ModelError
 from hylorada_jax.model import HyLoRADAModel
@@ -30,14 +30,15 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size"
 GPT2 |= {"n_embd": 16, "n_layer": 1, "n_head": 2}
 T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 257, "d_model": 16}
 T5 |= {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+LLAMA = SMALL | {"model_type": "llama", "max_position_embeddings": 128, "tie_word_embeddings": True}
 CONFIGS = {
-    "llama": TINY,
-    "one head": TINY | {"num_attention_heads": 1},
-    "odd": TINY | {"num_attention_heads": 3},
-    "other": TINY | {"hidden_size": 32},
-    "few": TINY | {"vocab_size": 100},
-    "unknown": TINY | {"model_type": "mamba"},
-    "hostile": TINY,
+    "llama": LLAMA,
+    "one head": LLAMA | {"num_attention_heads": 1},
+    "odd": LLAMA | {"num_attention_heads": 3},
+    "other": LLAMA | {"hidden_size": 32},
+    "few": LLAMA | {"vocab_size": 100},
+    "unknown": LLAMA | {"model_type": "mamba"},
+    "hostile": LLAMA,
     "gpt2": GPT2,
     "gpt2 unscaled": GPT2 | {"scale_attn_weights": False},
     "opt": SMALL

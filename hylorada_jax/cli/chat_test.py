@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from hylorada_jax.cli.cli_test import chatting, run, tiny  # noqa: F401
+from hylorada_jax.cli.cli_test import run
 from hylorada_jax.cli.conversation import Talk, converse
 from hylorada_jax.cli.sampling import SamplingOptions
 from hylorada_jax.cli.shared import variables_of
@@ -212,7 +212,7 @@ def test_ctrl_c_on_a_terminal_stops_an_answer_or_drops_a_line_and_leaves_the_pro
         os.close(terminal)
 
 
-def test_chat_streams_what_generate_says_and_compiles_once(chatting, monkeypatch, capsys):  # noqa: F811
+def test_chat_streams_what_generate_says_and_compiles_once(chatting, monkeypatch, capsys):
     first, second = "say w3", "say w5"
     command = ("--model", chatting, "--max-new-tokens", 12)
     alone = run(monkeypatch, capsys, "generate", *command, "--prompt", first, "--chat")[1]
@@ -265,10 +265,7 @@ def test_options_that_filter_nothing_need_no_sampling():
 
 
 def test_the_settings_of_the_model_are_used_in_a_chat_and_options_win(
-    chatting,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-    capsys,
+    chatting, tmp_path, monkeypatch, capsys
 ):
     model = shutil.copytree(chatting, tmp_path / "model")
     said = {"do_sample": True, "temperature": 3.0, "top_k": 5, "max_new_tokens": 3, "num_beams": 2}

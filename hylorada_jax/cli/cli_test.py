@@ -10,11 +10,9 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-import numpy as np
 import pytest
 import tyro
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hylorada_jax.cli.adapter import AdapterOptions
 from hylorada_jax.cli.answer_rows import answers, prompts_of, write
@@ -25,21 +23,9 @@ from hylorada_jax.data.examples import Conversation
 from hylorada_jax.data.formats import read_row
 from hylorada_jax.data.tokenization_test import byte_tokenizer
 from hylorada_jax.errors import ConfigError
-from hylorada_jax.models.causal_lm import param_shapes
-from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.loading import _slots
-from hylorada_jax.models.stacks import layer_numbers
 from hylorada_jax.saved import opening, saved_adapter
 from hylorada_jax.saved.saved_adapter import open_adapter
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 257,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-TINY |= {"intermediate_size": 24, "tie_word_embeddings": True, "max_position_embeddings": 128}
 QWEN = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14}
 QWEN |= {
     "num_key_value_heads": 2,
@@ -47,28 +33,6 @@ QWEN |= {
     "vocab_size": 151936,
     "tie_word_embeddings": True,
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A model directory as a user has it: config, weights, and a tokenizer of bytes."""
-    path = tmp_path_factory.mktemp("tiny")
-    (path / "config.json").write_text(json.dumps(TINY))
-    rng = np.random.default_rng(0)
-    tensors = {}
-    config = DecoderConfig.from_hf(TINY)
-    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
-        for name, slot in _slots(tuple(key.key for key in leaf_path), leaf.shape, layer_numbers(config)):
-            shape = leaf.shape[len(slot.at) :]
-            tensors[name] = rng.normal(0, 0.3, shape[::-1] if slot.transpose else shape).astype(np.float32)
-    save_file(tensors, path / "model.safetensors")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    (path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    return path
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -491,26 +455,16 @@ def chats(number):
 
 
 @pytest.fixture(scope="module")
-def chatting(tiny, tmp_path_factory):
-    """The model with a chat template, and a file of conversations."""
-    path = tmp_path_factory.mktemp("chatting")
-    shutil.copytree(tiny, path, dirs_exist_ok=True)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    tokenizer.save(str(path / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    settings = {"eos_token": "<end>", "chat_template": template}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats(40)))
+def chats_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats(40)))
     return path
 
 
 def test_conversations_are_shown_trained_on_and_evaluated_by_their_answers(
-    chatting, tmp_path, monkeypatch, capsys
+    chatting, chats_file, tmp_path, monkeypatch, capsys
 ):
-    common = ("--model", chatting, "--data", chatting / "chats.jsonl", "--seq-len", 48)
+    common = ("--model", chatting, "--data", chats_file, "--seq-len", 48)
     status, out, _ = run(monkeypatch, capsys, "data", *common, "--rows", 1)
     assert status == 0
     # The last turn is not to be trained on, and nothing comes after the other one's end. A byte is a token.
@@ -536,10 +490,10 @@ def test_conversations_are_shown_trained_on_and_evaluated_by_their_answers(
 @pytest.mark.apart
 @pytest.mark.parametrize("weights", [(), (0.7, 0.3)], ids=["one set", "mixed"])
 def test_several_sources_are_counted_each_and_a_recipe_repeats_them(
-    chatting, tmp_path, monkeypatch, capsys, weights
+    chatting, chats_file, tmp_path, monkeypatch, capsys, weights
 ):
     (tmp_path / "texts.csv").write_text("text\n" + "".join(f"some text of {n}\n" for n in range(30)))
-    sources = [str(chatting / "chats.jsonl"), str(tmp_path / "texts.csv")]
+    sources = [str(chats_file), str(tmp_path / "texts.csv")]
     given = (
         [f"{source}={weight}" for source, weight in zip(sources, weights, strict=True)]
         if weights

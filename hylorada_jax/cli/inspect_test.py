@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hylorada_jax.cli.cli_test import run, tiny  # noqa: F401 - a fixture
+from hylorada_jax.cli.cli_test import run
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
@@ -38,7 +38,7 @@ def test_an_adapter_is_shown_as_table_json_and_plots(adapter, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("base_dtype", [None, "int8"])
-def test_beside_its_base_an_adapter_has_column_scales_too(tiny, tmp_path, monkeypatch, capsys, base_dtype):  # noqa: F811
+def test_beside_its_base_an_adapter_has_column_scales_too(tiny, tmp_path, monkeypatch, capsys, base_dtype):
     base = load_model(tiny, base_dtype=base_dtype)
     model = HyLoRADAModel(base, HyLoRADAConfig(method="dora", lora_rank=2))
     model.save_pretrained(tmp_path / "fresh")

@@ -14,7 +14,6 @@ from unittest import mock
 
 import pytest
 
-from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.cli.main import main
 
 MESH = ("--mesh", "fsdp=2,tensor=2", "--verbose")
@@ -77,7 +76,7 @@ def measure(model, directory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, run_on_devices, tiny):  # noqa: F811
+def found(tmp_path_factory, run_on_devices, tiny):
     program = f"import sys\nfrom {__name__} import measure\nmeasure(*sys.argv[1:])"
     return json.loads(run_on_devices(8, program, tiny, tmp_path_factory.mktemp("commands")))
 

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from hylorada_jax.cli.cli_test import run, tiny  # noqa: F401
+from hylorada_jax.cli.cli_test import run
 from hylorada_jax.cli.sample import samples
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
@@ -64,7 +64,7 @@ def test_a_prompt_goes_in_as_in_training_and_comes_out_with_its_continuation(tmp
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_every_end_token_of_the_model_ends_a_text(file, tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_every_end_token_of_the_model_ends_a_text(file, tiny, tmp_path, monkeypatch, capsys):
     path = tmp_path / "model"
     shutil.copytree(tiny, path)
     prompt = load_tokenizer(path).encode_prompt("the").ids

@@ -4,7 +4,7 @@ import io
 import json
 import sys
 
-from hylorada_jax.cli.cli_test import chats, run, tiny  # noqa: F401
+from hylorada_jax.cli.cli_test import chats, run
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
 TEMPLATE += "{{ m.content }}<end>{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
@@ -12,10 +12,7 @@ TEMPLATE += "{% if add_generation_prompt %}assistant{% endif %}"
 
 
 def test_a_model_without_a_template_is_tuned_on_chats_with_one_that_its_adapter_keeps(
-    tiny,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-    capsys,
+    tiny, tmp_path, monkeypatch, capsys
 ):
     def succeeds(*command):
         status, out, err = run(monkeypatch, capsys, *command)

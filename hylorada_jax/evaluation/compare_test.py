@@ -12,12 +12,12 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.compare import compare_models
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
-from hylorada_jax.evaluation.perplexity_test import SEQ_LEN, base, documents  # noqa: F401 - a fixture
+from hylorada_jax.evaluation.perplexity_test import SEQ_LEN, documents
 from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.model import HyLoRADAModel
 
 
-def test_each_model_is_measured_as_on_its_own_and_reads_what_it_can(base):  # noqa: F811
+def test_each_model_is_measured_as_on_its_own_and_reads_what_it_can(base):
     models: dict[str, Any] = {"base": base}
     for method in ("lora", "hylorada_v2"):
         model = HyLoRADAModel(base, HyLoRADAConfig(method=method, lora_rank=2, structure_dim=8))
@@ -45,7 +45,7 @@ def test_each_model_is_measured_as_on_its_own_and_reads_what_it_can(base):  # no
         compare_models({name: models[name] for name in ("base", "lora")}, structured)
 
 
-def test_measures_of_one_model_share_what_is_compiled(base):  # noqa: F811
+def test_measures_of_one_model_share_what_is_compiled(base):
     sweep = loss_sweep(base)
     evaluate_perplexity(sweep, documents(), seq_len=SEQ_LEN, batch_size=2, progress=False)
     evaluate_lost_in_the_middle(sweep, documents(), seq_len=SEQ_LEN, batch_size=2, progress=False)

@@ -6,7 +6,7 @@ import pytest
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.errors import DataError
 from hylorada_jax.evaluation.lost_in_the_middle import LostInTheMiddle, evaluate_lost_in_the_middle
-from hylorada_jax.evaluation.perplexity_test import VOCAB, base  # noqa: F401 - a fixture
+from hylorada_jax.evaluation.perplexity_test import VOCAB
 
 SEQ_LEN = 12
 
@@ -16,7 +16,7 @@ def documents():
     return [rng.integers(0, VOCAB, n) for n in (40, 7, 13, 12)]
 
 
-def windows_and_nll(base):  # noqa: F811
+def windows_and_nll(base):
     long, _, exact, _ = documents()
     windows = np.array([long[0:13], long[12:25], long[24:37], exact])
     logits = np.asarray(base(windows[:, :-1]).logits, np.float64)
@@ -24,14 +24,14 @@ def windows_and_nll(base):  # noqa: F811
     return windows, -np.take_along_axis(log_p, windows[:, 1:, None], -1)[..., 0]
 
 
-def test_losses_are_those_of_each_place_in_the_whole_windows(base):  # noqa: F811
+def test_losses_are_those_of_each_place_in_the_whole_windows(base):
     found = evaluate_lost_in_the_middle(base, documents(), seq_len=SEQ_LEN, batch_size=3, progress=False)
     _, nll = windows_and_nll(base)
     assert found.sequences == 4
     np.testing.assert_allclose(found.losses, nll.mean(0), rtol=1e-6)
 
 
-def test_only_scored_tokens_count(base):  # noqa: F811
+def test_only_scored_tokens_count(base):
     texts = [TokenizedDocument(tokens, tokens % 3 > 0) for tokens in documents()]
     found = evaluate_lost_in_the_middle(base, texts, seq_len=SEQ_LEN, batch_size=3, progress=False)
     windows, nll = windows_and_nll(base)
@@ -56,7 +56,7 @@ def test_the_measures_are_the_definitions():
     assert found.ends == pytest.approx(np.exp(np.concatenate([losses[:10], losses[20:]]).mean()))
 
 
-def test_a_part_is_spread_over_all_sequences(base):  # noqa: F811
+def test_a_part_is_spread_over_all_sequences(base):
     long = np.random.default_rng(2).integers(0, VOCAB, 4 * SEQ_LEN + 1)
     part = evaluate_lost_in_the_middle(base, [long], seq_len=SEQ_LEN, max_tokens=2 * SEQ_LEN, progress=False)
     chosen = [long[start : start + SEQ_LEN + 1] for start in (0, 2 * SEQ_LEN)]
@@ -65,6 +65,6 @@ def test_a_part_is_spread_over_all_sequences(base):  # noqa: F811
 
 
 @pytest.mark.parametrize("seq_len", [40, 9, 1])
-def test_what_cannot_be_cut_is_refused(base, seq_len):  # noqa: F811
+def test_what_cannot_be_cut_is_refused(base, seq_len):
     with pytest.raises(DataError, match=f"seq_len {seq_len}"):
         evaluate_lost_in_the_middle(base, documents(), seq_len=seq_len)

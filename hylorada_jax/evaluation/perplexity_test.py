@@ -13,19 +13,12 @@ from hylorada_jax.errors import ConfigError, DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator, evaluate_perplexity
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.causal_lm import CausalLM
-from hylorada_jax.models.decoder_config import DecoderConfig
 
 VOCAB, SEQ_LEN = 31, 12
 SHAPE = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
     "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": False, "initializer_range": 0.3,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base():
-    return CausalLM.from_config(DecoderConfig.from_hf(SHAPE), jax.random.key(0))
 
 
 def documents(seed=0):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hylorada_jax.cli.cli_test import tiny  # noqa: F401 - a fixture
 from hylorada_jax.placement.processes_test import free_port
 from hylorada_jax.training.report import read_metrics
 
@@ -19,7 +18,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, on_devices, tiny):  # noqa: F811
+def command(tmp_path_factory, on_devices, tiny):
     """(devices, command, options) → a process that reads the tiny model and, without others, these texts."""
     texts = tmp_path_factory.mktemp("data") / "texts.txt"
     texts.write_text("".join(f"{n} brown foxes jump over {n * n} lazy dogs\n" for n in range(120)))
