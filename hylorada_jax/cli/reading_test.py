@@ -46,10 +46,10 @@ def test_a_split_is_of_the_hub_datasets_that_name_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "guide.md").write_text("a")
-    given = ["docs/guide.md", "owner/name", "owner/name::test"]
-    expected = ["docs/guide.md", "owner/name::train[:9]", "owner/name::test"]
+    given = ["docs/guide.md=1", "owner/name=1", "owner/name:en=2", "owner/name::test=1"]
+    expected = ["docs/guide.md", "owner/name::train[:9]", "owner/name:en:train[:9]", "owner/name::test"]
     assert [source.name for source in sources_of(given, split="train[:9]")] == expected
-    with pytest.raises(ConfigError, match="A split is one of a Hub dataset"):
+    with pytest.raises(ConfigError, match=r"one of a Hub dataset[\s\S]*--split train\[:9\] for docs/guide"):
         sources_of(["docs/guide.md"], split="train[:9]")
 
 

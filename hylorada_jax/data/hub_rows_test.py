@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 import hylorada_jax
-from hylorada_jax.cli.reading import sources_of
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation, Document
 from hylorada_jax.data.hub_rows import HubDataset, hub_dataset
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import DataError
 
 CALL = {"name": "f", "arguments": {"a": 1}}
 # Of one column, arrow gives every struct the fields of all.
@@ -45,14 +44,6 @@ CHATS: list[list[dict[str, Any]]] = [
 def test_a_dataset_is_named_with_its_configuration_and_its_split(source, expected):
     assert hub_dataset(source) == expected
     assert expected is None or hub_dataset(str(expected)) == expected
-
-
-def test_a_split_is_that_of_the_hub_datasets_which_name_none():
-    given = ["a/b=1", "a/b:c=2", "a/b::test=1", "x.txt=1"]
-    found = [source.name for source in sources_of(given, split="train[:9]")]
-    assert found == ["a/b::train[:9]", "a/b:c:train[:9]", "a/b::test", "x.txt"]
-    with pytest.raises(ConfigError, match=r"--split test for x\.txt"):
-        sources_of(["x.txt"], split="test")
 
 
 @pytest.fixture
