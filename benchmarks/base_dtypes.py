@@ -98,7 +98,7 @@ def measure(model: str, config: HyLoRADAConfig, training: TrainingConfig) -> dic
     from tqdm import tqdm
 
     from hylorada_jax.data.corpus import PYTHON_STDLIB, load_documents
-    from hylorada_jax.data.loading import shuffled_batches
+    from hylorada_jax.data.loading import mixed_batches
     from hylorada_jax.data.packing import Rows
     from hylorada_jax.data.tokenization import prepare, tokenize
     from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
@@ -112,7 +112,7 @@ def measure(model: str, config: HyLoRADAConfig, training: TrainingConfig) -> dic
     tokenizer = load_tokenizer(model)
     train, _ = prepare(load_documents(PYTHON_STDLIB, "train"), tokenizer, training.seq_len)
     held_out = tokenize(load_documents(PYTHON_STDLIB, "eval"), tokenizer)
-    batches = shuffled_batches(Rows(train, training.seq_len), training.batch_size, training.seed)
+    batches = mixed_batches([(Rows(train, training.seq_len), 1)], training.batch_size, training.seed)
 
     found: dict[str, dict[str, Any]] = {}
     models, evaluators, programs, states = {}, {}, {}, {}

@@ -82,12 +82,12 @@ def main(*, output: Path) -> None:
 def scored_tokens() -> list[int]:
     """How many tokens each step of an epoch on python-docstrings scores, in rows packed as in training."""
     from hylorada_jax import load_documents, load_tokenizer, prepare
-    from hylorada_jax.data.loading import shuffled_batches
+    from hylorada_jax.data.loading import mixed_batches
     from hylorada_jax.data.packing import Rows
 
     documents, _ = prepare(load_documents("python-docstrings", "train"), load_tokenizer(MODEL), SEQ_LEN)
     rows = Rows(documents, SEQ_LEN)
-    epoch = itertools.islice(shuffled_batches(rows, BATCH_SIZE, seed=0), len(rows) // BATCH_SIZE)
+    epoch = itertools.islice(mixed_batches([(rows, 1)], BATCH_SIZE, seed=0), len(rows) // BATCH_SIZE)
     return [int((batch["targets"] >= 0).sum()) for batch in epoch]
 
 

@@ -16,7 +16,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.trainables import Adapted, Full
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
-from hylorada_jax.data.loading import shuffled_batches
+from hylorada_jax.data.loading import mixed_batches
 from hylorada_jax.data.packing import Rows, spread
 from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
@@ -85,7 +85,7 @@ class Runner:
         adapters = trainable.start(training.seed)
         optimizer = trainable.optimizer(adapters, training)
         state = init_state(adapters, optimizer, training.seed)
-        batches = shuffled_batches(self.rows, training.batch_size, training.seed)
+        batches = mixed_batches([(self.rows, 1)], training.batch_size, training.seed)
         losses, seconds = [], []
         if on_step is not None:
             on_step(0, adapters)

@@ -18,26 +18,12 @@ Shares = Sequence[tuple[Rows | Sequence[Batch], float]]
 _ENDLESS = 2**50  # rows; more than anybody trains on
 
 
-def shuffled_batches(
-    rows: Rows | Sequence[Batch], batch_size: int, seed: int
-) -> grain.DatasetIterator[Batch]:
-    """Batches without end: every epoch has each row once, in an order of its own.
-
-    Args:
-        rows: what to draw from.
-        batch_size: rows per batch; a batch may reach over the end of an epoch.
-        seed: of the order.
-
-    Returns:
-        An iterator with ``get_state`` and ``set_state``; a batch also has ``row``, the rows' numbers [batch].
-    """
-    return mixed_batches([(rows, 1)], batch_size, seed)
-
-
 def mixed_batches(
     shares: Shares, batch_size: int, seed: int, own: Sequence[int] | None = None
 ) -> grain.DatasetIterator[Batch]:
     """Batches without end of the rows of several sources, as :class:`hylorada_jax.data.mixture.Mixture` says.
+
+    Of one source every epoch has each row once, in an order of its own; a batch may reach over its end.
 
     Args:
         shares: what to draw from.
@@ -46,8 +32,9 @@ def mixed_batches(
         own: the places in a batch whose rows are made, as one of several processes needs them; None: all.
 
     Returns:
-        As :func:`shuffled_batches`; the rows of a source are numbered behind those of the ones before it.
-        ``row`` is of all rows, whoever makes them: so that order and state are those of one process.
+        An iterator with ``get_state`` and ``set_state``; a batch also has ``row``, the rows' numbers [batch],
+        where the rows of a source are numbered behind those of the ones before it. ``row`` is of all rows,
+        whoever makes them: so that order and state are those of one process.
     """
     sources = []
     starts = [0, *itertools.accumulate(len(rows) for rows, _ in shares)]

@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 
 from hylorada_jax.data.document import TokenizedDocument
-from hylorada_jax.data.loading import mixed_batches, rows_of_epoch, shuffled_batches
+from hylorada_jax.data.loading import mixed_batches, rows_of_epoch
 from hylorada_jax.data.packing import Rows
 
 
 def rows():
     return Rows([TokenizedDocument(np.arange(n)) for n in (30, 40, 50)], 8)
+
+
+def alone():
+    return [(rows(), 1)]
 
 
 def drawn(batches, count):
@@ -19,7 +23,7 @@ def drawn(batches, count):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_epoch_has_every_row_once_in_another_order(batch_size):
     n = len(rows())
-    order = np.concatenate(drawn(shuffled_batches(rows(), batch_size, seed=0), 2 * n // batch_size + 1))
+    order = np.concatenate(drawn(mixed_batches(alone(), batch_size, seed=0), 2 * n // batch_size + 1))
     first, second = order[:n], order[n : 2 * n]
     assert sorted(first) == sorted(second) == list(range(n))
     assert first.tolist() != second.tolist()
@@ -27,8 +31,8 @@ def test_every_epoch_has_every_row_once_in_another_order(batch_size):
 
 
 def test_the_seed_decides_the_order():
-    assert drawn(shuffled_batches(rows(), 4, seed=1), 3) == drawn(shuffled_batches(rows(), 4, seed=1), 3)
-    assert drawn(shuffled_batches(rows(), 4, seed=1), 3) != drawn(shuffled_batches(rows(), 4, seed=2), 3)
+    assert drawn(mixed_batches(alone(), 4, seed=1), 3) == drawn(mixed_batches(alone(), 4, seed=1), 3)
+    assert drawn(mixed_batches(alone(), 4, seed=1), 3) != drawn(mixed_batches(alone(), 4, seed=2), 3)
 
 
 def mixed(weights=(0.7, 0.1, 0.2)):
@@ -38,12 +42,12 @@ def mixed(weights=(0.7, 0.1, 0.2)):
 
 
 def test_an_iterator_goes_on_from_its_state_through_json():
-    for begin in (lambda: shuffled_batches(rows(), 4, seed=0), lambda: mixed_batches(mixed(), 4, seed=0)):
-        batches = begin()
+    for shares in (alone(), mixed()):
+        batches = mixed_batches(shares, 4, seed=0)
         drawn(batches, 5)
         state = json.loads(json.dumps(batches.get_state()))
         expected = drawn(batches, 6)
-        again = begin()
+        again = mixed_batches(shares, 4, seed=0)
         again.set_state(state)
         assert drawn(again, 6) == expected
 
@@ -75,7 +79,7 @@ def test_a_batch_has_the_rows_it_names():
     sources = mixed()
     every = [row for source, _ in sources for row in source]
     for batch, given in (
-        (next(shuffled_batches(rows(), 4, seed=0)), rows()),
+        (next(mixed_batches(alone(), 4, seed=0)), rows()),
         (next(mixed_batches(sources, 9, seed=0)), every),
     ):
         for i, row in enumerate(batch["row"]):
