@@ -1,9 +1,9 @@
 """A tokenizer as the files that transformers loads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from hylorada_jax.io.files import write_json
 from hylorada_jax.models.tokenizer import Tokenizer
 
 
@@ -38,10 +38,6 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         settings["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
     # Not its own save, whose errors are no OSErrors.
     (directory / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
-    _write(directory / "tokenizer_config.json", settings)
+    write_json(directory / "tokenizer_config.json", settings)
     if len(tokenizer.end_token_ids) > 1:
-        _write(directory / "generation_config.json", {"eos_token_id": [*tokenizer.end_token_ids]})
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(directory / "generation_config.json", {"eos_token_id": [*tokenizer.end_token_ids]})
