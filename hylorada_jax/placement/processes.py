@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hylorada_jax.errors import ConfigError, HyLoRADAError
-from hylorada_jax.terminal import brief
 
 _HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as lost."""
@@ -197,7 +196,7 @@ def lost_another(error: Exception) -> str | None:
 
 
 def _lost(what: object) -> str:
-    return f"error: {_RULE}\n  received: {brief(what)}\n  remedy:   {_REMEDY}"
+    return f"error: {HyLoRADAError(_RULE, what, _REMEDY)}"
 
 
 def end_at_once(status: int) -> None:
