@@ -7,6 +7,7 @@ import jax
 from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.models.families import that_can
 from hylorada_jax.trees import Params
 
 
@@ -106,6 +107,16 @@ def require_segments(base: BaseModel) -> None:
             "Packing needs a model that keeps packed documents apart.",
             f"{base.name} knows no segment_ids",
             "Set packing=False, or load the model into our own decoder.",
+        )
+
+
+def require_groups(base: BaseModel, received: object) -> None:
+    """Raises a ModelError for a model whose attention knows no groups of tokens."""
+    if not base.supports_groups:
+        raise ModelError(
+            "Shifted sparse attention needs a causal model whose attention is ours.",
+            received,
+            f"Leave s2_attn_enabled (or groups) out, or choose a model of type {that_can('groups')}.",
         )
 
 

@@ -1,19 +1,14 @@
 """Whether a config or a saved adapter fits a base model, as shapes can tell: before any weight is read."""
 
-from typing import TYPE_CHECKING
-
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.models.families import that_can
-from hylorada_jax.surgery.modules import Modules, modules_of
+from hylorada_jax.errors import ConfigError
+from hylorada_jax.models.base_model import BaseModel, require_groups
+from hylorada_jax.surgery.modules import Modules, modules_of, require_positions
 from hylorada_jax.surgery.plan import Site, plan
-
-if TYPE_CHECKING:
-    from hylorada_jax.models.base_model import BaseModel
 
 
 def fit(
-    base: "BaseModel", config: HyLoRADAConfig, modules: Modules | None = None
+    base: BaseModel, config: HyLoRADAConfig, modules: Modules | None = None
 ) -> tuple[Modules, tuple[Site, ...]]:
     """What a config adapts in a base model.
 
@@ -33,22 +28,14 @@ def fit(
     """
     modules = modules_of(base) if modules is None else modules
     sites = plan(modules, config)
-    if (config.position_bias_enabled or config.use_hylorada_v2) and not modules.take_positions:
-        raise ModelError(
-            "A layer whose update depends on the position needs a model that takes position_ids.",
-            base.name,
-            f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
-        )
-    if config.s2_attn_enabled and not base.supports_groups:
-        raise ModelError(
-            "Shifted sparse attention needs a causal model whose attention is ours.",
-            base.name,
-            f"Leave s2_attn_enabled out, or choose a model of type {that_can('groups')}.",
-        )
-    if config.s2_attn_enabled and any(module.heads < 2 for module in modules.attentions):
-        raise ConfigError(
-            "Shifted sparse attention halves the heads of a layer.",
-            "1 head",
-            "Leave s2_attn_enabled out, or choose a model of more heads.",
-        )
+    if config.position_bias_enabled or config.use_hylorada_v2:
+        require_positions(modules.take_positions, base.name)
+    if config.s2_attn_enabled:
+        require_groups(base, base.name)
+        if any(module.heads < 2 for module in modules.attentions):
+            raise ConfigError(
+                "Shifted sparse attention halves the heads of a layer.",
+                "1 head",
+                "Leave s2_attn_enabled out, or choose a model of more heads.",
+            )
     return modules, sites

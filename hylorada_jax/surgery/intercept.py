@@ -17,9 +17,8 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import experts, linear_adapter, low_rank, position, quantized, sparse, structure
 from hylorada_jax.models.dense import dot_general, promote_dtype
-from hylorada_jax.models.families import that_can
 from hylorada_jax.models.module_kinds import kind_of
-from hylorada_jax.surgery.modules import as_it_lies, takes_positions
+from hylorada_jax.surgery.modules import as_it_lies, require_positions, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_jax.trees import COLLECTION, Resolved, Tree
 
@@ -299,13 +298,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         return linear_adapter.token_scale(adapter, of_rows, rows.expert)
 
     def _of_pass(self, name: str, module: Any) -> Array:
-        found = getattr(self._pass, name, None)
-        if found is None:
-            raise ModelError(
-                "A layer whose update depends on the position needs a model that takes position_ids.",
-                f"{'.'.join(module.path)} was called outside of one",
-                f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
-            )
+        found: Any = getattr(self._pass, name, None)
+        require_positions(found is not None, f"{'.'.join(module.path)} was called outside of one")
         return found
 
     def _dropout(

@@ -14,10 +14,10 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.tree_util import Partial
 
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.base_model import BaseModel
-from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS
+from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS, that_can
 from hylorada_jax.models.mixture import each_expert
 from hylorada_jax.models.module_kinds import ModuleKind, kind_of
 from hylorada_jax.models.stacks import names_in_stack
@@ -170,6 +170,16 @@ def with_leaves(tree: Tree, path: Path, leaves: Tree) -> dict[str, Any]:
 def takes_positions(method: Callable[..., Any]) -> bool:
     """Whether a module's method is called with the tokens and their positions."""
     return {"input_ids", "position_ids"} <= set(inspect.signature(method).parameters)
+
+
+def require_positions(found: bool, received: object) -> None:
+    """Raises a ModelError for a layer that needs the tokens' positions, where none are found."""
+    if not found:
+        raise ModelError(
+            "A layer whose update depends on the position needs a model that takes position_ids.",
+            received,
+            f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
+        )
 
 
 def find_modules(

@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_flax_t5 import FlaxT5LayerNorm
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.hub import recorded_name
 from hylorada_jax.math.position import default_positions
-from hylorada_jax.models.base_model import require_generation
+from hylorada_jax.models.base_model import require_generation, require_groups
 from hylorada_jax.models.families import flax_of, that_can
 from hylorada_jax.models.families.family import Flax
 from hylorada_jax.models.hf.bound import bind
@@ -246,12 +246,8 @@ class HFFlaxModel:
                 "Use one document per row (padding instead of packing), or a model of type "
                 f"{that_can('segments')}.",
             )
-        if groups is not None and not self.supports_groups:
-            raise ModelError(
-                "Shifted sparse attention needs a causal model whose attention is ours.",
-                f"groups={groups} for {type(self.model).__name__}",
-                f"Leave groups out, or choose a model of type {that_can('groups')}.",
-            )
+        if groups is not None:
+            require_groups(self, f"groups={groups} for {type(self.model).__name__}")
 
     def _counted(self, shape: tuple[int, ...], mask: Any, segment_ids: Array | None) -> Array | None:
         # BERT's multiple choice has three axes, and keeps Hugging Face's positions.
