@@ -87,7 +87,11 @@ def topology_devices(name: str) -> Sequence[Any]:
 
 
 def mesh_of_devices(devices: Sequence[Any], mesh: str = "") -> Mesh:
-    """A mesh of these devices, as :func:`hylorada_jax.placement.placement.parse_mesh` makes it of all."""
+    """A mesh of these devices in their order, of the sizes that a text describes.
+
+    :func:`hylorada_jax.placement.placement.parse_mesh` orders those of a TPU by their links. A plan counts
+    what they send each other by the sizes of the groups, which are the same.
+    """
     sizes = mesh_sizes(mesh, len(devices))
     return Mesh(
         np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * 3
