@@ -1,9 +1,12 @@
 """The command line of a benchmark, and the file of what it measured."""
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,17 @@ def run(command: Callable[..., None]) -> None:
 def started() -> str:
     """The command that this program was started with, for the record of what it measured."""
     return shlex.join(["python", *sys.orig_argv[1:]])
+
+
+def load_per_core() -> float:
+    """How much this machine has to do, all that runs on it, per core."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def in_own_process(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What a function returns in a process started for it; a BrokenProcessPool where that was killed."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        return process.submit(measure, *args).result()
 
 
 def write_record(output: Path, name: str, record: dict[str, Any]) -> Path:

@@ -22,16 +22,14 @@ import importlib.metadata
 import os
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run, started, write_record
+from benchmarks.command import in_own_process, load_per_core, run, started, write_record
 from benchmarks.experiment import INSTALL
 from benchmarks.report import check_page, device, fill_page, markdown
 from benchmarks.step_time import AGREEMENT, cores, paired_ratio, rotated, time_steps
@@ -89,7 +87,7 @@ def main(
 
     setting = Setting(model, batch_size, seq_len, "float32", WARMUP + rounds, threads or cores())
     roster.check([name for method in methods for name in (method, f"peft {method}")], setting, rounds)
-    about, of, before = environment(), pieces(), _load()
+    about, of, before = environment(), pieces(), load_per_core()
     versions = about["versions"] | {name: importlib.metadata.version(name) for name in PACKAGES}  # type: ignore[operator]
     record = {
         "command": started(),
@@ -101,17 +99,12 @@ def main(
         "preparation": measure_preparation(model, seq_len, of, conversations, rounds),
         "step": measure_steps(setting, methods, made_up(of, 16 * batch_size), rounds),
         # Of other work too: threads that wait for one another then lose more than those that do not.
-        "load_per_core": [before, _load()],
+        "load_per_core": [before, load_per_core()],
     }
     path = write_record(output, "conversations", record)
     show(text := table(record))
     fill_page(page, "conversations", text)
     print(path)
-
-
-def _load() -> float:
-    """How much this machine has to do, all that runs on it, per core."""
-    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def measure_preparation(
@@ -139,7 +132,7 @@ def measure_preparation(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in PREPARATIONS}
     for number in tqdm(range(rounds), desc="preparing", unit="round", leave=False):
         for name in rotated(list(found), number):
-            found[name].append(_in_own_process(timed_preparation, name, model, seq_len, of, count))
+            found[name].append(in_own_process(timed_preparation, name, model, seq_len, of, count))
         same_tokens({name: measured[0] for name, measured in found.items()})
     seconds = {name: [one["seconds"] for one in measured] for name, measured in found.items()}
     return {
@@ -252,11 +245,6 @@ def summary(seconds: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
         "median_seconds": statistics.median(seconds),
         "paired_ratio": paired_ratio(seconds, first),
     }
-
-
-def _in_own_process(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-        return process.submit(measure, *args).result()
 
 
 def table(record: Mapping[str, Any]) -> str:

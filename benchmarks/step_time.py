@@ -36,16 +36,14 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run, started, write_record
+from benchmarks.command import in_own_process, load_per_core, run, started, write_record
 from benchmarks.report import check_page, device, fill_page, markdown
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.io.files import refuse_unusable
@@ -154,13 +152,13 @@ def measure(
     from benchmarks.contenders.setting import describe, precision
 
     # First: beside all of them, built to be timed, one alone may find too little memory.
-    alone = {name: _in_own_process(name, setting) for name in names} if memory else {}
+    alone = {name: _memory(name, setting) for name in names} if memory else {}
     with precision(setting):
         found = time_steps(roster.build_all(names, setting), rounds, AGREEMENT[setting.dtype])
         settings = describe(setting)
     baseline = found.get(BASELINE)
     settings |= {"rounds": rounds, "cores": cores(), "first_losses_agree_to": AGREEMENT[setting.dtype]}
-    settings["load_per_core"] = os.getloadavg()[0] / (os.cpu_count() or 1)  # with our own
+    settings["load_per_core"] = load_per_core()  # with our own
     return {
         "settings": settings,
         "differences": list(roster.DIFFERENCES),
@@ -358,15 +356,14 @@ def _cell(value: float | None, style: str, unit: float = 1) -> str:
     return "–" if value is None else format(value if unit == 1 else value / unit, style)
 
 
-def _in_own_process(name: str, setting: Setting) -> dict[str, Any]:
-    """`peak_memory` of a contender, in a process that is started for it; why not, where that was killed."""
+def _memory(name: str, setting: Setting) -> dict[str, Any]:
+    """`peak_memory` of a contender, in a process of its own; why not, where that was killed."""
     from benchmarks.contenders.memory import peak_memory
 
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-        try:
-            found: dict[str, Any] = {**process.submit(peak_memory, name, setting).result()}
-        except BrokenProcessPool as error:  # which need not cost us the times
-            found = {"memory_error": str(error)}
+    try:
+        found = in_own_process(peak_memory, name, setting)
+    except BrokenProcessPool as error:  # which need not cost us the times
+        found = {"memory_error": str(error)}
     print(f"{name}: memory {found.get('memory_error', 'measured')}", flush=True)
     return found
 

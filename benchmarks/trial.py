@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command import load_per_core
 from benchmarks.experiment import Experiment
 from benchmarks.trainables import Adapted, Full
 from hylorada_jax.config import HyLoRADAConfig
@@ -112,7 +112,7 @@ class Runner:
             "tokens_per_second": training.batch_size * training.seq_len / step_seconds,
             "program_bytes": needed_bytes(self._compiled),
             # How busy the machine was: times of one that had other work are not its best.
-            "load_per_core": os.getloadavg()[0] / (os.cpu_count() or 1),
+            "load_per_core": load_per_core(),
         }
 
 
