@@ -7,12 +7,12 @@ from safetensors import SafetensorError, deserialize, safe_open
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.io import bucket
 
-MAX_HEADER_BYTES = 4 * 2**20
-"""Of an adapter: some 30,000 tensors. The format itself allows 100 MB, which take seconds and a GiB."""
+# A quarter of a million tensors: an adapter on all experts of a large mixture has tens of thousands.
+_MAX_HEADER_BYTES = 2**25
 
 
 def read_header(
-    path: Path, rule: str, error: type[HyLoRADAError], remedy: str, *, limit: int = MAX_HEADER_BYTES
+    path: Path, rule: str, error: type[HyLoRADAError], remedy: str
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The dtype and the shape of every tensor in a file.
 
@@ -23,7 +23,6 @@ def read_header(
         rule: what the file must be, for the error.
         error: the class of the error.
         remedy: for the error.
-        limit: of the header, in bytes.
 
     Returns:
         {name: (safetensors' name of the dtype, as "F32", shape)}.
@@ -37,8 +36,9 @@ def read_header(
                 raise error(rule, f"{path}: no such file", remedy)
             with path.open("rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
-            if length > limit:
-                raise error(rule, f"{path}: a header of {length:,} bytes, more than {limit:,}", remedy)
+            if length > _MAX_HEADER_BYTES:
+                received = f"{path}: a header of {length:,} bytes, more than {_MAX_HEADER_BYTES:,}"
+                raise error(rule, received, remedy)
             if bucket.is_in_bucket(path):
                 read = deserialize(path.read_bytes())
                 return {name: (piece["dtype"], tuple(piece["shape"])) for name, piece in read}

@@ -19,8 +19,6 @@ from hylorada_jax.models.text_part import text_name
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.text import short
 
-# A hundred thousand tensors. The library itself admits 100 MB, of which Python makes more than a GiB.
-_MAX_HEADER_BYTES = 8 * 2**20
 _MAX_AXES = 8
 _RULE = "A safetensors file must be complete and well formed."
 _REMEDY = "The file is truncated or damaged: download it again."
@@ -118,7 +116,7 @@ def tensor_names(files: Iterable[Path]) -> Iterator[str]:
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return read_header(file, _RULE, ModelError, _REMEDY, limit=_MAX_HEADER_BYTES)
+    return read_header(file, _RULE, ModelError, _REMEDY)
 
 
 def _open(file: Path) -> Any:

@@ -57,7 +57,9 @@ def write_adapter(
     """
     check_beside(chat_template, structure)
     directory = any_path(directory)
-    if not overwrite:
+    if overwrite:
+        refuse_unusable(directory, in_bucket=True)
+    else:
         refuse_existing(directory)
     check_finite(tensors)
     tensors = {name: _widened(tensor) for name, tensor in tensors.items()}

@@ -48,6 +48,34 @@ def test_nothing_is_overwritten_unasked(saved):
     assert open_adapter(saved).config.lora_rank == 4
 
 
+def test_no_directory_is_called_as_a_bucket_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="gs://"):
+            write_adapter("s3://bucket/a", TENSORS, HyLoRADAConfig(), BASE, overwrite=overwrite)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_on_all_experts_of_a_large_mixture_is_read(tmp_path):
+    """hylorada_v1 on every linear layer of 48 layers of 128 experts: 92,160 tensors."""
+    shapes = {
+        "lora_A": (1, 1),
+        "lora_B": (1, 1),
+        "magnitude": (1,),
+        "magnitude_gate": (),
+        "residual_weight": (),
+    }
+    tensors = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.{leaf}": np.zeros(shape, np.float32)
+        for layer in range(48)
+        for expert in range(128)
+        for name in ("gate", "up", "down")
+        for leaf, shape in shapes.items()
+    }
+    write_adapter(tmp_path, tensors, HyLoRADAConfig(), BASE)
+    assert open_adapter(tmp_path).shapes.keys() == tensors.keys()
+
+
 def test_a_chat_template_goes_with_its_adapter(saved):
     assert open_adapter(saved).chat_template is None
     template = "{{ messages[0].content }}\u2028\U0001f600\x01"
