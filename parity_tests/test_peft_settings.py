@@ -92,6 +92,13 @@ def test_what_our_adapters_can_express_is_read(case, tmp_path):
     assert_read("llama", tmp_path, logits(model, "llama"))
 
 
+def test_norms_named_by_their_ending_train_also_from_where_they_are(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    model = get_peft_model(base_of("llama"), config).eval()
+    model.save_pretrained(tmp_path)
+    assert assert_read("llama", tmp_path, logits(model, "llama")).config.train_norms
+
+
 @pytest.mark.parametrize("adjusted", [True, False])
 def test_eva_is_read_with_the_ranks_it_has_given_out(adjusted, tmp_path):
     eva = EvaConfig(rho=2.0, adjust_scaling_factors=adjusted)

@@ -148,5 +148,5 @@ def _head(base: BaseModel) -> np.ndarray:
 
 
 def _is_named(tensor: str, named: Any) -> bool:
-    module = tensor.rsplit(".", 1)[0]
-    return any(f".{module}".endswith(f".{name}") for name in named)
+    """Whether PEFT wraps a tensor's module: "norm" also names all that ends so, as input_layernorm."""
+    return tensor.rsplit(".", 1)[0].endswith(tuple(named))
