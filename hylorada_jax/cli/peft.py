@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from hylorada_jax.cli.shared import base_of, puts_offline, unloaded
+from hylorada_jax.cli.shared import Dtype, base_of, puts_offline, unloaded
 from hylorada_jax.errors import DataError
 from hylorada_jax.leaves import Part
 from hylorada_jax.terminal import show
@@ -73,6 +73,7 @@ def import_peft(
     output: Path,
     model: str,
     method: Literal["lora", "dora", "hylorada_v1"] | None = None,
+    dtype: Dtype = "float32",
     offline: bool = False,
 ) -> None:
     """Convert PEFT's LoRA, rsLoRA or DoRA adapter to this library's format, to continue training it.
@@ -82,6 +83,7 @@ def import_peft(
         output: directory for the adapter; `hylorada finetune --start-from` continues its training.
         model: the base model it was trained on.
         method: hylorada_v1 turns a DoRA adapter into one that computes the same function [the file's].
+        dtype: dtype of the base model's weights, as training will have them.
         offline: contact nothing; take Hugging Face Hub files from the local cache.
     """
     from hylorada_jax import load_model
@@ -92,7 +94,7 @@ def import_peft(
 
     refuse_existing(output)
     saved = open_peft(adapter)
-    check_import(saved, unloaded(model), method)  # before the model is loaded
+    check_import(saved, unloaded(model, dtype), method)  # before the model is loaded
     saved.tensors()
-    read(load_model(model), saved, method=method).save_pretrained(output)
+    read(load_model(model, dtype=dtype), saved, method=method).save_pretrained(output)
     show(str(output))

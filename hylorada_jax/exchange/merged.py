@@ -130,7 +130,7 @@ def write_merged(
 def dtypes_of(saved: SavedAdapter) -> tuple[Any, str | None]:
     """The dtype and base_dtype in which a base has the weights that an adapter was trained on."""
     trained = saved.base.get("dtype", "")
-    return split_name(trained if is_in_codes(trained) else "float32")
+    return split_name(trained if known_dtype(trained) else "float32")
 
 
 def is_in_codes(dtype: str) -> bool:
@@ -147,9 +147,11 @@ def known_dtype(dtype: str) -> bool:
 def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:
     """The content of config.json; the dtype under the name that every version of transformers reads.
 
-    What was in codes is numbers now.
+    What was in codes is numbers now, and code of the model's own, to which auto_map leads, is not copied:
+    transformers has the class.
     """
-    said = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    left = ("quantization_config", "auto_map")
+    said = {key: value for key, value in source.config.items() if key not in left}
     if dtype is None and source.gguf is None:
         return said
     dtype = dtype or np.dtype(np.float32)

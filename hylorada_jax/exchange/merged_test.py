@@ -250,10 +250,14 @@ def test_what_stands_beside_the_weights_comes_along(bases, adapted, tmp_path, ca
         "merges.txt", "vocab.json", "vocab.txt", "tokenizer.model", "tokenizer.model.v3", "spiece.model",
         "tekken.json", "chat_template.jinja", "chat_template.json",
         "additional_chat_templates/tool_use.jinja", "preprocessor_config.json", "processor_config.json",
+        "source.spm", "target.spm", "target_vocab.json",
     ]  # fmt: skip
     (base / "additional_chat_templates").mkdir()
     for name in [*copied, "README.md", "pytorch_model.bin", "additional_chat_templates/README.md"]:
         (base / name).write_text(name)
+    config = json.loads((base / "config.json").read_text())
+    code = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (base / "config.json").write_text(json.dumps(config | code))
     # The adapter names the directory it was trained on; the command takes it from there.
     merge(output=tmp_path / "merged", adapter=tmp_path / "adapter", dtype="bfloat16")
     printed = capsys.readouterr()
@@ -264,7 +268,7 @@ def test_what_stands_beside_the_weights_comes_along(bases, adapted, tmp_path, ca
     files = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
     assert files == {"config.json", "generation_config.json", "model.safetensors", *copied}
     assert all((tmp_path / "again" / name).read_text() == name for name in copied)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "again")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert config.dtype == torch.bfloat16
     first, second = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("merged", "again"))
     assert first == second

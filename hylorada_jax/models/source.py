@@ -26,7 +26,8 @@ SMALL_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json",
-    "vocab.json", "vocab.txt", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "source.spm", "target.spm", "vocab.json", "target_vocab.json", "vocab.txt", "merges.txt",
+    "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 # Named one by one: a wildcard would also fetch copies in other formats and the originals beside them.
 _WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
