@@ -180,7 +180,7 @@ def adapted_layer(
     scale: float | Float[Array, ""],
     *,
     detach_norm: bool = False,
-    token_scale: Callable[[Mapping[str, Array]], Array] | None = None,
+    factor: Array | None = None,
 ) -> Float[Array, "*tokens d_out"]:
     """The output of a layer that computes its column scale at every call.
 
@@ -193,7 +193,7 @@ def adapted_layer(
         weight: W.
         scale: s.
         detach_norm: stop the gradient at n (DoRA §4.3).
-        token_scale: p of every token, from the resolved leaves; None for p = 1.
+        factor: of each token, what p depends on: t of its position, or its structure prior; None for p = 1.
 
     Returns:
         y in base_output's dtype.
@@ -208,7 +208,7 @@ def adapted_layer(
     """
     norm_squared = low_rank.row_norm_squared(weight)
     resolved = resolve_leaves(leaves, weight, norm_squared, scale, detach_norm=detach_norm)
-    p = None if token_scale is None else token_scale(resolved)
+    p = None if factor is None else token_scale(resolved, lambda _: factor)
     delta = low_rank.low_rank_delta(x, resolved["lora_A"], resolved["scaled_B"], p)
     return low_rank.adapted_output(base_output, delta, resolved.get("column_scale"))
 

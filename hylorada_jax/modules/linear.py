@@ -17,7 +17,6 @@ computes it once per optimizer step instead.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -37,9 +36,6 @@ from hylorada_jax.modules.checks import (
     token_positions,
 )
 from hylorada_jax.modules.position import PositionBias
-
-# p of every token, from the adapter's resolved leaves.
-TokenScale = Callable[[Mapping[str, Array]], Array]
 
 
 def scale(layer: Any) -> float:
@@ -67,7 +63,7 @@ class _LinearAdapter(nn.Module):
         base_weight: Array,
         deterministic: bool,
         *,
-        token_scale: TokenScale | None = None,
+        factor: Array | None = None,
         detach_norm: bool = False,
         **start: Any,
     ) -> Array:
@@ -93,7 +89,7 @@ class _LinearAdapter(nn.Module):
             base_weight,
             scale(self),
             detach_norm=detach_norm,
-            token_scale=token_scale,
+            factor=factor,
         )
 
 
@@ -245,7 +241,7 @@ class HyLoRADALinear(DoRALinear):
         base_output: Array,
         base_weight: Array,
         deterministic: bool,
-        token_scale: TokenScale | None = None,
+        factor: Array | None = None,
         **start: Any,
     ) -> Array:
         return self._adapt(
@@ -254,7 +250,7 @@ class HyLoRADALinear(DoRALinear):
             base_output,
             base_weight,
             deterministic,
-            token_scale=token_scale,
+            factor=factor,
             detach_norm=self.detach_norm,
             gate_init=self.gate_init,
             residual_init=self.residual_init,
@@ -299,18 +295,16 @@ class HyLoRADAv2Linear(HyLoRADALinear):
         deterministic: bool = True,
     ) -> Float[Array, "*tokens d_out"]:
         """The adapted layer's output, in base_output's dtype."""
-        token_scale = None
         if structure_prior is not None:
-            prior = jnp.asarray(structure_prior)
-            check_prior(prior, x, self.structure_dim)
-            token_scale = lambda resolved: low_rank.structure_scale(prior, resolved["scale_from_structure"])
+            structure_prior = jnp.asarray(structure_prior)
+            check_prior(structure_prior, x, self.structure_dim)
         return self._blend(
             "hylorada_v2",
             x,
             base_output,
             base_weight,
             deterministic,
-            token_scale,
+            structure_prior,
             structure_dim=self.structure_dim,
         )
 
@@ -355,8 +349,5 @@ class HyLoRADAUnified(HyLoRADALinear):
     ) -> Float[Array, "*batch seq d_out"]:
         """The adapted layer's output, in base_output's dtype; without positions they are 0, 1, 2 …"""
         positions = token_positions(positions, x)
-        token_scale = None
-        if self.position_bias is not None:
-            factor = self.position_bias(positions)
-            token_scale = lambda resolved: low_rank.position_scale(factor, resolved["position_gate"])
-        return self._blend("hylorada", x, base_output, base_weight, deterministic, token_scale)
+        factor = None if self.position_bias is None else self.position_bias(positions)
+        return self._blend("hylorada", x, base_output, base_weight, deterministic, factor)

@@ -29,7 +29,7 @@ from hylorada_jax.modules.checks import (
     refuse_prior,
     token_positions,
 )
-from hylorada_jax.modules.linear import TokenScale, scale
+from hylorada_jax.modules.linear import scale
 from hylorada_jax.nnx.position import PositionBias
 from hylorada_jax.nnx.variables import AdapterParam
 
@@ -98,7 +98,7 @@ class LoRALinear(nnx.Module):
         base_output: Array,
         base_weight: Array,
         deterministic: bool | None,
-        token_scale: TokenScale | None = None,
+        factor: Array | None = None,
     ) -> Array:
         x, base_output, base_weight = (jnp.asarray(given) for given in (x, base_output, base_weight))
         check_deterministic(deterministic)
@@ -110,7 +110,7 @@ class LoRALinear(nnx.Module):
             base_weight,
             scale(self),
             detach_norm=self.detach_norm,
-            token_scale=token_scale,
+            factor=factor,
         )
 
     def _leaves(self, base_weight: Array) -> dict[str, Array]:
@@ -276,12 +276,10 @@ class HyLoRADAv2Linear(HyLoRADALinear):
         deterministic: bool | None = None,
     ) -> Float[Array, "*tokens d_out"]:
         """The adapted layer's output, in base_output's dtype."""
-        token_scale = None
         if structure_prior is not None:
-            prior = jnp.asarray(structure_prior)
-            check_prior(prior, x, self.structure_dim)
-            token_scale = lambda resolved: low_rank.structure_scale(prior, resolved["scale_from_structure"])
-        return self._adapted(x, base_output, base_weight, deterministic, token_scale)
+            structure_prior = jnp.asarray(structure_prior)
+            check_prior(structure_prior, x, self.structure_dim)
+        return self._adapted(x, base_output, base_weight, deterministic, structure_prior)
 
 
 class HyLoRADAUnified(HyLoRADALinear):
@@ -325,8 +323,6 @@ class HyLoRADAUnified(HyLoRADALinear):
         deterministic: bool | None = None,
     ) -> Float[Array, "*batch seq d_out"]:
         """The adapted layer's output, in base_output's dtype; without positions they are 0, 1, 2 …"""
-        positions, token_scale = token_positions(positions, x), None
-        if self.position_bias is not None:
-            factor = self.position_bias(positions)
-            token_scale = lambda resolved: low_rank.position_scale(factor, resolved["position_gate"])
-        return self._adapted(x, base_output, base_weight, deterministic, token_scale)
+        positions = token_positions(positions, x)
+        factor = None if self.position_bias is None else self.position_bias(positions)
+        return self._adapted(x, base_output, base_weight, deterministic, factor)
