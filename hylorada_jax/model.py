@@ -70,6 +70,25 @@ def _aligned(ids: Int[Array, "batch prompt"], valid: Bool[Array, "batch width"])
     return jnp.maximum(ids[:, jnp.clip(places, 0, width - 1)], 0)
 
 
+def checked(base: BaseModel, input_ids: Array, inputs: Mapping[str, Array | None]) -> Array:
+    """The tokens of a call that compiles itself, under which nobody sees the values: they are read here.
+
+    Args:
+        base: the model that is called.
+        input_ids: int [batch, seq].
+        inputs: its others, of which position_ids and structure_ids are read.
+
+    Raises:
+        DataError: a token id is outside the vocabulary, a position outside the model's table, or structure
+            ids are not integers ≥ 0.
+    """
+    check_tokens(input_ids, base.token_limit)
+    check_structure_ids(inputs.get(_STRUCTURE_IDS))
+    input_ids = jnp.asarray(input_ids)
+    check_range(input_ids.shape, inputs.get("position_ids"), base.position_limit)
+    return input_ids
+
+
 class HyLoRADAModel:
     """A language model whose weights stay frozen, with adapters that train.
 
@@ -227,12 +246,8 @@ class HyLoRADAModel:
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "segment_ids": segment_ids}
         if self.disabled:
             return self.base(input_ids, **inputs)
-        # Here, because under the jit below nobody sees the values.
-        check_tokens(input_ids, self.base.token_limit)
-        check_structure_ids(structure_ids)
-        input_ids = jnp.asarray(input_ids)
-        check_range(input_ids.shape, position_ids, self.base.position_limit)
         inputs |= {"structure_ids": structure_ids, "structure_positions": structure_positions}
+        input_ids = checked(self.base, input_ids, inputs)
         with in_use(self.frozen):
             return self._jitted(self.adapters, input_ids, frozen=self.frozen, **inputs)
 

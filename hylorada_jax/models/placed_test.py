@@ -135,6 +135,7 @@ def in_use_facts(directory, placement):
         seen.clear()
         return np.asarray(call(*arguments)).tolist(), sorted({*seen})
 
+    bank = AdapterBank(model)
     logits = lambda ids: model(ids).logits
 
     def disabled(ids):
@@ -152,6 +153,7 @@ def in_use_facts(directory, placement):
             return jax.jit(lambda adapters, ids: model.apply(adapters, ids).logits)(model.adapters, ids)
 
     calls = {"called": logits, "disabled": disabled, "measured": measured, "merged": merged, "within": within}
+    calls["by row"] = lambda ids: bank(ids, ["default", None]).logits
     calls["compiled by the user"] = jax.jit(lambda ids: model(ids).logits)
     with (
         mock.patch.object(decoder_layer, "attend", noting(decoder_layer.attend)),
@@ -300,13 +302,13 @@ def test_a_model_on_a_mesh_computes_what_it_does_on_one_device(mesh, found):
 def test_the_mesh_of_a_model_is_in_use_where_it_is_called_measured_and_merged(found):
     """Also for the base alone; what a user compiles has the mesh that the user has in use."""
     for calls, mesh in zip(found["in use"], ("data=2,fsdp=2,tensor=2", ""), strict=True):
-        for name in ("called", "disabled", "merged"):
+        for name in ("called", "by row", "disabled", "merged"):
             assert calls[name][1] == [mesh], name
         assert calls["measured"][1] == [mesh or "data=8,fsdp=1,tensor=1"]  # rows, over copies of the weights
         assert calls["within"][1] == ["data=2,fsdp=2,tensor=2"]
         assert calls["compiled by the user"][1] == [""]
         assert calls["compiled anew"] == 0
-    for name in ("called", "disabled", "measured", "merged", "within", "compiled by the user"):
+    for name in ("called", "by row", "disabled", "measured", "merged", "within", "compiled by the user"):
         ours, alone = (calls[name][0] for calls in found["in use"])
         np.testing.assert_allclose(ours, alone, rtol=0, atol=1e-4, err_msg=name)
 
