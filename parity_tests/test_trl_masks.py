@@ -7,9 +7,10 @@ assistant writes.
 import numpy as np
 import pytest
 
+from hylorada_jax.data.answered import answer_text, as_message
 from hylorada_jax.data.tokenization import tokenize
 from parity_tests.chat_templates import FORMATS
-from parity_tests.test_answers import CHATS, conversation, mask, pair
+from parity_tests.test_answers import ASKED, CALL, CHATS, conversation, mask, pair, prompt_of
 
 pytestmark = pytest.mark.apart
 # TRL's name: the format that has its special tokens.
@@ -40,3 +41,44 @@ def test_masks_are_those_of_trl(name):
         assert found.tokens.tolist() == expected["input_ids"], chat
         assert np.array_equal(mask(found), np.array(expected["assistant_masks"], bool)), chat
         assert mask(found).any()
+
+
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": ADD}]
+SAYS = "<|channel|>{}<|message|>{}<|end|><|start|>assistant"
+TO_ADD = "<|channel|>commentary to=functions.add <|constrain|>json<|message|>{}<|call|>"
+
+
+def gpt_oss():
+    """Our tokenizer and transformers', with the template of OpenAI, which TRL ships."""
+    pytest.importorskip("trl")
+    from trl.chat_template_utils import gptoss_chat_template
+
+    return pair(FORMATS["gpt-oss"]._replace(template=gptoss_chat_template))
+
+
+@pytest.mark.parametrize("said", [{"content": ""}, {"content": "Well."}, {"thinking": "Hm"}])
+def test_a_call_that_openais_template_writes_is_read_as_one(said):
+    tokenizer, theirs = gpt_oss()
+    message = {"role": "assistant", "content": "", **said, "tool_calls": [CALL]}
+    prompt = prompt_of(theirs, ASKED[:1], tools=TOOLS)
+    whole = theirs.apply_chat_template([ASKED[0], message], tools=TOOLS, return_dict=False)
+    answer = as_message(answer_text(tokenizer, prompt, whole[len(prompt) :]))
+    assert whole[: len(prompt)] == prompt
+    assert answer.pop("tool_calls") == [CALL]
+    # What is said before a call is written as what is thought.
+    assert answer == {"role": "assistant", "content": ""} | (
+        {"reasoning_content": text} if (text := "".join(said.values())) else {}
+    )
+
+
+def test_an_answer_with_all_that_gpt_oss_says_before_a_call_is_trained_on_again():
+    tokenizer, _ = gpt_oss()
+    arguments = '{"a": 1, "b": "ü"}'
+    answer = SAYS.format("analysis", "Hm") + SAYS.format("commentary", "I add.") + TO_ADD.format(arguments)
+    (found,) = tokenize([conversation([ASKED[0], as_message(answer)], TOOLS)], tokenizer)
+    scored = tokenizer.decode(found.tokens[mask(found)].tolist(), skip_special_tokens=False)
+    assert scored == (
+        SAYS.format("analysis", "Hm\n\nI add.")
+        + f" to=functions.add<|channel|>commentary json<|message|>{arguments}<|call|>"
+    )

@@ -11,12 +11,14 @@ from hylorada_jax.data.columns import with_arguments
 if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer
 
-# Of harmony, in which gpt-oss answers: a channel, whom it is addressed to, and what is said in it.
+# Of harmony, in which gpt-oss answers: a message's recipient and channel, in either order, and what it says.
+# The prompt ends with the first one's <|start|>assistant.
 _SAID = re.compile(
-    r"<\|channel\|>(?P<channel>\w+)(?P<header>.*?)<\|message\|>(?P<text>.*?)"
-    r"(?=<\|(?:end|return|call|start)\|>|\Z)",
+    r"(?:\A|(?<=<\|end\|>)|<\|start\|>assistant\b)(?P<header>(?:(?!<\|(?:start|end|message)\|>).)*)"
+    r"<\|message\|>(?P<text>.*?)(?=<\|(?:end|return|call|start)\|>|\Z)",
     re.DOTALL,
 )
+_CHANNEL = re.compile(r"<\|channel\|>(\w+)")
 _CALLED = re.compile(r"\bto=functions\.(\S+?)(?=[\s<]|\Z)")
 
 
@@ -37,7 +39,7 @@ def as_message(text: str) -> dict[str, Any]:
 
     Args:
         text: of the answer; what gpt-oss says in the channel "analysis" is the reasoning, and what it says to
-            a function is a call.
+            a function is a call, beside which a preamble joins the reasoning.
 
     Example:
         >>> as_message("Ho")
@@ -45,19 +47,24 @@ def as_message(text: str) -> dict[str, Any]:
         >>> as_message("<|channel|>analysis<|message|>Hm<|end|>")
         {'role': 'assistant', 'content': '', 'reasoning_content': 'Hm'}
 
-    Source: OpenAI, harmony response format; the template of gpt-oss refuses its tokens in a message.
+    Source: OpenAI, harmony response format; the template of gpt-oss refuses its tokens in a message, and
+    beside a call it takes either reasoning or a content, which it writes alike.
     """
-    thought, said, calls = "", "", []
+    thought: list[str] = []
+    said: list[str] = []
+    calls = []
     for part in _SAID.finditer(text):
+        if not (channel := _CHANNEL.search(part["header"])):
+            continue
         if called := _CALLED.search(part["header"]):
             function = {"name": called[1], "arguments": part["text"]}
             calls.append({"type": "function", "function": with_arguments(function)})
-        elif part["channel"] == "analysis":
-            thought += part["text"]
-        else:
-            said += part["text"]
+        elif part["text"]:
+            (thought if channel[1] == "analysis" else said).append(part["text"])
+    if thought and calls:
+        thought, said = thought + said, []
     if not (thought or said or calls):
         return {"role": "assistant", "content": text}
-    message: dict[str, Any] = {"role": "assistant", "content": said}
-    message |= {"reasoning_content": thought} if thought else {}
+    message: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(said)}
+    message |= {"reasoning_content": "\n\n".join(thought)} if thought else {}
     return message | ({"tool_calls": calls} if calls else {})
