@@ -14,6 +14,7 @@ from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
 from hylorada_jax.structure.code import Domain
+from hylorada_jax.terminal import remark
 
 if TYPE_CHECKING:
     from jax import Array
@@ -88,7 +89,7 @@ def answers(
     rng: "Array",
     **settings: Any,
 ) -> Iterator[str]:
-    """The answers, generated several at a time, with a progress bar.
+    """The answers, generated several at a time, with a progress bar; at the end it is said how many are cut.
 
     Args:
         model: what generates.
@@ -101,14 +102,40 @@ def answers(
     """
     import jax
 
+    cut = 0
     with tqdm(total=len(prompts), desc="answering", unit="row") as bar:
         for first in range(0, len(prompts), batch_size):
-            batch = slice(first, first + batch_size)
-            some, theirs = prompts[batch], {name: values[batch] for name, values in inputs.items()}
-            found = model.generate(some, rng=jax.random.fold_in(rng, first), **theirs, **settings)
-            for prompt, tokens in zip(some, found, strict=True):
-                yield answer_text(tokenizer, prompt, tokens)
-            bar.update(len(some))
+            rows = range(len(prompts))[first : first + batch_size]
+            found = model.generate(
+                [prompts[row] for row in rows],
+                rng=jax.random.fold_in(rng, first),
+                **{name: [values[row] for row in rows] for name, values in inputs.items()},
+                **settings,
+            )
+            for row, tokens in zip(rows, found, strict=True):
+                cut += is_cut(tokens, settings)
+                yield answer_text(tokenizer, prompts[row], tokens)
+            bar.update(len(rows))
+    tell_cut(cut, len(prompts), settings)
+
+
+def is_cut(tokens: Sequence[int], settings: Mapping[str, Any]) -> bool:
+    """Whether an answer stopped at the limit, before the token that would have ended it.
+
+    Args:
+        tokens: its ids.
+        settings: of ``model.generate``, by which it was made.
+    """
+    return len(tokens) == settings["max_new_tokens"] and tokens[-1] not in (settings["eos_token_id"] or ())
+
+
+def tell_cut(count: int, total: int, settings: Mapping[str, Any]) -> None:
+    """Says how many of the answers are cut, if any: in a file they look like the others."""
+    if count:
+        remark(
+            f"cut: {count:,} of {total:,} answers stopped at {settings['max_new_tokens']:,} tokens, before "
+            "their end; --max-new-tokens sets another limit"
+        )
 
 
 def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | None) -> None:

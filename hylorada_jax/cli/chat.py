@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from hylorada_jax.cli.conversation import Talk, converse
-from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
+from hylorada_jax.cli.sampling import ANSWER_TOKENS, AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
@@ -14,6 +14,7 @@ from hylorada_jax.cli.shared import (
     base_of,
     chat_of,
     check_adapter,
+    context_of,
     generating,
     loaded,
     placement_for,
@@ -93,16 +94,14 @@ def chat(
         )
     tokenizer = tokenizer_of(model, template)
     ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, read, variables)
-    rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=1024)
+    rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=ANSWER_TOKENS)
     check_settings([ids], rng=rng, **settings)
     settings["eos_token_id"] = tokenizer.chat_end_ids or None
-    # A model without a table of positions says how long the texts were that it has seen.
-    context = max_context or limit or getattr(base.config, "max_position_embeddings", None)
     talk = Talk(
         loaded(model, adapter, weights, placement, verbose=verbose),
         tokenizer,
         read,
-        context,
+        max_context or context_of(base),
         rng,
         settings,
         variables,

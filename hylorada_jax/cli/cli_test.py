@@ -598,9 +598,9 @@ def test_each_of_several_conversations_has_its_structure():
 
     generating = mock.Mock()
     generating.generate.side_effect = lambda some, **_: [[]] * len(some)
-    assert (
-        len([*answers(generating, prompts, {"structure_ids": depths}, tokenizer, 2, jax.random.key(0))]) == 3
-    )
+    settings = {"max_new_tokens": 1, "eos_token_id": None}
+    inputs = {"structure_ids": depths}
+    assert len([*answers(generating, prompts, inputs, tokenizer, 2, jax.random.key(0), **settings)]) == 3
     given = [call.kwargs["structure_ids"] for call in generating.generate.call_args_list]
     assert given == [depths[:2], depths[2:]]
 
@@ -626,3 +626,38 @@ def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, 
         assert "Either a prompt or messages" in run(monkeypatch, capsys, *command, *wrong)[2]
     status, _, err = run(monkeypatch, capsys, *command, "--messages", chatting / "texts.txt")
     assert (status, "rows are documents" in err) == (2, True)
+
+
+def test_an_answer_has_the_room_of_one_in_a_chat_and_those_that_are_cut_are_counted(
+    chatting, tmp_path, monkeypatch, capsys
+):
+    rows = [{"messages": [{"role": "user", "content": f"say w{n}"}]} for n in range(3)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    room, ended = [], False
+
+    def generate(prompts, *, max_new_tokens, eos_token_id, **_):
+        room.append(max_new_tokens)
+        answer = [97] * (max_new_tokens - 1)
+        last = [*eos_token_id] if ended else [97]
+        return [[*answer, *last], [*answer, *eos_token_id], answer[1:]][: len(prompts)]
+
+    monkeypatch.setattr("hylorada_jax.cli.generate.loaded", lambda *_, **__: mock.Mock(generate=generate))
+    asked, one = ("--messages", tmp_path / "asked.jsonl"), ("--prompt", "say w0")
+    prompt = len("user: say w0_\nassistant: ")
+    for seen in (4096, 128):  # the positions that the model has seen
+        model = shutil.copytree(chatting, tmp_path / f"{seen}")
+        (model / "config.json").write_text(json.dumps(TINY | {"max_position_embeddings": seen}))
+        in_chat = min(1024, seen - prompt)
+        for options, most, cut in (
+            (asked, in_chat, "1 of 3"),
+            ((*one, "--chat"), in_chat, "1 of 1"),
+            ((*asked, "--max-new-tokens", 5), 5, "1 of 3"),
+            (one, 64, ""),
+        ):
+            status, _, err = run(monkeypatch, capsys, "generate", "--model", model, *options)
+            assert (status, room.pop()) == (0, most)
+            lines = [line for line in err.splitlines() if line.startswith("cut: ")]
+            said = f"cut: {cut} answers stopped at {most:,} tokens, before their end; --max-new-tokens"
+            assert [line[: len(said)] for line in lines] == [said] * bool(cut)
+    ended = True
+    assert "cut: " not in run(monkeypatch, capsys, "generate", "--model", model, *asked)[2]

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from hylorada_jax.cli.answer_rows import answers, asked, prompts_of, write
-from hylorada_jax.cli.sampling import AS_IT_IS, Sampling
+from hylorada_jax.cli.answer_rows import answers, asked, is_cut, prompts_of, tell_cut, write
+from hylorada_jax.cli.sampling import AS_IT_IS, PROMPT_TOKENS, Sampling, answer_tokens
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
     GivenStructure,
     base_of,
     check_adapter,
+    context_of,
     generating,
     loaded,
     output_file,
@@ -59,7 +60,8 @@ def generate(
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [the adapter's
             own; without one, smollm2-135m].
         adapter: directory of a trained adapter.
-        sampling: How tokens are chosen [in a chat, the model's own settings; else the most likely, up to 64].
+        sampling: How tokens are chosen [the most likely, up to 64; in a chat the model's own settings say it,
+            up to 1024 where they set no limit].
         chat: send the prompt as a user's message, through the model's chat template.
         chat_template: a Jinja file in place of the model's or the adapter's template, for --chat or messages.
         chat_template_kwargs: what the template is given beside the messages, as a JSON object such as
@@ -124,10 +126,12 @@ def generate(
 
     chat = chat or chats is not None
     rng = jax.random.key(seed)
-    settings: dict[str, Any] = sampling.settings(model if chat else None, max_new_tokens=64)
+    longest = max(map(len, prompts))
+    most = answer_tokens(context_of(base), longest) if chat else PROMPT_TOKENS
+    settings: dict[str, Any] = sampling.settings(model if chat else None, most)
     check_settings(prompts, rng=rng, **settings)
     check_prompts(prompts, base.token_limit)
-    longest = max(map(len, prompts)) + settings["max_new_tokens"]
+    longest += settings["max_new_tokens"]
     check_range((len(prompts), longest), limit=base.position_limit)
     warn_of_length(base, longest)
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
@@ -139,5 +143,6 @@ def generate(
     (tokens,) = generator.generate(prompts, rng=rng, **inputs, **settings)
     if chat:
         show(answer_text(tokenizer, prompts[0], tokens))
+        tell_cut(is_cut(tokens, settings), 1, settings)
     else:
         show((prompt or "") + tokenizer.decode_continuation(prompts[0], tokens))

@@ -12,6 +12,25 @@ from hylorada_jax.errors import ConfigError
 # Each with the value that filters nothing.
 _OF_SAMPLING = {"top_k": 0, "top_p": 1, "min_p": 0}
 
+ANSWER_TOKENS = 1024
+"""New tokens of an answer in a chat, at most, where neither the user nor the model says it."""
+PROMPT_TOKENS = 64
+"""Those of a prompt that is continued."""
+
+
+def answer_tokens(context: int | None, longest: int) -> int:
+    """ANSWER_TOKENS, or as many as there is room for behind the longest prompt; at least PROMPT_TOKENS.
+
+    Args:
+        context: tokens of a prompt and its answer, at most; None for any number.
+        longest: tokens of the longest prompt.
+
+    Example:
+        >>> answer_tokens(None, 100), answer_tokens(1024, 100), answer_tokens(1024, 1000)
+        (1024, 924, 64)
+    """
+    return ANSWER_TOKENS if context is None else max(PROMPT_TOKENS, min(ANSWER_TOKENS, context - longest))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:

@@ -291,6 +291,12 @@ def loaded(
     return found
 
 
+def context_of(base: "BaseModel") -> int | None:
+    """The tokens of a model's longest text: of its table of positions, or what it has seen; None: any."""
+    limit: int | None = base.position_limit
+    return limit or getattr(base.config, "max_position_embeddings", None)
+
+
 def warn_of_length(base: "BaseModel", longest: int) -> None:
     """Warns of texts longer than any that the model was trained on, where it can read them at all."""
     seen = getattr(base.config, "max_position_embeddings", None)
