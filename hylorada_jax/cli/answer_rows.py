@@ -106,13 +106,15 @@ def answers(
     with tqdm(total=len(prompts), desc="answering", unit="row") as bar:
         for first in range(0, len(prompts), batch_size):
             rows = range(len(prompts))[first : first + batch_size]
+            # A last batch of fewer would compile anew; a row is drawn by its place, whatever the others are.
+            filled = [*rows, *[rows[-1]] * (min(batch_size, len(prompts)) - len(rows))]
             found = model.generate(
-                [prompts[row] for row in rows],
+                [prompts[row] for row in filled],
                 rng=jax.random.fold_in(rng, first),
-                **{name: [values[row] for row in rows] for name, values in inputs.items()},
+                **{name: [values[row] for row in filled] for name, values in inputs.items()},
                 **settings,
             )
-            for row, tokens in zip(rows, found, strict=True):
+            for row, tokens in zip(rows, found[: len(rows)], strict=True):
                 cut += is_cut(tokens, settings)
                 yield answer_text(tokenizer, prompts[row], tokens)
             bar.update(len(rows))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -19,10 +20,14 @@ from hylorada_jax.cli.answer_rows import answers, prompts_of, write
 from hylorada_jax.cli.main import COMMANDS, main, unwrapped
 from hylorada_jax.cli.shared import chat_of
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.data.answered import answer_text
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.data.formats import read_row
 from hylorada_jax.data.tokenization_test import byte_tokenizer
 from hylorada_jax.errors import ConfigError
+from hylorada_jax.models import generate as generation
+from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.saved import opening, saved_adapter
 from hylorada_jax.saved.saved_adapter import open_adapter
 
@@ -602,7 +607,33 @@ def test_each_of_several_conversations_has_its_structure():
     inputs = {"structure_ids": depths}
     assert len([*answers(generating, prompts, inputs, tokenizer, 2, jax.random.key(0), **settings)]) == 3
     given = [call.kwargs["structure_ids"] for call in generating.generate.call_args_list]
-    assert given == [depths[:2], depths[2:]]
+    assert given == [depths[:2], [depths[2]] * 2]
+
+
+def test_a_last_batch_of_fewer_compiles_nothing_and_its_answers_are_the_same(chatting):
+    model, tokenizer = load_model(chatting), load_tokenizer(chatting)
+    prompts = [tokenizer.encode(f"say w{n}") for n in range(5)]
+    key = jax.random.key(0)
+    settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "eos_token_id": None}
+    expected = [
+        answer_text(tokenizer, prompt, tokens)
+        for first in (0, 2, 4)
+        for prompt, tokens in zip(
+            prompts[first : first + 2],
+            model.generate(prompts[first : first + 2], rng=jax.random.fold_in(key, first), **settings),
+            strict=True,
+        )
+    ]
+
+    def programs():
+        return generation._begin._cache_size(), generation._go_on._cache_size()  # type: ignore[attr-defined]
+
+    for few in (1, 5):  # one alone is filled up with nothing
+        jax.clear_caches()
+        found = [*answers(model, prompts[:few], {}, tokenizer, 2, key, **settings)]
+        assert programs() == (1, 1)
+        assert found == expected[:few]
+    assert len(set(expected)) == 5
 
 
 def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, monkeypatch, capsys):
