@@ -24,7 +24,12 @@ from hylorada_jax.exchange.shards import (
 from hylorada_jax.io.files import user_path, write_json
 from hylorada_jax.math.quantized import BASE_DTYPES, float_dtype, split_name
 from hylorada_jax.models.chat_template import TEMPLATE_NAME
-from hylorada_jax.models.generation_config import FILE, read_generation_config
+from hylorada_jax.models.generation_config import (
+    FILE,
+    as_generation_config,
+    generation_defaults,
+    read_generation_config,
+)
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import empty_model, open_weights
 from hylorada_jax.models.rounded_weights import RoundedWeights
@@ -60,7 +65,8 @@ def write_merged(
     Memory holds the adapter and a part of one tensor at a time (of a GGUF file, one tensor). Adapted weights
     are computed in float64 and rounded once; all other tensors are copied. If the base was quantised in
     training, W is its quantised weight, in all linear layers. With an adapter's chat
-    template, generation_config.json also names the token that ends a turn in it.
+    template, generation_config.json also names the token that ends a turn in it; of a GGUF file, it has the
+    settings of sampling too.
 
     Args:
         model: what the adapter was trained on, as for :func:`hylorada_jax.load_model`.
@@ -97,10 +103,12 @@ def write_merged(
         adapter_files.check_weights(saved.base, {"weights_sha256": files_digest(source, trained)})
     template = saved.chat_template
     tokenizer = load_tokenizer(model) if source.gguf or template is not None else None
+    own = as_generation_config(generation_defaults(model)) if source.gguf else {}
     generation: dict[str, Any] = {}  # transformers does not look for the ends of turns in a template
     if tokenizer is not None and template is not None:
         ends = dataclasses.replace(tokenizer, chat_template=template).chat_end_ids
-        generation = read_generation_config(source) | {"eos_token_id": [*ends]} if ends else {}
+        said = own or read_generation_config(source)
+        generation = said | {"eos_token_id": [*ends]} if ends else {}
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
     weights = RoundedWeights(source, trained) if is_in_codes(trained) else open_weights(source)
     changed = changed_tensors(sites, leaves, weights, saved.config)
@@ -118,7 +126,7 @@ def write_merged(
             write_shards(place, tensors, max_shard_bytes=max_shard_bytes)
             write_json(place / "config.json", _config(source, target))
             if tokenizer is not None and source.gguf:
-                write_tokenizer(tokenizer, place)
+                write_tokenizer(tokenizer, place, own)
             else:
                 _copy(beside, source.path, place)
             if template is not None:

@@ -19,7 +19,11 @@ from hylorada_jax.errors import CheckpointError, HyLoRADAError, ModelError  # no
 from hylorada_jax.exchange.merged import write_merged  # noqa: E402
 from hylorada_jax.exchange.merged_tensors import cast  # noqa: E402
 from hylorada_jax.model import HyLoRADAModel  # noqa: E402
+from hylorada_jax.models.generation_config import generation_defaults  # noqa: E402
+from hylorada_jax.models.gguf_test import KEYS, write_gguf  # noqa: E402
 from hylorada_jax.models.loading import load_model  # noqa: E402
+from hylorada_jax.models.sampling import sampling  # noqa: E402
+from hylorada_jax.models.tokenizer import load_tokenizer  # noqa: E402
 from hylorada_jax.saved.adapter_files import write_adapter  # noqa: E402
 from hylorada_jax.saved.saved_adapter import open_adapter  # noqa: E402
 from hylorada_jax.surgery import layout  # noqa: E402
@@ -451,3 +455,60 @@ def test_transformers_ends_a_turn_where_the_adapters_template_does(bases, adapte
     write_merged(base, tmp_path / "adapter", tmp_path / "merged")
     written = transformers.GenerationConfig.from_pretrained(tmp_path / "merged")
     assert (written.eos_token_id, written.max_new_tokens) == ([0, 1], 7)
+
+
+def gguf_with(settings, path):
+    """A file of one layer, of whose tokens "<end>" ends a text, with settings of sampling."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (258, 32),
+        "output_norm": (32,),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+    }
+    shapes |= {f"blk.0.attn_{name}": (rows, 32) for name, rows in (("q", 32), ("k", 16), ("v", 16))}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_down": (32, 64)}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
+    tensors = {
+        f"{name}.weight": rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    about: dict[str, object] = {"model": "gpt2", "pre": "smollm", "merges": ["a b"], "eos_token_id": 0}
+    about |= {"tokens": ["<end>", "<|im_end|>", "ab", *letters], "token_type": [3, 3] + [1] * 257}
+    extra = {f"tokenizer.ggml.{key}": value for key, value in about.items()}
+    extra |= {f"general.sampling.{key}": value for key, value in settings.items()}
+    return write_gguf(path, "llama", KEYS, tensors, extra=extra)
+
+
+TURNS = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "written", "template"),
+    [
+        (
+            {"temp": 0.5, "top_k": 20, "top_p": 0.75, "penalty_repeat": 1.25},
+            {"do_sample": True, "temperature": 0.5, "top_k": 20, "top_p": 0.75, "repetition_penalty": 1.25},
+            TURNS,
+        ),
+        ({"temp": 1.5}, {"do_sample": True, "temperature": 1.5}, None),
+        ({"temp": 0.5, "top_k": 0}, {"do_sample": True, "temperature": 0.5, "top_k": 0}, None),
+        ({"temp": 0.0, "top_k": 20}, {}, TURNS),
+        ({"penalty_repeat": 1.25, "top_k": 20}, {"repetition_penalty": 1.25}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_merged_gguf_file_is_sampled_from_as_the_file(settings, written, template, tmp_path):
+    path = gguf_with(settings, tmp_path / "base.gguf")
+    model = HyLoRADAModel(load_model(path), CONFIGS["lora"])
+    model.chat_template = template
+    model.save_pretrained(tmp_path / "adapter")
+    write_merged(path, tmp_path / "adapter", tmp_path / "merged")
+    assert sampling(**generation_defaults(tmp_path / "merged")) == sampling(**generation_defaults(path))
+    assert load_tokenizer(tmp_path / "merged").end_token_ids == ((0,) if template is None else (0, 1))
+    ends = 0 if template is None and not written else [0] if template is None else [0, 1]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    blank = transformers.GenerationConfig()
+    found = {name: getattr(theirs, name) for name in names if getattr(theirs, name) != getattr(blank, name)}
+    assert (found, theirs.eos_token_id) == (written, ends)

@@ -1,6 +1,7 @@
 """The settings of generation that a model comes with: generation_config.json, or a GGUF file's metadata."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ class _Settings(Struct):
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
 
 
+# Those that have an effect only where tokens are sampled.
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")
 # What transformers takes where a file that asks for sampling does not say.
 _SAMPLED = {"temperature": 1.0, "top_k": 50}
 # Settings that change the answers and are not heeded, with the values that mean "off".
@@ -113,10 +116,24 @@ def generation_defaults(name: str | Path) -> dict[str, Any]:
             f"{source.path}: settings of generation that are not heeded: {', '.join(unheeded)}", stacklevel=2
         )
     given = {key: getattr(found, key) for key in _Settings.__struct_fields__[1:]}
-    filters = ("temperature", "top_k", "top_p", "min_p")
     if found.do_sample:
         given |= {key: value for key, value in _SAMPLED.items() if given[key] is None}
     else:
-        given |= dict.fromkeys(filters)
+        given |= dict.fromkeys(_FILTERS)
     off = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
     return {key: value for key, value in given.items() if value is not None and value != off.get(key)}
+
+
+def as_generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a generation_config.json that says what :func:`generation_defaults` found elsewhere.
+
+    Args:
+        settings: from :func:`generation_defaults`.
+
+    Example:
+        >>> as_generation_config({"temperature": 0.6, "top_p": 0.9})
+        {'do_sample': True, 'top_k': 0, 'temperature': 0.6, 'top_p': 0.9}
+    """
+    if settings.get("temperature"):
+        return {"do_sample": True, "top_k": 0, **settings}  # without a top_k, a reader takes one of its own
+    return {key: value for key, value in settings.items() if key not in _FILTERS}

@@ -1,20 +1,26 @@
 """A tokenizer as the files that transformers loads."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hylorada_jax.io.files import write_json
+from hylorada_jax.models.generation_config import FILE
 from hylorada_jax.models.tokenizer import Tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, directory: Path, generation: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Writes tokenizer.json and tokenizer_config.json, for a model that came without them, as a GGUF file.
 
-    Where more than one token ends a text, generation_config.json names them.
+    With settings of generation, or where more than one token ends a text, also generation_config.json.
 
     Args:
         tokenizer: from :func:`hylorada_jax.load_tokenizer`.
         directory: exists.
+        generation: the settings.
 
     Example:
         >>> import tempfile
@@ -39,5 +45,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     # Not its own save, whose errors are no OSErrors.
     (directory / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
     write_json(directory / "tokenizer_config.json", settings)
-    if len(tokenizer.end_token_ids) > 1:
-        write_json(directory / "generation_config.json", {"eos_token_id": [*tokenizer.end_token_ids]})
+    ends = tokenizer.end_token_ids
+    if generation or len(ends) > 1:
+        # Where there is this file, transformers looks for the ends in no other.
+        write_json(directory / FILE, {**generation, **({"eos_token_id": [*ends]} if ends else {})})
