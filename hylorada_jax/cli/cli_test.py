@@ -677,7 +677,8 @@ def test_an_answer_has_the_room_of_one_in_a_chat_and_those_that_are_cut_are_coun
     prompt = len("user: say w0_\nassistant: ")
     for seen in (4096, 128):  # the positions that the model has seen
         model = shutil.copytree(chatting, tmp_path / f"{seen}")
-        (model / "config.json").write_text(json.dumps(TINY | {"max_position_embeddings": seen}))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": seen}))
         in_chat = min(1024, seen - prompt)
         for options, most, cut in (
             (asked, in_chat, "1 of 3"),
