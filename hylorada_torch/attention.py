@@ -290,7 +290,7 @@ class ShiftedSparseAttention(nn.Module):
             DataError: a [batch, seq] argument has another shape, or positions are negative.
         """
         batch, seq, heads, _ = query.shape
-        visible = same_group(heads, seq, self.group_size, self.shift).tril()
+        visible = same_group(heads, seq, self.group_size, self.shift).tril().to(query.device)
         if positions is not None:
             check_positions(positions, batch, seq)
         for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):

@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -66,6 +68,7 @@ CAUSAL_MODELS = {
 }
 MODELS: dict[str, Callable[..., Any]] = CAUSAL_MODELS | {
     "bert": lambda **kw: BertForMaskedLM(BertConfig(**BERT_SIZES, **kw)),
+    "roberta": lambda **kw: RobertaForMaskedLM(RobertaConfig(**BERT_SIZES, **kw)),
     # It has no other attention than eager.
     "t5": lambda attn_implementation: T5ForConditionalGeneration(T5Config(**T5_SIZES)),
 }

@@ -1,6 +1,5 @@
 """The measures, written to be read: one window at a time."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, DataError
 
 
 def evaluate_perplexity(
@@ -27,8 +26,10 @@ def evaluate_perplexity(
 
     Raises:
         ConfigError: stride is out of range.
+        DataError: no document has two tokens.
 
-    Source: method.md, section 9.
+    Reference:
+        method.md §9.
     """
     stride = max(1, seq_len // 2) if stride is None else stride
     if not 1 <= stride <= seq_len:
@@ -40,7 +41,11 @@ def evaluate_perplexity(
             stop = min(start + seq_len, len(tokens) - 1)
             losses.append(token_losses(model, tokens[start : stop + 1])[scored - start :])
             start, scored = start + stride, stop
-    return math.exp(torch.cat(losses).mean())
+    if not losses:
+        raise DataError(
+            "Perplexity needs a document of two tokens or more.", "none", "Give longer documents."
+        )
+    return torch.cat(losses).double().mean().exp().item()  # inf where a float has no larger number
 
 
 def evaluate_lost_in_the_middle(
@@ -56,22 +61,37 @@ def evaluate_lost_in_the_middle(
     Returns:
         LiM PPL, and the perplexities of the ten tenths.
 
-    Source: method.md, section 9.
+    Raises:
+        ConfigError: a window is shorter than the ten tenths.
+        DataError: no document has a whole window.
+
+    Reference:
+        Liu et al., "Lost in the Middle", 2023; method.md §9.
     """
+    if seq_len < 10:
+        raise ConfigError(
+            "A window of ten tenths has ten tokens or more.", f"seq_len={seq_len}", "Give more."
+        )
     windows = [
         token_losses(model, tokens[start : start + seq_len + 1])
         for tokens in documents
         for start in range(0, len(tokens) - seq_len, seq_len)
     ]
-    tenths = torch.stack(windows).mean(0).tensor_split(10)
-    buckets = [math.exp(tenth.mean()) for tenth in tenths]
+    if not windows:
+        raise DataError(
+            "Lost in the middle is measured on whole windows.",
+            f"no document of {seq_len + 1} tokens",
+            "Give longer documents or a smaller seq_len.",
+        )
+    tenths = torch.stack(windows).double().mean(0).tensor_split(10)
+    buckets = [tenth.mean().exp().item() for tenth in tenths]
     return sum(buckets) / 10, buckets
 
 
 @torch.no_grad()
 def token_losses(model: Any, tokens: Any) -> Tensor:
     """The negative log-likelihood of every token but the first, in nats, with the model in eval mode."""
-    ids = torch.as_tensor(tokens, dtype=torch.long)
+    ids = torch.as_tensor(tokens, dtype=torch.long, device=next(model.parameters()).device)
     training = model.training
     model.eval()
     logits = model(ids[None, :-1]).logits[0]

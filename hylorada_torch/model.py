@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
 from hylorada_jax.io.hub import recorded_name
+from hylorada_jax.models.families import FLAX
 from hylorada_jax.saved.adapter_files import check_base, write_adapter
 from hylorada_jax.saved.base_identity import base_identity
 from hylorada_jax.saved.saved_adapter import open_adapter
@@ -68,8 +69,9 @@ class HyLoRADAModel(nn.Module):
             structure_positions: [batch, seq] where each token stands for the structure encoder (hours of the
                 calendar, say); its position id when None.
             **inputs: the base model's other inputs. ``position_ids`` default to counting from the first real
-                token of ``attention_mask``, on after a cache (BERT: from the left). The base model makes a
-                cache only where ``use_cache=True`` asks for one.
+                token of ``attention_mask``, on after a cache; RoBERTa, whose table begins with rows of
+                padding, counts its own. The base model makes a cache only where ``use_cache=True`` asks for
+                one.
 
         Raises:
             ConfigError: structure is given to a model without an encoder.
@@ -79,7 +81,7 @@ class HyLoRADAModel(nn.Module):
         key_positions = self._key_positions(positions, _cache(inputs))
         prior = self._prior(positions, structure_ids, structure_positions)
         takes = inspect.signature(self.base_model.forward).parameters
-        if "position_ids" in takes:
+        if "position_ids" in takes and not self._counts_from_padding:
             inputs["position_ids"] = positions
         if "use_cache" in takes:
             inputs.setdefault("use_cache", False)
@@ -99,10 +101,14 @@ class HyLoRADAModel(nn.Module):
             return given
         past, mask = _cache(inputs), inputs.get("attention_mask")
         total = seq if past is None else past.get_seq_length() + seq
-        from_the_left = getattr(self._base_config, "model_type", None) == "bert"
-        if mask is not None and (from_the_left or mask.ndim != 2):
+        if mask is not None and mask.ndim != 2:
             mask = None
         return default_positions(batch, total, mask)[:, -seq:].to(input_ids.device)
+
+    @property
+    def _counts_from_padding(self) -> bool:
+        family = FLAX.get(getattr(self._base_config, "model_type", ""))
+        return family is not None and family.positions == "after padding"
 
     @staticmethod
     def _key_positions(positions: Tensor, past: Any) -> Tensor:

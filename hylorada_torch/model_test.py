@@ -149,6 +149,20 @@ def test_padding_packing_and_a_cache_give_the_numbers_of_the_plain_sequence(name
         same(model(a[:, 3:], **cache_of(output)).logits, plain_a[:, 3:])
 
 
+@pytest.mark.parametrize(("name", "method"), [("bert", "hylorada"), ("roberta", "hylorada_v1")])
+def test_an_encoder_padded_on_either_side_gives_the_numbers_of_the_plain_sequence(name, method):
+    model = HyLoRADAModel(base_model(name), HyLoRADAConfig(method=method, lora_rank=3))
+    randomize(model.adapters().values())
+    ids = 2 + INPUT_IDS[1:, :5] % 29  # RoBERTa knows padding by its token, 1
+    pad, keep = torch.ones(1, 3, dtype=torch.long), torch.ones(1, 5, dtype=torch.long)
+    with torch.no_grad():
+        plain = model(ids).logits
+        left = model(torch.cat([pad, ids], 1), attention_mask=torch.cat([0 * pad, keep], 1)).logits
+        right = model(torch.cat([ids, pad], 1), attention_mask=torch.cat([keep, 0 * pad], 1)).logits
+    same(left[:, 3:], plain)
+    same(right[:, :5], plain)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", CAUSAL_MODELS)
 def test_which_logits_a_token_reaches(name, training):

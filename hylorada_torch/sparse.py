@@ -29,7 +29,8 @@ def topk_mask(gate_scores: Tensor, topk_ratio: float, temperature: float) -> Ten
         tensor([0., 1., 1.])
 
     Reference:
-        method.md §4; the straight-through estimator is Bengio et al., 2013.
+        Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013 (the
+        straight-through estimator); method.md §4.
     """
     n = len(gate_scores)
     k = max(1, floor_of(topk_ratio, n))

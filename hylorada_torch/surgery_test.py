@@ -52,7 +52,12 @@ def refused(name, config):
 MAIN = ("gpt2", "llama", "qwen2")
 IDENTITY = [
     *((name, case) for name in MAIN for case in CONFIGS),
-    *((name, case) for name in sorted({*MODELS} - {*MAIN}) for case in ("everything", "hylorada_v2")),
+    *(
+        (name, case)
+        for name in sorted({*MODELS} - {*MAIN, "roberta"})
+        for case in ("everything", "hylorada_v2")
+    ),
+    ("roberta", "hylorada_v2"),
     *((name, case) for name in ("bert", "t5") for case in ("hylorada", "sparse", "embeddings", "norms")),
 ]
 

@@ -119,22 +119,24 @@ MATRIX = [
 
 
 def draw_inputs(family: str, config: HyLoRADAConfig | None = None) -> dict[str, np.ndarray]:
-    """A batch of two rows, the second padded, with what the family and the method read.
+    """A batch of three rows, two of them padded, on either side, with what the family and the method read.
 
     "labels" says what the loss scores: the token at each place of the output, −1 where there is none.
     """
     rng = np.random.default_rng(2)
-    mask = np.array([[1] * 9, [1] * 6 + [0] * 3], np.int32)
-    given = {"input_ids": rng.integers(VOCAB, size=(2, 9), dtype=np.int32), "attention_mask": mask}
-    labels = rng.integers(VOCAB, size=(2, 9), dtype=np.int32)
+    mask = np.array([[1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7], np.int32)
+    given = {"input_ids": rng.integers(VOCAB, size=mask.shape, dtype=np.int32), "attention_mask": mask}
+    labels = rng.integers(VOCAB, size=mask.shape, dtype=np.int32)
     given["labels"] = np.where(mask, labels, -1)
     if family == "t5":
-        given["decoder_input_ids"] = rng.integers(VOCAB, size=(2, 5), dtype=np.int32)
+        given["decoder_input_ids"] = rng.integers(VOCAB, size=(3, 5), dtype=np.int32)
         given["labels"] = labels[:, :5]
     if config and config.use_hylorada_v2:
-        given["structure_ids"] = rng.integers(70, size=(2, 9), dtype=np.int32)  # beyond 63 they are clipped
+        given["structure_ids"] = rng.integers(
+            70, size=mask.shape, dtype=np.int32
+        )  # beyond 63 they are clipped
     if config and config.structure_encoder_type == "temporal":
-        given["structure_positions"] = np.sort(rng.uniform(0, 500, size=(2, 9))).astype(np.float32)
+        given["structure_positions"] = np.sort(rng.uniform(0, 500, size=mask.shape)).astype(np.float32)
     return given
 
 

@@ -81,9 +81,13 @@ def test_fresh_leaves():
         leaves = structure.init_leaves(jax.random.key(0), 8, encoder_type)
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
         assert shapes == structure.leaf_shapes(8, encoder_type)
-        # 4128 draws: the sample deviation has a relative standard error of 1.1%; 5% is over four of them.
-        assert float(leaves["bucket_embeddings"].std()) == pytest.approx(0.02, rel=0.05)
-        assert 0 < float(jnp.abs(leaves["proj_weight"]).max()) <= 32**-0.5
+        # 2048 draws or more: the sample deviation has a relative standard error of 1.6%; 7% is over four.
+        for name in ("bucket_embeddings", "structure_embeddings"):
+            assert float(leaves[name].std()) == pytest.approx(0.02, rel=0.07)
+        # The largest of 256 uniform draws is near the bound.
+        for name in {"proj_weight", "period_weight"} & {*leaves}:
+            bound = leaves[name].shape[1] ** -0.5
+            assert 0.9 * bound < float(jnp.abs(leaves[name]).max()) <= bound
         assert float(leaves["gate"]) == 0
         some = [leaf.ravel()[:64] for leaf in leaves.values()]
         assert rank_correlation(draws for draws in some if len(np.unique(draws)) > 4) < 0.6  # ± 0.13
