@@ -23,7 +23,7 @@ from hylorada_jax.surgery.split import unfrozen_paths
 from hylorada_jax.trees import Adapters, Frozen, Resolved, Tree, is_traced
 
 
-class AdapterBank(NamedAdapters):
+class AdapterBank:
     """Several adapters of one config on one frozen base model, by name.
 
         y_i = (x_i Wᵀ + s·(x_i Aₖᵀ) Bₖᵀ·p)·cₖ + bias          row i of a batch with its adapter k = k(i)
@@ -56,12 +56,22 @@ class AdapterBank(NamedAdapters):
     """
 
     def __init__(self, model: HyLoRADAModel) -> None:
-        super().__init__(model.adapters)
         self.model = model
+        self._named = NamedAdapters(model.adapters)
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.adapters)
         self._stacked: tuple[list[Adapters], Resolved] = [], {}
         self._rows = jax.jit(functools.partial(apply_rows, model))
         self._resolve = jax.jit(model.resolve)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order in which they came."""
+        return tuple(self._named.by_name)
+
+    @property
+    def active(self) -> str:
+        """The name of the adapter that ``model`` has."""
+        return self._named.active
 
     def add(self, name: str, adapters: Adapters) -> None:
         """Adds an adapter under a new name; the active one stays active.
@@ -75,9 +85,9 @@ class AdapterBank(NamedAdapters):
             ConfigError: the name is taken.
             CheckpointError: the tree has other leaves or shapes; both sides are listed.
         """
-        self._check_new(name)
-        self._by_name[name] = jax.device_put(self._fitted(adapters), may_alias=False)
-        self._beside[name] = self.model.chat_template, self.model.structure
+        self._named.check_new(name)
+        self._named.by_name[name] = jax.device_put(self._fitted(adapters), may_alias=False)
+        self._named.beside[name] = self.model.chat_template, self.model.structure
 
     def load(self, name: str, directory: str | Path) -> None:
         """Loads an adapter from its files; the active one stays active.
@@ -90,7 +100,7 @@ class AdapterBank(NamedAdapters):
             ConfigError: the name is taken.
             CheckpointError: the adapter is damaged, was trained on another base, or has another config.
         """
-        self._check_new(name)
+        self._named.check_new(name)
         saved = open_on(self.model.base, directory, self.model.modules).saved
         check_config(
             saved.config,
@@ -98,8 +108,12 @@ class AdapterBank(NamedAdapters):
             "Give it a model of its own, which shares the frozen weights: "
             "HyLoRADAModel.from_pretrained(bank.model.base, directory).",
         )
-        self._by_name[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
-        self._beside[name] = saved.chat_template, saved.structure
+        self._named.by_name[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
+        self._named.beside[name] = saved.chat_template, saved.structure
+
+    def remove(self, name: str) -> None:
+        """Drops an adapter; a ConfigError for one that is not there, or is active."""
+        self._named.remove(name)
 
     def switch(self, name: str) -> None:
         """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there.
@@ -107,12 +121,12 @@ class AdapterBank(NamedAdapters):
         Its chat template and structure become the model's too, as they were in its files, or the model's own
         when it was added.
         """
-        self._check_known(name)
+        self._named.check_known(name)
         self._keep_active()
         model = self.model
-        self._beside[self._active] = model.chat_template, model.structure
-        model.chat_template, model.structure = self._beside[name]
-        model.adapters, self._active = self._by_name[name], name
+        self._named.beside[self._named.active] = model.chat_template, model.structure
+        model.chat_template, model.structure = self._named.beside[name]
+        model.adapters, self._named.active = self._named.by_name[name], name
 
     def __call__(
         self, input_ids: Array, adapters: Sequence[str | None] | None = None, **inputs: Array | None
@@ -145,12 +159,12 @@ class AdapterBank(NamedAdapters):
 
     def index(self, adapters: Sequence[str | None]) -> Array:
         """The place of each row's adapter in :meth:`stack`, int [batch]; errors as in calling the bank."""
-        return self._index(adapters)
+        return self._named.index(adapters)
 
     def stack(self) -> Resolved:
         """The resolved adapters for :func:`apply_rows`: first none, then all in the order of ``names``."""
         self._keep_active()
-        trees = list(self._by_name.values())
+        trees = list(self._named.by_name.values())
         # Kept until an adapter comes, goes or is trained.
         if [*map(id, trees)] == [*map(id, self._stacked[0])]:
             return self._stacked[1]
@@ -164,8 +178,8 @@ class AdapterBank(NamedAdapters):
 
     def _keep_active(self) -> None:
         """What the user assigned to ``model.adapters`` is the active adapter."""
-        if self.model.adapters is not self._by_name[self._active]:
-            self.model.adapters = self._by_name[self._active] = self._fitted(self.model.adapters)
+        if self.model.adapters is not self._named.by_name[self._named.active]:
+            self.model.adapters = self._named.by_name[self._named.active] = self._fitted(self.model.adapters)
 
     def _fitted(self, adapters: Adapters) -> Adapters:
         """The adapters in the structure and dtypes that the compiled programs know, where they belong."""

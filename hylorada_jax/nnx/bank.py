@@ -28,7 +28,7 @@ from hylorada_jax.surgery.named import NamedAdapters, check_config
 from hylorada_jax.trees import is_traced
 
 
-class AdapterBank(NamedAdapters):
+class AdapterBank:
     """Several adapters of one config on one NNX model, by name.
 
         y_i = (x_i Wᵀ + s·(x_i Aₖᵀ) Bₖᵀ·p)·cₖ + bias          row i of a batch with its adapter k = k(i)
@@ -57,13 +57,23 @@ class AdapterBank(NamedAdapters):
 
     def __init__(self, model: nnx.Module) -> None:
         unload(nnx.clone(model))  # refuses what cannot be
-        super().__init__(_state(model))
         self.model = model
+        self._named = NamedAdapters(_state(model))
         self._read: list[Any] = []
         self._stacked: Any = None
         called: Any = resolve(model)
         called.eval()
         self._graph = nnx.graphdef(called)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order in which they came."""
+        return tuple(self._named.by_name)
+
+    @property
+    def active(self) -> str:
+        """The name of the adapter that the model has."""
+        return self._named.active
 
     def add(self, name: str, state: nnx.State) -> None:
         """Adds an adapter under a new name; the active one stays active.
@@ -77,10 +87,10 @@ class AdapterBank(NamedAdapters):
             ConfigError: the name is taken.
             CheckpointError: the leaves have other names or shapes.
         """
-        self._check_new(name)
-        check_keys(*(_shapes(each) for each in (state, self._by_name[self._active])))
-        self._by_name[name] = jax.device_put(state, may_alias=False)
-        self._beside[name] = _beside(self.model)
+        self._named.check_new(name)
+        check_keys(*(_shapes(each) for each in (state, self._named.by_name[self._named.active])))
+        self._named.by_name[name] = jax.device_put(state, may_alias=False)
+        self._named.beside[name] = _beside(self.model)
 
     def load(self, name: str, directory: str | Path, *, base_config: Any = None) -> None:
         """Loads an adapter from its files; the active one stays active.
@@ -103,7 +113,11 @@ class AdapterBank(NamedAdapters):
             "load_adapter(unload(nnx.clone(bank.model)), directory).",
         )
         self.add(name, _state(load_adapter(unload(nnx.clone(self.model)), saved, base_config=base_config)))
-        self._beside[name] = saved.chat_template, saved.structure
+        self._named.beside[name] = saved.chat_template, saved.structure
+
+    def remove(self, name: str) -> None:
+        """Drops an adapter; a ConfigError for one that is not there, or is active."""
+        self._named.remove(name)
 
     def switch(self, name: str) -> None:
         """Makes an adapter the model's; a ConfigError for one that is not there.
@@ -111,15 +125,15 @@ class AdapterBank(NamedAdapters):
         Its chat template and structure become the model's too; functions that have compiled the model are
         compiled anew only where these differ.
         """
-        self._check_known(name)
-        self._by_name[self._active] = _state(self.model)
-        nnx.update(self.model, self._by_name[name])
-        self._beside[self._active] = _beside(self.model)
-        if (beside := self._beside[name]) != _beside(self.model):
+        self._named.check_known(name)
+        self._named.by_name[self._named.active] = _state(self.model)
+        nnx.update(self.model, self._named.by_name[name])
+        self._named.beside[self._named.active] = _beside(self.model)
+        if (beside := self._named.beside[name]) != _beside(self.model):
             template, structure = beside
             model: Any = self.model
             model.hylorada = dataclasses.replace(model.hylorada, chat_template=template, structure=structure)
-        self._active = name
+        self._named.active = name
 
     def __call__(self, *arguments: Any, adapters: Sequence[str | None] | None = None, **options: Any) -> Any:
         """The model's output, of a batch whose rows have an adapter each, in evaluation mode.
@@ -140,7 +154,7 @@ class AdapterBank(NamedAdapters):
         """
         if adapters is None:
             return self.model(*arguments, **options)
-        index = self._index(adapters)
+        index = self._named.index(adapters)
         if self._is_disabled():
             twin: Any = nnx.clone(self.model, variables=False)
             twin.eval()
@@ -172,9 +186,9 @@ class AdapterBank(NamedAdapters):
 
     def _resolved(self) -> tuple[nnx.State, nnx.State]:
         """The resolved adapters with an axis in front, first none and then all; and what is not theirs."""
-        self._by_name[self._active] = _state(self.model)
+        self._named.by_name[self._named.active] = _state(self.model)
         # Kept until the model or an adapter changes.
-        read = jax.tree.leaves((nnx.state(self.model), list(self._by_name.values())))
+        read = jax.tree.leaves((nnx.state(self.model), list(self._named.by_name.values())))
         if [*map(id, read)] == [*map(id, self._read)]:
             return self._stacked
         stacked = self._resolve()
@@ -185,7 +199,7 @@ class AdapterBank(NamedAdapters):
     def _resolve(self) -> tuple[nnx.State, nnx.State]:
         twin = nnx.clone(self.model)
         resolved = []
-        for state in self._by_name.values():
+        for state in self._named.by_name.values():
             nnx.update(twin, state)
             _, adapters, frozen = nnx.split(resolve(twin), AdapterParam, ...)
             resolved.append(_apart(adapters))  # what is not resolved is the twin's own

@@ -17,35 +17,28 @@ from hylorada_jax.text import shown
 class NamedAdapters:
     """The adapters of a model that has one of them.
 
+    Attributes:
+        by_name: the adapters, in the order in which they came.
+        active: the name of the one that the model has.
+        beside: the chat template and the structure of those that are not active, and perhaps of that one.
+
     Args:
         first: the adapter that the model has, named "default".
     """
 
     def __init__(self, first: Any) -> None:
-        # In the order in which they came.
-        self._by_name: dict[str, Any] = {"default": first}
-        self._active = "default"
-        # The chat template and the structure of those that are not active, and perhaps of that one.
-        self._beside: dict[str, tuple[str | None, Domain | None]] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters' names, in the order in which they came."""
-        return tuple(self._by_name)
-
-    @property
-    def active(self) -> str:
-        """The name of the adapter that the model has."""
-        return self._active
+        self.by_name: dict[str, Any] = {"default": first}
+        self.active = "default"
+        self.beside: dict[str, tuple[str | None, Domain | None]] = {}
 
     def remove(self, name: str) -> None:
         """Drops an adapter; a ConfigError for one that is not there, or is active."""
-        self._check_known(name)
-        if name == self._active:
+        self.check_known(name)
+        if name == self.active:
             raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
-        del self._by_name[name], self._beside[name]
+        del self.by_name[name], self.beside[name]
 
-    def _index(self, adapters: Sequence[str | None]) -> Array:
+    def index(self, adapters: Sequence[str | None]) -> Array:
         """The place of each row's adapter, int [batch]: 0 for None, then in their order.
 
         Raises:
@@ -60,23 +53,23 @@ class NamedAdapters:
             )
         for name in adapters:
             if name is not None:
-                self._check_known(name)
-        places = {name: place for place, name in enumerate((None, *self._by_name))}
+                self.check_known(name)
+        places = {name: place for place, name in enumerate((None, *self.by_name))}
         return jnp.asarray(np.array([places[name] for name in adapters], np.int32))
 
-    def _check_new(self, name: str) -> None:
+    def check_new(self, name: str) -> None:
         """A ConfigError for a name that is taken."""
-        if name in self._by_name:
+        if name in self.by_name:
             raise ConfigError(
                 "An adapter is not replaced unasked.", repr(name), "Choose another name, or remove it first."
             )
 
-    def _check_known(self, name: str) -> None:
+    def check_known(self, name: str) -> None:
         """A ConfigError for a name that no adapter has."""
-        if name not in self._by_name:
-            near = difflib.get_close_matches(str(name), self._by_name)
+        if name not in self.by_name:
+            near = difflib.get_close_matches(str(name), self.by_name)
             raise ConfigError(
-                f"An adapter must be in the bank, which has {', '.join(self._by_name)}.",
+                f"An adapter must be in the bank, which has {', '.join(self.by_name)}.",
                 repr(name),
                 f"Did you mean {' or '.join(near)}?" if near else "Add or load it first.",
             )
