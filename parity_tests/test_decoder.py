@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math import rope
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from hylorada_jax.models.decoder_layer import activation
@@ -427,7 +427,7 @@ def test_cached_logits_equal_full_logits(name):
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)
     full = logits_of(mine, ids, mask)
     cache = mine.init_cache(len(ids), ids.shape[1] + 5)
-    start, decode = 0, jax.jit(mine.decode)
+    start, decode = 0, jax.jit(DecodeStep(mine.module))
     for end in (20, 21, 22, 40):  # a prompt, single tokens, a chunk
         logits, cache = decode(
             {"params": mine.params},

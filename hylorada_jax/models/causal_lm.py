@@ -117,7 +117,19 @@ class DecodeStep:
         cache: KVCache,
         empty: bool = False,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-        """See ``CausalLM.decode``; ``empty``: the cache has no tokens yet."""
+        """Appends tokens to a cache and predicts what follows.
+
+        Args:
+            variables: the collections of the model.
+            input_ids: the new tokens, one or many; pad a prompt on its left.
+            position_ids: their positions.
+            key_valid: False for padding.
+            cache: from ``CausalLM.init_cache`` or from the call before; it must have room for them.
+            empty: the cache has no tokens yet.
+
+        Returns:
+            Logits after the last token of every row, and the cache.
+        """
         hidden, cache = self.module.apply(
             variables, input_ids, position_ids, key_valid, cache=cache, empty=empty, method="hidden"
         )
@@ -305,35 +317,6 @@ class CausalLM:
 
         layers = tuple(empty(stack.config) for stack in stacks_of(self.config))
         return KVCache(layers, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0))
-
-    def decode(
-        self,
-        variables: Variables,
-        input_ids: Int[Array, "batch query"],
-        *,
-        position_ids: Int[Array, "batch query"],
-        key_valid: Bool[Array, "batch query"] | None = None,
-        cache: KVCache,
-    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-        """Appends tokens to a cache and predicts what follows.
-
-        Args:
-            variables: the collections of the model.
-            input_ids: the new tokens, one or many; pad a prompt on its left.
-            position_ids: their positions.
-            key_valid: False for padding.
-            cache: from ``init_cache`` or from the call before; it must have room for them.
-
-        Returns:
-            Logits after the last token of every row, and the cache.
-
-        Raises:
-            DataError: as in ``forward``.
-        """
-        check_tokens(input_ids, self.token_limit)
-        return DecodeStep(self.module)(
-            variables, input_ids, position_ids=position_ids, key_valid=key_valid, cache=cache
-        )
 
     def generate(
         self,
