@@ -373,17 +373,16 @@ class HyLoRADAConfig:
             )
         return size, int(size * ratio)
 
-    def scale(self, rank: int, alpha: float | None = None) -> float:
+    def scale(self, rank: int, alpha: float) -> float:
         """s of a layer: α/r or, with rsLoRA, α/√r.
 
         Args:
             rank: the layer's own rank, r.
-            alpha: the layer's own α; by default in ``lora_alpha``'s ratio to ``lora_rank``.
+            alpha: its own α.
 
         Returns:
             s, as a Python float.
         """
-        alpha = self.lora_alpha * rank / self.lora_rank if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def layer_rank(self, layer: int, num_layers: int) -> int:

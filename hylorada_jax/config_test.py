@@ -202,13 +202,6 @@ def test_layer_ranks_are_those_of_the_formulas():
     assert HyLoRADAConfig(lora_rank=2, rank_strategy="decreasing").layer_rank(3, 4) == 2
 
 
-def test_alpha_keeps_its_ratio_to_the_rank():
-    config = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0)
-    assert config.scale(8) == config.scale(4) == 2.0
-    rslora = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0, use_rslora=True)
-    assert rslora.scale(4) == 8.0 / 2.0  # α_l = 16·4/8 = 8, over √4
-
-
 def test_the_config_loads_neither_jax_nor_torch():
     code = "import sys, hylorada_jax.config; sys.exit(bool({'jax', 'torch', 'flax'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

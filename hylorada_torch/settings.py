@@ -1,8 +1,8 @@
-"""The whole numbers that a config's settings come to, by arithmetic of the reference's own."""
+"""The numbers that a config's settings come to, by arithmetic of the reference's own."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from hylorada_jax.config import HyLoRADAConfig
@@ -73,6 +73,24 @@ def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAC
         return max(rank, min(r, 2))
 
     return {name: own.get(name, by_depth(layer_index(name))) for name in selected}
+
+
+def layer_alphas(ranks: Mapping[str, int], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, float]:
+    """α of every adapted layer: ``alpha_pattern``'s, or ``lora_alpha``·r_l/r, with r_l the layer's own rank.
+
+    Args:
+        ranks: from `layer_ranks`.
+        names: the names of all linear layers.
+        config: ``lora_alpha``, ``lora_rank`` and ``alpha_pattern`` are read.
+
+    Raises:
+        TargetError: a pattern matches no layer.
+
+    Reference:
+        method.md §7.
+    """
+    own = by_pattern(config.alpha_pattern, names)
+    return {name: own.get(name, config.lora_alpha * rank / config.lora_rank) for name, rank in ranks.items()}
 
 
 def s2_groups(config: HyLoRADAConfig, seq_len: int) -> tuple[int, int]:

@@ -11,12 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.families import RELATIVE_POSITIONS
-from hylorada_jax.surgery.targets import (
-    layer_alphas,
-    mlp_outputs,
-    select_targets,
-    self_attentions,
-)
+from hylorada_jax.surgery.targets import mlp_outputs, select_targets, self_attentions
 from hylorada_torch.forward_pass import Passes
 from hylorada_torch.hf_attention import AdaptedAttention, adapt_attention, check_attentions
 from hylorada_torch.linear import (
@@ -27,7 +22,7 @@ from hylorada_torch.linear import (
     LoRALinear,
 )
 from hylorada_torch.position import PositionBias
-from hylorada_torch.settings import layer_ranks
+from hylorada_torch.settings import layer_alphas, layer_ranks
 from hylorada_torch.sparse import SparseAdapter
 from hylorada_torch.structure import StructureEncoder, TemporalStructureEncoder
 

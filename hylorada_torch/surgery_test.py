@@ -1,4 +1,5 @@
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -219,8 +220,8 @@ def test_layer_ranks_and_alpha_follow_the_config():
     adapters: dict[str, Any] = dict(attach_adapters(base_model("gpt2"), config).owners)
     ranks = {name: adapter.lora_A.shape[0] for name, adapter in adapters.items()}
     assert ranks == {"transformer.h.0.attn.c_attn": 8, "transformer.h.1.attn.c_attn": 4}
-    for adapter in adapters.values():
-        assert adapter.scaling == config.scale(adapter.lora_A.shape[0])
+    for name, rank in ranks.items():
+        assert adapters[name].scaling == 24.0 * rank / 8 / math.sqrt(rank)
 
 
 @pytest.mark.parametrize("method", ["lora", "hylorada"])

@@ -85,7 +85,7 @@ def plain(tensors, params, x, config):
 
     def layer(x, name, W, bias=0.0):
         own = {leaf: tensors[f"{name}.{leaf}"] for leaf in LEAVES}
-        V = W + config.scale(config.lora_rank) * own["lora_B"] @ own["lora_A"]
+        V = W + config.scale(config.lora_rank, config.lora_alpha) * own["lora_B"] @ own["lora_A"]
         g, beta = jax.nn.sigmoid(own["magnitude_gate"]), jax.nn.sigmoid(own["residual_weight"])
         m = g * own["magnitude"] + (1 - g) * jnp.linalg.norm(W, axis=1)
         return x @ V.T * ((1 - beta) * m / jnp.linalg.norm(V, axis=1) + beta) + bias

@@ -91,7 +91,7 @@ def reference(x, params, tensors, config, ranks):
         }
         if not own:
             return x @ W.T + bias
-        s = config.scale(ranks[name])
+        s = config.scale(ranks[name], config.lora_alpha * ranks[name] / config.lora_rank)
         c = column_scale(W, own, s, config.linear)
         if config.magnitude_scales_bias:
             return (x @ W.T + bias + s * x @ own["lora_A"].T @ own["lora_B"].T) * c

@@ -9,6 +9,7 @@ from hylorada_jax.errors import TargetError
 from hylorada_jax.surgery import patterns
 from hylorada_jax.surgery.targets import (
     by_pattern,
+    layer_alphas,
     layer_ranks,
     mlp_outputs,
     patterns_of,
@@ -129,6 +130,14 @@ def test_ranks_follow_the_depth_of_the_whole_model():
     config = HyLoRADAConfig(lora_rank=8, rank_strategy="decreasing", target_modules=r".*\.[12]\..*q_proj")
     ranks = layer_ranks(select_targets(LLAMA, config), LLAMA, config)
     assert ranks == {"model.layers.1.self_attn.q_proj": 6, "model.layers.2.self_attn.q_proj": 4}
+
+
+def test_alpha_keeps_its_ratio_to_the_rank():
+    config = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0)
+    alphas = layer_alphas({"a": 8, "b": 4}, ["a", "b"], config)
+    assert config.scale(8, alphas["a"]) == config.scale(4, alphas["b"]) == 2.0
+    rslora = HyLoRADAConfig(lora_rank=8, lora_alpha=16.0, use_rslora=True)
+    assert rslora.scale(4, alphas["b"]) == 8.0 / 2.0  # α_l = 16·4/8 = 8, over √4
 
 
 def test_ranks_by_depth_need_numbers_which_flax_puts_behind_a_blocks_name():
