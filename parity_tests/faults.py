@@ -311,7 +311,7 @@ _OF_JAX = [
         ("cos before sin", "[jnp.sin(angles), jnp.cos(angles)]", "[jnp.cos(angles), jnp.sin(angles)]"),
         ("middle rounded up", "- seq_len // 2", "- (seq_len + 1) // 2"),
         ("|freq_scale| without its modulus", 'jnp.abs(leaves["freq_scale"])', 'leaves["freq_scale"]'),
-        ("frequencies by D", "np.arange(half) / half", "np.arange(half) / (2 * half)"),
+        ("frequencies by D", "np.arange(count) / count", "np.arange(count) / (2 * count)"),
         ("structure ids wrap", 'structure_ids, axis=0, mode="clip"', 'structure_ids, axis=0, mode="wrap"'),
         ("ε of the norm", "NORM_EPSILON = 1e-5", "NORM_EPSILON = 1e-6"),
         ("gate without its sigmoid", 'jax.nn.sigmoid(leaves["gate"])', 'leaves["gate"]'),

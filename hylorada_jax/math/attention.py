@@ -14,6 +14,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.blockwise import BLOCK, blockwise_attention
 from hylorada_jax.math.kernel_rows import tpu_kind
 from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.math.position import NUM_BUCKETS
 from hylorada_jax.math.relative_bias import relative_bias
 from hylorada_jax.math.remat import named_output
 from hylorada_jax.math.soft_cap import soft_capped
@@ -33,6 +34,26 @@ class DAA(NamedTuple):
     alpha: Float[Array, " heads_or_1"]
     beta: Float[Array, " heads_or_1"]
     position_bias: Float[Array, "buckets heads_or_1"] | None = None
+
+
+def leaf_shapes(heads: int, *, position_bias: bool) -> dict[str, tuple[int, ...]]:
+    """The trainable leaves of one layer's DAA, by name.
+
+    Args:
+        heads: how many have values of their own: all query heads, or 1.
+        position_bias: it has one.
+
+    Returns:
+        {leaf name: shape}, in the order of :class:`DAA`.
+
+    Example:
+        >>> leaf_shapes(4, position_bias=True)
+        {'alpha': (4,), 'beta': (4,), 'position_bias': (64, 4)}
+
+    Source: method.md §3.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"alpha": (heads,), "beta": (heads,)}
+    return shapes | ({"position_bias": (NUM_BUCKETS, heads)} if position_bias else {})
 
 
 def attention(

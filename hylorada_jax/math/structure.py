@@ -138,12 +138,10 @@ def structure_prior(
     table = leaves["bucket_embeddings"]
     # Floored before the subtraction, which could round a float up to the next whole number.
     buckets = offset_buckets(structure_buckets(table.shape[0] // 2), jnp.floor(positions) - seq_len // 2)
-    half = leaves["freq_scale"].shape[0]
-    # On the host in float64: at large positions a rounded frequency turns the wave by whole radians.
-    falling = jnp.asarray(10000.0 ** (-np.arange(half) / half), dtype)
+    frequencies = jnp.abs(leaves["freq_scale"]) * jnp.asarray(falling(len(leaves["freq_scale"])), dtype)
     place = positions.astype(dtype)[..., None]
     e = jnp.take(table, buckets, axis=0, mode="clip")
-    e = e + _waves(place * (jnp.abs(leaves["freq_scale"]) * falling))
+    e = e + _waves(place * frequencies)
     if structure_ids is not None:
         e = e + jnp.take(leaves["structure_embeddings"], structure_ids, axis=0, mode="clip")
     if "periods" in leaves:
@@ -153,6 +151,21 @@ def structure_prior(
     e = e * jax.lax.rsqrt(jnp.mean(e * e, axis=-1, keepdims=True) + NORM_EPSILON)
     e = e * leaves["norm_weight"] + leaves["norm_bias"]
     return jax.nn.sigmoid(leaves["gate"]) * (e @ leaves["proj_weight"].T)
+
+
+def falling(count: int) -> np.ndarray:
+    """10000^(−i/count), what ``freq_scale`` scales.
+
+    On the host in float64: at large positions a rounded frequency turns the wave by whole radians.
+
+    Args:
+        count: D/2.
+
+    Example:
+        >>> falling(2).tolist()
+        [1.0, 0.01]
+    """
+    return 10000.0 ** (-np.arange(count) / count)
 
 
 def _waves(angles: Array) -> Array:

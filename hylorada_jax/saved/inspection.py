@@ -12,7 +12,7 @@ import numpy as np
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER
-from hylorada_jax.math import linear_adapter, low_rank, sparse, structure
+from hylorada_jax.math import attention, linear_adapter, low_rank, sparse, structure
 from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, position_buckets, relative_buckets
 from hylorada_jax.saved.saved_adapter import SavedAdapter
 from hylorada_jax.surgery.layout import check_keys
@@ -148,8 +148,7 @@ def _linear(
 
 
 def _encoder(leaves: Leaves) -> dict[str, Any]:
-    half = len(leaves["freq_scale"])
-    frequencies = np.abs(leaves["freq_scale"]) * 10000.0 ** (-np.arange(half) / half)
+    frequencies = np.abs(leaves["freq_scale"]) * structure.falling(len(leaves["freq_scale"]))
     found = {"gate": float(jax.nn.sigmoid(leaves["gate"])), "frequencies": frequencies.tolist()}
     if "periods" in leaves:
         found["periods"] = np.abs(leaves["periods"]).tolist()
@@ -185,9 +184,7 @@ def _wanted(shapes: Mapping[str, Shape], config: HyLoRADAConfig) -> dict[str, Sh
                 config.linear, rank, d_in, sizes["lora_B"][0], structure_dim=config.structure_dim
             )
         elif "alpha" in found and config.daa_enabled:
-            heads = sizes["alpha"][0]
-            own = {"alpha": (heads,), "beta": (heads,)}
-            own |= {"position_bias": (NUM_BUCKETS, heads)} if config.daa_position_bias else {}
+            own = attention.leaf_shapes(sizes["alpha"][0], position_bias=bool(config.daa_position_bias))
         elif "up" in found and config.sparse_enabled:
             own = sparse.leaf_shapes(config.sparse_adapter_dim, sizes["up"][0])
         else:  # of the base: whatever is unfrozen

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER, Component, Kind
-from hylorada_jax.math import linear_adapter, position, sparse, structure
+from hylorada_jax.math import attention, linear_adapter, position, sparse, structure
 from hylorada_jax.models.families import that_can
-from hylorada_jax.surgery.modules import Attention, Holder, Linear, Module, Modules
+from hylorada_jax.surgery.modules import Holder, Linear, Module, Modules
 from hylorada_jax.surgery.targets import (
     ALL_LINEAR,
     layer_alphas,
@@ -93,7 +93,10 @@ def plan(modules: Modules, config: HyLoRADAConfig) -> tuple[Site, ...]:
         sites.append(_everywhere(STRUCTURE_ENCODER, place, shapes))
     if config.daa_enabled:
         _require(modules.attentions, "daa_enabled", "self-attention modules that it can reach")
-        sites += [_everywhere("daa", module, _daa_shapes(module, config)) for module in modules.attentions]
+        for module in modules.attentions:
+            heads = module.heads if config.daa_per_head else 1
+            shapes = attention.leaf_shapes(heads, position_bias=bool(config.daa_position_bias))
+            sites.append(_everywhere("daa", module, shapes))
     if config.sparse_enabled:
         sites += _sparse_sites(modules, config)
     unfrozen: list[Holder] = []
@@ -179,12 +182,6 @@ def _sparse_sites(modules: Modules, config: HyLoRADAConfig) -> list[Site]:
         return sparse.leaf_shapes(config.sparse_adapter_dim, module.d_out)
 
     return _sites("sparse", modules.linears, mlp_outputs(modules.linear_names), shapes)
-
-
-def _daa_shapes(module: Attention, config: HyLoRADAConfig) -> Shapes:
-    heads = module.heads if config.daa_per_head else 1
-    shapes: dict[str, tuple[int, ...]] = {"alpha": (heads,), "beta": (heads,)}
-    return shapes | ({"position_bias": (position.NUM_BUCKETS, heads)} if config.daa_position_bias else {})
 
 
 def _require(modules: Sequence, setting: str, what: str) -> Sequence:
