@@ -211,7 +211,7 @@ _OF_JAX = [
     *_faults(
         "daa",
         "hylorada_jax.modules.attention",
-        ("α scales β too", "scores + beta[:, None, None]", "(scores + beta[:, None, None])"),
+        ("α scales β too", "scores + daa.beta[:, None, None]", "(scores + daa.beta[:, None, None])"),
     ),
     *_faults(
         "laws",

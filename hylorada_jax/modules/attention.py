@@ -11,17 +11,28 @@ from jaxtyping import Bool, Float, Int
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.math.attention import DAA, leaf_shapes
 from hylorada_jax.math.groups import attend, shifted_patterns
-from hylorada_jax.math.position import NUM_BUCKETS, check_positions
+from hylorada_jax.math.position import check_positions
 from hylorada_jax.math.relative_bias import relative_bias
 from hylorada_jax.modules.checks import check_scores, score_positions
 
 
 def scaled_and_shifted(
-    scores: Float[Array, "batch heads query key"], alpha: Float[Array, " heads"], beta: Float[Array, " heads"]
+    scores: Float[Array, "batch heads query key"],
+    daa: DAA,
+    query_positions: Int[Array, "batch query"] | None = None,
+    key_positions: Int[Array, "batch key"] | None = None,
 ) -> Float[Array, "batch heads query key"]:
-    """α_h·S_h + β_h."""
-    return alpha[:, None, None] * scores + beta[:, None, None]
+    """α_h·S_h + β_h + position_bias[bucket(q − k), h], in the scores' dtype.
+
+    Only the bias reads positions; without any they are 0, 1, 2 …
+    """
+    adapted = daa.alpha[:, None, None] * scores + daa.beta[:, None, None]
+    if daa.position_bias is not None:
+        places = score_positions(scores, query_positions, key_positions)
+        adapted = adapted + relative_bias(daa.position_bias, *places)
+    return adapted.astype(scores.dtype)
 
 
 class DirectAttentionAdapter(nn.Module):
@@ -59,15 +70,18 @@ class DirectAttentionAdapter(nn.Module):
         self, scores: Float[Array, "batch heads query key"]
     ) -> Float[Array, "batch heads query key"]:
         """The adapted scores, in the scores' dtype."""
-        scores = jnp.asarray(scores)
-        return self._adapted(scores).astype(scores.dtype)
+        return self._adapted(scores)
 
-    def _adapted(self, scores: Array) -> Array:
+    def _adapted(self, scores: Array, *positions: Array | None, position_bias: bool = False) -> Array:
+        scores = jnp.asarray(scores)
         check_scores(self, scores)
-        heads = self.num_heads if self.per_head else 1
-        alpha = jnp.asarray(self.param("alpha", nn.initializers.ones, (heads,), jnp.float32))
-        beta = jnp.asarray(self.param("beta", nn.initializers.zeros, (heads,), jnp.float32))
-        return scaled_and_shifted(scores, alpha, beta)
+        shapes = leaf_shapes(self.num_heads if self.per_head else 1, position_bias=position_bias)
+
+        def leaf(name: str) -> Array:
+            start = nn.initializers.ones if name == "alpha" else nn.initializers.zeros
+            return jnp.asarray(self.param(name, start, shapes[name], jnp.float32))
+
+        return scaled_and_shifted(scores, DAA(*map(leaf, shapes)), *positions)
 
 
 class PositionalDAA(DirectAttentionAdapter):
@@ -101,12 +115,7 @@ class PositionalDAA(DirectAttentionAdapter):
         key_positions: Int[Array, "batch key"] | None = None,
     ) -> Float[Array, "batch heads query key"]:
         """The adapted scores, in the scores' dtype; without positions they are 0, 1, 2 …"""
-        scores = jnp.asarray(scores)
-        adapted = self._adapted(scores)
-        query_positions, key_positions = score_positions(scores, query_positions, key_positions)
-        shape = (NUM_BUCKETS, self.num_heads if self.per_head else 1)
-        table = jnp.asarray(self.param("position_bias", nn.initializers.zeros, shape, jnp.float32))
-        return (adapted + relative_bias(table, query_positions, key_positions)).astype(scores.dtype)
+        return self._adapted(scores, query_positions, key_positions, position_bias=True)
 
 
 class ShiftedSparseAttention(nn.Module):

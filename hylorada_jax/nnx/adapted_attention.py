@@ -12,7 +12,7 @@ from hylorada_jax.math.groups import shifted_patterns
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.math.relative_bias import relative_bias
 from hylorada_jax.modules.attention import scaled_and_shifted
-from hylorada_jax.modules.checks import check_scores, score_positions
+from hylorada_jax.modules.checks import check_scores
 from hylorada_jax.nnx.adapted import Adapted
 from hylorada_jax.nnx.hooks import positions_of
 from hylorada_jax.trees import is_traced
@@ -50,13 +50,10 @@ class AdaptedScores(Adapted):
         daa = daa_of(self)
         assert daa is not None
         check_scores(self, scores)
-        adapted = scaled_and_shifted(scores, daa.alpha, daa.beta)
-        if daa.position_bias is not None:
-            if query_positions is None and key_positions is None and scores.shape[2] == scores.shape[3]:
-                query_positions = key_positions = positions_of(scores[:, 0, 0], None)
-            places = score_positions(scores, query_positions, key_positions)
-            adapted = adapted + relative_bias(daa.position_bias, *places)
-        return adapted.astype(scores.dtype)
+        of_itself = query_positions is None and key_positions is None and scores.shape[2] == scores.shape[3]
+        if of_itself and daa.position_bias is not None:
+            query_positions = key_positions = positions_of(scores[:, 0, 0], None)
+        return scaled_and_shifted(scores, daa, query_positions, key_positions)
 
 
 class AdaptedMultiHead(Adapted):

@@ -5,10 +5,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from hylorada_jax.math.attention import DAA
 from hylorada_jax.math.position import NUM_BUCKETS
-from hylorada_jax.math.relative_bias import relative_bias
 from hylorada_jax.modules.attention import scaled_and_shifted, shifted_sparse_attention
-from hylorada_jax.modules.checks import check_scores, score_positions
+from hylorada_jax.modules.checks import check_scores
 from hylorada_jax.nnx.variables import AdapterParam
 
 
@@ -36,12 +36,12 @@ class DirectAttentionAdapter(nnx.Module):
         self, scores: Float[Array, "batch heads query key"]
     ) -> Float[Array, "batch heads query key"]:
         """The adapted scores, in the scores' dtype."""
-        scores = jnp.asarray(scores)
-        return self._adapted(scores).astype(scores.dtype)
+        return self._adapted(scores)
 
-    def _adapted(self, scores: Array) -> Array:
+    def _adapted(self, scores: Array, *positions: Array | None, table: Array | None = None) -> Array:
+        scores = jnp.asarray(scores)
         check_scores(self, scores)
-        return scaled_and_shifted(scores, self.alpha[...], self.beta[...])
+        return scaled_and_shifted(scores, DAA(self.alpha[...], self.beta[...], table), *positions)
 
 
 class PositionalDAA(DirectAttentionAdapter):
@@ -68,11 +68,7 @@ class PositionalDAA(DirectAttentionAdapter):
         key_positions: Int[Array, "batch key"] | None = None,
     ) -> Float[Array, "batch heads query key"]:
         """The adapted scores, in the scores' dtype; without positions they are 0, 1, 2 …"""
-        scores = jnp.asarray(scores)
-        adapted = self._adapted(scores)
-        query_positions, key_positions = score_positions(scores, query_positions, key_positions)
-        bias = relative_bias(self.position_bias[...], query_positions, key_positions)
-        return (adapted + bias).astype(scores.dtype)
+        return self._adapted(scores, query_positions, key_positions, table=self.position_bias[...])
 
 
 class ShiftedSparseAttention(nnx.Module):
