@@ -361,15 +361,18 @@ class HyLoRADAModel:
         for name, given in (("structure_ids", structure.ids), ("structure_positions", structure.positions)):
             if given is None:
                 continue
-            if not self.has_encoder:
-                raise ConfigError(
-                    f"{name} are read by the structure encoder, which only method='hylorada_v2' has.",
-                    f"method={self.config.method!r}",
-                    f"Choose method='hylorada_v2', or leave {name} out.",
-                )
+            self._check_encoder(name)
             if name == _STRUCTURE_IDS:
                 check_structure_ids(given)
             check_rows(shape, **{name: given})
+
+    def _check_encoder(self, name: str) -> None:
+        if not self.has_encoder:
+            raise ConfigError(
+                f"{name} are read by the structure encoder, which only method='hylorada_v2' has.",
+                f"method={self.config.method!r}",
+                f"Choose method='hylorada_v2', or leave {name} out.",
+            )
 
     def generate(
         self,
@@ -435,9 +438,8 @@ class HyLoRADAModel:
             return
         resolved = self._resolved()
         variables: dict[str, Any] = {"params": self._params(resolved, None), COLLECTION: resolved}
-        ours = isinstance(self.base, CausalLM)
-        structure = Structure(decoding=True)
         if structure_ids is not None:
+            self._check_encoder(_STRUCTURE_IDS)
             if [len(ids) for ids in structure_ids] != [len(prompt) for prompt in prompts]:
                 raise DataError(
                     "structure_ids must have one value per token of each prompt.",
@@ -446,15 +448,14 @@ class HyLoRADAModel:
                 )
             for ids in structure_ids:
                 check_structure_ids(ids)
-            padded = jnp.asarray(pad_left(structure_ids, bucket=ours))
-            structure = Structure(ids=padded, decoding=True)
-            self._check_structure(structure, padded.shape)
         if isinstance(self.base, CausalLM):
             decode = _AdaptedDecode(DecodeStep(self.base.module), self.config, self._dtype(None))
             if structure_ids is not None:
                 variables[_STRUCTURE_IDS] = jnp.asarray(pad_left(structure_ids, filling=-1))
             yield {"variables": variables, "decode": decode}
             return
+        padded = None if structure_ids is None else jnp.asarray(pad_left(structure_ids, bucket=False))
+        structure = Structure(ids=padded, decoding=True)
         with adapt(resolved, self.config, dtype=self._dtype(None), structure=structure):
             yield {"variables": variables}
 
