@@ -22,7 +22,7 @@ class AdaptedAttention(Adapted):
     """The attention of a model whose author left it open, with direct adaptation, or in groups."""
 
     def _adapted(self, pattern: Pattern) -> tuple[tuple[Pattern, ...], DAA | None]:
-        config: HyLoRADAConfig = self.adapter_settings.config
+        config: HyLoRADAConfig = self.adaptation.config
         if not config.s2_attn_enabled or self.deterministic:
             return (pattern,), daa_of(self)
         if pattern.window is not None:

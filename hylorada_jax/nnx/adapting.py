@@ -45,8 +45,10 @@ _MIXINS: dict[Role, Any] = {
     "scores": AdaptedScores,
     "multi_head": AdaptedMultiHead,
 }
-# The attributes of an adapted module that are no leaves.
-ASIDE = ("adapter_settings", "lora_dropout", "sparse_dropout")
+_OF_THE_MODEL = (POSITION_BIAS, STRUCTURE_ENCODER)
+# The attributes of an adapted module that are no leaves: of linear ones what their calls read of the config,
+# of attention what was done to the model.
+ASIDE = ("adapter_settings", "adaptation", "lora_dropout", "sparse_dropout")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, at every call of nnx.jit
@@ -158,7 +160,8 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
         )
     sites = plan(modules, config)
     for site in sites:
-        if taken := [leaf for leaf in _new(site) if hasattr(module_of(model, found, site), leaf)]:
+        new = (*own_attributes(site), *(() if site.component in _OF_THE_MODEL else ASIDE))
+        if taken := [name for name in new if hasattr(module_of(model, found, site), name)]:
             raise ModelError(
                 "The names of an adapter's leaves are free in the modules that it adapts.",
                 f"{'.'.join(site.module.path) or 'the model'} has {', '.join(taken)}",
@@ -226,23 +229,20 @@ def _refuse_closed(model: Any, modules: Modules, found: Mapping[Path, Found], co
         )
 
 
-def _new(site: Site) -> tuple[str, ...]:
-    """The attributes that a site adds to its module."""
-    match site.component:
-        case "unfrozen":
-            return ASIDE
-        case "structure_encoder":
-            return (STRUCTURE_ENCODER,)
-        case "position_bias":
-            return site.leaves
-        case _:
-            return (*site.leaves, *ASIDE)
+def own_attributes(site: Site) -> tuple[str, ...]:
+    """The attributes in which a site's module holds leaves that the base has not."""
+    return {"unfrozen": (), STRUCTURE_ENCODER: (STRUCTURE_ENCODER,)}.get(site.component, site.leaves)
 
 
 def module_of(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
     """The module that a site's leaves lie in; for what serves the whole model that is the model."""
-    whole = site.component in (POSITION_BIAS, STRUCTURE_ENCODER)
-    return model if whole else found[site.module.path].module
+    return model if site.component in _OF_THE_MODEL else found[site.module.path].module
+
+
+def _holder(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
+    """What has a site's leaves as its attributes: the module, or in it the structure encoder."""
+    module = module_of(model, found, site)
+    return module.structure_encoder if site.component == STRUCTURE_ENCODER else module
 
 
 def attach(
@@ -255,15 +255,13 @@ def attach(
     """Puts the leaves of an adapter tree on the modules that :func:`plan_on` found; no rngs: to infer."""
     config = adaptation.config
     for site in adaptation.sites:
-        node, module = subtree(adapters, site.module.path), module_of(model, found, site)
+        if site.component == STRUCTURE_ENCODER:
+            model.structure_encoder = nnx.Dict()
+        node, module = subtree(adapters, site.module.path), _holder(model, found, site)
         layers = len(site.names) if site.module.stacked else None
-        match site.component:
-            case "structure_encoder":
-                module.structure_encoder = module = nnx.Dict()
-            case "linear" | "sparse":
-                module.adapter_settings = _settings(
-                    site, getattr(module, "adapter_settings", Settings()), config
-                )
+        if site.component in ("linear", "sparse"):
+            settings = getattr(module, "adapter_settings", Settings())
+            module.adapter_settings = _settings(site, settings, config)
         if site.component == "linear":
             module.lora_dropout = dropout(config.lora_dropout, rngs, layers)
         elif site.component == "sparse":
@@ -283,7 +281,7 @@ def attach(
     for path, here in found.items():
         opened = in_attention and here.kind.role in ATTENTIONS
         if opened:
-            here.module.adapter_settings = adaptation
+            here.module.adaptation = adaptation
         if opened or (path in sites and here.kind.role not in ATTENTIONS):
             set_class(here.module, adapted_class(_MIXINS[here.kind.role], plain_class(type(here.module))))
     if in_attention or config.position_bias_enabled or config.use_hylorada_v2:
@@ -326,9 +324,7 @@ def adapters_of(model: Any, adaptation: Adaptation, found: Mapping[Path, Found])
     """The adapters of a model, as the tree of the surgery."""
     leaves: dict[Path, dict[str, Array]] = {}
     for site in adaptation.sites:
-        module = module_of(model, found, site)
-        if site.component == STRUCTURE_ENCODER:
-            module = module.structure_encoder
+        module = _holder(model, found, site)
         leaves.setdefault(site.module.path, {}).update(
             {leaf: getattr(module, leaf)[...] for leaf in site.leaves}
         )

@@ -8,9 +8,16 @@ from flax import nnx
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
-from hylorada_jax.leaves import STRUCTURE_ENCODER
 from hylorada_jax.nnx.adapted import Adapted, plain_class, set_class
-from hylorada_jax.nnx.adapting import ASIDE, Adaptation, adaptation_of, adapters_of, module_of, tree_of
+from hylorada_jax.nnx.adapting import (
+    ASIDE,
+    Adaptation,
+    adaptation_of,
+    adapters_of,
+    module_of,
+    own_attributes,
+    tree_of,
+)
 from hylorada_jax.nnx.finding import Found
 from hylorada_jax.nnx.quantized import is_quantized
 from hylorada_jax.surgery import build
@@ -160,10 +167,8 @@ def unload(model: _Model) -> _Model:
 
 def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
     for site in adaptation.sites:
-        module = module_of(model, found, site)
-        own = {"unfrozen": (), STRUCTURE_ENCODER: (STRUCTURE_ENCODER,)}.get(site.component, site.leaves)
-        for name in own:
-            delattr(module, name)
+        for name in own_attributes(site):
+            delattr(module_of(model, found, site), name)
     for module in _adapted(model, found):
         for name in ASIDE:
             if hasattr(module, name):
