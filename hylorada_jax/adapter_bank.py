@@ -153,9 +153,9 @@ class AdapterBank:
         index = None if adapters is None else self.index(adapters)
         if index is None or self.model.disabled:
             return self.model(input_ids, **inputs)
-        input_ids, stack = checked(self.model.base, input_ids, inputs), self.stack()
-        with in_use(self.model.frozen):
-            return self._rows(stack, index, input_ids, frozen=self.model.frozen, **inputs)
+        input_ids = checked(self.model.base, input_ids, inputs)
+        # Without the mesh in use, by which each row, a batch of one, would be computed on all of its devices.
+        return self._rows(self.stack(), index, input_ids, frozen=self.model.frozen, **inputs)
 
     def index(self, adapters: Sequence[str | None]) -> Array:
         """The place of each row's adapter in :meth:`stack`, int [batch]; errors as in calling the bank."""
