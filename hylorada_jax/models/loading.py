@@ -94,7 +94,9 @@ def load_model(
     empty = _empty(source, dtype, remat, base_dtype)
     placement = placement and fitted(placement, empty)
     if source.gguf is None:
-        source = find_source(name)
+        said, source = source.config, find_source(name)
+        if source.config != said:  # where the weights, fetched since, say whether the head is tied
+            empty = _empty(source, dtype, remat, base_dtype)
     weights = open_weights(source)
     if isinstance(empty, CausalLM):
         return _load_decoder(empty, source, weights, dtype, placement)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,8 @@ from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
 from hylorada_jax.models.inside import file_inside, files_inside
 from hylorada_jax.models.packaged import PACKAGED_MODEL, packaged_file
-from hylorada_jax.models.text_part import text_config
+from hylorada_jax.models.text_part import text_config, text_name
+from hylorada_jax.models.weights import tensor_names
 from hylorada_jax.terminal import one_line, say_once
 
 # What a model directory holds beside its weights and config.json, and what a merged model takes along: the
@@ -140,10 +142,16 @@ def _from_directory(name: str, path: Path, config_only: bool) -> Source:
     config = read_json(config_file, "config.json must be a JSON object.", ModelError)
     checked(config, _Names, RULE, ModelError, REMEDY)
     weights = () if config_only else _weight_files(path)
-    if (text := text_config(config, path)) is None:
+    text = text_config(config, path, lambda: _has_head(weights or files_inside(path, "*.safetensors")))
+    if text is None:
         return Source(name, path, config, weights)
     say_once(f"model {one_line(name)}: the text part alone, {text['model_type']} of {config['model_type']}")
     return Source(name, path, text, weights, inside=True)
+
+
+def _has_head(weights: Collection[Path]) -> bool:
+    """Whether a multimodal model's files have an output head; yes where they are still to be fetched."""
+    return not weights or any(text_name(name) == "lm_head.weight" for name in tensor_names(weights))
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

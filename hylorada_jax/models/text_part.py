@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import fields
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
@@ -25,10 +26,11 @@ _OTHER_PARTS = re.compile(
 )
 # Keys whose value tells of a part of a multimodal model.
 _PARTS = ("text_config", "vision_config", "audio_config")
+_TIED = "tie_word_embeddings"
 # What a config says once for all of its parts, and of text the whole decides.
 _OF_THE_WHOLE = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype",
-    "quantization_config", "transformers_version",
+    "bos_token_id", "eos_token_id", "pad_token_id", _TIED, "dtype", "torch_dtype", "quantization_config",
+    "transformers_version",
 )  # fmt: skip
 
 
@@ -36,12 +38,17 @@ class _Whole(Struct):
     text_config: dict[str, Any]
 
 
-def text_config(whole: Mapping[str, Any], where: object) -> dict[str, Any] | None:
+def text_config(
+    whole: Mapping[str, Any], where: object, has_head: Callable[[], bool]
+) -> dict[str, Any] | None:
     """The config of the text part of a multimodal model.
 
     Args:
         whole: the content of config.json.
         where: its directory, for the error.
+        has_head: whether the weights have an output head. It decides where the config contradicts itself: of
+            ``tie_word_embeddings`` transformers 4 obeys text_config, and 5 the whole. Each then writes a head
+            unless it is tied, whatever the other key says.
 
     Returns:
         What config.json would hold of a model of text alone; None where it is one.
@@ -74,7 +81,16 @@ def text_config(whole: Mapping[str, Any], where: object) -> dict[str, Any] | Non
             "Set it to null in text_config.",
         )
     above = {key: whole[key] for key in _OF_THE_WHOLE if whole.get(key) is not None}
+    of_text = _default(own, _TIED) if said.get(_TIED) is None else said[_TIED]
+    of_whole = above.get(_TIED, of_text)
+    if isinstance(of_text, bool) and isinstance(of_whole, bool) and of_text != of_whole:
+        above[_TIED] = not has_head()
     return {**said, **above, "model_type": own, "architectures": [DECODERS[own].causal_lm]}
+
+
+def _default(family: str, key: str) -> Any:
+    """What a key of config.json is where it is absent."""
+    return next(field.default for field in fields(DECODERS[family].keys) if field.name == key)
 
 
 def text_name(name: str) -> str | None:
