@@ -179,7 +179,7 @@ def _architecture(gguf: GGUFFile, family: GGUF) -> tuple[_Architecture, dict[str
     """The keys of all architectures, and those of this one under config.json's names."""
     prefix = family.architecture + "."
     keys = {k.removeprefix(prefix): v for k, v in gguf.metadata.items() if k.startswith(prefix)}
-    own = {theirs: keys.pop(key) for key, theirs in family.keys.items() if key in keys}
+    own = {key: keys.pop(key) for key in family.keys if key in keys}
     known = {field.encode_name for field in msgspec.structs.fields(_Architecture)}
     if unknown := sorted(keys.keys() - known):
         raise ModelError(
@@ -188,7 +188,16 @@ def _architecture(gguf: GGUFFile, family: GGUF) -> tuple[_Architecture, dict[str
             "Load the original Hugging Face directory instead.",
         )
     rule = f"A GGUF model must have every key of its architecture, each of its type: {gguf.path}, {prefix}*."
-    return checked(keys, _Architecture, rule, ModelError, REMEDY), own
+    checked(own, _numbers(family), rule, ModelError, REMEDY)
+    read = {theirs: own[key] for key, theirs in family.keys.items() if key in own}
+    return checked(keys, _Architecture, rule, ModelError, REMEDY), read
+
+
+def _numbers(family: GGUF) -> type[msgspec.Struct]:
+    """A family's own keys, each a number; its bounds are those of config.json's key."""
+    fields = [(theirs, int | float, 0) for theirs in family.keys.values()]
+    names = {theirs: key for key, theirs in family.keys.items()}
+    return msgspec.defstruct("Numbers", fields, rename=names)
 
 
 def _check_tensors(gguf: GGUFFile, family: GGUF, keys: _Architecture, head_dim: int, kv_heads: int) -> None:

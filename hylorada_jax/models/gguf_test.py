@@ -184,6 +184,33 @@ def test_a_key_of_another_type_or_out_of_its_bounds_is_refused_by_name(key, head
             gguf_config(replace(header, metadata={**header.metadata, f"llama.{key}": value}))
 
 
+OWN_KEYS = [
+    *((name, "attention.sliding_window") for name in ("phi3", "gemma3")),
+    *(("gemma3", key) for key in ("rope.freq_base_swa", "final_logit_softcapping")),
+    *(("granite", key) for key in ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "key"), OWN_KEYS)
+def test_a_familys_own_key_is_a_number_within_its_bounds(architecture, key, tmp_path):
+    fused = {"blk.0.attn_qkv.weight": np.ones((64, 32), np.float32)}
+    fused["blk.0.ffn_up.weight"] = np.ones((128, 32), np.float32)
+    weights = tensors(**fused) if architecture == "phi3" else tensors()
+    header = read_gguf(write_gguf(tmp_path / "m.gguf", architecture, KEYS, weights))
+    name = f"{architecture}.{key}"
+    value: Any
+    for value in (True, "4", [4], np.array([]), np.array([4.0]), np.arange(2)):
+        with pytest.raises(ModelError, match=rf"{architecture}\.\*[\s\S]*received: {key}: "):
+            gguf_config(replace(header, metadata={**header.metadata, name: value}))
+    for value in (-1, math.nan, math.inf, 1e300):
+        with pytest.raises(ModelError):
+            DecoderConfig.from_hf(gguf_config(replace(header, metadata={**header.metadata, name: value})))
+    for value in (0, 8) if architecture == "phi3" else (8,):
+        config = gguf_config(replace(header, metadata={**header.metadata, name: value}))
+        window = DecoderConfig.from_hf(config).sliding_window
+        assert architecture != "phi3" or window == (value or None)
+
+
 # What does not fit the tensors, which have one layer, a width of 32, 4 heads and 2 of 8, and 64 inside.
 MISFITS: dict[str, dict[str, Any]] = {
     "block_count 100000000, and tensors of 1": {"block_count": 10**8},
