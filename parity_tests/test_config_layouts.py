@@ -1,11 +1,12 @@
 """config.json as transformers 4 and 5 write it, and with keys of both, against torch's logits.
 
-The tests run under either version. Under 5 the table of doubled keys is held to transformers' own reading.
+The tests run under either version. Under 5 the tables of doubled keys are held to transformers' own reading.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -190,12 +191,42 @@ DOUBLED: dict[str, tuple[Written, Written]] = {
 SMALL = {key: value for key, value in SHAPE.items() if key != "rope_theta"} | {"model_type": "llama"}
 
 
-@pytest.mark.parametrize("case", DOUBLED)
+# The same of families that have a layout of their own.
+GEMMA3 = SMALL | {
+    "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 8,
+}  # fmt: skip
+LAYERED = {
+    "full_attention": {"rope_type": "default", "rope_theta": 70.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+}
+BASES = {"rope_theta": 70.0, "rope_local_base_freq": 30.0}
+OWN: dict[str, tuple[Written, Written]] = {
+    "gemma3: the bases of both types of layer": (
+        GEMMA3 | {"rope_parameters": LAYERED},
+        GEMMA3 | BASES | {"rope_scaling": None},
+    ),
+    "gemma3: rope_scaling beside them": (
+        GEMMA3 | {"rope_parameters": LAYERED, "rope_scaling": {"factor": 4.0, "rope_type": "linear"}},
+        GEMMA3 | BASES | {"rope_scaling": {"factor": 4.0, "rope_type": "linear"}},
+    ),
+    "gemma3: rope_scaling over them": (
+        GEMMA3 | {"rope_parameters": LAYERED | {"full_attention": DYNAMIC}, "rope_scaling": LINEAR},
+        GEMMA3 | BASES | {"rope_scaling": LINEAR},
+    ),
+    "gemma3: rope_scaling with a base": (
+        GEMMA3 | {"rope_parameters": LAYERED, "rope_scaling": LINEAR | {"rope_theta": 500.0}},
+        GEMMA3 | BASES | {"rope_theta": 500.0, "rope_scaling": LINEAR},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*DOUBLED, *OWN])
 def test_of_doubled_keys_we_take_what_transformers_5_takes(case):
-    written, plain = (SMALL | part for part in DOUBLED[case])
+    written, plain = OWN[case] if case in OWN else [SMALL | part for part in DOUBLED[case]]
     config = DecoderConfig.from_hf(written)
     assert config == DecoderConfig.from_hf(plain)
-    model = random_torch_model(plain)
+    model = random_torch_model(copy.deepcopy(plain))  # transformers changes what it is given
     np.testing.assert_allclose(ours(config, model), theirs(model), rtol=0, atol=MODEL["float32"])
     if IS_5:
-        np.testing.assert_array_equal(theirs(random_torch_model(written)), theirs(model))
+        np.testing.assert_array_equal(theirs(random_torch_model(copy.deepcopy(written))), theirs(model))

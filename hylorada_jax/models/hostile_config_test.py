@@ -21,12 +21,14 @@ NO_TEXT: tuple[Any, ...] = (3, True, ["silu"], {})
 NO_EPSILON: tuple[Any, ...] = ("1e-6", True, [], NAN, INFINITY, -INFINITY, -1e-6, 0, 1)
 NO_FACTOR: tuple[Any, ...] = ("2", True, [], NAN, INFINITY, -2.0, 0)
 NO_TOKENS: tuple[Any, ...] = ("</s>", True, 1.5, -1, {}, [[2]], [2, "x"], [2, None], 10**30)
+NO_DICT: tuple[Any, ...] = ("linear", 1e6, 3, True, [{}])
 
 SMALL = {
     "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 3,
 }  # fmt: skip
 QWEN = SMALL | {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8}
+GEMMA = SMALL | {"model_type": "gemma3_text", "head_dim": 4, "rope_local_base_freq": 50.0}
 IN_SCALING = {"place": "rope_scaling"}
 # Key, its wrong values, and what else the config says.
 HOSTILE: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -56,15 +58,36 @@ HOSTILE: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("eos_token_id", (*NO_TOKENS, 60, [3, 60]), {}),
     ("layer_types", ("full_attention", 3, {}, [3, 3], ["chunked", "chunked"], ["full_attention"], []), QWEN),
     ("rope_theta", (*NO_FACTOR, 1, 1e300), {}),
-    ("rope_scaling", ("linear", 3, True, [{}]), {}),
-    ("rope_parameters", ("linear", 3, True, [{}]), {}),
+    ("rope_scaling", NO_DICT, {}),
+    ("rope_parameters", NO_DICT, {}),
     ("rope_type", ({"rope_type": []}, {"rope_type": 3}, {"rope_type": "x"}, {"type": True}), IN_SCALING),
     ("rope_theta", ({"rope_theta": "x"}, {"rope_theta": 0}), IN_SCALING),
     ("factor", ({"rope_type": "linear"}, {"rope_type": "linear", "factor": {}}), IN_SCALING),
     ("original_max_position_embeddings", NO_SIZE, {}),
     ("quantization_config", ({}, [], {"bits": 4}), {}),
     ("attention_dropout", (NAN, "0", [], -0.1, 1.0), {}),
+    ("rope_parameters", NO_DICT, GEMMA),
+    ("rope_scaling", NO_DICT, GEMMA),
+    ("rope_scaling", NO_DICT, GEMMA | {"rope_parameters": {"full_attention": {}}}),
+    ("rope_local_base_freq", (*NO_FACTOR, 1, 1e300), GEMMA),
+    ("sliding_window_pattern", (*NO_INTEGER[:-1], 0), GEMMA),
+    ("sliding_window", NO_SIZE, GEMMA),
+    ("query_pre_attn_scalar", NO_FACTOR, GEMMA),
+    ("final_logit_softcapping", NO_FACTOR, GEMMA),
+    ("attn_logit_softcapping", (3.0, "x", []), GEMMA),
+    ("hidden_activation", NO_TEXT, GEMMA),
+    ("layer_types", ("full_attention", 3, {}, [3, 3], ["chunked", "chunked"], ["full_attention"]), GEMMA),
 ]  # fmt: skip
+# The same of what Gemma 3 says of the rotation in each type of layer.
+LAYERED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "full_attention": {"rope_theta": NO_FACTOR, "rope_type": ([], 3, "x")},
+    "sliding_attention": {"rope_theta": NO_FACTOR, "rope_type": ([], 3, "linear")},
+}
+for layers, keys in LAYERED.items():
+    rest = GEMMA | {"place": "rope_parameters"}
+    HOSTILE.append((layers, tuple({layers: value} for value in NO_DICT), rest))
+    for key, values in keys.items():
+        HOSTILE.append((key, tuple({layers: {key: value}} for value in values), rest))
 # The same of the keys of each type of scaling.
 SCALINGS: list[tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = [
     ({"rope_type": "linear", "factor": 2.0}, {"factor": NO_FACTOR}),

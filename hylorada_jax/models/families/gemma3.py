@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
-from hylorada_jax.models.bounds import Multiplier, Positions, Theta, Vocabulary
+from hylorada_jax.models.bounds import REMEDY, RULE, Multiplier, Positions, Theta, Vocabulary
 from hylorada_jax.models.families import gemma2
 from hylorada_jax.models.families.family import GGUF, QK_NORMS, Decoder, Family, Options
 
@@ -25,6 +25,11 @@ class Gemma3Keys(gemma2.Gemma2Keys, frozen=True, kw_only=True):
     final_logit_softcapping: Multiplier | None = None
 
 
+class _Rope(Struct):
+    full_attention: dict[str, Any] | None = None
+    sliding_attention: dict[str, Any] | None = None
+
+
 class _Local(Struct, forbid_unknown_fields=True):
     rope_theta: Theta | None = None
     rope_type: Literal["default"] = "default"
@@ -33,16 +38,24 @@ class _Local(Struct, forbid_unknown_fields=True):
 def settings(said: dict[str, Any]) -> dict[str, Any]:
     """With the rope parameters, which transformers 5 has for each type of layer, as 4.57 has them.
 
+    A rope_scaling beside them is of the layers without a window, over what they say themselves.
+
     Raises:
-        ModelError: layers with a window have more than a base, which no Gemma 3 has.
+        ModelError: the parameters of a type of layer are not a dictionary; or layers with a window have more
+            than a base, which no Gemma 3 has.
     """
-    rope = said.get("rope_parameters")
+    where = "rope_parameters"
+    rope, scaling = said.get(where), said.get("rope_scaling")
     if not isinstance(rope, Mapping) or not {"full_attention", "sliding_attention"} & rope.keys():
         return said
-    full, local = ({**(rope.get(f"{kind}_attention") or {})} for kind in ("full", "sliding"))
-    said = {key: value for key, value in said.items() if key != "rope_parameters"}
+    each = checked(rope, _Rope, RULE, ModelError, REMEDY, where)
+    full, local = each.full_attention or {}, each.sliding_attention or {}
+    said = {key: value for key, value in said.items() if key != where}
+    if isinstance(scaling, Mapping):  # another type is refused by its own name
+        full = {**full, **scaling}
+        del said["rope_scaling"]
     if full:
-        said["rope_parameters"] = full
+        said[where] = full
     rule = "Layers with a window rotate by the default rope type, with a base of their own."
     remedy = "Check rope_parameters.sliding_attention in config.json."
     if theta := checked(local, _Local, rule, ModelError, remedy).rope_theta:
