@@ -201,6 +201,9 @@ LAYERED = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
 }
 BASES = {"rope_theta": 70.0, "rope_local_base_freq": 30.0}
+PHI3 = SMALL | {"model_type": "phi3", "pad_token_id": 0, "max_position_embeddings": 8192, "rope_theta": 500.0}
+FACTORS = {"short_factor": [1.5, 2.0, 2.5, 3.0], "long_factor": [3.0, 4.0, 5.0, 6.0]}
+LONG = {"type": "longrope", **FACTORS}
 OWN: dict[str, tuple[Written, Written]] = {
     "gemma3: the bases of both types of layer": (
         GEMMA3 | {"rope_parameters": LAYERED},
@@ -217,6 +220,30 @@ OWN: dict[str, tuple[Written, Written]] = {
     "gemma3: rope_scaling with a base": (
         GEMMA3 | {"rope_parameters": LAYERED, "rope_scaling": LINEAR | {"rope_theta": 500.0}},
         GEMMA3 | BASES | {"rope_theta": 500.0, "rope_scaling": LINEAR},
+    ),
+    "phi3: the original context outside": (
+        PHI3 | {"rope_scaling": LONG, "original_max_position_embeddings": 20},
+        PHI3 | {"rope_scaling": LONG, "original_max_position_embeddings": 20},
+    ),
+    "phi3: the original context inside, which is passed over": (
+        PHI3 | {"rope_scaling": LONG | ORIGINAL},
+        PHI3 | {"rope_scaling": LONG, "original_max_position_embeddings": 4096},
+    ),
+    "phi3: the original context inside and outside": (
+        PHI3 | {"rope_scaling": LONG | {"original_max_position_embeddings": 7}, **ORIGINAL},
+        PHI3 | {"rope_scaling": LONG, **ORIGINAL},
+    ),
+    "phi3: yarn, a former name of longrope": (
+        PHI3 | {"rope_scaling": {"type": "yarn", **FACTORS}, **ORIGINAL},
+        PHI3 | {"rope_scaling": LONG, **ORIGINAL},
+    ),
+    "phi3: yarn in the layout of 5": (
+        PHI3 | {"rope_parameters": {"rope_type": "yarn", **FACTORS}, **ORIGINAL},
+        PHI3 | {"rope_scaling": LONG, **ORIGINAL},
+    ),
+    "phi3: su": (
+        PHI3 | {"rope_scaling": {"type": "su", **FACTORS, **ORIGINAL}, **ORIGINAL},
+        PHI3 | {"rope_scaling": LONG, **ORIGINAL},
     ),
 }  # fmt: skip
 

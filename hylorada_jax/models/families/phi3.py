@@ -27,14 +27,25 @@ class Phi3Keys(Keys, frozen=True, kw_only=True):
 
 
 def settings(said: dict[str, Any]) -> dict[str, Any]:
-    """The part that rotates, which transformers 5 keeps among the rope parameters, under its own key.
+    """With LongRoPE under its later name, and the part that rotates under its own key, as 4.57 has it.
 
-    The length that LongRoPE stretches is 4096 tokens where nothing says it, and not all positions, as
-    elsewhere.
+    The length that LongRoPE stretches is 4096 tokens where config.json does not say it beside the rope
+    parameters: transformers passes over the one among them.
     """
-    rope = said.get("rope_scaling") or said.get("rope_parameters")
-    inner = rope.get(_ORIGINAL) if isinstance(rope, Mapping) else None
-    return {_ORIGINAL: inner or 4096, **said, "partial_rotary_factor": partial_rotary_factor(said)}
+    said = {_ORIGINAL: 4096, **said, "partial_rotary_factor": partial_rotary_factor(said)}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = said.get(key)
+        if isinstance(rope, Mapping) and (rope.get("rope_type") or rope.get("type")) == "yarn":
+            said[key] = {**rope, "rope_type": "longrope"}
+    return said
+
+
+def _from_gguf(said: dict[str, Any]) -> dict[str, Any]:
+    """Without a window where its length is 0; the length that LongRoPE stretches where config.json has it."""
+    found: dict[str, Any] = {"sliding_window": said.get("sliding_window") or None}
+    if original := (said["rope_scaling"] or {}).get(_ORIGINAL):
+        found[_ORIGINAL] = original
+    return found
 
 
 def options(keys: Phi3Keys) -> Options:
@@ -64,7 +75,7 @@ FAMILIES = [
                 architecture="phi3",
                 tensors={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
                 keys={"attention.sliding_window": "sliding_window"},
-                settings=lambda said: {"sliding_window": said.get("sliding_window") or None},  # 0: none
+                settings=_from_gguf,
             ),
         ),
     )
