@@ -13,12 +13,14 @@ import pytest
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.surgery import layout
+from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.surgery.plan import count_parameters
 from hylorada_jax.surgery.split import join, split
+from hylorada_jax.trees import COLLECTION
 
 VOCAB, LENGTH = 29, 12
 DECODER = {
@@ -73,7 +75,11 @@ def base_model(family):
             n_layer=2, n_head=2, n_embd=8, vocab_size=VOCAB, n_positions=32, initializer_range=0.3
         )
         return hf.FlaxGPT2LMHeadModel(config, seed=0)
-    options = {"llama": {"tie_word_embeddings": False}, "qwen2": {"tie_word_embeddings": True}}
+    options = {
+        "llama": {"tie_word_embeddings": False},
+        "qwen2": {"tie_word_embeddings": True},
+        "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    }
     shape = DecoderConfig.from_hf({"model_type": family, **DECODER, **options[family]})
     return CausalLM.from_config(shape, jax.random.key(0))
 
@@ -255,6 +261,30 @@ def test_decoding_with_a_cache_gives_the_plain_numbers(method, family):
     assert new == [expected[0, 7:11].tolist(), expected[1, 4:8].tolist()]
 
 
+def test_cached_logits_of_an_adapted_model_are_the_full_ones():
+    """A prompt padded in front, single tokens, and a chunk; generation above compares the largest alone."""
+    config = CONFIGS["hylorada"]
+    model, adapters, ids = adapted(config, "qwen2"), moved(config, "qwen2"), inputs(config)["input_ids"]
+    mask = np.ones_like(ids)
+    mask[1, :3] = 0
+    full = model.apply(adapters, ids, attention_mask=jnp.asarray(mask)).logits
+    positions = jnp.asarray(np.maximum(mask.cumsum(1) - 1, 0))
+    resolved, step, start = model.resolve(adapters), DecodeStep(model.base.module), 0
+    cache = model.base.init_cache(2, LENGTH)
+    with adapt(resolved, config):
+        for end in (5, 6, 7, LENGTH):
+            part = slice(start, end)
+            logits, cache = step(
+                {"params": model.base.params, COLLECTION: resolved},
+                ids[:, part],
+                position_ids=positions[:, part],
+                key_valid=jnp.asarray(mask[:, part] > 0),
+                cache=cache,
+            )
+            np.testing.assert_allclose(logits, full[:, end - 1], rtol=0, atol=ROUNDING)
+            start = end
+
+
 @pytest.mark.parametrize("method", ["hylorada", "hylorada_v2"])
 def test_a_stream_of_an_adapted_model_gives_the_tokens_of_generate(method):
     config = CONFIGS[method]
@@ -354,12 +384,19 @@ def test_what_is_off_leaves_no_parameter_and_no_operation(method, off, plain, fa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("remat", "method"),
-    [("dots", "hylorada"), ("full", "longlora"), ("full", "hylorada_v2")],
+    ("remat", "method", "family"),
+    [
+        ("dots", "hylorada", "qwen2"),
+        ("full", "longlora", "qwen2"),
+        ("full", "hylorada_v2", "qwen2"),
+        ("dots", "hylorada_v1", "mixtral"),  # each expert with an adapter
+    ],
 )
-def test_rematerialisation_changes_no_gradient(remat, method):
-    config, base = CONFIGS[method], base_model("qwen2")
-    given, adapters = inputs(config), moved(config, "qwen2")
+def test_rematerialisation_changes_no_gradient(remat, method, family):
+    config, base = CONFIGS[method], base_model(family)
+    if family == "mixtral":
+        config = dataclasses.replace(config, target_modules=("all-linear",))
+    given, adapters = inputs(config), moved(config, family)
 
     def gradient(base):
         model = HyLoRADAModel(base, config)

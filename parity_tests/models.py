@@ -74,6 +74,7 @@ CONFIGS = {
         **_LORA,
     ),
     "hylorada_v2": HyLoRADAConfig(method="hylorada_v2", **_LORA, **_STRUCTURE),
+    "hylorada_v2, all linear layers": HyLoRADAConfig(method="hylorada_v2", **_ALL, **_STRUCTURE),
     "hylorada_v2, temporal": HyLoRADAConfig(
         method="hylorada_v2", structure_encoder_type="temporal", **_LORA, **_STRUCTURE
     ),
@@ -97,6 +98,7 @@ MATRIX = [
     ),
     ("ministral", "lora, rslora, its own targets"),
     ("mixtral", "dora"),
+    ("mixtral", "hylorada_v2, all linear layers"),
     ("gpt_oss", "longlora"),
     ("qwen3", "lora"),
     ("qwen2", "dora, norm not detached"),

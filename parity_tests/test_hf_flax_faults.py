@@ -3,7 +3,9 @@
 An option that the Flax class computes otherwise is refused by name, and shown here to be off.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,18 @@ import transformers
 if not hasattr(transformers, "FlaxPreTrainedModel"):
     pytest.skip("this transformers has no Flax models", allow_module_level=True)
 
+import hylorada_torch
+from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import DataError, ModelError
+from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.families import FLAX
 from hylorada_jax.models.hf import base, loading
 from hylorada_jax.models.hf.faults import check_hf_flax
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.wrapped import as_base
+from hylorada_jax.surgery import layout
 from parity_tests.hf_weights import randomise
+from parity_tests.models import random_adapters
 from parity_tests.tolerances import relative_error
 
 # Two to three layers in float32, T5's logits without a scale: up to 2e-5 was seen, and 4e-4 or more if wrong.
@@ -135,17 +142,22 @@ def saved(architecture: str, family: str, options: dict[str, Any], place: Path) 
     return model
 
 
-def error(model: Any, loaded: Any) -> float:
-    """How far a Flax model is from its torch model, on right-padded rows as long as the context."""
-    ids = np.where(MASK > 0, IDS, model.config.pad_token_id or 0)
+def error(model: Any, ours: Callable[..., Any], config: Any) -> float:
+    """How far a Flax model is from its torch model, on right-padded rows as long as the context.
+
+    Args:
+        model: in torch.
+        ours: (input_ids, **inputs) → the Flax model's output.
+        config: of both.
+    """
+    ids = np.where(MASK > 0, IDS, config.pad_token_id or 0)
     inputs = {"attention_mask": MASK}
-    if model.config.is_encoder_decoder:
+    if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ANSWER
     with torch.no_grad():
         expected = model(torch.from_numpy(ids), **{key: torch.from_numpy(v) for key, v in inputs.items()})
-    ours = as_base(loaded)
-    got = ours.forward({"params": ours.params}, ids, **{key: jnp.asarray(v) for key, v in inputs.items()})
-    real = np.ones_like(ANSWER, bool) if model.config.is_encoder_decoder else MASK > 0
+    got = ours(ids, **{key: jnp.asarray(v) for key, v in inputs.items()})
+    real = np.ones_like(ANSWER, bool) if config.is_encoder_decoder else MASK > 0
     kind = "logits" if "logits" in expected else "last_hidden_state"
     return relative_error(np.asarray(got[kind])[real], expected[kind].numpy()[real])
 
@@ -153,13 +165,33 @@ def error(model: Any, loaded: Any) -> float:
 @pytest.mark.parametrize("case", RIGHT)
 def test_what_is_taken_computes_as_torch_does_up_to_the_last_position(case, tmp_path):
     model = saved(*RIGHT[case], tmp_path)
-    loaded = load_model(tmp_path)
-    assert error(model, loaded) <= LOGITS
-    ours = as_base(loaded)
+    ours = as_base(load_model(tmp_path))
+    assert base_error(model, ours) <= LOGITS
     assert ours.position_limit in (None, POSITIONS)
     if ours.position_limit:
         with pytest.raises(DataError, match="received: 21 tokens"):
             ours(np.zeros((1, POSITIONS + 1), np.int32))
+
+
+# Without an output layer there is nothing that a reference's adapter could be seen in.
+@pytest.mark.parametrize("case", [case for case in RIGHT if case != "bert, a decoder"])
+def test_with_adapters_it_computes_as_the_reference_does(case, tmp_path):
+    model = saved(*RIGHT[case], tmp_path)
+    config = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules=("all-linear",))
+    ours = HyLoRADAModel(load_model(tmp_path), config)
+    reference = hylorada_torch.HyLoRADAModel(model, config)
+    values = random_adapters(reference, 0.1)
+    reference.load_adapters({name: torch.tensor(value) for name, value in values.items()})
+    adapters = layout.unflatten(
+        ours.sites, {name: value.astype(np.float32) for name, value in values.items()}
+    )
+    assert error(reference, functools.partial(ours.apply, adapters), model.config) <= LOGITS
+    assert base_error(reference, ours.base) > 3 * LOGITS
+
+
+def base_error(model: Any, ours: Any) -> float:
+    """The `error` of a Flax model without adapters."""
+    return error(model, functools.partial(ours.forward, {"params": ours.params}), ours.config)
 
 
 def test_every_family_is_tried():
@@ -185,9 +217,9 @@ def test_what_flax_computes_otherwise_is_refused_by_name(case, tmp_path, monkeyp
     monkeypatch.setattr(loading, "check_family", lambda family: None)
     if case in LOUD:
         with pytest.raises(ModelError, match=LOUD[case]):
-            error(model, load_model(tmp_path))
+            base_error(model, as_base(load_model(tmp_path)))
     else:
-        assert error(model, load_model(tmp_path)) > 3 * LOGITS
+        assert base_error(model, as_base(load_model(tmp_path))) > 3 * LOGITS
 
 
 def rewrite(place: Path, **changes: Any) -> None:
@@ -210,7 +242,7 @@ def test_a_null_counts_as_an_absent_key(case, tmp_path):
     architecture, family, options = RIGHT[near]
     model = saved(architecture, family, options | defaults, tmp_path)
     rewrite(tmp_path, **dict.fromkeys(defaults), position_embedding_type=None, rope_parameters=None)
-    assert error(model, load_model(tmp_path)) <= LOGITS
+    assert base_error(model, as_base(load_model(tmp_path))) <= LOGITS
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5"])
@@ -219,7 +251,7 @@ def test_transformers_5_says_otherwise_that_t5_has_a_head_of_its_own(family, tmp
     model = saved(architecture, family, options | {"tie_word_embeddings": False}, tmp_path)
     said = {"scale_decoder_outputs": False} if family == "t5" else {}
     rewrite(tmp_path, tie_word_embeddings=True, **said)
-    assert error(model, load_model(tmp_path)) <= LOGITS
+    assert base_error(model, as_base(load_model(tmp_path))) <= LOGITS
     if family == "t5":  # scaled, and with a head that the config calls the embedding
         rewrite(tmp_path, scale_decoder_outputs=True)
         with pytest.raises(ModelError, match=r"lm_head\.weight .* differs"):

@@ -135,9 +135,7 @@ def test_weights_that_are_fetched_later_say_whether_a_head_is_tied(tmp_path, mon
     config.mkdir()
     (config / "config.json").write_text(json.dumps(said))
     places = {False: config, True: complete}
-    monkeypatch.setattr(
-        hub, "fetch", lambda name, patterns: places["model.safetensors" in patterns]
-    )
+    monkeypatch.setattr(hub, "fetch", lambda name, patterns: places["model.safetensors" in patterns])
     assert not empty_model("org/name").config.tie_word_embeddings
     assert load_model("org/name").config.tie_word_embeddings
 
