@@ -50,6 +50,7 @@ current-python:
 test-transformers5: $(VENV)-transformers5/.installed
 	$(COMPILED_SOON) $(VENV)-transformers5/bin/$(RUN_PYTEST) hylorada_torch parity_tests/test_models.py parity_tests/test_files.py \
 		parity_tests/test_fixtures.py parity_tests/test_gemma4.py parity_tests/test_config_options.py parity_tests/test_families.py \
+		parity_tests/test_config_layouts.py parity_tests/test_text_part.py \
 		-k "not lower_precision and (gemma4 or not (test_config_options or test_families))" $(ARGS)
 	$(VENV)-transformers5/bin/python -m hylorada_jax parity --only "topk_gate" "qwen2, hylorada_v1" \
 		--output $(VENV)-transformers5/parity.json --overwrite
