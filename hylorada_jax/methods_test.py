@@ -75,7 +75,7 @@ def base_model(family):
             n_layer=2, n_head=2, n_embd=8, vocab_size=VOCAB, n_positions=32, initializer_range=0.3
         )
         return hf.FlaxGPT2LMHeadModel(config, seed=0)
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "llama": {"tie_word_embeddings": False},
         "qwen2": {"tie_word_embeddings": True},
         "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
