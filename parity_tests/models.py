@@ -120,18 +120,23 @@ MATRIX = [
 ]
 
 
-def draw_inputs(family: str, config: HyLoRADAConfig | None = None) -> dict[str, np.ndarray]:
-    """A batch of three rows, two of them padded, on either side, with what the family and the method read.
+def draw_inputs(
+    family: str, config: HyLoRADAConfig | None = None, *, in_front: bool = False
+) -> dict[str, np.ndarray]:
+    """A batch of two rows, the second padded, with what the family and the method read.
+
+    With ``in_front`` a third is padded there, whose tokens our models count without being given positions,
+    and transformers' bare models do not.
 
     "labels" says what the loss scores: the token at each place of the output, −1 where there is none.
     """
     rng = np.random.default_rng(2)
-    mask = np.array([[1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7], np.int32)
+    mask = np.array([[1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7][: 3 if in_front else 2], np.int32)
     given = {"input_ids": rng.integers(VOCAB, size=mask.shape, dtype=np.int32), "attention_mask": mask}
     labels = rng.integers(VOCAB, size=mask.shape, dtype=np.int32)
     given["labels"] = np.where(mask, labels, -1)
     if family == "t5":
-        given["decoder_input_ids"] = rng.integers(VOCAB, size=(3, 5), dtype=np.int32)
+        given["decoder_input_ids"] = rng.integers(VOCAB, size=(len(mask), 5), dtype=np.int32)
         given["labels"] = labels[:, :5]
     if config and config.use_hylorada_v2:
         given["structure_ids"] = rng.integers(
@@ -212,7 +217,8 @@ def build(family: str, config: HyLoRADAConfig, dtype: str, spread: float = SPREA
     """
     with all_in_float64():
         reference = hylorada_torch.HyLoRADAModel(torch_base(family, dtype), config)
-    pair = Pair(reference, HyLoRADAModel(jax_base(family, dtype), config), draw_inputs(family, config))
+    inputs = draw_inputs(family, config, in_front=True)
+    pair = Pair(reference, HyLoRADAModel(jax_base(family, dtype), config), inputs)
     pair.load(random_adapters(reference, spread))
     return pair
 
