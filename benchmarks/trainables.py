@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -16,7 +15,7 @@ from benchmarks.experiment import BASE
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel
-from hylorada_jax.saved.inspection import effective_rank
+from hylorada_jax.saved.inspection import effective_rank, singular_values
 from hylorada_jax.surgery.layout import flatten
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer, schedule
@@ -54,8 +53,9 @@ class Adapted:
         found: dict[str, list[float]] = {}
         for name, A in (tensors := flatten(self.model.sites, adapters)).items():
             if name.endswith("lora_A"):
-                found.setdefault("A", []).append(effective_rank(np.eye(len(A)), A))
-                found.setdefault("BA", []).append(effective_rank(tensors[f"{name[:-1]}B"], A))
+                found.setdefault("A", []).append(effective_rank(singular_values(A)))
+                product = singular_values(tensors[f"{name[:-1]}B"], A)
+                found.setdefault("BA", []).append(effective_rank(product))
         return {of: statistics.fmean(ranks) for of, ranks in found.items()}
 
 

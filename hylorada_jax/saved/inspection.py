@@ -85,33 +85,45 @@ def inspect_adapter(
     return found
 
 
-def effective_rank(left: np.ndarray, right: np.ndarray) -> float:
-    """How many directions a product of two matrices has, counted by their weight.
+def effective_rank(values: np.ndarray) -> float:
+    """How many directions a matrix has, counted by their weight.
 
         exp(-Σ_i p_i ln p_i),  p_i = σ_i / Σ_j σ_j
 
-    over the singular values σ of left · right, which is never formed.
+    Args:
+        values: its singular values σ.
+
+    Returns:
+        1 … as many as they are; 0 where all are 0.
+
+    Example:
+        >>> round(effective_rank(np.array([1.0, 1.0, 0.0])), 6)
+        2.0
+
+    Source: Roy and Vetterli 2007, "The effective rank", definition 1.
+    """
+    if not values.sum() > 0:
+        return 0.0
+    parts = values[values > 0] / values.sum()
+    return float(np.exp(-(parts * np.log(parts)).sum()))
+
+
+def singular_values(left: np.ndarray, right: np.ndarray | None = None) -> np.ndarray:
+    """Those of a matrix, or of a product of two, which is never formed; nor is [r, r].
 
     Args:
         left: [m, r].
         right: [r, n].
 
     Returns:
-        1 … r; 0 where the product is 0.
-
-    Example:
-        >>> round(effective_rank(np.eye(3), np.diag([1.0, 1.0, 0.0])), 6)
-        2.0
-
-    Source: Roy and Vetterli 2007, "The effective rank", definition 1.
+        In float64, the largest first; as many as the least of the sizes.
     """
-    _, ours = np.linalg.qr(left.astype(float))
-    _, theirs = np.linalg.qr(right.T.astype(float))
-    values = np.linalg.svd(ours @ theirs.T, compute_uv=False)
-    if not values.sum() > 0:
-        return 0.0
-    parts = values[values > 0] / values.sum()
-    return float(np.exp(-(parts * np.log(parts)).sum()))
+    factor = left.astype(float)
+    if right is not None:
+        _, ours = np.linalg.qr(factor)
+        _, theirs = np.linalg.qr(right.T.astype(float))
+        factor = ours @ theirs.T
+    return np.linalg.svd(factor, compute_uv=False)
 
 
 def _linear(
@@ -121,14 +133,13 @@ def _linear(
     weight_of: Callable[[str], jax.Array] | None,
 ) -> dict[str, Any]:
     A, B = leaves["lora_A"], leaves["lora_B"]
-    # ‖BA‖² is the sum of (BᵀB) ⊙ (AAᵀ).
-    squared = np.sum((B.T.astype(float) @ B) * (A.astype(float) @ A.T))
-    norm = abs(scale) * float(np.sqrt(max(squared, 0.0)))
+    values = singular_values(B, A)
+    norm = abs(scale) * float(np.linalg.norm(values))
     found: dict[str, Any] = {
         "rank": len(A),
         "update_norm": norm,
-        "effective_rank": effective_rank(B, A),
-        "effective_rank_A": effective_rank(np.eye(len(A)), A),
+        "effective_rank": effective_rank(values),
+        "effective_rank_A": effective_rank(singular_values(A)),
     }
     for key, leaf in _GATES.items():
         if leaf in leaves:

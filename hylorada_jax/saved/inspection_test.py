@@ -1,5 +1,7 @@
 """Oracles: products that are formed, in float64; fresh adapters, which have learned nothing; known ranks."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.saved.adapter_files import write_adapter
-from hylorada_jax.saved.inspection import effective_rank, inspect_adapter
+from hylorada_jax.saved.inspection import effective_rank, inspect_adapter, singular_values
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import layout
 
@@ -46,10 +48,9 @@ def test_the_effective_rank_is_that_of_the_singular_values(weight):
     entropy = -sum(p * np.log(p) for p in parts if p)
     expected = np.exp(entropy) if sum(weight) else 0
     # float64, and what rounds to no singular value weighs little.
-    assert effective_rank(left * weight, right.T) == pytest.approx(expected, rel=1e-10)
-    assert effective_rank(1e-3 * left, right.T * np.array(weight)[:, None]) == pytest.approx(
-        expected, rel=1e-10
-    )
+    weighted = right.T * np.array(weight)[:, None]
+    for factors in ((left * weight, right.T), (1e-3 * left, weighted), (left * weight,), (weighted,)):
+        assert effective_rank(singular_values(*factors)) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,26 @@ def test_a_trained_adapter_is_measured_as_its_products_are(base, tmp_path):
     assert found["attention"][10]["bias"][:3] == bias[:3].tolist()
     assert (found["distances"][:3], found["positions"][:3]) == ([0, 1, 2], [0, 1, 2])
     assert found["position_factor"][:3] == pytest.approx(np.tanh(tensors["position_bias"][:3]).tolist())
+
+
+def test_a_rank_far_beyond_the_widths_takes_no_more_memory_than_its_file(base, tmp_path):
+    """A and B of 8 KB; a matrix [rank, rank] takes 32 MB."""
+    rank = 2**11
+    A, B = (RNG.normal(size=shape) for shape in ((rank, 1), (1, rank)))
+    config = HyLoRADAConfig(method="lora", lora_rank=rank, lora_alpha=rank)
+    tensors = {"x.lora_A": A.astype(np.float32), "x.lora_B": B.astype(np.float32)}
+    write_adapter(tmp_path, tensors, config, HyLoRADAModel(base, HyLoRADAConfig(method="lora")).identity())
+    adapter = open_adapter(tmp_path)
+    tracemalloc.start()
+    try:
+        (layer,) = inspect_adapter(adapter)["linear"]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert layer["rank"] == rank
+    assert layer["update_norm"] == pytest.approx(abs((B @ A).item()), rel=1e-4)  # float32
+    assert (layer["effective_rank"], layer["effective_rank_A"]) == pytest.approx((1, 1))
+    assert peak < 16 * (A.nbytes + B.nbytes)
 
 
 @pytest.mark.parametrize(
