@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,22 @@ def test_a_damaged_checkpoint_is_refused(changed, said, tmp_path):
     write(tmp_path, changed)
     with pytest.raises(ModelError, match=said):
         open_weights(find_source(tmp_path))
+
+
+@pytest.mark.parametrize("size", [64, 2**22, 2**31 - 1])
+def test_a_block_of_more_scales_than_there_are_takes_no_memory_for_them(size, tmp_path):
+    """The 64 scales are in one block, also where a file says that it has 2³¹ of them, which take 8 GB."""
+    expected = open_weights(find_source(BITSANDBYTES)).read(Q)
+    write(tmp_path, {STATE: state(nested_blocksize=size)})
+    weights = open_weights(find_source(tmp_path))
+    tracemalloc.start()
+    try:
+        values = weights.read(Q)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(values, expected)
+    assert peak < 2**20  # numbers and their copies in float32: 24 KB
 
 
 def test_codes_may_be_stored_as_other_elements(tmp_path):

@@ -224,7 +224,8 @@ class BitsAndBytesWeights(PackedWeights):
         state, stored = self._states[name], self.stored(name + _ABSMAX)
         if state.nested_offset is None or state.nested_blocksize is None:
             return stored
-        scales = np.repeat(self.stored(name + _NESTED_ABSMAX), state.nested_blocksize)[: state.blocks]
+        # Not by np.repeat: a block may be said to have 2³¹ scales, whatever there are.
+        scales = self.stored(name + _NESTED_ABSMAX)[np.arange(state.blocks) // state.nested_blocksize]
         return self.stored(name + _NESTED_MAP)[stored] * scales + np.float32(state.nested_offset)
 
 
