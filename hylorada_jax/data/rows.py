@@ -42,11 +42,13 @@ def read_rows(path: Path, columns: Collection[str] = ("text",)) -> Iterator[Row 
 
     Args:
         path: a file.
-        columns: those that are read of a parquet file; of others all are.
+        columns: those that are read of a parquet file, which is null in all where it has none of them; of
+            others all are.
 
     Yields:
         Rows in the file's order. For one that is malformed, an error that says in which line: a line is not
-        JSON, a row is not an object, or a CSV row has other fields than its header.
+        JSON, a row is not an object, a CSV row has other fields than its header, or Python has no value for
+        what is in a row of parquet.
 
     Raises:
         DataError: the file is not a regular one, damaged or not UTF-8, has a line or a field of more than 2²⁶
@@ -77,7 +79,8 @@ class _Unpacked(gzip.GzipFile):
         self._place, self._limit = path, max(_EXPANDED, _EXPANSION * path.stat().st_size)
 
     def read(self, size: int | None = -1) -> bytes:
-        part = super().read(size)
+        left = self._limit + 1 - self.tell()  # whoever asks for more gets no more unpacked
+        part = super().read(left if size is None or size < 0 else min(size, left))
         if self.tell() > self._limit:
             raise _expands("A .gz file", str(self._place), self.tell(), self._limit)
         return part
@@ -227,15 +230,17 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
         with path.open("rb") as file, parquet.ParquetFile(file) as rows:
             header = rows.schema_arrow.names
             _check_header(header, path)
-            chosen = [name for name in header if name in columns] or header
-            for batch in _batches(rows, chosen, path, limit):
+            chosen = [name for name in header if name in columns]
+            for batch in _batches(rows, chosen or header, path, limit):
                 for at in range(len(batch)):
-                    (values,) = batch.slice(at, 1).to_pylist()  # alone, so that an error is of this row
-                    values = arrow_row(values)
-                    expanded += 64 + _size(values)
+                    place = f"{path}[{number}]"
+                    # Columns that nobody asked for are named alone: what is in them may have no value.
+                    one = batch.slice(at, 1)  # alone, so that an error is of this row
+                    row = _arrow_values(one, place) if chosen else Row(place, dict.fromkeys(header))
+                    expanded += 64 + (_size(row.values) if isinstance(row, Row) else 0)
                     if expanded > limit:
-                        raise _expands("A parquet file", f"{path}[{number}]", expanded, limit)
-                    yield Row(f"{path}[{number}]", values)
+                        raise _expands("A parquet file", place, expanded, limit)
+                    yield row
                     number += 1
     except UnicodeDecodeError as error:
         rule = "Text must be UTF-8."
@@ -243,6 +248,18 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
     except (arrow.ArrowException, OSError) as error:
         rule = "A parquet file must be whole."
         raise DataError(rule, f"{path}: {error}", "Copy or download it again.") from error
+
+
+def _arrow_values(row: Any, place: str) -> Row | DataError:
+    """A row of a batch that has one; the error where Python has no value for what is in it."""
+    try:
+        (values,) = row.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError) as error:
+        rule = "Times in a parquet file are of the years 1 to 9999, and fields of a struct differ in name."
+        return DataError(rule, f"{place}: {error}", "Correct or remove the row, or write times as text.")
+    return Row(place, arrow_row(values))
 
 
 def _batches(rows: Any, columns: Sequence[str], path: Path, limit: int) -> Iterator[Any]:

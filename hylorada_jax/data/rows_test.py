@@ -251,6 +251,36 @@ def test_parquet_without_texts_is_refused_by_what_it_has(tmp_path):
             load_documents(path)
 
 
+def test_a_row_of_parquet_that_python_has_no_value_for_is_named_and_may_be_skipped(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, far = tmp_path / "a.parquet", arrow.timestamp("us")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    plain = [[{**message, "at": 0} for message in chat]]
+    both = arrow.StructArray.from_arrays([arrow.array(["user"]), arrow.array(["Hi"])], names=["a", "a"])
+    for at, kind, said in (
+        (2**62, far, "out of range"),
+        (2**62, arrow.timestamp("us", tz="UTC"), "out of range"),
+        (2**30, arrow.date32(), "days=1073741824"),
+    ):
+        struct = arrow.struct([("role", arrow.string()), ("content", arrow.string()), ("at", kind)])
+        messages = [*plain, [{**message, "at": at} for message in chat], *plain]
+        parquet.write_table(arrow.table({"messages": arrow.array(messages, arrow.list_(struct))}), path)
+        with pytest.raises(DataError, match=rf"a\.parquet\[1\]: .*{said}"):
+            load_documents(path)
+        skipped: list[DataError] = []
+        documents = load_documents(path, skipped=skipped)
+        assert [document.name for document in documents] == [f"{path}[0]", f"{path}[2]"]
+        assert len(skipped) == 1
+    parquet.write_table(arrow.table({"text": both}), path)
+    with pytest.raises(DataError, match=r"a\.parquet\[0\]: .*duplicate field names"):
+        load_documents(path)
+    # Of columns that no format has, only the names count.
+    for column in (arrow.array([2**62], far), both):
+        parquet.write_table(arrow.table({"when": column, "n": [1]}), path)
+        with pytest.raises(DataError, match=r"columns of a format.*\n.*a\.parquet\[0\]: columns when, n"):
+            load_documents(path)
+
+
 def test_a_small_parquet_file_cannot_fill_the_memory(tmp_path, monkeypatch):
     """A dictionary of one text for all rows; a page of one text; rows of nothing. Fewer are read as ever."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -293,6 +323,10 @@ def test_rows_are_read_of_gzip_files_and_no_small_one_fills_the_memory(tmp_path,
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(as_lines(["x" * 100] * 20_000).encode()))
     with pytest.raises(DataError, match=r"bomb\.jsonl\.gz: 1,\d{3},\d{3} bytes"):
         load_documents(tmp_path / "bomb.jsonl.gz")
+    for name in ("bomb.txt.gz", "bomb.json.gz"):  # read whole, and nothing beyond the limit is unpacked
+        (tmp_path / name).write_bytes(gzip.compress(b"x" * 2**23))
+        with pytest.raises(DataError, match=rf"{name}: 1,048,577 bytes, more than 1,048,576"):
+            load_documents(tmp_path / name)
 
 
 def test_conversations_are_read_of_every_kind_of_file(tmp_path):
