@@ -148,8 +148,8 @@ def is_in_codes(dtype: str) -> bool:
 
 def known_dtype(dtype: str) -> bool:
     """Whether an adapter's record of its base's dtype is one that a base can be loaded in."""
-    name, _, base_dtype = dtype.partition("+")
-    return name in _NAMES and base_dtype in ("", *BASE_DTYPES)
+    name, plus, base_dtype = dtype.partition("+")
+    return name in _NAMES and (not plus or base_dtype in BASE_DTYPES)
 
 
 def _config(source: Source, dtype: np.dtype | None) -> dict[str, Any]:

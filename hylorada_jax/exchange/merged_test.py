@@ -320,6 +320,20 @@ def test_a_weight_that_overflows_is_named_and_nothing_stays(bases, adapted, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("dtype", ["float32+", "float32+nf5", "+nf4", "int8"])
+def test_a_record_of_a_dtype_that_no_base_has_is_as_none(bases, adapted, tmp_path, dtype):
+    model = adapted("llama", "dora")
+    tensors = layout.flatten(model.sites, model.adapters)
+    for name, record in (("one", {}), ("other", {"dtype": dtype, "weights_sha256": "0" * 64})):
+        write_adapter(tmp_path / name, tensors, model.config, model.identity() | record)
+        write_merged(bases / "llama", tmp_path / name, tmp_path / f"merged-{name}")
+    one, other = ((tmp_path / f"merged-{name}" / "model.safetensors") for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(ModelError, match="checked in one dtype"):
+        write_merged(bases / "llama", tmp_path / "other", tmp_path / "new", check_weights=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_interrupt_leaves_nothing(bases, adapted, tmp_path, monkeypatch):
     adapted("llama", "dora").save_pretrained(tmp_path / "adapter")
     seen = []

@@ -6,6 +6,7 @@ import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, check_base, write_adapter
 from hylorada_jax.saved.base_identity import base_identity
 from hylorada_jax.saved.saved_adapter import open_adapter
@@ -91,10 +92,16 @@ def test_a_chat_template_goes_with_its_adapter(saved):
     [({"default": "a", "tool_use": "b"}, "tool_use"), ("x" * (2**18 + 1), "262,145"), ("\ud83d", "UTF-8")],
     ids=["several", "long", "half a character"],
 )
-def test_a_chat_template_that_could_not_be_read_again_is_not_written(tmp_path, template, said):
+def test_a_chat_template_that_is_not_one_text_is_neither_written_nor_read(
+    tmp_path, template, said, monkeypatch
+):
     with pytest.raises(CheckpointError, match=said):
         write_adapter(tmp_path / "a", TENSORS, HyLoRADAConfig(), BASE, chat_template=template)
     assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(adapter_files, "check_beside", lambda *_: None)  # as a stranger may write it
+    write_adapter(tmp_path / "a", TENSORS, HyLoRADAConfig(), BASE, chat_template=template)
+    with pytest.raises(CheckpointError, match=said):
+        open_adapter(tmp_path / "a")
 
 
 def test_the_structure_goes_with_its_adapter(saved):

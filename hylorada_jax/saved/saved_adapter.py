@@ -23,8 +23,14 @@ from hylorada_jax.errors import CheckpointError, HyLoRADAError
 from hylorada_jax.io.files import any_path
 from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
-from hylorada_jax.models.chat_template import MAX_TEMPLATE
-from hylorada_jax.saved.adapter_files import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, check_finite, render
+from hylorada_jax.saved.adapter_files import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    check_beside,
+    check_finite,
+    render,
+)
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery.targets import with_saved_ranks
 from hylorada_jax.text import short, shown
@@ -61,7 +67,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     config: dict[str, Any]
     weights_sha256: _Sha256
     sha256: _Sha256
-    chat_template: Annotated[str, msgspec.Meta(max_length=MAX_TEMPLATE)] | msgspec.UnsetType = msgspec.UNSET
+    chat_template: str | msgspec.UnsetType = msgspec.UNSET
     structure: Domain | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -182,6 +188,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
         )
     try:
         checked(body, _Body, rule, CheckpointError, "Copy it again.", path)
+        check_beside(body.get("chat_template"), body.get("structure"))
         return body, HyLoRADAConfig.from_dict(body["config"])
     except HyLoRADAError as error:
         raise _with_versions(error, body) from error
