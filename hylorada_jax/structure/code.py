@@ -25,9 +25,10 @@ _MOST_DOTS = 1000
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 # The markers of lists' items may stand before a fence that opens, and indent its block by their width. What
-# stands behind backticks has none, or they are of one line.
+# stands behind backticks has none, or they are of one line. Runs are possessive (+): to give characters back
+# would match nothing more, and take the square of a line's length.
 _OPENING_FENCE = re.compile(
-    r"(?P<indent>(?: |[-+*] |\d{1,9}[.)] )*)(?P<fence>~{3,}|`{3,}(?!.*`))[ \t]*(?P<language>[\w+-]*).*\n"
+    r"(?P<indent>(?: |[-+*] |\d{1,9}[.)] )*)(?P<fence>~{3,}+|`{3,}+(?!.*`))[ \t]*+(?P<language>[\w+-]*+).*\n"
 )
 _CLOSING_FENCE = re.compile(r"(?P<indent> *)(?P<fence>~{3,}|`{3,})[ \t\r]*\n?")
 

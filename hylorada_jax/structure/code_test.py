@@ -1,6 +1,7 @@
 """Oracles: depths written by hand, tokenize's own INDENT and DEDENT, and laws over Python's own library."""
 
 import io
+import re
 import textwrap
 import tokenize
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hylorada_jax.structure import code as module
 from hylorada_jax.structure.code import character_depths, fenced_depths, token_depths
 
 # Under each line of source, the depth of each of its characters.
@@ -256,3 +258,27 @@ def test_a_block_that_a_lists_marker_opens_has_its_depths():
     assert parses
     assert {text[at] for at in np.flatnonzero(found)} == {"b", "\n"}
     assert found[text.index("b")] == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["`" * 2**20 + "a`\n", "~" * 2**20, "```" + " " * 2**20, "~~~" + "a" * 2**20],
+    ids=["backticks", "tildes", "blanks", "letters"],
+)
+def test_a_long_line_that_opens_no_block_takes_one_look(line):
+    """A second look at each character, as a pattern that goes back takes, would be 10¹² steps."""
+    depths, parses = fenced_depths(line, [(0, len(line))])
+    assert (depths.tolist(), parses) == ([0], True)
+
+
+def test_fences_are_those_of_the_pattern_that_may_go_back():
+    plain = re.compile(module._OPENING_FENCE.pattern.replace("}+", "}").replace("*+", "*"))
+    assert plain.pattern != module._OPENING_FENCE.pattern
+    rng, parts = np.random.default_rng(0), [*"``~~ \t-a1.", "```", "~~~"]
+    for _ in range(20_000):
+        line = "".join(rng.choice(parts, rng.integers(1, 12))) + "\n" * rng.integers(2)
+        found, expected = (
+            match and (match.groupdict(), match.span())
+            for match in (module._OPENING_FENCE.fullmatch(line), plain.fullmatch(line))
+        )
+        assert found == expected, line
