@@ -134,9 +134,10 @@ def _check_template(template: object) -> None:
 
 
 def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises a CheckpointError that names the tensors with values that are not finite, if there are any."""
-    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise CheckpointError("Every tensor must be finite.", short(broken), "Use an older checkpoint.")
+    """Raises a CheckpointError that names the tensors with values not finite in float32, if there are any."""
+    if broken := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+        rule = "Every tensor must be finite, in float32 too."
+        raise CheckpointError(rule, short(broken), "Use an older checkpoint.")
 
 
 def check_base(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -180,6 +181,11 @@ def check_weights(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
             "; ".join(f"{key}: adapter {saved[key]}, model {given[key]}" for key in differing),
             f"Load {saved.get('name')!r} in {saved['dtype']} and as it was then, or leave the check out.",
         )
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(tensor.astype(np.float32, copy=False)).all())
 
 
 def _widened(tensor: np.ndarray) -> np.ndarray:

@@ -146,8 +146,9 @@ def test_truncations_and_bit_flips_anywhere_are_refused(saved, name):
     [
         ({"a": np.arange(3)}, "float32 or float64[\\s\\S]*a I64"),
         ({"a": np.array([1.0, np.inf])}, "finite[\\s\\S]*a"),
+        ({"a": np.array([1.0, 1e300])}, "finite[\\s\\S]*a"),  # whose products have no finite values
     ],
-    ids=["integers", "infinities"],
+    ids=["integers", "infinities", "beyond float32"],
 )
 def test_what_is_no_adapter_is_refused_with_a_checksum_that_is_right(saved, tensors, message, monkeypatch):
     monkeypatch.setattr(np, "isfinite", np.ones_like)
