@@ -19,11 +19,42 @@ from hylorada_jax.training.config import TrainingConfig
 
 _OPTION = "--recipe"
 _RULE = "A recipe must be a file of options by name, in JSON or YAML."
+_REMEDY = "Take recipe.json of a run for a model."
 _MAX_BYTES = 2**20
+# YAML's reader takes a fifth of a millisecond for every token, of which one byte may be one.
+_MAX_YAML_BYTES = 2**16
+_MAX_DIGITS = 100
 # Where a run is kept, and what becomes of one that is there, is not part of what repeats it.
 _NOT_REPEATED = ("output", "resume", "overwrite")
 # An option, and the other one that counts in its place wherever it has a value.
 _IN_PLACE = {"--steps": "--epochs", "--warmup-ratio": "--warmup-steps"}
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """YAML of values that are written out, so that what is read is no larger than its file."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _not_plain(event, "an alias (*)")
+        if event.anchor:
+            raise _not_plain(event, "an anchor (&)")
+        if event.tag:
+            raise _not_plain(event, "a tag (!)")
+        node = super().compose_node(parent, index)
+        if node.tag == "tag:yaml.org,2002:merge":
+            raise _not_plain(event, "a merge key (<<)")
+        # A number in base 60 takes the square of its length.
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and len(node.value) > _MAX_DIGITS:
+            raise _not_plain(event, f"a number of {len(node.value):,} characters")
+        return node
+
+
+def _not_plain(event: yaml.Event, found: str) -> ConfigError:
+    rule = f"A recipe must have no tag, anchor, alias, merge key or number of over {_MAX_DIGITS} characters."
+    place = f"line {event.start_mark.line + 1}, column {event.start_mark.column + 1}"
+    return ConfigError(rule, f"{place}: {found}", "Write the value out.")
 
 
 def recipe_of(
@@ -111,15 +142,18 @@ def named_recipe(arguments: Sequence[str]) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = "Take recipe.json of a run for a model."
-    content = read_bounded(path, _RULE, ConfigError, remedy, limit=_MAX_BYTES)
+    is_json = path.suffix == ".json"
+    limit = _MAX_BYTES if is_json else _MAX_YAML_BYTES
+    content = read_bounded(path, _RULE, ConfigError, _REMEDY, limit=limit)
     try:
         text = content.decode()
-        options = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(_RULE, f"{path}: {error}", remedy) from error
+        options = parse_json(text) if is_json else yaml.load(text, _PlainYaml)
+    except ConfigError as error:
+        raise error.at(str(path)) from None
+    except Exception as error:  # yaml's constructors raise any
+        raise ConfigError(_RULE, f"{path}: {error}", _REMEDY) from error
     if not isinstance(options, dict) or not all(isinstance(name, str) and name for name in options):
-        raise ConfigError(_RULE, f"{path}: {shown(options)}", remedy)
+        raise ConfigError(_RULE, f"{path}: {shown(options)}", _REMEDY)
     return options
 
 

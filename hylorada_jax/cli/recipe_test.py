@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+import yaml
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
 from hylorada_jax.cli.finetune import Training, finetune
@@ -91,12 +92,25 @@ def test_yaml_says_the_same(tmp_path):
         ("a.json", b"[" * 10**5, "nested"),
         ("a.yaml", b"steps: [", "flow"),
         ("a.yaml", b"[" * 10**4, "a.yaml"),
-        ("a.yaml", b"!!python/object/apply:os.getcwd []", "python/object"),
+        ("a.yaml", b"!!python/object/apply:os.getcwd []", "line 1, column 1: a tag"),
+        ("a.yaml", b"seed: 1\nsteps: !!int ''", "line 2, column 8: a tag"),
+        ("a.yaml", b"alpha: !!float ''", "a tag"),
+        ("a.yaml", b"packing: !!bool maybe", "a tag"),
+        ("a.yaml", b"prompt: !!timestamp x", "a tag"),
+        ("a.yaml", b"!!str steps: 1", "a tag"),
+        ("a.yaml", b"prompt: ! x", "a tag"),
+        ("a.yaml", b"prompt: &a x", "an anchor"),
+        ("a.yaml", b"<<: {steps: 1}", "a merge key"),
+        ("a.yaml", b"steps: *a", "an alias"),
+        ("a.yaml", b"steps: 0b_", "a.yaml: invalid literal"),
+        ("a.yaml", b"steps: 1" + b":1" * 10**4, "a number of 20,001 characters"),
+        ("a.yaml", b"steps: 0x" + b"f" * 10**4, "a number of 10,002 characters"),
+        ("a.yaml", b"? [a]\n: 1", "unhashable"),
         ("a.yaml", b"\xff", "decode"),
         ("a.yaml", b"1: 2", "1: 2"),
         ("a.yaml", b"steps: {a: 1}", "steps"),
         ("a.yaml", b"targets: [[a]]", "targets"),
-        ("a.yaml", b"targets: &a [x, x]\nexclude: &b [*a, *a]\ndata: [*b, *b]", "exclude: "),
+        ("a.yaml", b"targets: &a [x, x]\nexclude: &b [*a, *a]\ndata: [*b, *b]", "an anchor"),
         ("a.yaml", b"steps: 2024-01-01", "a.yaml: steps"),
         ("a.yaml", b"recipe: b.yaml", "a.yaml: 'recipe'"),
         ("a.yaml", b"output: null", "a.yaml: output: null"),
@@ -108,6 +122,7 @@ def test_yaml_says_the_same(tmp_path):
         ("a.yaml", b"steps: true", "a.yaml: steps: True"),
         ("a.yaml", b"learning_rte: 1", "a.yaml: 'learning_rte'[\\s\\S]*learning-rate"),
         ("a.json", b'{"a": "' + b"x" * 2**20 + b'"}', "bytes"),
+        ("a.yaml", b"#" * 2**16 + b"\n", "more than 65,536"),
     ],
 )
 def test_what_is_no_recipe_is_refused(tmp_path, name, content, said):
@@ -115,6 +130,23 @@ def test_what_is_no_recipe_is_refused(tmp_path, name, content, said):
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         expanded(["finetune", "--recipe", str(file)], KNOWN)
+
+
+def test_keys_that_merge_doubled_mappings_are_refused_before_the_first_is_merged(tmp_path, monkeypatch):
+    monkeypatch.setattr(yaml.SafeLoader, "construct_document", None)  # nothing is constructed
+    file = tmp_path / "a.yaml"
+    levels = [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 30)]
+    for text in ("\n".join(["a0: &a0 {x: 1}", *levels]), "a: {<<: [{x: 1}, {x: 1}]}"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="no tag, anchor, alias, merge key"):
+            expanded(["finetune", "--recipe", str(file)], KNOWN)
+
+
+def test_a_text_may_look_like_what_is_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("prompt: '!!int &a *b <<'\ntargets: ['<<', '*', \"!x\"]")
+    said = expanded(["finetune", "--recipe", str(file)], KNOWN)
+    assert said[1:-2] == ["--prompt=!!int &a *b <<", "--targets", "<<", "*", "!x"]
 
 
 def test_a_recipe_that_is_not_there_is_refused():
