@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -14,6 +14,7 @@ from hylorada_jax.cli.reading import DataOptions
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import read_bounded
+from hylorada_jax.terminal import one_line
 from hylorada_jax.text import parse_json, shown
 from hylorada_jax.training.config import TrainingConfig
 
@@ -171,9 +172,19 @@ def _option(name: str, option: str, value: Any, types: Collection[Any]) -> Itera
             return
         case bool():
             yield option if value == (option == flag_of(name)) else f"--no-{option[2:]}"
+        case str() if not {str, Path} & {*types} and one_line(value) != value:
+            # It is none of the choices and no number, and what parses the line prints it as it is.
+            rule = "In a recipe, a choice or a number must be a printable line."
+            raise ConfigError(rule, f"{name}: {shown(value)}", "Correct this option.")
         case None | int() | float() | str():
             yield f"{option}={value}"
         case list() if value and all(isinstance(item, str) for item in value):
+            if tuple not in (get_origin(each) or each for each in types):
+                rule = "In a recipe, only options that take several values are lists."
+                raise ConfigError(rule, f"{name}: {shown(value)}", "Give one value.")
+            if options := [item for item in value if item.startswith("-")]:
+                rule = 'In a recipe, no text of a list begins with "-": it would be another option.'
+                raise ConfigError(rule, f"{name}: {shown(options[0])}", "Correct this option.")
             yield from (option, *value)
         case _:
             rule = "A recipe's values must be texts, numbers, true, false, null, or lists of texts."

@@ -122,6 +122,11 @@ def test_yaml_says_the_same(tmp_path):
         ("a.yaml", b"steps: true", "a.yaml: steps: True"),
         ("a.yaml", b"learning_rte: 1", "a.yaml: 'learning_rte'[\\s\\S]*learning-rate"),
         ("a.json", b'{"a": "' + b"x" * 2**20 + b'"}', "bytes"),
+        ("a.yaml", b'dtype: "\\e]0;x\\a"', r"dtype: '\\x1b\]0;x\\x07'"),
+        ("a.json", b'{"dtype": "\\u001b]0;x"}', r"dtype: '\\x1b\]0;x'"),
+        ("a.yaml", b'steps: "1\\n2"', "a printable line"),
+        ("a.yaml", b'dtype: ["\\e[2J"]', "only options that take several values are lists"),
+        ("a.yaml", b'targets: [a, "--x\\e[2J"]', r"targets: '--x\\x1b\[2J'"),
         ("a.yaml", b"#" * 2**16 + b"\n", "more than 65,536"),
     ],
 )
@@ -147,6 +152,13 @@ def test_a_text_may_look_like_what_is_refused(tmp_path):
     file.write_text("prompt: '!!int &a *b <<'\ntargets: ['<<', '*', \"!x\"]")
     said = expanded(["finetune", "--recipe", str(file)], KNOWN)
     assert said[1:-2] == ["--prompt=!!int &a *b <<", "--targets", "<<", "*", "!x"]
+
+
+def test_a_text_keeps_every_character_of_its_own(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text('prompt: "\\e[1m \\u202e\\n"\ndata: ["\\u200f.txt"]\noutput: "a\\tb"')
+    said = expanded(["finetune", "--recipe", str(file)], KNOWN)
+    assert said[1:-2] == ["--prompt=\x1b[1m \u202e\n", "--data", "\u200f.txt", "--output=a\tb"]
 
 
 def test_a_recipe_that_is_not_there_is_refused():
