@@ -1,5 +1,6 @@
 """config.json from a stranger: each wrong value ends at once in an error that names its key."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -199,6 +200,7 @@ HOSTILE_FLAX: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("quantization_config", (3, "x"), GPT2),
     ("problem_type", ("x",), GPT2),  # which transformers' class itself refuses, by a ValueError
     *((name, (1, {}), GPT2) for name in ("to_dict", "__class__", "__dict__", "attribute_map")),
+    ("use_return_dict", ("x", True), GPT2),  # a property that cannot be set
     ("attention_types", (3, [], [[["local"], 10**9]], [[[], 2]], [["local", 2]], [[["x"], 2]]), NEO),
     ("num_layers", (3,), NEO),  # unlike the attention types
     ("num_heads", (5,), NEO),
@@ -220,6 +222,20 @@ def test_a_wrong_value_of_a_flax_model_is_refused_by_name(tmp_path, monkeypatch,
     pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError)
     for value in values:
         refused(tmp_path, {**rest, key: value}, key, monkeypatch)
+
+
+def test_what_transformers_logs_is_printable_from_the_first_config_on(tmp_path, monkeypatch):
+    pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError)
+    import transformers
+
+    log = transformers.logging.get_logger("transformers.configuration_utils")
+    written = io.StringIO()
+    for handler in transformers.logging.get_logger().handlers:
+        monkeypatch.setattr(handler, "stream", written)
+    empty_model(write(tmp_path, GPT2))
+    log.error("Can't set %s", "\x1b]0;x\x07")
+    assert r"Can't set \x1b]0;x\x07" in written.getvalue()
+    assert "\x1b" not in written.getvalue()
 
 
 @pytest.mark.parametrize("config", [GPT2, NEO, T5, MARIAN], ids=lambda config: config["model_type"])

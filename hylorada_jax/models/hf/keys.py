@@ -79,12 +79,16 @@ def check_keys(said: Mapping[str, Any], config_class: type) -> None:
         config_class: is to be made from it.
 
     Raises:
-        ModelError: a value is of the wrong type or out of bounds, or hides a method of the class.
+        ModelError: a value is of the wrong type or out of bounds, or hides a method of the class or what
+            it computes.
     """
     checked(dict(said), _Keys, RULE, ModelError, REMEDY)
+    renamed = getattr(config_class, "attribute_map", {})
     for key in said:
         hides = key.startswith("__") or key in ("attribute_map", "sub_configs")
-        if hides or callable(getattr(config_class, key, None)):
+        there = getattr(config_class, renamed.get(key, key), None)
+        computed = isinstance(there, property) and there.fset is None
+        if hides or computed or callable(there):
             raise ModelError(
                 "A key of config.json must be a setting.", f"{key} of {config_class.__name__}", REMEDY
             )

@@ -1,5 +1,6 @@
 """Loading Hugging Face's Flax models from PyTorch's files."""
 
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from hylorada_jax.models.weights import (
     tensor_names,
 )
 from hylorada_jax.placement.placement import Placement
+from hylorada_jax.terminal import brief
 from hylorada_jax.text import short
 
 
@@ -51,6 +53,8 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
     """
     if source.config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _no_flax_class(source)
+    for handler in transformers.logging.get_logger().handlers:
+        handler.addFilter(_made_brief)  # adding it again changes nothing
     try:
         return _made(source, dtype)
     except HyLoRADAError:
@@ -61,6 +65,12 @@ def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
             f"{source.path}: {type(error).__name__}: {error}",
             "Correct config.json, or download it again.",
         ) from error
+
+
+def _made_brief(record: logging.LogRecord) -> bool:
+    """Lets every line of transformers' log through, fit for a terminal whatever a file has put into it."""
+    record.msg, record.args = brief(record.getMessage()), ()
+    return True
 
 
 def _made(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
