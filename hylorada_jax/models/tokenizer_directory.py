@@ -5,7 +5,6 @@ other classes 5 builds the pre-tokenizer anew. Settings beside it that contradic
 leaves them out, but writes them into tokenizer.json, so that files with both are of version 4.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,21 +107,22 @@ def read_tokenizer(path: Path, config: Mapping[str, Any]) -> TokenizerFiles:
             "Convert once with transformers: `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`.",
         )
     with refusing(path):
-        return _read(path, read_backend(file), config)
+        return _read(path, file, config)
 
 
-def _read(path: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> TokenizerFiles:
+def _read(path: Path, file: Path, config: Mapping[str, Any]) -> TokenizerFiles:
+    backend = read_backend(file)
     settings = read_settings(path, "tokenizer_config.json", TokenizerConfig)
-    # What was set when the tokenizer was saved would cut long texts in silence.
-    backend.no_truncation()
-    backend.no_padding()
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
     kind = str(named or family_of(config.get("model_type")).tokenizer or "").removesuffix("Fast")
     prefix = settings.get("add_prefix_space", False if kind in _UNPREFIXED else None)
     if prefix is not None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         backend.pre_tokenizer.add_prefix_space = prefix
     elif prefix is False and kind in _ADDING:
-        backend = _without_prefix(backend)
+        backend = read_backend(file, prefix=False)
+    # What was set when the tokenizer was saved would cut long texts in silence.
+    backend.no_truncation()
+    backend.no_padding()
     settings, added = _tokens(path, settings, backend)
     # A default that the vocabulary lacks is not added to it: the model's embedding has no row for it.
     for role, text in _DEFAULTS.get(kind, {}).items():
@@ -214,23 +214,6 @@ def begin_and_end(backend: tokenizers.Tokenizer, bos: str | None, eos: str | Non
             REMEDY,
         )
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-
-
-def _without_prefix(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer without what puts a space in front of a text, and takes it off again in decoding."""
-    ids = backend.get_vocab().values()
-    if max(ids, default=0) > 2 * len(ids):  # the library makes a list of what is left out
-        found = f"{len(ids)} tokens, and an id of {max(ids)}"
-        raise ModelError("The ids of a tokenizer must follow each other.", found, REMEDY)
-    saved = json.loads(backend.to_str())
-    for part, plural, dropped in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
-        steps = (saved[part] or {}).get(plural, [saved[part]])
-        kept = [step for step in steps if step and step["type"] != dropped]
-        saved[part] = {"type": "Sequence", plural: kept}
-        for step in [saved["pre_tokenizer"], *kept]:
-            if step and step["type"] == "Metaspace":
-                step["prepend_scheme"] = "never"
-    return tokenizers.Tokenizer.from_str(json.dumps(saved))
 
 
 def _as_token(token: Any, special: bool = True) -> AddedToken:

@@ -3,7 +3,9 @@
 import base64
 import json
 import struct
+import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.models.tokenizer import Tokenizer, load_tokenizer
+from hylorada_jax.models.tokenizer_backend import _GROWTH, _MAX_GROWTH
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "type": "BPE",
     "vocab": {"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4},
     "merges": [["a", "b"]],
@@ -97,6 +100,28 @@ STRIP = {"type": "Strip", "content": "a", "start": 10**18, "stop": 10**18}
 
 WORDS = {"type": "WordPiece", "unk_token": "b", "continuing_subword_prefix": "##", "vocab": {"b": 0, "a": 1}}
 
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+NOTHING = {"type": "Replace", "pattern": {"Regex": ""}, "content": "a"}  # between all letters
+LETTERS = {"type": "Replace", "pattern": {"Regex": "."}, "content": "\ufdfa"}
+NFKC = {"type": "NFKC"}
+
+
+def sequence(plural: str, *steps: Any) -> dict[str, Any]:
+    return {"type": "Sequence", plural: list(steps)}
+
+
+def sentencepiece(longest: int) -> dict[str, Any]:
+    """A table that puts this many bytes in the place of "a": of one path through a double array."""
+    index = [0] * 1024
+    index[0] = 256 << 10  # the root's children are at 256 ^ letter
+    index[256 ^ ord("a")] = (
+        512 << 10 | 1 << 8 | ord("a")
+    )  # a word ends here; its value is at this place ^ 512
+    index[256 ^ ord("a") ^ 512] = 2  # where its text begins in what follows the index
+    table = struct.pack("<1025I", 4096, *index) + b"c\0" + b"b" * longest + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
 # tokenizer.json that is refused as it is read.
 UNREADABLE: dict[str, Any] = {
     "nothing": b"",
@@ -135,6 +160,37 @@ UNREADABLE: dict[str, Any] = {
     "2 to the 40 letters": longer("pre_tokenizer", "pretokenizers", BYTES, 40),
     "2 to the 40 texts": longer("post_processor", "processors", template(WHOLE, WHOLE)["post_processor"], 40),
     "2 to the 40 parts": longer("decoder", "decoders", REPLACE, 40),
+    "2 to the 16 letters for none": longer("normalizer", "normalizers", NOTHING, 16),
+    "2 to the 16 letters in front": longer("normalizer", "normalizers", PREPEND | {"prepend": "a"}, 16),
+    "10,000 letters in front": step(normalizer={"type": "Prepend", "prepend": "a" * 10**4}),
+    "10,000 letters in front, of no type": step(normalizer={"prepend": "a" * 10**4}),
+    "10,000 letters as a list": step(normalizer=["a" * 10**4]),
+    "10,000 letters beside an empty sequence": step(
+        normalizer={"type": "Prepend", "prepend": "a" * 10**4, "normalizers": []}
+    ),
+    "18 to the 7 letters": longer("normalizer", "normalizers", sequence("normalizers", LETTERS, NFKC), 7),
+    "10,000 letters for one": step(normalizer=sentencepiece(10**4)),
+    "200 times 200 ids": template(
+        *[PIECE] * 200, WHOLE, **{"[X]": {"id": "[X]", "ids": [0] * 200, "tokens": ["a"] * 200}}
+    ),
+    "200 times 200 ids as a list": template(
+        *[{"SpecialToken": ["[X]", 0]}] * 200, WHOLE, **{"[X]": ["[X]", [0] * 200, ["a"] * 200]}
+    ),
+    "a template's token that is a number": template(PIECE, WHOLE, **{"[X]": 5}),
+    "a template's token that is null": template(PIECE, WHOLE, **{"[X]": None}),
+    "a template's token that is a text": template(PIECE, WHOLE, **{"[X]": "<s>"}),
+    "steps that are a number": step(normalizer={"type": "Sequence", "normalizers": 5}),
+    "a template's token of 100,000 letters": template(
+        PIECE, WHOLE, **{"[X]": {"id": "[X]", "ids": [0], "tokens": ["a" * 10**5]}}
+    ),
+    "101 steps": longer("normalizer", "normalizers", {"type": "Lowercase"}, 100),
+    "17 letters for one in decoding": step(decoder=REPLACE | {"content": "a" * 17}),
+    "a token of 4,097 letters": model(vocab=MODEL["vocab"] | {"é" * 4097: 5}),
+    "an added token of 4,097 letters": step(added_tokens=[{**TOKEN, "content": "x" * 4097}]),
+    "a prefix of 4,097 letters": step(
+        model=WORDS | {"max_input_chars_per_word": 100, "continuing_subword_prefix": "#" * 4097}
+    ),
+    "a suffix of 4,097 letters": model(end_of_word_suffix="#" * 4097, merges=[]),
     "a key twice": json.dumps(longer("normalizer", "normalizers", REPLACE, 40))[:-1].encode()
     + b', "normalizer": {"type": "Nothing"}}',
 }
@@ -197,6 +253,8 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     r"additional_special_tokens: \{\} \(": ("special_tokens_map.json", {"additional_special_tokens": {}}),
     "Expected `int`, got `str`": ("added_tokens.json", {"<x>": "x"}),
     "Expected `int` >= 0": ("added_tokens.json", {"<x>": -1}),
+    "of length <= 4096": ("added_tokens.json", {"x" * 4097: 5}),
+    r"eos_token: .*of length <= 4096": ("tokenizer_config.json", {"eos_token": "x" * 4097}),
     "chat template must be a text in UTF-8": ("chat_template.jinja", b"\xff"),
     "more than 16,777,216 *": ("chat_template.jinja", b" " * (2**24 + 1)),
 }
@@ -217,10 +275,118 @@ def test_settings_of_another_type_are_refused_by_name(said, tmp_path):
         used(path)
 
 
-def test_ids_far_apart_are_refused_where_they_would_be_counted(tmp_path):
-    path = write(tmp_path, model(vocab={"a": 2**32 - 1}, merges=[]), ENDS | {"add_prefix_space": False})
-    with pytest.raises(ModelError, match="must follow each other"):
-        used(path)
+@pytest.mark.parametrize("config", [ENDS, ENDS | {"add_prefix_space": False}])
+def test_ids_may_have_gaps_up_to_the_largest_embedding(config, tmp_path, capfd):
+    vocabulary = MODEL["vocab"] | {"q": 2**24 - 1}
+    tokenizer = used(write(tmp_path, model(vocab=vocabulary), config))
+    assert tokenizer.encode("abq") == [2, 2**24 - 1]
+    assert capfd.readouterr().out == ""
+    write(tmp_path, model(vocab=MODEL["vocab"] | {"q": 2**24}), config)
+    with pytest.raises(ModelError, match=r"id of a token must be at most 16,777,215[\s\S]*16,777,216"):
+        used(tmp_path)
+
+
+def test_a_step_may_have_keys_that_are_not_its_own(tmp_path):
+    decoder = {"type": "Fuse", "decoders": {"a": 1}}
+    odd_ones: list[dict[str, Any]] = [PREPEND | {"normalizers": 5}, {"type": [], "normalizers": []}]
+    for odd in odd_ones:
+        path = write(tmp_path, step(normalizer=odd, decoder=decoder), ENDS | {"add_prefix_space": False})
+        assert used(path).encode("ab") == [2]
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+TEMPLATE = template(PIECE, WHOLE, PIECE, **{"[X]": {"id": "[X]", "ids": [3], "tokens": ["<s>"]}})[
+    "post_processor"
+]
+
+
+def quotes(of: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": of}, "content": '"'}
+
+
+# Steps as of real tokenizers; the table of NFKC's has 33 bytes at most, for U+FDFA.
+REAL: dict[str, dict[str, Any]] = {
+    "llama 2": {
+        "normalizer": sequence("normalizers", PREPEND, SPACES),
+        "decoder": sequence(
+            "decoders",
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ),
+        "post_processor": TEMPLATE,
+    },
+    "llama 3": {
+        "pre_tokenizer": sequence("pretokenizers", BYTES),
+        "post_processor": sequence("processors", BYTES, TEMPLATE),
+        "decoder": BYTES,
+    },
+    "qwen": {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": sequence("pretokenizers", BYTES),
+        "post_processor": BYTES,
+        "decoder": BYTES,
+    },
+    "bert": {
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": TEMPLATE,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    },
+    "t5": {
+        "normalizer": sequence(
+            "normalizers",
+            sentencepiece(33),
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
+        ),
+        "pre_tokenizer": METASPACE,
+        "post_processor": TEMPLATE,
+        "decoder": METASPACE,
+    },
+    "albert": {
+        "normalizer": sequence(
+            "normalizers",
+            quotes("``"),
+            quotes("''"),
+            {"type": "NFKD"},
+            {"type": "StripAccents"},
+            {"type": "Lowercase"},
+            sentencepiece(33),
+        ),
+        "pre_tokenizer": sequence("pretokenizers", {"type": "WhitespaceSplit"}, METASPACE),
+        "post_processor": TEMPLATE,
+        "decoder": METASPACE,
+    },
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_steps_of_real_tokenizers_are_within_the_bounds(name, tmp_path):
+    assert load_tokenizer(write(tmp_path, step(**REAL[name]))).vocab_size == 5
+
+
+def test_a_table_of_characters_is_as_long_as_its_longest_text(tmp_path):
+    longest = _MAX_GROWTH
+    backend = load_tokenizer(write(tmp_path, step(normalizer=sentencepiece(longest)))).backend
+    assert backend.normalizer.normalize_str("xa") == "x" + "b" * longest
+    write(tmp_path, step(normalizer=sentencepiece(longest + 1)))
+    with pytest.raises(ModelError, match=r"more than 8,192 times[\s\S]*up to 8,193 times"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_normal_forms_lengthen_no_character_more_than_is_reckoned():
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        characters = (chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
+        growth = max(len(unicodedata.normalize(form, c).encode()) / len(c.encode()) for c in characters)
+        assert growth <= _GROWTH[form] < growth + 1
 
 
 def test_a_tokenizer_has_its_bound(tmp_path):

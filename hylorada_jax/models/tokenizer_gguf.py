@@ -15,6 +15,7 @@ from hylorada_jax.models.gguf import special_ids
 from hylorada_jax.models.gguf_header import REMEDY, GGUFFile
 from hylorada_jax.models.tokenizer_backend import refusing
 from hylorada_jax.models.tokenizer_directory import TokenizerFiles, begin_and_end
+from hylorada_jax.models.tokenizer_settings import TokenText
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -52,7 +53,7 @@ class _Keys(
 ):
     """The metadata of a tokenizer, but its arrays of numbers and the ids of special tokens."""
 
-    tokens: Annotated[list[str], Meta(min_length=1)]
+    tokens: Annotated[list[TokenText], Meta(min_length=1)]
     merges: list[str]
     add_bos_token: bool | None = None
     add_eos_token: bool = False

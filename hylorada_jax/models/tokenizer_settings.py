@@ -12,12 +12,16 @@ from hylorada_jax.models.inside import file_inside
 
 RULE = "A tokenizer's files must be complete JSON, as transformers writes them, of one that works."
 REMEDY = "Download them again, or take another model."
+MAX_TOKEN = 2**12
+"""Characters of a token, so many may each id of an answer become; Llama 3: 128."""
+
+TokenText = Annotated[str, Meta(max_length=MAX_TOKEN)]
 
 
 class Token(msgspec.Struct):
     """A token and how it is found in a text; what is absent depends on where it stands."""
 
-    content: str
+    content: TokenText
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
@@ -25,7 +29,7 @@ class Token(msgspec.Struct):
     special: bool = False
 
 
-_Named = str | Token
+_Named = TokenText | Token
 
 
 class Roles(msgspec.Struct):
@@ -65,7 +69,7 @@ class TokenizerConfig(SpecialTokensMap):
     chat_template: str | list[_Template] | dict[str, str] | None = None
 
 
-AddedTokens = dict[str, Annotated[int, Meta(ge=0)]]
+AddedTokens = dict[TokenText, Annotated[int, Meta(ge=0)]]
 """added_tokens.json: ids by text."""
 
 

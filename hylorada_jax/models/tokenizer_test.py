@@ -151,6 +151,7 @@ WRONG: dict[str, dict[str, Any]] = {
     r"tokenizer.ggml.tokens: array\(\[0, 1, 2, 3\]\) \(Expected": {TOKENS: np.arange(4)},
     r"tokenizer.ggml.tokens: \[\] \(Expected `array` of length >= 1": {TOKENS: []},
     "the token 'a' occurs twice": {TOKENS: ["<s>", "a", "b", "a"]},
+    "of length <= 4096": {TOKENS: ["<s>", "a", "b", "c" * 4097]},
     r"tokenizer.ggml.merges: 7 \(Expected `array`": {MERGES: 7},
     "'ab' is not a merge": {MERGES: ["a b", "ab"]},
     "'a b a' is not a merge": {MERGES: ["a b a"]},
