@@ -24,6 +24,7 @@ from hylorada_jax.data.document import STRUCTURE, TokenizedDocument
 from hylorada_jax.data.examples import Example
 from hylorada_jax.io.files import TEMPORARY, user_path, write_whole
 from hylorada_jax.models.tokenizer import Tokenizer
+from hylorada_jax.models.tokenizer_backend import has_gaps
 from hylorada_jax.placement.processes import source_sha256
 
 ROOM = 8 * 2**30
@@ -57,7 +58,12 @@ def key_of(examples: Iterable[Example], tokenizer: Tokenizer, options: Mapping[s
         examples: the rows.
         tokenizer: the model's.
         options: of what is made of them.
+
+    Returns:
+        It; "" for a tokenizer with gaps in its ids, whose JSON cannot be had without their being printed.
     """
+    if has_gaps(tokenizer.backend):
+        return ""
     today = datetime.date.today() if "strftime_now" in str(tokenizer.chat_template) else None
     names = [field.name for field in dataclasses.fields(tokenizer) if field.name != "backend"]
     decides = {name: getattr(tokenizer, name) for name in names}

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from hylorada_jax.data import cache, tokenization
 from hylorada_jax.data.document import STRUCTURE
@@ -114,6 +116,16 @@ def test_all_that_decides_the_tokens_is_in_the_key(tokenizer, monkeypatch):
     ]
     monkeypatch.setattr(cache, "source_sha256", lambda: "of another version")
     assert not {cache.key_of(*call) for call in calls} & {*keys}
+
+
+def test_a_tokenizer_with_gaps_in_its_ids_prints_none_of_them_and_nothing_is_kept(place, tokenizer, capfd):
+    for vocabulary in ({"a": 0, "b": 2}, {"a": 0, "b": 0, "c": 2}, {"a": 0, "b": 2**24 - 1}):
+        apart = replace(tokenizer, backend=tokenizers.Tokenizer(models.WordLevel(vocabulary, "a")))
+        apart.backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        documents, _ = prepare([Document("a", "b a")], apart, 24, keep=True)
+        assert [document.tokens.tolist() for document in documents] == [[vocabulary["b"], 0]]
+    assert capfd.readouterr().out == ""
+    assert not place.exists()
 
 
 def test_rows_that_are_skipped_are_listed_each_time(place, tokenizer):
