@@ -12,6 +12,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.families import RELATIVE_POSITIONS
 from hylorada_jax.surgery.targets import mlp_outputs, select_targets, self_attentions
+from hylorada_jax.text import short
 from hylorada_torch.forward_pass import Passes
 from hylorada_torch.hf_attention import AdaptedAttention, adapt_attention, check_attentions
 from hylorada_torch.linear import (
@@ -128,7 +129,8 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
     Raises:
         ModelError: the model has adapters already, or its attention or dtype cannot be adapted.
         TargetError: a pattern matches no linear layer, or there is no MLP or attention to adapt.
-        ConfigError: a component does not go with this kind of model.
+        ConfigError: a component does not go with this kind of model, or an expert's update would depend on
+            the position: its layers are given tokens without their places.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -147,6 +149,13 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
         )
     names = [name for name, _ in linears_of(model)]
     ranks = layer_ranks(select_targets(names, config), names, config)
+    experts = [name for name in ranks if "expert" in name]
+    if experts and (config.position_bias_enabled or config.use_hylorada_v2):
+        raise ConfigError(
+            "In the reference the update of an expert does not depend on its tokens' positions.",
+            f"method={config.method!r} for {short(experts)}",
+            "Choose other layers (target_modules), or another method.",
+        )
     alphas = layer_alphas(ranks, names, config)
     attentions = self_attentions(names) if config.daa_enabled or config.s2_attn_enabled else []
     mlps = mlp_outputs(names) if config.sparse_enabled else []

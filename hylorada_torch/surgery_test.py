@@ -247,6 +247,15 @@ def test_the_seed_alone_decides_the_initial_values():
         assert not torch.equal(first[leaf], other[leaf])
 
 
+@pytest.mark.parametrize("method", ["hylorada", "hylorada_v2"])
+def test_experts_whose_tokens_places_are_not_known_are_refused(method):
+    base = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 4)]), "up": nn.Linear(3, 4)})
+    options: Any = {"method": method, "daa_enabled": False}
+    with pytest.raises(ConfigError, match=r"experts\.0"):
+        attach_adapters(base, HyLoRADAConfig(target_modules="all-linear", **options))
+    assert attach_adapters(base, HyLoRADAConfig(target_modules=("up",), **options)).parameters()
+
+
 def test_sparse_acts_on_the_whole_output_of_the_adapted_layer():
     base = base_model("gpt2")
     config = HyLoRADAConfig(use_hylorada=True, target_modules=("mlp.c_proj",), sparse_enabled=True)

@@ -74,7 +74,6 @@ CONFIGS = {
         **_LORA,
     ),
     "hylorada_v2": HyLoRADAConfig(method="hylorada_v2", **_LORA, **_STRUCTURE),
-    "hylorada_v2, all linear layers": HyLoRADAConfig(method="hylorada_v2", **_ALL, **_STRUCTURE),
     "hylorada_v2, temporal": HyLoRADAConfig(
         method="hylorada_v2", structure_encoder_type="temporal", **_LORA, **_STRUCTURE
     ),
@@ -98,7 +97,6 @@ MATRIX = [
     ),
     ("ministral", "lora, rslora, its own targets"),
     ("mixtral", "dora"),
-    ("mixtral", "hylorada_v2, all linear layers"),
     ("gpt_oss", "longlora"),
     ("qwen3", "lora"),
     ("qwen2", "dora, norm not detached"),
@@ -206,7 +204,9 @@ class Pair:
         return torch_results(self.reference, self.inputs, self.reference.adapters())
 
 
-def build(family: str, config: HyLoRADAConfig, dtype: str, spread: float = SPREAD) -> Pair:
+def build(
+    family: str, config: HyLoRADAConfig, dtype: str, spread: float = SPREAD, *, in_front: bool = False
+) -> Pair:
     """Both sides of a model with random adapters; to be called within `measuring(dtype)`.
 
     Args:
@@ -214,10 +214,11 @@ def build(family: str, config: HyLoRADAConfig, dtype: str, spread: float = SPREA
         config: what is adapted.
         dtype: of the base in JAX.
         spread: standard deviation of what is added to the reference's fresh adapters.
+        in_front: a row is padded there too, as of :func:`draw_inputs`.
     """
     with all_in_float64():
         reference = hylorada_torch.HyLoRADAModel(torch_base(family, dtype), config)
-    inputs = draw_inputs(family, config, in_front=True)
+    inputs = draw_inputs(family, config, in_front=in_front)
     pair = Pair(reference, HyLoRADAModel(jax_base(family, dtype), config), inputs)
     pair.load(random_adapters(reference, spread))
     return pair

@@ -10,6 +10,7 @@ from hylorada_jax.adapter_bank import AdapterBank
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError, TargetError
 from hylorada_jax.math.position import position_factor
+from hylorada_jax.math.structure import init_leaves, structure_prior
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -21,6 +22,7 @@ from hylorada_jax.surgery.intercept import adapt
 from hylorada_jax.trees import COLLECTION
 
 WIDTH, RANK = 6, 2
+V2 = HyLoRADAConfig(method="hylorada_v2", structure_dim=5)
 BLOCK = Mixture(experts=4, chosen=2, width=5)
 SHAPE = {
     "model_type": "qwen3_moe", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2,
@@ -41,12 +43,19 @@ class Net(nn.Module):
 def plain(params, resolved, ids, positions):
     """The formula, on all tokens in a row."""
     x, block = params["table"][ids.reshape(-1)], params["mlp"]
-    factor = position_factor(resolved["position_bias"], positions).reshape(-1)
+    if "position_bias" in resolved:
+        factor = position_factor(resolved["position_bias"], positions).reshape(-1)
+    else:
+        seq_len = V2.structure_seq_len
+        prior = structure_prior(resolved["structure_encoder"], positions, None, seq_len).reshape(len(x), -1)
 
     def layer(name, x):  # [tokens, experts, in]
         own = resolved["mlp"]["experts"][name]
         delta = jnp.einsum("tei,eri,eor->teo", x, own["lora_A"], own["scaled_B"])
-        p = 1 + own["position_gate"] * factor[:, None]
+        if "position_gate" in own:
+            p = 1 + own["position_gate"] * factor[:, None]
+        else:
+            p = 0.5 + jax.nn.sigmoid(prior @ own["scale_from_structure"].T)
         base = jnp.einsum("tei,eio->teo", x, block["experts"][name]["kernel"])
         return (base + delta * p[..., None]) * own["column_scale"]
 
@@ -57,7 +66,9 @@ def plain(params, resolved, ids, positions):
     return jnp.einsum("teo,te->to", y, weights / weights.sum(-1, keepdims=True)).reshape(*ids.shape, WIDTH)
 
 
-def test_each_experts_update_depends_on_its_own_tokens_positions():
+@pytest.mark.parametrize("method", ["hylorada", "hylorada_v2"])
+def test_each_experts_update_depends_on_its_own_tokens(method):
+    """On their positions, or on their structure priors."""
     rng = np.random.default_rng(0)
     ids, positions = jnp.asarray(rng.integers(9, size=(2, 7))), jnp.asarray(rng.integers(900, size=(2, 7)))
     with jax.enable_x64(True):
@@ -68,11 +79,20 @@ def test_each_experts_update_depends_on_its_own_tokens_positions():
             count, d_in, d_out = leaf["kernel"].shape
             shapes = {"lora_A": (RANK, d_in), "scaled_B": (d_out, RANK), "column_scale": (d_out,)}
             leaves[name] = {k: jnp.asarray(rng.normal(size=(count, *shape))) for k, shape in shapes.items()}
-            leaves[name]["position_gate"] = jnp.asarray(rng.uniform(size=count))
-        resolved = {"mlp": {"experts": leaves}, "position_bias": jnp.asarray(rng.normal(size=64))}
+            if method == "hylorada":
+                leaves[name]["position_gate"] = jnp.asarray(rng.uniform(size=count))
+            else:
+                scales = rng.normal(size=(count, V2.structure_dim))
+                leaves[name]["scale_from_structure"] = jnp.asarray(scales)
+        resolved = {"mlp": {"experts": leaves}}
+        if method == "hylorada":
+            resolved["position_bias"] = jnp.asarray(rng.normal(size=64))
+        else:
+            encoder = init_leaves(jax.random.key(1), V2.structure_dim)
+            resolved["structure_encoder"] = jax.tree.map(lambda leaf: leaf.astype("float64"), encoder)
 
         def ours(params, resolved):
-            with adapt(resolved, HyLoRADAConfig()):
+            with adapt(resolved, HyLoRADAConfig() if method == "hylorada" else V2):
                 return Net().apply({"params": params, COLLECTION: resolved}, ids, positions)
 
         weights = rng.normal(size=(2, 7, WIDTH))
