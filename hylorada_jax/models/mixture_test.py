@@ -1,5 +1,7 @@
 """Oracle: every expert computed on every token, in float64; those that it has not chosen weigh nothing."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -84,7 +86,7 @@ def test_each_experts_update_depends_on_its_own_tokens(method):
             else:
                 scales = rng.normal(size=(count, V2.structure_dim))
                 leaves[name]["scale_from_structure"] = jnp.asarray(scales)
-        resolved = {"mlp": {"experts": leaves}}
+        resolved: dict[str, Any] = {"mlp": {"experts": leaves}}
         if method == "hylorada":
             resolved["position_bias"] = jnp.asarray(rng.normal(size=64))
         else:

@@ -47,7 +47,7 @@ def refuse_prior(structure_prior: Any) -> None:
 
 def check_deterministic(deterministic: Any) -> None:
     """Refuses what is not true or false: a structure prior in its place, which nothing would read."""
-    if jnp.ndim(deterministic):
+    if deterministic is not None and jnp.ndim(deterministic):
         raise ConfigError(
             "deterministic says whether nothing is dropped, True or False.",
             f"an array {jnp.shape(deterministic)}",
