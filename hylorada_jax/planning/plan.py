@@ -131,8 +131,9 @@ def plan(
         remats: what the backward pass computes again, in the order in which they need more memory.
         rows: that each part of data × fsdp computes.
     """
+    model = model_of_shapes(base, adapter)
     for mesh in meshes:
-        beside = beside_step(model_of_shapes(base, adapter), placement_on(mesh, devices.chips, base))
+        beside = beside_step(model, placement_on(mesh, devices.chips, base))
         arguments = argument_bytes(base, adapter, mesh, devices.chips)
         least = beside + arguments
         for number in rows:
