@@ -26,6 +26,7 @@ from hylorada_jax.math.quantized import dtype_name
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.batch import Batch, computed
+from hylorada_jax.models.families import either
 from hylorada_jax.placement.placement import placement_of
 from hylorada_jax.placement.processes import agree, everywhere, is_first, on_first, whole
 from hylorada_jax.placement.shards import in_use, own_rows, shard_rows
@@ -314,7 +315,7 @@ def _smaller(config: TrainingConfig, base: BaseModel) -> str:
             ways.append("bfloat16 (--dtype bfloat16)")
         if hasattr(base.module, "remat") and dtype_name(base.params) == base.dtype.name:
             ways.append("a base in 4 bits (--base-dtype nf4)")
-    return f"Choose {' or '.join(filter(None, [', '.join(ways[:-1]), ways[-1]]))}."
+    return f"Choose {either(ways)}."
 
 
 def _evaluator(
