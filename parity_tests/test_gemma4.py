@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.quantized import as_array
+from hylorada_jax.models.causal_lm import DecodeStep
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.mixture import EXPERTS
@@ -70,7 +71,7 @@ def test_a_cache_of_layers_with_unequal_heads_continues_as_torch_does():
     text, found = TEXTS[0][None], []
     with measuring("float64"):
         ours = jax_base(FAMILY, "float64")
-        cache, decode = ours.init_cache(1, text.shape[1]), jax.jit(ours.decode)
+        cache, decode = ours.init_cache(1, text.shape[1]), jax.jit(DecodeStep(ours.module))
         ends = [len(text[0]) - 3, *range(len(text[0]) - 2, len(text[0]) + 1)]  # a prompt, and single tokens
         for start, end in pairwise([0, *ends]):
             logits, cache = decode(
