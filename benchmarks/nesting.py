@@ -4,10 +4,11 @@
 
 Each method learns the Python standard library's source by the tokens of small nesting depths alone, and is
 tested on other files: on tokens of these depths, and on deeper ones. hylorada_v2 reads each token's depth, or
-does not; hylorada_v1 has no structure prior.
+does not; hylorada_v1 has no structure prior. Each method's rate is the one with the least loss on training
+files held out, at the small depths and with the first seed.
 
-Every run is a file in <output>/nesting/, and what was killed goes on where it was. In the page the table
-takes the place of what stands between `<!-- results:nesting -->` and `<!-- end -->`.
+Every run is a file in <output>/nesting/rate<rate>/, and what was killed goes on where it was. In the page the
+table takes the place of what stands between `<!-- results:nesting -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from hylorada_jax.terminal import show
 NAME = "nesting"
 WITHOUT, BLIND, READING = "hylorada_v1", "hylorada_v2, without depths", "hylorada_v2"
 METHODS = (WITHOUT, BLIND, READING)
+HELD_OUT = 20  # one training file in so many
 
 
 def main(
@@ -49,7 +51,7 @@ def main(
     steps: int = 64,
     batch_size: int = 2,
     seq_len: int = 256,
-    learning_rate: float = 4e-3,
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3),
     test_tokens: int = 32768,
     seeds: tuple[int, ...] = (0, 1, 2),
 ) -> None:
@@ -64,8 +66,8 @@ def main(
         steps: optimizer steps.
         batch_size: rows per step.
         seq_len: tokens per row.
-        learning_rate: peak, the same for all, for A and B alike.
-        test_tokens: about so many are read, spread evenly.
+        learning_rates: that each method chooses its own from; peak, for A and B alike.
+        test_tokens: about so many are read, spread evenly; as many held out ones.
         seeds: of the adapters' start and the order of the data.
     """
     refuse_unusable(output)
@@ -73,15 +75,20 @@ def main(
         rule = "Deeper tokens must be deeper than those that are trained on."
         raise ConfigError(rule, f"shallow {shallow}, deep {deep}", "Correct them.")
     require_each_once("seeds", seeds)
+    require_each_once("learning_rates", learning_rates)
     check_page(page, NAME)
     settings = {
         "model": model, "shallow": shallow, "deep": deep, "steps": steps, "batch_size": batch_size,
-        "seq_len": seq_len, "learning_rate": learning_rate, "test_tokens": test_tokens,
+        "seq_len": seq_len, "test_tokens": test_tokens,
     }  # fmt: skip
     directory = output / NAME
-    nesting = Nesting(settings, directory)
-    found = [nesting.run(BASE, 0), *(nesting.run(name, seed) for seed in seeds for name in METHODS)]
-    show(text := table(found))
+    nesting = Nesting(settings, learning_rates, directory)
+    found = [nesting.run(BASE, None, 0)]
+    for name in METHODS:
+        best = min((nesting.run(name, rate, seeds[0]) for rate in learning_rates), key=_held_out)
+        rate = best["settings"]["learning_rate"]
+        found += [best, *(nesting.run(name, rate, seed) for seed in seeds[1:])]
+    show(text := table(found, learning_rates))
     write_whole(directory / "table.md", text.encode())
     fill_page(page, NAME, text)
 
@@ -91,59 +98,73 @@ class Nesting:
 
     Args:
         settings: of all runs. Beside them stands a digest of the texts, which other Pythons have others of.
+        learning_rates: of the trained ones.
         directory: of their files.
 
     Raises:
-        ConfigError: no token of the test is so deep.
+        ConfigError: a setting is out of range, or no token of the test is so deep.
     """
 
-    def __init__(self, settings: Mapping[str, Any], directory: Path) -> None:
+    def __init__(self, settings: Mapping[str, Any], learning_rates: Sequence[float], directory: Path) -> None:
         from hylorada_jax.data.corpus import load_documents
         from hylorada_jax.data.document import digest
         from hylorada_jax.data.tokenization import tokenize
         from hylorada_jax.models.tokenizer import load_tokenizer
+        from hylorada_jax.training.config import TrainingConfig
 
-        tokenizer = load_tokenizer(settings["model"])
-        self._texts: dict[str, Any] = {
-            side: tokenize(load_documents(PYTHON_STDLIB, side), tokenizer, structure="code")
-            for side in ("train", "eval")
+        sizes = {name: settings[name] for name in ("steps", "batch_size", "seq_len")}
+        self._training = {
+            rate: TrainingConfig(output=directory, learning_rate=rate, **sizes)
+            for rate in (None, *learning_rates)
         }
-        digests = {side: digest(texts) for side, texts in self._texts.items()}
+        tokenizer = load_tokenizer(settings["model"])
+        train, test = (
+            tokenize(load_documents(PYTHON_STDLIB, side), tokenizer, structure="code")
+            for side in ("train", "eval")
+        )
+        held_out = train[::HELD_OUT]
+        del train[::HELD_OUT]
+        self._texts: dict[str, Any] = {"train": train, "held_out": held_out, "test": test}
+        digests = {part: digest(texts) for part, texts in self._texts.items()}
         self._settings, self._directory = {**settings, "sha256": digests}, directory
-        deepest = max(int(document.structure_ids.max()) for document in self._texts["eval"])
+        deepest = max(int(document.structure_ids.max()) for document in self._texts["test"])
         if settings["deep"] > deepest:
             rule = f"The test's files must have deeper tokens; the deepest are at {deepest}."
             raise ConfigError(rule, f"deep {settings['deep']}", "Give less.")
         self._base: Any = None
 
-    def run(self, name: str, seed: int) -> Record:
-        """The record of a method and a seed, from its file where there is one."""
+    def run(self, name: str, rate: float | None, seed: int) -> Record:
+        """The record of a method, a rate (None for the base) and a seed, from its file where there is one."""
         config = None if name == BASE else HyLoRADAConfig(method=name.split(",")[0])
-        settings = {**self._settings, "config": config and config.to_dict()}
+        settings = {**self._settings, "learning_rate": rate, "config": config and config.to_dict()}
+        directory = self._directory if rate is None else self._directory / f"rate{rate:g}"
         return kept(
-            self._directory, name, seed, settings, lambda: self._result(config, name == READING, seed)
+            directory, name, seed, settings, lambda: self._result(config, name == READING, rate, seed)
         )
 
-    def _result(self, config: HyLoRADAConfig | None, structure: bool, seed: int) -> Record:
+    def _result(
+        self, config: HyLoRADAConfig | None, structure: bool, rate: float | None, seed: int
+    ) -> Record:
         from benchmarks.trial import trained
         from hylorada_jax.data.packing import Rows
         from hylorada_jax.evaluation.sweep import loss_sweep
         from hylorada_jax.models.loading import load_model
-        from hylorada_jax.training.config import TrainingConfig
 
         if self._base is None:
             self._base = load_model(self._settings["model"])
         s = self._settings
-        training = TrainingConfig(
-            output=self._directory, steps=s["steps"], batch_size=s["batch_size"], seq_len=s["seq_len"],
-            learning_rate=s["learning_rate"], seed=seed,
-        )  # fmt: skip
         rows = Rows(counted(self._texts["train"], 0, s["shallow"], structure=structure), s["seq_len"])
+        training = dataclasses.replace(self._training[rate], seed=seed)
         model, result = trained(self._base, config, rows, training)
         sweep = loss_sweep(model)
-        for name, least, most in (("shallow", 0, s["shallow"]), ("deep", s["deep"], 10**9)):
-            rows = Rows(counted(self._texts["eval"], least, most, structure=structure), s["seq_len"])
-            nll, tokens = np.zeros((2, len(self._texts["eval"])))  # of each document
+        measures = (
+            ("held_out", "held_out", 0, s["shallow"]),
+            ("shallow", "test", 0, s["shallow"]),
+            ("deep", "test", s["deep"], 10**9),
+        )
+        for name, part, least, most in measures:
+            rows = Rows(counted(self._texts[part], least, most, structure=structure), s["seq_len"])
+            nll, tokens = np.zeros((2, len(self._texts[part])))  # of each document
             for batch, losses in sweep(rows, s["batch_size"], max_tokens=s["test_tokens"]):
                 here = batch["targets"] >= 0
                 documents = batch["document_ids"][here]
@@ -171,17 +192,19 @@ def counted(documents: Sequence[Any], least: int, most: int, *, structure: bool)
     ]
 
 
-def table(runs: list[Record]) -> str:
+def table(runs: list[Record], rates: Sequence[float]) -> str:
     """The perplexities, and their differences to the same without what it reads.
 
     Args:
         runs: the records.
+        rates: that each method chose from.
     """
     found = by_method(runs)
     sides = ("shallow", "deep")
-    lines = [["", *(f"PPL, {side}" for side in sides), *(f"− {WITHOUT}, {side}" for side in sides)]]
+    lines = [["", "rate", *(f"PPL, {side}" for side in sides), *(f"− {WITHOUT}, {side}" for side in sides)]]
     for name, some in found.items():
-        cells = [name]
+        rate = some[0]["settings"]["learning_rate"]
+        cells = [name, "" if rate is None else f"{rate:g}"]
         for side in sides:
             nll, tokens = _losses(some, side)
             cells.append(plus_minus(np.exp(nll.sum(1) / tokens.sum()).tolist(), 3))
@@ -196,11 +219,17 @@ def table(runs: list[Record]) -> str:
     return (
         f"{markdown(lines)}\n\n{settings['model']}, {PYTHON_STDLIB}; {settings['steps']} steps of "
         f"{settings['batch_size']} × {settings['seq_len']} tokens, of which those at a depth of at most "
-        f"{settings['shallow']} count, rate {settings['learning_rate']:g}; deep is {settings['deep']} and "
-        f"more, in other files. {over_seeds(max(map(len, found.values())))}; differences "
-        "with 95 % intervals, a paired bootstrap over seeds and files. "
-        f"{measured_on(runs)}\n"
+        f"{settings['shallow']} count; deep is {settings['deep']} and more, in other files. The rate is the "
+        f"best of {len(rates)} for each method, on training files held out. "
+        f"{over_seeds(max(map(len, found.values())))}; differences with 95 % intervals, a paired "
+        f"bootstrap over seeds and files. {measured_on(runs)}\n"
     )
+
+
+def _held_out(run: Record) -> float:
+    """The mean loss of a run on the training files held out."""
+    nll, tokens = np.array(run["result"]["held_out"]).sum(0)
+    return float(nll / tokens)
 
 
 def _losses(runs: Sequence[Record], side: str) -> tuple[np.ndarray, np.ndarray]:

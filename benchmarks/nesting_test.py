@@ -28,29 +28,40 @@ def test_only_tokens_of_the_depths_count(tiny):
         assert 0 < document.scored.sum() < len(document)
 
 
+def perplexity(losses: Any) -> float:
+    total, tokens = map(sum, zip(*losses, strict=True))
+    return math.exp(total / tokens)
+
+
 def test_the_table_has_the_differences_of_the_runs(tiny, tmp_path, monkeypatch):
     source = "def f(x):\n    if x:\n        return [x, (1, {2: [3]})]\n"
     some = [Document(f"{n}.py", source.replace("f", f"f{n}") * 9) for n in range(3)]
     monkeypatch.setattr(corpus, "load_documents", lambda *source: some)
     monkeypatch.setattr(nesting, "METHODS", (nesting.WITHOUT, nesting.READING))
-    options: dict[str, Any] = {"model": str(tiny), "steps": 2, "seq_len": 64, "seeds": (0,)} | {
+    options: dict[str, Any] = {"model": str(tiny), "steps": 2, "seq_len": 64, "seeds": (0, 1)} | {
         "shallow": 1,
         "deep": 2,
+        "learning_rates": (1e-9, 2e-3),
     }
     page = tmp_path / "page.md"
     page.write_text("<!-- results:nesting -->\n<!-- end -->\n")
     nesting.main(output=tmp_path, page=page, **options)
-    records = [json.loads(path.read_text()) for path in (tmp_path / "nesting").glob("*.json")]
-    assert len(records) == 1 + 2
+    records = [json.loads(path.read_text()) for path in (tmp_path / "nesting").rglob("*.json")]
+    assert len(records) == 1 + 2 * (2 + 1)
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.read_text().splitlines()]
     perplexities: dict[str, list[float]] = {}
-    for record in records:
-        total, tokens = map(sum, zip(*record["result"]["deep"], strict=True))
-        perplexities.setdefault(record["settings"]["method"], []).append(math.exp(total / tokens))
-    row = next(
-        line.split("|") for line in page.read_text().splitlines() if line.startswith(f"| {nesting.READING} |")
-    )
+    for name in nesting.METHODS:
+        found = {
+            (record["settings"]["learning_rate"], record["settings"]["seed"]): record["result"]
+            for record in records
+            if record["settings"]["method"] == name
+        }
+        rate = min(options["learning_rates"], key=lambda rate: perplexity(found[rate, 0]["held_out"]))
+        assert [f"{rate:g}"] == [row[2] for row in rows if row[1:2] == [name]]
+        perplexities[name] = [perplexity(found[rate, seed]["deep"]) for seed in (0, 1)]
+    row = next(row for row in rows if row[1:2] == [nesting.READING])
     effect = np.mean(perplexities[nesting.READING]) - np.mean(perplexities[nesting.WITHOUT])
-    assert float(row[5].split()[0]) == pytest.approx(effect, abs=6e-4)
+    assert float(row[6].split()[0]) == pytest.approx(effect, abs=6e-4)
     some[:] = [Document(f"{n}.py", source.replace("f", f"g{n}") * 9) for n in range(3)]
     with pytest.raises(CheckpointError, match="sha256"):
         nesting.main(output=tmp_path, **options)
@@ -58,3 +69,6 @@ def test_the_table_has_the_differences_of_the_runs(tiny, tmp_path, monkeypatch):
         nesting.main(output=tmp_path, **options | {"deep": 1})
     with pytest.raises(ConfigError, match="deep 50"):
         nesting.main(output=tmp_path, **options | {"deep": 50})
+    with pytest.raises(ConfigError, match="learning_rate"):
+        nesting.main(output=tmp_path / "new", **options | {"learning_rates": (2e-3, -1.0)})
+    assert not (tmp_path / "new").exists()
