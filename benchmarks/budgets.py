@@ -26,11 +26,10 @@ from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
 from benchmarks.report import (
     check_page,
-    commits,
-    devices,
     draw,
     fill_page,
     markdown,
+    measured_on,
     origin,
     plus_minus,
     styles,
@@ -107,8 +106,7 @@ def table(found: dict[int, list[Row]], against: str) -> str:
     note = (
         f"{origin(found[max(found)], searched=found[min(found)])} Differences with 95 % intervals: a paired "
         "bootstrap over seeds and documents (of one document, its windows); of few seeds they are too narrow "
-        f"rather than too wide. On {devices(everything)}. "
-        f"{commits(run for row in everything for run in row.runs)}"
+        f"rather than too wide. {measured_on([run for row in everything for run in row.runs])}"
     )
     return f"{markdown(lines)}\n\n{note}\n"
 

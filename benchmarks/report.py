@@ -14,7 +14,7 @@ import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.io.files import write_figure, write_whole
 from hylorada_jax.io.reading import read_bounded
 from hylorada_jax.terminal import show
+
+# Two columns of the table: the times of a machine that has other work say nothing of the methods.
+_TIMES = (("step, s", "seconds_per_step", 1.0, 2), ("tokens/s", "tokens_per_second", 1.0, 0))
+_MEMORY = ("memory, MB", "program_bytes", 1e-6, 0)
+_QUIET = 1.5  # processes per core; the run itself is about one for each
 
 
 def main(
@@ -77,7 +82,8 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
     heads += [f"PPL − {against}"] if against is not None else []
     heads += (["LiM PPL", "middle / ends"] if placed else []) + (["other PPL"] if other else [])
     heads += ["found"] if probed else []
-    heads += ["step, s", "tokens/s", "memory, MB"]
+    costs = [*(_TIMES if _timed(rows) else ()), _MEMORY]
+    heads += [head for head, *_ in costs]
     lines = [heads]
     seeds = _seeds(rows)
     for row in rows:
@@ -102,11 +108,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
             *([plus_minus([mean(found) for found in row.values("retrieval")], 2)] if probed else []),  # type: ignore[arg-type]
             *(
                 f"{scale * statistics.median(row.values(name)):,.{digits}f}" if trained else ""
-                for name, scale, digits in (
-                    ("seconds_per_step", 1.0, 2),
-                    ("tokens_per_second", 1.0, 0),
-                    ("program_bytes", 1e-6, 0),
-                )
+                for _, name, scale, digits in costs
             ),
         ]
         lines.append(cells)
@@ -121,10 +123,16 @@ def _places(row: Row) -> list[str]:
 
 def caption(rows: Sequence[Row]) -> str:
     """Where the numbers of the table come from, in words."""
-    loads = [run["result"]["load_per_core"] for row in rows for run in row.runs if "losses" in run["result"]]
-    load = f", at a load of {min(loads):.1f} to {max(loads):.1f} per core" if loads else ""
-    measured = f"Step, tokens/s: medians on {devices(rows)}{load}; memory: of the compiled step."
-    return f"{origin(rows, places=True)} {measured} {commits(run for row in rows for run in row.runs)}"
+    times = "step, tokens/s: medians; " if _timed(rows) else ""
+    measured = f"{times}memory: of the compiled step.".capitalize()
+    return f"{origin(rows, places=True)} {measured} {measured_on([run for row in rows for run in row.runs])}"
+
+
+def _timed(rows: Sequence[Row]) -> bool:
+    """The times of the runs can be compared: they are of one device without other work."""
+    runs = [run for row in rows if row.trained for run in row.runs]
+    quiet = all(run["result"]["load_per_core"] <= _QUIET for run in runs)
+    return quiet and len({device(run["environment"]) for run in runs}) == 1
 
 
 def origin(rows: Sequence[Row], *, places: bool = False, searched: Sequence[Row] | None = None) -> str:
@@ -157,27 +165,11 @@ def over_seeds(seeds: int) -> str:
     return f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "Of one seed"
 
 
-def commits(runs: Iterable[Record]) -> str:
-    """Of what commits the runs are, in words."""
-    found = sorted({str(run["environment"]["commit"]) for run in runs})
-    return f"Commit{'s' * (len(found) > 1)} {', '.join(found)}."
-
-
 def measured_on(runs: Sequence[Record]) -> str:
     """Of what devices and commits the runs are, in words."""
     devices = " and ".join(sorted({device(run["environment"]) for run in runs}))
-    return f"On {devices}. {commits(runs)}"
-
-
-def devices(rows: Sequence[Row]) -> str:
-    """What it was measured on, in words; where there are several, which methods on each."""
-    labels: dict[str, list[str]] = {}
-    for row in rows:
-        for name in sorted({device(record["environment"]) for record in row.runs}):
-            labels.setdefault(name, []).append(row.label)
-    if len(labels) == 1:
-        return next(iter(labels))
-    return " and ".join(f"{name} ({'; '.join(theirs)})" for name, theirs in labels.items())
+    commits = sorted({str(run["environment"]["commit"]) for run in runs})
+    return f"On {devices}. Commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
 
 
 def _rates(rows: Sequence[Row]) -> str:

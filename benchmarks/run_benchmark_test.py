@@ -397,15 +397,22 @@ def test_the_table_has_the_mean_and_deviation_of_the_runs(done):
     assert "test.txt" in text
 
 
-def test_a_table_of_several_machines_says_which_method_ran_on_which(done):
+def test_times_are_in_the_table_if_they_are_of_one_machine_without_other_work(done):
     rows = read(done)
-    assert f"medians on {report.device(rows[0].runs[0]['environment'])}, at" in report.caption(rows)
-    for row in rows:
-        for record in row.runs:
-            record["environment"]["cpu"] = "another" if row.label == "lora" else "one"
-    others = "; ".join(row.label for row in rows if row.label != "lora")
-    assert f"one ({others})" in report.caption(rows)
-    assert "another (lora)" in report.caption(rows)
+    runs = [run for row in rows for run in row.runs]
+    for run in runs:
+        run["environment"]["cpu"], run["result"]["load_per_core"] = "one", 1.0
+    timed = report.table(rows)
+    assert f"| {statistics.median(rows[-1].values('seconds_per_step')):,.2f} |" in timed
+    assert "Step, tokens/s: medians; memory: of the compiled step. On one. " in timed
+    runs[-1]["environment"]["cpu"] = "another"
+    of_two = report.table(rows)
+    assert "Memory: of the compiled step. On another and one. " in of_two
+    runs[-1]["environment"]["cpu"], runs[-1]["result"]["load_per_core"] = "one", 4.0
+    for untimed in (of_two, report.table(rows)):
+        assert "step, s" not in untimed
+        assert "tokens/s" not in untimed
+        assert len({line.count("|") for line in untimed.splitlines() if "|" in line}) == 1
 
 
 def test_the_pages_table_is_replaced_and_nothing_else(done, tmp_path):
