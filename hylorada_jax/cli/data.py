@@ -37,7 +37,7 @@ def data(
         seq_len: tokens per row.
         rows: number of rows shown of each source.
         chat_template: a Jinja file in place of the model's template.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     from hylorada_jax.data.document import check_predicted
     from hylorada_jax.data.packing import check_windows

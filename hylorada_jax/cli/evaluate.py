@@ -73,7 +73,7 @@ def evaluate(
             training.
         verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
         json: print one JSON object.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
         processes: For several processes, started with the same options except for --process-id.
     """
     given = {**locals()}

@@ -104,7 +104,7 @@ def finetune(
         base_dtype: quantise the frozen linear layers to int8 or nf4, for a half or a quarter of bfloat16's
             memory; with +head, an untied output head too.
         prompt: text to continue, or to answer in a chat, before and after training; empty for none.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
         verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
         recipe: a .json or .yaml file of these options by name; options given beside it take precedence.
         processes: For runs of several processes, started with the same options except for --process-id.

@@ -77,7 +77,7 @@ def generate(
         mesh: the devices as data × fsdp × tensor, such as tensor=2 [one device if the model leaves half of
             its memory free, else a shard on each].
         verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     if (prompt is None) == (messages is None):
         raise ConfigError(

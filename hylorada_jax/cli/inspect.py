@@ -36,7 +36,7 @@ def inspect(
             adapter's own files are enough for the rest].
         output: new or empty directory for plots.png and inspection.json.
         json: print one JSON object, with every layer and head.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     from hylorada_jax.exchange.shards import new_directory, refuse_taken
     from hylorada_jax.io.files import user_path, write_json

@@ -28,7 +28,7 @@ def merge(
         model: smollm2-135m, a directory, a .gguf file, or a Hub name [the adapter's own].
         dtype: dtype of the written weights [each tensor's own; float32 from a .gguf file].
         check_weights: refuse a model whose weights are not, to the bit, those of the adapter's training.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     from hylorada_jax.exchange.merged import write_merged
     from hylorada_jax.exchange.shards import refuse_taken

@@ -19,7 +19,7 @@ def params(
         model: smollm2-135m, a directory with a config.json, a .gguf file, or a Hub name.
         adapter: The method and its settings.
         json: print one JSON object.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     settings = adapter.build()
 

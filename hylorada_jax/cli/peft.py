@@ -31,7 +31,7 @@ def export_peft(
         model: the base model [the one that the adapter names].
         drop: components to leave out although they have an effect.
         sample: a text; a refusal then says how much dropping would change its logits.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     from hylorada_jax import load_model
     from hylorada_jax.exchange.merged import dtypes_of
@@ -84,7 +84,7 @@ def import_peft(
         model: the base model it was trained on.
         method: hylorada_v1 turns a DoRA adapter into one that computes the same function [the file's].
         dtype: dtype of the base model's weights, as training will have them.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     from hylorada_jax import load_model
     from hylorada_jax.exchange.peft_files import open_peft

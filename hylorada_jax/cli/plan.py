@@ -50,7 +50,7 @@ def plan(
         remat: what the backward pass recomputes [full, then dots and none while they fit].
         rows: rows per step for each part of data × fsdp; several are compared.
         json: print one JSON object in place of the table.
-        offline: contact nothing; take Hugging Face Hub files from the local cache.
+        offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
     """
     from hylorada_jax.planning.chips import parse_topology
 

@@ -31,6 +31,7 @@ SMALL_FILES = (
     "source.spm", "target.spm", "vocab.json", "target_vocab.json", "vocab.txt", "merges.txt",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+_WEIGHTS, _PICKLES = ("pytorch_model", "model", "consolidated"), (".bin", ".pt", ".pth", ".ckpt")
 # Named one by one: a wildcard would also fetch copies in other formats and the originals beside them.
 _WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 
@@ -96,6 +97,8 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
     if os.path.isdir(path):
         return _from_directory(name, path, config_only)
     if os.path.isfile(path):
+        if path.suffix in _PICKLES:
+            raise _pickled(path)
         if path.suffix != ".gguf":
             raise ModelError(
                 "A base model that is a single file must be a .gguf file.",
@@ -172,17 +175,21 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         return tuple(path / shard for shard in shards)
     if files := files_inside(path, "*.safetensors"):
         return tuple(files)  # under another name; a wrong or incomplete set is reported when it is read
-    if list(path.glob("pytorch_model*.bin")):
-        raise ModelError(
-            "Weights must be safetensors: a pickle (.bin) runs code when it is read.",
-            f"{path}: {_listing(path)}",
-            "Convert once with transformers: "
-            "`AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)`.",
-        )
+    if any(name.startswith(_WEIGHTS) and name.endswith(_PICKLES) for name in os.listdir(path)):
+        raise _pickled(f"{path}: {_listing(path)}")
     raise ModelError(
         "A model directory must hold its weights as *.safetensors.",
         f"{path}: {_listing(path)}",
         "Complete the download (a Hub name needs the network until all its files are cached).",
+    )
+
+
+def _pickled(received: object) -> ModelError:
+    return ModelError(
+        "Weights must be safetensors: a pickle (.bin, .pt) runs code when it is read.",
+        received,
+        "Convert once with transformers: "
+        "`AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)`.",
     )
 
 

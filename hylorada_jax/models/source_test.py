@@ -87,10 +87,21 @@ def test_config_only_needs_no_weights(tmp_path):
         find_source(path)
 
 
-def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
-    path = make_directory(tmp_path / "m", "pytorch_model.bin")
-    with pytest.raises(ModelError, match="safe_serialization=True"):
-        find_source(path)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "model.pt",
+        "consolidated.00.pth",
+        "model.ckpt",
+    ],
+)
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path, name):
+    path = make_directory(tmp_path / "m", name)
+    for given in (path, path / name):
+        with pytest.raises(ModelError, match="safe_serialization=True"):
+            find_source(given)
 
 
 def test_broken_or_missing_config(tmp_path):

@@ -1,7 +1,8 @@
 """The process in which chat templates are rendered, so that time and memory can be taken from them.
 
 A template is a program that comes with a model, and there is no list of all the ways in which jinja2 can be
-made to fill the memory. The process has nothing that is worth having: no environment, no files, no children.
+made to fill the memory. The process has nothing that is worth having: no files, no children, and of the
+environment the time zone and the places of libraries alone.
 """
 
 import atexit
