@@ -430,7 +430,7 @@ _OF_JAX = [
             "if token in tokenizer.end_token_ids][:1]",
             "if token in tokenizer.end_token_ids][-1:]",
         ),
-        ("a mark's last token", "first < stop and last > start", "first < stop - 1 and last > start"),
+        ("a mark's last token", "(first < stop) & (last > start)", "(first < stop - 1) & (last > start)"),
         ("prompts without their opening", "number, opening=True", "number"),
         ("completions without an end", "end is not None and answer", "end is None and answer"),
         ("the prompt's tokens in the whole", "if whole.ids[:size] == prompt.ids:", "if whole.ids:"),

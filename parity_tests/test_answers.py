@@ -303,6 +303,12 @@ WRONG: dict[str, Any] = {
         [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
         r"row: a call of 'add', and a text without it",
     ),
+    "a call of a tool that it names elsewhere": (
+        "add {% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        r"row: a call of 'add', and a text without it",
+    ),
     "a system prompt that is refused": (
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
         CHATS["system"],
@@ -333,6 +339,14 @@ def test_a_template_that_cannot_be_scored_is_refused_by_name(name):
     assert len(skipped) >= 2
     assert counts[:3] == (3, len(kept), sum(map(len, kept)))
     assert counts.unscored == counts.too_long == 0
+
+
+def test_a_conversation_in_parts_whose_code_does_not_parse_is_counted_once():
+    tokenizer, _ = pair(FORMATS["qwen3"])
+    asked = {"role": "user", "content": "```python\nif:\n```"}
+    with pytest.warns(UserWarning, match="structure: 1 of 1 documents do not parse"):
+        found = tokenize([conversation([asked, THOUGHT, ASKED[1], THOUGHT])], tokenizer, "code")
+    assert len(found) == 2
 
 
 def test_a_refused_row_leaves_the_tokenizer_to_others():

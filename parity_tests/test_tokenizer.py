@@ -229,7 +229,9 @@ def test_ids_are_those_of_transformers(name, tmp_path):
         for skipped in (True, False):
             assert ours.decode(ids, skipped) == theirs.decode(ids, skip_special_tokens=skipped), text
         if "<s>" not in text:
-            assert ours.encode_prompt(text).ids == ids
+            # Where transformers ends every text, a prompt still goes on.
+            ended = ids[-1:] == [theirs.eos_token_id] and not text.endswith(theirs.eos_token)
+            assert ours.encode_prompt(text).ids == ids[: len(ids) - ended]
 
 
 PIECES = ["<s>", "</s>", "<pad>", "<tool>", "<extra>", "<late>", "[SEP]", "<|endoftext|>"]
@@ -281,7 +283,6 @@ def test_a_prompt_begins_and_a_document_ends_once(single, tmp_path):
     added = [ours.bos_token_id] * ("<s>" in single)
     text = "The cat"
     plain = ours.encode(text)
-    ended = [ours.eos_token_id] * ("</s>" in single)
     documents = [text, f"<s>{text}", f"{text}</s>", f"<s>{text}</s>", f"<s><s>{text}</s></s>", ""]
     encoded = ours.encode_documents(documents)
     # What is written in the text is neither doubled nor taken away.
@@ -291,7 +292,7 @@ def test_a_prompt_begins_and_a_document_ends_once(single, tmp_path):
         for begin, body, end in zip(
             begun,
             [plain] * 5 + [[]],
-            [ended, ended, [1], [1], [1, 1], ended],
+            [[], [], [1], [1], [1, 1], []],
             strict=True,
         )
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from hylorada_jax.data.answered import answer_text, as_message
 from hylorada_jax.data.tokenization import tokenize
+from hylorada_jax.errors import DataError
 from parity_tests.chat_templates import FORMATS
 from parity_tests.test_answers import ASKED, CALL, CHATS, conversation, mask, pair, prompt_of
 
@@ -41,6 +42,20 @@ def test_masks_are_those_of_trl(name):
         assert found.tokens.tolist() == expected["input_ids"], chat
         assert np.array_equal(mask(found), np.array(expected["assistant_masks"], bool)), chat
         assert mask(found).any()
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "lfm2"])
+def test_a_call_is_scored_or_refused(name):
+    utils = pytest.importorskip("trl.chat_template_utils")
+    template = getattr(utils, f"{name}_training_chat_template")
+    tokenizer, _ = pair(FORMATS[TEMPLATES.get(name, "chatml")]._replace(template=template))
+    chat = conversation([ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], TOOLS)
+    try:
+        (found,) = tokenize([chat], tokenizer)
+    except DataError:
+        return
+    scored = tokenizer.decode(found.tokens[mask(found)].tolist(), skip_special_tokens=False)
+    assert '"add"' in scored
 
 
 ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}

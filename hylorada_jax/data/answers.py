@@ -7,6 +7,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from hylorada_jax.data.examples import Completion, Conversation
 from hylorada_jax.errors import DataError
 from hylorada_jax.models.chat_template import Request, marks_generation, render_each
@@ -207,9 +209,13 @@ def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: 
     """A conversation whose template says what the assistant writes."""
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
     answers = _answers(example, score)
-    for number in answers:
-        _check_calls(example.messages[number], rendered.text)
     spans, wanted = rendered.generated, [number in answers for number in turns]
+    written = [rendered.text[start:stop] for start, stop in spans]
+    # Not in the whole text, which lists the tools: a call must be in what is scored.
+    scored_text = rendered.text if score == "all" else "".join(written)
+    of_turn = dict(zip(turns, written, strict=True)) if score != "all" and len(turns) == len(spans) else {}
+    for number in answers:
+        _check_calls(example.messages[number], of_turn.get(number, scored_text))
     if score != "all" and not all(wanted):
         if len(spans) != len(turns):
             raise DataError(
@@ -219,11 +225,11 @@ def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: 
                 "turn of the assistant that opens the conversation.",
             )
         spans = [span for span, want in zip(spans, wanted, strict=True) if want]
-    scored = [score == "all"] * len(encoded.ids)
+    scored = np.full(len(encoded.ids), score == "all")
+    first, last = np.reshape(encoded.offsets, (-1, 2)).T
     for start, stop in spans:
-        for number, (first, last) in enumerate(encoded.offsets):
-            scored[number] |= first < stop and last > start
-    return [Scored(encoded.ids, scored, encoded.offsets, rendered.text)]
+        scored |= (first < stop) & (last > start)
+    return [Scored(encoded.ids, scored.tolist(), encoded.offsets, rendered.text)]
 
 
 def _check_calls(message: Mapping[str, Any], text: str) -> None:

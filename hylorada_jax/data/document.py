@@ -29,7 +29,7 @@ class TokenizedDocument:
         structure_ids: what a structure encoder reads of each token, such as a nesting depth or the importance
             of a graph's node, int32 [n]; None for nothing.
         structure_positions: where each token stands for that encoder, such as calendar hours, float32 [n];
-            None for its place in the row.
+            None for its place in the document, or in the window of it that a row has.
         name: where the document came from.
 
     Example:

@@ -47,11 +47,11 @@ def read_rows(path: Path, columns: Collection[str] = ("text",)) -> Iterator[Row 
 
     Yields:
         Rows in the file's order. For one that is malformed, an error that says in which line: a line is not
-        JSON, a row is not an object, a CSV row has other fields than its header, or Python has no value for
-        what is in a row of parquet.
+        JSON, a row is not an object, a CSV row has other fields than its header, wrong quotes or a field of
+        more than 2²⁶ characters, or Python has no value for what is in a row of parquet.
 
     Raises:
-        DataError: the file is not a regular one, damaged or not UTF-8, has a line or a field of more than 2²⁶
+        DataError: the file is not a regular one, damaged or not UTF-8, has a line of more than 2²⁶
             characters, has more than 2³⁰ bytes and is read whole, or expands a hundredfold.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
@@ -186,7 +186,6 @@ def as_row(record: Any, place: str) -> Row | DataError:
 
 def _read_csv(path: Path, columns: Collection[str], delimiter: str) -> Iterator[Row | DataError]:
     limit = csv.field_size_limit(_LIMIT)
-    line = 1
     try:
         with _open_text(path, newline="") as file:
             rows = csv.reader(_lines(file, path), delimiter=delimiter, strict=True)
@@ -194,20 +193,30 @@ def _read_csv(path: Path, columns: Collection[str], delimiter: str) -> Iterator[
             if header is None:
                 return
             _check_header(header, path)
-            line = rows.line_num + 1
-            for row in rows:
+            while True:
+                line = rows.line_num + 1
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:  # the reader goes on behind it
+                    yield _misquoted(path, line, error)
+                    continue
                 if _is_filled(row) and len(row) != len(header):
                     rule = "A row of a CSV file must have as many fields as its header."
                     received = f"{path}:{line}: {len(row)} fields, header {names(header)}"
                     yield DataError(rule, received, 'Put text with a delimiter in it in quotes: "a, b".')
                 elif _is_filled(row):
                     yield Row(f"{path}:{line}", dict(zip(header, row, strict=True)))
-                line = rows.line_num + 1
     except csv.Error as error:
-        rule = 'A CSV file must quote its fields as RFC 4180 does: "a ""word"", and more".'
-        raise DataError(rule, f"{path}:{line}: {error}", "Correct or remove the row.") from error
+        raise _misquoted(path, 1, error) from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _misquoted(path: Path, line: int, error: csv.Error) -> DataError:
+    rule = 'A CSV file must quote its fields as RFC 4180 does: "a ""word"", and more".'
+    return DataError(rule, f"{path}:{line}: {error}", "Correct or remove the row.")
 
 
 def _is_filled(row: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from hylorada_jax.data import rows
 from hylorada_jax.data.corpus import load_documents
-from hylorada_jax.data.examples import Conversation
+from hylorada_jax.data.examples import Conversation, Document
 from hylorada_jax.data.rows import read_rows
 from hylorada_jax.errors import DataError
 
@@ -249,6 +249,18 @@ def test_parquet_without_texts_is_refused_by_what_it_has(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="must be whole"):
             load_documents(path)
+
+
+def test_a_row_of_csv_with_wrong_quotes_may_be_skipped(tmp_path):
+    (tmp_path / "a.csv").write_text('text\n"one, a"\n"a "bad" one"\n"two\nlines"\n')
+    skipped: list[DataError] = []
+    documents = load_documents(tmp_path / "a.csv", skipped=skipped)
+    assert documents == [
+        Document(f"{tmp_path}/a.csv:2", "one, a"),
+        Document(f"{tmp_path}/a.csv:4", "two\nlines"),
+    ]
+    (error,) = skipped
+    assert "a.csv:3" in str(error)
 
 
 def test_a_row_of_parquet_that_python_has_no_value_for_is_named_and_may_be_skipped(tmp_path):

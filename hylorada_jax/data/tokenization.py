@@ -236,6 +236,7 @@ def _tokenized(
                 skipped.append(found)
                 yield None
                 continue
+            missed: list[str] = []  # once for each part
             yield [
                 _record(
                     example,
@@ -243,10 +244,11 @@ def _tokenized(
                     "" if len(found) == 1 else f", part {part}",
                     tokenizer,
                     structure,
-                    unparsed,
+                    missed,
                 )
                 for part, scored in enumerate(found, start=1)
             ]
+            unparsed += missed[:1]
 
 
 def _take_limits_off(tokenizer: Tokenizer) -> None:

@@ -108,15 +108,16 @@ def evaluate_lost_in_the_middle(
     vocab = vocab_size(scored.base)
     checked = as_documents(documents, vocab, "evaluation", has_encoder=scored.has_encoder)
     rows = [row for row in Rows(checked, seq_len, packing=False) if row["segment_ids"].all()]
-    if not rows or seq_len < BUCKETS:
+    longest = max(map(len, checked))
+    if not BUCKETS <= seq_len < longest:
         raise DataError(
             f"A document must fill a sequence, of at least {BUCKETS} tokens.",
-            f"seq_len {seq_len}, which needs a token more; the longest has {max(map(len, checked))}",
+            f"seq_len {seq_len}, which needs a token more; the longest has {longest}",
             "Give longer documents, or another seq_len.",
         )
-    if max_tokens is not None:
+    if rows and max_tokens is not None:
         rows = spread(rows, max_tokens)
-    tokens = np.sum([row["targets"] != IGNORED for row in rows], axis=0)
+    tokens = sum((row["targets"] != IGNORED for row in rows), np.zeros(seq_len, int))
     if empty := [b for b, places in enumerate(_parts(seq_len, BUCKETS), 1) if not tokens[places].any()]:
         rule = f"Each of {BUCKETS} parts of the sequences must have a scored token."
         received = f"none in part {', '.join(map(str, empty))} of {len(rows)} sequences"

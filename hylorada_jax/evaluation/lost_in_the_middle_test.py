@@ -68,3 +68,11 @@ def test_a_part_is_spread_over_all_sequences(base):
 def test_what_cannot_be_cut_is_refused(base, seq_len):
     with pytest.raises(DataError, match=f"seq_len {seq_len}"):
         evaluate_lost_in_the_middle(base, documents(), seq_len=seq_len)
+
+
+def test_scored_tokens_behind_the_whole_windows_are_not_enough(base):
+    scored = np.arange(2 * SEQ_LEN + 5) > 2 * SEQ_LEN + 1
+    document = TokenizedDocument(np.ones(len(scored), np.int32), scored=scored)
+    for max_tokens in (None, SEQ_LEN):
+        with pytest.raises(DataError, match="must have a scored token"):
+            evaluate_lost_in_the_middle(base, [document], seq_len=SEQ_LEN, max_tokens=max_tokens)

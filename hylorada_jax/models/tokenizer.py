@@ -153,14 +153,20 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> Encoded:
         """Token ids of a text that a model is to continue: with the bos token where the model expects one.
 
+        No eos token is added, though the tokenizer may end every text with one: nothing follows an end.
+
         Args:
             text: any text; a bos token that it begins with is not doubled.
         """
         with refusing():
-            return self._once(self.backend.encode(well_formed(text)))
+            ids, offsets = self._once(self.backend.encode(well_formed(text)))
+        is_bos = ids == [self.bos_token_id]  # many models have one token for both
+        if ids[-1:] == [self.eos_token_id] and offsets[-1] == (0, 0) and not is_bos:
+            ids, offsets = ids[:-1], offsets[:-1]
+        return Encoded(ids, offsets)
 
     def encode_documents(self, texts: Sequence[str]) -> list[Encoded]:
-        """Token ids of whole texts: what :meth:`encode_prompt` gives, and the eos token at the end, once.
+        """Token ids of whole texts: with the bos token where the model expects one, and one eos token.
 
         Args:
             texts: any texts; they are encoded in parallel.

@@ -79,7 +79,7 @@ def check_groups(adapter: HyLoRADAConfig, seq_len: int) -> None:
 
 def check_data(
     train_data: Sequence[Any] | Mixture,
-    eval_data: Sequence[Any] | None,
+    eval_data: Sequence[Any] | Mixture | None,
     vocab: int,
     adapter: HyLoRADAConfig,
     config: TrainingConfig,
@@ -120,4 +120,5 @@ def check_data(
         check_predicted(source, f"Source {number} of the training data")
     if eval_data is None:
         return mixture, None
-    return mixture, as_documents(eval_data, vocab, "evaluation", has_encoder=has_encoder)
+    held_out = as_mixture(eval_data).documents  # of a mixture all count, whatever their shares
+    return mixture, as_documents(held_out, vocab, "evaluation", has_encoder=has_encoder)

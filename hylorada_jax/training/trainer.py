@@ -117,7 +117,7 @@ class HyLoRADATrainer:
         self,
         model: HyLoRADAModel,
         train_data: Sequence[Any] | Mixture,
-        eval_data: Sequence[Any] | None,
+        eval_data: Sequence[Any] | Mixture | None,
         config: TrainingConfig,
         *,
         recipe: Mapping[str, Any] | None = None,

@@ -41,6 +41,7 @@ from hylorada_jax.training import loop as loop_module
 from hylorada_jax.training import report
 from hylorada_jax.training import trainer as trainer_module
 from hylorada_jax.training.checkpoint import Checkpoints
+from hylorada_jax.training.checks import check_data
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.report import MetricsLog, Speed, read_metrics
 from hylorada_jax.training.step import make_train_step
@@ -125,6 +126,14 @@ def test_epochs_pass_over_the_rows(tmp_path):
     rows = len(Rows(as_documents(data, 29, "training", has_encoder=False), 16))
     _, result = train(tmp_path / "run", train_data=data, epochs=2, eval_every=None)
     assert result.steps == len(result.losses) == -(-2 * rows // 4)
+
+
+def test_of_a_mixture_that_is_held_out_all_counts():
+    both = Mixture([(texts(), 3), (texts(1, 4), 1)])
+    _, held_out = check_data(both, both, 29, HyLoRADAConfig(method="lora"), settings("run"))
+    assert held_out is not None
+    for document, ids in zip(held_out, texts() + texts(1, 4), strict=True):
+        np.testing.assert_array_equal(document.tokens, ids)
 
 
 def test_a_mixture_goes_on_with_the_same_bits_and_is_a_run_of_its_own(tmp_path, monkeypatch):
