@@ -321,13 +321,20 @@ def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
 
 
 def adapters_of(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> Adapters:
-    """The adapters of a model, as the tree of the surgery."""
+    """The adapters of a model, as the tree of the surgery; a ModelError for layers stacked afterwards."""
     leaves: dict[Path, dict[str, Array]] = {}
     for site in adaptation.sites:
         module = _holder(model, found, site)
-        leaves.setdefault(site.module.path, {}).update(
-            {leaf: getattr(module, leaf)[...] for leaf in site.leaves}
-        )
+        own = {leaf: getattr(module, leaf)[...] for leaf in site.leaves}
+        for leaf, shape in site.shapes[0]:
+            if own[leaf].ndim != len(shape) + site.module.stacked:  # it would be read along other axes
+                raise ModelError(
+                    "Layers are stacked before they are adapted, and such a model is read whole.",
+                    f"{leaf} {own[leaf].shape} of {site.names[0]}, {shape} in each of {len(site.names)}",
+                    "Make the layers with nnx.vmap, then adapt the model; what has been learnt goes over by "
+                    "nnx.update(that, nnx.state(this, AdapterParam)).",
+                )
+        leaves.setdefault(site.module.path, {}).update(own)
     return tree_of(leaves)
 
 

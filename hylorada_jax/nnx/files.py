@@ -51,7 +51,7 @@ def save_adapter(
     Of several processes all must call it, and the first writes.
 
     Raises:
-        ModelError: the model is not adapted.
+        ModelError: the model is not adapted, or its layers were stacked afterwards.
         ConfigError: ``base_config`` is none.
         CheckpointError: an adapter is already there, or cannot be written.
 

@@ -9,7 +9,16 @@ from flax import nnx
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
-from hylorada_jax.nnx import AdapterBank, AdapterParam, adapt, load_adapter, save_adapter, unload
+from hylorada_jax.nnx import (
+    AdapterBank,
+    AdapterParam,
+    adapt,
+    load_adapter,
+    merge,
+    resolve,
+    save_adapter,
+    unload,
+)
 from hylorada_jax.nnx.adapting_test import METHODS, config_of, made, moved
 from hylorada_jax.saved.adapter_files import write_adapter
 from hylorada_jax.saved.base_identity import base_identity
@@ -60,6 +69,22 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_changes(model, error
         assert nnx.split(model)[0] == before
 
 
+def test_an_adapter_of_layers_stacked_afterwards_is_refused_and_its_leaves_go_over_to_a_stack(tmp_path):
+    config, stacked = config_of("dora"), nnx.vmap(lambda rngs: Blocks(NAMED, rngs), in_axes=0, out_axes=0)
+    inside = nnx.vmap(lambda rngs: adapt(Blocks(NAMED, rngs), config, rngs), in_axes=0, out_axes=0)
+    late = moved(inside(nnx.Rngs(0).split(3)))
+    for call in (lambda net: save_adapter(net, tmp_path / "late"), merge, resolve):
+        with pytest.raises(ModelError, match=r"\(3, 2, 9\).*\n.*then adapt the model"):
+            call(late)
+    assert not (tmp_path / "late").exists()
+    net = adapt(stacked(nnx.Rngs(0).split(3)), config, nnx.Rngs(1))
+    nnx.update(net, nnx.state(late, AdapterParam))
+    save_adapter(net, tmp_path)
+    again = load_adapter(stacked(nnx.Rngs(0).split(3)), tmp_path)
+    same = jax.tree.map(jnp.array_equal, nnx.state(again, AdapterParam), nnx.state(late, AdapterParam))
+    assert all(jax.tree.leaves(same))
+
+
 def test_an_adapter_that_is_loaded_to_infer_drops_nothing_until_it_trains(tmp_path):
     net, x = made("Linear")
     save_adapter(moved(adapt(net, config_of("lora", lora_dropout=0.5), nnx.Rngs(3))), tmp_path)
@@ -95,10 +120,10 @@ def test_a_damaged_adapter_leaves_the_model_as_it_was(tmp_path):
 class Blocks(nnx.Module):
     """Three layers in a row, of these names."""
 
-    def __init__(self, names):
+    def __init__(self, names, rngs=None):
         self.order = names
         for seed, name in enumerate(names):
-            setattr(self, name, nnx.Linear(9, 9, use_bias=False, rngs=nnx.Rngs(seed)))
+            setattr(self, name, nnx.Linear(9, 9, use_bias=False, rngs=rngs or nnx.Rngs(seed)))
 
     def __call__(self, x):
         for name in self.order:

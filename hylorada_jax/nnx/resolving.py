@@ -32,7 +32,7 @@ def resolve(model: _Model) -> _Model:
         A model of its own, to call; what trains and is saved is the one it was made from.
 
     Raises:
-        ModelError: the model is not adapted.
+        ModelError: the model is not adapted, or its layers were stacked afterwards.
 
     Example:
         >>> import jax.numpy as jnp

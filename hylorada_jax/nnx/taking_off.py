@@ -42,8 +42,8 @@ def merge(model: _Model) -> _Model:
         The same model, its modules of their own classes again, with no adapter on it.
 
     Raises:
-        ModelError: it is not adapted, a sparse adapter has learnt something, or a kernel that is adapted is
-            also that of another module, or quantised.
+        ModelError: it is not adapted, its layers were stacked afterwards, a sparse adapter has learnt
+            something, or a kernel that is adapted is also that of another module, or quantised.
 
     Example:
         >>> from hylorada_jax.nnx import AdapterParam, adapt

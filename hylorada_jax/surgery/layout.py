@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hylorada_jax.errors import CheckpointError
+from hylorada_jax.errors import CheckpointError, ModelError
 from hylorada_jax.leaves import LEAVES, leaf_of
 from hylorada_jax.placement.processes import whole
 from hylorada_jax.surgery.modules import subtree, with_leaves
@@ -46,16 +46,26 @@ def flatten(sites: Sequence[Site], adapters: Adapters) -> dict[str, np.ndarray]:
 
     Returns:
         {layer name + "." + leaf name: array}; :func:`unflatten` gives the tree back, bit for bit.
+
+    Raises:
+        ModelError: a leaf has another shape than the sites say.
     """
     tensors = {}
     for site in sites:
         node = subtree(adapters, site.module.path)
         for leaf in site.leaves:
-            value = whole(node[leaf])
+            value, axis = whole(node[leaf]), leaf_of(site.component, leaf).rank_axis
             stack = value if site.module.stacked else value[None]
             for name, shapes, layer in zip(site.names, site.shapes, stack, strict=True):
-                cut = tuple(slice(length) for length in dict(shapes)[leaf])
-                tensors[tensor_name(name, leaf)] = layer[cut]
+                shape = dict(shapes)[leaf]
+                cut = (slice(n if place == axis else None) for place, n in enumerate(shape[: layer.ndim]))
+                tensors[tensor_name(name, leaf)] = tensor = layer[(*cut,)]
+                if tensor.shape != shape:
+                    raise ModelError(
+                        "A leaf has the shape that the model was adapted with; a stack pads its rank alone.",
+                        f"{tensor_name(name, leaf)} {layer.shape} for {shape}",
+                        "Give the adapters of this model and config.",
+                    )
     return tensors
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.intercept import adapt
@@ -172,6 +172,13 @@ def test_tree_to_tensors_to_tree_is_the_identity(config):
         again = layout.unflatten(sites, layout.flatten(sites, tree))
         assert set(_paths(again)) == set(_paths(tree))
         jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_a_leaf_is_cut_along_its_rank_alone():
+    _, _, _, sites, _, _, adapters, _ = make(CONFIGS[0])
+    for change in (lambda leaf: jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, 1)]), lambda leaf: leaf[0]):
+        with pytest.raises(ModelError, match="stack pads its rank alone"):
+            layout.flatten(sites[-1:], jax.tree.map(change, adapters))
 
 
 def _paths(tree):
