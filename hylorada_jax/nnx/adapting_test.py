@@ -226,8 +226,12 @@ def test_a_shared_module_has_one_adapter_and_a_shared_kernel_is_not_merged():
     other = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     other.kernel = layer.kernel
     tied = adapt(nnx.Sequential(layer, other), config_of("lora"), nnx.Rngs(1))
-    with pytest.raises(ModelError, match=r"layers\.0 and layers\.1"):
+    with pytest.raises(ModelError, match=r"layers\.0\.kernel and layers\.1\.kernel"):
         merge(tied)
+    own = Net(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    own.table = own.mlp.down_proj.kernel  # which the model itself may read
+    with pytest.raises(ModelError, match=r"mlp\.down_proj\.kernel and table"):
+        merge(adapt(own, config_of("lora"), nnx.Rngs(1)))
 
 
 class Outer(nnx.Module):

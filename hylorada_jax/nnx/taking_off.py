@@ -43,7 +43,7 @@ def merge(model: _Model) -> _Model:
 
     Raises:
         ModelError: it is not adapted, its layers were stacked afterwards, a sparse adapter has learnt
-            something, or a kernel that is adapted is also that of another module, or quantised.
+            something, or a kernel that is adapted has a second place in the model, or is quantised.
 
     Example:
         >>> from hylorada_jax.nnx import AdapterParam, adapt
@@ -57,7 +57,7 @@ def merge(model: _Model) -> _Model:
     adaptation, found = adaptation_of(model)
     config, adapters = adaptation.config, adapters_of(model, adaptation, found)
     merging.check_mergeable(adaptation.sites, adapters)
-    _refuse_unmergeable(adaptation, found)
+    _refuse_unmergeable(model, adaptation, found)
     for site in adaptation.sites:  # one after another: no second copy of all weights
         here, path = found[site.module.path], site.module.path
         if site.component == "linear":
@@ -87,12 +87,7 @@ def _merge_linear(site: Site, here: Found, adapters: Adapters, config: HyLoRADAC
         here.module.bias.set_value(merged["bias"].reshape(here.module.bias.shape))
 
 
-def _refuse_unmergeable(adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
-    owners: dict[int, list[Path]] = {}
-    for path, here in found.items():
-        for name in here.kind.leaves:
-            if (variable := getattr(here.module, name, None)) is not None:
-                owners.setdefault(id(variable), []).append(path)
+def _refuse_unmergeable(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
     paths = {site.module.path for site in adaptation.sites if site.component == "linear"}
     if codes := [".".join(path) for path in sorted(paths) if is_quantized(found[path].kernel)]:
         raise ModelError(
@@ -100,11 +95,14 @@ def _refuse_unmergeable(adaptation: Adaptation, found: Mapping[Path, Found]) -> 
             f"{', '.join(codes[:4])}, quantised by qwix",
             "Save the adapter, and load it onto the model as it was before it was quantised.",
         )
-    for shared in owners.values():
-        if len(shared) > 1 and paths & {*shared}:
+    merged = {(*path, leaf) for path in paths for leaf in found[path].kind.leaves}
+    # Whoever holds it may read it, such as a model whose embedding is its head's kernel.
+    for places in nnx.find_duplicates(model, only=nnx.Variable):
+        held = [tuple(map(str, place)) for place in places]
+        if merged & {*held}:
             raise ModelError(
                 "A kernel is merged where one module alone reads it.",
-                f"that of {' and '.join('.'.join(path) for path in shared)}",
+                f"{' and '.join(map('.'.join, held))}, which are one",
                 "Keep the adapter beside the model, or give each module a kernel of its own first.",
             )
 
