@@ -120,8 +120,19 @@ class AttentionScores(nnx.Module):
 
 
 def positions_of(tokens: Array, given: Array | None) -> Array:
-    """The checked positions of tokens [batch, seq]: as given, else of the model's call, else 0, 1, 2 …"""
+    """The checked positions of tokens [batch, seq]: as given, else of the model's call, else 0, 1, 2 …
+
+    Raises:
+        DataError: somebody gave the model positions, and they are of other tokens.
+    """
     if given is None:
-        own = current().positions
-        given = own if own is not None and own.shape == tokens.shape else None
+        now = current()
+        given = None if now.counted else now.positions
+        if given is not None and given.shape != tokens.shape:
+            raise DataError(
+                "Attention has the positions that the model was called with where it sees the same tokens.",
+                f"positions {given.shape}, attention over {tokens.shape}, such as with a prefix",
+                "Give positions= to Attention, query_positions= and key_positions= to AttentionScores; "
+                "or set daa_position_bias=False.",
+            )
     return token_positions(given, tokens[..., None])

@@ -61,6 +61,13 @@ class Net(nnx.Module):
         return self.attn(x)
 
 
+class Prefixed(Net):
+    """Attention over one token more than the model is called with."""
+
+    def __call__(self, x, positions=None):
+        return self.attn(jnp.pad(x, [(0, 0), (1, 0), (0, 0)]))
+
+
 def summed(y):
     return jnp.sum(jnp.sin(y)), y
 
@@ -244,6 +251,14 @@ def test_positions_that_nobody_gives_are_known_to_count_up(monkeypatch):
         asked.reset_mock()
         call()
         assert {p.counted for args, _ in asked.call_args_list for p in args[3]} == {counted}
+
+
+@pytest.mark.parametrize("hook", [Attention, AttentionScores])
+def test_positions_that_somebody_gives_are_never_left_out(hook):
+    net = adapt(Prefixed(hook, nnx.Rngs(0)), DAA, nnx.Rngs(1))
+    assert net(X).shape == (2, 6, 2, 4)  # nobody gives any: they count in attention too
+    with pytest.raises(DataError, match=r"positions \(2, 5\), attention over \(2, 6\)"):
+        net(X, POSITIONS)
 
 
 def test_what_is_compiled_within_a_call_answers_again_for_the_same_tokens_alone():
