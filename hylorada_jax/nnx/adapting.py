@@ -1,6 +1,7 @@
 """Adapters put on an NNX model."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -70,6 +71,11 @@ class Adaptation:
     resolved: bool = False
     chat_template: str | None = None
     structure: Domain | None = None
+
+    @functools.cached_property
+    def once_resolved(self) -> "Adaptation":
+        """That of the model's resolved ones: the same for all of them, which nnx.jit compiles once."""
+        return dataclasses.replace(self, resolved=True)
 
 
 def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:

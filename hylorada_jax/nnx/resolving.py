@@ -1,6 +1,5 @@
 """Weights first: what depends on weights alone, computed once for many calls of an NNX model."""
 
-import dataclasses
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -62,5 +61,5 @@ def resolve(model: _Model) -> _Model:
         for leaf in site.leaves:
             if name := leaf_of(site.component, leaf).resolved:
                 setattr(module, name, AdapterParam(node[name], component=site.component))
-    twin.hylorada = dataclasses.replace(adaptation, resolved=True)
+    twin.hylorada = adaptation.once_resolved
     return twin

@@ -60,6 +60,21 @@ def test_a_call_of_what_is_resolved_costs_what_loras_does():
     assert flops(v1) >= flops(resolve(v1)) + norms
 
 
+def test_what_is_resolved_again_is_not_compiled_again():
+    net, x = made("Linear")
+    adapt(net, V1, nnx.Rngs(1))
+    traced = []
+
+    @nnx.jit
+    def run(net, x):
+        traced.append(1)
+        return net(x)
+
+    for _ in range(3):
+        run(resolve(moved(net)), x)
+    assert len(traced) == 1
+
+
 def test_what_is_resolved_draws_dropout_from_the_model_and_is_not_saved(tmp_path):
     config = HyLoRADAConfig(method="lora", lora_rank=2, lora_dropout=0.5, target_modules="all-linear")
     net = moved(adapt(Blocks(1, stacked=False, rngs=nnx.Rngs(0)), config, nnx.Rngs(1)))
