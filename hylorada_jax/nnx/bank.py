@@ -15,7 +15,7 @@ from jax import Array
 from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.nnx.adapted import Adapted
-from hylorada_jax.nnx.adapting import adaptation_of
+from hylorada_jax.nnx.adapting import Adaptation, adaptation_of
 from hylorada_jax.nnx.files import load_adapter
 from hylorada_jax.nnx.resolving import resolve
 from hylorada_jax.nnx.taking_off import unload
@@ -61,6 +61,8 @@ class AdapterBank:
         self._named = NamedAdapters(_state(model))
         self._read: list[Any] = []
         self._stacked: Any = None
+        # By template and structure: nnx.jit compares them by identity.
+        self._adaptations: dict[tuple[str | None, Domain | None], Adaptation] = {}
         called: Any = resolve(model)
         called.eval()
         self._graph = nnx.graphdef(called)
@@ -123,16 +125,19 @@ class AdapterBank:
         """Makes an adapter the model's; a ConfigError for one that is not there.
 
         Its chat template and structure become the model's too; functions that have compiled the model are
-        compiled anew only where these differ.
+        compiled once more for each other two of these.
         """
         self._named.check_known(name)
         self._named.by_name[self._named.active] = _state(self.model)
         nnx.update(self.model, self._named.by_name[name])
-        self._named.beside[self._named.active] = _beside(self.model)
-        if (beside := self._named.beside[name]) != _beside(self.model):
+        model: Any = self.model
+        self._named.beside[self._named.active] = now = _beside(model)
+        self._adaptations[now] = model.hylorada
+        if (beside := self._named.beside[name]) not in self._adaptations:
             template, structure = beside
-            model: Any = self.model
-            model.hylorada = dataclasses.replace(model.hylorada, chat_template=template, structure=structure)
+            other = dataclasses.replace(model.hylorada, chat_template=template, structure=structure)
+            self._adaptations[beside] = other
+        model.hylorada = self._adaptations[beside]
         self._named.active = name
 
     def __call__(self, *arguments: Any, adapters: Sequence[str | None] | None = None, **options: Any) -> Any:

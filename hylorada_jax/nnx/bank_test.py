@@ -1,3 +1,5 @@
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,11 +85,15 @@ def test_an_adapters_template_and_structure_come_and_go_with_it(tmp_path):
     bank = AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0)))
     save_adapter(bank.model, tmp_path / "a", chat_template="{{ messages }}", structure="code")
     bank.load("a", tmp_path / "a")
-    for name in ("a", "default", "a"):
+    traced, x = mock.Mock(side_effect=lambda net, x: net(x)), made("Linear")[1]
+    called = nnx.jit(lambda net, x: traced(net, x))
+    for name in ("a", "default", "a", "default"):
         bank.switch(name)
+        called(bank.model, x)
         save_adapter(bank.model, tmp_path / "again", overwrite=True)
         found, expected = open_adapter(tmp_path / "again"), ("{{ messages }}", "code")
         assert (found.chat_template, found.structure) == (expected if name == "a" else (None, None))
+    assert traced.call_count == 2  # once for each
 
 
 def test_an_adapter_outlives_the_arrays_that_it_was_added_from():
