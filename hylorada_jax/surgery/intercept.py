@@ -28,6 +28,8 @@ _within: Any = jax.make_user_context(None)
 _RESOLVED = tuple(
     leaf.resolved for leaf in LEAVES if leaf.component in ("linear", "sparse") and leaf.resolved
 )
+# What resolve replaces: the forward pass reads none of it.
+_RAW = {leaf.name for leaf in LEAVES if leaf.resolved != leaf.name}
 
 # At the top of the resolved tree, and no leaves of the outermost module.
 _OF_THE_MODEL = (POSITION_BIAS, DROPOUT_RATE)
@@ -99,7 +101,8 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
     Raises:
         ModelError: within the context, for a module that ``resolved`` has leaves of and that is called
-            without them; or for one whose update depends on tokens that it does not see.
+            without them; for one that is called with adapters as they are, not resolved; or for one whose
+            update depends on tokens that it does not see.
 
     Example:
         >>> dense, x = nn.Dense(4, use_bias=False), jnp.ones((1, 3))
@@ -172,8 +175,15 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
                 assert_never(kind.role)
 
     def _is_adapted(self, module: Any) -> bool:
-        """Whether the module has leaves; an error where it should have, and a transform dropped them."""
-        if _leaves(module.variables.get(COLLECTION)):
+        """Whether the module has leaves; an error for those of another tree, or where they were dropped."""
+        if own := _leaves(module.variables.get(COLLECTION)):
+            if raw := sorted(own & _RAW):
+                raise ModelError(
+                    "A network is called with resolved adapters: the forward pass reads these alone.",
+                    f"{', '.join(raw)} of {'.'.join(module.path) or type(module).__name__}",
+                    "Give what resolve(sites, adapters, params, constants, config) returns, to adapt and to "
+                    "apply.",
+                )
             return True
         node: Any = self._resolved
         for name in module.path:

@@ -22,6 +22,7 @@ WIDTH = 4
 # An orthogonal A would be compiled for each shape.
 V1 = HyLoRADAConfig(method="hylorada_v1", lora_rank=2, target_modules="all-linear", lora_A_init="kaiming")
 LORA = HyLoRADAConfig(method="lora", lora_rank=2, target_modules="all-linear")
+SPARSE = HyLoRADAConfig(method="sparse", sparse_adapter_dim=3)
 X = jax.random.normal(jax.random.key(1), (2, 3, WIDTH))
 
 
@@ -55,6 +56,14 @@ class Block(nn.Module):
         return x + nn.Dense(WIDTH, name="fc")(jnp.tanh(x)), None
 
 
+class Projection(nn.Module):
+    """A layer that a sparse adapter knows as an MLP's last."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(WIDTH, name="fc2")(x)
+
+
 class Lifted(nn.Module):
     """A layer under one of flax's transforms, which hands on these collections."""
 
@@ -77,6 +86,13 @@ def test_a_transform_that_drops_the_adapters_is_refused(transform):
     _, fresh, adapted, _ = attach(Lifted(transform, ("params",)), config=LORA)
     with pytest.raises(ModelError, match=r"was called without it[\s\S]*variable_axes"):
         jax.eval_shape(adapted, fresh)
+
+
+@pytest.mark.parametrize("config", [LORA, SPARSE], ids=["lora", "sparse"])
+def test_adapters_that_are_not_resolved_are_refused(config):
+    params, fresh, _, _ = attach(Projection(), config=config)
+    with adapt(fresh, config), pytest.raises(ModelError, match=r"of fc2[\s\S]*what resolve"):
+        Projection().apply({"params": params, "hylorada": fresh}, X)
 
 
 def test_a_recurrent_network_is_adapted_and_merged():
