@@ -200,7 +200,7 @@ def find_modules(
     Raises:
         ConfigError: a registered linear module does not hold its weight as a matrix named kernel; the
             parameters of layers under nn.scan or nn.vmap do not lie on axis 0 of a submodule named layers;
-            or a layer is within nn.jit.
+            a layer is within nn.jit; or ``init`` gives all collections, not the parameters.
 
     Example:
         >>> class Net(nn.Module):
@@ -269,6 +269,13 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
             "Parameters must be arrays, without the axes that flax keeps beside them.",
             "a network made with nn.with_partitioning, or its like",
             "Give flax.linen.meta.unbox of what init returns, here and wherever params are taken.",
+        )
+    within = shapes.get("params") if isinstance(shapes, Mapping) else None
+    if isinstance(within, Mapping) and all(path[:1] != ("params",) for path in (*called, *others)):
+        raise ConfigError(
+            "init returns the parameters, and no other collection.",
+            f"the collections {', '.join(shapes)}",
+            'Give lambda key: network.init(key, x)["params"], and these wherever params are taken.',
         )
     linears: list[Linear] = []
     attentions: list[Attention] = []

@@ -164,6 +164,12 @@ def test_all_linear_says_what_it_leaves_out_by_its_name_and_that_can_be_named():
     assert [site.names for site in sites] == [("fc",), ("score",)]
 
 
+@pytest.mark.parametrize("network", [nn.Dense(3), nn.Sequential([nn.Dense(3), nn.BatchNorm(True)])])
+def test_an_initialisation_that_gives_all_collections_is_refused(network):
+    with pytest.raises(ConfigError, match=r"the collections [\s\S]*\[\"params\"\]"):
+        find_modules(lambda key: network.init(key, jnp.ones((2, WIDTH))))
+
+
 def test_a_layer_that_looks_like_a_linear_one_is_no_target():
     with pytest.raises(TargetError, match="layer0"):
         plan(find(Dense, InOut), HyLoRADAConfig(method="lora", target_modules="layer0"))

@@ -34,8 +34,8 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig, *, heads: bool 
         The selected names.
 
     Raises:
-        TargetError: a pattern matches nothing, is not a regular expression of bounded cost, names the output
-            head, or nothing is left.
+        TargetError: there are no layers; a pattern matches nothing, is not a regular expression of bounded
+            cost, names the output head, or nothing is left.
 
     Example:
         >>> names = ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"]
@@ -43,6 +43,12 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig, *, heads: bool 
         ['h.0.attn.c_proj']
     """
     targets = config.roles if config.target_modules is None else config.target_modules
+    if targets and not names:
+        raise TargetError(
+            "A model to adapt has linear layers of a class that is known.",
+            "a model without any",
+            "In Flax, make the class of its linear layers known by hylorada_jax.register_linear.",
+        )
     chosen: set[str] = set().union(*_matching(targets, names))
     chosen -= set().union(*_matching(config.exclude_modules, names))
     if not heads and (found := sorted(filter(is_head, chosen))):

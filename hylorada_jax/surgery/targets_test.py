@@ -68,9 +68,11 @@ def test_a_pattern_without_a_match_is_refused_with_near_ones(pattern):
         assert pattern in str(error.value.received).replace("\\\\", "\\")
 
 
-def test_a_broken_regex_an_empty_choice_and_the_head_are_refused():
+def test_a_broken_regex_no_layers_an_empty_choice_and_the_head_are_refused():
     with pytest.raises(TargetError, match="regular expression"):
         select(LLAMA, target_modules="*proj")
+    with pytest.raises(TargetError, match="a class that is known"):
+        select([], target_modules="all-linear")
     with pytest.raises(TargetError, match="left to adapt"):
         select(LLAMA, target_modules="q_proj", exclude_modules=("q_proj",))
     with pytest.raises(TargetError, match="output head"):
