@@ -39,6 +39,17 @@ class Foreign(nnx.Module):
         return jnp.einsum(self.einsum_str, x, self.w[...])
 
 
+@register_einsum
+class Unlike(nnx.Module):
+    """Which holds its equation elsewhere than it is registered by."""
+
+    def __init__(self):
+        self.w, self.product = nnx.Param(jnp.ones((6, 5))), "BD,DH->BH"
+
+    def __call__(self, x):
+        return jnp.einsum(self.product, x, self.w[...])
+
+
 def some_bias(layer):
     """The layer, with a bias that is not zero where it has one."""
     if getattr(layer, "bias", None) is not None:
@@ -377,6 +388,7 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
         (lambda: with_kernel(Packed()), aimed("all-linear"), RNGS, ModelError, "quantised"),
         (with_attribute, aimed("all-linear"), RNGS, ModelError, "has lora_A"),
+        (lambda: Net(Unlike()), aimed("all-linear"), RNGS, ModelError, r"\(Unlike\) has no einsum_str\n"),
         (lambda: Blocks(3, stacked=True, rngs=RNGS()), aimed(r".*\.1\.up"), RNGS, ConfigError, "together"),
     ],
     ids=[
@@ -389,6 +401,7 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         "twice",
         "quantised",
         "taken",
+        "no equation",
         "part",
     ],
 )
@@ -404,8 +417,10 @@ def test_what_cannot_be_adapted_is_refused(model, config, rngs, error, match):
         (lambda: merge(moved(adapted("sparse"))), ModelError, "sparse adapter"),
         (lambda: register_einsum(linen.Dense), ConfigError, "hylorada_jax.register_linear"),
         (lambda: register_einsum(Foreign, kernel="v"), ConfigError, "one thing"),
+        (lambda: register_einsum(Unlike, equation="product"), ConfigError, r"\(w, einsum_str\) already"),
+        (lambda: register_einsum(nnx.Embed), ConfigError, r"embedding \(embedding\) already"),
     ],
-    ids=["not adapted", "sparse", "Linen's class", "another kernel"],
+    ids=["not adapted", "sparse", "Linen's class", "another kernel", "another equation", "another role"],
 )
 def test_what_cannot_be_is_refused(call, error, match):
     with pytest.raises(error, match=match):

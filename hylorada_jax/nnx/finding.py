@@ -62,7 +62,8 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
         The modules as the surgery plans with them, and each of them by its path.
 
     Raises:
-        ModelError: it is no NNX module, or layers are stacked along another axis than the first.
+        ModelError: it is no NNX module, layers are stacked along another axis than the first, or a module
+            lacks what its class is registered by.
 
     Example:
         >>> find_modules(nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0)))[0].linear_names
@@ -98,6 +99,12 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
                 )
             attentions[place] = Found(module, kind)
             continue
+        if kind is not None and (missing := kind.missing(module)):
+            raise ModelError(
+                "A class is registered by the attributes that hold its kernel and its equation.",
+                f"{described} has no {' and no '.join(missing)}",
+                f"register_einsum({plain_class(type(module)).__name__}, kernel=…, equation=…) names them.",
+            )
         first = None if kind is None else getattr(module, kind.leaves[0], None)
         if kind is None or first is None:
             if isinstance(getattr(module, "kernel", None), nnx.Variable):

@@ -118,12 +118,31 @@ class Kind:
     Attributes:
         role: as it says.
         leaves: its own variables, which the adapters read or train; of a linear module the kernel is first.
-        equation: (module, axes of x) → the product of a linear module, as of ``jnp.einsum``.
+        equation: (module, axes of x) → the product of a linear module, as of ``jnp.einsum``; or the attribute
+            that holds it, of a class that is registered by it.
     """
 
     role: Role
     leaves: tuple[str, ...] = ()
-    equation: Callable[[Any, int], str] = lambda module, ndim: ""
+    equation: str | Callable[[Any, int], str] | None = None
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """All that a module is read by: its leaves, and where it is one, the attribute of its equation."""
+        return (*self.leaves, self.equation) if isinstance(self.equation, str) else self.leaves
+
+    def equation_of(self, module: Any, ndim: int) -> str:
+        """The product of a linear module, for an x of so many axes."""
+        if isinstance(self.equation, str):
+            return getattr(module, self.equation)
+        assert self.equation is not None
+        return self.equation(module, ndim)
+
+    def missing(self, module: Any) -> list[str]:
+        """The attributes that its class is registered by, and that a module has not."""
+        if not isinstance(self.equation, str) or isinstance(getattr(module, self.equation, None), str):
+            return []
+        return [self.equation]
 
 
 def _general(layer: nnx.LinearGeneral, ndim: int) -> str:
@@ -150,7 +169,7 @@ _KINDS: dict[type, Kind] = {
 
 
 def _einsum(kernel: str, equation: str) -> Kind:
-    return Kind("linear", (kernel,), lambda layer, ndim: getattr(layer, equation))
+    return Kind("linear", (kernel,), equation)
 
 
 _KNOWN = dict.fromkeys(EINSUMS, _einsum("w", "einsum_str"))
@@ -190,11 +209,12 @@ def register_einsum(cls: _Class, kernel: str = "w", equation: str = "einsum_str"
             "Give the class itself, a subclass of flax.nnx.Module; Linen has hylorada_jax.register_linear.",
         )
     kind = _einsum(kernel, equation)
-    if _KINDS.setdefault(cls, kind).leaves != kind.leaves:
+    if (known := _KINDS.setdefault(cls, kind)) != kind:
         raise ConfigError(
             "A class of modules must be registered as one thing.",
-            f"{cls.__qualname__}, whose kernel is {_KINDS[cls].leaves[0]!r} already",
-            "Register a subclass of it with a __call__ of its own.",
+            f"{cls.__qualname__} as linear ({kernel}, {equation}), where it is {known.role} "
+            f"({', '.join(known.attributes)}) already",
+            "Register it once, or a subclass of it with a __call__ of its own.",
         )
     return cls
 
@@ -224,12 +244,12 @@ def contraction(module: Any, kind: Kind, ndim: int | None = None) -> Contraction
     """The product of a linear module, for an x of so many axes; without any, for as many as it may have."""
     if ndim is None:
         ndim = _written_axes(module, kind)
-    return Contraction.of(kind.equation(module, ndim), ndim)
+    return Contraction.of(kind.equation_of(module, ndim), ndim)
 
 
 def _written_axes(module: Any, kind: Kind) -> int:
     if isinstance(module, nnx.LinearGeneral):
         # Enough for every axis that it names from the front, and for those from the back.
         return 1 + max(0, *module.axis) + len(module.axis)
-    x = kind.equation(module, 0).partition(",")[0].strip()
+    x = kind.equation_of(module, 0).partition(",")[0].strip()
     return len(x.replace("...", "")) + ("..." in x)
