@@ -103,8 +103,8 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
         The same model.
 
     Raises:
-        ModelError: it is no NNX module, is adapted already, has no module to adapt, or the config asks for
-            what its attention does not let in.
+        ModelError: it is no NNX module, is adapted already, has no module to adapt or one that lacks what
+            its class is registered by, or the config asks for what its attention does not let in.
         TargetError: a target matches no layer; near matches are named.
         ConfigError: ``rngs`` are none, or lack a stream; or stacked layers would be adapted differently.
 

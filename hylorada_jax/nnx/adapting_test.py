@@ -41,13 +41,14 @@ class Foreign(nnx.Module):
 
 @register_einsum
 class Unlike(nnx.Module):
-    """Which holds its equation elsewhere than it is registered by."""
+    """Which holds its kernel or its equation elsewhere than it is registered by."""
 
-    def __init__(self):
-        self.w, self.product = nnx.Param(jnp.ones((6, 5))), "BD,DH->BH"
+    def __init__(self, **attributes):
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def __call__(self, x):
-        return jnp.einsum(self.product, x, self.w[...])
+        return x
 
 
 def some_bias(layer):
@@ -373,6 +374,7 @@ def test_all_linear_names_what_it_leaves_out():
     np.testing.assert_allclose(model(x), before, rtol=1e-5)
 
 
+AB = "ta,ab->tb"
 NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
 
 
@@ -388,7 +390,9 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
         (lambda: with_kernel(Packed()), aimed("all-linear"), RNGS, ModelError, "quantised"),
         (with_attribute, aimed("all-linear"), RNGS, ModelError, "has lora_A"),
-        (lambda: Net(Unlike()), aimed("all-linear"), RNGS, ModelError, r"\(Unlike\) has no einsum_str\n"),
+        (lambda: Net(Unlike(w=None)), aimed("all-linear"), RNGS, ModelError, "has no einsum_str\n"),
+        (lambda: Net(Unlike(einsum_str=AB)), aimed("all-linear"), RNGS, ModelError, "has no w\n"),
+        (lambda: Net(Unlike(w=None, einsum_str=AB)), aimed("all-linear"), RNGS, ModelError, "without"),
         (lambda: Blocks(3, stacked=True, rngs=RNGS()), aimed(r".*\.1\.up"), RNGS, ConfigError, "together"),
     ],
     ids=[
@@ -402,6 +406,8 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         "quantised",
         "taken",
         "no equation",
+        "no kernel",
+        "none to adapt",
         "part",
     ],
 )

@@ -139,10 +139,11 @@ class Kind:
         return self.equation(module, ndim)
 
     def missing(self, module: Any) -> list[str]:
-        """The attributes that its class is registered by, and that a module has not."""
-        if not isinstance(self.equation, str) or isinstance(getattr(module, self.equation, None), str):
+        """The attributes that a module has not, and its class is registered by; its kernel may be None."""
+        if not isinstance(self.equation, str):
             return []
-        return [self.equation]
+        kernel = [name for name in self.leaves if not hasattr(module, name)]
+        return kernel if isinstance(getattr(module, self.equation, None), str) else [*kernel, self.equation]
 
 
 def _general(layer: nnx.LinearGeneral, ndim: int) -> str:
