@@ -29,7 +29,8 @@ def make_optimizer(
 
     Raises:
         ConfigError: there is nothing to train, a leaf that belongs to no group, or parts whose configs have
-            different rates.
+            different rates. Where the transformation is given anything but the adapter's leaves, it raises
+            one too.
 
     Example:
         >>> from hylorada_jax.nnx import LoRALinear
@@ -53,7 +54,14 @@ def make_optimizer(
 
     # In a list of arrays the groups are the same, whether nnx gives variables or their values.
     def init(params: Any) -> Any:
-        return tx.init(jax.tree.leaves(params))
+        leaves = jax.tree.leaves(params)
+        if len(leaves) != len(found):
+            raise ConfigError(
+                "The optimizer of an adapter is given the adapter's leaves, of AdapterParam, and no others.",
+                f"{len(leaves)} arrays, where the adapter has {len(found)}",
+                "Make it by nnx.Optimizer(model, tx, wrt=AdapterParam).",
+            )
+        return tx.init(leaves)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         leaves, structure = jax.tree.flatten(gradients)

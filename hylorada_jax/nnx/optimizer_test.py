@@ -102,6 +102,12 @@ def test_parts_that_were_adapted_one_by_one_have_their_rates():
         rates(adapted(3.0, 4.0))
 
 
+def test_a_whole_model_as_what_trains_is_refused():
+    net = adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(3))
+    with pytest.raises(ConfigError, match=r"4 arrays, where the adapter has 2[\s\S]*wrt=AdapterParam"):
+        nnx.Optimizer(net, make_optimizer(net, TRAINING), wrt=nnx.Param)
+
+
 def test_nothing_to_train_is_refused():
     with pytest.raises(ConfigError, match="adapt"):
         make_optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TRAINING)
