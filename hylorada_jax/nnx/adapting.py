@@ -29,6 +29,7 @@ from hylorada_jax.nnx.adapted_model import AdaptedModel
 from hylorada_jax.nnx.finding import Found, find_modules
 from hylorada_jax.nnx.kinds import ATTENTIONS, Role
 from hylorada_jax.nnx.quantized import is_quantized
+from hylorada_jax.nnx.streams import check_streams
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import build
@@ -193,18 +194,11 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
 
 def check_rngs(rngs: Any, adaptation: Adaptation, *streams: str) -> None:
     """Refuses rngs without these streams, or without one for the dropout that there is."""
-    if not isinstance(rngs, nnx.Rngs):
-        raise ConfigError("rngs are flax.nnx.Rngs.", type(rngs).__name__, "Give nnx.Rngs(0), or your own.")
     config = adaptation.config
     rates = {"linear": config.lora_dropout, "sparse": config.sparse_dropout}
     if any(rates.get(site.component) for site in adaptation.sites):
         streams = (*streams, "dropout")
-    if missing := [name for name in streams if name not in rngs and "default" not in rngs]:
-        raise ConfigError(
-            "rngs have a stream for each use, or a default one: params for lora_A, dropout for its masks.",
-            f"rngs without {' and '.join(missing)}",
-            "Give nnx.Rngs(0), or nnx.Rngs(params=0, dropout=1).",
-        )
+    check_streams(rngs, *streams)
 
 
 def _refuse_closed(model: Any, modules: Modules, found: Mapping[Path, Found], config: HyLoRADAConfig) -> None:

@@ -1,8 +1,9 @@
 """The linear adapters as NNX modules, for models of your own.
 
 Names, arguments and errors are those of the Linen modules in :mod:`hylorada_jax.modules.linear`, where the
-formulas are explained; ``rngs`` gives the keys of lora_A and of dropout. Each is called with what the frozen
-layer got, gave, and holds; ``base_weight`` is [d_out, d_in], ``kernel.T`` of an ``nnx.Linear``::
+formulas are explained; ``rngs`` gives the keys of lora_A and, where there is any, of dropout, and without
+such a stream there is a ConfigError. Each is called with what the frozen layer got, gave, and holds;
+``base_weight`` is [d_out, d_in], ``kernel.T`` of an ``nnx.Linear``::
 
     adapter = HyLoRADALinear(in_features, out_features, rank=8, alpha=16.0, rngs=rngs)
     adapter(x, base_output, base_weight)
@@ -31,6 +32,7 @@ from hylorada_jax.modules.checks import (
 )
 from hylorada_jax.modules.linear import scale
 from hylorada_jax.nnx.position import PositionBias
+from hylorada_jax.nnx.streams import check_streams
 from hylorada_jax.nnx.variables import AdapterParam
 
 
@@ -69,7 +71,8 @@ class LoRALinear(nnx.Module):
         self.lora_A_init, self.lora_A_gain = lora_A_init, lora_A_gain
         check_linear(self)
         check_dropout(dropout)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        check_streams(rngs, "params", *(["dropout"] if dropout else []))
+        self.dropout = nnx.Dropout(dropout, rngs=rngs if dropout else None)
         leaves = linear_adapter.init_leaves(
             self.kind,
             rngs.params(),

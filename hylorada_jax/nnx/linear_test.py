@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.modules import linear as linen
-from hylorada_jax.nnx import AdapterParam, HyLoRADALinear, LoRALinear
+from hylorada_jax.nnx import AdapterParam, HyLoRADALinear, LoRALinear, SparseAdapter
 
 
 def test_a_structure_prior_where_none_is_read_is_refused():
@@ -16,6 +17,16 @@ def test_a_structure_prior_where_none_is_read_is_refused():
     layer: Any = LoRALinear(3, 4, rank=2, rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="deterministic"):
         layer(x, x @ jnp.ones((3, 4)), jnp.ones((4, 3)), prior)
+
+
+@pytest.mark.parametrize("make", [partial(LoRALinear, 3, 4), partial(SparseAdapter, 4)])
+def test_a_layer_asks_for_the_streams_that_it_draws_from(make):
+    make(rngs=nnx.Rngs(params=0)).train()
+    make(dropout=0.5, rngs=nnx.Rngs(params=0, dropout=1))
+    with pytest.raises(ConfigError, match="without dropout"):
+        make(dropout=0.5, rngs=nnx.Rngs(params=0))
+    with pytest.raises(ConfigError, match="without params"):
+        make(rngs=nnx.Rngs(dropout=0))
 
 
 def test_a_layer_that_meets_its_weight_in_a_gradient_has_linens():

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from hylorada_jax.config import check_dropout
 from hylorada_jax.math import sparse
 from hylorada_jax.modules.checks import check_sparse
+from hylorada_jax.nnx.streams import check_streams
 from hylorada_jax.nnx.variables import AdapterParam
 
 
@@ -49,7 +50,7 @@ class SparseAdapter(nnx.Module):
         out = h + up(dropout(gelu(down(h) ⊙ mask)))
 
     Args, errors and source: :class:`hylorada_jax.SparseAdapter`; ``hidden_size`` is the width of h, which the
-    Linen module reads off its first call.
+    Linen module reads off its first call. ``rngs`` without a stream that it draws from are a ConfigError.
 
     Example:
         >>> h = jnp.ones((1, 2, 8))
@@ -70,7 +71,8 @@ class SparseAdapter(nnx.Module):
         self.adapter_dim, self.topk_ratio, self.temperature = adapter_dim, topk_ratio, temperature
         check_sparse(self)
         check_dropout(dropout)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        check_streams(rngs, "params", *(["dropout"] if dropout else []))
+        self.dropout = nnx.Dropout(dropout, rngs=rngs if dropout else None)
         for name, leaf in sparse.init_leaves(rngs.params(), adapter_dim, hidden_size).items():
             setattr(self, name, AdapterParam(leaf, component="sparse"))
 

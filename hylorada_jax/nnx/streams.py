@@ -1,0 +1,26 @@
+"""The random streams that layers and adapters draw from."""
+
+from typing import Any
+
+from flax import nnx
+
+from hylorada_jax.errors import ConfigError
+
+
+def check_streams(rngs: Any, *streams: str) -> None:
+    """Refuses what are no rngs, or rngs without these streams.
+
+    Raises:
+        ConfigError: saying which of these.
+
+    Example:
+        >>> check_streams(nnx.Rngs(params=0), "params")
+    """
+    if not isinstance(rngs, nnx.Rngs):
+        raise ConfigError("rngs are flax.nnx.Rngs.", type(rngs).__name__, "Give nnx.Rngs(0), or your own.")
+    if missing := [name for name in streams if name not in rngs and "default" not in rngs]:
+        raise ConfigError(
+            "rngs have a stream for each use, or a default one: params for lora_A, dropout for its masks.",
+            f"rngs without {' and '.join(missing)}",
+            "Give nnx.Rngs(0), or nnx.Rngs(params=0, dropout=1).",
+        )
