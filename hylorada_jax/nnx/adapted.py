@@ -81,7 +81,7 @@ class AdaptedLinear(Adapted):
         if not arguments:  # the module's own call says under which name x comes
             call = inspect.signature(self.hylorada_plain.__call__).bind(self, **options)
             arguments, options = call.args[1:], call.kwargs
-        inputs, *rest = arguments
+        inputs, rest = jnp.asarray(arguments[0]), arguments[1:]
         settings: Settings = self.adapter_settings
         kind = kind_of(self.hylorada_plain)
         assert kind is not None

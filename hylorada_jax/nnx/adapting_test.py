@@ -315,6 +315,12 @@ def test_embeddings_and_norms_train_themselves(dtype, apart):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param))} == {dtype}
 
 
+def test_a_layer_takes_lists_as_it_did():
+    net = Net(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    before = net([[1.0, 2.0]])
+    np.testing.assert_array_equal(adapt(net, config_of("lora"), nnx.Rngs(1))([[1.0, 2.0]]), before)
+
+
 def test_dropout_is_of_training_alone():
     net, x = made("Linear")
     moved(adapt(net, config_of("lora", lora_dropout=0.5), nnx.Rngs(3)))
