@@ -4,7 +4,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.attention import DAA
 from hylorada_jax.math.groups import attend
 from hylorada_jax.math.pattern import Pattern
@@ -65,7 +65,14 @@ class Attention(nnx.Module):
 
         Raises:
             DataError: keys or values are of other tokens, as with a KV cache; or positions do not fit.
+            ConfigError: the queries have another number of heads.
         """
+        if query.shape[2] != self.num_heads:
+            raise ConfigError(
+                "Attention: queries are [batch, seq, num_heads, head_dim].",
+                f"queries {query.shape}, num_heads={self.num_heads}",
+                "Give num_heads the number of query heads.",
+            )
         if not key.shape[:2] == value.shape[:2] == query.shape[:2]:
             raise DataError(
                 "Attention is of whole rows: keys and values are those of the queries' tokens.",

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import DataError, ModelError
+from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.math.groups import attend
 from hylorada_jax.modules.attention import PositionalDAA, ShiftedSparseAttention
 from hylorada_jax.nnx import (
@@ -311,8 +311,9 @@ full = lambda: adapt(Words(), FULL, nnx.Rngs(0))
         (lambda: full().out(jnp.ones((2, 5, 8))), ModelError, "no adapted model"),
         (lambda: full()(X, jnp.arange(6)), DataError, "Position ids"),
         (lambda: Attention(2)(HEADS[:, -1:], HEADS, HEADS), DataError, "call AttentionScores"),
+        (lambda: Attention(1)(HEADS, HEADS, HEADS), ConfigError, "num_heads=1"),
     ],
-    ids=["groups of scores", "two biases", "outside", "shape", "cache"],
+    ids=["groups of scores", "two biases", "outside", "shape", "cache", "heads"],
 )
 def test_what_cannot_reach_its_place_is_refused(call, error, match):
     with pytest.raises(error, match=match):
