@@ -88,6 +88,7 @@ class AdaptedLinear(Adapted):
         given = [option for option in (*rest, *options.values()) if isinstance(option, str)]
         form = Contraction.of(given[0], inputs.ndim) if given else contraction(self, kind, inputs.ndim)
         bias = getattr(self, "bias", None) if settings.kind and not settings.scales_bias else None
+        bias = bias if isinstance(bias, nnx.Variable) else None  # of somebody's class it may be a setting
         layer = self if bias is None else _changed(self, bias=None, use_bias=False)
         y = self.hylorada_plain.__call__(layer, inputs, *rest, **options)
         return untouched(self._adapted)(form, inputs, y, bias)

@@ -105,7 +105,8 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
 
     Raises:
         ModelError: it is no NNX module, is adapted already, has no module to adapt or one that lacks what
-            its class is registered by, or the config asks for what its attention does not let in.
+            its class is registered by; or the config asks for what its attention does not let in, or for a
+            scaled bias in a module of a registered class.
         TargetError: a target matches no layer; near matches are named.
         ConfigError: ``rngs`` are none, or lack a stream; or stacked layers would be adapted differently.
 
@@ -183,6 +184,14 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
                 "Name them all, or stack the layers in a list.",
             )
         here, name = found[site.module.path], ".".join(site.module.path)
+        has_bias = isinstance(getattr(here.module, "bias", None), nnx.Variable)
+        scaled = site.component == "linear" and config.magnitude_scales_bias
+        if scaled and has_bias and "bias" not in here.kind.leaves:
+            raise ModelError(
+                "A bias that is scaled with the rest is of a class of Flax's own, for merging scales it too.",
+                f"{name} ({type(here.module).__name__}) with a bias, of a class of register_einsum",
+                "Set magnitude_scales_bias=False, or exclude_modules=[its name].",
+            )
         if not isinstance(here.kernel, nnx.Variable) and not is_quantized(here.kernel):
             raise ModelError(
                 "What is adapted holds its weight as an nnx.Param, or as qwix's array of one.",

@@ -33,6 +33,7 @@ class Foreign(nnx.Module):
 
     def __init__(self, einsum_str, shape, *, rngs):
         self.einsum_str = einsum_str
+        self.bias = False  # a setting of its own
         self.w = nnx.Param(jax.random.normal(rngs.params(), shape))
 
     def __call__(self, x):
@@ -53,7 +54,7 @@ class Unlike(nnx.Module):
 
 def some_bias(layer):
     """The layer, with a bias that is not zero where it has one."""
-    if getattr(layer, "bias", None) is not None:
+    if isinstance(getattr(layer, "bias", None), nnx.Variable):
         layer.bias.set_value(jnp.linspace(-1.0, 2.0, layer.bias.size).reshape(layer.bias.shape))
     return layer
 
@@ -354,6 +355,12 @@ def with_kernel(kernel):
     return net
 
 
+def with_foreign_bias():
+    net = made("foreign")[0]
+    net.mlp.down_proj.bias = nnx.data(nnx.Param(jnp.ones(6)))
+    return net
+
+
 def with_attribute():
     net = NET()
     net.mlp.down_proj.lora_A = 1
@@ -395,6 +402,7 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         (NET, aimed("don_proj"), RNGS, TargetError, r"Near matches: down_proj"),
         (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
         (lambda: with_kernel(Packed()), aimed("all-linear"), RNGS, ModelError, "quantised"),
+        (with_foreign_bias, config_of("dora", magnitude_scales_bias=True), RNGS, ModelError, "with a bias"),
         (with_attribute, aimed("all-linear"), RNGS, ModelError, "has lora_A"),
         (lambda: Net(Unlike(w=None)), aimed("all-linear"), RNGS, ModelError, "has no einsum_str\n"),
         (lambda: Net(Unlike(einsum_str=AB)), aimed("all-linear"), RNGS, ModelError, "has no w\n"),
@@ -410,6 +418,7 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         "targets",
         "twice",
         "quantised",
+        "a bias of its own",
         "taken",
         "no equation",
         "no kernel",
