@@ -5,9 +5,13 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 
+_ROOT = Path(__file__).parents[1]
+# Benchmarks write these themselves, at the end of a run and before the next: they change no program.
+_WRITTEN = ("benchmarks/results", "docs", "README.md")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -15,8 +19,8 @@ def environment() -> dict[str, object]:
     """The versions, the commit and the device of this process.
 
     Returns:
-        JSON-able: ``versions``, ``commit`` (None outside a checkout, with "+changes" where files differ from
-        it), ``platform`` and ``device`` of JAX's default device, ``cpu``, and ``date`` (UTC).
+        JSON-able: ``versions``, ``commit`` (None outside a checkout, with "+changes" where programs differ
+        from it), ``platform`` and ``device`` of JAX's default device, ``cpu``, and ``date`` (UTC).
     """
     device = jax.devices()[0]
     return {
@@ -31,12 +35,15 @@ def environment() -> dict[str, object]:
 
 
 def _commit() -> str | None:
+    """The commit of the checkout, and whether its programs are that commit's; None without one."""
+    ask: dict[str, Any] = {"cwd": _ROOT, "capture_output": True, "text": True}
     try:
-        run = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
-        found = subprocess.run(run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=True, **ask)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    programs = [".", *(f":(exclude){place}" for place in _WRITTEN)]
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *programs], **ask).returncode
+    return found.stdout.strip() + "+changes" * bool(changed)
 
 
 def _cpu() -> str:
