@@ -211,11 +211,14 @@ def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: 
     answers = _answers(example, score)
     spans, wanted = rendered.generated, [number in answers for number in turns]
     written = [rendered.text[start:stop] for start, stop in spans]
-    # Not in the whole text, which lists the tools: a call must be in what is scored.
-    scored_text = rendered.text if score == "all" else "".join(written)
-    of_turn = dict(zip(turns, written, strict=True)) if score != "all" and len(turns) == len(spans) else {}
-    for number in answers:
-        _check_calls(example.messages[number], of_turn.get(number, scored_text))
+    # A call must be in what is scored, and the whole text may list the tools.
+    if score == "all":
+        written = [rendered.text] * len(turns)
+    elif len(spans) != len(turns):
+        written = ["".join(written)] * len(turns)
+    for number, want, text in zip(turns, wanted, written, strict=True):
+        if want:
+            _check_calls(example.messages[number], text)
     if score != "all" and not all(wanted):
         if len(spans) != len(turns):
             raise DataError(

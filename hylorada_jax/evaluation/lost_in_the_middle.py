@@ -107,7 +107,6 @@ def evaluate_lost_in_the_middle(
     check_range((batch_size, seq_len), limit=scored.base.position_limit)
     vocab = vocab_size(scored.base)
     checked = as_documents(documents, vocab, "evaluation", has_encoder=scored.has_encoder)
-    rows = [row for row in Rows(checked, seq_len, packing=False) if row["segment_ids"].all()]
     longest = max(map(len, checked))
     if not BUCKETS <= seq_len < longest:
         raise DataError(
@@ -115,6 +114,7 @@ def evaluate_lost_in_the_middle(
             f"seq_len {seq_len}, which needs a token more; the longest has {longest}",
             "Give longer documents, or another seq_len.",
         )
+    rows = [row for row in Rows(checked, seq_len, packing=False) if row["segment_ids"].all()]
     if rows and max_tokens is not None:
         rows = spread(rows, max_tokens)
     tokens = sum((row["targets"] != IGNORED for row in rows), np.zeros(seq_len, int))

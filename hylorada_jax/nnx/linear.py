@@ -19,7 +19,6 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from hylorada_jax.config import check_dropout
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.modules.checks import (
@@ -32,7 +31,7 @@ from hylorada_jax.modules.checks import (
 )
 from hylorada_jax.modules.linear import scale
 from hylorada_jax.nnx.position import PositionBias
-from hylorada_jax.nnx.streams import check_streams
+from hylorada_jax.nnx.streams import checked_dropout
 from hylorada_jax.nnx.variables import AdapterParam
 
 
@@ -70,9 +69,7 @@ class LoRALinear(nnx.Module):
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
         self.lora_A_init, self.lora_A_gain = lora_A_init, lora_A_gain
         check_linear(self)
-        check_dropout(dropout)
-        check_streams(rngs, "params", *(["dropout"] if dropout else []))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs if dropout else None)
+        self.dropout = checked_dropout(dropout, rngs)
         leaves = linear_adapter.init_leaves(
             self.kind,
             rngs.params(),

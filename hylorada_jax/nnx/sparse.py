@@ -5,10 +5,9 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from hylorada_jax.config import check_dropout
 from hylorada_jax.math import sparse
 from hylorada_jax.modules.checks import check_sparse
-from hylorada_jax.nnx.streams import check_streams
+from hylorada_jax.nnx.streams import checked_dropout
 from hylorada_jax.nnx.variables import AdapterParam
 
 
@@ -70,9 +69,7 @@ class SparseAdapter(nnx.Module):
     ) -> None:
         self.adapter_dim, self.topk_ratio, self.temperature = adapter_dim, topk_ratio, temperature
         check_sparse(self)
-        check_dropout(dropout)
-        check_streams(rngs, "params", *(["dropout"] if dropout else []))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs if dropout else None)
+        self.dropout = checked_dropout(dropout, rngs)
         for name, leaf in sparse.init_leaves(rngs.params(), adapter_dim, hidden_size).items():
             setattr(self, name, AdapterParam(leaf, component="sparse"))
 

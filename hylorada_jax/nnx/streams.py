@@ -4,6 +4,7 @@ from typing import Any
 
 from flax import nnx
 
+from hylorada_jax.config import check_dropout
 from hylorada_jax.errors import ConfigError
 
 
@@ -24,3 +25,18 @@ def check_streams(rngs: Any, *streams: str) -> None:
             f"rngs without {' and '.join(missing)}",
             "Give nnx.Rngs(0), or nnx.Rngs(params=0, dropout=1).",
         )
+
+
+def checked_dropout(rate: float, rngs: Any) -> nnx.Dropout:
+    """The dropout of a layer whose start is drawn from the stream params; masks are drawn only at a rate.
+
+    Raises:
+        ConfigError: the rate is out of range, or the rngs lack a stream.
+
+    Example:
+        >>> checked_dropout(0.0, nnx.Rngs(params=0)).rate
+        0.0
+    """
+    check_dropout(rate)
+    check_streams(rngs, "params", *(["dropout"] if rate else []))
+    return nnx.Dropout(rate, rngs=rngs if rate else None)
