@@ -66,9 +66,8 @@ def check_prior(prior: Array, x: Array, structure_dim: int) -> None:
         )
 
 
-def token_positions(positions: Any, x: Array) -> Array:
-    """The checked positions of x's tokens; without any they are 0, 1, 2 … in each row."""
-    tokens = jnp.shape(x)[:-1]
+def token_positions(positions: Any, tokens: tuple[int, ...]) -> Array:
+    """The checked positions of tokens of a shape; without any they are 0, 1, 2 … in each row."""
     if positions is None:
         positions = jnp.indices((1, *tokens), jnp.int32)[-1, 0]
     positions = jnp.asarray(positions)

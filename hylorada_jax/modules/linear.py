@@ -348,6 +348,6 @@ class HyLoRADAUnified(HyLoRADALinear):
         deterministic: bool = True,
     ) -> Float[Array, "*batch seq d_out"]:
         """The adapted layer's output, in base_output's dtype; without positions they are 0, 1, 2 …"""
-        positions = token_positions(positions, x)
+        positions = token_positions(positions, jnp.shape(x)[:-1])
         factor = None if self.position_bias is None else self.position_bias(positions)
         return self._blend("hylorada", x, base_output, base_weight, deterministic, factor)

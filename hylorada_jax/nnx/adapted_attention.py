@@ -52,7 +52,7 @@ class AdaptedScores(Adapted):
         check_scores(self, scores)
         of_itself = query_positions is None and key_positions is None and scores.shape[2] == scores.shape[3]
         if of_itself and daa.position_bias is not None:
-            query_positions = key_positions = positions_of(scores[:, 0, 0], None)
+            query_positions = key_positions = positions_of((scores.shape[0], scores.shape[3]), None)
         return scaled_and_shifted(scores, daa, query_positions, key_positions)
 
 
@@ -100,7 +100,7 @@ class AdaptedMultiHead(Adapted):
         if query.shape[-3] != key.shape[-3]:
             return self.cache_index[...][None, None] - 1, keys
         if query.ndim == 4:
-            keys = positions_of(query[..., 0, 0], None)
+            keys = positions_of(query.shape[:2], None)
         return keys, keys
 
 

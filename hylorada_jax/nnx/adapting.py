@@ -28,7 +28,7 @@ from hylorada_jax.nnx.adapted_attention import AdaptedAttention, AdaptedMultiHea
 from hylorada_jax.nnx.adapted_model import AdaptedModel
 from hylorada_jax.nnx.finding import Found, find_modules
 from hylorada_jax.nnx.kinds import ATTENTIONS, Role
-from hylorada_jax.nnx.quantized import is_quantized
+from hylorada_jax.nnx.quantized import is_quantized, numbers, value_of
 from hylorada_jax.nnx.streams import check_streams
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.structure.code import Domain
@@ -80,7 +80,7 @@ class Adaptation:
 
 
 def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
-    """Puts adapters on an NNX model, in place; until they train, it computes what it did.
+    """Puts adapters on an NNX model, in place; until they train, it computes what it did in ``model.eval()``.
 
         y = (x Wᵀ + s·(x Aᵀ) Bᵀ)·c + bias   in every adapted linear module
         h + up(gelu(down(h) ⊙ mask))        behind every MLP's last (sparse adapter)
@@ -98,7 +98,8 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
         model: any NNX module, whose other variables stay frozen as long as ``wrt=AdapterParam``.
         config: what is adapted, and how: ``target_modules`` are names, endings of names, regular expressions,
             or "all-linear".
-        rngs: for lora_A and dropout, which ``model.train()`` and ``model.eval()`` turn on and off.
+        rngs: for lora_A and dropout. Dropout and shifted sparse attention are on at once, as in any NNX
+            module; ``model.eval()`` and ``model.train()`` turn them off and on.
 
     Returns:
         The same model.
@@ -106,7 +107,7 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
     Raises:
         ModelError: it is no NNX module, is adapted already, has no module to adapt or one that lacks what
             its class is registered by; or the config asks for what its attention does not let in, or for a
-            scaled bias in a module of a registered class.
+            scaled bias in a module of a registered class; or explicit mesh axes cut a kernel within d_out.
         TargetError: a target matches no layer; near matches are named.
         ConfigError: ``rngs`` are none, or lack a stream; or stacked layers would be adapted differently.
 
@@ -197,6 +198,15 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
                 "What is adapted holds its weight as an nnx.Param, or as qwix's array of one.",
                 f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
                 "Adapt the model as it was before it was quantised.",
+            )
+        if here.form is None or not jax.sharding.get_abstract_mesh().explicit_axes:
+            continue
+        if not here.form.is_mergeable(kernel := numbers(value_of(here.kernel))):
+            raise ModelError(
+                "On explicit mesh axes a kernel is cut over the first axis of its inputs or its outputs, as "
+                "its matrix can be.",
+                f"{name}, {jax.typeof(kernel)}",
+                "Make it several layers, as of query, key and value, or the mesh's axes AxisType.Auto.",
             )
     return Adaptation(config, modules, sites)
 
@@ -291,6 +301,8 @@ def attach(
         opened = in_attention and here.kind.role in ATTENTIONS
         if opened:
             here.module.adaptation = adaptation
+            if rngs is None and here.kind.role == "attention":
+                here.module.deterministic = True  # no groups, as no dropout, until model.train()
         if opened or (path in sites and here.kind.role not in ATTENTIONS):
             set_class(here.module, adapted_class(_MIXINS[here.kind.role], plain_class(type(here.module))))
     if in_attention or config.position_bias_enabled or config.use_hylorada_v2:

@@ -80,7 +80,7 @@ class Attention(nnx.Module):
                 "With a KV cache, call AttentionScores on the scores.",
             )
         counted = positions is None and (current().positions is None or current().counted)
-        positions = positions_of(query[..., 0, 0], positions)
+        positions = positions_of(query.shape[:2], positions)
         pattern = Pattern.of_rows(
             positions, key_valid=key_valid, segment_ids=segment_ids, window=window, counted=counted
         )
@@ -126,7 +126,7 @@ class AttentionScores(nnx.Module):
         return scores
 
 
-def positions_of(tokens: Array, given: Array | None) -> Array:
+def positions_of(tokens: tuple[int, ...], given: Array | None) -> Array:
     """The checked positions of tokens [batch, seq]: as given, else of the model's call, else 0, 1, 2 …
 
     Raises:
@@ -135,11 +135,11 @@ def positions_of(tokens: Array, given: Array | None) -> Array:
     if given is None:
         now = current()
         given = None if now.counted else now.positions
-        if given is not None and given.shape != tokens.shape:
+        if given is not None and given.shape != tokens:
             raise DataError(
                 "Attention has the positions that the model was called with where it sees the same tokens.",
-                f"positions {given.shape}, attention over {tokens.shape}, such as with a prefix",
+                f"positions {given.shape}, attention over {tokens}, such as with a prefix",
                 "Give positions= to Attention, query_positions= and key_positions= to AttentionScores; "
                 "or set daa_position_bias=False.",
             )
-    return token_positions(given, tokens[..., None])
+    return token_positions(given, tokens)

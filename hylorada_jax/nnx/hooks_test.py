@@ -137,6 +137,19 @@ def test_groups_see_no_padding_and_no_other_document():
     assert not np.allclose(net.attn.hook(*heads), expected, atol=0.01)
 
 
+def test_groups_are_no_part_of_inference(tmp_path):
+    x = jax.random.normal(jax.random.key(2), (1, 16, 6))
+    base = Net(Attention, nnx.Rngs(0))
+    expected = output(base, x)
+    net = adapt(nnx.clone(base), S2, nnx.Rngs(1))
+    save_adapter(net, tmp_path)
+    assert not np.allclose(output(net, x), expected, atol=0.01)
+    loaded = load_adapter(base, tmp_path)
+    np.testing.assert_allclose(output(loaded, x), expected, rtol=1e-5, atol=1e-6)
+    loaded.train()
+    np.testing.assert_array_equal(output(loaded, x), output(net, x))
+
+
 def multi_head(**options):
     return nnx.MultiHeadAttention(2, 6, qkv_features=8, rngs=nnx.Rngs(0), **options)
 

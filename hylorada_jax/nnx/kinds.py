@@ -7,6 +7,7 @@ import string
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -78,6 +79,12 @@ class Contraction:
         split = lead + len(self.summed)
         rows, columns = math.prod(kernel.shape[lead:split]), math.prod(kernel.shape[split:])
         return kernel.reshape(*kernel.shape[:lead], rows, columns)
+
+    def is_mergeable(self, kernel: Array) -> bool:
+        """Whether :meth:`matrix` can be taken: explicit mesh axes cut the first of d_in or d_out alone."""
+        lead = kernel.ndim - len(self.kernel)
+        cut = dict(zip(self.kernel, jax.typeof(kernel).sharding.spec[lead:], strict=True))
+        return not any(cut[letter] for letters in (self.summed, self.made) for letter in letters[1:])
 
     def kernel_of(self, matrix: Array, shape: tuple[int, ...]) -> Array:
         """The kernel, of its own shape, that :meth:`matrix` makes a matrix of."""

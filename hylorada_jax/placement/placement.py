@@ -93,11 +93,12 @@ class Placement:
     """A mesh, and the rules by which leaves are cut over it.
 
     Args:
-        mesh: from :func:`parse_mesh`. Rows of a batch are divided over data and fsdp.
+        mesh: from :func:`parse_mesh`, with axes that are ``AxisType.Auto``. Rows of a batch are divided over
+            data and fsdp.
         rules: the first that matches a leaf decides; an axis that does not divide stays whole.
 
     Raises:
-        ConfigError: a rule is malformed.
+        ConfigError: a rule is malformed, or an axis is explicit, as jax.make_mesh makes them.
 
     Example:
         >>> str(Placement(parse_mesh("fsdp=1,tensor=1,data=1")))  # of one device
@@ -108,6 +109,13 @@ class Placement:
     rules: tuple[Rule, ...] = RULES
 
     def __post_init__(self) -> None:
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        if other := [axis for axis in AXES if kinds.get(axis, AxisType.Auto) is not AxisType.Auto]:
+            raise ConfigError(
+                "The axes of a mesh that a model is placed on are AxisType.Auto.",
+                ", ".join(f"{axis} of AxisType.{kinds[axis].name}" for axis in other),
+                "Make it by parse_mesh, or give jax.make_mesh axis_types=(AxisType.Auto, …).",
+            )
         for rule in self.rules:
             if not _is_rule(rule):
                 raise ConfigError(

@@ -3,6 +3,7 @@
 import jax
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from hylorada_jax.config import HyLoRADAConfig
@@ -10,7 +11,7 @@ from hylorada_jax.errors import ConfigError
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.placement.axes import mesh_sizes
+from hylorada_jax.placement.axes import AXES, mesh_sizes
 from hylorada_jax.placement.placement import RULES, Placement, check_processes, parse_mesh, specs_of
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import make_optimizer
@@ -114,6 +115,11 @@ def test_a_rule_that_is_none_is_refused(rule):
     with pytest.raises(ConfigError, match="stacked layers are never cut"):
         Placement(parse_mesh(), (*RULES, rule))
     Placement(parse_mesh(), ((".*", (("data", "fsdp"), "tensor")), *RULES))
+
+
+def test_a_mesh_of_explicit_axes_is_refused():
+    with pytest.raises(ConfigError, match=r"fsdp of AxisType\.Explicit(.|\n)*parse_mesh"):
+        Placement(jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 3))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""On explicit mesh axes a model has the gradients that it has on one device."""
+
+ON_FOUR_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from hylorada_jax import HyLoRADAConfig
+from hylorada_jax.errors import ModelError
+from hylorada_jax.nnx import AdapterParam, Attention, AttentionScores, adapt
+
+class Net(nnx.Module):
+    def __init__(self, hook, rngs):
+        self.query, self.key, self.value = (nnx.LinearGeneral(8, (4, 2), rngs=rngs) for _ in range(3))
+        self.hook = hook(4)
+
+    def __call__(self, x):
+        query, key, value = (layer(x) for layer in (self.query, self.key, self.value))
+        if isinstance(self.hook, Attention):
+            return self.hook(query, key, value)
+        scores = self.hook(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, -1), value)
+
+def adapted(net, method="hylorada"):
+    return adapt(net, HyLoRADAConfig(method=method, lora_rank=2, target_modules="all-linear"), nnx.Rngs(2))
+
+def place(a, *spec):
+    return jax.device_put(a, NamedSharding(mesh, P(*(None,) * (a.ndim - len(spec)), *spec)))
+
+loss = lambda net, x: jnp.sum(net(x) ** 2)
+gradient = nnx.jit(nnx.value_and_grad(loss, argnums=nnx.DiffState(0, AdapterParam)))
+x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+for hook in (Attention, AttentionScores):
+    net = Net(hook, nnx.Rngs(0))
+    expected = gradient(adapted(nnx.clone(net)), x)
+    with jax.set_mesh(mesh):
+        nnx.update(net, jax.tree.map(lambda a: place(a, "model", None), nnx.state(net)))
+        found = gradient(adapted(net), place(x, "data", None, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+with jax.set_mesh(mesh):
+    fused = nnx.List([nnx.LinearGeneral(8, (3, 2, 4), use_bias=False, rngs=nnx.Rngs(0))])
+    fused[0].kernel.set_value(place(fused[0].kernel[...], "model", None))
+    try:
+        adapted(nnx.Sequential(*fused), "lora")
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_heads_that_the_mesh_cuts_are_adapted_unless_they_are_within_a_fused_kernel(run_on_devices):
+    said = run_on_devices(4, ON_FOUR_DEVICES)
+    assert "layers.0, float32[8,3,2@model,4]" in said
