@@ -1,5 +1,6 @@
 """Several adapters on one frozen base: by name, one at a time or one per row of a batch."""
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -178,8 +179,12 @@ class AdapterBank:
 
     def _keep_active(self) -> None:
         """What the user assigned to ``model.adapters`` is the active adapter."""
-        if self.model.adapters is not self._named.by_name[self._named.active]:
-            self.model.adapters = self._named.by_name[self._named.active] = self._fitted(self.model.adapters)
+        given, named = self.model.adapters, self._named
+        if given is named.by_name[named.active]:
+            return
+        # Values also within a trace, as of a function compiled around the call: the bank outlives it.
+        with contextlib.nullcontext() if is_traced(given) else jax.ensure_compile_time_eval():
+            self.model.adapters = named.by_name[named.active] = self._fitted(given)
 
     def _fitted(self, adapters: Adapters) -> Adapters:
         """The adapters in the structure and dtypes that the compiled programs know, where they belong."""

@@ -205,8 +205,10 @@ def test_an_adapters_template_and_structure_come_and_go_with_it(tmp_path):
         assert (bank.model.chat_template, bank.model.structure) == (expected)
 
 
-def test_a_function_that_is_compiled_around_the_call_leaves_the_bank_as_it_was():
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray, lambda leaf: jnp.asarray(leaf, jnp.bfloat16)])
+def test_a_function_that_is_compiled_around_the_call_leaves_the_bank_as_it_was(kind):
     bank, given = full_bank(CONFIGS["lora"]), tokens(CONFIGS["lora"])
+    bank.model.adapters = jax.tree.map(kind, moved(bank.model, 7))
     compiled = jax.jit(lambda ids: bank(ids, ROWS).logits)(given["input_ids"])
     np.testing.assert_allclose(bank(**given, adapters=ROWS).logits, compiled, atol=ROUNDING)
 
