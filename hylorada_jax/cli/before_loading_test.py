@@ -85,6 +85,8 @@ def place(tmp_path_factory):
     write_adapter(root / "vast adapter", leaves, config, identity(base, modules))
     wide = HyLoRADAConfig(method="longlora", s2_group_size=2**16)
     (root / "wide.json").write_text(wide.to_json())
+    # The shift is 29 tokens of 100: no group can be smaller.
+    (root / "coarse.json").write_text(HyLoRADAConfig(method="longlora", s2_shift_ratio=0.29).to_json())
     return root
 
 
@@ -104,6 +106,7 @@ FINETUNE = [
     ("llama", ("--batch-size", "3", "--microbatches", "2"), "microbatches must divide"),
     ("llama", ("--seq-len", "4000"), "must fill a row"),
     ("llama", ("--config", "wide.json"), "must not be longer than a row"),
+    ("llama", ("--config", "coarse.json", "--seq-len", "64"), "groups of 100 tokens for rows of 64"),
     ("llama", ("--config", "wide.json", "--rank", "0"), "--rank must be"),
     ("llama", ("--method", "sparse", "--rank", "4", "--no-lora-plus"), "--rank, --lora-plus"),
     ("llama", ("--columns", "text=a", "text=b"), "--columns text=a text=b"),

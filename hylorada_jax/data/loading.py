@@ -16,6 +16,7 @@ Shares = Sequence[tuple[Rows | Sequence[Batch], float]]
 """The rows of each source, and its weight."""
 
 _ENDLESS = 2**50  # rows; more than anybody trains on
+_APART = 0x9E3779B1  # 2³² by the golden ratio, whose multiples lie far apart
 
 
 def mixed_batches(
@@ -42,7 +43,8 @@ def mixed_batches(
         # Not repeat() without a number: grain then divides the largest int by the batch size in floating
         # point, which overflows for a batch of one.
         epochs = _ENDLESS // (end - start) + 1
-        order = grain.MapDataset.range(start, end).shuffle(seed=(seed + number) % 2**32)
+        # grain adds the epoch to the seed: neighbours would share the orders of all epochs but one.
+        order = grain.MapDataset.range(start, end).shuffle(seed=(seed + number) * _APART % 2**32)
         sources.append(order.repeat(epochs))
     places = slice(None) if own is None else [*own]
 

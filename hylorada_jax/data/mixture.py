@@ -21,8 +21,8 @@ class Mixture:
     its own, so with packing the shares are those of the tokens too. The sources take turns as evenly as their
     shares allow, each in an order of its own, which every pass through it shuffles anew.
 
-    An epoch ends when the first source is exhausted: no row is drawn twice in it, and some rows of other
-    sources are not drawn.
+    An epoch ends when the first source is exhausted: in n epochs no row is drawn more than n times, and some
+    rows of other sources may not be drawn.
 
     Args:
         sources: (documents, weight) of each; documents as the trainer takes them.

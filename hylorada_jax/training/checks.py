@@ -9,6 +9,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument, as_documents, check_predicted
 from hylorada_jax.data.mixture import Mixture, as_mixture
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.exact import fraction
 from hylorada_jax.models.base_model import BaseModel, require_segments, vocab_size
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.positions import check_range
@@ -67,14 +68,19 @@ def check_groups(adapter: HyLoRADAConfig, seq_len: int) -> None:
         seq_len: tokens of a row.
 
     Raises:
-        ConfigError: ``s2_group_size`` is more than ``seq_len``.
+        ConfigError: a group of ``s2_group_size``, or where that is None the least that ``s2_shift_ratio``
+            allows, has more tokens than a row.
     """
-    if adapter.s2_attn_enabled and (adapter.s2_group_size or 0) > seq_len:
-        raise ConfigError(
-            "A group of shifted sparse attention must not be longer than a row.",
-            f"s2_group_size={adapter.s2_group_size} for rows of {seq_len} tokens",
-            "Choose longer rows, or smaller groups; without s2_group_size they are a quarter of the row.",
-        )
+    if not adapter.s2_attn_enabled or (size := adapter.s2_groups(seq_len)[0]) <= seq_len:
+        return
+    shift = fraction(adapter.s2_shift_ratio)
+    raise ConfigError(
+        "A group of shifted sparse attention must not be longer than a row.",
+        f"groups of {size} tokens for rows of {seq_len}: s2_group_size={adapter.s2_group_size}, "
+        f"s2_shift_ratio={shift}",
+        f"Choose longer rows, or smaller groups: multiples of {shift.denominator}, with this s2_shift_ratio; "
+        "without s2_group_size they are a quarter of the row.",
+    )
 
 
 def check_data(

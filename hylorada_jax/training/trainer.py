@@ -144,6 +144,12 @@ class HyLoRADATrainer:
                 f"has rates of its own, at most {self._peak:g}",
                 stacklevel=2,
             )
+        if (rising := config.rising_steps) >= config.steps:
+            warnings.warn(
+                f"the warm-up of {rising} steps is no shorter than the run of {config.steps}: the rates come "
+                f"to {(config.steps - 1) / rising:.0%} of their peak",
+                stacklevel=2,
+            )
         config = dataclasses.replace(
             config, learning_rate=config.rate_for(model.config), progress=config.progress and is_first()
         )

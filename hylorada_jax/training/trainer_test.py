@@ -43,6 +43,7 @@ from hylorada_jax.training import trainer as trainer_module
 from hylorada_jax.training.checkpoint import Checkpoints
 from hylorada_jax.training.checks import check_data
 from hylorada_jax.training.config import TrainingConfig
+from hylorada_jax.training.optimizer import schedule
 from hylorada_jax.training.report import MetricsLog, Speed, read_metrics
 from hylorada_jax.training.step import make_train_step
 from hylorada_jax.training.trainer import HyLoRADATrainer
@@ -675,6 +676,22 @@ def test_a_learning_rate_that_nothing_has_is_warned_of(tmp_path):
     model = HyLoRADAModel(tiny_model().base, HyLoRADAConfig(method="sparse", sparse_adapter_dim=4))
     with pytest.warns(UserWarning, match=r"learning_rate=0\.01 is not read[\s\S]*at most 0\.0002"):
         HyLoRADATrainer(model, texts(), None, settings(tmp_path, eval_every=None))
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "warned"),
+    [({"warmup_steps": 7}, None), ({"warmup_steps": 8}, 0.875), ({"warmup_ratio": 1}, 0.875)],
+)
+def test_a_warm_up_of_the_whole_run_is_warned_of(tmp_path, warm_up, warned):
+    config = settings(tmp_path, eval_every=None, steps=8, **warm_up)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        HyLoRADATrainer(tiny_model(), texts(), None, config)
+    factor = schedule(dataclasses.replace(config, learning_rate=1.0))
+    highest = max(float(factor(step)) for step in range(8))
+    assert highest == (warned or 1.0)
+    found = [str(warning.message) for warning in said if "warm-up" in str(warning.message)]
+    assert [f"come to {highest:.0%} of" in message for message in found] == [True] * bool(warned)
 
 
 @pytest.mark.apart
