@@ -30,6 +30,8 @@ from benchmarks.report import (
     fill_page,
     markdown,
     measured_on,
+    missing,
+    most_seeds,
     origin,
     plus_minus,
     styles,
@@ -91,6 +93,8 @@ def table(found: dict[int, list[Row]], against: str) -> str:
         heads += [f"PPL, {steps} steps", f"− {against}", *(["other PPL"] if forgets else [])]
     lines = [heads]
 
+    seeds = most_seeds(everything)
+
     def mean_of(row: Row | None, name: str) -> str:
         return plus_minus(row.values(name), 2) if row and row.runs else ""
 
@@ -100,11 +104,12 @@ def table(found: dict[int, list[Row]], against: str) -> str:
             by_label = {row.label: row for row in rows}
             row, other = by_label.get(label), by_label.get(against)
             compared = effect(row, other) if row and other and row is not other else None
-            cells += [mean_of(row, "perplexity"), compared.text(2) if compared else ""]
+            ours = mean_of(row, "perplexity") + (missing(row, seeds) if row else "")
+            cells += [ours, compared.text(2) if compared else ""]
             cells += [mean_of(row, "other_perplexity")] if forgets else []
         lines.append(cells)
     note = (
-        f"{origin(found[max(found)], searched=found[min(found)])} Differences with 95 % intervals: a paired "
+        f"{origin(found[max(found)])} Differences with 95 % intervals: a paired "
         "bootstrap over seeds and documents (of one document, its windows); of few seeds they are too narrow "
         f"rather than too wide. {measured_on([run for row in everything for run in row.runs])}"
     )
@@ -122,7 +127,9 @@ def ranks(rows: Sequence[Row]) -> str:
         if found := [run["result"]["effective_ranks"] for run in row.runs if _has_ranks(run)]:
             last = max(found[0], key=int)
             columns = [[each[at][of] for each in found] for at, of in (("0", "A"), (last, "A"), (last, "BA"))]
-            lines.append([row.label, *(plus_minus(values, 2) for values in columns)])
+            lines.append(
+                [row.label + missing(row, most_seeds(rows)), *(plus_minus(values, 2) for values in columns)]
+            )
     if len(lines) == 1:
         return ""
     note = "Effective ranks (Roy and Vetterli 2007), means over the layers, after the most steps."

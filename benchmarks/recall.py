@@ -211,14 +211,18 @@ def table(runs: list[Record]) -> str:
         f"contexts of {trained} tokens with {settings['facts']} facts, rate {settings['learning_rate']:g}; "
         f"tested on {settings['samples']} others at each of ten depths. "
         f"{over_seeds(max(map(len, found.values())))}. Effects are differences of exp(loss "
-        f"of the answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and contexts. "
+        f"of the answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and the numbers "
+        f"asked for, each of these at all depths. "
         f"{measured_on(runs)}\n"
     )
 
 
 def _losses(runs: Sequence[Record], length: str) -> np.ndarray:
-    """Of each run the losses of all contexts, [runs, contexts]."""
-    return np.array([np.ravel(run["result"]["lengths"][length]["losses"]) for run in runs])
+    """Of each run the losses of every number asked for, their mean over the depths, [runs, numbers].
+
+    The contexts of a number are the same but for its place, so that they are no samples of their own.
+    """
+    return np.mean([run["result"]["lengths"][length]["losses"] for run in runs], axis=1)
 
 
 def plot(runs: list[Record], directory: Path) -> None:

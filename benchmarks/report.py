@@ -85,7 +85,7 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
     costs = [*(_TIMES if _timed(rows) else ()), _MEMORY]
     heads += [head for head, *_ in costs]
     lines = [heads]
-    seeds = _seeds(rows)
+    seeds = most_seeds(rows)
     for row in rows:
         if not row.runs:
             chosen = [str(row.point.get(name, "")) for name in searched]
@@ -93,11 +93,8 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
             lines.append([row.label, "", f"{row.rate:g}", *chosen, "did not end", *blank])
             continue
         trained = row.trained
-        short = f"{len(row.runs)} of {seeds} seeds" if trained and len(row.runs) < seeds else ""
-        lost = f"{row.failed} did not end" if row.failed else ""
-        notes = ", ".join(note for note in (short, lost) if note)
         cells = [
-            f"{row.label} ({notes})" if notes else row.label,
+            f"{row.label}{missing(row, seeds)}",
             f"{row.runs[0]['result']['parameters']:,}",
             f"{row.rate:g}" if trained else "",
             *(str(row.point.get(name, "")) for name in searched),
@@ -113,6 +110,14 @@ def table(rows: Sequence[Row], *, against: str | None = None) -> str:
         ]
         lines.append(cells)
     return f"{markdown(lines)}\n\n{caption(rows)}\n"
+
+
+def missing(row: Row, seeds: int) -> str:
+    """What of a row's runs is not there, in brackets; empty where there are all."""
+    short = f"{len(row.runs)} of {seeds} seeds" if row.trained and len(row.runs) < seeds else ""
+    lost = f"{row.failed} did not end" if row.failed else ""
+    notes = ", ".join(note for note in (short, lost) if note)
+    return f" ({notes})" if notes else ""
 
 
 def _places(row: Row) -> list[str]:
@@ -135,13 +140,12 @@ def _timed(rows: Sequence[Row]) -> bool:
     return quiet and len({device(run["environment"]) for run in runs}) == 1
 
 
-def origin(rows: Sequence[Row], *, places: bool = False, searched: Sequence[Row] | None = None) -> str:
+def origin(rows: Sequence[Row], *, places: bool = False) -> str:
     """What was trained on and measured, in words.
 
     Args:
         rows: of the table; of the largest budget where it shows several.
         places: it has the perplexity by place.
-        searched: the rows of the smallest of several budgets, with all settings that were tried.
     """
     ended = [row.runs[0] for row in rows if row.runs]
     record = max(ended, key=lambda record: record["settings"]["steps"])  # the base has none
@@ -156,7 +160,7 @@ def origin(rows: Sequence[Row], *, places: bool = False, searched: Sequence[Row]
         f"{settings['model']}, adapted on {settings['train_data']} ({part}{tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
         f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens{other}. "
-        f"{over_seeds(_seeds(rows))}, not over other text; {_rates(rows if searched is None else searched)}."
+        f"{over_seeds(most_seeds(rows))}, not over other text; {_rates(rows)}."
     )
 
 
@@ -197,7 +201,8 @@ def device(environment: Record) -> str:
     return environment["cpu"] if environment["platform"] == "cpu" else environment["device"]
 
 
-def _seeds(rows: Sequence[Row]) -> int:
+def most_seeds(rows: Sequence[Row]) -> int:
+    """The seeds of the row that has the most."""
     return max(len(row.runs) for row in rows)
 
 

@@ -22,7 +22,7 @@ class Row(NamedTuple):
         point: the settings that were searched, with the values of these runs.
         runs: those with measures of the test data, in the order of the seeds.
         failed: how many did not end.
-        tried: how many combinations of settings it was tried with.
+        tried: how many combinations of settings it was tried with, at the smallest budget.
     """
 
     label: str
@@ -50,13 +50,18 @@ def records(directory: Path) -> list[Record]:
     """The runs of a benchmark, in the order of the seeds.
 
     Raises:
-        CheckpointError: there are none, or they are not of one experiment.
+        CheckpointError: there are none, another file is among them, or they are not of one experiment.
     """
-    found = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*.json"))]
+    files = sorted(directory.glob("*.json"))
+    found = [json.loads(file.read_text("utf-8")) for file in files]
     if not found:
         raise CheckpointError(
             "A benchmark must have runs.", f"none in {directory}", "Run run_benchmark.py first."
         )
+    for file, record in zip(files, found, strict=True):
+        if not isinstance(record, dict) or "kind" not in record.get("settings", {}):
+            rule = "The directory of a benchmark has the records of run_benchmark.py alone."
+            raise CheckpointError(rule, file, "Give the directory that bears the experiment's name.")
     shared = {json.dumps(_shared(record), sort_keys=True) for record in found}
     if len(shared) > 1:
         raise CheckpointError(
@@ -80,36 +85,54 @@ def read(directory: Path, rate: float | None = None, steps: int | None = None) -
         steps: the budget; None takes the largest.
 
     Raises:
-        CheckpointError: there are no runs, or they are not of one experiment.
+        CheckpointError: there are no runs, or they are not of one experiment; or none is of this rate and
+            budget.
     """
     found = records(directory)
+    chosen = rate is not None or steps is not None
     if steps is None:
         steps = max(budgets(found), default=0)
     by_label: dict[str, list[Record]] = {}
     for record in found:
-        if record["settings"]["kind"] == BASE or record["settings"]["steps"] == steps:
-            by_label.setdefault(record["settings"]["label"], []).append(record)
-    rows = [row for label, runs in by_label.items() if (row := _row(label, runs, rate))]
-    if not any(row.runs for row in rows):
-        received = (
-            f"{directory}, {steps} steps, learning rate {rate}" if rate else f"{directory}, {steps} steps"
+        by_label.setdefault(record["settings"]["label"], []).append(record)
+    rows = [row for label, runs in by_label.items() if (row := _row(label, runs, steps, rate))]
+    if not any(row.runs and (row.trained or not chosen) for row in rows):
+        received = f"{steps} steps" if rate is None else f"{steps} steps, learning rate {rate:g}"
+        rates = sorted({record["settings"]["learning_rate"] for record in found if not _is_base(record)})
+        raise CheckpointError(
+            "Some run must have ended.",
+            f"none of {received} in {directory}",
+            f"There are budgets of {_listed(budgets(found))} steps, and rates of {_listed(rates)}.",
         )
-        raise CheckpointError("Some run must have ended.", received, "Look into its files, or run others.")
     # Infinite where none ended: those come first.
     return sorted(rows, key=lambda row: -mean(row.values("perplexity")))
 
 
-def _row(label: str, runs: list[Record], rate: float | None) -> Row | None:
-    """That of a method's runs, in the order of their seeds; None where none has the rate."""
-    if rate is not None and runs[0]["settings"]["kind"] != BASE:
+def _row(label: str, runs: list[Record], steps: int, rate: float | None) -> Row | None:
+    """That of a method's runs, in the order of their seeds; None where none has the budget and the rate."""
+    if rate is not None and not _is_base(runs[0]):
         runs = [run for run in runs if run["settings"]["learning_rate"] == rate]
-    grid = [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
-    if not grid:
+    tried = _grid([run for run in runs if run["settings"]["steps"] == min(budgets(runs), default=0)])
+    runs = [run for run in runs if _is_base(run) or run["settings"]["steps"] == steps]
+    if not runs:
         return None
-    best = point(min(grid, key=dev_loss))
+    best = point(min(_grid(runs), key=dev_loss))
     own = [run for run in runs if point(run) == best]
     failed = sum("dev_loss" not in run["result"] for run in own)
-    return Row(label, best, [run for run in own if is_measured(run)], failed, len(grid))
+    return Row(label, best, [run for run in own if is_measured(run)], failed, len(tried))
+
+
+def _grid(runs: list[Record]) -> list[Record]:
+    """Those of the first seed, which settings are searched with."""
+    return [run for run in runs if run["settings"]["seed"] == runs[0]["settings"]["seed"]]
+
+
+def _is_base(record: Record) -> bool:
+    return record["settings"]["kind"] == BASE
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers) or "none"
 
 
 def is_measured(record: Record) -> bool:

@@ -293,6 +293,46 @@ def test_the_budgets_table_has_the_differences_of_the_runs(halved):
         budgets.main(EXPERIMENTS[0].parents[1] / "results" / "wikitext-2", against="lora")
 
 
+def test_both_tables_count_the_whole_grid_and_say_where_seeds_lack(halved, tmp_path):
+    directory = tmp_path / "tiny"
+    shutil.copytree(halved[0], directory)
+    assert "of 4 combinations" in (caption := report.caption(read(directory)))
+    assert "of 8" in caption
+    (file,) = (
+        directory / name
+        for name, run in records(directory).items()
+        if "perplexity" in run["result"]
+        and {"label": "hylorada_v1", "steps": 4, "seed": 3}.items() <= run["settings"].items()
+    )
+    record = json.loads(file.read_text())
+    del record["result"]["perplexity"]
+    file.write_text(json.dumps(record))
+    budgets.main(directory, against="lora")
+    lines = (directory / "budgets.md").read_text().splitlines()
+    found, ranks = (line for line in lines if line.startswith("| hylorada_v1"))
+    cells = zip(lines[0].split(" | "), found.split(" | "), strict=True)
+    assert [head for head, cell in cells if "(1 of 2 seeds)" in cell] == ["PPL, 4 steps"]
+    assert ranks.startswith("| hylorada_v1 (1 of 2 seeds) |")
+    assert "of 2 seeds" in report.table(read(directory))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 77}, {"rate": 0.5}], ids=str)
+def test_what_no_run_has_is_refused_though_there_is_a_base(done, wrong):
+    before = {file: file.read_bytes() for file in done.iterdir()}
+    with pytest.raises(
+        CheckpointError, match=r"There are budgets of 3 steps, and rates of 0\.0001, 0\.001, 0"
+    ):
+        report.main(done, **wrong)
+    assert before == {file: file.read_bytes() for file in done.iterdir()}
+
+
+def test_other_files_among_the_runs_are_named():
+    results = EXPERIMENTS[0].parents[1] / "results"
+    for directory, name in ((results, "base-dtypes-cpu"), (results / "recall", "base-seed0")):
+        with pytest.raises(CheckpointError, match=f"records of run_benchmark(.|\n)*{name}"):
+            report.main(directory)
+
+
 def test_of_completions_the_answers_count(tiny, tmp_path):
     for name in ("train", "test"):
         lines = [

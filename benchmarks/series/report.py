@@ -98,14 +98,16 @@ def plot(found: Record, path: Path) -> None:
     figure = Figure(figsize=(3.2 * columns + 1.5, 6), dpi=120, layout="constrained")
     panels = figure.subplots(2, columns, squeeze=False)
     for column, (name, series) in enumerate(found["series"].items()):
+        methods = [label for label in METHODS if chosen(found, name, label)]
         for row, measure in enumerate(("perplexity", "mae")):
             axes = panels[row][column]
-            for at, label in enumerate(METHODS):
+            for at, label in enumerate(methods):
                 values = [run[measure] for run in chosen(found, name, label)]
-                if values:
-                    axes.scatter([at] * len(values), values, s=12, alpha=0.5, color=f"C{at}")
-                    axes.scatter([at], [statistics.mean(values)], marker="_", s=300, color=f"C{at}")
-            axes.set_xticks(range(len(METHODS)), list(METHODS) if row else [], rotation=90)
+                color = f"C{list(METHODS).index(label)}"
+                axes.scatter([at] * len(values), values, s=12, alpha=0.5, color=color)
+                axes.scatter([at], [statistics.mean(values)], marker="_", s=300, color=color)
+            axes.set_xticks(range(len(methods)), methods if row else [], rotation=90)
+            axes.set_xlim(-0.5, len(methods) - 0.5)
             axes.grid(alpha=0.3)
         panels[0][column].set_title(series["label"], fontsize=9)
         for number, (label, baseline) in enumerate(found["baselines"][name].items()):
