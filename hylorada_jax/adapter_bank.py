@@ -14,7 +14,7 @@ from jax import Array
 from hylorada_jax.errors import DataError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.model import HyLoRADAModel, checked
-from hylorada_jax.models.ids import check_tokens
+from hylorada_jax.models.ids import check_batch
 from hylorada_jax.placement.shards import in_use
 from hylorada_jax.saved.opening import open_on
 from hylorada_jax.surgery import layout
@@ -225,9 +225,9 @@ def apply_rows(
 
     Raises:
         DataError: ``index`` or an input has not one entry for each row, or a token id whose value is known
-            is outside the vocabulary.
+            is outside the vocabulary; or input_ids are not [batch, seq].
     """
-    check_tokens(input_ids, model.base.token_limit)
+    check_batch(input_ids, model.base.token_limit)
     given = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
     counts = {name: jnp.shape(value)[:1] for name, value in {"adapters": index, **given}.items()}
     if any(count != jnp.shape(input_ids)[:1] for count in counts.values()):

@@ -19,7 +19,7 @@ from hylorada_jax.math.quantized import dtype_name, dtype_of, size_of
 from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import pad_left
-from hylorada_jax.models.ids import check_prompts, check_structure_ids, check_tokens
+from hylorada_jax.models.ids import check_batch, check_prompts, check_structure_ids
 from hylorada_jax.models.placed import fitted, placed
 from hylorada_jax.models.positions import check_range, check_rows
 from hylorada_jax.models.weights_digest import tree_digest
@@ -43,6 +43,7 @@ from hylorada_jax.surgery.split import join, split, unfrozen_paths
 from hylorada_jax.trees import COLLECTION, Adapters, Frozen, Params, Resolved
 
 _STRUCTURE_IDS = "structure_ids"
+_MOST_AXES = 3  # [batch, choices, seq] of HF's models for multiple choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,10 @@ def checked(base: BaseModel, input_ids: Array, inputs: Mapping[str, Array | None
         inputs: its others, of which position_ids and structure_ids are read.
 
     Raises:
-        DataError: a token id is outside the vocabulary, a position outside the model's table, or structure
-            ids are not integers ≥ 0.
+        DataError: input_ids are not [batch, seq], an id is outside the vocabulary, a position outside the
+            model's table, or structure ids are not integers ≥ 0.
     """
-    check_tokens(input_ids, base.token_limit)
+    check_batch(input_ids, base.token_limit, _MOST_AXES)
     check_structure_ids(inputs.get(_STRUCTURE_IDS))
     input_ids = jnp.asarray(input_ids)
     check_range(input_ids.shape, inputs.get("position_ids"), base.position_limit)
@@ -208,7 +209,11 @@ class HyLoRADAModel:
 
         Args:
             seed: of the initial lora_A; the constructor's gave ``model.adapters``.
+
+        Raises:
+            ConfigError: the seed is no integer in [0, 2³²).
         """
+        check_seed(seed)
         constants = self.frozen["constants"]
         if self.placement is not None:
             # Drawn on one device: to divide the draw would cost more than it saves.
@@ -346,7 +351,7 @@ class HyLoRADAModel:
         rows: Array | None = None,
         **inputs: Any,
     ) -> Any:
-        check_tokens(input_ids, self.base.token_limit)
+        check_batch(input_ids, self.base.token_limit, _MOST_AXES)
         input_ids = jnp.asarray(input_ids)
         structure = Structure(ids=structure_ids, positions=structure_positions)
         self._check_structure(structure, input_ids.shape)
@@ -572,6 +577,7 @@ class HyLoRADAModel:
             placement: as of the constructor.
 
         Raises:
+            ModelError: the base is no model that can be adapted.
             CheckpointError: the adapter is damaged, or does not fit the base model.
             ConfigError: a setting of the adapter's is refused, or the placement would cut a head.
         """

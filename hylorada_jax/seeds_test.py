@@ -13,7 +13,12 @@ from hylorada_jax.seeds import check_seed
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**23, 1.0, True, "0"])
 def test_what_is_no_seed_is_refused_whatever_takes_one(seed):
-    for take in (check_seed, lambda s: HyLoRADAModel(None, HyLoRADAConfig(), s)):
+    takers = (
+        check_seed,
+        lambda seed: HyLoRADAModel(None, HyLoRADAConfig(), seed),
+        lambda seed: HyLoRADAModel.init_adapters(None, seed),  # type: ignore[arg-type]
+    )
+    for take in takers:
         with pytest.raises(ConfigError, match=rf"seed .*\n.*{re.escape(repr(seed))}"):
             take(seed)
 

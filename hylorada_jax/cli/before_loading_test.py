@@ -135,7 +135,7 @@ OTHERS = [
     ("evaluate", "llama", ("--adapter", "vast adapter"), "The adapter's tensors must be"),
     ("evaluate", "opt", ("--seq-len", "64"), "Positions of this model lie below 32"),
     ("evaluate", "bert", ("--seq-len", "16"), "The built-in loss needs a causal language model"),
-    ("generate", "llama", ("--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
+    ("generate", "llama", ("--max-new-tokens", "0"), "max_new_tokens must be an integer, at least 1"),
     ("generate", "llama", ("--temperature", "-1"), "temperature must be"),
     ("generate", "llama", ("--top-p", "0.9"), "--top-p 0.9 at temperature 0"),
     ("generate", "llama", TEMPLATE, "A chat template is of a conversation"),

@@ -52,7 +52,9 @@ def compare_models(
     Raises:
         DataError: no document fills a window, a token id is outside a model's vocabulary, or a field of a
             document does not fit its tokens.
-        ConfigError: there is structure, and no model that reads it.
+        ModelError: one of the models is none.
+        ConfigError: there is structure, and no model that reads it; or seq_len, batch_size or max_tokens is
+            out of range.
         NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:

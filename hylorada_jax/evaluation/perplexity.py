@@ -148,6 +148,7 @@ def evaluate_perplexity(
             the model's table of positions, or a field of a document does not fit its tokens.
         ConfigError: nothing in the model reads structure, or seq_len, stride, batch_size or max_tokens is out
             of range.
+        ModelError: the model is none of these.
         NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:

@@ -14,11 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.math.position import default_positions
+from hylorada_jax.math.quantized import float_dtype
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.decoder_layer import Cache
 from hylorada_jax.models.generate import Decode, generate, stream
-from hylorada_jax.models.ids import check_prompts, check_tokens
+from hylorada_jax.models.ids import check_batch, check_prompts
+from hylorada_jax.models.layer_loops import check_remat
 from hylorada_jax.models.positions import check_range, check_rows
 from hylorada_jax.models.stacks import layer_numbers, stacks_of
 from hylorada_jax.placement.axes import ROWS, TENSOR
@@ -198,8 +200,14 @@ class CausalLM:
 
         Returns:
             The model, named 'random'.
+
+        Raises:
+            ModelError: the dtype is none of floating point.
+            ConfigError: remat is unknown.
         """
-        return cls(DecoderLM(config, remat), _jitted_init_params(config, rng, dtype), config, "random")
+        dtype = float_dtype(dtype)
+        module = DecoderLM(config, check_remat(remat))
+        return cls(module, _jitted_init_params(config, rng, dtype), config, "random")
 
     @property
     def logit_soft_cap(self) -> float | None:
@@ -228,7 +236,7 @@ class CausalLM:
     ) -> CausalLMOutput:
         """Logits of every token, compiled; arguments and errors are those of ``forward``."""
         # Here, because under the jit below nobody sees the values.
-        check_tokens(input_ids, self.token_limit)
+        check_batch(input_ids, self.token_limit)
         input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, position_ids)
         with in_use(self.params):
@@ -263,11 +271,11 @@ class CausalLM:
             The output. Logits at padding are finite and mean nothing.
 
         Raises:
-            DataError: a token id is outside the vocabulary, or an input has not one value for each token. Ids
-                are read where their values are known; under ``jax.jit`` or the like one outside goes
-                unnoticed, and the output means nothing.
+            DataError: input_ids are not [batch, seq], one is outside the vocabulary, or an input has not one
+                value for each token. Ids are read where their values are known; under ``jax.jit`` or the
+                like one outside goes unnoticed, and the output means nothing.
         """
-        check_tokens(input_ids, self.token_limit)
+        check_batch(input_ids, self.token_limit)
         logits = _apply(
             self.module, variables, input_ids, attention_mask, position_ids, segment_ids, groups, rngs=rngs
         )
@@ -285,7 +293,7 @@ class CausalLM:
         rngs: dict[str, Array] | None = None,
     ) -> Float[Array, "batch seq d"]:
         """Hidden states after the final norm; arguments and errors are those of ``forward``."""
-        check_tokens(input_ids, self.token_limit)
+        check_batch(input_ids, self.token_limit)
         inputs = input_ids, attention_mask, position_ids, segment_ids
         return _apply(self.module, variables, *inputs, groups, rngs=rngs, method="hidden")[0]
 

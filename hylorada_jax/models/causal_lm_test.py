@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.models.causal_lm import CausalLM, init_params, param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
 
@@ -85,6 +85,14 @@ def test_attention_mask_and_segments_agree_on_padding():
     real = np.asarray(mask > 0)
     # The same numbers in another program: float32 rounding.
     np.testing.assert_allclose(np.asarray(by_mask)[real], np.asarray(by_segment)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"), [({"dtype": "int8"}, ModelError), ({"remat": "dot"}, ConfigError)], ids=str
+)
+def test_random_weights_are_of_a_dtype_and_a_policy_that_there_are(wrong, error):
+    with pytest.raises(error):
+        CausalLM.from_config(DecoderConfig.from_hf(TINY), jax.random.key(0), **wrong)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 1), (6,)])

@@ -318,6 +318,7 @@ def test_filter_keeps_ties_and_at_least_one():
         ([], {}, DataError, "prompt"),
         ([[1], []], {}, DataError, r"\[1, 0\]"),
         ([[1]], {"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": 2.5}, ConfigError, "max_new_tokens"),
         ([[1]], {"temperature": -1.0}, ConfigError, "temperature"),
         ([[1]], {"temperature": float("nan")}, ConfigError, "temperature"),
         ([[1]], {"temperature": 1.0}, ConfigError, "rng"),

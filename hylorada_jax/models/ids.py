@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hylorada_jax.errors import DataError
@@ -61,6 +62,26 @@ def check_tokens(ids: Any, limit: int | None, what: str = "input_ids") -> None:
             f"{what}: {wrong}",
             "Use the model's own tokenizer.",
         )
+
+
+def check_batch(ids: Any, limit: int | None, most: int = 2) -> None:
+    """Refuse input_ids that are not rows of a model's token ids.
+
+    Args:
+        ids: as of :func:`check_tokens`.
+        limit: as there.
+        most: axes that they may have.
+
+    Raises:
+        DataError: they have another number of axes, or as of :func:`check_tokens`.
+
+    Example:
+        >>> check_batch(np.array([[0, 31]]), 32)
+    """
+    check_tokens(ids, limit)
+    shape = ids.shape if hasattr(ids, "shape") else jnp.asarray(ids).shape
+    if limit is not None and not 2 <= len(shape) <= most:
+        raise DataError("input_ids are [batch, seq].", f"of shape {shape}", "Give one text as [ids].")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:

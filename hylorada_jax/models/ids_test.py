@@ -108,6 +108,15 @@ def test_rows_of_several_lengths_are_no_batch():
         adapted()([[1, 2], [3]])
 
 
+@pytest.mark.parametrize("ids", [[1, 2, 3], np.array(1), jnp.ones((1, 1, 3), int)], ids=["a text", "0", "3"])
+@pytest.mark.parametrize("taker", [*TAKERS][:9])
+def test_a_batch_has_two_axes(taker, ids):
+    with pytest.raises(DataError, match=r"input_ids are \[batch, seq\]|each row of input_ids"):
+        TAKERS[taker](ids)
+    with pytest.raises(DataError, match=r"\[batch, seq\]"):
+        jax.eval_shape(TAKERS["adapted, pure"], jnp.asarray(ids))
+
+
 def test_a_program_is_traced_without_values_and_refuses_what_it_can_know():
     logits = jax.jit(lambda ids: adapted().apply(adapted().adapters, ids).logits)
     assert logits(jnp.array([[1, VOCAB]])).shape == (1, 2, VOCAB)

@@ -174,7 +174,11 @@ def check_settings(
         )
     infinity = float("inf")
     for wrong, rule, received in (
-        (not max_new_tokens >= 1, "max_new_tokens must be at least 1.", max_new_tokens),
+        (
+            not (isinstance(max_new_tokens, int | np.integer) and max_new_tokens >= 1),
+            "max_new_tokens must be an integer, at least 1.",
+            max_new_tokens,
+        ),
         (
             not 0 <= temperature < infinity,
             "temperature must be 0 (greedy) or a positive number.",
