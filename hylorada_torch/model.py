@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, ModelError
 from hylorada_jax.io.hub import recorded_name
 from hylorada_jax.models.families import FLAX
 from hylorada_jax.saved.adapter_files import check_base, write_adapter
@@ -126,6 +126,12 @@ class HyLoRADAModel(nn.Module):
         self, positions: Tensor, structure_ids: Tensor | None, structure_positions: Tensor | None
     ) -> Tensor | None:
         if self.structure_encoder is not None:
+            if structure_ids is not None and structure_ids.numel() and structure_ids.min() < 0:
+                raise DataError(
+                    "Structure ids must be integers ≥ 0.",
+                    f"an id of {structure_ids.min().item()}",
+                    "Count what the domain tells apart from 0; give padding 0.",
+                )
             where = positions if structure_positions is None else structure_positions
             return self.structure_encoder(where, structure_ids, seq_len=self.config.structure_seq_len)
         if structure_ids is not None or structure_positions is not None:

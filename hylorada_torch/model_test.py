@@ -213,6 +213,8 @@ def test_what_a_forward_pass_cannot_take_is_refused():
             model(INPUT_IDS, **structure)
     with pytest.raises(DataError, match="structure_ids"):
         random_model("llama", "v2")(INPUT_IDS, structure_ids=INPUT_IDS[:, 1:])
+    with pytest.raises(DataError, match="Structure ids must be integers ≥ 0"):
+        random_model("llama", "v2")(INPUT_IDS, structure_ids=INPUT_IDS - INPUT_IDS.max())
     with pytest.raises(DataError, match="structure_prior"):
         random_model("llama", "v2")(INPUT_IDS, structure_positions=INPUT_IDS[:, 1:])
     for positions in (-INPUT_IDS, INPUT_IDS[:1]):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.config import METHODS
-from hylorada_jax.errors import ModelError
+from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved.adapter_files import WEIGHTS_NAME
@@ -24,6 +24,7 @@ from parity_tests.models import (
     errors,
     measure_model,
     there_and_back,
+    torch_inputs,
     torch_results,
 )
 from parity_tests.tolerances import FUSION, MODEL, relative_error
@@ -100,6 +101,17 @@ def test_float64(family, name, tmp_path):
         logits = base_logits(family)(merged.params, inputs)[pair.inputs["labels"] >= 0]
     evaluated = torch_results(pair.reference.eval(), pair.inputs, pair.reference.adapters())["logits"]
     assert relative_error(logits, evaluated) <= MODEL["float64"]
+
+
+def test_both_models_refuse_structure_ids_below_0():
+    with measuring("float64"):
+        pair = build("llama", CONFIGS["hylorada_v2"], "float64")
+        del pair.inputs["labels"]
+        pair.inputs["structure_ids"][0, 3] = -1
+        of_jax: dict[str, Any] = dict(pair.inputs)
+        for model, inputs in ((pair.model, of_jax), (pair.reference, torch_inputs(pair.inputs))):
+            with pytest.raises(DataError, match="Structure ids must be integers ≥ 0"):
+                model(**inputs)
 
 
 # Our decoder, and one family of Hugging Face's. `hylorada parity` measures them all.
