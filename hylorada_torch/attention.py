@@ -41,9 +41,9 @@ class DirectAttentionAdapter(nn.Module):
         super().__init__()
         if num_heads < 1:
             raise ConfigError("num_heads must be ≥ 1.", num_heads, "Give the number of query heads.")
-        self.columns = num_heads if per_head else 1
-        self.alpha = nn.Parameter(torch.ones(self.columns, dtype=dtype))
-        self.beta = nn.Parameter(torch.zeros(self.columns, dtype=dtype))
+        self.num_heads = num_heads
+        self.alpha = nn.Parameter(torch.ones(num_heads if per_head else 1, dtype=dtype))
+        self.beta = nn.Parameter(torch.zeros_like(self.alpha))
 
     def forward(self, scores: Tensor, *, soft_cap: float | None = None) -> Tensor:
         """S' of S = q kᵀ/√head_dim [batch, heads, query, key], before the mask.
@@ -55,11 +55,11 @@ class DirectAttentionAdapter(nn.Module):
         Raises:
             ConfigError: the scores have another number of heads.
         """
-        if self.columns not in (1, scores.shape[1]):
+        if scores.ndim != 4 or scores.shape[1] != self.num_heads:
             raise ConfigError(
-                "DAA has one value per query head, or one for all.",
-                f"{self.columns} values for {scores.shape[1]} heads",
-                f"Make it with num_heads={scores.shape[1]}.",
+                f"{type(self).__name__}: scores are [batch, num_heads, query, key].",
+                f"scores {tuple(scores.shape)}, num_heads={self.num_heads}",
+                "Give num_heads the number of query heads.",
             )
         return capped(self.alpha[:, None, None] * scores, soft_cap) + self.beta[:, None, None]
 
@@ -87,7 +87,7 @@ class PositionalDAA(DirectAttentionAdapter):
 
     def __init__(self, num_heads: int, per_head: bool = True, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(num_heads, per_head, dtype=dtype)
-        self.position_bias = nn.Parameter(torch.zeros(BUCKETS, self.columns, dtype=dtype))
+        self.position_bias = nn.Parameter(torch.zeros(BUCKETS, len(self.alpha), dtype=dtype))
 
     def forward(
         self,
@@ -113,6 +113,7 @@ class PositionalDAA(DirectAttentionAdapter):
             DataError: positions are negative, have another shape, or are missing where queries and keys are
                 not the same tokens.
         """
+        scaled = super().forward(scores, soft_cap=soft_cap)
         batch, _, queries, keys = scores.shape
         if query_positions is None and key_positions is None and queries == keys:
             query_positions = key_positions = default_positions(batch, keys)
@@ -127,7 +128,7 @@ class PositionalDAA(DirectAttentionAdapter):
         check_positions(key_positions, batch, keys)
         distance = query_positions[:, :, None] - key_positions[:, None, :]
         buckets = torch.from_numpy(relative_buckets(distance.numpy(force=True)))
-        return super().forward(scores, soft_cap=soft_cap) + self.position_bias[buckets].permute(0, 3, 1, 2)
+        return scaled + self.position_bias[buckets].permute(0, 3, 1, 2)
 
 
 def capped(scores: Tensor, soft_cap: float | None) -> Tensor:

@@ -52,9 +52,11 @@ def test_positional_daa_is_the_formula_entry_by_entry(per_head):
 @pytest.mark.parametrize("kind", [DirectAttentionAdapter, PositionalDAA])
 def test_a_fresh_adapter_changes_nothing_and_another_number_of_heads_is_refused(kind):
     assert torch.equal(kind(3)(random(1, 3, 4, 4)), random(1, 3, 4, 4))
-    assert kind(5, per_head=False)(random(1, 3, 4, 4)).shape == (1, 3, 4, 4)
-    with pytest.raises(ConfigError, match=r"5 values for 4 heads"):
-        kind(5)(random(1, 4, 3, 3))
+    for heads, per_head in ((5, True), (5, False), (1, True)):
+        with pytest.raises(ConfigError, match=rf"scores \(1, 4, 3, 3\), num_heads={heads}"):
+            kind(heads, per_head)(random(1, 4, 3, 3))
+    with pytest.raises(ConfigError, match=r"\[batch, num_heads, query, key\]"):
+        kind(4)(random(4, 3, 3))
 
 
 def test_beta_alone_changes_nothing():
