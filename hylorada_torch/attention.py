@@ -287,9 +287,10 @@ class ShiftedSparseAttention(nn.Module):
             [batch, seq, heads, head_dim] in query's dtype.
 
         Raises:
-            ConfigError: there is one head, which cannot be halved.
-            DataError: a [batch, seq] argument has another shape, or positions are negative.
+            ConfigError: there is one head, which cannot be halved, or heads is no multiple of kv_heads.
+            DataError: an argument has another shape, or positions are negative.
         """
+        _check_heads(query, key, value)
         batch, seq, heads, _ = query.shape
         visible = same_group(heads, seq, self.group_size, self.shift).tril().to(query.device)
         if positions is not None:
@@ -307,3 +308,16 @@ class ShiftedSparseAttention(nn.Module):
             visible = visible & key_valid[:, None, None, :].bool()
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return attend(query, key, value, visible).transpose(1, 2)
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    expected = (*query.shape[:2], *key.shape[2:3], *query.shape[3:])
+    if query.ndim != 4 or not key.shape == value.shape == expected:
+        raise DataError(
+            "query is [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim].",
+            shapes,
+            "Split the heads before the call.",
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ConfigError("The query heads are a multiple of the key-value heads.", shapes, "Repeat none.")

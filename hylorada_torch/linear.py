@@ -120,7 +120,7 @@ class LoRALinear(nn.Module):
             [batch, seq, d_out] in the dtype of ``base_output``.
 
         Raises:
-            ConfigError: a structure prior is given.
+            ConfigError: an argument has another shape, or a structure prior is given.
         """
         if structure_prior is not None:
             raise ConfigError(
@@ -136,13 +136,15 @@ class LoRALinear(nn.Module):
         """y = (base + δ·p)·c, where p is ``token_scale`` [batch, seq, 1].
 
         Raises:
-            DataError: the base weight is not [out_features, in_features].
+            ConfigError: an argument has another shape.
         """
-        if base_weight.shape != (self.out_features, self.in_features):
-            raise DataError(
-                f"{type(self).__name__}: base_weight is [out_features, in_features].",
-                f"{tuple(base_weight.shape)} for in_features={self.in_features}, "
-                f"out_features={self.out_features}",
+        d_in, d_out = self.in_features, self.out_features
+        shapes = tuple(x.shape), tuple(base_output.shape), tuple(base_weight.shape)
+        if shapes != ((*x.shape[:-1], d_in), (*x.shape[:-1], d_out), (d_out, d_in)):
+            raise ConfigError(
+                f"{type(self).__name__}({d_in}, {d_out}): x is [..., {d_in}], base_output [..., {d_out}] and "
+                f"base_weight [{d_out}, {d_in}].",
+                "x {}, base_output {}, base_weight {}".format(*shapes),
                 "Pass the weight of an nn.Linear as it is, and that of a Conv1D transposed.",
             )
         x_low_rank = self.dropout(x).to(self.lora_A.dtype)
@@ -315,18 +317,20 @@ class HyLoRADAv2Linear(HyLoRADALinear):
             [batch, seq, d_out] in the dtype of ``base_output``.
 
         Raises:
+            ConfigError: another argument has another shape.
             DataError: the prior has another shape.
         """
         if structure_prior is None:
             return self.adapted(x, base_output, base_weight)
-        expected = (*x.shape[:-1], len(self.scale_from_structure))
+        scale = self.scale_from_structure
+        expected = (*x.shape[:-1], len(scale))
         if structure_prior.shape != expected:
             raise DataError(
                 "structure_prior is [batch, seq, structure_dim], one row for every token of x.",
                 f"structure_prior {tuple(structure_prior.shape)}, expected {expected}",
                 "Give the encoder the positions of the same tokens, and hidden_size=structure_dim.",
             )
-        p = 0.5 + torch.sigmoid(structure_prior @ self.scale_from_structure)
+        p = 0.5 + torch.sigmoid(structure_prior.to(scale.dtype) @ scale)
         return self.adapted(x, base_output, base_weight, p[..., None])
 
 
@@ -384,6 +388,7 @@ class HyLoRADAUnified(HyLoRADALinear):
             [batch, seq, d_out] in the dtype of ``base_output``.
 
         Raises:
+            ConfigError: another argument has another shape.
             DataError: the positions are negative or have another shape.
         """
         if positions is None:

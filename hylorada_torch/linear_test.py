@@ -129,8 +129,10 @@ def test_a_layer_takes_its_magnitude_from_the_first_weight_alone():
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_are_checked(kind):
     x, weight = torch.randn(1, 2, 5), torch.randn(7, 5)
-    with pytest.raises(DataError, match="in_features=7"):
-        kind(7, 5)(x, x @ weight.T, weight)
+    y = x @ weight.T
+    for wrong in ((x, y, weight.T), (x, y[..., :1], weight), (x[..., 1:], y, weight)):
+        with pytest.raises(ConfigError, match=r"\(5, 7\): x is \[..., 5\]"):
+            kind(5, 7)(*wrong)
     for sizes in ((0, 7, 2), (5, 0, 2), (5, 7, 0)):
         with pytest.raises(ConfigError, match="≥ 1"):
             kind(*sizes)
@@ -288,6 +290,8 @@ def test_the_structure_prior_scales_the_update_token_by_token():
     update = v1(x, base, weight) - base * c
     assert_close(adapter(x, base, weight, prior), base * c + torch.from_numpy(p)[..., None] * update)
     assert torch.equal(adapter(x, base, weight), v1(x, base, weight))
+    half = prior.bfloat16()
+    assert torch.equal(adapter(x, base, weight, half), adapter(x, base, weight, half.double()))
     fresh = HyLoRADAv2Linear(5, 7, structure_dim=6)
     assert fresh.scale_from_structure.tolist() == [0.0] * 6
     with pytest.raises(DataError, match="structure_dim"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import hylorada_jax
 import hylorada_jax.nnx
 import hylorada_torch
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math import position as jax_position
 from hylorada_torch import position as torch_position
 from parity_tests.layers import LAYERS, LINEAR_EDGES, Case, Draw
@@ -192,6 +194,70 @@ def test_a_trained_hylorada_layer_collapses_to_a_dora_layer():
     m = g * leaves["magnitude"] + (1 - g) * np.linalg.norm(weight, axis=1)
     got = output("dora", magnitude=(1 - beta) * m + beta * n)
     assert relative_error(got, output("hylorada_v1")) <= IDENTITY
+
+
+# Of a layer: its arguments and the shapes of a call that it takes; those that it refuses, and with what.
+_LINEAR = (5, 7), {"x": (2, 4, 5), "base_output": (2, 4, 7), "base_weight": (7, 5)}
+_PRIOR = (5, 7), _LINEAR[1] | {"structure_prior": (2, 4, 32)}
+_GROUPS = (4,), {"query": (2, 6, 4, 8), "key": (2, 6, 2, 8), "value": (2, 6, 2, 8)}
+REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], dict[str, Any], type[Exception]]] = {
+    **{
+        f"{name}, {what}": (name, *_LINEAR, wrong, ConfigError)
+        for name in ("lora", "hylorada_v2", "hylorada")
+        for what, wrong in (
+            ("W transposed", {"base_weight": (5, 7)}),
+            ("an output of one feature", {"base_output": (2, 4, 1)}),
+            ("an output of one row", {"base_output": (1, 4, 7)}),
+            ("a narrower x", {"x": (2, 4, 3)}),
+        )
+    },
+    "a narrower prior": ("hylorada_v2", *_PRIOR, {"structure_prior": (2, 4, 31)}, DataError),
+    **{
+        f"{name}, {what}": (name, arguments, {"scores": (2, arguments[0], 3, 3)}, wrong, ConfigError)
+        for name in ("direct_attention", "positional_attention")
+        for what, arguments, wrong in (
+            ("fewer heads", (4,), {"scores": (2, 3, 3, 3)}),
+            ("fewer heads, one value for all", (4, False), {"scores": (2, 3, 3, 3)}),
+            ("heads for one", (1,), {"scores": (2, 3, 3, 3)}),
+            ("three axes", (3,), {"scores": (3, 3, 3)}),
+        )
+    },
+    **{
+        what: ("shifted_sparse_attention", *_GROUPS, wrong, error)
+        for what, wrong, error in (
+            ("uneven sharing", {"query": (2, 6, 3, 8)}, ConfigError),
+            ("one head", {"query": (2, 6, 1, 8), "key": (2, 6, 1, 8), "value": (2, 6, 1, 8)}, ConfigError),
+            ("narrower heads", {"query": (2, 6, 4, 7)}, DataError),
+            ("more keys", {"key": (2, 7, 2, 8), "value": (2, 7, 2, 8)}, DataError),
+            ("fewer values", {"value": (2, 6, 1, 8)}, DataError),
+            ("heads not split", {"query": (2, 6, 8), "key": (2, 6, 8), "value": (2, 6, 8)}, DataError),
+            ("keys not split", {"query": (2, 6, 4, 4), "key": (2, 6, 4), "value": (2, 6, 4)}, DataError),
+            ("padding of another row", {"key_valid": (1, 6)}, DataError),
+        )
+    },
+}
+CALLS = [
+    pytest.param(f"{side}{name}", *rest, id=f"{side}{what}")
+    for what, (name, *rest) in REFUSED.items()
+    for side in ("", "nnx ")
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "taken", "wrong", "error"), CALLS)
+def test_both_packages_refuse_the_same_calls_alike(name, arguments, taken, wrong, error):
+    layer = LAYERS[name]
+
+    def of_torch(shapes):
+        layer.torch(*arguments)(**{key: torch.ones(shape) for key, shape in shapes.items()})
+
+    def of_jax(shapes):
+        inputs = {key: jnp.ones(shape) for key, shape in shapes.items()}
+        jax.eval_shape(lambda: layer.make(*arguments).init(jax.random.key(0), **inputs))
+
+    for call in (of_torch, of_jax):
+        call(taken)
+        with pytest.raises(error):
+            call(taken | wrong)
 
 
 def test_buckets_are_equal_everywhere():

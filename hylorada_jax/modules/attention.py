@@ -10,12 +10,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.attention import DAA, leaf_shapes
 from hylorada_jax.math.groups import attend, shifted_patterns
 from hylorada_jax.math.position import check_positions
 from hylorada_jax.math.relative_bias import relative_bias
-from hylorada_jax.modules.checks import check_scores, score_positions
+from hylorada_jax.modules.checks import check_attention, check_scores, score_positions
 
 
 def scaled_and_shifted(
@@ -177,16 +176,12 @@ def shifted_sparse_attention(
 ) -> Array:
     """What :class:`ShiftedSparseAttention` computes."""
     query, key, value = (jnp.asarray(given) for given in (query, key, value))
-    _check_heads(query, key, value)
+    check_attention(query, key, value, segment_ids=segment_ids, key_valid=key_valid)
     tokens = query.shape[:2]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens[1]), tokens)
     positions = jnp.asarray(positions)
     check_positions(positions, tokens)
-    for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):
-        if given is not None and jnp.shape(given) != tokens:
-            received = f"{jnp.shape(given)} for {tokens}"
-            raise DataError(f"{name} is [batch, seq].", received, "Give one for every token.")
     # Its settings are the config's, which knows which of them fit.
     settings = HyLoRADAConfig(method="longlora", s2_group_size=group_size, s2_shift_ratio=shift_ratio)
     patterns = shifted_patterns(
@@ -196,19 +191,3 @@ def shifted_sparse_attention(
         key_valid=None if key_valid is None else jnp.asarray(key_valid, bool),
     )
     return attend(query, key, value, patterns)
-
-
-def _check_heads(query: Array, key: Array, value: Array) -> None:
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if (
-        query.ndim != 4
-        or key.shape != value.shape
-        or (*query.shape[:2], query.shape[3]) != (*key.shape[:2], key.shape[-1])
-    ):
-        raise DataError(
-            "query is [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim].",
-            shapes,
-            "Split the heads before the call.",
-        )
-    if query.shape[2] % key.shape[2]:
-        raise ConfigError("The query heads are a multiple of the key-value heads.", shapes, "Repeat none.")

@@ -110,6 +110,25 @@ def score_positions(scores: Array, query_positions: Any, key_positions: Any) -> 
     return query_positions, key_positions
 
 
+def check_attention(query: Array, key: Array, value: Array, **facts: Any) -> None:
+    """Refuses queries, keys and values of whole rows, or facts of their tokens by name, of unfit shapes."""
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    expected = (*query.shape[:2], *key.shape[2:3], *query.shape[3:])
+    if query.ndim != 4 or not key.shape == value.shape == expected:
+        raise DataError(
+            "query is [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim].",
+            shapes,
+            "Split the heads before the call.",
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ConfigError("The query heads are a multiple of the key-value heads.", shapes, "Repeat none.")
+    tokens = query.shape[:2]
+    for name, given in facts.items():
+        if given is not None and jnp.shape(given) != tokens:
+            received = f"{jnp.shape(given)} for {tokens}"
+            raise DataError(f"{name} is [batch, seq].", received, "Give one for every token.")
+
+
 def check_sparse(layer: Any) -> None:
     """Refuses a sparse adapter's settings that are out of range."""
     if layer.adapter_dim < 1 or not 0 < layer.topk_ratio <= 1 or not layer.temperature > 0:
