@@ -40,8 +40,9 @@ def topk_mask(gate_scores: Tensor, topk_ratio: float, temperature: float) -> Ten
     return mask + (soft - soft.detach())
 
 
-def _check(adapter_dim: int, topk_ratio: float, temperature: float) -> None:
+def _check(adapter_dim: int, topk_ratio: float, temperature: float, hidden_size: int = 1) -> None:
     for holds, rule, value in (
+        (hidden_size >= 1, "hidden_size must be ≥ 1.", hidden_size),
         (adapter_dim >= 1, "adapter_dim must be ≥ 1.", adapter_dim),
         (0 < topk_ratio <= 1, "topk_ratio must be in (0, 1].", topk_ratio),
         (temperature > 0, "temperature must be > 0.", temperature),
@@ -134,7 +135,7 @@ class SparseAdapter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        _check(adapter_dim, topk_ratio, temperature)
+        _check(adapter_dim, topk_ratio, temperature, hidden_size)
         check_dropout(dropout)
         self.topk_ratio, self.temperature = topk_ratio, temperature
         self.down = nn.Parameter(torch.empty(adapter_dim, hidden_size, dtype=dtype))
@@ -145,7 +146,17 @@ class SparseAdapter(nn.Module):
         nn.init.normal_(self.gate_scores, std=0.02, generator=generator)
 
     def forward(self, h: Tensor) -> Tensor:
-        """The adapted output [..., hidden_size] of the MLP's output h, in its dtype."""
+        """The adapted output [..., hidden_size] of the MLP's output h, in its dtype.
+
+        Raises:
+            ConfigError: h has another width.
+        """
+        if h.shape[-1:] != self.up.shape[:1]:
+            raise ConfigError(
+                f"SparseAdapter: h is [..., {len(self.up)}].",
+                tuple(h.shape),
+                "Give the width of the MLP block's output as hidden_size.",
+            )
         mask = topk_mask(self.gate_scores, self.topk_ratio, self.temperature)
         active = F.gelu(F.linear(h.to(self.down.dtype), self.down) * mask)
         return (h + F.linear(self.dropout(active), self.up)).to(h.dtype)

@@ -92,3 +92,7 @@ def test_settings_out_of_range_are_refused(wrong):
             make(**wrong)
     with pytest.raises(ConfigError, match="dropout"):
         SparseAdapter(4, dropout=-0.5)
+    with pytest.raises(ConfigError, match="hidden_size"):
+        SparseAdapter(0)
+    with pytest.raises(ConfigError, match=r"h is \[..., 4\]"):
+        SparseAdapter(4)(torch.zeros(1, 2, 3))

@@ -199,6 +199,7 @@ def test_a_trained_hylorada_layer_collapses_to_a_dora_layer():
 # Of a layer: its arguments and the shapes of a call that it takes; those that it refuses, and with what.
 _LINEAR = (5, 7), {"x": (2, 4, 5), "base_output": (2, 4, 7), "base_weight": (7, 5)}
 _PRIOR = (5, 7), _LINEAR[1] | {"structure_prior": (2, 4, 32)}
+_SPARSE = (5,), {"h": (2, 4, 5)}
 _GROUPS = (4,), {"query": (2, 6, 4, 8), "key": (2, 6, 2, 8), "value": (2, 6, 2, 8)}
 REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], dict[str, Any], type[Exception]]] = {
     **{
@@ -222,6 +223,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], dict[str, Any], t
             ("three axes", (3,), {"scores": (3, 3, 3)}),
         )
     },
+    "a wider h": ("sparse_adapter", *_SPARSE, {"h": (2, 4, 6)}, ConfigError),
     **{
         what: ("shifted_sparse_attention", *_GROUPS, wrong, error)
         for what, wrong, error in (
@@ -240,6 +242,7 @@ CALLS = [
     pytest.param(f"{side}{name}", *rest, id=f"{side}{what}")
     for what, (name, *rest) in REFUSED.items()
     for side in ("", "nnx ")
+    if side or name != "sparse_adapter"  # Linen's reads its width off h
 ]
 
 
@@ -258,6 +261,16 @@ def test_both_packages_refuse_the_same_calls_alike(name, arguments, taken, wrong
         call(taken)
         with pytest.raises(error):
             call(taken | wrong)
+
+
+def test_a_sparse_adapter_of_no_features_is_refused_everywhere():
+    for make in (
+        hylorada_torch.SparseAdapter,
+        lambda width: hylorada_jax.nnx.SparseAdapter(width, rngs=nnx.Rngs(0)),
+        lambda width: hylorada_jax.SparseAdapter().init(jax.random.key(0), jnp.ones((1, width))),
+    ):
+        with pytest.raises(ConfigError, match="hidden_size"):
+            make(0)
 
 
 def test_buckets_are_equal_everywhere():

@@ -140,6 +140,16 @@ def check_sparse(layer: Any) -> None:
         )
 
 
+def check_hidden(layer: Any, hidden_size: int, h: Array | None = None) -> None:
+    """Refuses a sparse adapter of no features, or an h of another width."""
+    if hidden_size < 1 or (h is not None and h.shape[-1:] != (hidden_size,)):
+        raise ConfigError(
+            f"{type(layer).__name__}: h is [..., hidden_size], hidden_size ≥ 1.",
+            f"hidden_size={hidden_size}" + ("" if h is None else f", h {h.shape}"),
+            "Give the width of the MLP block's output.",
+        )
+
+
 def check_encoder(layer: Any) -> None:
     """Refuses a structure encoder's sizes that are out of range."""
     sizes = (layer.hidden_size, layer.encoding_dim, layer.num_buckets - 1, layer.max_structure_types)

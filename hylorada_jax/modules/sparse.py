@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from hylorada_jax.config import check_dropout
 from hylorada_jax.math import sparse
-from hylorada_jax.modules.checks import check_sparse
+from hylorada_jax.modules.checks import check_hidden, check_sparse
 
 
 class TopKGate(nn.Module):
@@ -65,7 +65,7 @@ class SparseAdapter(nn.Module):
     gate's scores, gate_scores [adapter_dim] ~ N(0, 0.02²); float32.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or h has no features.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -90,6 +90,7 @@ class SparseAdapter(nn.Module):
         check_sparse(self)
         check_dropout(self.dropout)
         h = jnp.asarray(h)
+        check_hidden(self, h.shape[-1])
 
         def fresh(key: Array, name: str) -> Array:
             return sparse.init_leaves(key, self.adapter_dim, h.shape[-1])[name]

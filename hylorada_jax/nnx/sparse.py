@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from hylorada_jax.math import sparse
-from hylorada_jax.modules.checks import check_sparse
+from hylorada_jax.modules.checks import check_hidden, check_sparse
 from hylorada_jax.nnx.streams import checked_dropout
 from hylorada_jax.nnx.variables import AdapterParam
 
@@ -49,7 +49,8 @@ class SparseAdapter(nnx.Module):
         out = h + up(dropout(gelu(down(h) ⊙ mask)))
 
     Args, errors and source: :class:`hylorada_jax.SparseAdapter`; ``hidden_size`` is the width of h, which the
-    Linen module reads off its first call. ``rngs`` without a stream that it draws from are a ConfigError.
+    Linen module reads off its first call. ``rngs`` without a stream that it draws from are a ConfigError, as
+    is a ``hidden_size`` below 1, or an h of another width.
 
     Example:
         >>> h = jnp.ones((1, 2, 8))
@@ -69,6 +70,7 @@ class SparseAdapter(nnx.Module):
     ) -> None:
         self.adapter_dim, self.topk_ratio, self.temperature = adapter_dim, topk_ratio, temperature
         check_sparse(self)
+        check_hidden(self, hidden_size)
         self.dropout = checked_dropout(dropout, rngs)
         for name, leaf in sparse.init_leaves(rngs.params(), adapter_dim, hidden_size).items():
             setattr(self, name, AdapterParam(leaf, component="sparse"))
@@ -78,6 +80,7 @@ class SparseAdapter(nnx.Module):
     ) -> Float[Array, "*tokens hidden_size"]:
         """The block's output with the adapter, in h's dtype."""
         h, k = jnp.asarray(h), sparse.units_on(self.topk_ratio, self.adapter_dim)
+        check_hidden(self, self.up[...].shape[0], h)
         mask = sparse.topk_mask(self.gate_scores[...], k, self.temperature)
         units = sparse.units(h, self.down[...], mask)
         return sparse.add_units(h, self.dropout(units, deterministic=deterministic), self.up[...])
