@@ -8,8 +8,9 @@ from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.attention import DAA
 from hylorada_jax.math.groups import attend
 from hylorada_jax.math.pattern import Pattern
-from hylorada_jax.modules.checks import token_positions
+from hylorada_jax.modules.checks import check_attention, token_positions
 from hylorada_jax.nnx.tokens import current
+from hylorada_jax.trees import is_traced
 
 
 class Attention(nnx.Module):
@@ -64,10 +65,11 @@ class Attention(nnx.Module):
             soft_cap: bound of the scores before anything is added to them.
 
         Raises:
-            DataError: keys or values are of other tokens, as with a KV cache; or positions do not fit.
-            ConfigError: the queries have another number of heads.
+            DataError: keys or values are of other tokens, as with a KV cache; or an argument has another
+                shape.
+            ConfigError: the queries have another number of heads, or no multiple of the keys'; or window < 1.
         """
-        if query.shape[2] != self.num_heads:
+        if query.shape[2:3] != (self.num_heads,):
             raise ConfigError(
                 "Attention: queries are [batch, seq, num_heads, head_dim].",
                 f"queries {query.shape}, num_heads={self.num_heads}",
@@ -79,6 +81,9 @@ class Attention(nnx.Module):
                 f"queries {query.shape}, keys {key.shape}, values {value.shape}",
                 "With a KV cache, call AttentionScores on the scores.",
             )
+        check_attention(query, key, value, segment_ids=segment_ids, key_valid=key_valid)
+        if window is not None and not is_traced(window) and window < 1:
+            raise ConfigError("window is ≥ 1, for a token sees itself.", window, "Give None for no window.")
         counted = positions is None and (current().positions is None or current().counted)
         positions = positions_of(query.shape[:2], positions)
         pattern = Pattern.of_rows(

@@ -112,10 +112,11 @@ ALIKE = SEGMENTS[:, :, None] == SEGMENTS[:, None]
         ({"segment_ids": SEGMENTS}, ALIKE),
         ({"key_valid": VALID}, VALID[:, None]),
         ({"window": 2}, jnp.triu(jnp.ones((5, 5), bool), -1)),
+        ({"window": 1}, jnp.eye(5, dtype=bool)),
         ({"scale": 0.3}, True),
         ({"soft_cap": 0.7}, True),
     ],
-    ids=["documents", "padding", "window", "scale", "soft cap"],
+    ids=["documents", "padding", "window", "itself", "scale", "soft cap"],
 )
 def test_attention_sees_what_its_call_says(options, seen):
     with jax.enable_x64(True):
@@ -266,6 +267,15 @@ def test_positions_that_nobody_gives_are_known_to_count_up(monkeypatch):
         assert {p.counted for args, _ in asked.call_args_list for p in args[3]} == {counted}
 
 
+def test_a_window_of_1_gives_every_token_its_own_value():
+    query, value = jax.random.normal(jax.random.key(2), (2, 2, 5, 4, 3))
+    shared = value[:, :, :2]
+    found = Attention(4)(query, shared, shared, window=1)
+    np.testing.assert_allclose(found, jnp.repeat(shared, 2, axis=2), rtol=1e-6)
+    traced = jax.jit(lambda window: Attention(4)(query, shared, shared, window=window))(1)
+    np.testing.assert_allclose(traced, found, rtol=1e-6)
+
+
 @pytest.mark.parametrize("hook", [Attention, AttentionScores])
 def test_positions_that_somebody_gives_are_never_left_out(hook):
     net = adapt(Prefixed(hook, nnx.Rngs(0)), DAA, nnx.Rngs(1))
@@ -325,8 +335,31 @@ full = lambda: adapt(Words(), FULL, nnx.Rngs(0))
         (lambda: full()(X, jnp.arange(6)), DataError, "Position ids"),
         (lambda: Attention(2)(HEADS[:, -1:], HEADS, HEADS), DataError, "call AttentionScores"),
         (lambda: Attention(1)(HEADS, HEADS, HEADS), ConfigError, "num_heads=1"),
+        (lambda: Attention(2)(HEADS[0, 0], HEADS, HEADS), ConfigError, "num_heads=2"),
+        (lambda: Attention(3)(*[HEADS[:, :, 0]] * 3), DataError, "Split the heads"),
+        (lambda: Attention(3)(jnp.ones((1, 4, 3, 3)), HEADS, HEADS), ConfigError, "a multiple"),
+        (lambda: Attention(2)(HEADS, HEADS, HEADS[:, :, :1]), DataError, "kv_heads"),
+        (lambda: Attention(2)(HEADS, HEADS[..., :2], HEADS[..., :2]), DataError, "kv_heads"),
+        (lambda: Attention(2)(*[HEADS] * 3, key_valid=jnp.ones(4, bool)), DataError, "key_valid"),
+        (lambda: Attention(2)(*[HEADS] * 3, segment_ids=jnp.ones((1, 3), int)), DataError, "segment_ids"),
+        (lambda: Attention(2)(*[HEADS] * 3, window=0), ConfigError, "window is ≥ 1"),
     ],
-    ids=["groups of scores", "two biases", "outside", "shape", "cache", "heads"],
+    ids=[
+        "groups of scores",
+        "two biases",
+        "outside",
+        "shape",
+        "cache",
+        "heads",
+        "one axis of heads",
+        "heads not split",
+        "heads shared unevenly",
+        "fewer values",
+        "narrower keys",
+        "padding",
+        "documents",
+        "window",
+    ],
 )
 def test_what_cannot_reach_its_place_is_refused(call, error, match):
     with pytest.raises(error, match=match):
