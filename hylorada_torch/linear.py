@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hylorada_jax.config import check_dropout, check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
-from hylorada_torch.position import PositionBias, check_positions, default_positions
+from hylorada_torch.position import PositionBias, check_positions
 
 # Row norms are kept above this, so that a zero row of W gives a finite c and a finite gradient.
 NORM_FLOOR = 1e-12
@@ -392,8 +392,8 @@ class HyLoRADAUnified(HyLoRADALinear):
             DataError: the positions are negative or have another shape.
         """
         if positions is None:
-            positions = default_positions(*x.shape[:2])
-        check_positions(positions, *x.shape[:2])
+            positions = torch.arange(x.shape[-2]).expand(x.shape[:-1])
+        check_positions(positions, *x.shape[:-1])
         if self.position_bias is None:
             return self.adapted(x, base_output, base_weight)
         p = 1 + torch.sigmoid(self.position_scale) * self.position_bias(positions)

@@ -314,6 +314,9 @@ def test_positions_scale_the_update_token_by_token():
     assert torch.equal(without(x, base, weight, positions), v1(x, base, weight))
     counted = torch.arange(4).expand(2, 4)
     assert torch.equal(adapter(x, base, weight), adapter(x, base, weight, counted))
+    # As many tokens as features, in one axis: neither counts for the other.
+    row, output = torch.cat([x[0], x[1, :1]]), torch.cat([base[0], base[1, :1]])
+    assert torch.equal(adapter(row, output, weight), adapter(row[None], output[None], weight)[0])
     with pytest.raises(DataError, match="Position ids"):
         adapter(x, base, weight, -positions)
 

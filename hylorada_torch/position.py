@@ -88,15 +88,15 @@ def _log_buckets(a: NDArray, count: int, nudge: float = 0.0) -> NDArray:
     return np.where(a < exact, a, np.minimum(exact + np.floor(part * (count - exact)), count - 1)).astype(int)
 
 
-def check_positions(positions: Tensor, batch: int, seq: int) -> None:
-    """Refuse position ids that are not integers ≥ 0, one for every token.
+def check_positions(positions: Tensor, *tokens: int) -> None:
+    """Refuse position ids that are not integers ≥ 0, one for every token of a shape, [batch, seq] as a rule.
 
     Raises:
         DataError: saying which of these.
     """
     wrong = None
-    if positions.shape != (batch, seq):
-        wrong = f"shape {tuple(positions.shape)} for tokens {(batch, seq)}"
+    if positions.shape != tokens:
+        wrong = f"shape {tuple(positions.shape)} for tokens {tokens}"
     elif positions.is_floating_point():
         wrong = f"dtype {positions.dtype}"
     elif not positions.is_meta and positions.numel() and positions.min() < 0:
