@@ -15,13 +15,14 @@ from jaxtyping import Bool, Int
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.math.position import check_rows
 from hylorada_jax.math.quantized import dtype_name, dtype_of, size_of
 from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import pad_left
 from hylorada_jax.models.ids import check_batch, check_prompts, check_structure_ids
 from hylorada_jax.models.placed import fitted, placed
-from hylorada_jax.models.positions import check_range, check_rows
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.placement.placement import Placement, placement_of

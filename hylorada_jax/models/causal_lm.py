@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from hylorada_jax.math.position import default_positions
+from hylorada_jax.math.position import check_rows, default_positions
 from hylorada_jax.math.quantized import float_dtype
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -21,7 +21,7 @@ from hylorada_jax.models.decoder_layer import Cache
 from hylorada_jax.models.generate import Decode, generate, stream
 from hylorada_jax.models.ids import check_batch, check_prompts
 from hylorada_jax.models.layer_loops import check_remat
-from hylorada_jax.models.positions import check_range, check_rows
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.stacks import layer_numbers, stacks_of
 from hylorada_jax.placement.axes import ROWS, TENSOR
 from hylorada_jax.placement.shards import in_use, place_in_use

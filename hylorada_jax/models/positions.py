@@ -1,35 +1,11 @@
 """Positions that a model has no place for are refused before anything is computed."""
 
-from typing import Any
-
 import jax
 import numpy as np
 from jaxtyping import Array, Int
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.math.position import check_positions
-
-
-def check_rows(shape: tuple[int, ...], **inputs: Any) -> None:
-    """Refuse inputs that have not one value for every token.
-
-    Args:
-        shape: (batch, seq) of the tokens.
-        inputs: by their names; None is none.
-
-    Raises:
-        DataError: naming the input.
-
-    Example:
-        >>> check_rows((1, 2), attention_mask=np.ones((1, 2)), segment_ids=None)
-    """
-    for name, given in inputs.items():
-        if given is not None and np.shape(given) != shape:
-            raise DataError(
-                f"{name} must have one value for each token, [batch, seq].",
-                f"{np.shape(given)} for tokens {shape}",
-                "Give it in the shape of input_ids.",
-            )
 
 
 def check_range(

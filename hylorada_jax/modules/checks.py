@@ -8,7 +8,7 @@ from jax import Array
 from hylorada_jax.config import check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math import structure
-from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions
+from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions, check_rows
 
 
 def check_linear(layer: Any) -> None:
@@ -122,11 +122,7 @@ def check_attention(query: Array, key: Array, value: Array, **facts: Any) -> Non
         )
     if query.shape[2] % key.shape[2]:
         raise ConfigError("The query heads are a multiple of the key-value heads.", shapes, "Repeat none.")
-    tokens = query.shape[:2]
-    for name, given in facts.items():
-        if given is not None and jnp.shape(given) != tokens:
-            received = f"{jnp.shape(given)} for {tokens}"
-            raise DataError(f"{name} is [batch, seq].", received, "Give one for every token.")
+    check_rows(query.shape[:2], **facts)
 
 
 def check_sparse(layer: Any) -> None:

@@ -319,6 +319,8 @@ def test_structure_reaches_every_layer():
     assert all(jnp.any(leaf[...]) for _, leaf in nnx.to_flat_state(found))
     base = output(Unaware(), X)
     np.testing.assert_array_equal(output(unload(net), X), base)
+    with pytest.raises(DataError, match=r"≥ 0(.|\n)*-1"), tokens(structure_ids=POSITIONS - 1):
+        net(X)
 
 
 scores = lambda: Net(AttentionScores, nnx.Rngs(0))

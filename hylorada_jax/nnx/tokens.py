@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from hylorada_jax.errors import DataError
 from hylorada_jax.math.position import check_positions
+from hylorada_jax.models.ids import check_structure_ids
 from hylorada_jax.modules.checks import check_structure
 from hylorada_jax.trees import is_traced
 
@@ -72,7 +73,7 @@ def tokens(
         structure_positions: their places in the domain, for the structure encoder; by default position_ids.
 
     Raises:
-        DataError: they are not one of each for every token.
+        DataError: they are not one of each for every token, or an id is below 0.
 
     Example:
         >>> from flax import nnx
@@ -87,6 +88,7 @@ def tokens(
 
     Source: method.md §§1, 2, 5.
     """
+    check_structure_ids(structure_ids)
     given = Tokens(
         *(None if x is None else jnp.asarray(x) for x in (position_ids, structure_ids, structure_positions))
     )
