@@ -42,6 +42,7 @@ TESTS = {
     "rows": ("hylorada_jax/data/packing_test.py",),
     "nnx layers": _tests("layers", "nnx and (dora or direct)"),
     "nnx": ("hylorada_jax/nnx/adapting_test.py", "-k", "fresh or embeddings"),
+    "nnx structure": ("parity_tests/test_nnx.py::test_gradients_of_training_are_linens[hylorada_v2]",),
 }
 
 
@@ -173,6 +174,20 @@ _OF_JAX = [
             "NNX: an embedding is rounded before the lookup",
             "wide = _changed(self, dtype=self.embedding[...].dtype)",
             "wide = self",
+        ),
+    ),
+    *_faults(
+        "nnx structure",
+        "hylorada_jax.nnx.adapted_model",
+        (
+            "NNX: the encoder gets no gradient",
+            "{name: leaf[...] for name, leaf",
+            "{name: structure.jax.lax.stop_gradient(leaf[...]) for name, leaf",
+        ),
+        (
+            "NNX: the encoder's gradient by 1.001",
+            "{name: leaf[...] for name, leaf",
+            "{name: 1.001 * leaf[...] - 0.001 * structure.jax.lax.stop_gradient(leaf[...]) for name, leaf",
         ),
     ),
     # Buckets

@@ -153,9 +153,9 @@ def test_an_adapter_of_tunix_is_our_decoders_and_back(family, method, settings, 
         nnx.update(model, gradient)
         got = leaves_of(model)
         for name, value in flatten(linen.sites, expected).items():
-            # Sums over 18 tokens.
-            np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-4 * max(1, np.abs(value).max()))
-            assert np.any(value)
+            assert np.any(value), name
+            # tunix computes in float32. A scalar's gradient sums all tokens and outputs, and largely cancels.
+            close(got[name], value, 1e-5 if value.ndim else 1e-4)
 
 
 def test_gemma_3_has_names_of_its_own_for_its_keys_and_values_are_one_kernel(pairs):
