@@ -42,7 +42,7 @@ def test_attention_equals_the_formula(dtype, atol, kv_heads, sinks):
         wide = [np.asarray(x, np.float64) for x in (query, key, value)]
         expected = by_hand(wide[0], wide[1], wide[2], np.asarray(pattern.mask()), sinks)
     assert out.dtype == dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=atol)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=str)
