@@ -52,3 +52,12 @@ def test_the_perplexity_of_a_window_is_transformers_own_loss():
 def test_the_reference_refuses_windows_that_skip_tokens(stride):
     with pytest.raises(ConfigError, match="stride"):
         torch_perplexity(None, DOCUMENTS, seq_len=SEQ_LEN, stride=stride)
+
+
+@pytest.mark.parametrize("seq_len", [0, 9])
+def test_both_packages_refuse_sequences_of_fewer_tokens_than_tenths(seq_len):
+    # Whatever the documents are: before these and the model are looked at.
+    for measure in (evaluate_lost_in_the_middle, torch_lost_in_the_middle):
+        for documents in (DOCUMENTS, []):
+            with pytest.raises(ConfigError, match=f"seq_len.{seq_len}"):
+                measure(None, documents, seq_len=seq_len)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hylorada_jax.data.document import as_documents
 from hylorada_jax.data.packing import Rows, spread
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.evaluation.perplexity import perplexity
 from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.math.loss import IGNORED
@@ -92,8 +92,8 @@ def evaluate_lost_in_the_middle(
         DataError: no document fills a sequence, nothing is scored in a tenth of them, a sequence is longer
             than the model's table of positions, a token id is outside the vocabulary, or a field of a
             document does not fit its tokens.
-        ConfigError: nothing in the model reads structure, or seq_len, batch_size or max_tokens is not
-            positive.
+        ConfigError: nothing in the model reads structure, seq_len is below ten, or batch_size or max_tokens
+            is not positive.
         NonFiniteError: a loss is NaN or infinite; it names the document.
 
     Example:
@@ -102,17 +102,23 @@ def evaluate_lost_in_the_middle(
 
     Source: method.md, section 9; Liu et al. 2024, "Lost in the Middle".
     """
+    if seq_len < BUCKETS:
+        raise ConfigError(
+            f"A sequence of {BUCKETS} parts has {BUCKETS} predictions or more.",
+            f"seq_len {seq_len}",
+            f"Give {BUCKETS} or more.",
+        )
     sweep = loss_sweep(model)
     scored = sweep.model
     check_range((batch_size, seq_len), limit=scored.base.position_limit)
     vocab = vocab_size(scored.base)
     checked = as_documents(documents, vocab, "evaluation", has_encoder=scored.has_encoder)
     longest = max(map(len, checked))
-    if not BUCKETS <= seq_len < longest:
+    if longest <= seq_len:
         raise DataError(
-            f"A document must fill a sequence, of at least {BUCKETS} tokens.",
-            f"seq_len {seq_len}, which needs a token more; the longest has {longest}",
-            "Give longer documents, or another seq_len.",
+            "A document must fill a sequence: it needs a token more than the sequence has predictions.",
+            f"seq_len {seq_len}; the longest has {longest} tokens",
+            "Give longer documents, or a smaller seq_len.",
         )
     rows = [row for row in Rows(checked, seq_len, packing=False) if row["segment_ids"].all()]
     if rows and max_tokens is not None:

@@ -73,7 +73,7 @@ TAKERS = {
     "generate, off": lambda ids: off(adapted(), lambda model: model.generate(ids, max_new_tokens=1)),
     "generate, gpt2": lambda ids: hf("GPT2LMHeadModel").generate(ids, max_new_tokens=1),
     "perplexity": lambda ids: PerplexityEvaluator(adapted(), ids, seq_len=2),
-    "by place": lambda ids: evaluate_lost_in_the_middle(base(), ids, seq_len=2),
+    "by place": lambda ids: evaluate_lost_in_the_middle(base(), ids, seq_len=10),
 }
 WRONG = {
     "the vocabulary's size": ([[1, VOCAB, 2]], f"1 … {VOCAB}"),
