@@ -17,6 +17,9 @@ from hylorada_jax.leaves import LEAVES
 from hylorada_jax.placement.axes import AXES, FSDP, ROWS, TENSOR, Axis, dividing, mesh_sizes
 from hylorada_jax.trees import is_quantized
 
+AUTO = (AxisType.Auto,) * len(AXES)
+"""Of what type the axes of our meshes are; jax's default depends on its version."""
+
 Rule = tuple[str, tuple[Axis, ...]]
 """A regular expression for the end of a leaf's path, and what the leaf's last axes are cut over.
 
@@ -58,7 +61,7 @@ def parse_mesh(text: str = "") -> Mesh:
         1
     """
     sizes = mesh_sizes(text, jax.device_count())
-    mesh = jax.make_mesh([sizes[axis] for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = jax.make_mesh([sizes[axis] for axis in AXES], AXES, axis_types=AUTO)
     rows = mesh.devices.reshape(rows_of(sizes), -1)
     check_processes([[device.process_index for device in row] for row in rows])
     return mesh

@@ -10,7 +10,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.placement.axes import AXES, leaves_room, mesh_sizes
-from hylorada_jax.placement.placement import Placement
+from hylorada_jax.placement.placement import AUTO, Placement
 from hylorada_jax.planning.cases import Case, Figures
 from hylorada_jax.planning.chips import Chip
 from hylorada_jax.planning.compiling import Compile
@@ -67,7 +67,8 @@ def placement_on(mesh: str, count: int, base: CausalLM) -> Placement:
         ConfigError: the mesh does not multiply to them, or tensor does not divide the heads.
     """
     sizes = mesh_sizes(mesh, count)
-    return fitted(Placement(AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)), base)  # type: ignore[arg-type]
+    devices: Any = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=AUTO)
+    return fitted(Placement(devices), base)
 
 
 def argument_bytes(base: CausalLM, adapter: HyLoRADAConfig, mesh: str, count: int) -> int:

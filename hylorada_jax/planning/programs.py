@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.topologies import get_topology_desc
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
@@ -26,7 +26,7 @@ from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import shapes_kept
 from hylorada_jax.placement.axes import AXES, ROWS, mesh_sizes
-from hylorada_jax.placement.placement import Placement
+from hylorada_jax.placement.placement import AUTO, Placement
 from hylorada_jax.planning.cases import Case, Figures
 from hylorada_jax.planning.chips import parse_topology
 from hylorada_jax.planning.collectives import collectives, sent_bytes
@@ -93,9 +93,7 @@ def mesh_of_devices(devices: Sequence[Any], mesh: str = "") -> Mesh:
     what they send each other by the sizes of the groups, which are the same.
     """
     sizes = mesh_sizes(mesh, len(devices))
-    return Mesh(
-        np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * 3
-    )
+    return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES, axis_types=AUTO)
 
 
 def step_arguments(

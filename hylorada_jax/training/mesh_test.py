@@ -30,7 +30,7 @@ from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.placement.axes import AXES
-from hylorada_jax.placement.placement import Placement, parse_mesh
+from hylorada_jax.placement.placement import AUTO, Placement, parse_mesh
 from hylorada_jax.placement.shards import in_use, shard_rows
 from hylorada_jax.training.checks import check_training
 from hylorada_jax.training.config import TrainingConfig
@@ -141,7 +141,8 @@ def run_on(count, output, *, interrupted=None, **settings):
         if record["step"] == interrupted:
             os.kill(os.getpid(), signal.SIGINT)
 
-    model = model_of("lora", Placement(Mesh(np.array(jax.devices()[:count]).reshape(1, count, 1), AXES)))
+    devices = np.array(jax.devices()[:count]).reshape(1, count, 1)
+    model = model_of("lora", Placement(Mesh(devices, AXES, axis_types=AUTO)))
     config = dataclasses.replace(TRAINING, output=output, steps=6, progress=False, **settings)
     with (
         mock.patch.object(MetricsLog, "write", interrupting),
