@@ -1,12 +1,14 @@
-"""On explicit mesh axes a model has the gradients that it has on one device."""
+"""On explicit mesh axes a model has the outputs and the gradients that it has on one device."""
 
 ON_FOUR_DEVICES = """
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from hylorada_jax import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.nnx import AdapterParam, Attention, AttentionScores, adapt
+from hylorada_jax.nnx import load_adapter, merge, resolve, save_adapter
 
 class Net(nnx.Module):
     def __init__(self, hook, rngs):
@@ -38,6 +40,34 @@ for hook in (Attention, AttentionScores):
         found = gradient(adapted(net), place(x, "data", None, None))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
+class MLP(nnx.Module):  # of which the first layer has its outputs cut, the second its inputs
+    def __init__(self):
+        self.up, self.down = (nnx.Linear(*size, rngs=nnx.Rngs(0)) for size in ((8, 16), (16, 8)))
+
+    def __call__(self, x, **out):
+        return self.down(jax.nn.relu(self.up(x)), **out)
+
+def moved(net):
+    net = adapted(net, "hylorada_v1")
+    nnx.update(net, jax.tree.map(lambda leaf: leaf + 0.1, nnx.state(net, AdapterParam)))
+    return net
+
+def cut():
+    net = MLP()
+    for layer, rows, columns in ((net.up, None, "model"), (net.down, "model", None)):
+        layer.kernel.set_value(place(layer.kernel[...], rows, columns))
+        layer.bias.set_value(place(layer.bias[...], columns))
+    return net
+
+expected = moved(MLP())(x)
+with jax.set_mesh(mesh):
+    save_adapter(net := moved(cut()), sys.argv[1])
+    # Merging is last, for it is done in place.
+    makers = lambda: net, lambda: resolve(net), lambda: load_adapter(cut(), sys.argv[1]), lambda: merge(net)
+    for made in makers:
+        found = made()(place(x, "data", None, None), out_sharding=P("data", None, None))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
 with jax.set_mesh(mesh):
     fused = nnx.List([nnx.LinearGeneral(8, (3, 2, 4), use_bias=False, rngs=nnx.Rngs(0))])
     fused[0].kernel.set_value(place(fused[0].kernel[...], "model", None))
@@ -48,6 +78,6 @@ with jax.set_mesh(mesh):
 """
 
 
-def test_heads_that_the_mesh_cuts_are_adapted_unless_they_are_within_a_fused_kernel(run_on_devices):
-    said = run_on_devices(4, ON_FOUR_DEVICES)
+def test_what_the_mesh_cuts_is_adapted_unless_it_is_within_a_fused_kernel(run_on_devices, tmp_path):
+    said = run_on_devices(4, ON_FOUR_DEVICES, tmp_path / "adapter")
     assert "layers.0, float32[8,3,2@model,4]" in said
