@@ -94,7 +94,7 @@ def test_the_first_setting_that_fits_is_chosen(programs):
 def test_what_the_model_keeps_beside_the_step_counts():
     """The adapters that a run starts with, and the base's own table where the table trains."""
     model = adapted(HyLoRADAConfig(method="lora", lora_rank=2, train_embeddings=True))
-    kept = [*jax.tree.leaves(model.adapters), *jax.tree.leaves(model.base.params["embed_tokens"])]
+    kept = [*jax.tree.leaves(model.adapters), *jax.tree.leaves(model.base.params["model"]["embed_tokens"])]
     choice = trainer("unused", model=model, remat="none", microbatches=1).choice
     beside = sum(leaf.nbytes for leaf in kept)
     assert choice.needed == needed_bytes(choice.step) + beside
@@ -133,8 +133,7 @@ def test_what_was_chosen_trains_and_is_what_it_would_be_by_name(tmp_path, progra
     assert (result.adapter / weights).read_bytes() == (named.adapter / weights).read_bytes()
 
     record = json.loads((tmp_path / "auto" / "run.json").read_text())
-    assert record["recorded"]["remat"] == chosen["remat"]
-    assert record["identity"]["training"]["microbatches"] == chosen["microbatches"]
+    assert chosen.items() <= record["recorded"].items()
     assert json.loads((tmp_path / "auto" / "recipe.json").read_text()) == recipe | chosen
 
     (tmp_path / "auto" / "checkpoints" / "4").rename(tmp_path / "4")
