@@ -91,9 +91,7 @@ def table(found: dict[int, list[Row]], against: str) -> str:
     heads = ["method"]
     for steps in found:
         heads += [f"PPL, {steps} steps", f"− {against}", *(["other PPL"] if forgets else [])]
-    lines = [heads]
-
-    seeds = most_seeds(everything)
+    lines, seeds = [heads], most_seeds(everything)
 
     def mean_of(row: Row | None, name: str) -> str:
         return plus_minus(row.values(name), 2) if row and row.runs else ""

@@ -43,7 +43,7 @@ class Row(NamedTuple):
     @property
     def trained(self) -> bool:
         """It is no base, or none of its runs ended."""
-        return not (self.runs and self.runs[0]["settings"]["kind"] == BASE)
+        return not (self.runs and _is_base(self.runs[0]))
 
 
 def records(directory: Path) -> list[Record]:
@@ -72,7 +72,7 @@ def records(directory: Path) -> list[Record]:
 
 def budgets(runs: Sequence[Record]) -> list[int]:
     """The steps of a benchmark's runs, the fewest first."""
-    return sorted({run["settings"]["steps"] for run in runs if run["settings"]["kind"] != BASE})
+    return sorted({run["settings"]["steps"] for run in runs if not _is_base(run)})
 
 
 def read(directory: Path, rate: float | None = None, steps: int | None = None) -> list[Row]:
@@ -112,7 +112,8 @@ def _row(label: str, runs: list[Record], steps: int, rate: float | None) -> Row 
     """That of a method's runs, in the order of their seeds; None where none has the budget and the rate."""
     if rate is not None and not _is_base(runs[0]):
         runs = [run for run in runs if run["settings"]["learning_rate"] == rate]
-    tried = _grid([run for run in runs if run["settings"]["steps"] == min(budgets(runs), default=0)])
+    least = min(budgets(runs), default=0)
+    tried = _grid([run for run in runs if run["settings"]["steps"] == least])
     runs = [run for run in runs if _is_base(run) or run["settings"]["steps"] == steps]
     if not runs:
         return None

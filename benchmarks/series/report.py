@@ -97,13 +97,13 @@ def plot(found: Record, path: Path) -> None:
     columns = len(found["series"])
     figure = Figure(figsize=(3.2 * columns + 1.5, 6), dpi=120, layout="constrained")
     panels = figure.subplots(2, columns, squeeze=False)
+    colors = {label: f"C{number}" for number, label in enumerate(METHODS)}
     for column, (name, series) in enumerate(found["series"].items()):
-        methods = [label for label in METHODS if chosen(found, name, label)]
+        methods = {label: some for label in METHODS if (some := chosen(found, name, label))}
         for row, measure in enumerate(("perplexity", "mae")):
             axes = panels[row][column]
-            for at, label in enumerate(methods):
-                values = [run[measure] for run in chosen(found, name, label)]
-                color = f"C{list(METHODS).index(label)}"
+            for at, (label, some) in enumerate(methods.items()):
+                values, color = [run[measure] for run in some], colors[label]
                 axes.scatter([at] * len(values), values, s=12, alpha=0.5, color=color)
                 axes.scatter([at], [statistics.mean(values)], marker="_", s=300, color=color)
             axes.set_xticks(range(len(methods)), methods if row else [], rotation=90)
