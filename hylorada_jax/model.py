@@ -15,7 +15,6 @@ from jaxtyping import Bool, Int
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
-from hylorada_jax.math.position import check_rows
 from hylorada_jax.math.quantized import dtype_name, dtype_of, size_of
 from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
@@ -32,6 +31,7 @@ from hylorada_jax.saved import adapter_files
 from hylorada_jax.saved.opening import identity, open_on
 from hylorada_jax.saved.saved_adapter import SavedAdapter
 from hylorada_jax.seeds import check_seed
+from hylorada_jax.shapes import check_rows
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import build, layout
 from hylorada_jax.surgery.fit import fit
@@ -44,7 +44,6 @@ from hylorada_jax.surgery.split import join, split, unfrozen_paths
 from hylorada_jax.trees import COLLECTION, Adapters, Frozen, Params, Resolved
 
 _STRUCTURE_IDS = "structure_ids"
-_MOST_AXES = 3  # [batch, choices, seq] of HF's models for multiple choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ def checked(base: BaseModel, input_ids: Array, inputs: Mapping[str, Array | None
         DataError: input_ids are not [batch, seq], an id is outside the vocabulary, a position outside the
             model's table, or structure ids are not integers ≥ 0.
     """
-    check_batch(input_ids, base.token_limit, _MOST_AXES)
+    check_batch(input_ids, base.token_limit)
     check_structure_ids(inputs.get(_STRUCTURE_IDS))
     input_ids = jnp.asarray(input_ids)
     check_range(input_ids.shape, inputs.get("position_ids"), base.position_limit)
@@ -352,7 +351,7 @@ class HyLoRADAModel:
         rows: Array | None = None,
         **inputs: Any,
     ) -> Any:
-        check_batch(input_ids, self.base.token_limit, _MOST_AXES)
+        check_batch(input_ids, self.base.token_limit)
         input_ids = jnp.asarray(input_ids)
         structure = Structure(ids=structure_ids, positions=structure_positions)
         self._check_structure(structure, input_ids.shape)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.shapes import check_attention
 from hylorada_torch.position import BUCKETS, check_positions, default_positions, relative_buckets
 from hylorada_torch.settings import s2_groups
 
@@ -290,34 +291,14 @@ class ShiftedSparseAttention(nn.Module):
             ConfigError: there is one head, which cannot be halved, or heads is no multiple of kv_heads.
             DataError: an argument has another shape, or positions are negative.
         """
-        _check_heads(query, key, value)
+        check_attention(query, key, value, segment_ids=segment_ids, key_valid=key_valid)
         batch, seq, heads, _ = query.shape
         visible = same_group(heads, seq, self.group_size, self.shift).tril().to(query.device)
         if positions is not None:
             check_positions(positions, batch, seq)
-        for name, given in (("segment_ids", segment_ids), ("key_valid", key_valid)):
-            if given is not None and given.shape != (batch, seq):
-                raise DataError(
-                    f"{name} is [batch, seq].",
-                    f"{tuple(given.shape)} for {(batch, seq)}",
-                    "Correct the shape.",
-                )
         if segment_ids is not None:
             visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
         if key_valid is not None:
             visible = visible & key_valid[:, None, None, :].bool()
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return attend(query, key, value, visible).transpose(1, 2)
-
-
-def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    expected = (*query.shape[:2], *key.shape[2:3], *query.shape[3:])
-    if query.ndim != 4 or not key.shape == value.shape == expected:
-        raise DataError(
-            "query is [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim].",
-            shapes,
-            "Split the heads before the call.",
-        )
-    if query.shape[2] % key.shape[2]:
-        raise ConfigError("The query heads are a multiple of the key-value heads.", shapes, "Repeat none.")

@@ -12,8 +12,8 @@ import pytest
 JAX = Path(__file__).parents[1] / "hylorada_jax"
 # A room imports from those above it and from itself, also within its functions.
 ROOMS = [
-    "text", "terminal", "portions", "exact", "leaves", "trees", "errors", "seeds", "placement", "io",
-    "config", "math", "modules", "structure", "models", "surgery", "saved", "model", "adapter_bank",
+    "text", "terminal", "portions", "exact", "leaves", "trees", "errors", "seeds", "shapes", "placement",
+    "io", "config", "math", "modules", "structure", "models", "surgery", "saved", "model", "adapter_bank",
     "exchange", "data", "evaluation", "training", "planning", "nnx", "cli", "__main__",
 ]  # fmt: skip
 

@@ -5,7 +5,6 @@ The logarithms are taken once, on the host and in float64; a device only looks t
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,28 +150,6 @@ def default_positions(
     if attention_mask is not None:
         return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
     return slots
-
-
-def check_rows(shape: tuple[int, ...], **inputs: Any) -> None:
-    """Refuse inputs that have not one value for every token.
-
-    Args:
-        shape: (batch, seq) of the tokens.
-        inputs: by their names; None is none.
-
-    Raises:
-        DataError: naming the input.
-
-    Example:
-        >>> check_rows((1, 2), attention_mask=jnp.ones((1, 2)), segment_ids=None)
-    """
-    for name, given in inputs.items():
-        if given is not None and np.shape(given) != shape:
-            raise DataError(
-                f"{name} must have one value for each token, [batch, seq].",
-                f"{np.shape(given)} for tokens {shape}",
-                "Give one for every token.",
-            )
 
 
 def check_positions(positions: Array | np.ndarray, shape: tuple[int, ...] | None = None) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from hylorada_jax.math.position import check_rows, default_positions
+from hylorada_jax.math.position import default_positions
 from hylorada_jax.math.quantized import float_dtype
 from hylorada_jax.models.decoder import DecoderLM, KVCache
 from hylorada_jax.models.decoder_config import DecoderConfig
@@ -25,6 +25,7 @@ from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.stacks import layer_numbers, stacks_of
 from hylorada_jax.placement.axes import ROWS, TENSOR
 from hylorada_jax.placement.shards import in_use, place_in_use
+from hylorada_jax.shapes import check_rows
 
 Variables = Mapping[str, Any]
 
@@ -236,7 +237,7 @@ class CausalLM:
     ) -> CausalLMOutput:
         """Logits of every token, compiled; arguments and errors are those of ``forward``."""
         # Here, because under the jit below nobody sees the values.
-        check_batch(input_ids, self.token_limit)
+        check_batch(input_ids, self.token_limit, most=2)
         input_ids = jnp.asarray(input_ids)
         check_range(input_ids.shape, position_ids)
         with in_use(self.params):
@@ -275,7 +276,7 @@ class CausalLM:
                 value for each token. Ids are read where their values are known; under ``jax.jit`` or the
                 like one outside goes unnoticed, and the output means nothing.
         """
-        check_batch(input_ids, self.token_limit)
+        check_batch(input_ids, self.token_limit, most=2)
         logits = _apply(
             self.module, variables, input_ids, attention_mask, position_ids, segment_ids, groups, rngs=rngs
         )
@@ -293,7 +294,7 @@ class CausalLM:
         rngs: dict[str, Array] | None = None,
     ) -> Float[Array, "batch seq d"]:
         """Hidden states after the final norm; arguments and errors are those of ``forward``."""
-        check_batch(input_ids, self.token_limit)
+        check_batch(input_ids, self.token_limit, most=2)
         inputs = input_ids, attention_mask, position_ids, segment_ids
         return _apply(self.module, variables, *inputs, groups, rngs=rngs, method="hidden")[0]
 

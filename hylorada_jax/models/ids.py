@@ -64,13 +64,13 @@ def check_tokens(ids: Any, limit: int | None, what: str = "input_ids") -> None:
         )
 
 
-def check_batch(ids: Any, limit: int | None, most: int = 2) -> None:
+def check_batch(ids: Any, limit: int | None, most: int = 3) -> None:
     """Refuse input_ids that are not rows of a model's token ids.
 
     Args:
         ids: as of :func:`check_tokens`.
         limit: as there.
-        most: axes that they may have.
+        most: axes that they may have; three are [batch, choices, seq], of HF's models for multiple choice.
 
     Raises:
         DataError: they have another number of axes, or as of :func:`check_tokens`.

@@ -117,6 +117,17 @@ def test_a_batch_has_two_axes(taker, ids):
         jax.eval_shape(TAKERS["adapted, pure"], jnp.asarray(ids))
 
 
+def test_a_model_for_multiple_choice_takes_three_axes_alone_and_in_a_bank():
+    base = pytest.importorskip("hylorada_jax.models.hf.base", exc_type=ImportError)
+    import transformers
+
+    of_choices = transformers.FlaxBertForMultipleChoice(transformers.BertConfig(VOCAB, 16, 1, 2, 24))
+    model = HyLoRADAModel(base.HFFlaxModel(of_choices), HyLoRADAConfig(method="lora", lora_rank=2))
+    ids = jnp.arange(18).reshape(2, 3, 3)
+    found = AdapterBank(model)(ids, ["default", None]).logits
+    np.testing.assert_allclose(found, model(ids).logits, rtol=1e-4, atol=1e-6)  # which starts as the base
+
+
 def test_a_program_is_traced_without_values_and_refuses_what_it_can_know():
     logits = jax.jit(lambda ids: adapted().apply(adapted().adapters, ids).logits)
     assert logits(jnp.array([[1, VOCAB]])).shape == (1, 2, VOCAB)

@@ -14,7 +14,8 @@ from hylorada_jax.math.attention import DAA, leaf_shapes
 from hylorada_jax.math.groups import attend, shifted_patterns
 from hylorada_jax.math.position import check_positions
 from hylorada_jax.math.relative_bias import relative_bias
-from hylorada_jax.modules.checks import check_attention, check_scores, score_positions
+from hylorada_jax.modules.checks import check_scores, score_positions
+from hylorada_jax.shapes import check_attention
 
 
 def scaled_and_shifted(

@@ -8,7 +8,7 @@ from jax import Array
 from hylorada_jax.config import check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math import structure
-from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions, check_rows
+from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions
 
 
 def check_linear(layer: Any) -> None:
@@ -108,21 +108,6 @@ def score_positions(scores: Array, query_positions: Any, key_positions: Any) -> 
     check_positions(query_positions, (batch, queries))
     check_positions(key_positions, (batch, keys))
     return query_positions, key_positions
-
-
-def check_attention(query: Array, key: Array, value: Array, **facts: Any) -> None:
-    """Refuses queries, keys and values of whole rows, or facts of their tokens by name, of unfit shapes."""
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    expected = (*query.shape[:2], *key.shape[2:3], *query.shape[3:])
-    if query.ndim != 4 or not key.shape == value.shape == expected:
-        raise DataError(
-            "query is [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim].",
-            shapes,
-            "Split the heads before the call.",
-        )
-    if query.shape[2] % key.shape[2]:
-        raise ConfigError("The query heads are a multiple of the key-value heads.", shapes, "Repeat none.")
-    check_rows(query.shape[:2], **facts)
 
 
 def check_sparse(layer: Any) -> None:

@@ -199,9 +199,8 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
                 f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
                 "Adapt the model as it was before it was quantised.",
             )
-        if here.form is None or not jax.sharding.get_abstract_mesh().explicit_axes:
-            continue
-        if not here.form.is_mergeable(kernel := numbers(value_of(here.kernel))):
+        explicit = jax.sharding.get_abstract_mesh().explicit_axes
+        if here.form and explicit and not here.form.is_mergeable(kernel := numbers(value_of(here.kernel))):
             raise ModelError(
                 "On explicit mesh axes a kernel is cut over the first axis of its inputs or its outputs, as "
                 "its matrix can be.",

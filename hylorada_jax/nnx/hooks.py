@@ -8,8 +8,9 @@ from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math.attention import DAA
 from hylorada_jax.math.groups import attend
 from hylorada_jax.math.pattern import Pattern
-from hylorada_jax.modules.checks import check_attention, token_positions
+from hylorada_jax.modules.checks import token_positions
 from hylorada_jax.nnx.tokens import current
+from hylorada_jax.shapes import check_attention
 from hylorada_jax.trees import is_traced
 
 

@@ -67,8 +67,8 @@ def placement_on(mesh: str, count: int, base: CausalLM) -> Placement:
         ConfigError: the mesh does not multiply to them, or tensor does not divide the heads.
     """
     sizes = mesh_sizes(mesh, count)
-    devices: Any = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=AUTO)
-    return fitted(Placement(devices), base)
+    absent = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=AUTO)
+    return fitted(Placement(absent), base)  # type: ignore[arg-type]
 
 
 def argument_bytes(base: CausalLM, adapter: HyLoRADAConfig, mesh: str, count: int) -> int:

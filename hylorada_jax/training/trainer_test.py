@@ -687,7 +687,7 @@ def test_a_warm_up_of_the_whole_run_is_warned_of(tmp_path, warm_up, warned):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         HyLoRADATrainer(tiny_model(), texts(), None, config)
-    factor = schedule(dataclasses.replace(config, learning_rate=1.0))
+    factor = schedule(config)
     highest = max(float(factor(step)) for step in range(8))
     assert highest == (warned or 1.0)
     found = [str(warning.message) for warning in said if "warm-up" in str(warning.message)]

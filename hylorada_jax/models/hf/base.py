@@ -17,7 +17,7 @@ from transformers.models.t5.modeling_flax_t5 import FlaxT5LayerNorm
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.hub import recorded_name
-from hylorada_jax.math.position import check_rows, default_positions
+from hylorada_jax.math.position import default_positions
 from hylorada_jax.models.base_model import require_generation, require_groups
 from hylorada_jax.models.families import flax_of, that_can
 from hylorada_jax.models.families.family import Flax
@@ -28,6 +28,7 @@ from hylorada_jax.models.hf.head import embedding_path
 from hylorada_jax.models.ids import check_prompts, check_tokens
 from hylorada_jax.models.module_kinds import register, register_linear
 from hylorada_jax.models.positions import check_range
+from hylorada_jax.shapes import check_rows
 
 # Every Flax model of transformers passes through this file before adapters attach to it.
 register_linear(FlaxConv1D, out_in=True)
