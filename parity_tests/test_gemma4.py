@@ -18,7 +18,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.causal_lm import DecodeStep
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.models.loading import load_model
+from hylorada_jax.models.loading import load_model, weights_layout
 from hylorada_jax.models.mixture import EXPERTS
 from hylorada_jax.models.quantize import quantize
 from hylorada_jax.models.rounded_weights import RoundedWeights
@@ -187,7 +187,7 @@ def test_experts_are_rounded_as_their_tensors_turned_over_and_the_router_is_not(
     source = find_source(saved(FAMILY, "float32").name)
     layer = load_model(source.path).params["model"]["layers"]["0"]["1"]  # of layers 1 and 3
     down = quantize({EXPERTS: {"down_proj": layer[EXPERTS]["down_proj"]}}, "int8")[EXPERTS]["down_proj"]
-    rounded = RoundedWeights(source, "float32+int8")
+    rounded = RoundedWeights(weights_layout(source), "float32+int8")
     got = rounded.read("model.layers.3.experts.down_proj", (slice(1, 3),))
     np.testing.assert_array_equal(got, as_array(down)[1, 1:3].swapaxes(1, 2))
     router = rounded.read("model.layers.3.router.proj.weight")

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.exchange.merged_tensors import cast, changed_tensors, unchanged
+from hylorada_jax.exchange.merged_tensors import cast, changed_tensors, copies_of_changed, unchanged
 from hylorada_jax.exchange.shards import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -31,7 +31,7 @@ from hylorada_jax.models.generation_config import (
     read_generation_config,
 )
 from hylorada_jax.models.inside import files_inside
-from hylorada_jax.models.loading import empty_model, open_weights
+from hylorada_jax.models.loading import empty_model, weights_layout
 from hylorada_jax.models.rounded_weights import RoundedWeights
 from hylorada_jax.models.source import SMALL_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -79,8 +79,9 @@ def write_merged(
 
     Raises:
         CheckpointError: the adapter is damaged or of another model, the output is taken, or the disk is full.
-        ModelError: a component has an effect that no weights can express; the model is not found or lacks a
-            tensor that is adapted; a weight is not finite in ``dtype``; a file lies outside its directory.
+        ModelError: a component has an effect that no weights can express; the model is not found, or its
+            weights do not fit its config; a weight is not finite in ``dtype``; a file lies outside its
+            directory.
 
     Example:
         write_merged("smollm2-135m", "runs/finetune/adapter", "merged", "bfloat16")
@@ -110,11 +111,11 @@ def write_merged(
         said = own or read_generation_config(source)
         generation = said | {"eos_token_id": [*ends]} if ends else {}
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
-    weights = RoundedWeights(source, trained) if is_in_codes(trained) else open_weights(source)
-    changed = changed_tensors(sites, leaves, weights, saved.config)
-    # A tied head that is written out is a copy of the embedding, which may have been trained.
-    tied = {"lm_head.weight"} if base.config.tie_word_embeddings else set()
-    names = [n for n in weights.shapes if n in changed or not (n in tied or _is_constant(n, weights))]
+    layout = weights_layout(source)
+    weights = RoundedWeights(layout, trained) if is_in_codes(trained) else layout.weights
+    changed = changed_tensors(sites, leaves, weights, layout.slots, saved.config)
+    copies = copies_of_changed(changed, layout.weights, layout.slots)
+    names = [n for n in weights.shapes if n in changed or not (n in copies or _is_constant(n, weights))]
     with tqdm(total=len(names), desc="merging", unit="tensor", **bar_options(shown=progress)) as bar:
         tensors = []
         for name in names:

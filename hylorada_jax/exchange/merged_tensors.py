@@ -1,7 +1,7 @@
 """The new values of each tensor that an adapter changes, piece by piece and rounded once."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,10 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.exchange.shards import DTYPES
 from hylorada_jax.leaves import leaf_of
 from hylorada_jax.math import linear_adapter, low_rank
-from hylorada_jax.models.weights import SafetensorsWeights, Weights
+from hylorada_jax.models.weights import SafetensorsWeights, Slot, Weights
 from hylorada_jax.surgery.layout import tensor_name
+from hylorada_jax.surgery.modules import Module
 from hylorada_jax.surgery.plan import Site
-from hylorada_jax.text import short
 
 # Numbers computed at a time: their float64 copies stay at a few megabytes.
 _PIECE = 1 << 19
@@ -29,7 +29,11 @@ Reader = Callable[[Any], np.ndarray]
 
 
 def changed_tensors(
-    sites: Sequence[Site], leaves: Mapping[str, np.ndarray], weights: Weights, config: HyLoRADAConfig
+    sites: Sequence[Site],
+    leaves: Mapping[str, np.ndarray],
+    weights: Weights,
+    slots: Mapping[str, Slot],
+    config: HyLoRADAConfig,
 ) -> dict[str, Callable[[], Pieces]]:
     """The tensors that a merged checkpoint has anew.
 
@@ -37,54 +41,61 @@ def changed_tensors(
         sites: from :func:`hylorada_jax.surgery.plan.plan`.
         leaves: the adapter's tensors, as a file holds them.
         weights: the base model's.
+        slots: which of them fills what, from :func:`hylorada_jax.models.loading.weights_layout`: files have
+            names of their own, as GPT-2's on the Hub without the prefix, or BERT's norms with gamma and beta.
         config: ``magnitude_scales_bias`` is read.
 
     Returns:
         {name in the base model's files: a function that computes the new values, adapted ones in float64}.
-
-    Raises:
-        ModelError: a tensor is not in the source, or has another shape there.
     """
     changed: dict[str, Callable[[], Pieces]] = {}
-    missing = []
+    in_file = {(slot.path, slot.at): name for name, slot in slots.items()}
 
-    def put(name: str, shape: tuple[int, ...], new: Callable[..., Pieces], *arguments: Any) -> None:
-        found = _find(name, weights)
-        if found is None or weights.shapes[found] != shape:
-            missing.append(f"{name} {shape}")
-        else:
-            changed[found] = partial(new, *arguments)
+    def name_of(module: Module, layer: int, leaf: str) -> str | None:
+        return in_file.get(((*module.path, leaf), module.index(layer)))
 
     for site in (site for site in sites if site.component == "unfrozen"):
-        for name, shapes in zip(site.names, site.shapes, strict=True):
-            for leaf, shape in shapes:
-                full = tensor_name(name, leaf)
-                put(full, shape, _in_pieces, leaves[full])
+        for name, layer in zip(site.names, site.layers, strict=True):
+            for leaf in site.leaves:
+                found = name_of(site.module, layer, leaf)
+                assert found is not None, (name, leaf)  # a tensor fills every leaf
+                changed[found] = partial(_in_pieces, leaves[tensor_name(name, leaf)])
     for site in (site for site in sites if site.component == "linear"):
-        linear = site.linear
         # A kernel comes from torch's weight by transposition: what is [d_out, d_in] here is not so there.
-        turned = linear.kernel_is_out_in
-        shape = (linear.d_in, linear.d_out) if turned else (linear.d_out, linear.d_in)
-        for name, scale in zip(site.names, site.scales, strict=True):
+        turned = site.linear.kernel_is_out_in
+        for name, layer, scale in zip(site.names, site.layers, site.scales, strict=True):
             own = {leaf: leaves[tensor_name(name, leaf)] for leaf in site.leaves}
-            weight = _find(f"{name}.weight", weights) or ""
+            weight, bias = (name_of(site.module, layer, leaf) for leaf in ("kernel", "bias"))
+            assert weight is not None, name
             arguments = (weights, weight, turned, own, scale)
-            put(f"{name}.weight", shape, _merged_weight, *arguments)
-            bias = _find(f"{name}.bias", weights)
+            changed[weight] = partial(_merged_weight, *arguments)
             if config.magnitude_scales_bias and "magnitude" in own and bias:
-                put(f"{name}.bias", (linear.d_out,), _merged_bias, bias, *arguments)
-    if missing:
-        raise ModelError(
-            "Every adapted tensor must be in the checkpoint, in the model's own shape.",
-            f"missing or of another shape: {short(missing)}",
-            "Check that the download is complete and of this architecture.",
-        )
+                changed[bias] = partial(_merged_bias, bias, *arguments)
     return changed
 
 
-def _find(name: str, weights: Weights) -> str | None:
-    """A tensor's name in the files, which may leave out the base model's prefix, as GPT-2's do on the Hub."""
-    return next((n for n in (name, name.partition(".")[2]) if n in weights.shapes), None)
+def copies_of_changed(changed: Collection[str], weights: Weights, slots: Mapping[str, Slot]) -> set[str]:
+    """The tensors that no leaf is made of and that equal one that is changed: tied to it, and written out.
+
+    Such are a tied ``lm_head.weight`` or T5's ``encoder.embed_tokens.weight``.
+
+    Args:
+        changed: names of tensors.
+        weights: the base model's.
+        slots: which of them fills what.
+    """
+    tables = [name for name in changed if len(weights.shapes[name]) == 2]
+    return {
+        name
+        for name, shape in weights.shapes.items()
+        if name not in slots
+        and any(weights.shapes[table] == shape and _are_equal(weights, name, table) for table in tables)
+    }
+
+
+def _are_equal(weights: Weights, one: str, other: str) -> bool:
+    pieces = zip(unchanged(weights, one), unchanged(weights, other), strict=True)
+    return all(np.array_equal(*pair) for pair in pieces)
 
 
 def _merged_weight(

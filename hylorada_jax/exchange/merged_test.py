@@ -225,6 +225,47 @@ def test_a_tied_head_stays_tied_to_the_trained_embedding(bases, adapted, tmp_pat
     np.testing.assert_allclose(in_torch(tmp_path / "merged"), expected, atol=1e-5 * np.abs(expected).max())
 
 
+BERT = transformers.BertConfig(
+    vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20
+)
+T5 = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=20, num_layers=2, num_heads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize(("config", "kind"), [(BERT, "BertForMaskedLM"), (T5, "T5ForConditionalGeneration")])
+def test_every_copy_of_a_trained_embedding_follows_it(config, kind, old_names, tmp_path):
+    """Oracle: transformers. Files have all names of the embedding, and TensorFlow's of the norms."""
+    torch.manual_seed(0)
+    made = getattr(transformers, kind)(config).eval()
+    made.save_pretrained(tmp_path / "base")
+    stored = {name: tensor.detach().numpy().copy() for name, tensor in made.state_dict().items()}
+    if old_names:
+        tensorflow = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        stored = {functools.reduce(lambda n, old: n.replace(*old), tensorflow.items(), name): tensor
+                  for name, tensor in stored.items()}  # fmt: skip
+    save_file(stored, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+
+    model = HyLoRADAModel(
+        load_model(tmp_path / "base"),
+        HyLoRADAConfig(method="lora", train_embeddings=True, train_norms=True),
+    )
+    rng, tensors = np.random.default_rng(1), layout.flatten(model.sites, model.adapters)
+    tensors = {name: (t + 0.2 * rng.normal(size=t.shape)).astype(np.float32) for name, t in tensors.items()}
+    model.adapters = layout.unflatten(model.sites, tensors)
+    model.save_pretrained(tmp_path / "adapter")
+    write_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert sum(t.shape == (VOCAB, 16) for t in written.values()) == 1
+
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if kind.startswith("T5") else {})
+    merged = getattr(transformers, kind).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found = merged(**{name: torch.from_numpy(ids) for name, ids in inputs.items()}).logits
+    expected = np.asarray(model.apply(model.adapters, **inputs).logits)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_gpt2_as_it_stands_on_the_hub(bases, adapted, tmp_path):
     """Without the prefix, and with its causal masks and a float16 infinity as tensors."""
     adapted("gpt2", "v1").save_pretrained(tmp_path / "adapter")

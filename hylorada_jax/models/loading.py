@@ -8,7 +8,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,8 +201,22 @@ def open_weights(source: Source) -> Weights:
     return kind(source.weights, inside=source.inside)
 
 
-def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dict[str, Slot], Weights]:
-    """What `load_model` makes of a model's files: leaves with their shapes, which tensor goes where, tensors.
+class WeightsLayout(NamedTuple):
+    """What `load_model` makes of a model's files.
+
+    Attributes:
+        leaves: path and shape of every leaf.
+        slots: tensor name to its place.
+        weights: the tensors.
+    """
+
+    leaves: dict[TreePath, tuple[int, ...]]
+    slots: dict[str, Slot]
+    weights: Weights
+
+
+def weights_layout(source: Source) -> WeightsLayout:
+    """The layout of a model's files, of which the header alone is read.
 
     Args:
         source: the model, with its weights.
@@ -212,8 +226,10 @@ def weights_layout(source: Source) -> tuple[dict[TreePath, tuple[int, ...]], dic
     """
     weights, empty = open_weights(source), _empty(source, np.dtype(np.float32), "none", None)
     if isinstance(empty, CausalLM):
-        return *_decoder_layout(empty, source, weights), weights
-    return *_hf_flax(source).layout(source, empty, weights), weights
+        leaves, slots = _decoder_layout(empty, source, weights)
+    else:
+        leaves, slots = _hf_flax(source).layout(source, empty, weights)
+    return WeightsLayout(leaves, slots, weights)
 
 
 def _decoder_layout(

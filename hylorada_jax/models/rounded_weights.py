@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hylorada_jax.math.quantized import as_array, split_name
-from hylorada_jax.models.loading import weights_layout
+from hylorada_jax.models.loading import WeightsLayout
 from hylorada_jax.models.quantize import is_kept_in_codes, one_quantized, quantized_shapes
-from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import Part
 
 
@@ -15,17 +14,14 @@ class RoundedWeights:
     """The tensors of a model, those of its linear layers rounded to int8 or nf4.
 
     Args:
-        source: the model, with its weights.
+        layout: from :func:`hylorada_jax.models.loading.weights_layout`.
         dtype: of the quantised base, as :func:`hylorada_jax.math.quantized.dtype_name` gives it.
-
-    Raises:
-        ModelError: the weights do not fit the config.
     """
 
-    def __init__(self, source: Source, dtype: str) -> None:
+    def __init__(self, layout: WeightsLayout, dtype: str) -> None:
         dtype_kept, base_dtype = split_name(dtype)
         assert base_dtype is not None
-        leaves, slots, self._weights = weights_layout(source)
+        leaves, slots, self._weights = layout
         shapes = {
             path: quantized_shapes(path, jax.ShapeDtypeStruct(shape, dtype_kept), base_dtype)
             for path, shape in leaves.items()

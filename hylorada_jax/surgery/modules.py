@@ -48,6 +48,10 @@ class Module:
     names: tuple[str, ...]
     stacked: bool
 
+    def index(self, layer: Any) -> tuple[Any, ...]:
+        """Where the leaves have one of ``names``, by its index: on their first axes; () if unstacked."""
+        return (layer,) if self.stacked else ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Module):
@@ -65,6 +69,10 @@ class Linear(Module):
     kernel_is_out_in: bool
     experts: int | None = None
 
+    def index(self, layer: Any) -> tuple[Any, ...]:
+        """As of any module; of an expert's, its layer and its number among the experts."""
+        return super().index(layer) if self.experts is None else divmod(layer, self.experts)
+
     def weight(self, params: Params, layer: Array | int = 0) -> Array:
         """W [d_out, d_in] of one layer of the frozen tree.
 
@@ -80,7 +88,7 @@ class Linear(Module):
 
     def _weight(self, kernel: Any, layer: Array | int) -> Array:
         if self.stacked:
-            for index in (layer,) if self.experts is None else divmod(layer, self.experts):
+            for index in self.index(layer):
                 kernel = jax.tree.map(lambda leaf, index=index: _at(leaf, index), kernel)
             kernel = as_it_lies(kernel, self.path)
         weight = as_array(kernel)
