@@ -317,12 +317,13 @@ class HyLoRADAConfig:
                 f"daa_position_bias=True, daa_enabled={self.daa_enabled}",
                 "Set daa_enabled=True too, or leave daa_position_bias out.",
             )
-        if self.method == "sparse" and self.target_modules is not None:
-            raise ConfigError(
-                "method='sparse' adapts no linear layer.",
-                f"target_modules={shown(self.target_modules)}",
-                "Choose a method with a linear adapter and set sparse_enabled=True.",
-            )
+        for name in ("target_modules", "rank_pattern", "alpha_pattern") if self.method == "sparse" else ():
+            if given := getattr(self, name):
+                raise ConfigError(
+                    "method='sparse' adapts no linear layer.",
+                    f"{name}={shown(given)}",
+                    "Choose a method with a linear adapter and set sparse_enabled=True.",
+                )
 
     @property
     def linear(self) -> Kind | None:

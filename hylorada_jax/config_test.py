@@ -101,6 +101,14 @@ def test_json_round_trip_gives_an_equal_config(method, rank, alpha, dropout, tar
     assert HyLoRADAConfig.from_json(config.to_json()) == config
 
 
+@pytest.mark.parametrize(
+    "setting", [{"target_modules": ("q",)}, {"rank_pattern": {"q": 2}}, {"alpha_pattern": {"q": 2.0}}]
+)
+def test_sparse_adapters_take_no_settings_of_linear_layers(setting):
+    with pytest.raises(ConfigError, match=rf"adapts no linear layer[\s\S]*{next(iter(setting))}="):
+        HyLoRADAConfig(method="sparse", **setting)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_serves_every_method(preset, method):
