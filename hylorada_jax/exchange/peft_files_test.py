@@ -124,6 +124,7 @@ A, B = (f"{PREFIX}lora_{leaf}.weight" for leaf in "AB")
 FLOAT8 = np.ones((2, 8), ml_dtypes.float8_e4m3fn)
 OTHERS: list[tuple[dict[str, Any], str]] = [
     ({A: None}, "unexpected model.layers.0.self_attn.q_proj.lora_B"),
+    ({A: None, B: None}, "none in"),
     ({B: None}, "missing model.layers.0.self_attn.q_proj.lora_B"),
     ({A: np.ones((2, 7))}, "lora_A (2, 7) for (2, 8)"),
     ({A: np.ones(2)}, "lora_A (2,) for (2, 8)"),

@@ -20,7 +20,7 @@ from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.layout import check_keys
 from hylorada_jax.surgery.modules import Modules, modules_of
 from hylorada_jax.surgery.patterns import matches
-from hylorada_jax.surgery.targets import is_head, patterns_of, shortest_targets
+from hylorada_jax.surgery.targets import is_head, patterns_of
 from hylorada_jax.text import short
 
 
@@ -110,6 +110,12 @@ def check_import(saved: SavedPeft, base: BaseModel, method: str | None) -> Modul
     whole = {name: shape for name, shape in saved.shapes.items() if is_whole(name)}
     check_keys({name: saved.shapes[name] for name in saved.shapes.keys() - whole.keys()}, wanted)
     check_whole(whole, base, modules)
+    if not ranks:
+        raise CheckpointError(
+            "An adapter of PEFT has a lora_A for every adapted layer.",
+            f"none in {saved.path}",
+            "Save it again; of a model that is cut over devices (FSDP, ZeRO-3), gather its parameters first.",
+        )
     return modules
 
 
@@ -141,7 +147,7 @@ def _config(
         lora_alpha=alpha,
         lora_dropout=settings["lora_dropout"],
         use_rslora=settings["use_rslora"],
-        target_modules=shortest_targets(list(ranks), names),
+        target_modules=tuple(patterns_of({name: name in ranks for name in names}, False)),
         rank_pattern=patterns_of(ranks, rank),
         alpha_pattern=patterns_of(own, None),
         train_embeddings=trained[0],

@@ -128,6 +128,23 @@ def test_patterns_of_a_mixture_of_experts_are_matched_at_a_small_part_of_the_bou
     )
 
 
+@pytest.mark.parametrize("endings", [("gate_proj", "up_proj", "down_proj"), ("up_proj",)])
+def test_few_patterns_select_the_experts_of_some_layers(endings):
+    """Qwen1.5-MoE's layers, as PEFT's layers_to_transform selects them: 2,160 names of 24 layers of 60."""
+    names = [
+        f"model.layers.{layer}.{part}_proj"
+        for layer in range(24)
+        for part in (
+            "self_attn.q",
+            *(f"mlp.experts.{e}.{p}" for e in range(60) for p in ("gate", "up", "down")),
+        )
+    ]
+    chosen = [n for n in names if int(n.split(".")[2]) >= 12 and "experts" in n and n.endswith(endings)]
+    targets = tuple(patterns_of({name: name in chosen for name in names}, False))
+    assert len(targets) <= 12
+    assert select_targets(names, HyLoRADAConfig(target_modules=targets)) == chosen
+
+
 def test_ranks_follow_the_depth_of_the_whole_model():
     config = HyLoRADAConfig(lora_rank=8, rank_strategy="decreasing", target_modules=r".*\.[12]\..*q_proj")
     ranks = layer_ranks(select_targets(LLAMA, config), LLAMA, config)
