@@ -35,18 +35,24 @@ def export_peft(
     """
     from hylorada_jax import load_model
     from hylorada_jax.exchange.merged import dtypes_of
+    from hylorada_jax.exchange.peft_card import CARD_NAME
     from hylorada_jax.exchange.peft_export import check_export, effect
     from hylorada_jax.exchange.peft_export import export_peft as export
+    from hylorada_jax.exchange.peft_files import refuse_taken
     from hylorada_jax.model import HyLoRADAModel
+    from hylorada_jax.models.chat_template import TEMPLATE_NAME
     from hylorada_jax.models.tokenizer import load_tokenizer
-    from hylorada_jax.saved.adapter_files import refuse_existing
     from hylorada_jax.saved.opening import open_on
 
-    refuse_existing(output)
+    refuse_taken(output, ())
     name = base_of(adapter, model)
     empty = unloaded(name)
     opened = open_on(empty, adapter)
     saved = opened.saved
+    # Magnitudes are those of the weights that were trained on.
+    dtype, base_dtype = dtypes_of(saved)
+    beside = {CARD_NAME: base_dtype, TEMPLATE_NAME: saved.chat_template}
+    refuse_taken(output, [name for name, content in beside.items() if content])
     if sample is None:  # otherwise a refusal says more, and takes the model for it
         check_export(opened.sites, saved.tensors(), saved.config, empty, drop)
     tokens = None
@@ -54,8 +60,6 @@ def export_peft(
         if not (ids := load_tokenizer(name).encode_prompt(sample).ids):
             raise DataError("A sample must have at least one token.", repr(sample), "Give some text.")
         tokens = [ids]
-    # Magnitudes are those of the weights that were trained on.
-    dtype, base_dtype = dtypes_of(saved)
     adapted = HyLoRADAModel.from_pretrained(load_model(name, dtype=dtype, base_dtype=base_dtype), saved)
     export(adapted, output, drop=drop, sample=tokens)
     for component in drop if tokens else ():

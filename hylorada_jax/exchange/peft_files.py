@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -117,16 +117,22 @@ def write_peft(
             written.
     """
     directory = any_path(directory)
-    refuse_existing(directory)
-    for name in beside:
-        if kind_of(directory / name):
-            rule = f"This adapter comes with a {name}, which replaces none."
-            raise CheckpointError(rule, directory, "Choose another directory.")
+    refuse_taken(directory, beside)
     named = {peft_name(name): np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     # A path of the base may have bytes that are not UTF-8.
     config = json.dumps(settings, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
     files = {name: text.encode(errors="backslashreplace") for name, text in beside.items()}
     write_files(directory, dump_safetensors(named, {"format": "pt"}), config, files)
+
+
+def refuse_taken(directory: str | Path, beside: Iterable[str]) -> None:
+    """Raises a CheckpointError where :func:`write_peft` would, for files of these names; changes nothing."""
+    directory = any_path(directory)
+    refuse_existing(directory)
+    for name in beside:
+        if kind_of(directory / name):
+            rule = f"This adapter comes with a {name}, which replaces none."
+            raise CheckpointError(rule, directory, "Choose another directory.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,21 +150,38 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it could not be written, as on a full disk, or what is there is no file; that is still there.
     """
-    if bucket.is_in_bucket(path):
-        bucket.write(path, content)
-        return
-    if path.exists() and not path.is_file():  # a rename would put the file in the place of /dev/null
-        raise OSError(errno.EEXIST, "not a file", str(path))
-    temporary = path.with_name(temporary_name())  # in the same directory, for a rename
-    file = temporary.open("xb")  # only if it is new, so through no link; with the modes of any new file
+    write_all({path: content})
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """Writes files as :func:`write_whole` does, none before the disk has taken all of them.
+
+    Args:
+        files: content by path, in the order in which they appear; in a bucket one after the other.
+
+    Raises:
+        OSError: as of :func:`write_whole`; what was there is still there.
+    """
+    written: dict[Path, Path] = {}
     try:
-        with file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, content in files.items():
+            if bucket.is_in_bucket(path):
+                bucket.write(path, content)
+                continue
+            if path.exists() and not path.is_file():  # a rename would put the file in the place of /dev/null
+                raise OSError(errno.EEXIST, "not a file", str(path))
+            temporary = path.with_name(temporary_name())  # in the same directory, for a rename
+            # Only if it is new, so through no link; with the modes of any new file.
+            with temporary.open("xb") as file:
+                written[path] = temporary
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in written.items():
+            temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
         raise
 
 

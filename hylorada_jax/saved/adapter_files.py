@@ -18,7 +18,7 @@ from safetensors.numpy import save as dump_safetensors
 from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.io.files import any_path, kind_of, make_directory, refuse_unusable, write_whole
+from hylorada_jax.io.files import any_path, kind_of, make_directory, refuse_unusable, write_all
 from hylorada_jax.models.chat_template import MAX_TEMPLATE
 from hylorada_jax.structure.code import DOMAINS
 from hylorada_jax.text import short, shown, well_formed
@@ -82,11 +82,11 @@ def write_adapter(
 def write_files(
     directory: Path, weights: bytes, config: bytes, beside: Mapping[str, bytes] = MappingProxyType({})
 ) -> None:
-    """Writes the content of an adapter's files, each whole; a CheckpointError where that fails."""
+    """Writes the content of an adapter's files, all or none; a CheckpointError where that fails."""
+    files = {**beside, WEIGHTS_NAME: weights, CONFIG_NAME: config}
     try:
         make_directory(directory)
-        for name, content in {**beside, WEIGHTS_NAME: weights, CONFIG_NAME: config}.items():
-            write_whole(directory / name, content)
+        write_all({directory / name: content for name, content in files.items()})
     except OSError as error:
         raise CheckpointError(
             "The adapter's directory must be writable.",

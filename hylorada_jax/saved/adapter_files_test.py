@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +49,26 @@ def test_nothing_is_overwritten_unasked(saved):
         write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE)
     write_adapter(saved, TENSORS, HyLoRADAConfig(lora_rank=4), BASE, overwrite=True)
     assert open_adapter(saved).config.lora_rank == 4
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_full_disk_leaves_the_adapter_that_was_there_or_none(tmp_path, monkeypatch, written):
+    write_adapter(tmp_path / "old", TENSORS, HyLoRADAConfig(), BASE)
+    for name in ("old", "new"):
+        room = iter(range(written))
+
+        def until_full(descriptor, room=room):
+            if next(room, None) is None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        changed = HyLoRADAConfig(lora_rank=4)
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "fsync", until_full)
+            with pytest.raises(CheckpointError, match="No space left"):
+                write_adapter(tmp_path / name, TENSORS, changed, BASE, overwrite=name == "old")
+    assert open_adapter(tmp_path / "old").config == HyLoRADAConfig()
+    assert not list((tmp_path / "new").iterdir())
+    write_adapter(tmp_path / "new", TENSORS, HyLoRADAConfig(), BASE)
 
 
 def test_no_directory_is_called_as_a_bucket_that_cannot_be_written(tmp_path, monkeypatch):
