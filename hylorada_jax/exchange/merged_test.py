@@ -2,6 +2,7 @@ import functools
 import itertools
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,7 +259,9 @@ def test_every_copy_of_a_trained_embedding_follows_it(config, kind, old_names, t
     written = load_file(tmp_path / "merged" / "model.safetensors")
     assert sum(t.shape == (VOCAB, 16) for t in written.values()) == 1
 
-    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if kind.startswith("T5") else {})
+    inputs: dict[str, Any] = {"input_ids": IDS} | (
+        {"decoder_input_ids": IDS} if kind.startswith("T5") else {}
+    )
     merged = getattr(transformers, kind).from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         found = merged(**{name: torch.from_numpy(ids) for name, ids in inputs.items()}).logits

@@ -64,6 +64,12 @@ def refuse_taken(directory: Path) -> None:
                 "The output must be a new or an empty directory.", directory, "Choose another directory."
             )
         refuse_unusable(directory.resolve().parent)  # where the directory is made that takes its place
+        if os.path.ismount(directory) or directory.samefile(os.curdir):
+            raise CheckpointError(
+                "The output directory is replaced, which a mount point and the working directory cannot be.",
+                directory,
+                f"Choose a new directory in it, such as {directory / 'new'}.",
+            )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import secrets
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from hylorada_jax.errors import CheckpointError
-from hylorada_jax.exchange.shards import Tensor, new_directory, write_shards
+from hylorada_jax.exchange.shards import Tensor, new_directory, refuse_taken, write_shards
 
 SHAPES = {"a": (3, 5), "one": (), "none": (0, 4), "größe": (7,), "big": (40, 10), "b": (2, 2, 2), "c": (9,)}
 DTYPES = ("float32", "bfloat16", "float64", "float16", "bfloat16", "float32", "float16")
@@ -89,6 +90,20 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
             write_and_fail(tmp_path / "other", error)
     assert (output / "file").read_text() == "x"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_replaced_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    output = tmp_path / "new"
+    output.mkdir()
+    monkeypatch.chdir(output)
+    for place in (Path(), output):
+        with pytest.raises(CheckpointError, match=r"working directory[\s\S]*a new directory in it"):
+            refuse_taken(place)
+    monkeypatch.chdir(tmp_path)
+    refuse_taken(output)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == output)
+    with pytest.raises(CheckpointError, match="mount point"):
+        refuse_taken(output)
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
