@@ -12,7 +12,7 @@ from tqdm import tqdm
 from hylorada_jax.data.answered import answer_text, as_message
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import remark
 
@@ -99,6 +99,9 @@ def answers(
         batch_size: prompts at a time.
         rng: of the sampling; each batch has a key of its own.
         settings: of ``model.generate``.
+
+    Raises:
+        NonFiniteError: a logit is NaN or infinite; it says in which batch.
     """
     import jax
 
@@ -108,12 +111,15 @@ def answers(
             rows = range(len(prompts))[first : first + batch_size]
             # A last batch of fewer would compile anew; a row is drawn by its place, whatever the others are.
             filled = [*rows, *[rows[-1]] * (min(batch_size, len(prompts)) - len(rows))]
-            found = model.generate(
-                [prompts[row] for row in filled],
-                rng=jax.random.fold_in(rng, first),
-                **{name: [values[row] for row in filled] for name, values in inputs.items()},
-                **settings,
-            )
+            try:
+                found = model.generate(
+                    [prompts[row] for row in filled],
+                    rng=jax.random.fold_in(rng, first),
+                    **{name: [values[row] for row in filled] for name, values in inputs.items()},
+                    **settings,
+                )
+            except NonFiniteError as error:  # which counts the prompts from this one
+                raise error.at(f"answers {first + 1} to {rows[-1] + 1}") from error
             for row, tokens in zip(rows, found[: len(rows)], strict=True):
                 cut += is_cut(tokens, settings)
                 yield answer_text(tokenizer, prompts[row], tokens)

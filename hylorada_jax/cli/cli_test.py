@@ -24,7 +24,7 @@ from hylorada_jax.data.answered import answer_text
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.data.formats import read_row
 from hylorada_jax.data.tokenization_test import byte_tokenizer
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, NonFiniteError
 from hylorada_jax.models import generate as generation
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.tokenizer import load_tokenizer
@@ -608,6 +608,10 @@ def test_each_of_several_conversations_has_its_structure():
     assert len([*answers(generating, prompts, inputs, tokenizer, 2, jax.random.key(0), **settings)]) == 3
     given = [call.kwargs["structure_ids"] for call in generating.generate.call_args_list]
     assert given == [depths[:2], [depths[2]] * 2]
+
+    generating.generate.side_effect = [[[]] * 2, generation.not_finite("at new token 4 of prompt 1")]
+    with pytest.raises(NonFiniteError, match="answers 3 to 3: .*new token 4 of prompt 1"):
+        [*answers(generating, prompts, inputs, tokenizer, 2, jax.random.key(0), **settings)]
 
 
 def test_a_last_batch_of_fewer_compiles_nothing_and_its_answers_are_the_same(chatting):

@@ -322,7 +322,7 @@ def test_filter_keeps_ties_and_at_least_one():
         ([[1]], {"temperature": -1.0}, ConfigError, "temperature"),
         ([[1]], {"temperature": float("nan")}, ConfigError, "temperature"),
         ([[1]], {"temperature": 1.0}, ConfigError, "rng"),
-        ([[1]], {"top_k": -1}, ConfigError, "top_k"),
+        *(([[1]], {"top_k": value}, ConfigError, "top_k") for value in (-1, 0.9, 5.5)),
         ([[1]], {"top_p": 0.0}, ConfigError, "top_p"),
         ([[1]], {"top_p": 1.5}, ConfigError, "top_p"),
         ([[1]], {"top_p": -1e-38}, ConfigError, "top_p"),

@@ -184,7 +184,11 @@ def check_settings(
             "temperature must be 0 (greedy) or a positive number.",
             temperature,
         ),
-        (top_k is not None and not top_k >= 0, "top_k must be at least 1, or 0 for all.", top_k),
+        (
+            not (top_k is None or (isinstance(top_k, int | np.integer) and top_k >= 0)),
+            "top_k must be an integer, at least 1, or 0 for all.",
+            top_k,
+        ),
         (top_p is not None and not 0 < top_p <= 1, "top_p must be in (0, 1].", top_p),
         (min_p is not None and not 0 <= min_p <= 1, "min_p must be in [0, 1].", min_p),
         (
