@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Literal, NamedTuple, get_args
 
@@ -19,7 +19,7 @@ from hylorada_jax.data.packing import check_windows
 from hylorada_jax.errors import ConfigError, DataError, require_one_of
 from hylorada_jax.models.tokenizer import Tokenizer
 from hylorada_jax.structure.code import Domain, fenced_depths, token_depths
-from hylorada_jax.text import short
+from hylorada_jax.text import short, shown
 
 Overlength = Literal["truncate", "drop", "error"]
 
@@ -77,7 +77,8 @@ def tokenize(
 
     Raises:
         ConfigError: the domain, or what is scored, is unknown.
-        DataError: conversations for a model without a chat template, or one that its template refuses.
+        DataError: conversations for a model without a chat template, or one that its template refuses; or
+            something else than :func:`load_documents` returns.
 
     Warns:
         UserWarning: documents do not parse, so that their depths are those of their indentation; it names
@@ -87,6 +88,7 @@ def tokenize(
         tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
     """
     require_one_of("score", score, get_args(Score))
+    _check(examples)
     _take_limits_off(tokenizer)
     unparsed: list[str] = []
     found = _tokenized(examples, tokenizer, structure, score, skipped, unparsed)
@@ -132,6 +134,7 @@ def prepare(
     require_one_of("score", score, get_args(Score))
     require_one_of("overlength", overlength, get_args(Overlength))
     check_windows(seq_len)
+    _check(examples)
     _take_limits_off(tokenizer)
     options = {"seq_len": seq_len, "structure": structure, "score": score, "overlength": overlength}
     key = cache.key_of(examples, tokenizer, options) if keep and cache.directory() else ""
@@ -249,6 +252,16 @@ def _tokenized(
                 for part, scored in enumerate(found, start=1)
             ]
             unparsed += missed[:1]
+
+
+def _check(examples: Iterable[object]) -> None:
+    for at, example in enumerate(examples):
+        if not isinstance(example, Example):
+            raise DataError(
+                "Examples must be Documents, Completions or Conversations, as load_documents returns them.",
+                f"{shown(example)} at {at}",
+                'Read rows of your own too: load_documents([{"text": …}]).',
+            )
 
 
 def _take_limits_off(tokenizer: Tokenizer) -> None:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import tokenizers
@@ -8,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from hylorada_jax.data.examples import Document
 from hylorada_jax.data.tokenization import prepare, tokenize
-from hylorada_jax.errors import ConfigError
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.tokenizer import Tokenizer
 
 
@@ -66,6 +68,13 @@ def test_structure_ids_follow_the_tokens_and_what_does_not_parse_is_named():
     assert all(values.dtype == np.int32 for values in ids)
     with pytest.raises(ConfigError, match="code"):
         tokenize(documents, byte_tokenizer(), "music")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("examples", ["a", ["a"], [b"a"], [{"text": "a"}], Document("x", "a")])
+def test_what_was_not_read_as_a_row_is_refused(examples):
+    for make in (tokenize, partial(prepare, seq_len=8)):
+        with pytest.raises(DataError, match=r" at 0[\s\S]*load_documents"):
+            make(examples, byte_tokenizer())
 
 
 @pytest.mark.parametrize(
