@@ -25,6 +25,8 @@ from hylorada_jax.text import short, shown, well_formed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+IN_RUN = "adapter"
+"""The directory of a run's adapter within that of the run."""
 FORMAT_VERSION = 1
 # What a base's identity says of its weights, where it was asked for; compared only where that is asked for.
 WEIGHTS = ("dtype", "weights_sha256")

@@ -4,6 +4,7 @@ An adapter may be a stranger's. Its checksums tell damage from what was written,
 value has its type and its bound.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -20,12 +21,13 @@ from safetensors.numpy import load as load_safetensors
 from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, HyLoRADAError
-from hylorada_jax.io.files import any_path
+from hylorada_jax.io.files import any_path, kind_of
 from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
     FORMAT_VERSION,
+    IN_RUN,
     WEIGHTS_NAME,
     check_beside,
     check_finite,
@@ -170,7 +172,11 @@ def base_name(adapter: str | Path | SavedAdapter) -> str:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
-    body = read_json(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+    remedy, own = _REMEDY, path.parent / IN_RUN
+    with contextlib.suppress(OSError):  # which reading the file reports
+        if not kind_of(path) and kind_of(own / CONFIG_NAME):
+            remedy = f"This is the directory of a run: give that of its adapter, {own}."
+    body = read_json(path, _RULE, CheckpointError, remedy, limit=MAX_CONFIG_BYTES)
     rule = f"{CONFIG_NAME} must be what save_pretrained wrote."
     if "format" not in body and "peft_type" in body:
         remedy = "Read it with `hylorada import-peft`, or import_peft."

@@ -24,7 +24,7 @@ from hylorada_jax.models.loading import empty_model
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME, render, write_adapter
 from hylorada_jax.saved.opening import identity, open_on
-from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter
+from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES, SavedAdapter, open_adapter
 from hylorada_jax.surgery.layout import tensor_shapes
 from hylorada_jax.surgery.modules import modules_of
 from hylorada_jax.surgery.plan import plan
@@ -319,6 +319,15 @@ def test_what_is_no_file_is_refused(put, name, saved, base, tmp_path):
     (saved / name).unlink()
     put(saved / name, tmp_path)
     refused(saved, base, ["two files", name])
+
+
+def test_a_runs_directory_leads_to_its_adapter(saved, base, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    saved.rename(run / "adapter")
+    with pytest.raises(CheckpointError, match="directory of a run") as error:
+        open_adapter(run)
+    open_adapter(Path(error.value.remedy.rstrip(".").rpartition(", ")[2]))
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b", "/dev/null"])

@@ -41,7 +41,7 @@ from hylorada_jax.io.files import (
     write_whole,
 )
 from hylorada_jax.placement.processes import are_several
-from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.saved.adapter_files import CONFIG_NAME, IN_RUN, WEIGHTS_NAME
 from hylorada_jax.text import short
 from hylorada_jax.training.checkpoint import DAMAGED
 from hylorada_jax.training.run_record import RunRecord, differences, read_record
@@ -84,7 +84,7 @@ class RunDirectory:
         self.path = any_path(path)
         self.run = self.path / "run.json"
         self.deleted_run = self.path / "run.json.deleted"
-        self.adapter = self.path / "adapter"
+        self.adapter = self.path / IN_RUN
         self.checkpoints = self.path / "checkpoints"
         self.recipe = self.path / "recipe.json"
         self.metrics = self.path / "metrics.jsonl"
