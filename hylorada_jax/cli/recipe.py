@@ -74,7 +74,10 @@ def recipe_of(
     """
     given = {**options, **vars(adapter), **vars(reading)}
     given = {name: value for name, value in given.items() if value not in (None, ())}
-    settings = {n: v for n, v in asdict(training).items() if n not in _NOT_REPEATED}
+    settings = asdict(training)
+    has = {flag_of(name) for name, value in settings.items() if value is not None}
+    idle = {one for one, other in _IN_PLACE.items() if other in has}
+    settings = {n: v for n, v in settings.items() if n not in _NOT_REPEATED and flag_of(n) not in idle}
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in {**given, **settings}.items()
@@ -109,15 +112,18 @@ def expanded(arguments: Sequence[str], known: Mapping[str, Collection[Any]]) -> 
     command, *rest = arguments or [""]
     path = named_recipe(arguments)
     beside = {flag_of(argument.partition("=")[0]) for argument in rest if argument.startswith("--")}
-    for one, other in _IN_PLACE.items() if command == "finetune" else ():
-        if {one, other} <= beside:
-            rule = f"{other} counts in place of {one}."
-            raise ConfigError(rule, "both", "Give one of them.")
+    if command == "finetune":
+        _refuse_both(beside)
     if path is None:
         return [*arguments]
     replaced = {other for one, other in _IN_PLACE.items() if one in beside}
     said: list[str] = []
-    for name, value in _read(path).items():
+    options = _read(path)
+    try:
+        _refuse_both({flag_of(name) for name, value in options.items() if value is not None})
+    except ConfigError as error:
+        raise error.at(str(path)) from None
+    for name, value in options.items():
         option = flag_of(name)
         if (positive := option if option in known else option.replace("--no-", "--", 1)) not in known:
             rule = "A recipe's keys must be options of finetune."
@@ -130,6 +136,12 @@ def expanded(arguments: Sequence[str], known: Mapping[str, Collection[Any]]) -> 
         except ConfigError as error:
             raise error.at(str(path)) from None
     return [command, *said, *rest]
+
+
+def _refuse_both(given: Collection[str]) -> None:
+    for one, other in _IN_PLACE.items():
+        if one in given and other in given:
+            raise ConfigError(f"{other} counts in place of {one}.", "both", "Give one of them.")
 
 
 def named_recipe(arguments: Sequence[str]) -> Path | None:
@@ -178,6 +190,8 @@ def _option(name: str, option: str, value: Any, types: Collection[Any]) -> Itera
             raise ConfigError(rule, f"{name}: {shown(value)}", "Correct this option.")
         case None | int() | float() | str():
             yield f"{option}={value}"
+        case [] if tuple in (get_origin(each) or each for each in types):  # as if it were left out
+            return
         case list() if value and all(isinstance(item, str) for item in value):
             if tuple not in (get_origin(each) or each for each in types):
                 rule = "In a recipe, only options that take several values are lists."

@@ -1,5 +1,6 @@
 """Oracle: the options that a run was given."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -56,16 +57,24 @@ def test_a_runs_recipe_gives_its_options_again_and_options_beside_it_win(tmp_pat
 
 def test_steps_beside_a_recipe_win_over_its_epochs_and_both_at_once_are_refused(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("steps: 5\nepochs: 3\nwarmup_ratio: 0.1\nwarmup-steps: 7")
+    file.write_text("epochs: 3\nwarmup-steps: 7")
     where = ("--recipe", str(file), "--output", "a")
 
     def counts(*beside):
         training, *_ = parsed(*where, *beside)
         return training.steps, training.epochs, training.warmup_ratio, training.warmup_steps
 
-    assert counts() == (5, 3, 0.1, 7)
+    default = TrainingConfig("a")
+    steps, ratio = default.steps, default.warmup_ratio
+    assert counts() == (steps, 3, ratio, 7)
     assert counts("--steps", "9", "--warmup_ratio=0.2") == (9, None, 0.2, None)
-    assert counts("--epochs", "2", "--warmup-steps=4") == (5, 2, 0.1, 4)
+    assert counts("--epochs", "2", "--warmup-steps=4") == (steps, 2, ratio, 4)
+    of_epochs = dataclasses.replace(TRAINING, epochs=2.0, warmup_steps=3)
+    assert not {"steps", "warmup_ratio"} & recipe_of(of_epochs, ADAPTER, READING).keys()
+    for one, other in (("steps: 5", "epochs: 3"), ("warmup_ratio: 0.1", "warmup-steps: 7")):
+        (tmp_path / "both.yaml").write_text(f"{one}\n{other}")
+        with pytest.raises(ConfigError, match=r"in place of[\s\S]*both.yaml"):
+            parsed("--recipe", str(tmp_path / "both.yaml"), "--output", "a")
     for both in (("--epochs=1", "--steps", "2"), ("--warmup-steps", "1", "--warmup_ratio", "0.1")):
         with pytest.raises(ConfigError, match="in place of"):
             parsed("--output", "a", *both)
