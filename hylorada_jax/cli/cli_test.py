@@ -610,7 +610,7 @@ def test_each_of_several_conversations_has_its_structure():
     assert given == [depths[:2], [depths[2]] * 2]
 
     generating.generate.side_effect = [[[]] * 2, generation.not_finite("at new token 4 of prompt 1")]
-    with pytest.raises(NonFiniteError, match="answers 3 to 3: .*new token 4 of prompt 1"):
+    with pytest.raises(NonFiniteError, match=r"answers 3 to 3: .*new token 4 of prompt 1"):
         [*answers(generating, prompts, inputs, tokenizer, 2, jax.random.key(0), **settings)]
 
 
