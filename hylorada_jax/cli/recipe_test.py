@@ -64,7 +64,7 @@ def test_steps_beside_a_recipe_win_over_its_epochs_and_both_at_once_are_refused(
         training, *_ = parsed(*where, *beside)
         return training.steps, training.epochs, training.warmup_ratio, training.warmup_steps
 
-    default = TrainingConfig("a")
+    default = TrainingConfig(output="a")
     steps, ratio = default.steps, default.warmup_ratio
     assert counts() == (steps, 3, ratio, 7)
     assert counts("--steps", "9", "--warmup_ratio=0.2") == (9, None, 0.2, None)
