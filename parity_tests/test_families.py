@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import TargetError
 from hylorada_jax.models import families
-from hylorada_jax.models.families import DECODERS, FAMILIES
+from hylorada_jax.models.families import DECODERS, FAMILIES, is_encoder_decoder
 from hylorada_jax.surgery.targets import is_head, mlp_outputs, select_targets, self_attentions
 
 AUTO = {
@@ -87,6 +87,16 @@ def test_names_are_those_of_transformers(model_type):
     assert {name.rpartition(".")[0] for name in queries} >= {*self_attentions(names)}
     if family.cross_attention:
         assert any(name.endswith(f".{family.cross_attention}") for name in modules)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_encoder_decoder_is_one_of_transformers(model_type):
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("a family that transformers 4.57 lacks")
+    config = transformers.CONFIG_MAPPING[model_type]()
+    expected = bool(getattr(config, "is_encoder_decoder", False))
+    assert is_encoder_decoder({"model_type": model_type}) == expected
+    assert is_encoder_decoder(config.to_dict()) == expected
 
 
 @pytest.mark.parametrize("model_type", DECODERS)

@@ -23,6 +23,7 @@ from hylorada_jax.cli.shared import (
     variables_of,
     warn_of_length,
     weights_in,
+    with_answer,
 )
 from hylorada_jax.data.answered import answer_text
 from hylorada_jax.errors import ConfigError, DataError
@@ -145,4 +146,4 @@ def generate(
         show(answer_text(tokenizer, prompts[0], tokens))
         tell_cut(is_cut(tokens, settings), 1, settings)
     else:
-        show((prompt or "") + tokenizer.decode_continuation(prompts[0], tokens))
+        show(with_answer(prompt or "", tokenizer, prompts[0], tokens))

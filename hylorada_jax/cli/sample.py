@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hylorada_jax.cli.shared import prompt_of
+from hylorada_jax.cli.shared import prompt_of, with_answer
 from hylorada_jax.structure.code import Domain
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def samples(
     def written(adapters: Any) -> str:
         model.adapters = adapters
         rows = model.generate([ids], max_new_tokens=new, eos_token_id=ends or None, **inputs)
-        return prompt + tokenizer.decode_continuation(ids, rows[0])
+        return with_answer(prompt, tokenizer, ids, rows[0])
 
     trained = model.adapters
     return written(start), written(trained)

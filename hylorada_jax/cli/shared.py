@@ -244,6 +244,19 @@ def prompt_of(
     return ids, token_depths(text, offsets)[0].tolist()
 
 
+def with_answer(text: str, tokenizer: "Tokenizer", prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """What is shown of an answer: the prompt as it goes on, or what an encoder-decoder has made of it.
+
+    Args:
+        text: the prompt.
+        tokenizer: the model's.
+        prompt: its token ids.
+        tokens: those of the answer.
+    """
+    answer = tokenizer.decode_answer(prompt, tokens)
+    return answer if tokenizer.encoder_decoder else text + answer
+
+
 def chat_of(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: "Tokenizer",

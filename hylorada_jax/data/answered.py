@@ -31,7 +31,7 @@ def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int])
         ids: those that the model gave.
     """
     said = ids[:-1] if ids and ids[-1] in tokenizer.chat_end_ids else ids
-    return tokenizer.decode_continuation(prompt, said, skip_special_tokens=False)
+    return tokenizer.decode_answer(prompt, said, skip_special_tokens=False)
 
 
 def as_message(text: str) -> dict[str, Any]:

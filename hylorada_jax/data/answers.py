@@ -152,7 +152,7 @@ def _completions(
 ) -> Iterator[list[Scored] | DataError]:
     wholes = tokenizer.encode_documents([prompt + completion for _, prompt, completion in examples])
     for example, whole in zip(examples, wholes, strict=True):
-        prompt = tokenizer.encode_prompt(example.prompt)
+        prompt = tokenizer.encode_beginning(example.prompt)
         try:
             answer = _continuation(tokenizer, prompt, whole, example.prompt, example.completion)
         except DataError as error:

@@ -11,6 +11,7 @@ import tokenizers
 from hylorada_jax.errors import DataError
 from hylorada_jax.models.chat_template import Request, render
 from hylorada_jax.models.end_tokens import end_tokens
+from hylorada_jax.models.families import is_encoder_decoder
 from hylorada_jax.models.segments import Specials, encode_segments, specials_of
 from hylorada_jax.models.source import find_source
 from hylorada_jax.models.tokenizer_backend import refusing
@@ -53,6 +54,7 @@ class Tokenizer:
         end_token_ids: the tokens at which a generated text ends: those that the model's files name, and
             ``eos_token_id``, with which training ends a document.
         cleans_up: decoding takes out spaces before punctuation.
+        encoder_decoder: the model's encoder reads a whole text, and its decoder writes another.
     """
 
     backend: tokenizers.Tokenizer
@@ -60,6 +62,7 @@ class Tokenizer:
     chat_template: str | Mapping[str, str] | None = None
     end_token_ids: tuple[int, ...] = ()
     cleans_up: bool = False
+    encoder_decoder: bool = False
 
     @property
     def bos_token_id(self) -> int | None:
@@ -151,7 +154,20 @@ class Tokenizer:
         return [Encoded(each.ids, each.offsets if offsets else []) for each in encodings]
 
     def encode_prompt(self, text: str) -> Encoded:
-        """Token ids of a text that a model is to continue: with the bos token where the model expects one.
+        """Token ids of a text that a model is to continue, as :meth:`encode_beginning` gives them.
+
+        Those for an encoder are of the whole text: with all that the tokenizer adds, such as its end.
+
+        Args:
+            text: any text; a bos or eos token that is written in it is not doubled.
+        """
+        if not self.encoder_decoder:
+            return self.encode_beginning(text)
+        with refusing():
+            return self._once(self.backend.encode(well_formed(text)))
+
+    def encode_beginning(self, text: str) -> Encoded:
+        """Token ids of a text that goes on behind them: with the bos token where the model expects one.
 
         No eos token is added, though the tokenizer may end every text with one: nothing follows an end.
 
@@ -225,6 +241,24 @@ class Tokenizer:
         changed = (place for place, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1])
         return whole[next(changed, len(before)) :]
 
+    def decode_answer(
+        self, prompt: Sequence[int], ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> str:
+        """The text that a model has given for a prompt.
+
+        Args:
+            prompt: its token ids.
+            ids: the model's: they continue the prompt, but those of a decoder beside an encoder are a text of
+                their own.
+            skip_special_tokens: leave special tokens out.
+
+        Returns:
+            The text; after a prompt that is continued as :meth:`decode_continuation` gives it.
+        """
+        if self.encoder_decoder:
+            return self.decode(ids, skip_special_tokens)
+        return self.decode_continuation(prompt, ids, skip_special_tokens)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -269,6 +303,12 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """
     source = find_source(name, config_only=True)
     files = read_gguf_tokenizer(source.gguf) if source.gguf else read_tokenizer(source.path, source.config)
-    tokenizer = Tokenizer(files.backend, files.special_tokens, files.chat_template, (), files.cleans_up)
+    tokenizer = Tokenizer(
+        files.backend,
+        files.special_tokens,
+        files.chat_template,
+        cleans_up=files.cleans_up,
+        encoder_decoder=is_encoder_decoder(source.config),
+    )
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return replace(tokenizer, end_token_ids=tuple(dict.fromkeys([*end_tokens(source), *own])))

@@ -6,8 +6,9 @@ A file of this package that has ``FAMILIES`` is found by itself. Imports neither
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
+from typing import Any
 
 from hylorada_jax.models.families.family import Capability, Decoder, Family, Flax
 
@@ -43,6 +44,21 @@ def family_of(model_type: object) -> Family:
 def flax_of(model_type: object) -> Flax:
     """How transformers' Flax classes of a family run here; the least of them for another name."""
     return FLAX.get(str(model_type), Flax())
+
+
+def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    """Whether a model has an encoder, which reads a text, and a decoder, which answers it.
+
+    Args:
+        config: the content of config.json; BartForCausalLM, say, is BART's decoder alone.
+
+    Example:
+        >>> is_encoder_decoder({"model_type": "t5"}), is_encoder_decoder({"model_type": "gpt2"})
+        (True, False)
+    """
+    decoder_alone = (config.get("architectures") or [""])[0].endswith("ForCausalLM")
+    paired = family_of(config.get("model_type")).task == "SEQ_2_SEQ_LM" and not decoder_alone
+    return paired and config.get("is_encoder_decoder") is not False
 
 
 def that_can(capability: Capability) -> str:
