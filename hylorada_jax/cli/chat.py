@@ -1,6 +1,7 @@
 """The command that talks with a model."""
 
 import contextlib
+import functools
 import io
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def chat(
 
     import jax
 
+    from hylorada_jax.models.base_model import answer_begins
     from hylorada_jax.models.sampling import check_settings
 
     weights = weights_in(dtype, base_dtype)
@@ -105,6 +107,7 @@ def chat(
         rng,
         settings,
         variables,
+        begins=functools.partial(answer_begins, base),
     )
     interactive = sys.stdin.isatty() and on_terminal()
     if interactive:

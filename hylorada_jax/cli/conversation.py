@@ -1,6 +1,6 @@
 """A conversation on a terminal, or with a pipe."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Talk:
         variables: what the template is given beside the messages.
         system: what the system's message says, or "".
         messages: what was said.
+        begins: the tokens of a prompt to those in front of its answer, in the answer's row.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Talk:
     variables: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
+    begins: Callable[[int], int] = int
 
     def answer(self, text: str) -> None:
         """Says something to the model, and prints what it answers as it comes.
@@ -66,8 +68,8 @@ class Talk:
         prompt, structure_ids = chat_of(asks, self.tokenizer, self.structure, self.variables)
         settings = self.settings | {"rng": jax.random.fold_in(self.rng, len(self.messages))}
         if self.context is not None:
-            room = self.context - len(prompt)
-            if room < 1:
+            room = self.context - self.begins(len(prompt))
+            if room < 1 or len(prompt) > self.context:
                 raise DataError(
                     f"A conversation and its answer must fit into {self.context} tokens.",
                     f"{len(prompt)} tokens, and none of an answer",

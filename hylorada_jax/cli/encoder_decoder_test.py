@@ -1,5 +1,6 @@
 """`hylorada generate` and `chat` with encoder-decoders: what these read and write, as in transformers."""
 
+import io
 import json
 
 import pytest
@@ -94,3 +95,34 @@ def test_the_same_tokenizer_beside_a_decoder_leaves_a_text_open(pair, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         ids = load_tokenizer(tmp_path).encode_prompt(words(3)).ids
         assert ids == tokenizer(words(3))["input_ids"][:-1]
+
+
+def test_a_prompt_and_its_answer_need_not_fit_into_one_table(pair, monkeypatch, capsys):
+    path, oracle, tokenizer = pair
+    text = words(30)
+    ids = tokenizer(text)["input_ids"]
+    expected = answer_of(oracle, tokenizer, ids, 8)
+    arguments = ("generate", "--model", path, "--max-new-tokens", 8, "--prompt")
+    assert run(monkeypatch, capsys, *arguments, text)[:2] == (0, expected + "\n")
+    status, _, err = run(monkeypatch, capsys, *arguments, words(31))
+    if oracle.config.model_type == "bart":
+        assert len(ids) == 32
+        assert (status, "received: 33 tokens in a row" in err) == (2, True)
+    else:
+        assert status == 0
+
+
+def test_an_answer_in_a_chat_is_a_text_of_its_own(pair, monkeypatch, capsys):
+    path, oracle, tokenizer = pair
+    said = [{"role": "user", "content": words(25)}]
+    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)
+    expected = answer_of(oracle, tokenizer, ids, 8)
+    settings = ("--model", path, "--max-new-tokens", 8)
+    out = run(monkeypatch, capsys, "generate", *settings, "--chat", "--prompt", words(25))[1]
+    assert out == expected + "\n"
+    rows = path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": said}))
+    answered = run(monkeypatch, capsys, "generate", *settings, "--messages", rows)[1]
+    assert json.loads(answered)["messages"][-1] == {"role": "assistant", "content": expected}
+    monkeypatch.setattr("sys.stdin", io.StringIO(words(25) + "\n"))
+    assert run(monkeypatch, capsys, "chat", *settings)[1] == expected + "\n"

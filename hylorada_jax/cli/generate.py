@@ -107,8 +107,8 @@ def generate(
 
     import jax
 
+    from hylorada_jax.models.base_model import answer_begins, check_room, longest_row
     from hylorada_jax.models.ids import check_prompts
-    from hylorada_jax.models.positions import check_range
     from hylorada_jax.models.sampling import check_settings
 
     weights = weights_in(dtype, base_dtype)
@@ -128,13 +128,12 @@ def generate(
     chat = chat or chats is not None
     rng = jax.random.key(seed)
     longest = max(map(len, prompts))
-    most = answer_tokens(context_of(base), longest) if chat else PROMPT_TOKENS
+    most = answer_tokens(context_of(base), answer_begins(base, longest)) if chat else PROMPT_TOKENS
     settings: dict[str, Any] = sampling.settings(model if chat else None, most)
     check_settings(prompts, rng=rng, **settings)
     check_prompts(prompts, base.token_limit)
-    longest += settings["max_new_tokens"]
-    check_range((len(prompts), longest), limit=base.position_limit)
-    warn_of_length(base, longest)
+    check_room(base, prompts, settings["max_new_tokens"])
+    warn_of_length(base, longest_row(base, longest, settings["max_new_tokens"]))
     settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
     inputs = {} if structure_ids is None else {"structure_ids": structure_ids}
     generator = loaded(model, adapter, weights, placement, verbose=verbose)

@@ -18,18 +18,18 @@ PROMPT_TOKENS = 64
 """Those of a prompt that is continued."""
 
 
-def answer_tokens(context: int | None, longest: int) -> int:
+def answer_tokens(context: int | None, before: int) -> int:
     """ANSWER_TOKENS, or as many as there is room for behind the longest prompt; at least PROMPT_TOKENS.
 
     Args:
-        context: tokens of a prompt and its answer, at most; None for any number.
-        longest: tokens of the longest prompt.
+        context: tokens of a row, at most; None for any number.
+        before: those in front of an answer in its row: of the longest prompt, or of a decoder's start.
 
     Example:
         >>> answer_tokens(None, 100), answer_tokens(1024, 100), answer_tokens(1024, 1000)
         (1024, 924, 64)
     """
-    return ANSWER_TOKENS if context is None else max(PROMPT_TOKENS, min(ANSWER_TOKENS, context - longest))
+    return ANSWER_TOKENS if context is None else max(PROMPT_TOKENS, min(ANSWER_TOKENS, context - before))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What every base model offers, ours or Hugging Face's."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -8,6 +8,7 @@ from jax import Array
 
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.families import that_can
+from hylorada_jax.models.positions import check_range
 from hylorada_jax.trees import Params
 
 
@@ -29,6 +30,10 @@ class BaseModel(Protocol):
     @property
     def supports_generation(self) -> bool:
         """Prompts can be continued."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """An encoder reads the prompts, and a decoder writes the answers, each in rows of their own."""
 
     @property
     def position_limit(self) -> int | None:
@@ -128,6 +133,39 @@ def require_generation(base: BaseModel) -> None:
             f"{base.name}, of model_type {base.config.model_type!r}",
             "Choose a causal model or an encoder-decoder with such a head.",
         )
+
+
+def answer_begins(base: BaseModel, prompt: int) -> int:
+    """Tokens that are in front of an answer, in the row in which it is written.
+
+    Args:
+        base: of an encoder-decoder these are the one that starts the decoder, of others the prompt's.
+        prompt: its tokens.
+    """
+    return 1 if base.is_encoder_decoder else prompt
+
+
+def longest_row(base: BaseModel, prompt: int, new: int) -> int:
+    """Tokens of the longest row when a prompt is answered: of a prompt with its answer, or of either alone.
+
+    Args:
+        base: an encoder-decoder has a row for each.
+        prompt: tokens of the longest prompt.
+        new: of the longest answer.
+    """
+    return max(prompt, answer_begins(base, prompt) + new)
+
+
+def check_room(base: BaseModel, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raises a DataError where prompts and answers are longer than a model's table of positions.
+
+    Args:
+        base: which answers.
+        prompts: token ids.
+        new: tokens of an answer, at most.
+    """
+    longest = longest_row(base, max(map(len, prompts)), new)
+    check_range((len(prompts), longest), limit=base.position_limit)
 
 
 def vocab_size(base: BaseModel) -> int:

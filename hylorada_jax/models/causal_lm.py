@@ -170,6 +170,7 @@ class CausalLM:
     supports_segments = True
     supports_groups = True
     supports_generation = True
+    is_encoder_decoder = False
     position_limit = None
 
     @property

@@ -70,6 +70,11 @@ class HFFlaxModel:
         """Whether it can continue prompts."""
         return self.model.can_generate()
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads the prompts, and a decoder writes the answers."""
+        return bool(self.config.is_encoder_decoder)
+
     logit_soft_cap = None
     layer_numbers: ClassVar[Mapping[tuple[str, ...], tuple[int, ...]]] = {}
 
@@ -283,7 +288,7 @@ class HFFlaxModel:
         if settings.get("eos_token_id") is None:
             settings["eos_token_id"] = self.end_token_ids
         model = bind(self.model, variables or {"params": self.params})
-        return generate(model, self.position_limit, prompts, **settings)
+        return generate(self, model, prompts, **settings)
 
     def stream(self, prompt: Sequence[int], **settings: Any) -> Iterator[list[int]]:
         """What `generate` gives for one prompt: all at once, for Hugging Face's loop shows nothing before."""

@@ -9,14 +9,14 @@ from jax import Array
 from jaxtyping import Bool
 from transformers import FlaxPreTrainedModel
 
+from hylorada_jax.models.base_model import BaseModel, check_room
 from hylorada_jax.models.generate import not_finite, pad_left
-from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.sampling import Sampling, check_settings, sampling
 
 
 def generate(
+    base: BaseModel,
     model: FlaxPreTrainedModel,
-    position_limit: int | None,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -26,8 +26,8 @@ def generate(
     """The new tokens of every prompt, with the end token if one came.
 
     Args:
-        model: which generates; it may be bound to adapters.
-        position_limit: rows of its table of positions; None: it has none.
+        base: which knows how long its rows may be.
+        model: of it, which generates; it may be bound to adapters.
         prompts: token ids; what the encoder reads, if there is one.
         max_new_tokens, eos_token_id, **how: as for ``hylorada_jax.models.generate.generate``.
 
@@ -37,17 +37,17 @@ def generate(
         NonFiniteError: a logit is NaN or infinite.
     """
     check_settings(prompts, max_new_tokens=max_new_tokens, **how)
+    check_room(base, prompts, max_new_tokens)
     ends = tuple(np.atleast_1d(eos_token_id).tolist())
     ids = pad_left(prompts, bucket=False)
     mask = pad_left([[1] * len(prompt) for prompt in prompts], bucket=False)
     width = ids.shape[1]
-    if model.config.is_encoder_decoder:
+    if base.is_encoder_decoder:
         # An encoder may count positions from the first column; the answer begins with one start token.
         ids, mask = (
             np.stack([np.roll(r, sum(m)) for r, m in zip(x, mask, strict=True)]) for x in (ids, mask)
         )
         width = 1
-    check_range((len(prompts), width + max_new_tokens), limit=position_limit)
     chosen = sampling(**how)
     # Its own filters, of which one is on by default, are off: ours come before them.
     off = {} if chosen.temperature is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
