@@ -7,8 +7,8 @@ import pytest
 transformers = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError).transformers
 torch = pytest.importorskip("torch")
 
-from hylorada_jax import load_model  # noqa: E402
-from hylorada_jax.errors import DataError  # noqa: E402
+from hylorada_jax import HyLoRADAConfig, HyLoRADAModel, load_model  # noqa: E402
+from hylorada_jax.errors import ConfigError, DataError  # noqa: E402
 from hylorada_jax.models.hf.base import HFFlaxModel  # noqa: E402
 from hylorada_jax.models.hf.base_test import BART, GPT2  # noqa: E402
 
@@ -61,3 +61,11 @@ def test_an_encoder_and_a_decoder_have_a_table_of_positions_each(pairs):
     for prompt, new, row in (([5, 9] * 16 + [5], 2, 33), ([5, 9], 32, 33)):
         with pytest.raises(DataError, match=rf"below 32[\s\S]*received: {row} tokens in a row"):
             ours.generate([[8], prompt], max_new_tokens=new)
+
+
+def test_a_structure_prior_is_refused_for_an_encoder_decoder(pairs):
+    """As in hylorada_torch: the structure of the encoder's tokens would be read of the decoder's."""
+    config = HyLoRADAConfig(method="hylorada_v2", lora_rank=2)
+    with pytest.raises(ConfigError, match="belongs to one sequence of tokens"):
+        HyLoRADAModel(pairs["bart"][1], config)
+    HyLoRADAModel(pairs["gpt2"][1], config)
