@@ -9,6 +9,8 @@ from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.models.bounds import Token, Tokens
+from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.inside import file_inside
 from hylorada_jax.models.source import Source, find_source
 
@@ -29,6 +31,18 @@ class _Settings(Struct):
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
 
 
+class Constraints(Struct, frozen=True):
+    """The settings that forbid tokens, or force one; only with Hugging Face's models are they heeded."""
+
+    min_length: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    forced_bos_token_id: Token | None = None
+    forced_eos_token_id: Tokens = None
+    suppress_tokens: list[Token] | None = None
+    begin_suppress_tokens: list[Token] | None = None
+
+
+_OF_TOKENS = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 # Those that have an effect only where tokens are sampled.
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")
 # What transformers takes where a file that asks for sampling does not say.
@@ -78,6 +92,33 @@ def read_generation_config(source: Source) -> dict[str, Any]:
     return read_json(file, f"{FILE} must be a JSON object.", ModelError)
 
 
+def constraints(said: Mapping[str, Any], vocabulary: int, where: object) -> Constraints:
+    """The settings that forbid tokens, or force one.
+
+    Args:
+        said: settings of generation, among others perhaps.
+        vocabulary: all tokens must be below it.
+        where: the model, for an error.
+
+    Raises:
+        ModelError: one is of another type or out of bounds, or names a token outside the vocabulary.
+
+    Example:
+        >>> constraints({"min_length": 5, "num_beams": 4}, 50, "bart").min_length
+        5
+    """
+    rule = "The settings of generation must have values of their types and within their bounds."
+    remedy = f"Correct {FILE} or config.json."
+    found = checked(dict(said), Constraints, rule, ModelError, remedy, where)
+    for name in _OF_TOKENS:
+        value = getattr(found, name)
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if outside := [token for token in tokens if token >= vocabulary]:
+            received = f"{where}: {name} {outside[0]} in a vocabulary of {vocabulary}"
+            raise ModelError("A token must be within the vocabulary.", received, remedy)
+    return found
+
+
 def generation_defaults(name: str | Path) -> dict[str, Any]:
     """The settings with which a model's makers generate.
 
@@ -103,8 +144,15 @@ def generation_defaults(name: str | Path) -> dict[str, Any]:
     """
     source = find_source(name, config_only=True)
     if source.gguf is None:
-        said = read_generation_config(source)
-        unheeded = [k for k, off in _UNHEEDED.items() if said.get(k) is not None and said[k] not in off]
+        ours = source.config.get("model_type") in DECODERS
+        # Without the file, the version of transformers that has Flax classes reads config.json.
+        said = read_generation_config(source) or ({} if ours else source.config)
+        heeded = () if ours else Constraints.__struct_fields__
+        unheeded = [
+            key
+            for key, off in _UNHEEDED.items()
+            if key not in heeded and said.get(key) is not None and said[key] not in off
+        ]
     else:
         named = {key: value for key, value in source.gguf.metadata.items() if key.startswith(_GGUF)}
         said = {_OF_GGUF[key]: value for key, value in named.items() if key in _OF_GGUF}

@@ -70,6 +70,23 @@ def test_what_would_change_the_answers_and_is_not_heeded_is_named(tmp_path):
     assert len(caught) == 1
 
 
+def test_constraints_are_heeded_where_hugging_faces_models_generate(tmp_path):
+    bart = {"num_beams": 4, "min_length": 56, "forced_bos_token_id": 0, "no_repeat_ngram_size": 3}
+    for kind, named in (
+        ("bart", "num_beams"),
+        ("llama", "forced_bos_token_id, min_length, no_repeat_ngram_size, num_beams"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        (tmp_path / "generation_config.json").write_text(json.dumps(bart))
+        with pytest.warns(UserWarning, match=f"not heeded: {named}$"):
+            generation_defaults(tmp_path)
+    # Of older directories, as transformers 4 reads them.
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "do_sample": True} | bart))
+    with pytest.warns(UserWarning, match="not heeded: num_beams$"):
+        assert generation_defaults(tmp_path) == {"temperature": 1.0, "top_k": 50}
+
+
 def test_a_gguf_file_has_those_that_were_converted(tmp_path):
     said = {"temp": 0.6, "top_k": 20, "penalty_repeat": 1.1, "mirostat": 2}
     extra = {f"general.sampling.{key}": value for key, value in said.items()}

@@ -267,6 +267,9 @@ class HFFlaxModel:
     ) -> list[list[int]]:
         """Continues prompts by Hugging Face's own generation; the settings are those of our decoder's.
 
+        What the model's generation config forbids or forces (min_length, no_repeat_ngram_size, suppressed and
+        forced tokens) is heeded as in transformers, for greedy and for sampled tokens; its beams are not.
+
         Args:
             prompts: token ids, one list per prompt, of any lengths; what the encoder reads, if there is one.
             variables: as in `forward`; the model's own parameters when absent.
@@ -277,7 +280,7 @@ class HFFlaxModel:
             The new tokens of every prompt, with the end token if one came.
 
         Raises:
-            ModelError: the model generates no text.
+            ModelError: the model generates no text, or its generation config has a constraint out of bounds.
             ConfigError: a setting is out of range.
             DataError: there is no prompt; one is empty, has a token id outside the vocabulary, or leaves no
                 room in the model's table of positions.

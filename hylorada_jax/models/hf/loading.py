@@ -17,7 +17,9 @@ from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tens
 from hylorada_jax.errors import HyLoRADAError, ModelError
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import FAMILIES, either, flax_of
+from hylorada_jax.models.generation_config import Constraints, constraints, read_generation_config
 from hylorada_jax.models.hf.faults import check_family, check_hf_flax
+from hylorada_jax.models.hf.generate import own_constraints
 from hylorada_jax.models.hf.keys import check_keys, check_sizes
 from hylorada_jax.models.hf.t5 import RepairedT5, repair_t5
 from hylorada_jax.models.inside import files_inside
@@ -89,9 +91,23 @@ def _made(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:
         model._module = RepairedT5(model.module)
     model._is_initialized = True  # from here on the model accepts and gives out weights
     model.params = unfreeze(model.params_shape_tree)
-    if model.can_generate() and (ends := end_tokens(source)):
-        model.generation_config.eos_token_id = list(ends)
+    if model.can_generate():
+        _set_generation(model, source)
     return model
+
+
+def _set_generation(model: FlaxPreTrainedModel, source: Source) -> None:
+    """Gives the model the constraints of generation_config.json, and its end tokens.
+
+    Where there is such a file, transformers reads none of them from config.json.
+    """
+    own, said = model.generation_config, read_generation_config(source)
+    if said:
+        for name in Constraints.__struct_fields__:
+            setattr(own, name, said.get(name))
+    constraints(own_constraints(model), model.config.vocab_size, source.path)
+    if ends := end_tokens(source):
+        own.eos_token_id = list(ends)
 
 
 def _read_config(source: Source) -> PretrainedConfig:
