@@ -97,6 +97,8 @@ def test_an_encoder_decoder_is_one_of_transformers(model_type):
     expected = bool(getattr(config, "is_encoder_decoder", False))
     assert is_encoder_decoder({"model_type": model_type}) == expected
     assert is_encoder_decoder(config.to_dict()) == expected
+    for junk in ([], [5], {"a": 1}, "T5", 5):
+        assert is_encoder_decoder({"model_type": model_type, "architectures": junk}) == expected
 
 
 @pytest.mark.parametrize("model_type", DECODERS)

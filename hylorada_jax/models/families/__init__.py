@@ -56,7 +56,8 @@ def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
         >>> is_encoder_decoder({"model_type": "t5"}), is_encoder_decoder({"model_type": "gpt2"})
         (True, False)
     """
-    decoder_alone = (config.get("architectures") or [""])[0].endswith("ForCausalLM")
+    named = config.get("architectures")  # a stranger's file may have anything there
+    decoder_alone = isinstance(named, list) and str(*named[:1]).endswith("ForCausalLM")
     paired = family_of(config.get("model_type")).task == "SEQ_2_SEQ_LM" and not decoder_alone
     return paired and config.get("is_encoder_decoder") is not False
 
