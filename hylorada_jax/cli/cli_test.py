@@ -443,6 +443,10 @@ def test_help_explains_every_option(command):
     for option in options:
         explanation = re.sub(r"\(default: .*|\(required\)", "", str(option.help))
         assert re.search("[a-z]{3}", explanation), option.option_strings
+        # Of the options that have a value by default, --eval-tokens alone can be without.
+        assert (
+            "None" not in f"{option.metavar or ''} {option.help}" or "--eval-tokens" in option.option_strings
+        )
 
 
 def chats(number):

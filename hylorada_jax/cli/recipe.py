@@ -1,7 +1,7 @@
 """A whole run in one file: the options of ``hylorada finetune`` as JSON or YAML."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_origin
@@ -27,6 +27,8 @@ _MAX_YAML_BYTES = 2**16
 _MAX_DIGITS = 100
 # Where a run is kept, and what becomes of one that is there, is not part of what repeats it.
 _NOT_REPEATED = ("output", "resume", "overwrite")
+# Options that have a value by default, and can be without.
+_WITH_VALUE = {flag_of(field.name) for field in fields(TrainingConfig) if field.default is not None}
 # An option, and the other one that counts in its place wherever it has a value.
 _IN_PLACE = {"--steps": "--epochs", "--warmup-ratio": "--warmup-steps"}
 
@@ -180,7 +182,7 @@ def _option(name: str, option: str, value: Any, types: Collection[Any]) -> Itera
         rule = "In a recipe, switches are true or false, and no other option is."
         raise ConfigError(rule, f"{name}: {shown(value)}", "Correct this option.")
     match value:
-        case None if switch:  # neither on nor off: as it is by default
+        case None if option not in _WITH_VALUE:  # as it is by default
             return
         case bool():
             yield option if value == (option == flag_of(name)) else f"--no-{option[2:]}"

@@ -41,17 +41,18 @@ class TrainingConfig:
             A resumed run keeps the choice.
         seq_len: tokens per row, ≥ 2.
         packing: several documents share a row, isolated from each other. The model must support segments.
-        learning_rate: peak rate; None is 4e-3, or with LoRA+ 4e-3 for lora_B and less for the rest, which was
-            best for SmolLM2-135M (docs/choosing.md); 5e-4 if embeddings or norms are trained. Larger models
-            need smaller rates. DAA and sparse adapters have their own, 1e-3 and 2e-4 (method.md, section 7).
+        learning_rate: peak rate; by default 4e-3, or with LoRA+ 4e-3 for lora_B and less for the rest, which
+            was best for SmolLM2-135M (docs/choosing.md); 5e-4 if embeddings or norms are trained. Larger
+            models need smaller rates. DAA and sparse adapters have their own, 1e-3 and 2e-4 (method.md,
+            section 7).
         schedule: course of the rates after warm-up: "linear" or "cosine" down to 0, or "constant".
         warmup_ratio: fraction in [0, 1] of the steps over which the rates rise linearly from 0.
         warmup_steps: number of these steps, in place of the fraction.
         weight_decay: AdamW's weight decay, ≥ 0.
         max_grad_norm: global norm to which the gradient is clipped, > 0.
         seed: seed of shuffling and dropout, in [0, 2³²).
-        eval_every: steps between evaluations; None evaluates only before the first and after the last step.
-        eval_stride: tokens between the windows of an evaluation, 1 … seq_len; None takes ``seq_len``.
+        eval_every: steps between evaluations; by default only before the first and after the last step.
+        eval_stride: tokens between the windows of an evaluation, 1 … seq_len; by default ``seq_len``.
         eval_tokens: evaluate on about this many tokens of the held-out documents; None takes all.
         keep: the adapter that the run ends with: that of the "last" step, or the "best", with the lowest
             held-out loss of all evaluations, the one before the first step included.
