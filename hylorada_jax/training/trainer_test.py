@@ -431,9 +431,14 @@ def test_a_full_disk_at_any_file_is_an_error_and_resume_ends_bit_equal(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_whole(path, content)
 
+    def write_all_unless(contents):
+        for path, content in contents.items():
+            write_unless(path, content)
+
     with monkeypatch.context() as full:
-        for module in (adapter_files, files, report):
+        for module in (files, report):
             full.setattr(module, "write_whole", write_unless)
+        full.setattr(adapter_files, "write_all", write_all_unless)
         with pytest.raises(CheckpointError, match="No space left on device"):
             train(tmp_path / "run")
     assert not (tmp_path / "run" / file).exists()
