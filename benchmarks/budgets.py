@@ -107,7 +107,7 @@ def table(found: dict[int, list[Row]], against: str) -> str:
             cells += [mean_of(row, "other_perplexity")] if forgets else []
         lines.append(cells)
     note = (
-        f"{origin(found[max(found)])} Differences with 95 % intervals: a paired "
+        f"{origin(found[max(found)], seeds=seeds)} Differences with 95 % intervals: a paired "
         "bootstrap over seeds and documents (of one document, its windows); of few seeds they are too narrow "
         f"rather than too wide. {measured_on([run for row in everything for run in row.runs])}"
     )

@@ -140,12 +140,13 @@ def _timed(rows: Sequence[Row]) -> bool:
     return quiet and len({device(run["environment"]) for run in runs}) == 1
 
 
-def origin(rows: Sequence[Row], *, places: bool = False) -> str:
+def origin(rows: Sequence[Row], *, places: bool = False, seeds: int | None = None) -> str:
     """What was trained on and measured, in words.
 
     Args:
         rows: of the table; of the largest budget where it shows several.
         places: it has the perplexity by place.
+        seeds: of a method, at most; None: as these rows have them.
     """
     ended = [row.runs[0] for row in rows if row.runs]
     record = max(ended, key=lambda record: record["settings"]["steps"])  # the base has none
@@ -160,7 +161,7 @@ def origin(rows: Sequence[Row], *, places: bool = False) -> str:
         f"{settings['model']}, adapted on {settings['train_data']} ({part}{tokens['train']:,} tokens) in "
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, reported on "
         f"{test} in windows of {settings['seq_len']}: {scored} of its {tokens['test']:,} tokens{other}. "
-        f"{over_seeds(most_seeds(rows))}, not over other text; {_rates(rows)}."
+        f"{over_seeds(seeds or most_seeds(rows))}, not over other text; {_rates(rows)}."
     )
 
 
