@@ -4,7 +4,6 @@ An adapter may be a stranger's. Its checksums tell damage from what was written,
 value has its type and its bound.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import re
@@ -172,11 +171,13 @@ def base_name(adapter: str | Path | SavedAdapter) -> str:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
-    remedy, own = _REMEDY, path.parent / IN_RUN
-    with contextlib.suppress(OSError):  # which reading the file reports
-        if not kind_of(path) and kind_of(own / CONFIG_NAME):
-            remedy = f"This is the directory of a run: give that of its adapter, {own}."
-    body = read_json(path, _RULE, CheckpointError, remedy, limit=MAX_CONFIG_BYTES)
+    try:
+        body = read_json(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+    except CheckpointError as error:
+        if not (own := _adapter_of_run(path.parent)):
+            raise
+        remedy = f"This is the directory of a run: give that of its adapter, {own}."
+        raise CheckpointError(error.rule, error.received, remedy) from error
     rule = f"{CONFIG_NAME} must be what save_pretrained wrote."
     if "format" not in body and "peft_type" in body:
         remedy = "Read it with `hylorada import-peft`, or import_peft."
@@ -198,6 +199,15 @@ def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
         return body, HyLoRADAConfig.from_dict(body["config"])
     except HyLoRADAError as error:
         raise _with_versions(error, body) from error
+
+
+def _adapter_of_run(directory: Path) -> Path | None:
+    """The adapter's directory within that of a run; None where an adapter is here itself, or in neither."""
+    own = directory / IN_RUN
+    try:
+        return own if kind_of(own / CONFIG_NAME) and not kind_of(directory / CONFIG_NAME) else None
+    except OSError:
+        return None
 
 
 def _is_intact(path: Path, body: Mapping[str, Any]) -> bool:
