@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.exchange.merged_tensors import cast, changed_tensors, copies_of_changed, unchanged
+from hylorada_jax.exchange.merged_tensors import cast, changed_tensors, copies_of_changed
 from hylorada_jax.exchange.shards import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -36,7 +36,7 @@ from hylorada_jax.models.rounded_weights import RoundedWeights
 from hylorada_jax.models.source import SMALL_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
-from hylorada_jax.models.weights import CONSTANTS, Weights
+from hylorada_jax.models.weights import CONSTANTS, Weights, pieces_of
 from hylorada_jax.models.weights_digest import files_digest
 from hylorada_jax.models.wrapped import as_base
 from hylorada_jax.saved import adapter_files
@@ -92,7 +92,8 @@ def write_merged(
     refuse_taken(output)
     target = None if dtype is None else float_dtype(dtype)
     saved = open_adapter(adapter)  # before the model is looked for
-    base = as_base(empty_model(model))
+    empty = empty_model(model)
+    base = as_base(empty)
     sites, leaves = open_on(base, saved).sites, saved.tensors()
     refuse_live(live_parts(sites, leaves))
 
@@ -111,7 +112,7 @@ def write_merged(
         said = own or read_generation_config(source)
         generation = said | {"eos_token_id": [*ends]} if ends else {}
     beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
-    layout = weights_layout(source)
+    layout = weights_layout(source, empty)
     weights = RoundedWeights(layout, trained) if is_in_codes(trained) else layout.weights
     changed = changed_tensors(sites, leaves, weights, layout.slots, saved.config)
     copies = copies_of_changed(changed, layout.weights, layout.slots)
@@ -120,7 +121,7 @@ def write_merged(
         tensors = []
         for name in names:
             kept = _dtype_of(weights, name) if target is None else target
-            pieces = changed.get(name) or partial(unchanged, weights, name)
+            pieces = changed.get(name) or partial(pieces_of, weights, name)
             rounded = partial(cast, pieces, kept, name, bar.update)
             tensors.append(Tensor(name, weights.shapes[name], kept, rounded))
         with new_directory(output) as place:

@@ -1,7 +1,6 @@
 """The new values of each tensor that an adapter changes, piece by piece and rounded once."""
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,18 +13,10 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.exchange.shards import DTYPES
 from hylorada_jax.leaves import leaf_of
 from hylorada_jax.math import linear_adapter, low_rank
-from hylorada_jax.models.weights import SafetensorsWeights, Slot, Weights
+from hylorada_jax.models.weights import Pieces, Reader, Slot, Weights, are_equal, parts_of, reader_of
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.modules import Module
 from hylorada_jax.surgery.plan import Site
-
-# Numbers computed at a time: their float64 copies stay at a few megabytes.
-_PIECE = 1 << 19
-
-# A tensor's values, piece by piece in C order.
-Pieces = Iterator[np.ndarray]
-# Slices of a tensor's axes → its values there.
-Reader = Callable[[Any], np.ndarray]
 
 
 def changed_tensors(
@@ -89,21 +80,16 @@ def copies_of_changed(changed: Collection[str], weights: Weights, slots: Mapping
         name
         for name, shape in weights.shapes.items()
         if name not in slots
-        and any(weights.shapes[table] == shape and _are_equal(weights, name, table) for table in tables)
+        and any(weights.shapes[table] == shape and are_equal(weights, name, table) for table in tables)
     }
-
-
-def _are_equal(weights: Weights, one: str, other: str) -> bool:
-    pieces = zip(unchanged(weights, one), unchanged(weights, other), strict=True)
-    return all(np.array_equal(*pair) for pair in pieces)
 
 
 def _merged_weight(
     weights: Weights, name: str, turned: bool, leaves: Mapping[str, np.ndarray], scale: float
 ) -> Pieces:
-    read = _reader(weights, name)
+    read = reader_of(weights, name)
     lora_A, scaled_B, column_scale = _resolved(read, weights.shapes[name], turned, leaves, scale)
-    for part in _parts(weights.shapes[name]):
+    for part in parts_of(weights.shapes[name]):
         # Rows of the file are outputs, or where it is turned, inputs: W' = c ⊙ (W + s·B A) holds for either.
         outputs, inputs = (slice(None), part) if turned else (part, slice(None))
         stored = read(part).astype(np.float64)
@@ -118,7 +104,7 @@ def _merged_weight(
 def _merged_bias(
     bias: str, weights: Weights, name: str, turned: bool, leaves: Mapping[str, np.ndarray], scale: float
 ) -> Pieces:
-    column_scale = _resolved(_reader(weights, name), weights.shapes[name], turned, leaves, scale)[2]
+    column_scale = _resolved(reader_of(weights, name), weights.shapes[name], turned, leaves, scale)[2]
     assert column_scale is not None  # `changed_tensors` asks for layers that have a magnitude
     yield weights.read(bias).astype(np.float64) * column_scale
 
@@ -129,7 +115,7 @@ def _resolved(
     """A, s·B and c of one layer in float64, some rows of W [d_out, d_in] at a time."""
     leaves = {leaf: value.astype(np.float64) for leaf, value in leaves.items()}
     scaled_B, column_scale = [], []
-    for part in _parts(shape[::-1] if turned else shape):
+    for part in parts_of(shape[::-1] if turned else shape):
         own = {
             leaf: value[part] if leaf_of("linear", leaf).by_row else value for leaf, value in leaves.items()
         }
@@ -155,31 +141,8 @@ def _resolve(leaves: dict[str, Array], weight: Array, scale: Array) -> dict[str,
 _merge = jax.jit(low_rank.merged_weight)
 
 
-def unchanged(weights: Weights, name: str) -> Pieces:
-    """A tensor as the base model has it."""
-    shape = weights.shapes[name]
-    read = _reader(weights, name) if shape else lambda _: weights.read(name)
-    return (read(part) for part in _parts(shape))
-
-
 def _in_pieces(tensor: np.ndarray) -> Pieces:
-    return (tensor[part] for part in _parts(tensor.shape))
-
-
-def _reader(weights: Weights, name: str) -> Reader:
-    """Reads parts of a tensor: of a safetensors file those alone, of another the whole once."""
-    if not isinstance(weights, SafetensorsWeights):
-        whole = weights.read(name)
-        return lambda part: whole[part]
-
-    return lambda part: weights.read(name, part if isinstance(part, tuple) else (part,))
-
-
-def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Runs along the first axis of about _PIECE numbers each; of a single number, one that reads it."""
-    length, width = (shape or (1,))[0], max(1, math.prod(shape[1:]))
-    step = max(1, _PIECE // width)
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+    return (tensor[part] for part in parts_of(tensor.shape))
 
 
 def cast(pieces: Callable[[], Pieces], dtype: np.dtype, name: str, done: Callable[[], Any]) -> Pieces:

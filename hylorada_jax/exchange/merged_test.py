@@ -73,6 +73,14 @@ def bases(tmp_path_factory):
     return root
 
 
+def moved(model):
+    """The model, its adapters far from their start."""
+    rng, tensors = np.random.default_rng(1), layout.flatten(model.sites, model.adapters)
+    tensors = {name: (t + 0.2 * rng.normal(size=t.shape)).astype(np.float32) for name, t in tensors.items()}
+    model.adapters = layout.unflatten(model.sites, tensors)
+    return model
+
+
 @pytest.fixture(scope="module")
 def adapted(bases):
     """(family, config name) → an adapted model whose adapters, all of them, are far from their start."""
@@ -80,12 +88,7 @@ def adapted(bases):
 
     def make(family, name):
         if (family, name) not in found:
-            model, rng = HyLoRADAModel(load_model(bases / family), CONFIGS[name]), np.random.default_rng(1)
-            tensors = layout.flatten(model.sites, model.adapters)
-            for tensor, leaf in tensors.items():
-                tensors[tensor] = (leaf + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
-            model.adapters = layout.unflatten(model.sites, tensors)
-            found[family, name] = model
+            found[family, name] = moved(HyLoRADAModel(load_model(bases / family), CONFIGS[name]))
         return found[family, name]
 
     return make
@@ -247,13 +250,8 @@ def test_every_copy_of_a_trained_embedding_follows_it(config, kind, old_names, t
                   for name, tensor in stored.items()}  # fmt: skip
     save_file(stored, tmp_path / "base" / "model.safetensors", {"format": "pt"})
 
-    model = HyLoRADAModel(
-        load_model(tmp_path / "base"),
-        HyLoRADAConfig(method="lora", train_embeddings=True, train_norms=True),
-    )
-    rng, tensors = np.random.default_rng(1), layout.flatten(model.sites, model.adapters)
-    tensors = {name: (t + 0.2 * rng.normal(size=t.shape)).astype(np.float32) for name, t in tensors.items()}
-    model.adapters = layout.unflatten(model.sites, tensors)
+    trained = HyLoRADAConfig(method="lora", train_embeddings=True, train_norms=True)
+    model = moved(HyLoRADAModel(load_model(tmp_path / "base"), trained))
     model.save_pretrained(tmp_path / "adapter")
     write_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     written = load_file(tmp_path / "merged" / "model.safetensors")

@@ -215,16 +215,19 @@ class WeightsLayout(NamedTuple):
     weights: Weights
 
 
-def weights_layout(source: Source) -> WeightsLayout:
+def weights_layout(source: Source, empty: CausalLM | FlaxPreTrainedModel | None = None) -> WeightsLayout:
     """The layout of a model's files, of which the header alone is read.
 
     Args:
         source: the model, with its weights.
+        empty: what :func:`empty_model` makes of it, not quantised; it is made where it is not given.
 
     Raises:
         ModelError: the weights do not fit the config.
     """
-    weights, empty = open_weights(source), _empty(source, np.dtype(np.float32), "none", None)
+    weights = open_weights(source)
+    if empty is None:
+        empty = _empty(source, np.dtype(np.float32), "none", None)
     if isinstance(empty, CausalLM):
         leaves, slots = _decoder_layout(empty, source, weights)
     else:

@@ -1,5 +1,6 @@
 """From tensors on disk to a parameter tree: one tensor at a time, and a report of all that does not fit."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -288,9 +289,47 @@ def check_tied(head: str, embeddings: Collection[str], weights: Weights) -> None
         embeddings: the tensors one of which it must equal.
         weights: of both.
     """
-    if not any(np.array_equal(weights.read(name), weights.read(head)) for name in embeddings):
+    if not any(are_equal(weights, name, head) for name in embeddings):
         raise ModelError(
             "With tie_word_embeddings the output head must equal the input embedding.",
             f"{head} in {weights.file_of(head)} differs from {short(sorted(embeddings))}",
             "Set tie_word_embeddings to false in config.json if the head was trained apart.",
         )
+
+
+# Numbers read at a time: their float64 copies stay at a few megabytes.
+_PIECE = 1 << 19
+
+Pieces = Iterator[np.ndarray]
+"""A tensor's values, piece by piece in C order."""
+Reader = Callable[[Any], np.ndarray]
+"""Slices of a tensor's axes → its values there."""
+
+
+def are_equal(weights: Weights, one: str, other: str) -> bool:
+    """Whether two tensors have the same shape and values; of each a piece is in memory at a time."""
+    pieces = zip(pieces_of(weights, one), pieces_of(weights, other), strict=True)
+    return weights.shapes[one] == weights.shapes[other] and all(np.array_equal(*pair) for pair in pieces)
+
+
+def pieces_of(weights: Weights, name: str) -> Pieces:
+    """A tensor as the files have it."""
+    shape = weights.shapes[name]
+    read = reader_of(weights, name) if shape else lambda _: weights.read(name)
+    return (read(part) for part in parts_of(shape))
+
+
+def reader_of(weights: Weights, name: str) -> Reader:
+    """Reads parts of a tensor: of a safetensors file those alone, of another the whole once."""
+    if not isinstance(weights, SafetensorsWeights):
+        whole = weights.read(name)
+        return lambda part: whole[part]
+
+    return lambda part: weights.read(name, part if isinstance(part, tuple) else (part,))
+
+
+def parts_of(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Runs along the first axis of about _PIECE numbers each; of a single number, one that reads it."""
+    length, width = (shape or (1,))[0], max(1, math.prod(shape[1:]))
+    step = max(1, _PIECE // width)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
