@@ -173,11 +173,11 @@ def base_name(adapter: str | Path | SavedAdapter) -> str:
 def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
     try:
         body = read_json(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
-    except CheckpointError as error:
+    except CheckpointError as unread:
         if not (own := _adapter_of_run(path.parent)):
             raise
         remedy = f"This is the directory of a run: give that of its adapter, {own}."
-        raise CheckpointError(error.rule, error.received, remedy) from error
+        raise CheckpointError(unread.rule, unread.received, remedy) from unread
     rule = f"{CONFIG_NAME} must be what save_pretrained wrote."
     if "format" not in body and "peft_type" in body:
         remedy = "Read it with `hylorada import-peft`, or import_peft."
