@@ -6,12 +6,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from hylorada_jax import CausalLM, HyLoRADAModel
+from hylorada_jax.data.document import as_documents
 from hylorada_jax.models.decoder_config import DecoderConfig
 from parity_tests import tables
 
@@ -47,6 +49,18 @@ def test_an_adapter_in_a_network_of_ones_own_learns_the_change():
     assert all(jnp.any(leaves["lora_B"] != 0) for leaves in scope["gradient"].values())
 
 
+def test_a_document_carries_its_structure():
+    (code,) = blocks("docs/methods.md")
+    scope: dict = {}
+    exec(code, scope)
+    names = ("series", "walk", "answer")
+    documents: list[Any] = [as_documents([scope[name]], 32, "", has_encoder=True)[0] for name in names]
+    # 1 May of a leap year; a star's centre is the one node that outranks its three others.
+    assert documents[0].structure_positions.tolist() == [121 * 24 + 6, 121 * 24 + 7.5]
+    assert documents[1].structure_ids.tolist() == [0, 48, 0]
+    assert documents[2].scored.tolist() == [False, True, True]
+
+
 def test_the_loop_of_ones_own_learns_its_batch_and_saves_the_adapter(tmp_path, capsys):
     train = runpy.run_path(str(ROOT / "examples/own_loop.py"))["train"]
     shape = {"model_type": "llama", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24}
@@ -68,6 +82,10 @@ def test_the_readmes_lines_train_a_real_model_and_a_bank_holds_it(tmp_path, monk
     for code in [*blocks("README.md"), *blocks("docs/adapters.md")]:
         exec(code, scope)
     assert scope["logits"].shape[0] == 3
+    # What README.md says of a call, and what adapters.md prints: a model that asks, and is answered.
+    assert scope["model"]([[1, 2, 3]]).logits.shape == (1, 3, 49152)
+    assert "return" in scope["continued"]
+    assert "fjord" in scope["answered"]
     assert scope["result"].perplexity_after < scope["result"].perplexity_before
     assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
 

@@ -171,8 +171,7 @@ def hours_of(prepared: Prepared, hours: Hours) -> np.ndarray:
     """
     if hours == "own":
         return prepared.hours
-    times = prepared.series.times[1:]
-    of_year = (times - times.astype("datetime64[Y]").astype(times.dtype)) / np.timedelta64(1, "h")
+    of_year = calendar_positions(prepared.series.times[1:], since="year")
     return of_year if hours == "year" else np.append(of_year[1:], of_year[-1])
 
 

@@ -15,20 +15,26 @@ _FIELDS = ("hour", "weekday", "month")
 _COARSE = ("Y", "M", "W", "D", "h", "m", "s", "ms")  # units of numpy that hold more years
 
 
-def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
+def calendar_positions(
+    timestamps: Sequence[Any] | np.ndarray, since: Literal["week", "year"] = "week"
+) -> np.ndarray:
     """Where each timestamp stands in the calendar: the ``structure_positions`` of a ``TokenizedDocument``.
 
-        position_i = hours from Monday 00:00 of the week of timestamp 0 to timestamp i
+        week:  position_i = hours from Monday 00:00 of the week of timestamp 0 to timestamp i
+        year:  position_i = hours from 1 January 00:00 of the year of timestamp i to timestamp i
 
     Counted from a Monday, periods of 24 and 168 hours keep their meaning: equal phases are equal hours of the
-    day and of the week, in every series. Counted from a week near by, the numbers stay small: float32 tells
-    times 4 seconds apart after a year, and 14 seconds after four.
+    day and of the week, in every series. But the numbers grow, and with them the gradients of an encoder's
+    periods, until the clip of the global norm leaves little to all others. So prefer "year" for a series of
+    years: the numbers stay below 8,784, and are those of training in every later year; the phase of a week
+    jumps at each New Year.
 
     Timestamps with a time zone count elapsed hours on the clock of the first one: after a change to summer
     time the phases move by an hour. Those without one count as they are.
 
     Args:
         timestamps: datetimes, numpy datetime64, or strings in ISO 8601, [n]; none before its predecessor.
+        since: what the hours are counted from.
 
     Returns:
         Hours, float64 [n], ≥ 0.
@@ -36,13 +42,17 @@ def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
     Raises:
         DataError: a value is not a time (NaT, None, a number), some have a time zone and others not, or one
             is before its predecessor.
+        ConfigError: ``since`` is neither.
 
     Example:
         >>> calendar_positions(["2024-05-01T06:00", "2024-05-01T07:30"])  # a Wednesday
         array([54. , 55.5])
+        >>> calendar_positions(["2023-12-31T23:00", "2024-01-02T12:00"], since="year")
+        array([8759.,   36.])
 
     Source: method.md, section 5.
     """
+    require_one_of("since", since, ("week", "year"))
     times = _times(timestamps)
     backwards = times[1:] < times[:-1]
     if backwards.any():
@@ -53,8 +63,8 @@ def calendar_positions(timestamps: Sequence[Any] | np.ndarray) -> np.ndarray:
             "Sort it; give local times across the end of summer time with their time zone, or in UTC.",
         )
     days = times[:1].astype("datetime64[D]")
-    monday = days - _weekday(days)
-    return (times - monday.astype(times.dtype)).astype(np.int64) / _HOUR
+    start = times.astype("datetime64[Y]") if since == "year" else days - _weekday(days)
+    return (times - start.astype(times.dtype)).astype(np.int64) / _HOUR
 
 
 def calendar_ids(

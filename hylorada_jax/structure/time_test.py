@@ -78,6 +78,14 @@ def test_pandas_timestamps_of_a_time_zone_are_those_of_python():
         assert calendar_positions(list(series)).tolist() == expected.tolist()
 
 
+def test_hours_of_the_year_start_anew_with_each_year():
+    moments = [datetime(2023, 12, 31, 23, 30), datetime(2024, 1, 1), datetime(2024, 12, 31, 23)]
+    expected = [(moment - datetime(moment.year, 1, 1)).total_seconds() / 3600 for moment in moments]
+    assert calendar_positions(moments, since="year").tolist() == expected
+    with pytest.raises(ConfigError, match="since"):
+        calendar_positions(moments, since="month")  # type: ignore[arg-type]
+
+
 def test_float32_tells_seconds_apart_after_years():
     hours = calendar_positions(["2024-01-01T00:00", "2027-01-01T00:00:00", "2027-01-01T00:00:10"])
     assert len(set(hours.astype(np.float32).tolist())) == 3
