@@ -25,18 +25,19 @@ def train(base, ids, directory, steps=8):
     Returns:
         The loss of every step.
     """
-    model = HyLoRADAModel(base, HyLoRADAConfig(method="hylorada_v1", lora_dropout=0.05))
+    model = HyLoRADAModel(base, HyLoRADAConfig.preset("recommended", lora_dropout=0.05))
 
     def loss(adapters, frozen, key):
         logits = model.apply(adapters, ids, train=True, rngs={"dropout": key}, frozen=frozen).logits
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
 
-    # LoRA+: B learns faster than A. Everything else has the rate of A.
+    # AdamW decays the two matrices alone: magnitudes and gates are no weights that should shrink.
     def group(path, _):
-        return "B" if path[-1].key == "lora_B" else "A"
+        return "matrices" if path[-1].key in ("lora_A", "lora_B") else "rest"
 
     labels = jax.tree_util.tree_map_with_path(group, model.adapters)
-    optimizer = optax.multi_transform({"A": optax.adamw(5e-4), "B": optax.adamw(5e-3)}, labels)
+    rates = {"matrices": optax.adamw(4e-3, weight_decay=0.01), "rest": optax.adam(4e-3)}
+    optimizer = optax.multi_transform(rates, labels)
 
     # The frozen weights are an argument: as a constant they would be copied into the compiled program.
     @jax.jit

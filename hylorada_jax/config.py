@@ -129,7 +129,8 @@ class HyLoRADAConfig:
         use_hylorada: adapt by :class:`HyLoRADALinear` or one of its extensions.
         use_hylorada_v2: scale the update by a structure prior.
         lora_rank: r, the rank of the update, ≥ 1.
-        lora_alpha: α; the update is scaled by α/r.
+        lora_alpha: α; the update is scaled by α/r. 16 whatever the rank; a preset makes it 2r, and so do the
+            commands.
         lora_dropout: probability in [0, 1) of dropping an input of the low-rank path in training.
         use_rslora: scale by α/√r instead (Kalajdzievski 2023).
         lora_A_init: the start of lora_A: orthogonal or kaiming. None: kaiming for LoRA and DoRA, else

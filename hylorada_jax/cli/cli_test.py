@@ -67,6 +67,8 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
         2,
         "--learning-rate",
         1e-2,
+        "--eval-data",
+        data,
     )
     status, out, _ = run(monkeypatch, capsys, *train, "--prompt", "the")
     assert status == 0
@@ -75,6 +77,7 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
     by_recipe = ("--recipe", output / "recipe.json", "--output", tmp_path / "repeated", "--prompt", "")
     status, out, _ = run(monkeypatch, capsys, "finetune", *by_recipe, "--eval-every", 2, "--keep", "best")
     assert status == 0
+    printed = re.findall(r"^held-out perplexity  before (\S+)  after (\S+)$", out, re.MULTILINE)
     assert "\nkept     step 6 of 6, the best on the held-out data\nadapter  " in out  # it learns to the end
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "repeated" / weights).read_bytes() == (output / weights).read_bytes()
@@ -86,6 +89,9 @@ def test_finetune_then_evaluate_then_generate(tiny, tmp_path, monkeypatch, capsy
     assert adapted["tokens"] == plain["tokens"]
     assert adapted["perplexity"] < plain["perplexity"]
     assert adapted["perplexity"] == pytest.approx(math.exp(adapted["loss"]))
+    windows = ("--stride", 32, "--max-tokens", 8192, "--adapter", output / "adapter", "--json")
+    of_the_run = json.loads(run(monkeypatch, capsys, "evaluate", *common, *windows)[1])
+    assert printed[0][1] == f"{of_the_run['perplexity']:.3f}"  # README.md: finetune's windows
 
     status, out, _ = run(
         monkeypatch,

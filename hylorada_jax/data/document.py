@@ -112,7 +112,7 @@ def as_documents(data: Sequence[Any], vocab: int, what: str, *, has_encoder: boo
 def check_predicted(documents: Sequence[TokenizedDocument], what: str) -> None:
     """Raises a DataError, with ``what`` in front, for documents in which no prediction counts."""
     if not documents:
-        remedy = "Give text, or conversations with an answer of the assistant, that rows of this length hold."
+        remedy = "Give text, or answers of an assistant; if rows are too short for these, a larger --seq-len."
         raise DataError(
             f"{what} must have a document.", "0 documents, without those that are empty or left out", remedy
         )

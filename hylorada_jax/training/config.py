@@ -50,7 +50,7 @@ class TrainingConfig:
         warmup_steps: number of these steps, in place of the fraction.
         weight_decay: AdamW's weight decay, ≥ 0.
         max_grad_norm: global norm to which the gradient is clipped, > 0.
-        seed: seed of shuffling and dropout, in [0, 2³²).
+        seed: seed of shuffling and dropout, in the command also of the initial lora_A, in [0, 2³²).
         eval_every: steps between evaluations; by default only before the first and after the last step.
         eval_stride: tokens between the windows of an evaluation, 1 … seq_len; by default ``seq_len``.
         eval_tokens: evaluate on about this many tokens of the held-out documents; None takes all.
@@ -144,7 +144,7 @@ class TrainingConfig:
             raise ConfigError(
                 "microbatches must divide batch_size.",
                 f"batch_size={self.batch_size}, microbatches={self.microbatches}",
-                "Choose a batch_size that is a multiple of microbatches.",
+                "Choose a batch_size that it divides.",
             )
         if self.eval_stride is not None and self.eval_stride > self.seq_len:
             raise ConfigError(

@@ -292,8 +292,8 @@ class RunDirectory:
             raise CheckpointError(
                 "A run is resumed with the base model, the settings and the data it was started with.",
                 was,
-                "Resume with what it was started with, or choose another output directory, where start_from "
-                "can go on with its adapter.",
+                "Resume with what it was started with, or start a new run from its adapter, in another "
+                "directory.",
             )
         if changed:
             warnings.warn(
