@@ -29,9 +29,10 @@ class AdapterBank:
 
         y_i = (x_i Wᵀ + s·(x_i Aₖᵀ) Bₖᵀ·p)·cₖ + bias          row i of a batch with its adapter k = k(i)
 
-    The frozen products are taken once over the whole batch. ``model.adapters`` is the active adapter: assign
-    to it, or train it, and the bank has the new one. A model has one bank. For adapters of another config
-    make another :class:`HyLoRADAModel` on the same base: the frozen weights are shared, not copied.
+    p and c are those of :class:`HyLoRADAModel`. The frozen products are taken once over the whole batch.
+    ``model.adapters`` is the active adapter: assign to it, or train it, and the bank has the new one. A model
+    has one bank. For adapters of another config make another :class:`HyLoRADAModel` on the same base: the
+    frozen weights are shared, not copied.
 
     Attributes:
         model: the model; its adapters are the bank's first, named "default".
@@ -54,6 +55,8 @@ class AdapterBank:
         >>> bank.switch("other")
         >>> bank.names, bank.active
         (('default', 'other'), 'other')
+
+    Source: Chen et al. 2023 (Punica), §3: several adapters in one batch.
     """
 
     def __init__(self, model: HyLoRADAModel) -> None:

@@ -97,6 +97,9 @@ class HyLoRADAModel:
         S' = α·S + β + position_bias[bucket(q − k)]   on the logits of every self-attention (DAA)
         h + up(gelu(down(h) ⊙ mask))   after every MLP block (sparse adapter)
 
+    c, a factor of each output feature, and p, of each token, are those of the method's linear layer, as
+    :class:`~hylorada_jax.modules.linear.HyLoRADAUnified`.
+
     Attributes:
         base: the base model, ours or HF's.
         config: what is adapted.
@@ -134,6 +137,8 @@ class HyLoRADAModel:
         >>> model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
         >>> model(jax.numpy.ones((1, 3), int)).logits.shape
         (1, 3, 32)
+
+    Source: method.md §§1, 3, 4 and 8.
     """
 
     _seed: int | None  # of fresh adapters; None of any others

@@ -77,6 +77,9 @@ class PositionalDAA(DirectAttentionAdapter):
         per_head: one α, β and bias table per head.
         dtype: of the parameters.
 
+    Raises:
+        ConfigError: num_heads is below 1.
+
     Example:
         >>> scores = torch.ones(1, 2, 3, 3)
         >>> torch.equal(PositionalDAA(num_heads=2)(scores), scores)

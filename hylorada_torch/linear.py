@@ -169,6 +169,15 @@ class DoRALinear(LoRALinear):
         detach_norm: no gradient through n, as the paper's §4.3 and PEFT have it.
         **lora: what `LoRALinear` takes besides.
 
+    Raises:
+        ConfigError: as `LoRALinear`.
+
+    Example:
+        >>> weight = torch.eye(3)
+        >>> adapter, x = DoRALinear(3, 3, rank=2), torch.ones(1, 5, 3)
+        >>> torch.equal(adapter(x, x @ weight.T, weight), x), adapter.magnitude.tolist()
+        (True, [1.0, 1.0, 1.0])
+
     Reference:
         Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, §4.1 and §4.3.
     """
@@ -245,6 +254,18 @@ class HyLoRADALinear(DoRALinear):
         residual_init: initial ``residual_weight``; 0.1 means β = σ(0.1) ≈ 0.525.
         detach_norm: no gradient through n.
         **lora: what `LoRALinear` takes besides.
+
+    Raises:
+        ConfigError: as `LoRALinear`.
+
+    Example:
+        >>> weight = torch.eye(3)
+        >>> adapter, x = HyLoRADALinear(3, 3, rank=2), torch.ones(1, 5, 3)
+        >>> torch.equal(adapter(x, x @ weight.T, weight), x)
+        True
+
+    Reference:
+        method.md, section 1.
     """
 
     default_init = "orthogonal"
@@ -287,6 +308,18 @@ class HyLoRADAv2Linear(HyLoRADALinear):
         dropout: as of `LoRALinear`.
         structure_dim: width of the prior.
         **hylorada: what `HyLoRADALinear` takes besides.
+
+    Raises:
+        ConfigError: as `LoRALinear`.
+
+    Example:
+        >>> weight = torch.eye(3)
+        >>> adapter, x = HyLoRADAv2Linear(3, 3, rank=2, structure_dim=4), torch.ones(1, 5, 3)
+        >>> torch.equal(adapter(x, x @ weight.T, weight, torch.ones(1, 5, 4)), x)
+        True
+
+    Reference:
+        method.md, sections 1 and 5.
     """
 
     def __init__(
@@ -354,6 +387,12 @@ class HyLoRADAUnified(HyLoRADALinear):
 
     Raises:
         ConfigError: as `LoRALinear`.
+
+    Example:
+        >>> weight = torch.eye(3)
+        >>> adapter, x = HyLoRADAUnified(3, 3, rank=2, position_bias=PositionBias()), torch.ones(1, 5, 3)
+        >>> torch.equal(adapter(x, x @ weight.T, weight), x)
+        True
 
     Reference:
         method.md, sections 1 and 2.

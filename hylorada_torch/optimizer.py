@@ -179,6 +179,9 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> 
     Args:
         parameters: those whose gradients are clipped; each has one.
         max_norm: the largest norm to leave.
+
+    Reference:
+        Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()

@@ -139,7 +139,7 @@ class LoRALinear(_LinearAdapter):
 class DoRALinear(_LinearAdapter):
     """Weight-decomposed low-rank adaptation: a learned magnitude on the row-normalised adapted weight.
 
-        y = (base + δ)·m'/‖W + s·B A‖
+        y = (base + δ)·m'/‖W + s·B A‖,  δ = s·(x Aᵀ) Bᵀ
 
     Attributes: LoRALinear's, and
         detach_norm: stop the gradient at the norm.
@@ -194,7 +194,7 @@ class DoRALinear(_LinearAdapter):
 class HyLoRADALinear(DoRALinear):
     """DoRA and LoRA blended by learned gates, from an orthogonal start (HyLoRADA v1).
 
-        y = (base + δ)·((1−β)·m/‖W + s·B A‖ + β),  m = g·m' + (1−g)·‖W‖
+        y = (base + δ)·c,  c = (1−β)·m/‖W + s·B A‖ + β,  m = g·m' + (1−g)·‖W‖,  δ = s·(x Aᵀ) Bᵀ
 
     Attributes: LoRALinear's, and
         gate_init: magnitude_gate at the start; g is its sigmoid.
@@ -263,6 +263,8 @@ class HyLoRADAv2Linear(HyLoRADALinear):
 
         y = (base + δ·p)·c,  p = 0.5 + σ(structure_prior · scale_from_structure);  p = 1 without a prior
 
+    δ and c are those of :class:`HyLoRADALinear`.
+
     Attributes: HyLoRADALinear's, and
         structure_dim: width of the prior.
 
@@ -313,6 +315,8 @@ class HyLoRADAUnified(HyLoRADALinear):
     """HyLoRADA whose update is turned up or down by the position of the token (HyLoRADA Unified).
 
         y = (base + δ·p)·c,  p = 1 + σ(position_scale)·tanh(position_bias[bucket(position)])
+
+    δ and c are those of :class:`HyLoRADALinear`.
 
     Attributes: HyLoRADALinear's, and
         position_bias: the one :class:`~hylorada_jax.modules.position.PositionBias` that all layers of a model

@@ -120,7 +120,7 @@ class LoRALinear(nnx.Module):
 class DoRALinear(LoRALinear):
     """Weight-decomposed low-rank adaptation: a learned magnitude on the row-normalised adapted weight.
 
-        y = (base + δ)·m'/‖W + s·B A‖
+        y = (base + δ)·m'/‖W + s·B A‖,  δ = s·(x Aᵀ) Bᵀ
 
     The magnitude starts at ‖W‖ of the weight that the layer first meets, in :meth:`init_magnitude` or in a
     call; until then it is NaN. Set it before a loop, or a compiled step compiles twice, and one that merges
@@ -190,7 +190,7 @@ def _(values: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array
 class HyLoRADALinear(DoRALinear):
     """DoRA and LoRA blended by learned gates, from an orthogonal start (HyLoRADA v1).
 
-        y = (base + δ)·((1−β)·m/‖W + s·B A‖ + β),  m = g·m' + (1−g)·‖W‖
+        y = (base + δ)·c,  c = (1−β)·m/‖W + s·B A‖ + β,  m = g·m' + (1−g)·‖W‖,  δ = s·(x Aᵀ) Bᵀ
 
     Args, errors and source: :class:`hylorada_jax.HyLoRADALinear`.
 
@@ -240,6 +240,8 @@ class HyLoRADAv2Linear(HyLoRADALinear):
 
         y = (base + δ·p)·c,  p = 0.5 + σ(structure_prior · scale_from_structure);  p = 1 without a prior
 
+    δ and c are those of :class:`HyLoRADALinear`.
+
     Args, errors and source: :class:`hylorada_jax.HyLoRADAv2Linear`.
 
     Example:
@@ -286,6 +288,8 @@ class HyLoRADAUnified(HyLoRADALinear):
     """HyLoRADA whose update is turned up or down by the position of the token (HyLoRADA Unified).
 
         y = (base + δ·p)·c,  p = 1 + σ(position_scale)·tanh(position_bias[bucket(position)])
+
+    δ and c are those of :class:`HyLoRADALinear`.
 
     Args, errors and source: :class:`hylorada_jax.HyLoRADAUnified`; ``position_bias`` is the one NNX
     :class:`~hylorada_jax.nnx.PositionBias` that all layers of a model share.
