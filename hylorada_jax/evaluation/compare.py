@@ -81,11 +81,13 @@ def compare_models(
             ", ".join(models),
             "Leave it out of the documents.",
         )
+    # Which rows max_tokens takes depends on what shares one: all pack, or none.
+    packing = all(sweep.model.base.supports_segments for sweep in sweeps.values())
     texts = {name: structured if sweep.model.has_encoder else plain for name, sweep in sweeps.items()}
     return {
         name: Measures(
             sweep.model.num_trainable,
-            evaluate_perplexity(sweep, texts[name], **options),
+            evaluate_perplexity(sweep, texts[name], **options, packing=packing),
             evaluate_lost_in_the_middle(sweep, texts[name], **options),
         )
         for name, sweep in sweeps.items()

@@ -1,5 +1,6 @@
 """Oracle: the measures of each model on its own."""
 
+import copy
 from typing import Any
 
 import jax
@@ -43,6 +44,17 @@ def test_each_model_is_measured_as_on_its_own_and_reads_what_it_can(base):
     assert len({measures.perplexity.loss for measures in found.values()}) == 3
     with pytest.raises(ConfigError, match="base, lora"):
         compare_models({name: models[name] for name in ("base", "lora")}, structured)
+
+
+def test_models_that_pack_and_that_cannot_are_measured_on_the_same_tokens(base):
+    texts = documents()
+    options: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 2, "max_tokens": 2 * SEQ_LEN}
+    unable = copy.copy(base)
+    object.__setattr__(unable, "supports_segments", False)
+    found = compare_models({"base": base, "unable": unable}, texts, **options, progress=False)
+    assert found["base"].perplexity == found["unable"].perplexity
+    alone = evaluate_perplexity(base, texts, **options, packing=False, progress=False)
+    assert found["base"].perplexity == alone != evaluate_perplexity(base, texts, **options, progress=False)
 
 
 def test_measures_of_one_model_share_what_is_compiled(base):

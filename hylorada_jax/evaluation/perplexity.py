@@ -56,6 +56,7 @@ class PerplexityEvaluator:
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
         batch_size: rows at a time; rounded up to a multiple of the devices.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
+        packing: short documents share a row, isolated from each other; None: if the model can do that.
 
     Raises:
         DataError: there is nothing to predict, a token id is outside the vocabulary, a window is longer than
@@ -74,6 +75,7 @@ class PerplexityEvaluator:
         stride: int | None = None,
         batch_size: int = 8,
         max_tokens: int | None = None,
+        packing: bool | None = None,
     ) -> None:
         self._sweep = loss_sweep(model)
         scored = self._sweep.model
@@ -83,7 +85,7 @@ class PerplexityEvaluator:
             as_documents(documents, vocab, "evaluation", has_encoder=scored.has_encoder),
             seq_len,
             stride=max(1, seq_len // 2) if stride is None else stride,
-            packing=scored.base.supports_segments,
+            packing=scored.base.supports_segments if packing is None else packing,
         )
         self._batch_size, self._max_tokens = batch_size, max_tokens
 
@@ -126,6 +128,7 @@ def evaluate_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    packing: bool | None = None,
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity of a model on documents: :class:`PerplexityEvaluator`, once.
@@ -138,6 +141,7 @@ def evaluate_perplexity(
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
         batch_size: rows at a time.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
+        packing: short documents share a row, isolated from each other; None: if the model can do that.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -164,5 +168,6 @@ def evaluate_perplexity(
         stride=stride,
         batch_size=batch_size,
         max_tokens=max_tokens,
+        packing=packing,
     )
     return evaluator(progress=progress)
