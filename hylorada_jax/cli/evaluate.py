@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from hylorada_jax.cli.joining import ALONE, Processes
-from hylorada_jax.cli.reading import AS_IT_IS, Reading, sources_of
+from hylorada_jax.cli.reading import AS_IT_IS, Reading, side_of, sources_of
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
@@ -22,9 +22,7 @@ from hylorada_jax.cli.shared import (
     warn_of_length,
     weights_in,
 )
-from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB
-
-_EMBEDDED = (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
+from hylorada_jax.data.corpus import PYTHON_STDLIB
 
 
 @puts_offline
@@ -82,7 +80,7 @@ def evaluate(
 
     check_windows(seq_len, stride, max_tokens, batch_size)
     sources = [
-        source._replace(held_out=reading.load(source.name, "eval" if source.name in _EMBEDDED else "all"))
+        source._replace(held_out=reading.load(source.name, side_of(source, "eval")))
         for source in sources_of(data, weights=False, split=reading.split)
     ]
     weights = weights_in(dtype, base_dtype)

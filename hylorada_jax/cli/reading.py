@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TextIO
 import tyro
 
 from hylorada_jax.data.columns import Format
-from hylorada_jax.data.corpus import Split, divide, load_documents, trained_on
+from hylorada_jax.data.corpus import EMBEDDED, Split, divide, load_documents, trained_on
 from hylorada_jax.data.examples import Completion, Conversation, Document, Example
 from hylorada_jax.data.hub_rows import hub_dataset
 from hylorada_jax.errors import ConfigError, DataError
@@ -154,15 +154,19 @@ class DataOptions:
 
     def load_both(self, sources: Sequence[Source], held_out: Sequence[Source]) -> list[Source]:
         """The sources with their rows: those to train on, and a part or sources of their own held out."""
-        rows = [self.load(source.name) for source in sources]
         if held_out:
+            rows = [self.load(source.name, side_of(source, "train")) for source in sources]
             trained = [source._replace(train=found) for source, found in zip(sources, rows, strict=True)]
-            given = [source._replace(held_out=self.load(source.name)) for source in held_out]
+            given = [
+                source._replace(held_out=self.load(source.name, side_of(source, "eval")))
+                for source in held_out
+            ]
             theirs = [row for source in given for row in source.held_out]
             if again := trained_on(theirs, itertools.chain(*rows)):
                 said = f"{again:,} of {len(theirs):,} held-out rows are trained on too"
                 warnings.warn(f"{said}: of these the perplexity says nothing new", stacklevel=2)
             return trained + given
+        rows = [self.load(source.name) for source in sources]
         sides = divide([(found, source.name) for source, found in zip(sources, rows, strict=True)])
         return [
             source._replace(train=train, held_out=rest)
@@ -218,6 +222,11 @@ class DataOptions:
                 held_out += self.prepare(source.held_out, tokenizer, seq_len, structure, "held out")
         mixture = Mixture(train)
         return mixture if sources[0].weight else Mixture([(mixture.documents, 1)]), held_out
+
+
+def side_of(source: Source, side: Split) -> Split:
+    """All of a source, but of an embedded one the side, so that its held-out part is that of every run."""
+    return side if source.name in EMBEDDED else "all"
 
 
 def form_of(rows: Sequence[Example]) -> str:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hylorada_jax.cli.reading import AS_IT_IS, sources_of
+from hylorada_jax.data.corpus import load_documents, trained_on
 from hylorada_jax.errors import ConfigError
 
 
@@ -57,6 +58,15 @@ def test_what_is_not_trained_on_has_no_weights():
     assert sources_of(["a", "b"], weights=False)
     with pytest.raises(ConfigError, match="Leave the weights out"):
         sources_of(["a=1", "b=2"], weights=False)
+
+
+def test_what_is_held_out_of_the_embedded_data_no_run_trains_on():
+    """`evaluate` measures it by the name of the data."""
+    stdlib = sources_of(["python-stdlib"])
+    trained, given = AS_IT_IS.load_both(stdlib, stdlib)
+    held_out = load_documents("python-stdlib", "eval")
+    assert given.held_out == held_out
+    assert trained_on(held_out, trained.train) == 0
 
 
 def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path, recwarn):

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, overload
 
 from hylorada_jax.data.columns import COLUMNS, Format, OtherNames, names
 from hylorada_jax.data.docstrings import docstring_rows
-from hylorada_jax.data.examples import Document, Example
+from hylorada_jax.data.examples import Completion, Conversation, Document, Example
 from hylorada_jax.data.formats import read_row, recognise
 from hylorada_jax.data.hub_rows import dataset_rows, hub_dataset, hub_rows
 from hylorada_jax.data.rows import Row, read_rows
@@ -26,6 +26,7 @@ PYTHON_STDLIB = "python-stdlib"
 """The embedded texts, which every machine that runs this package has: the source of Python's library."""
 PYTHON_DOCSTRINGS = "python-docstrings"
 """The embedded conversations, made of it: :func:`hylorada_jax.data.docstrings.docstring_rows`."""
+EMBEDDED = (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
 
 Split = Literal["train", "eval", "all"]
 
@@ -69,9 +70,10 @@ def load_documents(
     """The documents of a source, or one side of its split into training and held-out documents.
 
     The side is decided by a hash of a document's content: about 5 % are held out, the choice does not depend
-    on the machine or on the other documents, and two copies of one text are always on the same side. Where
-    that would leave a side empty, the document of the smallest hash is held out; a single text gives its
-    last lines, about 5 % of it. Of ``"python-docstrings"`` whole modules are held out.
+    on the machine or on the other documents, and copies of one text, or of one conversation of which other
+    answers count, are always on the same side. Where that would leave a side empty, the document of the
+    smallest hash is held out; a single text gives its last lines, about 5 % of it. Of ``"python-docstrings"``
+    whole modules are held out.
 
     Args:
         source: ``"python-stdlib"`` or ``"python-docstrings"``; a file; a glob (``"books/**/*.txt"``); a
@@ -212,12 +214,14 @@ def _divide(documents: list[Example], source: str | Path | Rows) -> tuple[list[E
 
 
 def _content(document: Example) -> str:
-    """What a document says, whatever it is called."""
-    return (
-        document.text
-        if isinstance(document, Document)
-        else json.dumps(document[1:], sort_keys=True, default=str)
-    )
+    """What a document says, whatever it is called and whichever of its answers count."""
+    match document:
+        case Document(_, text):
+            return text
+        case Completion(_, prompt, completion):
+            return json.dumps([prompt, completion])
+        case Conversation(_, messages, _, tools):
+            return json.dumps([messages, tools], sort_keys=True, default=str)
 
 
 def _module(document: Example) -> str:
@@ -265,8 +269,7 @@ def files_of(source: str) -> list[Path]:
         >>> files_of("python-stdlib"), files_of("owner/name:config")
         ([], [])
     """
-    embedded = source in (PYTHON_STDLIB, PYTHON_DOCSTRINGS)
-    return [] if embedded or hub_dataset(source) else _files(source)
+    return [] if source in EMBEDDED or hub_dataset(source) else _files(source)
 
 
 def _files(source: str) -> list[Path]:

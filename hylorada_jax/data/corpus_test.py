@@ -6,10 +6,18 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, Split, divide, load_documents
+from hylorada_jax.data.corpus import (
+    PYTHON_DOCSTRINGS,
+    PYTHON_STDLIB,
+    Split,
+    divide,
+    load_documents,
+    trained_on,
+)
 from hylorada_jax.data.examples import Conversation, Document, Example
 from hylorada_jax.errors import ConfigError, DataError
 
@@ -54,6 +62,27 @@ def test_copies_of_one_text_stay_on_one_side_and_the_side_ignores_order(tmp_path
     assert train | held_out == set(texts)
     backwards = write_jsonl(tmp_path / "b.jsonl", texts[::-1])
     assert {d.text for d in load_texts(backwards, "eval")} == held_out
+
+
+def test_a_conversation_stays_on_one_side_whichever_of_its_answers_counts():
+    """As OpenAI's `weight` is used: a row for each of the answers."""
+
+    def row(number: int, counts: int) -> dict[str, Any]:
+        said: list[Any] = [
+            {"role": "user", "content": f"{number}?"},
+            {"role": "assistant", "content": "!"},
+        ] * 2
+        said[2 * counts + 1] = {**said[2 * counts + 1], "weight": 0}
+        return {"messages": said, "chat_template_kwargs": {"enable_thinking": bool(counts)}}
+
+    rows = [row(number, counts) for number in range(100) for counts in (0, 1)]
+    train, held_out = (
+        {str(chat.messages) for chat in load_documents(rows, side) if isinstance(chat, Conversation)}
+        for side in ("train", "eval")
+    )
+    assert not train & held_out
+    assert len(train | held_out) == 100
+    assert trained_on(load_documents(rows[::2]), load_documents(rows[1::2])) == 100
 
 
 def test_what_one_source_holds_out_no_other_is_trained_on():
@@ -174,6 +203,10 @@ def test_of_a_hub_dataset_only_the_training_files_are_read(monkeypatch, tmp_path
     (tmp_path / "train" / "dataset_info.json").write_text('{"features": {}}')
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
     assert sorted(d.text for d in load_texts("owner/name")) == ["seen", "seen too"]
+    for name in ("train.jsonl", "train-2.jsonl.gz"):
+        (tmp_path / name).unlink()
+    write_jsonl(tmp_path / "constraints.jsonl", ["no split"])
+    assert sorted(d.text for d in load_texts("owner/name")) == ["no split", "unseen"]
 
 
 def test_links_that_lead_up_are_followed_once(tmp_path):
