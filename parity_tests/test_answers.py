@@ -196,6 +196,13 @@ def test_scores_are_all_the_last_or_those_of_the_messages_that_train():
     assert tokenize([chat._replace(answers=[False] * 4)], tokenizer) == []
 
 
+def test_a_comment_may_speak_of_the_marks():
+    plain, _ = pair(CHATML)
+    commented, _ = pair(CHATML._replace(template="{#- no {% generation %} here -#}" + CHATML.template))
+    chats = [conversation(CHATS["two turns"])]
+    assert scored_texts(commented, tokenize(chats, commented)) == scored_texts(plain, tokenize(chats, plain))
+
+
 def test_a_turn_that_is_marked_in_parts_counts_with_all_of_them_or_not_at_all():
     parts = "{% generation %}{{ m.thinking }}{% endgeneration %}\n" + TAGGED["the turn"]
     tokenizer, _ = pair(CHATML._replace(template=_TAGGED_TURN.replace("TURN", parts)))
@@ -292,6 +299,17 @@ WRONG: dict[str, Any] = {
         CHATML.template,
         [ASKED[0], {"role": "assistant", "content": "a<|im_end|>b"}],
         r"row: the turn 'a<\|im_end\|>b<\|im_end\|>",
+    ),
+    "an answer that it leaves out": (  # it loops over the parts of a content, which is text
+        CHATML.template.replace("m.content", "m.content[99:]"),
+        CHATS["one turn"],
+        r"row: the answer .*, and a turn without a word",
+    ),
+    "an answer that it leaves out and marks": (
+        "{% for m in messages %}{% generation %}{{ m.content[99:] }}<|im_end|>"
+        "{% endgeneration %}{% endfor %}",
+        CHATS["one turn"],
+        r"row: the answer .*, and a turn without a word",
     ),
     "a call that it leaves out": (
         CHATML.template,

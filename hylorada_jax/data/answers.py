@@ -184,7 +184,7 @@ def _conversations(
                     raise each
                 taken.append((each, tokens))
             if numbers is None:
-                yield _marked(example, *taken[0], score)
+                yield _marked(example, tokenizer, *taken[0], score)
             else:
                 yield _grown([example.messages[number] for number in numbers], tokenizer, taken)
         except DataError as error:
@@ -205,7 +205,9 @@ def _answers(example: Conversation, score: Score) -> list[int]:
     return numbers[-1:] if score == "last" else numbers
 
 
-def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: Score) -> list[Scored]:
+def _marked(
+    example: Conversation, tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded, score: Score
+) -> list[Scored]:
     """A conversation whose template says what the assistant writes."""
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
     answers = _answers(example, score)
@@ -218,7 +220,7 @@ def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: 
         written = ["".join(written)] * len(turns)
     for number, want, text in zip(turns, wanted, written, strict=True):
         if want:
-            _check_calls(example.messages[number], text)
+            _check_said(example.messages[number], text, tokenizer)
     if score != "all" and not all(wanted):
         if len(spans) != len(turns):
             raise DataError(
@@ -235,8 +237,19 @@ def _marked(example: Conversation, rendered: Rendered, encoded: Encoded, score: 
     return [Scored(encoded.ids, scored.tolist(), encoded.offsets, rendered.text)]
 
 
-def _check_calls(message: Mapping[str, Any], text: str) -> None:
-    """Refuses a text without the calls of a scored answer: a model would learn to say nothing instead."""
+def _check_said(message: Mapping[str, Any], text: str, tokenizer: Tokenizer) -> None:
+    """Refuses a text without a scored answer, or its calls: a model would learn to say nothing instead."""
+
+    def is_blank(text: str) -> bool:
+        return not tokenizer.decode(tokenizer.encode(text)).strip()
+
+    content = message.get("content") or ""
+    if content.strip() not in text and is_blank(text) and not is_blank(content):
+        raise DataError(
+            "A template must write the answers that a model is trained to give.",
+            f"the answer {shown(content)}, and a turn without a word",
+            "Give a template that writes a content as text (--chat-template), or leave the row out.",
+        )
     for call in message.get("tool_calls", ()):
         name = call.get("function", call).get("name")
         if isinstance(name, str) and name not in text:
@@ -257,7 +270,7 @@ def _grown(
     pairs = zip(rendered[::2], rendered[1::2], strict=True)
     for message, ((before, prompt), (after, whole)) in zip(answers, pairs, strict=True):
         added = _added(before, after)
-        _check_calls(message, added)
+        _check_said(message, added, tokenizer)
         answer = _to_its_end(tokenizer, _continuation(tokenizer, prompt, whole, before.text, added))
         scored: list[bool] = []
         if parts and prompt.ids[: len(parts[-1].ids)] == parts[-1].ids:

@@ -138,6 +138,18 @@ class RowReader(NamedTuple):
             raise self.error(column, expected, shown(values) if values else kind_of(given))
         return [self.others.message(value) for value in values]
 
+    def are_messages(self, column: str) -> bool:
+        """Whether a text is JSON of messages, as in a CSV file, and no words behind a bracket."""
+        value = self.value(column)
+        if not (isinstance(value, str) and value.lstrip().startswith("[")):
+            return False
+        try:
+            listed: Any = parse_json(value)
+        except ValueError:
+            return False
+        roles = {"role", self.others.theirs.get("role")}
+        return bool(listed) and all(isinstance(each, dict) and roles & each.keys() for each in listed)
+
     def messages(self, column: str) -> list[dict[str, Any]]:
         """The messages of a column, each with a role, and with a content or calls of tools."""
         return [self.message(given, f"{column}[{n}]") for n, given in enumerate(self.listed(column))]

@@ -76,7 +76,9 @@ def read_row(
             text = read.text("text", null=True)
             return Document(place, text) if text and text.strip() else None
         case "prompt-completion":
-            if isinstance(read.value("prompt"), str):
+            if isinstance(read.value("prompt"), str) and not (
+                read.are_messages("prompt") and read.are_messages("completion")
+            ):
                 return Completion(place, read.text("prompt") or "", read.text("completion") or "")
             prompt, completion = (read.messages(column) for column in ("prompt", "completion"))
             return read.conversation(prompt + completion, first=len(prompt))

@@ -14,6 +14,8 @@ from hylorada_jax.errors import DataError
 from hylorada_jax.io import hub
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.,+-]*)(?::(\w[^*?]*))?)?")
+# As a word: "constraints" and "terrain" have it in them too.
+_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 # Files that datasets' own tools write beside the data.
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 
@@ -56,7 +58,7 @@ def hub_rows(dataset: HubDataset, columns: Collection[str]) -> Iterator[Row | Da
 
     Args:
         dataset: its split is "train" where it names none. Without the library its configuration and its split
-            must be left out; of files with "train" in their path then only those are read.
+            must be left out; of files with the word "train" in their path then only those are read.
         columns: those that are read.
 
     Yields:
@@ -103,8 +105,9 @@ def dataset_rows(
         for number, values in enumerate(rows):
             yield as_row(values, place.format(number))
         return
-    wanted = [name for name in rows.column_names or () if name in columns]
-    for number, values in enumerate(rows.select_columns(wanted) if wanted else rows):
+    plain = rows.with_format(None)  # lists and dictionaries, and no arrays
+    wanted = [name for name in plain.column_names or () if name in columns]
+    for number, values in enumerate(plain.select_columns(wanted) if wanted else plain):
         yield Row(place.format(number), arrow_row(values))
 
 
@@ -125,7 +128,7 @@ def _files(dataset: HubDataset) -> list[Path]:
             dataset,
             "Convert it, and give the files.",
         )
-    return [path for path in files if "train" in path.relative_to(root).as_posix()] or files
+    return [path for path in files if _TRAINING.search(path.relative_to(root).as_posix())] or files
 
 
 def _unreachable(dataset: HubDataset, error: Exception) -> DataError:

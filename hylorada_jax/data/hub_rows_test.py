@@ -113,6 +113,9 @@ def test_datasets_of_the_library_are_rows():
         held,
         datasets.IterableDataset.from_generator(lambda: iter(held)),
         held.to_iterable_dataset(),
+        held.with_format("numpy"),
+        held.with_format("arrow"),
+        held.to_iterable_dataset().with_format("pandas"),
     ):
         found = load_documents(source)
         assert found == [Conversation(f"row {n}", chat, [False, True]) for n, chat in enumerate(CHATS)]

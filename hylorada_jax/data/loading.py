@@ -57,7 +57,8 @@ def mixed_batches(
         return arrays | {"row": drawn.astype(KEYS["row"].dtype)}
 
     dataset = grain.MapDataset.mix(sources, [weight for _, weight in shares]).batch(batch_size).map(made)
-    # Making a row takes microseconds: threads would cost more than they save.
+    # Making a row takes microseconds, and drawing its number a few milliseconds at most, of sources of a few
+    # rows: threads would cost more than they save.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 

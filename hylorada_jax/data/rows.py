@@ -262,11 +262,11 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
 def _arrow_values(row: Any, place: str) -> Row | DataError:
     """A row of a batch that has one; the error where Python has no value for what is in it."""
     try:
-        (values,) = row.to_pylist()
+        (values,) = row.to_pylist(maps_as_pydicts="strict")
     except UnicodeDecodeError:
         raise
-    except (ValueError, OverflowError) as error:
-        rule = "Times in a parquet file are of the years 1 to 9999, and fields of a struct differ in name."
+    except (ValueError, OverflowError, KeyError) as error:
+        rule = "In a parquet file times are of the years 1 to 9999, and names of a struct or map differ."
         return DataError(rule, f"{place}: {error}", "Correct or remove the row, or write times as text.")
     return Row(place, arrow_row(values))
 

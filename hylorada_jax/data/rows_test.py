@@ -362,6 +362,29 @@ def test_conversations_are_read_of_every_kind_of_file(tmp_path):
             for chat, messages in zip(load_documents(tmp_path / name), chats, strict=True)
         ]
         assert load_documents(tmp_path / name) == expected
+    # Both columns of prompt-completion may be messages, or JSON of them; and words may begin with a bracket.
+    asked, answer = ([{"role": role, "content": role}] for role in ("user", "assistant"))
+    pairs = [(json.dumps(asked), json.dumps(answer)), ("[1]", "[2]"), (json.dumps(asked), "[sic]")]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], *pairs])
+    first, *texts = (example[1:] for example in load_documents(tmp_path / "pairs.csv"))
+    assert first == load_documents([{"prompt": asked, "completion": answer}])[0][1:]
+    assert texts == pairs[1:]
+    # A map of arrow's is a mapping, with each key once.
+    text = arrow.string()
+    calls = arrow.list_(arrow.struct([("name", text), ("arguments", arrow.map_(text, text))]))
+    message = arrow.struct([("role", text), ("content", text), ("tool_calls", calls)])
+    for arguments in ([("city", "Rome")], [("city", "Rome"), ("city", "Oslo")]):
+        called = [chats[0][0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}]
+        column = arrow.array([called], arrow.list_(message))
+        parquet.write_table(arrow.table({"messages": column}), tmp_path / "maps.parquet")
+        if len(arguments) > 1:
+            with pytest.raises(DataError, match=r"maps\.parquet\[0\][\s\S]*duplicate"):
+                load_documents(tmp_path / "maps.parquet")
+        else:
+            (chat,) = load_documents(tmp_path / "maps.parquet")
+            assert isinstance(chat, Conversation)
+            assert chat.messages[1]["tool_calls"] == [{"name": "f", "arguments": {"city": "Rome"}}]
     # Metadata of a message, which JSON has no type for.
     when = datetime.datetime(2024, 1, 2, 3, 4, 5)
     dated = [[{**chat[0], "when": when, "day": when.date(), "at": when.time()}, chat[1]] for chat in chats]

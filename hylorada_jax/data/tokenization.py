@@ -49,7 +49,7 @@ class Counts(NamedTuple):
 
 
 def tokenize(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     tokenizer: Tokenizer,
     structure: Domain | None = None,
     score: Score = "answers",
@@ -88,7 +88,7 @@ def tokenize(
         tokenize(load_documents("python-stdlib", "eval"), load_tokenizer("smollm2-135m"))
     """
     require_one_of("score", score, get_args(Score))
-    _check(examples)
+    examples = _checked(examples)
     _take_limits_off(tokenizer)
     unparsed: list[str] = []
     found = _tokenized(examples, tokenizer, structure, score, skipped, unparsed)
@@ -98,7 +98,7 @@ def tokenize(
 
 
 def prepare(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     tokenizer: Tokenizer,
     seq_len: int,
     *,
@@ -134,7 +134,7 @@ def prepare(
     require_one_of("score", score, get_args(Score))
     require_one_of("overlength", overlength, get_args(Overlength))
     check_windows(seq_len)
-    _check(examples)
+    examples = _checked(examples)
     _take_limits_off(tokenizer)
     options = {"seq_len": seq_len, "structure": structure, "score": score, "overlength": overlength}
     key = cache.key_of(examples, tokenizer, options) if keep and cache.directory() else ""
@@ -254,14 +254,16 @@ def _tokenized(
             unparsed += missed[:1]
 
 
-def _check(examples: Iterable[object]) -> None:
-    for at, example in enumerate(examples):
+def _checked(examples: Iterable[Example]) -> list[Example]:
+    found = [*examples]
+    for at, example in enumerate(found):
         if not isinstance(example, Example):
             raise DataError(
                 "Examples must be Documents, Completions or Conversations, as load_documents returns them.",
                 f"{shown(example)} at {at}",
                 'Read rows of your own too: load_documents([{"text": …}]).',
             )
+    return found
 
 
 def _take_limits_off(tokenizer: Tokenizer) -> None:

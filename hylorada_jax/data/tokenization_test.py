@@ -26,6 +26,14 @@ def test_documents_become_tokens_with_one_end_and_uncut():
     assert [document.tokens.tolist() for document in tokenize(documents[2:], Tokenizer(backend))] == [[2]]
 
 
+def test_documents_may_come_from_an_iterator():
+    documents = [Document("x", "ab"), Document("y", "c")]
+    one, two = (tokenize(given, byte_tokenizer()) for given in (documents, iter(documents)))
+    assert [each.tokens.tolist() for each in one] == [each.tokens.tolist() for each in two]
+    _, counts = prepare((each for each in documents), byte_tokenizer(), seq_len=8)
+    assert counts.rows == 2
+
+
 def test_half_a_character_is_encoded_as_the_replacement_character():
     halved, whole = (Document("x", f"cut {end}") for end in ("\ud83d", "\ufffd"))
     tokenizer = byte_tokenizer()

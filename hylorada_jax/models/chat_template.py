@@ -144,7 +144,8 @@ def marks_generation(template: str | Mapping[str, str] | None, tools: Any = None
 
 @functools.lru_cache(maxsize=16)  # asked for every conversation
 def _marks(source: str) -> bool:
-    return re.search(r"\{%[-+]?\s*generation\b", source) is not None
+    said = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)  # a comment may speak of it
+    return re.search(r"\{%[-+]?\s*generation\b", said) is not None
 
 
 def _variables(request: Request, checked: dict[int, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
