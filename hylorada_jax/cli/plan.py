@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from hylorada_jax.cli.adapter import DEFAULTS, Adapter, AdapterOptions
+from hylorada_jax.cli.flags import flag_of
 from hylorada_jax.cli.shared import BaseDtype, puts_offline
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.packaged import PACKAGED_MODEL
@@ -55,13 +56,15 @@ def plan(
     from hylorada_jax.planning.chips import parse_topology
 
     settings = adapter.build()
-    for name, value in (("seq_len", seq_len), *(("rows", each) for each in rows)):
-        if value < 1:
-            raise ConfigError(f"{name} must be a positive integer.", str(value), "Choose a larger one.")
+    for name, value, least in (("seq_len", seq_len, 2), *(("rows", each, 1) for each in rows)):
+        if value < least:
+            rule = f"{flag_of(name)} must be at least {least}."
+            raise ConfigError(rule, str(value), "Choose a larger one.")
     if topology != HERE:
         parse_topology(topology)
 
     from hylorada_jax.models.decoder_config import DecoderConfig
+    from hylorada_jax.models.families import either
     from hylorada_jax.models.positions import check_range
     from hylorada_jax.planning import compiling, table
     from hylorada_jax.planning.plan import REMATS, best, placement_on, sensible_meshes
@@ -102,7 +105,9 @@ def plan(
         return
     print(table.UNITS)
     if winner is None or command is None:
-        print("Nothing fits: take more chips, shorter rows, or more heads' shares (tensor).")
+        ways = ["--remat full"] * ("full" not in remats) + ["--base-dtype nf4"] * (base_dtype is None)
+        ways += ["more heads' shares (tensor in --mesh)"] * (devices.chips > 1)
+        print(f"Nothing fits: try {either([*ways, 'shorter rows (--seq-len)', 'more chips'])}.")
         return
     if winner.seconds is not None:
         print(table.estimate(winner))
@@ -113,9 +118,8 @@ def _config(model: str) -> dict[str, Any]:
     """config.json's content of a model of our decoder's."""
     from hylorada_jax.models.families import DECODERS, either
     from hylorada_jax.models.source import find_source
-    from hylorada_jax.planning.shapes import SHAPES
 
-    config = SHAPES.get(model) or find_source(model, config_only=True).config
+    config = _shape(model) or find_source(model, config_only=True).config
     if config.get("model_type") not in DECODERS:
         raise ModelError(
             "A plan is made for models of our decoder.",
@@ -123,6 +127,13 @@ def _config(model: str) -> dict[str, Any]:
             f"Choose a model of type {either(DECODERS)}.",
         )
     return config
+
+
+def _shape(model: str) -> dict[str, Any] | None:
+    """config.json's content of a shape by its name, where no directory has that."""
+    from hylorada_jax.planning.shapes import SHAPES
+
+    return None if Path(model).exists() else SHAPES.get(model)
 
 
 def _devices(topology: str) -> "Devices":
@@ -141,17 +152,15 @@ def _devices(topology: str) -> "Devices":
 
 def _command(model: str, adapter: AdapterOptions, base_dtype: str | None, seq_len: int, row: "Row") -> str:
     """The way of a row as a command to paste."""
-    from hylorada_jax.planning.shapes import SHAPES
-
     case = row.figures.case
-    words = ["hylorada", "finetune", "--model", "MODEL" if model in SHAPES else model]
+    words = ["hylorada", "finetune", "--model", "MODEL" if _shape(model) else model]
     words += ["--output", f"runs/{Path(model).resolve().name}"]
     for name, value in vars(adapter).items():
-        flag = name.replace("_", "-")
+        flag = flag_of(name)
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(flag if value else f"--no-{flag[2:]}")
         elif value is not None:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     words += ["--mesh", case.mesh] if case.mesh else []
     words += ["--remat", case.remat, "--batch-size", str(row.figures.batch_size)]
     words += ["--seq-len", str(seq_len), "--dtype", "bfloat16"]

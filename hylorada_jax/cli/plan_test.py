@@ -44,8 +44,8 @@ def command(tmp_path, monkeypatch, capsys):
         ("--topology v5e:2x2 --mesh model=4", "sizes of the axes"),
         ("--topology v5e:2x2 --method qlora", "invalid choice"),
         ("--topology v5e:2x2 --targets nothing", "nothing"),
-        ("--topology v5e:2x2 --seq-len 0", "seq_len must be"),
-        ("--topology v5e:2x2 --rows 1 0", "rows must be"),
+        ("--topology v5e:2x2 --seq-len 1", "--seq-len must be at least 2"),
+        ("--topology v5e:2x2 --rows 1 0", "--rows must be at least 1"),
         ("--topology v5e:2x2 --model no/such/place", "no such directory"),
         ("--topology v5e:2x2 --mesh fsdp=4", "needs the package libtpu"),
     ],
@@ -75,6 +75,30 @@ def test_copies_on_several_chips_are_named_in_the_command(chips, mesh, command, 
     monkeypatch.setattr("hylorada_jax.planning.compiling.for_topology", lambda *_: contextlib.nullcontext())
     assert command(f"--topology v5e:{chips} --mesh ''")[0] == 0
     assert planned.call_args.kwargs["meshes"] == [mesh]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("1x1", "try --base-dtype nf4, shorter rows (--seq-len) or more chips"),
+        ("1x1 --remat dots --base-dtype int8", "try --remat full, shorter rows (--seq-len) or more chips"),
+        ("2x2 --base-dtype nf4", "try more heads' shares (tensor in --mesh), shorter rows"),
+    ],
+)
+def test_where_nothing_fits_what_was_not_tried_is_named(options, said, command, monkeypatch):
+    monkeypatch.setattr("hylorada_jax.planning.plan.plan", lambda *_, **__: ())
+    monkeypatch.setattr("hylorada_jax.planning.compiling.for_topology", lambda *_: contextlib.nullcontext())
+    assert said in command(f"--topology v5e:{options}")[1]
+
+
+def test_a_directory_of_a_shapes_name_is_the_users_model(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-8b").symlink_to(tmp_path)
+    planned = mock.Mock(return_value=())
+    monkeypatch.setattr("hylorada_jax.planning.plan.plan", planned)
+    monkeypatch.setattr("hylorada_jax.planning.compiling.for_topology", lambda *_: contextlib.nullcontext())
+    assert command("--topology v5e:1x1 --model llama-8b")[0] == 0
+    assert planned.call_args.args[0].config.hidden_size == SHAPE["hidden_size"]
 
 
 @pytest.mark.apart
