@@ -30,7 +30,7 @@ SETTINGS = {
 def be_quick(patched):
     """Puts adapters that are nothing but the number of their step in the place of computed ones."""
 
-    def init_state(adapters, _, seed):
+    def init_state(adapters, _, seed, *__):
         nothing = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), adapters)
         return TrainState(jnp.int32(0), jnp.uint32(seed), nothing, np.zeros(1, np.float32))
 

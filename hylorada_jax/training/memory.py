@@ -156,7 +156,7 @@ def choose(
     """The first setting whose step fits, by the compiler's figures; nothing is run.
 
     Args:
-        settings: of :func:`candidates`.
+        settings: of :func:`candidates`; before these may stand one that is taken wherever it fits.
         step_of: a setting's step, jitted.
         arguments: gives those of the steps, or their shapes; asked for where something is compiled.
         limit: the bytes that there are on each device; None takes the first setting, and compiles nothing.

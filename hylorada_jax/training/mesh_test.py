@@ -97,9 +97,8 @@ class Run:
         rows = Rows(documents(model.has_encoder), TRAINING.seq_len)
         self.batches = [*batches(rows, TRAINING.batch_size)][:STEPS]
         optimizer = make_optimizer(model.adapters, TRAINING, model.config)
-        self.state = init_state(model.adapters, optimizer)
-        if model.placement:
-            self.state = model.placement.put(self.state)
+        self.state = init_state(model.adapters, optimizer, placement=model.placement)
+        self.made_apart = [] if model.placement is None else moved(self.state, model.placement)
         with in_use(self.frozen):
             step = make_train_step(model, optimizer, TRAINING)
             self.compiled = step.lower(self.state, self.frozen, self._batch(0)).compile()
@@ -114,6 +113,17 @@ class Run:
                 self.state, metrics = self.compiled(self.state, self.frozen, self._batch(number))
             losses.append(metrics["loss"])
         return jax.tree.map(np.asarray, (losses, self.state))
+
+
+def moved(tree, placement):
+    """The leaves that do not lie where they belong."""
+    placed = jax.tree.leaves_with_path(placement.shardings(tree))
+    pairs = zip(placed, jax.tree.leaves(tree), strict=True)
+    return [
+        jax.tree_util.keystr(path)
+        for (path, place), x in pairs
+        if not x.sharding.is_equivalent_to(place, x.ndim)
+    ]
 
 
 def gathered(program):
@@ -132,6 +142,14 @@ def furthest(ours, theirs):
     return max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True))
 
 
+def trainer_on(count, output, *, memory=None, **settings):
+    """A trainer on the first of the devices."""
+    devices = np.array(jax.devices()[:count]).reshape(1, count, 1)
+    model = model_of("lora", Placement(Mesh(devices, AXES, axis_types=AUTO)))
+    config = dataclasses.replace(TRAINING, output=output, steps=6, progress=False, **settings)
+    return HyLoRADATrainer(model, documents(), None, config, memory=memory), model
+
+
 def run_on(count, output, *, interrupted=None, **settings):
     """The adapters and the losses of a run on the first of the devices; None of one that is interrupted."""
     write = MetricsLog.write
@@ -141,15 +159,13 @@ def run_on(count, output, *, interrupted=None, **settings):
         if record["step"] == interrupted:
             os.kill(os.getpid(), signal.SIGINT)
 
-    devices = np.array(jax.devices()[:count]).reshape(1, count, 1)
-    model = model_of("lora", Placement(Mesh(devices, AXES, axis_types=AUTO)))
-    config = dataclasses.replace(TRAINING, output=output, steps=6, progress=False, **settings)
     with (
         mock.patch.object(MetricsLog, "write", interrupting),
         contextlib.redirect_stdout(sys.stderr),
         contextlib.suppress(KeyboardInterrupt),
     ):
-        result = HyLoRADATrainer(model, documents(), None, config).train()
+        trainer, model = trainer_on(count, output, **settings)
+        result = trainer.train()
         return jax.tree.map(np.asarray, (model.adapters, result.losses))
 
 
@@ -185,19 +201,26 @@ def measure(directory):
     """What is found on eight devices, as JSON on stdout."""
     runs = {method: Run(model_of(method)) for method, _ in CASES}
     alone = {method: run.steps(*range(STEPS)) for method, run in runs.items()}
-    found: dict[str, Any] = {"apart": [], "gathered": {}}
+    found: dict[str, Any] = {"apart": [], "gathered": {}, "made_apart": []}
     for method, mesh in CASES:
         run = Run(model_of(method, Placement(parse_mesh(mesh))))
         found["gathered"].setdefault(mesh, []).extend(gathered(run.compiled.as_text()))
+        found["made_apart"] += run.made_apart
         losses, _ = run.steps(0)
         more, state = run.steps(*range(1, STEPS))
         found["apart"].append(furthest(([*losses, *more], state), alone[method]))
 
-    # Begun on eight devices, gone on with on four, and ended on one.
-    begun = f"{directory}/begun"
-    assert run_on(8, begun, interrupted=2) is None
-    assert run_on(4, begun, interrupted=4, resume=True) is None
-    found["resumed"] = furthest(run_on(1, begun, resume=True), run_on(1, f"{directory}/alone"))
+    # Begun on eight devices, gone on with on four, and ended on one, for which what was chosen is too much.
+    begun, alone_in = f"{directory}/begun", f"{directory}/alone"
+    auto: dict[str, Any] = {"microbatches": "auto", "resume": True}
+    assert run_on(8, begun, interrupted=2, microbatches="auto") is None
+    assert run_on(4, begun, interrupted=4, **auto) is None
+    in_one_pass = trainer_on(1, begun, memory=10**12, **auto)[0].choice
+    ended = run_on(1, begun, memory=in_one_pass.needed - 1, **auto)
+    found["resumed"] = furthest(ended, run_on(1, alone_in, microbatches=16))
+    # A row at a time, which eight devices cannot divide.
+    found["chosen"] = [in_one_pass.setting.microbatches]
+    found["chosen"] += [trainer_on(n, alone_in, **auto)[0].choice.setting.microbatches for n in (1, 8)]
 
     found["loss"] = loss_apart()
     found["refused"] = {
@@ -220,6 +243,15 @@ def found(tmp_path_factory, run_on_devices):
 def test_steps_on_a_mesh_are_those_on_one_device(case, found):
     """Losses, adapters and both moments of all gradients, with microbatches, packing, remat and dropout."""
     assert found["apart"][case] < 1e-10
+
+
+def test_the_moments_are_made_where_they_belong(found):
+    """Whole on every device first, those of an embedding would take more than the step."""
+    assert found["made_apart"] == []
+
+
+def test_what_a_run_chose_when_it_began_is_chosen_again_where_it_can_be(found):
+    assert found["chosen"] == [1, 16, 1]
 
 
 def test_the_kernel_of_the_loss_is_divided_over_a_mesh(found):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, UInt
 
 from hylorada_jax.models.scorable import Scorable
 from hylorada_jax.models.scoring import model_inputs, score
-from hylorada_jax.placement.placement import RULES, Rule
+from hylorada_jax.placement.placement import RULES, Placement, Rule
 from hylorada_jax.placement.shards import cut_by
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.trees import Adapters, Frozen, Resolved
@@ -36,14 +36,29 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def init_state(adapters: Adapters, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
-    """The state before the first step; the adapters are copied, for the step consumes its argument."""
+def init_state(
+    adapters: Adapters,
+    optimizer: optax.GradientTransformation,
+    seed: int = 0,
+    placement: Placement | None = None,
+) -> TrainState:
+    """The state before the first step; the adapters are copied, for the step consumes its argument.
 
-    @jax.jit  # one program, not one for every shape of a leaf
+    Args:
+        adapters: the trainable tree.
+        optimizer: of it.
+        seed: of dropout.
+        placement: where the adapters lie; None: on one device. The moments are made there: whole first, an
+            embedding's could take more than the step.
+    """
+
     def init(adapters: Adapters, seed: Array) -> TrainState:
         return TrainState(jnp.int32(0), seed, jax.tree.map(jnp.copy, adapters), optimizer.init(adapters))
 
-    return init(adapters, jnp.uint32(seed))
+    given = adapters, jnp.uint32(seed)
+    places = None if placement is None else placement.shardings(jax.eval_shape(init, *given))
+    # One program, not one for every shape of a leaf.
+    return jax.jit(init, out_shardings=places)(*given)
 
 
 def make_train_step(

@@ -126,7 +126,6 @@ class HyLoRADATrainer:
         self._model = model
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
-        config = _as_begun(config, self._directory)
         placement = check_training(model.base, config)
         self._placement = model.placement or placement
         check_groups(model.config, config.seq_len)
@@ -180,6 +179,7 @@ class HyLoRADATrainer:
 
         own = getattr(model.base.module, "remat", None)
         settings = candidates(config, own=own, devices=placement.rows)
+        settings = _as_begun(config, self._directory, placement.rows) + settings
         with in_use(frozen):
             return choose(
                 settings,
@@ -248,7 +248,7 @@ class HyLoRADATrainer:
         config, directory, model = self._config, self._directory, self._model
         optimizer = make_optimizer(model.adapters, config, model.config)
         placement = self._placement
-        state = placement.put(init_state(self._start, optimizer, config.seed))
+        state = placement.put(init_state(self._start, optimizer, config.seed, model.placement))
         batches = self._batches(config)
         if found := checkpoints.restore(state):
             state, position = found
@@ -287,13 +287,16 @@ class HyLoRADATrainer:
             )
 
 
-def _as_begun(config: TrainingConfig, directory: RunDirectory) -> TrainingConfig:
-    """The settings, with what was chosen when the run began in the place of "auto"."""
-    if not (config.resume and directory.run.exists()):
-        return config
+def _as_begun(config: TrainingConfig, directory: RunDirectory, devices: int) -> list[Setting]:
+    """What a run that goes on chose when it began, unless so many devices cannot divide the rows by it."""
+    given = {name: getattr(config, name) for name in Setting._fields}
+    if not (config.resume and "auto" in given.values() and directory.run.exists()):
+        return []
     begun = read_record(directory.run).recorded
-    auto = (name for name in Setting._fields if getattr(config, name) == "auto" and begun.get(name))
-    return dataclasses.replace(config, **{name: begun[name] for name in auto})
+    chosen: Any = {name: begun.get(name) if value == "auto" else value for name, value in given.items()}
+    if None in chosen.values() or config.batch_size // chosen["microbatches"] % devices:
+        return []
+    return [Setting(**chosen)]
 
 
 def _appears(file: Any) -> bool:
