@@ -253,7 +253,7 @@ def test_a_run_can_be_overwritten_by_its_own_recipe(finished, tmp_path, monkeypa
 def test_data_of_which_no_row_is_left_are_an_error(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "the quick", "completion": " brown fox"}\n')
     command = ("data", "--model", place / "llama", "--data", tmp_path / "rows.jsonl", "--seq-len", 4)
-    for options, why in (((), "without a scored token"), (("--overlength", "drop"), "as too long")):
+    for options, why in (((), "without a scored token"), (("--overlength", "drop"), "beyond --seq-len 4")):
         status, out, err = run(monkeypatch, capsys, *command, *options)
         assert (status, f"1 left out {why}" in out) == (2, True), out
         assert "The data must have a document" in err

@@ -200,8 +200,8 @@ class DataOptions:
         _list(skipped)
         said = [f"{counts.rows:,} rows", f"{counts.tokens:,} tokens", f"{counts.scored:,} scored"]
         said += [f"{counts.unscored:,} left out without a scored token"] * bool(counts.unscored)
-        said += [f"{counts.too_long:,} left out as too long"] * bool(counts.too_long)
-        said += [f"{counts.truncated:,} truncated"] * bool(counts.truncated)
+        said += [f"{counts.too_long:,} left out beyond --seq-len {seq_len}"] * bool(counts.too_long)
+        said += [f"{counts.truncated:,} truncated to --seq-len {seq_len}"] * bool(counts.truncated)
         print(f"{what:<8} {form_of(rows)}: {', '.join(said)}", file=to)
         return documents
 
