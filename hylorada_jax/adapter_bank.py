@@ -98,7 +98,8 @@ class AdapterBank:
 
         Args:
             name: a new name.
-            directory: what ``save_pretrained`` wrote, of the same base and config.
+            directory: what ``save_pretrained`` wrote, of the same base and config but for settings of
+                training, such as dropout and starts; for more training those of the model count.
 
         Raises:
             ConfigError: the name is taken.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from hylorada_jax.adapter_bank import AdapterBank, apply_rows
-from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.config import TRAINING_ONLY, HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.methods_test import CONFIGS, DECODER, ROUNDING, VOCAB, base_model
 from hylorada_jax.model import HyLoRADAModel
@@ -186,6 +187,19 @@ def test_adapters_come_from_their_files(tmp_path):
     for name in bank.names:
         bank.switch(name)
         bank.model.save_pretrained(tmp_path / name)
+    # One was trained by other settings, which change nothing of what it computes.
+    otherwise: dict[str, Any] = {
+        "lora_dropout": 0.5, "lora_A_init": "kaiming", "lora_A_gain": 0.5, "gate_init": 1.0,
+        "residual_init": 1.0, "detach_norm": True, "lora_plus_enabled": True, "lora_plus_ratio": 3.0,
+        "sparse_temperature": 2.0, "sparse_dropout": 0.5, "s2_attn_enabled": True, "s2_group_size": 4,
+        "s2_shift_ratio": 0.25,
+    }  # fmt: skip
+    assert otherwise.keys() == TRAINING_ONLY
+    tall = HyLoRADAModel(base_model("llama"), dataclasses.replace(config, **otherwise))
+    bank.switch("tall")
+    tall.adapters = bank.model.adapters
+    tall.save_pretrained(tmp_path / "tall", overwrite=True)
+    np.testing.assert_array_equal(tall(**given).logits, bank.model(**given).logits)
     loaded = AdapterBank(HyLoRADAModel.from_pretrained(base_model("llama"), tmp_path / "default"))
     for name in NAMES[1:]:
         loaded.load(name, tmp_path / name)

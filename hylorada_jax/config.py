@@ -85,6 +85,13 @@ _NUMBERS = (
     "s2_shift_ratio",
 )
 
+TRAINING_ONLY = frozenset({
+    "lora_dropout", "lora_A_init", "lora_A_gain", "gate_init", "residual_init", "detach_norm",
+    "lora_plus_enabled", "lora_plus_ratio", "sparse_temperature", "sparse_dropout", "s2_attn_enabled",
+    "s2_group_size", "s2_shift_ratio",
+})  # fmt: skip
+"""What an adapter starts from and trains by: a trained one computes the same whatever they are."""
+
 RANK_STRATEGIES = ("uniform", "importance", "decreasing")
 STRUCTURE_ENCODERS = ("default", "temporal")
 LoraStart = Literal["orthogonal", "kaiming"]

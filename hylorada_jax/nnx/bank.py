@@ -99,7 +99,7 @@ class AdapterBank:
 
         Args:
             name: a new name.
-            directory: of an adapter of the same base and config.
+            directory: of an adapter of the same base and config but for settings of training.
             base_config: as of :func:`load_adapter`.
 
         Raises:

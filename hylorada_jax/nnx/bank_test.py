@@ -1,3 +1,4 @@
+import dataclasses
 from unittest import mock
 
 import jax
@@ -154,5 +155,14 @@ def test_a_model_that_cannot_be_computed_row_by_row_is_refused():
 
 def test_an_adapter_of_another_config_is_refused(tmp_path):
     save_adapter(adapt(made("Linear")[0], config_of("dora"), nnx.Rngs(0)), tmp_path)
+    bank = AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0)))
     with pytest.raises(CheckpointError, match="have the config"):
-        AdapterBank(adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0))).load("other", tmp_path)
+        bank.load("other", tmp_path)
+    # But for what is of training.
+    net, x = made("Linear")
+    dropping = moved(adapt(net, dataclasses.replace(config_of("lora"), lora_dropout=0.5), nnx.Rngs(0)))
+    save_adapter(dropping, tmp_path, overwrite=True)
+    bank.load("other", tmp_path)
+    bank.switch("other")
+    dropping.eval()
+    np.testing.assert_array_equal(bank.model(x), dropping(x))

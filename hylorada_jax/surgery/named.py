@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.config import TRAINING_ONLY, HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, DataError
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.text import shown
@@ -76,7 +76,7 @@ class NamedAdapters:
 
 
 def check_config(theirs: HyLoRADAConfig, ours: HyLoRADAConfig, remedy: str) -> None:
-    """Compares the config of an adapter's files with the bank's.
+    """Compares the config of an adapter's files with the bank's, as far as a trained adapter computes by it.
 
     Args:
         theirs: the adapter's.
@@ -90,7 +90,7 @@ def check_config(theirs: HyLoRADAConfig, ours: HyLoRADAConfig, remedy: str) -> N
     if differing := [
         f"{key}: adapter {shown(adapter[key])}, model {shown(value)}"
         for key, value in model.items()
-        if adapter[key] != value
+        if adapter[key] != value and key not in TRAINING_ONLY
     ]:
         raise CheckpointError(
             "The adapters of a bank have the config of its model.", "; ".join(differing), remedy
