@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.math.quantized import dtype_name, dtype_of, size_of
 from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
@@ -105,7 +105,8 @@ class HyLoRADAModel:
         config: what is adapted.
         modules: the modules of the base that can be adapted.
         sites: those that are, and with what.
-        adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters.
+        adapters: the trainable tree, paths as in ``base.params``. Assign to it to change the adapters; a
+            tree of other leaves or shapes is a ModelError.
         frozen: what does not train: {"params": the base's parameters, but for those that train themselves,
             "constants": what :func:`build_constants` gives, such as ‖W‖² of adapted layers}.
         placement: the mesh over which all of this is sharded; None: one device.
@@ -174,6 +175,7 @@ class HyLoRADAModel:
         self._unfrozen = unfrozen_paths(sites)
         self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self.chat_template: str | None = None
         self.structure: Domain | None = None
         self._compile()
@@ -185,6 +187,16 @@ class HyLoRADAModel:
 
     @adapters.setter
     def adapters(self, tree: Adapters) -> None:
+        shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
+        self._shapes = self._shapes or shapes  # the first are the model's own
+        if shapes != self._shapes:
+            differing = sorted(dict(shapes.items() ^ self._shapes.items()))
+            raise ModelError(
+                "Adapters must have the leaves and shapes that the model was adapted with.",
+                f"{differing[0]}: {shapes.get(differing[0], 'absent')} for "
+                f"{self._shapes.get(differing[0], 'none')}, one of {len(differing)} that differ",
+                "Give adapters of this model and config, as model.init_adapters(seed) makes them.",
+            )
         self._adapters, self._seed = tree, None
 
     @property

@@ -110,6 +110,19 @@ def test_a_pickled_model_is_the_same_with_programs_of_its_own():
     assert again._jitted is not model._jitted
 
 
+def test_adapters_of_another_model_are_refused():
+    """More leaves would be left out of all that is computed and saved, and fewer not found."""
+    base = qwen2()
+    model = HyLoRADAModel(base, HyLoRADAConfig(method="lora", lora_rank=2))
+    before = model.adapters
+    for other in ({"lora_rank": 3}, {"target_modules": "all-linear"}, {"target_modules": ("q_proj",)}):
+        config = HyLoRADAConfig(method="lora", **{"lora_rank": 2} | other)
+        with pytest.raises(ModelError, match="leaves and shapes that the model was adapted with"):
+            model.adapters = HyLoRADAModel(base, config).adapters
+    assert model.adapters is before
+    model.adapters = jax.tree.map(np.asarray, before)
+
+
 def test_tokens_may_be_lists(base):
     model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=2))
     listed = model([[1, 2, 3]])  # type: ignore[arg-type]
