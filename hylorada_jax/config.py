@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hylorada_jax.errors import ConfigError, near, require_one_of
-from hylorada_jax.exact import fraction
+from hylorada_jax.exact import fraction, plain_number
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import read_json
 from hylorada_jax.leaves import Kind, lora_a_start
@@ -229,6 +229,8 @@ class HyLoRADAConfig:
     structure_seq_len: int = 2048
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._set(field.name, plain_number(getattr(self, field.name)))
         for name, limit in _SIZES.items():
             value = getattr(self, name)
             if not (value is None and name == "s2_group_size"):

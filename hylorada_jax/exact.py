@@ -1,7 +1,22 @@
-"""What a float in a setting stands for, so that a floor or a ceiling of it is exact."""
+"""What a number in a setting stands for, so that a floor or a ceiling of it is exact."""
 
 import itertools
+import numbers
 from fractions import Fraction
+from typing import Any
+
+
+def plain_number(value: Any) -> Any:
+    """Python's number for numpy's, as a sweep over ``np.logspace`` gives; all else as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> plain_number(np.int64(5)), plain_number(np.float32(0.5)), plain_number("auto")
+        (5, 0.5, 'auto')
+    """
+    if isinstance(value, numbers.Integral):
+        return value if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def fraction(number: float) -> Fraction:

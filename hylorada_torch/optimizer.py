@@ -136,7 +136,7 @@ def schedule(training: TrainingConfig) -> Callable[[int], float]:
         >>> [factor(step) for step in range(7)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    total, warmup = training.steps, rising_steps(training)
+    total, warmup = training.counted_steps(), rising_steps(training)
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -162,7 +162,7 @@ def make_optimizer(
         config: LoRA+.
 
     Raises:
-        ConfigError: a parameter belongs to no group.
+        ConfigError: a parameter belongs to no group, or there are epochs in place of steps.
 
     Reference:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; β = (0.9, 0.999), ε = 1e-8.

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -102,6 +103,8 @@ def test_every_rate_follows_the_schedule():
         scheduler.step()
     peak = [1e-3, 1e-2, 1e-3, 1e-3]
     assert rates == [[factor * rate for rate in peak] for factor in (0.0, 0.5, 1.0, 0.5, 0.0)]
+    with pytest.raises(ConfigError, match="for_rows"):
+        make_optimizer(small_model().adapters(), dataclasses.replace(TRAINING, epochs=1), config)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(3.0, [0.6, 0.8]), (0.03, [0.03, 0.04])])

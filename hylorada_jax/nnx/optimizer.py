@@ -28,9 +28,9 @@ def make_optimizer(
         The transformation for ``nnx.Optimizer(model, tx, wrt=AdapterParam)``.
 
     Raises:
-        ConfigError: there is nothing to train, a leaf that belongs to no group, or parts whose configs have
-            different rates. Where the transformation is given anything but the adapter's leaves, it raises
-            one too.
+        ConfigError: there is nothing to train, a leaf that belongs to no group, epochs in place of steps, or
+            parts whose configs have different rates. Where the transformation is given anything but the
+            adapter's leaves, it raises one too.
 
     Example:
         >>> from hylorada_jax.nnx import LoRALinear

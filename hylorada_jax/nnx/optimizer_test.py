@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,15 @@ def test_a_whole_model_as_what_trains_is_refused():
 def test_nothing_to_train_is_refused():
     with pytest.raises(ConfigError, match="adapt"):
         make_optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TRAINING)
+
+
+def test_epochs_that_nobody_has_counted_are_refused():
+    """Their steps are not known: at those that are not asked for, the rate would fall to 0."""
+    net = adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(3))
+    given = dataclasses.replace(TRAINING, epochs=3)
+    with pytest.raises(ConfigError, match="for_rows"):
+        make_optimizer(net, given)
+    make_optimizer(net, given.for_rows(100))
     own = nnx.Sequential(AdapterParam(jnp.ones(2)))
     with pytest.raises(ConfigError, match="belongs to a group"):
         make_optimizer(own, TRAINING)

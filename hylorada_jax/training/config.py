@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, require_one_of
-from hylorada_jax.exact import fraction
+from hylorada_jax.exact import fraction, plain_number
 from hylorada_jax.placement.axes import mesh_sizes
 from hylorada_jax.seeds import check_seed
 
@@ -106,6 +106,8 @@ class TrainingConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain_number(getattr(self, field.name)))
         for name in (
             "steps",
             "batch_size",
@@ -196,7 +198,18 @@ class TrainingConfig:
         """
         if self.epochs is None:
             return self
-        return dataclasses.replace(self, steps=math.ceil(fraction(self.epochs) * rows / self.batch_size))
+        steps = math.ceil(fraction(self.epochs) * rows / self.batch_size)
+        return dataclasses.replace(self, steps=steps, epochs=None)
+
+    def counted_steps(self) -> int:
+        """The steps; a ConfigError where the epochs that stand for them are still to be counted."""
+        if self.epochs is not None:
+            raise ConfigError(
+                "An optimizer of your own needs the number of steps.",
+                f"epochs={self.epochs}",
+                "Give steps, or training.for_rows(rows), with the rows of your training data.",
+            )
+        return self.steps
 
     def rate_for(self, adapter: HyLoRADAConfig) -> float:
         """The learning rate, or the adapter's default if none was given.

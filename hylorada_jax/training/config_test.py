@@ -1,7 +1,9 @@
+import json
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hylorada_jax.config import HyLoRADAConfig
@@ -67,6 +69,17 @@ def test_a_rate_that_is_not_given_suits_the_adapter():
     assert make(learning_rate=1.0).rate_for(plus) == 1
 
 
+def test_numbers_may_be_numpys():
+    given = make(steps=np.int64(5), learning_rate=np.float32(0.5), eval_every=np.int32(2))
+    assert given == make(steps=5, learning_rate=0.5, eval_every=2)
+    json.dumps(given.fingerprint())
+    sizes: dict[str, Any] = {"lora_rank": np.int64(4), "lora_alpha": np.float32(8)}
+    adapter = HyLoRADAConfig(**sizes)
+    assert HyLoRADAConfig.from_json(adapter.to_json()) == HyLoRADAConfig(lora_rank=4, lora_alpha=8.0)
+    with pytest.raises(ConfigError, match="steps must be an integer"):
+        make(steps=np.float64(5))
+
+
 def test_epochs_decide_the_steps_exactly():
     for epochs, rows, batch, steps in (
         (1, 8, 4, 2),
@@ -76,6 +89,9 @@ def test_epochs_decide_the_steps_exactly():
         (2, 3, 8, 1),
     ):
         assert make(epochs=epochs, batch_size=batch).for_rows(rows).steps == steps
+        with pytest.raises(ConfigError, match="for_rows"):
+            make(epochs=epochs, batch_size=batch).counted_steps()
+        assert make(epochs=epochs, batch_size=batch).for_rows(rows).counted_steps() == steps
     assert make(steps=7).for_rows(100).steps == 7
     assert make(warmup_steps=4, warmup_ratio=0.5).rising_steps == 4
     assert make(steps=1).rising_steps == 0

@@ -83,9 +83,12 @@ def schedule(config: TrainingConfig) -> Callable[[Int[Array, ""] | int], Float[A
     Returns:
         f, from the number of steps done to the factor on every peak rate.
 
+    Raises:
+        ConfigError: there are epochs in place of steps.
+
     Source: Devlin et al. 2019 (BERT), appendix A.2; Loshchilov and Hutter 2017 (SGDR), equation 5.
     """
-    total, warmup = config.steps, config.rising_steps
+    total, warmup = config.counted_steps(), config.rising_steps
 
     def factor(step: Int[Array, ""] | int) -> Float[Array, ""]:
         # jax divides int32 in float32 also where float64 is in use.
