@@ -41,7 +41,9 @@ class Mixture:
     sources: Sequence[tuple[Sequence[Any], float]]
 
     def __post_init__(self) -> None:
-        check_weights([weight for _, weight in self.sources])
+        sources = [([*documents], weight) for documents, weight in self.sources]  # which may be iterators
+        object.__setattr__(self, "sources", sources)
+        check_weights([weight for _, weight in sources])
 
     @property
     def documents(self) -> list[Any]:

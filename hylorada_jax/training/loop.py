@@ -54,6 +54,7 @@ class Loop:
         log: where its metrics go.
         frozen: the model's frozen tree, on the devices.
         evaluator: of the held-out data, or None.
+        interrupted: after the run, whether there was a Ctrl-C or SIGTERM in its last step.
     """
 
     config: TrainingConfig
@@ -63,6 +64,7 @@ class Loop:
     log: MetricsLog
     frozen: Frozen
     evaluator: PerplexityEvaluator | None
+    interrupted: bool = False
     _speed: Speed = dataclasses.field(default_factory=Speed)
 
     def __post_init__(self) -> None:
@@ -128,6 +130,7 @@ class Loop:
                     self._save(state, batches)
                 if stops:
                     self._stop(step)
+            self.interrupted = interrupted.is_set()
         if step < config.steps:
             least = self.log.bests[-1]
             tqdm.write(
@@ -202,8 +205,8 @@ class Loop:
         return NonFiniteError(
             "Loss, gradient and adapters must be finite.",
             what,
-            f"The last good state is {self.checkpoints.last}. Use a smaller learning_rate, more warm-up or "
-            "float32, and look at the batch.",
+            "Look at the batch, and start again with a smaller learning_rate, more warm-up or float32. Saved "
+            f"before it: {self.checkpoints.last}.",
         )
 
     def _stop(self, step: int) -> None:

@@ -286,14 +286,18 @@ class RunDirectory:
         there = read_record(self.run)
         differing = differences(there.identity, run.identity, defaults)
         moved = differences(there.recorded, run.recorded)
-        was = "; ".join(f"{key}: {then} in {self.run}, {now} now" for key, then, now in differing)
+        names = {"start": "the model's adapters before the first step"}
+        was = "; ".join(
+            f"{names.get(key, key)}: {then} in {self.run}, {now} now" for key, then, now in differing
+        )
         changed = "; ".join(f"{key} {then}, now {now}" for key, then, now in moved if key != "model")
         if was:
+            has_adapter = (self.adapter / WEIGHTS_NAME).exists()
             raise CheckpointError(
                 "A run is resumed with the base model, the settings and the data it was started with.",
                 was,
-                "Resume with what it was started with, or start a new run from its adapter, in another "
-                "directory.",
+                "Resume with what it was started with, or start a new run in another directory"
+                + (", which may start from this one's adapter." if has_adapter else "."),
             )
         if changed:
             warnings.warn(

@@ -19,7 +19,7 @@ from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.loading import mixed_batches, rows_of_epoch
 from hylorada_jax.data.mixture import Mixture
 from hylorada_jax.data.packing import Rows
-from hylorada_jax.errors import CheckpointError
+from hylorada_jax.errors import CheckpointError, ConfigError
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator
 from hylorada_jax.io.files import write_json
 from hylorada_jax.math.quantized import dtype_name
@@ -96,10 +96,10 @@ class HyLoRADATrainer:
         choice: remat and microbatches, as given or chosen; its text says why.
 
     Raises:
-        ConfigError: packing is asked for and the model knows no segments, the mesh does not fit the devices,
-            the rows or the heads, or is not the one that the model lies on, nothing in the model reads
-            structure, wandb is asked for and not installed, the model knows no rematerialisation, or the
-            step does not fit the memory.
+        ConfigError: the model's adapters are disabled, packing is asked for and the model knows no segments,
+            the mesh does not fit the devices, the rows or the heads, or is not the one that the model lies
+            on, nothing in the model reads structure, wandb is asked for and not installed, the model knows no
+            rematerialisation, or the step does not fit the memory.
         DataError: there is too little data, none is held out where the settings need it, a token id is
             outside the vocabulary, a row is longer than the model's table of positions, or a field of a
             document does not fit its tokens.
@@ -123,6 +123,12 @@ class HyLoRADATrainer:
         recipe: Mapping[str, Any] | None = None,
         memory: int | None = None,
     ) -> None:
+        if model.disabled:
+            raise ConfigError(
+                "A trainer must be made outside of disable_adapter().",
+                "a model whose adapters are disabled",
+                "Make it before or after that block: its evaluations would be of the base alone.",
+            )
         self._model = model
         self._directory = RunDirectory(config.output)
         self._directory.refuse_unless(resume=config.resume, overwrite=config.overwrite)
@@ -206,7 +212,8 @@ class HyLoRADATrainer:
             CheckpointError: a checkpoint or another file could not be written, or none can be used; or
                 another trainer is in the directory.
             BrokenPipeError: nobody reads what is printed any more.
-            KeyboardInterrupt: after an interrupt, once a checkpoint is written. A second one does not wait.
+            KeyboardInterrupt: after an interrupt, once a checkpoint is written, or in the last step the
+                adapter. A second one does not wait.
         """
         config, directory = self._config, self._directory
         try:
@@ -275,6 +282,10 @@ class HyLoRADATrainer:
             model.save_pretrained(directory.adapter, overwrite=True, weights=True)
             if is_first():
                 plot_losses(log.records, directory.loss_plot)
+            if loop.interrupted:  # too late to stop it; a sweep does not go on
+                raise KeyboardInterrupt(
+                    f"interrupted: the run has ended, its adapter is in {one_line(directory.adapter)}"
+                )
             return TrainingResult(
                 steps=steps,
                 kept=kept,

@@ -279,6 +279,21 @@ def test_interrupt_saves_and_resume_ends_bit_equal(number, tmp_path, reference, 
     assert_same_run(tmp_path / "run", model, reference)
 
 
+def test_an_interrupt_in_the_last_step_is_raised_when_the_run_is_saved(tmp_path, reference, monkeypatch):
+    """So that a sweep over runs ends, too."""
+    write, model = MetricsLog.write, tiny_model()
+
+    def interrupt(log, record):
+        write(log, record)
+        if record["step"] == STEPS and "loss" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetricsLog, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="the run has ended"):
+        train(tmp_path / "run", model)
+    assert_same_run(tmp_path / "run", model, reference)
+
+
 def test_a_run_goes_on_in_other_microbatches(tmp_path, reference, monkeypatch):
     with dying_after(5, monkeypatch):
         train(tmp_path / "run")
@@ -390,13 +405,15 @@ def test_a_non_finite_state_stops_with_step_batch_and_checkpoint(tmp_path, monke
     assert batch["input_ids"].shape == (4, 16)
     assert str(batch["row"].tolist()) in message
     assert not (tmp_path / "run" / "adapter").exists()
+    with pytest.raises(CheckpointError, match=r"learning_rate: 0\.01 [\s\S]*in another directory\.$"):
+        train(tmp_path / "run", resume=True, learning_rate=1e-3)
 
 
 def test_an_evaluation_that_is_not_finite_names_its_documents_and_its_step(tmp_path, monkeypatch):
     losses = sweep_module.score
     monkeypatch.setattr(sweep_module, "score", lambda *inputs: losses(*inputs) * np.nan)
     with pytest.raises(
-        NonFiniteError, match=r"in document 1, 2, in the evaluation after step 0[\s\S]*last good"
+        NonFiniteError, match=r"in document 1, 2, in the evaluation after step 0[\s\S]*no checkpoint yet"
     ):
         train(tmp_path / "run")
 
@@ -504,6 +521,7 @@ def test_another_run_is_not_resumed_and_both_sides_are_named(reference):
     assert "training.seed: 0 in" in str(error.value)
     assert "3 now" in str(error.value)
     assert "train_data" in str(error.value)
+    assert "this one's adapter" in str(error.value)
 
 
 def other_bit(model):
@@ -536,8 +554,8 @@ def started_elsewhere(model):
         (other_bit, "base.weights_sha256"),
         (in_bfloat16, "base.dtype: float32 in .*bfloat16 now"),
         (of_another_config, "base.config_sha256"),
-        (lambda model: tiny_model(seed=1), "start: seed 0 in .*seed 1 now"),
-        (started_elsewhere, "start: seed 0 in .*now"),
+        (lambda model: tiny_model(seed=1), "adapters before the first step: seed 0 in .*seed 1 now"),
+        (started_elsewhere, "adapters before the first step: seed 0 in .*now"),
         (lambda model: tiny_model(method="dora"), "adapter.method"),
     ],
 )
@@ -652,6 +670,8 @@ def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
     refused(DataError, "scored token", unscored)
     refused(DataError, "scored token", eval_data=unscored)
     refused(DataError, "Source 2 of the training data", Mixture([(texts(), 1), (unscored, 1)]))
+    with model.disable_adapter():
+        refused(ConfigError, "outside of disable_adapter")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="must be a directory"):
         HyLoRADATrainer(model, texts(), None, settings(tmp_path / "file"))
