@@ -339,7 +339,7 @@ def test_the_weights_of_a_hub_model_that_is_not_read_are_not_fetched(place, tmp_
 def test_the_trainer_refuses_before_it_looks_at_data_or_weights(model, changes, error, place, tmp_path):
     require_flax(model)
     settings = TrainingConfig(**{"output": tmp_path / "run", "steps": 1, "seq_len": 8} | changes)
-    unread = types.SimpleNamespace(base=as_base(empty_model(place / model)))
+    unread = types.SimpleNamespace(disabled=False, base=as_base(empty_model(place / model)))
     with pytest.raises(error):
         HyLoRADATrainer(unread, [], None, settings)  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
