@@ -93,7 +93,8 @@ def finetune(
             with completions, or conversations, by the columns of .jsonl, .json, .csv and .parquet files.
             Several form one data set; with weights, as in chats.jsonl=0.7 "docs/*.md=0.3", each gets that
             share of the batches' rows.
-        eval_data: held-out data; by default about 5 % of the data is held out, by document.
+        eval_data: held-out data, of the embedded data its held-out part; by default about 5 % of the data is
+            held out, by document.
         reading: How data files are read, and which tokens are scored.
         adapter: The method and its settings.
         start_from: directory of an adapter to continue training; the new one has its settings.
