@@ -21,7 +21,7 @@ from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.named import NamedAdapters, check_config
 from hylorada_jax.surgery.split import unfrozen_paths
-from hylorada_jax.trees import Adapters, Frozen, Resolved, Tree, is_traced
+from hylorada_jax.trees import Adapters, Frozen, Resolved, by_name, is_traced
 
 
 class AdapterBank:
@@ -192,7 +192,7 @@ class AdapterBank:
 
     def _fitted(self, adapters: Adapters) -> Adapters:
         """The adapters in the structure and dtypes that the compiled programs know, where they belong."""
-        given, wanted = _by_name(adapters), _by_name(self._like)
+        given, wanted = by_name(adapters), by_name(self._like)
         shapes = ({name: np.shape(leaf) for name, leaf in leaves.items()} for leaves in (given, wanted))
         layout.check_keys(*shapes)
         leaves = [jnp.asarray(given[name], leaf.dtype) for name, leaf in wanted.items()]
@@ -267,8 +267,3 @@ def no_adapter(model: HyLoRADAModel, resolved: Resolved) -> Resolved:
         return jnp.full_like(leaf, 0 if row is None else row.idle)
 
     return jax.tree_util.tree_map_with_path(neutral, resolved)
-
-
-def _by_name(tree: Tree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -41,7 +41,7 @@ from hylorada_jax.surgery.modules import Modules
 from hylorada_jax.surgery.plan import Site, count_parameters
 from hylorada_jax.surgery.resolve import resolve
 from hylorada_jax.surgery.split import join, split, unfrozen_paths
-from hylorada_jax.trees import COLLECTION, Adapters, Frozen, Params, Resolved
+from hylorada_jax.trees import COLLECTION, Adapters, Frozen, Params, Resolved, by_name
 
 _STRUCTURE_IDS = "structure_ids"
 
@@ -175,7 +175,6 @@ class HyLoRADAModel:
         self._unfrozen = unfrozen_paths(sites)
         self.frozen: Frozen = {"params": split(base.params, self._unfrozen)[0], "constants": constants}
         self.disabled = False
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self.chat_template: str | None = None
         self.structure: Domain | None = None
         self._compile()
@@ -187,14 +186,14 @@ class HyLoRADAModel:
 
     @adapters.setter
     def adapters(self, tree: Adapters) -> None:
-        shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
-        self._shapes = self._shapes or shapes  # the first are the model's own
-        if shapes != self._shapes:
-            differing = sorted(dict(shapes.items() ^ self._shapes.items()))
+        own = getattr(self, "_adapters", tree)  # the first are the model's own
+        given, wanted = ({name: jnp.shape(x) for name, x in by_name(each).items()} for each in (tree, own))
+        if differing := sorted(dict(given.items() ^ wanted.items())):
+            first = differing[0]
             raise ModelError(
                 "Adapters must have the leaves and shapes that the model was adapted with.",
-                f"{differing[0]}: {shapes.get(differing[0], 'absent')} for "
-                f"{self._shapes.get(differing[0], 'none')}, one of {len(differing)} that differ",
+                f"{first}: {given.get(first, 'absent')} for {wanted.get(first, 'none')}, "
+                f"one of {len(differing)} that differ",
                 "Give adapters of this model and config, as model.init_adapters(seed) makes them.",
             )
         self._adapters, self._seed = tree, None

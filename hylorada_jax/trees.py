@@ -30,6 +30,12 @@ Resolved: TypeAlias = dict[str, Any]
 """What the forward pass reads, a function of weights alone: lora_A, scaled_B = s·B, column_scale = c, …"""
 
 
+def by_name(tree: Tree) -> dict[str, Any]:
+    """A tree's leaves by their paths, as "model.layers.mlp.up_proj.lora_A"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def is_traced(tree: Any) -> bool:
     """Whether some leaf of a tree has no value yet, for a function that reads it is being compiled."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
