@@ -14,7 +14,7 @@ import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from hylorada_jax.terminal import show
 _TIMES = (("step, s", "seconds_per_step", 1.0, 2), ("tokens/s", "tokens_per_second", 1.0, 0))
 _MEMORY = ("memory, MB", "program_bytes", 1e-6, 0)
 _QUIET = 1.5  # processes per core; the run itself is about one for each
+ENDS = "†: the smallest or the largest rate that was tried; a better one may lie beyond."
 
 
 def main(
@@ -213,6 +214,11 @@ def plus_minus(values: Sequence[float], digits: int) -> str:
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
     return text
+
+
+def among(rate: float, rates: Collection[float]) -> str:
+    """A learning rate, marked where it is the first or the last of those that were tried."""
+    return f"{rate:g}" + " †" * (len(rates) > 1 and rate in (min(rates), max(rates)))
 
 
 def _difference(row: Row, other: Row) -> str:

@@ -193,6 +193,9 @@ def test_the_table_and_the_plot_are_of_the_runs(found, tmp_path):
         assert f"{found['baselines'][name]['climatology']['mae']:.3f}" in text
         values = [run["mae"] for run in chosen(found, name, "hylorada_v2, hours")]
         assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in text
+    # Of two rates each is an end.
+    adapted = [line for line in text.splitlines() if any(f"| {label} |" in line for label in METHODS)]
+    assert all(" † |" in line for line in adapted)
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import device, markdown, plus_minus
+from benchmarks.report import ENDS, among, device, markdown, plus_minus
 from benchmarks.series.setup import BASE, METHODS
 from hylorada_jax.io.files import write_figure
 
@@ -37,6 +37,7 @@ def table(found: Record) -> str:
         found: from :func:`benchmarks.time_series.run`.
     """
     against = "hylorada_v1"
+    rates = found["settings"]["learning_rates"]
     lines = [
         ["series and context", "method", "parameters", "rate", "PPL", f"PPL − {against}", "MAE"],
     ]
@@ -56,7 +57,7 @@ def table(found: Record) -> str:
                     series["label"],
                     label,
                     f"{runs[0]['parameters']:,}" if adapted else "",
-                    f"{runs[0]['rate']:g}" if adapted else "",
+                    among(runs[0]["rate"], rates) if adapted else "",
                     plus_minus(ours, 2),
                     plus_minus([a - b for a, b in zip(ours, other, strict=True)], 2)
                     if label != against
@@ -80,7 +81,7 @@ def caption(found: Record) -> str:
         f"{budget['rank']}, in {budget['steps']} steps of {budget['batch_size']} windows. Each value of the "
         f"test part is predicted from a whole context. Mean ± standard deviation of {len(budget['seeds'])} "
         f"seeds, each with a base of its own; differences are taken seed by seed. Each method with the "
-        f"learning rate that was best for it, with the first seed, on the part before the test. On "
+        f"learning rate that was best for it, with the first seed, on the part before the test. {ENDS} On "
         f"{device(environment)}, commit {environment['commit']}: `{found['command']}`"
     )
 

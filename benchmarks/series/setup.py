@@ -59,7 +59,7 @@ class Method(NamedTuple):
 METHODS = {
     "lora": Method("lora"),
     "hylorada_v1": Method("hylorada_v1"),
-    "hylorada_v2, not told": Method("hylorada_v2"),
+    "hylorada_v2, no hours": Method("hylorada_v2"),
     "hylorada_v2, hours": Method("hylorada_v2", "own"),
     "hylorada_v2, hours of the year": Method("hylorada_v2", "year"),
     "hylorada_v2, hours asked for": Method("hylorada_v2", "asked", irregular_only=True),
@@ -92,7 +92,7 @@ class Budget:
 
     settings: tuple[str, ...] = tuple(SETTINGS)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     pretrain_steps: int = 600
     pretrain_rate: float = 3e-3
     steps: int = 200
@@ -172,7 +172,6 @@ def adapter(method: Method, rank: int, context: int) -> HyLoRADAConfig:
         method=method.name,
         lora_rank=rank,
         lora_alpha=2.0 * rank,
-        lora_plus_enabled=True,
         target_modules="all-linear",  # the same layers for every method
         structure_encoder_type="temporal",
         structure_seq_len=context,
