@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from benchmarks.experiment import BASE, Candidate, Experiment, Variant, best_par
 from benchmarks.kept import Record, stored, written
 from benchmarks.rows import is_measured
 from benchmarks.trainables import Adapted, Full, trainable
-from benchmarks.trial import Evaluation, Runner, require_row, training_rows, whole
+from benchmarks.trial import Evaluation, Runner, order, require_row, training_rows, whole
 from hylorada_jax.data.corpus import PYTHON_DOCSTRINGS, PYTHON_STDLIB, load_documents
 from hylorada_jax.data.document import TokenizedDocument, digest
 from hylorada_jax.data.examples import Example
@@ -147,9 +148,9 @@ class Benchmark:
                 require_row(part, documents, experiment.seq_len)
         if experiment.retrieval_samples:
             contexts(self._tokenizer, experiment.seq_len, experiment.retrieval_samples)
-        rows = len(self._rows(plain["train"]))
+        rows = self._rows(plain["train"])
         length = TrainingConfig(output="", epochs=experiment.epochs or 1, batch_size=experiment.batch_size)
-        self._budgets = experiment.steps or (length.for_rows(rows).steps,)
+        self._budgets = experiment.steps or (length.for_rows(len(rows)).steps,)
         # What is forgotten is a measure: with another text, or without one, the runs stay the same.
         other = plain.get("other")
         self._other = {"data": experiment.other_data, "sha256": digest(other)} if other else None
@@ -171,6 +172,7 @@ class Benchmark:
             "sha256": {part: digest(documents) for part, documents in shared.items()},
             "tokens": {part: sum(map(len, documents)) for part, documents in shared.items()},
         }
+        self._order = functools.cache(functools.partial(order, rows, experiment.batch_size))
         for variant in experiment.variants:
             for steps in self._budgets:
                 for candidate in variant.candidates:
@@ -238,7 +240,7 @@ class Benchmark:
             result = {"out_of_memory": one_line(str(error))[:300]}
         if "dev_loss" not in result:
             print(f"    {result}", flush=True)
-        return written(self._file(run), self._settings | run.settings(), self._command, result)
+        return written(self._file(run), self._settings_of(run), self._command, result)
 
     def _result(self, run: Run, measured: bool) -> Record:
         """What the table says of a run."""
@@ -305,7 +307,12 @@ class Benchmark:
     def _done(self, run: Run) -> Record | None:
         """The record of a run that was done, whose settings must be those of this one."""
         remedy = "Choose another --name or --output, or remove the directory."
-        return stored(self._file(run), self._settings | run.settings(), remedy)
+        return stored(self._file(run), self._settings_of(run), remedy, since=("order",))
+
+    def _settings_of(self, run: Run) -> Record:
+        """All that decides what a run computes: methods are compared on the same rows in the same order."""
+        found = self._settings | run.settings()
+        return found if run.variant.kind == BASE else found | {"order": self._order(run.seed, run.steps)}
 
     def _is_measured(self, record: Record) -> bool:
         return is_measured(record) and self._other in (None, record["result"].get("other"))

@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.bootstrap import Effect, paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, dev_loss
+from benchmarks.intervals import WORDS, Effect, paired_difference
 from benchmarks.report import (
+    among,
     check_page,
     draw,
+    ends,
     fill_page,
     markdown,
     measured_on,
@@ -107,11 +109,30 @@ def table(found: dict[int, list[Row]], against: str) -> str:
             cells += [mean_of(row, "other_perplexity")] if forgets else []
         lines.append(cells)
     note = (
-        f"{origin(found[max(found)], seeds=seeds)} Differences with 95 % intervals: a paired "
-        "bootstrap over seeds and documents (of one document, its windows); of few seeds they are too narrow "
-        f"rather than too wide. {measured_on([run for row in everything for run in row.runs])}"
+        f"{origin(found[max(found)], seeds=seeds)} {_left(found)}Differences with {WORDS} "
+        f"{_texts(everything)}. {measured_on([run for row in everything for run in row.runs])}"
     )
     return f"{markdown(lines)}\n\n{note}\n"
+
+
+def _left(found: dict[int, list[Row]]) -> str:
+    """How many combinations were left to choose from at each budget, in words; nothing of a single budget."""
+    if len(found) == 1:
+        return ""
+    left: dict[str, list[str]] = {}  # labels, by the numbers
+    for label in dict.fromkeys(row.label for rows in found.values() for row in rows if row.trained):
+        counts = [str(row.left) for rows in found.values() for row in rows if row.label == label]
+        left.setdefault(" → ".join(counts), []).append(label)
+    parts = [f"{' and '.join(labels)} of {counts}" for counts, labels in left.items()]
+    return f"The settings of the longer runs were chosen of what the shorter ones left: {', '.join(parts)}. "
+
+
+def _texts(rows: Sequence[Row]) -> str:
+    """What the errors over texts are of, in words."""
+    run = next(run for row in rows for run in row.runs)
+    _, tokens = _losses([run])
+    single = len({number for number, *_ in run["result"]["passages"]}) == 1
+    return f"{len(tokens)} windows of one document" if single else f"{len(tokens)} documents"
 
 
 def ranks(rows: Sequence[Row]) -> str:
@@ -149,7 +170,7 @@ def effect(row: Row, other: Row) -> Effect | None:
     if not shared:
         return None
     (ours, tokens), (theirs, _) = (_losses([each[seed] for seed in shared]) for each in seeds)
-    return paired_bootstrap(ours, theirs, tokens)
+    return paired_difference(ours, theirs, tokens)
 
 
 def _losses(runs: Sequence[Record]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -166,27 +187,45 @@ def _losses(runs: Sequence[Record]) -> tuple[NDArray[Any], NDArray[Any]]:
 def search(runs: Sequence[Record]) -> str:
     """The held-out losses of all settings that were tried, as Markdown: of each method the last ones first.
 
+    A rate is marked where it is the best beside the same other settings, and the first or the last one tried.
+
     Args:
         runs: of :func:`benchmarks.rows.records`.
     """
     first = min(record["settings"]["seed"] for record in runs if record["settings"]["kind"] != BASE)
-    losses: dict[str, dict[str, dict[int, float]]] = {}  # by label, settings and steps
-    for record in runs:
-        own = record["settings"]
-        if own["kind"] != BASE and own["seed"] == first:
-            chosen = ", ".join(f"{name} {value}" for name, value in point(record).items())
-            losses.setdefault(own["label"], {}).setdefault(chosen, {})[own["steps"]] = dev_loss(record)
-    note = "Held-out loss in nats, with the first seed. What has no loss at a budget was dropped before it."
-    parts = [note]
-    for label, found in losses.items():
-        order = sorted(found, key=lambda chosen: (-max(found[chosen]), found[chosen][max(found[chosen])]))
+    searched = [run for run in runs if run["settings"]["kind"] != BASE and run["settings"]["seed"] == first]
+    # By label, by the settings other than the rate, and by the rate: the losses by steps.
+    losses: dict[str, dict[str, dict[float, dict[int, float]]]] = {}
+    for record in searched:
+        own, others = record["settings"], {**point(record)}
+        rate = others.pop("learning_rate")
+        beside = "".join(f", {name} {value}" for name, value in others.items())
+        of_rates = losses.setdefault(own["label"], {}).setdefault(beside, {})
+        of_rates.setdefault(rate, {})[own["steps"]] = dev_loss(record)
+    parts = []
+    for label, by_others in losses.items():
+        found = {}
+        for beside, of_rates in by_others.items():
+            best = min(of_rates, key=lambda rate: _last_loss(of_rates[rate]))
+            for rate, by_steps in of_rates.items():
+                shown = among(rate, of_rates) if rate == best else f"{rate:g}"
+                found[f"learning_rate {shown}{beside}"] = by_steps
+        order = sorted(found, key=lambda chosen: _last_loss(found[chosen]))
         steps = budgets(runs)
         lines = [["settings", *(f"{n} steps" for n in steps)]]
         for chosen in order:
             cells = [f"{found[chosen][n]:.4f}" if n in found[chosen] else "" for n in steps]
             lines.append([chosen, *cells])
         parts.append(f"## {label}\n\n{markdown(lines)}")
-    return "\n\n".join(parts) + "\n"
+    tables = "\n\n".join(parts)
+    note = "Held-out loss in nats, with the first seed. What has no loss at a budget was dropped before it."
+    return f"{note}{ends(tables)}\n\n{tables}\n"
+
+
+def _last_loss(by_steps: dict[int, float]) -> tuple[int, float]:
+    """Sorts the settings that went furthest first, and among them the least loss."""
+    last = max(by_steps)
+    return -last, by_steps[last]
 
 
 def plot(found: dict[int, list[Row]], against: str, directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from hylorada_jax.io.files import write_json
 Record = dict[str, Any]
 
 
-def stored(file: Path, settings: Mapping[str, Any], remedy: str) -> Record | None:
+def stored(
+    file: Path, settings: Mapping[str, Any], remedy: str, since: Collection[str] = ()
+) -> Record | None:
     """The record in a file; None where there is no file.
 
     Args:
         file: of a run.
         settings: that it must be of.
         remedy: of the error.
+        since: names of settings that the first records lack, which are taken as they are.
 
     Raises:
         CheckpointError: it is of other settings.
@@ -29,7 +32,9 @@ def stored(file: Path, settings: Mapping[str, Any], remedy: str) -> Record | Non
     if not file.exists():
         return None
     record = json.loads(file.read_text("utf-8"))
-    if changed := differences(record["settings"], settings):
+    theirs = record["settings"]
+    known = {name: value for name, value in settings.items() if name in theirs or name not in since}
+    if changed := differences(theirs, known):
         raise CheckpointError("A directory holds the runs of one experiment.", f"{file}: {changed}", remedy)
     return record
 

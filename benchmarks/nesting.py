@@ -24,11 +24,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
+from benchmarks.intervals import WORDS, paired_difference
 from benchmarks.kept import Record, by_method, kept
-from benchmarks.report import check_page, fill_page, markdown, measured_on, over_seeds, plus_minus
+from benchmarks.report import (
+    among,
+    check_page,
+    ends,
+    fill_page,
+    markdown,
+    measured_on,
+    over_seeds,
+    plus_minus,
+)
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError
@@ -204,7 +213,7 @@ def table(runs: list[Record], rates: Sequence[float]) -> str:
     lines = [["", "rate", *(f"PPL, {side}" for side in sides), *(f"− {WITHOUT}, {side}" for side in sides)]]
     for name, some in found.items():
         rate = some[0]["settings"]["learning_rate"]
-        cells = [name, "" if rate is None else f"{rate:g}"]
+        cells = [name, "" if rate is None else among(rate, rates)]
         for side in sides:
             nll, tokens = _losses(some, side)
             cells.append(plus_minus(np.exp(nll.sum(1) / tokens.sum()).tolist(), 3))
@@ -213,16 +222,18 @@ def table(runs: list[Record], rates: Sequence[float]) -> str:
                 cells.append("")
                 continue
             (ours, tokens), (theirs, _) = (_losses(each, side) for each in (some, found[WITHOUT]))
-            cells.append(paired_bootstrap(ours, theirs, tokens).text(3))
+            cells.append(paired_difference(ours, theirs, tokens).text(3))
         lines.append(cells)
     settings = runs[-1]["settings"]
+    files = [len(_losses(runs[:1], side)[1]) for side in sides]
+    body = markdown(lines)
     return (
-        f"{markdown(lines)}\n\n{settings['model']}, {PYTHON_STDLIB}; {settings['steps']} steps of "
+        f"{body}\n\n{settings['model']}, {PYTHON_STDLIB}; {settings['steps']} steps of "
         f"{settings['batch_size']} × {settings['seq_len']} tokens, of which those at a depth of at most "
         f"{settings['shallow']} count; deep is {settings['deep']} and more, in other files. The rate is the "
-        f"best of {len(rates)} for each method, on training files held out. "
-        f"{over_seeds(max(map(len, found.values())))}; differences with 95 % intervals, a paired "
-        f"bootstrap over seeds and files. {measured_on(runs)}\n"
+        f"best of {len(rates)} for each method, on training files held out.{ends(body)} "
+        f"{over_seeds(max(map(len, found.values())))}; differences with {WORDS} "
+        f"{files[0]} files with shallow tokens, {files[1]} with deep ones. {measured_on(runs)}\n"
     )
 
 

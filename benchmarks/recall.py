@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from benchmarks.bootstrap import paired_bootstrap
 from benchmarks.command import run
 from benchmarks.experiment import BASE, require_each_once
+from benchmarks.intervals import WORDS, paired_difference
 from benchmarks.kept import Record, by_method, kept
 from benchmarks.report import (
     check_page,
@@ -202,7 +202,7 @@ def table(runs: list[Record]) -> str:
                 cells.append("")
                 continue
             ours, theirs = (_losses(each, length) for each in (some, found[WITHOUT]))
-            cells.append(paired_bootstrap(ours, theirs, np.ones(ours.shape[1])).text(2))
+            cells.append(paired_difference(ours, theirs, np.ones(ours.shape[1])).text(2))
         lines.append(cells)
     settings = runs[-1]["settings"]
     trained = " and ".join(map(str, settings["train_lengths"]))
@@ -211,8 +211,8 @@ def table(runs: list[Record]) -> str:
         f"contexts of {trained} tokens with {settings['facts']} facts, rate {settings['learning_rate']:g}; "
         f"tested on {settings['samples']} others at each of ten depths. "
         f"{over_seeds(max(map(len, found.values())))}. Effects are differences of exp(loss "
-        f"of the answer) to {WITHOUT}'s, with 95 % intervals: a paired bootstrap over seeds and the numbers "
-        f"asked for, each of these at all depths. "
+        f"of the answer) to {WITHOUT}'s, with {WORDS} {settings['samples']} numbers asked for, each at all "
+        f"depths. "
         f"{measured_on(runs)}\n"
     )
 

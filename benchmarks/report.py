@@ -32,7 +32,6 @@ from hylorada_jax.terminal import show
 _TIMES = (("step, s", "seconds_per_step", 1.0, 2), ("tokens/s", "tokens_per_second", 1.0, 0))
 _MEMORY = ("memory, MB", "program_bytes", 1e-6, 0)
 _QUIET = 1.5  # processes per core; the run itself is about one for each
-ENDS = "†: the smallest or the largest rate that was tried; a better one may lie beyond."
 
 
 def main(
@@ -219,6 +218,12 @@ def plus_minus(values: Sequence[float], digits: int) -> str:
 def among(rate: float, rates: Collection[float]) -> str:
     """A learning rate, marked where it is the first or the last of those that were tried."""
     return f"{rate:g}" + " †" * (len(rates) > 1 and rate in (min(rates), max(rates)))
+
+
+def ends(table: str) -> str:
+    """What :func:`among` marks, in words; empty of a table without such rates."""
+    words = " †: the smallest or the largest rate that was tried; a better one may lie beyond."
+    return words if "†" in table else ""
 
 
 def _difference(row: Row, other: Row) -> str:

@@ -23,6 +23,7 @@ class Row(NamedTuple):
         runs: those with measures of the test data, in the order of the seeds.
         failed: how many did not end.
         tried: how many combinations of settings it was tried with, at the smallest budget.
+        left: how many of them at this budget.
     """
 
     label: str
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     runs: list[Record]
     failed: int
     tried: int
+    left: int
 
     @property
     def rate(self) -> float:
@@ -117,10 +119,11 @@ def _row(label: str, runs: list[Record], steps: int, rate: float | None) -> Row 
     runs = [run for run in runs if _is_base(run) or run["settings"]["steps"] == steps]
     if not runs:
         return None
-    best = point(min(_grid(runs), key=dev_loss))
+    left = _grid(runs)
+    best = point(min(left, key=dev_loss))
     own = [run for run in runs if point(run) == best]
     failed = sum("dev_loss" not in run["result"] for run in own)
-    return Row(label, best, [run for run in own if is_measured(run)], failed, len(tried))
+    return Row(label, best, [run for run in own if is_measured(run)], failed, len(tried), len(left))
 
 
 def _grid(runs: list[Record]) -> list[Record]:
@@ -149,7 +152,9 @@ def point(record: Record) -> dict[str, Any]:
 
 def _shared(record: Record) -> Record:
     # Records from before the start of lora_A was a setting of the config have "kaiming".
-    own = ("label", "learning_rate", "point", "steps", "seed", "kind", "config", "kaiming", "structure")
+    own = (
+        "label", "learning_rate", "point", "steps", "seed", "order", "kind", "config", "kaiming", "structure",
+    )  # fmt: skip
     return {key: value for key, value in record["settings"].items() if key not in own}
 
 

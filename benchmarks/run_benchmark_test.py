@@ -143,6 +143,20 @@ def test_a_benchmark_goes_on_where_it_was_killed(done, tiny, tmp_path, monkeypat
             assert record["result"].get(key) == expected.get(key), (name, key)
 
 
+def test_runs_of_another_order_of_the_data_are_refused(done, tiny, tmp_path, monkeypatch):
+    shutil.copytree(done, tmp_path / "tiny")
+    changes: dict[str, object] = {"methods": {"lora": {}}}
+    draw = trial.mixed_batches
+    monkeypatch.setattr(trial, "mixed_batches", lambda shares, size, seed: draw(shares, size, seed + 7))
+    with pytest.raises(CheckpointError, match="order"):
+        run(tiny, tmp_path, **changes)
+    # The first records do not name theirs.
+    for name, record in records(tmp_path / "tiny").items():
+        record["settings"].pop("order", None)
+        (tmp_path / "tiny" / name).write_text(json.dumps(record))
+    run(tiny, tmp_path, **changes)
+
+
 @pytest.mark.parametrize(
     ("error", "kept"),
     [
@@ -276,12 +290,16 @@ def test_the_budgets_table_has_the_differences_of_the_runs(halved):
         assert all(0 < float(cell.split()[0]) <= rank for cell in line.split("|")[2:5])
     tried = (directory / "search.md").read_text()
     assert tried.count("| learning_rate") == 4 + 8
+    # Of two rates the better one is an end, whatever stands beside it.
+    assert tried.count(" †,") == 2 + 4
     assert tried.count(" |  |\n") == 2 + 4  # were dropped
     runs = list(records(directory).values())
     base = {"settings": {"label": "base", "kind": "base", "seed": 0, "steps": 0, "point": {}}}
     assert budgets.search([base, *runs]) == budgets.search(runs)  # its seed, always 0, is none of theirs
     counts = "of 4 combinations, hylorada_v1 of 8.", "of 8 combinations, lora of 4."  # of the first budget
     assert any(count in " ".join(lines) for count in counts)
+    assert "lora of 4 → 2" in " ".join(lines)
+    assert "hylorada_v1 of 8 → 4" in " ".join(lines)
     for name in ("budgets.png", "held_out.png"):
         assert (directory / name).stat().st_size > 5_000
     with pytest.raises(ConfigError, match="hylorada_v1"):
@@ -291,6 +309,17 @@ def test_the_budgets_table_has_the_differences_of_the_runs(halved):
         budgets.main(directory, against="lora", page=absent)
     with pytest.raises(CheckpointError, match="passage"):
         budgets.main(EXPERIMENTS[0].parents[1] / "results" / "wikitext-2", against="lora")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "losses", "tokens"),
+    [([0, 0, 1, 1], [3, 7], [30, 70]), ([5, 5, 5, 5], [1, 2, 3, 4], [10, 20, 30, 40])],
+    ids=["documents", "windows of one document"],
+)
+def test_errors_over_texts_are_of_documents_or_of_the_windows_of_a_single_one(numbers, losses, tokens):
+    passages = [[n, at + 1.0, 10 * (at + 1)] for at, n in enumerate(numbers)]
+    found = budgets._losses([{"result": {"passages": passages}}] * 2)
+    assert [part.tolist() for part in found] == [[losses] * 2, tokens]
 
 
 def test_both_tables_count_the_whole_grid_and_say_where_seeds_lack(halved, tmp_path):

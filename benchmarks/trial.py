@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import statistics
 import time
@@ -47,6 +48,12 @@ def training_rows(
     """The rows of documents, or some of about so many tokens, spread evenly."""
     rows = Rows(documents, seq_len)
     return rows if tokens is None else spread(rows, tokens)
+
+
+def order(rows: Rows | Sequence[Batch], batch_size: int, seed: int, steps: int) -> str:
+    """A digest of the numbers of the rows that so many steps train on, in their order."""
+    batches = mixed_batches([(rows, 1)], batch_size, seed)
+    return hashlib.sha256(b"".join(next(batches)["row"].tobytes() for _ in range(steps))).hexdigest()
 
 
 @dataclasses.dataclass

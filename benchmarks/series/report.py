@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import ENDS, among, device, markdown, plus_minus
+from benchmarks.report import among, device, ends, markdown, plus_minus
 from benchmarks.series.setup import BASE, METHODS
 from hylorada_jax.io.files import write_figure
 
@@ -65,7 +65,8 @@ def table(found: Record) -> str:
                     f"{plus_minus([run['mae'] for run in runs], 3)} {series['unit']}",
                 ]
             )
-    return f"{markdown(lines, words=2)}\n\n{caption(found)}\n"
+    body = markdown(lines, words=2)
+    return f"{body}\n\n{caption(found)}{ends(body)}\n"
 
 
 def caption(found: Record) -> str:
@@ -81,7 +82,7 @@ def caption(found: Record) -> str:
         f"{budget['rank']}, in {budget['steps']} steps of {budget['batch_size']} windows. Each value of the "
         f"test part is predicted from a whole context. Mean ± standard deviation of {len(budget['seeds'])} "
         f"seeds, each with a base of its own; differences are taken seed by seed. Each method with the "
-        f"learning rate that was best for it, with the first seed, on the part before the test. {ENDS} On "
+        f"learning rate that was best for it, with the first seed, on the part before the test. On "
         f"{device(environment)}, commit {environment['commit']}: `{found['command']}`"
     )
 
