@@ -157,7 +157,7 @@ def table(record: Mapping[str, Any]) -> str:
         f"{markdown(rows)}\n\n"
         f"{settings['model']}, {settings['method']}; {settings['steps']} steps of {settings['batch_size']} × "
         f"{settings['seq_len']} tokens of {settings['data']}, computed in bfloat16; perplexity of "
-        f"{settings['eval_tokens']:,} held-out tokens, steps on {device(about)}. "
+        f"{settings['eval_tokens']:,} held-out tokens, of one seed; steps on {device(about)}. "
         f"Commit {about['commit']}.\n"
     )
 

@@ -133,7 +133,7 @@ def measure_preparation(
     for number in tqdm(range(rounds), desc="preparing", unit="round", leave=False):
         for name in rotated(list(found), number):
             found[name].append(in_own_process(timed_preparation, name, model, seq_len, of, count))
-        same_tokens({name: measured[0] for name, measured in found.items()})
+        same_tokens({name: measured[-1] for name, measured in found.items()})
     seconds = {name: [one["seconds"] for one in measured] for name, measured in found.items()}
     return {
         name: {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import conversations
+from benchmarks.contenders import chats
 from benchmarks.conversations import main, same_tokens, summary, table
 from hylorada_jax.errors import ConfigError, HyLoRADAError
 
@@ -74,6 +75,17 @@ def test_different_tokens_are_refused_and_named():
     same_tokens({"ours": one, "trl": dict(one)})
     with pytest.raises(HyLoRADAError, match="ours 10, scored 4, trl 11, scored 4"):
         same_tokens({"ours": one, "trl": {"digest": "b", "tokens": 11, "scored": 4}})
+
+
+def test_each_round_is_compared(monkeypatch):
+    rounds = iter(["a"] * len(chats.PREPARATIONS) + ["a", "b"] * len(chats.PREPARATIONS))
+    monkeypatch.setattr(
+        conversations,
+        "in_own_process",
+        lambda *_: {"digest": next(rounds), "tokens": 10, "scored": 4, "seconds": 1.0},
+    )
+    with pytest.raises(HyLoRADAError, match="same tokens"):
+        conversations.measure_preparation("a model", 8, [], 1, rounds=2)
 
 
 def test_ratios_are_taken_within_rounds():

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 # Run by its path, Python looks for modules in this file's directory, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.command import run
+from benchmarks.command import run, started
 from benchmarks.experiment import INSTALL, differences
 from benchmarks.report import draw
 from hylorada_jax.config import METHODS, HyLoRADAConfig
@@ -251,6 +251,7 @@ class Search:
         path = self._output / "best.json"
         write_whole(path, config_of(self._settings["method"], best.params).to_json().encode())
         record = {
+            "command": started(),
             "settings": self._settings,
             "environment": environment(),
             "trials": [

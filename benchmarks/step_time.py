@@ -338,14 +338,23 @@ def ratios(record: Mapping[str, Any]) -> str:
     rows = [["step", "s, median", *measured]]
     for name, one in contenders.items():
         cells = [_cell(one.get(figure), style, unit) for figure, style, unit in measured.values()]
+        if BASELINE in contenders and name != BASELINE:
+            cells[0] += _between(one["seconds"], contenders[BASELINE]["seconds"])
         rows.append([name, f"{one['median_seconds']:.2f}", *cells])
     return (
         f"{markdown(rows)}\n\n"
         f"{settings['model']}; steps of {settings['batch_size']} × {settings['seq_len']} tokens, "
         f"{settings['dtype']}, rank {settings['rank']}; medians of {settings['rounds']} rounds, ratios "
-        f"within each, on {settings['cores']} cores of {device(about)}{_load(settings)}. "
+        f"within each, from the least to the greatest in brackets, on {settings['cores']} cores of "
+        f"{device(about)}{_load(settings)}. "
         f"Commit {about['commit']}.\n"
     )
+
+
+def _between(seconds: Sequence[float], baseline: Sequence[float]) -> str:
+    """The least and the greatest of the ratios within each round, in brackets."""
+    found = [own / other for own, other in zip(seconds, baseline, strict=True)]
+    return f" [{min(found):.2f}, {max(found):.2f}]"
 
 
 def _load(settings: Mapping[str, Any]) -> str:

@@ -134,6 +134,10 @@ def test_ratios_within_rounds_leave_out_what_slows_a_whole_round():
     }
 
 
+def test_a_table_shows_between_which_ratios_the_rounds_were():
+    assert step_time._between([2.0, 9.0, 4.0], [1.0, 3.0, 8.0]) == " [0.50, 3.00]"
+
+
 def test_bad_input_is_refused_before_a_model_is_loaded(llama, monkeypatch, tmp_path):
     monkeypatch.setattr(in_jax, "load_model", None)
     with pytest.raises(HyLoRADAError, match=r"qwix lora.*\n.*loha"):
