@@ -1,6 +1,8 @@
 """Oracles: the evaluation functions, the records' own statistics, and what a kill leaves."""
 
 import json
+import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -40,6 +42,7 @@ METHODS = {
     "kaiming": {"method": "hylorada_v1", "lora_rank": 2, "lora_A_init": "kaiming"},
 }
 EXPERIMENTS = sorted((Path(__file__).parent / "experiments").glob("*.json"))
+CHOOSING = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text("utf-8")
 ADAPTER = {"lora_plus_enabled": True}
 
 
@@ -343,6 +346,18 @@ def test_both_tables_count_the_whole_grid_and_say_where_seeds_lack(halved, tmp_p
     assert [head for head, cell in cells if "(1 of 2 seeds)" in cell] == ["PPL, 4 steps"]
     assert ranks.startswith("| hylorada_v1 (1 of 2 seeds) |")
     assert "of 2 seeds" in report.table(read(directory))
+
+
+@pytest.mark.parametrize("name", re.findall(r"--config benchmarks/experiments/([\w-]+)\.json", CHOOSING))
+def test_the_commands_of_the_page_train_the_methods_of_its_tables(name):
+    words = shlex.split(CHOOSING.split(f"experiments/{name}.json")[1].split("\npython")[0])
+    if "--methods" in words:
+        methods = words[words.index("--methods") + 1 :]
+    else:
+        methods = list(Experiment.load(EXPERIMENTS[0].parent / f"{name}.json").methods)
+    table = CHOOSING.split(f"<!-- results:{name} -->\n")[1].split("\n\n")[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    assert sorted(rows) == sorted(methods)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 77}, {"rate": 0.5}], ids=str)
