@@ -203,14 +203,13 @@ def finished(place, tmp_path):
     shutil.copy(place / "wide.json", finished.loss_plot)
     finished.recipe.write_text(json.dumps({"model": str(place / "llama"), "data": ["texts.txt"]}))
     (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    (tmp_path / "linked").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "linked" / name).symlink_to(finished.adapter / name)
+    (tmp_path / "linked").symlink_to(finished.adapter)
     return finished
 
 
 @pytest.mark.parametrize(("options", "read"), [
-    (("--start-from", "runs/a/adapter"), "a/adapter"), (("--start-from", "linked"), "linked/adapter_config"),
+    (("--start-from", "runs/a/adapter"), "a/adapter"),
+    (("--start-from", "linked"), "linked, linked/adapter_config"),
     (("--data", "runs/a/metrics.jsonl"), "metrics.jsonl"), (("--data", "runs/**/*.jsonl"), "metrics.jsonl"),
     (("--data", "texts.txt=0.5", "runs/a/metrics.jsonl=0.5"), "metrics.jsonl"),
     (("--data", "texts.txt", "--eval-data", "runs/a/*.jsonl"), "metrics.jsonl"),

@@ -21,10 +21,12 @@ from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
 from hylorada_jax.models.chat_template import TEMPLATE_NAME, read_template
 from hylorada_jax.models.families import family_of
+from hylorada_jax.models.inside import file_inside
 from hylorada_jax.models.text_part import text_name
 from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
+    adapter_file,
     check_finite,
     refuse_existing,
     write_files,
@@ -184,14 +186,14 @@ def open_peft(directory: str | Path) -> SavedPeft:
         directory: holds adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        CheckpointError: a file is missing or damaged, has values of other types, or has a tensor that LoRA
-            and DoRA do not have.
+        CheckpointError: a file is missing or damaged, lies outside the directory, has values of other types,
+            or has a tensor that LoRA and DoRA do not have.
         ConfigError: a setting asks for what this library does not have; it is named.
         DataError: a chat template beside it cannot be read, or is not jinja.
     """
     directory = user_path(directory)
-    settings = _read_settings(directory / CONFIG_NAME)
-    path = directory / WEIGHTS_NAME
+    settings = _read_settings(adapter_file(directory, CONFIG_NAME))
+    path = adapter_file(directory, WEIGHTS_NAME)
     if not path.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
         raise CheckpointError(
@@ -206,13 +208,13 @@ def open_peft(directory: str | Path) -> SavedPeft:
     names = {_our_name(name, path): name for name in theirs}
     if twice := sorted(theirs.keys() - names.values()):
         raise CheckpointError("An adapter holds a tensor once.", short(twice), "Save it with PEFT.")
-    template = directory / TEMPLATE_NAME
+    template = file_inside(directory, TEMPLATE_NAME, CheckpointError)
     return SavedPeft(
         path,
         settings,
         {ours: theirs[name][1] for ours, name in names.items()},
         names,
-        read_template(template) if template.is_file() else None,
+        None if template is None else read_template(template),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import HyLoRADAError
+from hylorada_jax.errors import CheckpointError, HyLoRADAError
 from hylorada_jax.exchange.peft_files import SavedPeft, open_peft
 from hylorada_jax.exchange.peft_import import check_import, import_peft
 from hylorada_jax.models.causal_lm import CausalLM
@@ -59,6 +60,41 @@ def test_a_chat_template_beside_an_adapter_is_its_own(saved, base):
     assert import_peft(base, saved).chat_template == "{{ messages[0].content }}"
     template.write_text("{{")
     refused(saved, base, "A chat template must be a file of jinja")
+
+
+FILES = ["chat_template.jinja", CONFIG_NAME, WEIGHTS_NAME]
+SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_is_followed_within_the_directory_alone(name, base, tmp_path):
+    """A private text would stand in the adapter that is made of it, and be published with that."""
+    theirs, private, ours = (tmp_path / each for each in ("theirs", "private", "ours"))
+    theirs.mkdir()
+    write(theirs)
+    (theirs / "chat_template.jinja").write_text(SECRET)
+    (theirs / name).rename(theirs / "elsewhere")
+    (theirs / name).symlink_to("elsewhere")
+    assert import_peft(base, theirs).chat_template == SECRET
+
+    (theirs / "elsewhere").rename(private)
+    (theirs / name).unlink()
+    (theirs / name).symlink_to("../private")
+    with pytest.raises(CheckpointError, match="must lie in its directory") as error:
+        import_peft(base, theirs).save_pretrained(ours)
+    assert str(error.value.received) == f"{theirs / name}, which is {private}"
+    assert not [path for path in ours.rglob("*") if SECRET.encode() in path.read_bytes()]
+
+
+def test_an_adapter_in_a_cache_is_read_through_its_links(saved, base):
+    (saved / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    snapshot, blobs = saved / "models--org--name/snapshots" / ("a" * 40), saved / "models--org--name/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in FILES:
+        (saved / name).rename(blobs / name)
+        (snapshot / name).symlink_to(Path("../../blobs", name))
+    assert import_peft(base, snapshot).chat_template == "{{ messages[0].content }}"
 
 
 RANKS: tuple[Any, ...] = (None, 0, -1, True, 2.0, "2", [2], 2**16 + 1)

@@ -1,27 +1,30 @@
-"""Which files belong to a model's directory: those in it, or in the Hub's cache that it links into."""
+"""Which files belong to the directory of a model or an adapter: those in it, or in the Hub's cache."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hylorada_jax.errors import ModelError
+from hylorada_jax.errors import HyLoRADAError, ModelError
 
 
-def file_inside(directory: Path, name: str | Path) -> Path | None:
-    """A file of a model's directory.
+def file_inside(directory: Path, name: str | Path, error: type[HyLoRADAError] = ModelError) -> Path | None:
+    """A file of the directory of a model or an adapter.
 
     Who makes a directory can link from it to any file of those who use it. What is read of such a file, or
-    copied into a merged model, is no longer private.
+    copied into a merged model or another adapter, is no longer private.
 
     Args:
-        directory: the model's; it may itself be a link, such as to a snapshot in the Hub's cache.
+        directory: the model's or the adapter's; it may itself be a link, such as to a snapshot in the Hub's
+            cache.
         name: of the file, relative to the directory.
+        error: the class of the error.
 
     Returns:
         The file, not resolved; None where there is none, or a directory.
 
     Raises:
-        ModelError: it is outside, by its name or through a link; or it is a pipe, a socket or a device.
+        HyLoRADAError: of the class given: it is outside, by its name or through a link; or it is a pipe, a
+            socket or a device.
 
     Example:
         >>> import tempfile
@@ -29,20 +32,21 @@ def file_inside(directory: Path, name: str | Path) -> Path | None:
         ...     (Path(place) / "own.json").symlink_to("/etc/hosts")
         ...     file_inside(Path(place), "own.json")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        hylorada_jax.errors.ModelError: A model's files must lie in its directory, or in the Hub's cache...
+        hylorada_jax.errors.ModelError: The files of a model or an adapter must lie in its directory...
     """
     file = directory / name
     if not os.path.exists(file) or os.path.isdir(file):
         return None
     real = Path(os.path.realpath(file))
     if not any(real.is_relative_to(root) for root in _roots(directory)):
-        raise ModelError(
-            "A model's files must lie in its directory, or in the Hub's cache.",
+        raise error(
+            "The files of a model or an adapter must lie in its directory, or in the Hub's cache.",
             f"{file}, which is {real}",
-            "If the file is meant to be part of the model, put a copy in the directory.",
+            "If the file is meant to be part of it, put a copy in the directory.",
         )
     if not os.path.isfile(real):
-        raise ModelError("A model's files must be regular files.", file, "Remove it from the directory.")
+        rule = "The files of a model or an adapter must be regular files."
+        raise error(rule, file, "Remove it from the directory.")
     return file
 
 

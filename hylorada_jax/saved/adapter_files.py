@@ -18,8 +18,10 @@ from safetensors.numpy import save as dump_safetensors
 from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.io.bucket import is_in_bucket
 from hylorada_jax.io.files import any_path, kind_of, make_directory, refuse_unusable, write_all
 from hylorada_jax.models.chat_template import MAX_TEMPLATE
+from hylorada_jax.models.inside import file_inside
 from hylorada_jax.structure.code import DOMAINS
 from hylorada_jax.text import short, shown, well_formed
 
@@ -107,6 +109,13 @@ def refuse_existing(directory: str | Path) -> None:
             directory,
             "Choose another directory, or remove this one; in Python, overwrite=True replaces the adapter.",
         )
+
+
+def adapter_file(directory: Path, name: str) -> Path:
+    """The place of an adapter's file, there or not; a CheckpointError where it lies outside the directory."""
+    if not is_in_bucket(directory):  # where there are no links
+        file_inside(directory, name, CheckpointError)
+    return directory / name
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:

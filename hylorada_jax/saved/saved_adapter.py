@@ -28,6 +28,7 @@ from hylorada_jax.saved.adapter_files import (
     FORMAT_VERSION,
     IN_RUN,
     WEIGHTS_NAME,
+    adapter_file,
     check_beside,
     check_finite,
     render,
@@ -135,13 +136,14 @@ def open_adapter(directory: str | Path) -> SavedAdapter:
         directory: holds the two files.
 
     Raises:
-        CheckpointError: a file is missing, cut, altered, of another format version or of other types.
+        CheckpointError: a file is missing, cut, altered, of another format version or of other types, or it
+            lies outside the directory.
         ConfigError: a setting is unknown or refused. Where a newer version of this library may have meant
             something by it, the remedy names both versions.
     """
     directory = any_path(directory)
-    body, config = _read_config(directory / CONFIG_NAME)
-    header = read_header(directory / WEIGHTS_NAME, _RULE, CheckpointError, _REMEDY)
+    body, config = _read_config(adapter_file(directory, CONFIG_NAME))
+    header = read_header(adapter_file(directory, WEIGHTS_NAME), _RULE, CheckpointError, _REMEDY)
     if alien := [f"{name} {dtype}" for name, (dtype, _) in header.items() if dtype not in _FLOATS]:
         raise CheckpointError(
             "An adapter holds float32 or float64 tensors.", short(alien), "Save it with save_pretrained."

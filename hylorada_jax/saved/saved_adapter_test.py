@@ -302,23 +302,24 @@ def link_to_pipe(path: Path, place: Path) -> None:
     path.symlink_to(place / "pipe")
 
 
+# (what is put there, what the error says)
 FILES = {
-    "missing": lambda path, place: None,
-    "a pipe": pipe,
-    "a link to a pipe": link_to_pipe,
-    "a directory": lambda path, place: path.mkdir(),
-    "a device": lambda path, place: path.symlink_to("/dev/zero"),
-    "a link to nothing": lambda path, place: path.symlink_to(place / "nothing"),
-    "a link to itself": lambda path, place: path.symlink_to(path),
+    "missing": (lambda path, place: None, "two files"),
+    "a pipe": (pipe, "regular files"),
+    "a link to a pipe": (link_to_pipe, "which is "),
+    "a directory": (lambda path, place: path.mkdir(), "two files"),
+    "a device": (lambda path, place: path.symlink_to("/dev/zero"), "which is /dev/zero"),
+    "a link to nothing": (lambda path, place: path.symlink_to(place / "nothing"), "two files"),
+    "a link to itself": (lambda path, place: path.symlink_to(path), "two files"),
 }
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
-@pytest.mark.parametrize("put", FILES.values(), ids=FILES)
-def test_what_is_no_file_is_refused(put, name, saved, base, tmp_path):
+@pytest.mark.parametrize(("put", "said"), FILES.values(), ids=FILES)
+def test_what_is_no_file_is_refused(put, said, name, saved, base, tmp_path):
     (saved / name).unlink()
     put(saved / name, tmp_path)
-    refused(saved, base, ["two files", name])
+    refused(saved, base, [said, name])
 
 
 def test_a_runs_directory_leads_to_its_adapter(saved, base, tmp_path):
@@ -335,10 +336,29 @@ def test_a_path_that_is_no_directory_is_refused(path, base):
     refused(path, base, ["two files"])
 
 
-def test_a_link_to_a_file_is_read(saved, base, tmp_path):
-    (saved / WEIGHTS_NAME).rename(tmp_path / "elsewhere")
-    (saved / WEIGHTS_NAME).symlink_to(tmp_path / "elsewhere")
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_link_to_a_file_is_read_within_the_directory_alone(name, saved, base, tmp_path):
+    """A stranger's that leads out would have merge and export-peft write a private adapter's weights."""
+    (saved / name).rename(saved / "elsewhere")
+    (saved / name).symlink_to("elsewhere")
     assert read(saved, base)[NAME].shape == (2, 8)
+    (tmp_path / "alias").symlink_to(saved)
+    assert read(tmp_path / "alias", base)[NAME].shape == (2, 8)
+    (saved / "elsewhere").rename(tmp_path / "private")
+    (saved / name).unlink()
+    (saved / name).symlink_to("../private")
+    refused(saved, base, ["must lie in its directory", str(saved / name), str(tmp_path / "private")])
+
+
+def test_an_adapter_in_a_cache_is_read_through_its_links(saved, base, tmp_path):
+    cached = tmp_path / "models--org--name"
+    snapshot, blobs = cached / "snapshots" / ("a" * 40), cached / "blobs"
+    (snapshot / "adapter").mkdir(parents=True)
+    blobs.mkdir()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        (saved / name).rename(blobs / name)
+        (snapshot / "adapter" / name).symlink_to(Path("../../../blobs", name))
+    assert read(snapshot / "adapter", base)[NAME].shape == (2, 8)
 
 
 @pytest.fixture
