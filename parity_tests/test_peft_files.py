@@ -13,8 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
+from hylorada_jax.exchange.merged import write_merged
 from hylorada_jax.exchange.peft_export import effect, export_peft
 from hylorada_jax.exchange.peft_import import import_peft
+from hylorada_jax.model import HyLoRADAModel
+from hylorada_jax.models.loading import load_model
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.surgery import layout
@@ -114,6 +117,50 @@ def test_what_cannot_be_exported_at_all_is_refused(tmp_path):
     with measuring("float64"), pytest.raises(CheckpointError, match="overwritten"):
         export_peft(adapted("gpt2", CONFIGS["lora"]), tmp_path)
     assert (tmp_path / CONFIG_NAME).read_text() == "{}"
+
+
+@pytest.mark.parametrize("method", ["dora", "hylorada_v1"])
+@pytest.mark.parametrize("rows", ["zero", "cancelled", "moved"])
+def test_rows_of_zeros_by_which_peft_would_divide_are_refused(method, rows, tmp_path):
+    """As of a padded MLP, which stay zero in training. PEFT has no floor below the norm."""
+    with all_in_float64():
+        base = torch_base("llama", "float32")
+    kernels = [layer.mlp.up_proj.weight.data for layer in base.float().model.layers]
+    for kernel in kernels:
+        kernel[-2:] = 0
+    if rows == "cancelled":
+        kernels[0][-1, 0] = 2
+    base.save_pretrained(tmp_path / "base")
+    config = HyLoRADAConfig(method=method, lora_rank=2, lora_alpha=2, target_modules=["up_proj"])
+    model = HyLoRADAModel(load_model(tmp_path / "base"), config)
+    tensors = layout.flatten(model.sites, model.adapters)
+    rng = np.random.default_rng(0)
+    for name in (name for name in tensors if name.endswith(".lora_B")):
+        tensors[name] = rng.normal(0, 0.2, tensors[name].shape).astype(np.float32)
+        if rows == "zero":
+            tensors[name][-2:] = 0
+        if rows == "cancelled" and ".0." in name:
+            tensors[name][-1] = [-2, 0]
+            A = name.replace("lora_B", "lora_A")
+            tensors[A] = np.eye(*tensors[A].shape, dtype=np.float32)
+    model.adapters = layout.unflatten(model.sites, tensors)
+    ids = torch.arange(1, 9)[None]
+    ours = np.asarray(model(jax.numpy.asarray(ids.numpy())).logits)
+    assert np.isfinite(ours).all()
+    if rows == "moved":
+        export_peft(model, tmp_path / "peft")
+        theirs = PeftModel.from_pretrained(base, tmp_path / "peft")
+        with torch.no_grad():
+            assert relative_error(theirs(ids).logits.numpy(), ours) <= LOGITS["float32"]
+        return
+    with pytest.raises(ModelError, match=r"rows of zeros in .*up_proj[\s\S]*`hylorada merge`"):
+        export_peft(model, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+    model.save_pretrained(tmp_path / "ours")
+    write_merged(tmp_path / "base", tmp_path / "ours", tmp_path / "merged")  # the remedy
+    with torch.no_grad():
+        merged = type(base).from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits.numpy()
+    assert relative_error(merged, ours) <= LOGITS["float32"]
 
 
 NORMS = ["norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]

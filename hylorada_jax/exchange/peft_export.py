@@ -23,7 +23,7 @@ from hylorada_jax.models.families import TOKEN_EMBEDDINGS, family_of
 from hylorada_jax.models.text_part import INSIDE, names_in_peft
 from hylorada_jax.placement.processes import is_first
 from hylorada_jax.surgery import layout
-from hylorada_jax.surgery.collapse import collapse, without
+from hylorada_jax.surgery.collapse import collapse, vanishing_layers, without
 from hylorada_jax.surgery.merge import live_parts
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
@@ -54,7 +54,8 @@ def export_peft(
         sample: token ids [batch, seq]; an error then says what the logits would lose.
 
     Raises:
-        ModelError: what the adapter does is no LoRA and no DoRA; the component is named.
+        ModelError: what the adapter does is no LoRA and no DoRA; the component is named. Or PEFT's DoRA would
+            divide by zero, for a row of W + s·B A is zero; the layers are named.
         ConfigError: ``drop`` names no component.
         CheckpointError: an adapter, or one of the other files, is already there.
 
@@ -77,7 +78,10 @@ def export_peft(
         share=None if sample is None else share,
     )
     linear = [site for site in model.sites if site.component == "linear"]
-    made = collapse(model.sites, tensors, model.base.params, model.frozen["constants"])
+    adapter = (model.sites, tensors, model.base.params, model.frozen["constants"])
+    made = collapse(*adapter)
+    if _is_dora(model.config):
+        _refuse_vanishing(vanishing_layers(*adapter))
     unfrozen = layout.tensor_shapes([site for site in model.sites if site.component == "unfrozen"])
     whole = {name: tensors[name] for name in unfrozen}
     if model.config.train_embeddings and model.base.config.tie_word_embeddings:
@@ -182,6 +186,15 @@ def _refuse_inexpressible(
         f"Drop it deliberately: drop={list(live)}, on the command line --drop {' '.join(live)}; or train "
         "without.",
     )
+
+
+def _refuse_vanishing(layers: list[str]) -> None:
+    if layers:
+        raise ModelError(
+            "DoRA in PEFT divides by ‖W + s·B A‖ of every row, so that a row of zeros gives NaN.",
+            f"rows of zeros in {short(layers)}",
+            "Merge the adapter instead: `hylorada merge`.",
+        )
 
 
 def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dict[str, Any]:

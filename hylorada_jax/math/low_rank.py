@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
 from jax.tree_util import Partial
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from hylorada_jax.math.adapted_norm import adapted_norm_squared
 from hylorada_jax.math.remat import named_output
@@ -258,6 +258,32 @@ def adapted_norm(
     initial = norm_squared.astype(dtype)
     squared = adapted_norm_squared(weight, initial, lora_A, scaled_B)
     return safe_sqrt(jnp.maximum(squared, jnp.finfo(dtype).eps ** 2 * initial))
+
+
+def vanishes(
+    weight: Float[Array, "d_out d_in"] | Partial,
+    norm_squared: Float[Array, " d_out"],
+    lora_A: Float[Array, "r d_in"],
+    scaled_B: Float[Array, "d_out r"],
+) -> Bool[Array, " d_out"]:
+    """Whether a row of W + s·B A is zero, or nothing but rounding: n is then kept above what it is.
+
+        ‖W + s·B A‖ ≤ max(``NORM_FLOOR``, ε·‖W‖)
+
+    Args:
+        weight: W, or what gives it.
+        norm_squared: n₀² = ‖W‖², from :func:`row_norm_squared`.
+        lora_A: A.
+        scaled_B: s·B.
+
+    Example:
+        >>> W, A, B = jnp.array([[0.0, 0.0], [3.0, 0.0]]), jnp.zeros((1, 2)), jnp.zeros((2, 1))
+        >>> vanishes(W, row_norm_squared(W), A, B).tolist()
+        [True, False]
+    """
+    n = adapted_norm(weight, norm_squared, lora_A, scaled_B)
+    least = safe_sqrt(jnp.finfo(n.dtype).eps ** 2 * norm_squared.astype(n.dtype))
+    return n <= 2 * least  # twice, for n and this are rounded
 
 
 def _parts(gate: Float[Array, ""]) -> tuple[Array, Array]:

@@ -1,6 +1,6 @@
 """Trained adapters as LoRA and DoRA, which any library knows, and back."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.leaves import KINDS, LEAVES, PARTS
-from hylorada_jax.math import linear_adapter
+from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.surgery.layout import tensor_name
 from hylorada_jax.surgery.merge import acting_leaves
 from hylorada_jax.surgery.modules import subtree
@@ -72,6 +72,26 @@ def collapse(
     return _by_layer(one, sites, tensors, params, constants, KINDS["hylorada_v1"])
 
 
+def vanishing_layers(
+    sites: Sequence[Site], tensors: Tensors, params: Params, constants: Constants
+) -> list[str]:
+    """The adapted linear layers of which a row of W + s·B A is zero, as a padded MLP's are.
+
+    Args:
+        sites: from :func:`hylorada_jax.surgery.plan.plan`.
+        tensors: as an adapter file holds them.
+        params: the frozen tree.
+        constants: from :func:`hylorada_jax.surgery.build.build_constants`.
+    """
+
+    @jax.jit
+    def vanishes(leaves: dict[str, Any], weight: Any, norm: Any, scale: Any) -> Any:
+        return low_rank.vanishes(weight, norm, leaves["lora_A"], leaves["lora_B"] * scale).any()
+
+    layers = _layers(sites, tensors, params, constants, _CARRIED)
+    return [name for name, leaves, *facts in layers if vanishes(leaves, *facts)]
+
+
 def expand(
     sites: Sequence[Site], tensors: Tensors, params: Params, constants: Constants, config: HyLoRADAConfig
 ) -> dict[str, np.ndarray]:
@@ -116,6 +136,18 @@ def _by_layer(
     """(leaves, W, n₀², s) → leaves, for each layer of the linear adapters."""
     run = jax.jit(function)
     result: dict[str, np.ndarray] = {}
+    for name, leaves, *facts in _layers(sites, tensors, params, constants, read):
+        made = run(leaves, *facts)
+        result |= {f"{name}.{leaf}": np.asarray(value) for leaf, value in made.items()}
+        # What is only carried along keeps its bits.
+        result |= {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] for leaf in _CARRIED}
+    return result
+
+
+def _layers(
+    sites: Sequence[Site], tensors: Tensors, params: Params, constants: Constants, read: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any], Any, Any, float]]:
+    """The name, the leaves, W, n₀² and s of each layer of the linear adapters."""
     for site in (site for site in sites if site.component == "linear"):
         norm = subtree(constants, site.module.path)["norm"].reshape(len(site.names), -1)
         for index, name in enumerate(site.names):
@@ -123,8 +155,4 @@ def _by_layer(
                 leaf: jnp.asarray(tensors[f"{name}.{leaf}"]) for leaf in read if f"{name}.{leaf}" in tensors
             }
             weight = site.linear.weight(params, site.layers[index])
-            made = run(leaves, weight, norm[index], site.scales[index])
-            result |= {f"{name}.{leaf}": np.asarray(value) for leaf, value in made.items()}
-            # What is only carried along keeps its bits.
-            result |= {f"{name}.{leaf}": tensors[f"{name}.{leaf}"] for leaf in _CARRIED}
-    return result
+            yield name, leaves, weight, norm[index], site.scales[index]
