@@ -33,7 +33,7 @@ from hylorada_jax.models.generation_config import (
 from hylorada_jax.models.inside import files_inside
 from hylorada_jax.models.loading import empty_model, weights_layout
 from hylorada_jax.models.rounded_weights import RoundedWeights
-from hylorada_jax.models.source import SMALL_FILES, Source, find_source
+from hylorada_jax.models.source import SMALL_FILES, TEMPLATE_FILES, Source, find_source
 from hylorada_jax.models.tokenizer import load_tokenizer
 from hylorada_jax.models.tokenizer_files import write_tokenizer
 from hylorada_jax.models.weights import CONSTANTS, Weights, pieces_of
@@ -111,7 +111,9 @@ def write_merged(
         ends = dataclasses.replace(tokenizer, chat_template=template).chat_end_ids
         said = own or read_generation_config(source)
         generation = said | {"eos_token_id": [*ends]} if ends else {}
-    beside = [] if source.gguf else files_inside(source.path, *SMALL_FILES)
+    # An adapter's template replaces all of the base's, of which some would win over it: that for tools.
+    small = [name for name in SMALL_FILES if template is None or name not in TEMPLATE_FILES]
+    beside = [] if source.gguf else files_inside(source.path, *small)
     layout = weights_layout(source, empty)
     weights = RoundedWeights(layout, trained) if is_in_codes(trained) else layout.weights
     changed = changed_tensors(sites, leaves, weights, layout.slots, saved.config)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -511,6 +512,41 @@ def test_transformers_ends_a_turn_where_the_adapters_template_does(bases, adapte
     write_merged(base, tmp_path / "adapter", tmp_path / "merged")
     written = transformers.GenerationConfig.from_pretrained(tmp_path / "merged")
     assert (written.eos_token_id, written.max_new_tokens) == ([0, 1], 7)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+OF_BASE = "BASE {% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["files", "tokenizer_config.json"])
+def test_an_adapters_template_replaces_all_of_its_bases(chatting, tmp_path, place):
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(chatting, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": name, "template": OF_BASE} for name in ("default", "tool_use")]
+    if place == "files":
+        del settings["chat_template"]
+        (base / "additional_chat_templates").mkdir()
+        for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+            (base / name).write_text(OF_BASE)
+        (base / "chat_template.json").write_text(json.dumps({"chat_template": OF_BASE}))
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = HyLoRADAModel(load_model(base), CONFIGS["lora"])
+    texts = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    model.chat_template = "{{ (tools or []) | length }} tools " + texts
+    model.save_pretrained(tmp_path / "adapter")
+    write_merged(base, tmp_path / "adapter", merged)
+
+    messages = [{"role": "user", "content": "hi"}]
+    own = dataclasses.replace(load_tokenizer(base), chat_template=model.chat_template)
+    theirs = transformers.AutoTokenizer.from_pretrained(merged)
+    for tools in (None, TOOLS):
+        expected = own.apply_chat_template(messages, tools=tools)
+        assert expected == f"{len(tools or ())} tools hi<end>"
+        assert theirs.apply_chat_template(messages, tools=tools, tokenize=False) == expected
+        assert load_tokenizer(merged).apply_chat_template(messages, tools=tools) == expected
+    # In which a processor of transformers would find the base's before it looks for the other.
+    assert not (merged / "chat_template.json").exists()
 
 
 def gguf_with(settings, path):

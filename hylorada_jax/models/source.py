@@ -22,14 +22,14 @@ from hylorada_jax.models.text_part import text_config, text_name
 from hylorada_jax.models.weights import tensor_names
 from hylorada_jax.terminal import one_line, say_once
 
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 # What a model directory holds beside its weights and config.json, and what a merged model takes along: the
 # tokenizer in all its formats, the chat templates, and the settings of generation and of a processor.
 SMALL_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-    "tokenizer.model*", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json",
-    "source.spm", "target.spm", "vocab.json", "target_vocab.json", "vocab.txt", "merges.txt",
-    "preprocessor_config.json", "processor_config.json",
+    *TEMPLATE_FILES, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "spiece.model",
+    "sentencepiece.bpe.model", "tiktoken.model", "tekken.json", "source.spm", "target.spm", "vocab.json",
+    "target_vocab.json", "vocab.txt", "merges.txt", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 _WEIGHTS, _PICKLES = ("pytorch_model", "model", "consolidated"), (".bin", ".pt", ".pth", ".ckpt")
 # Named one by one: a wildcard would also fetch copies in other formats and the originals beside them.
