@@ -1,5 +1,6 @@
 """Paths as users type them, what is at them, and writing a file whole."""
 
+import contextlib
 import errno
 import io
 import json
@@ -156,6 +157,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_all(files: Mapping[Path, bytes]) -> None:
     """Writes files as :func:`write_whole` does, none before the disk has taken all of them.
 
+    An interruption that finds some of them in their places ends when the others are there too.
+
     Args:
         files: content by path, in the order in which they appear; in a bucket one after the other.
 
@@ -163,6 +166,7 @@ def write_all(files: Mapping[Path, bytes]) -> None:
         OSError: as of :func:`write_whole`; what was there is still there.
     """
     written: dict[Path, Path] = {}
+    is_whole = False
     try:
         for path, content in files.items():
             if bucket.is_in_bucket(path):
@@ -177,10 +181,16 @@ def write_all(files: Mapping[Path, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        is_whole = True
         for path, temporary in written.items():
             temporary.replace(path)
     except BaseException:
-        for temporary in written.values():
+        # New files beside old ones are neither what was there nor what was to be.
+        has_begun = is_whole and not all(temporary.exists() for temporary in written.values())
+        for path, temporary in written.items():
+            if has_begun:
+                with contextlib.suppress(OSError):  # it is in its place, or cannot be put there
+                    temporary.replace(path)
             temporary.unlink(missing_ok=True)
         raise
 

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -69,6 +70,32 @@ def test_a_full_disk_leaves_the_adapter_that_was_there_or_none(tmp_path, monkeyp
     assert open_adapter(tmp_path / "old").config == HyLoRADAConfig()
     assert not list((tmp_path / "new").iterdir())
     write_adapter(tmp_path / "new", TENSORS, HyLoRADAConfig(), BASE)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interruption_leaves_the_old_adapter_or_the_new_one(saved, monkeypatch, error, number, moment):
+    new = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    replace, calls = Path.replace, iter(range(1, 100))
+
+    def interrupted(self, target):
+        is_now = next(calls) == number
+        if is_now and moment == "before":
+            raise error
+        replace(self, target)
+        if is_now:
+            raise error
+
+    with monkeypatch.context() as watched:
+        watched.setattr(Path, "replace", interrupted)
+        with pytest.raises((KeyboardInterrupt, CheckpointError)):
+            write_adapter(saved, new, HyLoRADAConfig(lora_rank=4), BASE, overwrite=True)
+    found, is_old = open_adapter(saved), (number, moment) == (1, "before")
+    assert found.config == (HyLoRADAConfig() if is_old else HyLoRADAConfig(lora_rank=4))
+    for name, tensor in found.tensors().items():
+        np.testing.assert_array_equal(tensor, (TENSORS if is_old else new)[name])
+    assert {path.name for path in saved.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
 
 
 def test_no_directory_is_called_as_a_bucket_that_cannot_be_written(tmp_path, monkeypatch):
