@@ -114,8 +114,9 @@ def test_what_cannot_be_exported_at_all_is_refused(tmp_path):
             export_peft(tables, tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / CONFIG_NAME).write_text("{}")
-    with measuring("float64"), pytest.raises(CheckpointError, match="overwritten"):
+    with measuring("float64"), pytest.raises(CheckpointError, match="overwritten") as error:
         export_peft(adapted("gpt2", CONFIGS["lora"]), tmp_path)
+    assert error.value.remedy == "Choose another directory, or remove this one."
     assert (tmp_path / CONFIG_NAME).read_text() == "{}"
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ConfigError
+from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
 from hylorada_jax.io import hub
 from hylorada_jax.io.files import kind_of, refuse_unusable, user_path
 from hylorada_jax.models.packaged import PACKAGED_MODEL
@@ -73,6 +74,7 @@ def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
     """A base model's name: the user's own; else the adapter's, which is announced; else the packaged one's.
 
     An adapter may be a stranger's. So its user reads where its base comes from before anything is contacted.
+    The base of an adapter from elsewhere may be missing here; then no spelling is to be checked.
     """
     if given is not None or adapter is None:
         return given or PACKAGED_MODEL
@@ -82,6 +84,12 @@ def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
     name = base_name(adapter)
     place = ", from the Hugging Face Hub" if is_hub_name(name) else ""
     remark(f"base model from the adapter: {one_line(name)}{place}")
+    if not place and name != PACKAGED_MODEL and not os.path.exists(user_path(name)):
+        raise ModelError(
+            "The base model that an adapter names must be here, or another one be given.",
+            f"{shown(name)}: no such directory or file",
+            "Give the base model by --model.",
+        )
     return name
 
 

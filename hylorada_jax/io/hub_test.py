@@ -146,6 +146,17 @@ def test_a_base_model_that_an_adapter_names_is_announced(command, tried, tmp_pat
     assert said[0].startswith("base model from the adapter: owner/name, from the Hugging Face Hub\n")
 
 
+@pytest.mark.parametrize("command", OF_ADAPTERS)
+def test_a_base_model_that_is_elsewhere_is_asked_for(command, tried, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("some text\n" * 20)
+    adapter_of(tmp_path, "./bases/tiny")
+    status, _, said = run(monkeypatch, capsys, *COMMANDS[command])
+    assert (status, tried) == (2, [])
+    assert "received: './bases/tiny': no such directory or file" in said
+    assert "remedy:   Give the base model by --model.\n" in said
+
+
 NAMES = {
     "a path": "../../nothing",
     "a directory": "/etc",

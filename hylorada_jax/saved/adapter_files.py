@@ -64,7 +64,7 @@ def write_adapter(
     if overwrite:
         refuse_unusable(directory, in_bucket=True)
     else:
-        refuse_existing(directory)
+        refuse_existing(directory, "; overwrite=True replaces the adapter")
     check_finite(tensors)
     tensors = {name: _widened(tensor) for name, tensor in tensors.items()}
     weights = _serialised(tensors)
@@ -99,15 +99,20 @@ def write_files(
         ) from error
 
 
-def refuse_existing(directory: str | Path) -> None:
-    """Raises a CheckpointError where an adapter is already, or none can be written; changes nothing."""
+def refuse_existing(directory: str | Path, more: str = "") -> None:
+    """Raises a CheckpointError where an adapter is already, or none can be written; changes nothing.
+
+    Args:
+        directory: for an adapter.
+        more: what the remedy adds.
+    """
     directory = any_path(directory)
     refuse_unusable(directory, in_bucket=True)
     if any(kind_of(directory / name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
         raise CheckpointError(
             "An existing adapter is not overwritten unless asked to.",
             directory,
-            "Choose another directory, or remove this one; in Python, overwrite=True replaces the adapter.",
+            f"Choose another directory, or remove this one{more}.",
         )
 
 

@@ -46,8 +46,10 @@ def test_narrow_floats_are_read_as_float32_of_the_same_values(tmp_path, dtype):
 
 
 def test_nothing_is_overwritten_unasked(saved):
-    with pytest.raises(CheckpointError, match="overwrit"):
+    with pytest.raises(CheckpointError, match="overwrit") as error:
         write_adapter(saved, TENSORS, HyLoRADAConfig(), BASE)
+    remedy = "Choose another directory, or remove this one; overwrite=True replaces the adapter."
+    assert error.value.remedy == remedy
     write_adapter(saved, TENSORS, HyLoRADAConfig(lora_rank=4), BASE, overwrite=True)
     assert open_adapter(saved).config.lora_rank == 4
 
