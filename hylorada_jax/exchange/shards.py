@@ -7,6 +7,7 @@ Reference: the safetensors format, https://github.com/huggingface/safetensors#fo
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -92,9 +93,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            if directory.is_dir():
-                directory.rmdir()
-            temporary.rename(directory)
+            _put(temporary, directory)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -102,10 +101,21 @@ def new_directory(directory: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise CheckpointError(
-            "The output directory must be writable, and the disk must have room for the model.",
+            "The output directory must be writable, and the disk must have room for what is written.",
             f"{directory}: {error}",
             "Free some space, or choose another directory.",
         ) from error
+
+
+def _put(temporary: Path, directory: Path) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            directory.rmdir()
+        temporary.rename(directory)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            refuse_taken(directory)  # by what came there in the meantime, as of the same command run twice
+        raise
 
 
 def write_shards(

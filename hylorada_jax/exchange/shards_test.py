@@ -112,11 +112,39 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with (
-        pytest.raises(CheckpointError, match=r"No space left[\s\S]*Free some space"),
+        pytest.raises(CheckpointError, match=r"what is written\.\n.*No space left[\s\S]*Free some space"),
         new_directory(tmp_path / "new") as place,
     ):
         write_shards(place, written(tensors()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_of_two_that_write_one_directory_the_second_is_refused(tmp_path, is_there):
+    output = tmp_path / "new"
+    if is_there:
+        output.mkdir()
+
+    def write(*names):
+        with new_directory(output) as place:
+            (place / "file").write_text(names[0])
+            if names[1:]:
+                write(*names[1:])
+
+    with pytest.raises(CheckpointError) as error:
+        write("late", "early")
+    with pytest.raises(CheckpointError) as at_once:
+        refuse_taken(output)
+    assert str(error.value) == str(at_once.value)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {"new", "new/file"}
+    assert (output / "file").read_text() == "early"
+
+
+def test_a_file_that_comes_in_the_way_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="new is a file"), new_directory(tmp_path / "new"):
+        (tmp_path / "new").write_text("mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert (tmp_path / "new").read_text() == "mine"
 
 
 def test_output_that_nobody_reads_is_no_fault_of_the_directory(tmp_path):
