@@ -96,11 +96,11 @@ class AdaptedMultiHead(Adapted):
 
     def _places(self, query: Array, key: Array) -> tuple[Array, Array]:
         """The positions of queries and keys, [batch, seq] or [1, seq]; of a cache they are its slots."""
-        keys = jnp.arange(key.shape[-3])[None]
         if query.shape[-3] != key.shape[-3]:
-            return self.cache_index[...][None, None] - 1, keys
-        if query.ndim == 4:
-            keys = positions_of(query.shape[:2], None)
+            return self.cache_index[...][None, None] - 1, jnp.arange(key.shape[-3])[None]
+        # Of rows along several axes, or along none, the positions of one are those of all.
+        batch = query.shape[:1] if query.ndim == 4 else (1,)
+        keys = positions_of((*batch, query.shape[-3]), None)
         return keys, keys
 
 

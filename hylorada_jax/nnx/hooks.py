@@ -9,7 +9,7 @@ from hylorada_jax.math.attention import DAA
 from hylorada_jax.math.groups import attend
 from hylorada_jax.math.pattern import Pattern
 from hylorada_jax.modules.checks import token_positions
-from hylorada_jax.nnx.tokens import current
+from hylorada_jax.nnx.tokens import known_positions
 from hylorada_jax.shapes import check_attention
 from hylorada_jax.trees import is_traced
 
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
             query: queries, rotated where the model rotates them.
             key: keys of the same tokens.
             value: their values.
-            positions: of the tokens; by default those that the model was called with.
+            positions: of the tokens; by default those that the model was called with, or of :func:`tokens`.
             segment_ids: the document of every token; a token sees its own alone.
             key_valid: False for padding.
             window: a token sees itself and the window − 1 tokens before it; None: all of them.
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
         check_attention(query, key, value, segment_ids=segment_ids, key_valid=key_valid)
         if window is not None and not is_traced(window) and window < 1:
             raise ConfigError("window is ≥ 1, for a token sees itself.", window, "Give None for no window.")
-        counted = positions is None and (current().positions is None or current().counted)
+        counted = positions is None and known_positions(query.shape[:2]) is None
         positions = positions_of(query.shape[:2], positions)
         pattern = Pattern.of_rows(
             positions, key_valid=key_valid, segment_ids=segment_ids, window=window, counted=counted
@@ -128,19 +128,20 @@ class AttentionScores(nnx.Module):
         query_positions: Int[Array, "batch query"] | None = None,
         key_positions: Int[Array, "batch key"] | None = None,
     ) -> Float[Array, "batch heads query key"]:
-        """The scores; positions are by default those that the model was called with."""
+        """The scores; positions are by default those that the model was called with, or of `tokens`."""
         return scores
 
 
 def positions_of(tokens: tuple[int, ...], given: Array | None) -> Array:
     """The checked positions of tokens [batch, seq]: as given, else of the model's call, else 0, 1, 2 …
 
+    Outside of the model's call, they are those that the context around gives.
+
     Raises:
         DataError: somebody gave the model positions, and they are of other tokens.
     """
     if given is None:
-        now = current()
-        given = None if now.counted else now.positions
+        given = known_positions(tokens)
         if given is not None and given.shape != tokens:
             raise DataError(
                 "Attention has the positions that the model was called with where it sees the same tokens.",

@@ -68,6 +68,27 @@ class Prefixed(Net):
         return self.attn(jnp.pad(x, [(0, 0), (1, 0), (0, 0)]))
 
 
+class Encoder(nnx.Module):
+    """A model with a second way in, beside its own call."""
+
+    def __init__(self, attention):
+        self.attn = attention
+
+    def encode(self, x):
+        return self.attn(x)
+
+    def __call__(self, x):
+        return self.encode(x)
+
+
+class Telling(Net):
+    """Which gives its tokens' positions in its own call, where its layers know others already."""
+
+    def __call__(self, x, positions=None):
+        with tokens(POSITIONS):
+            return self.attn(x)
+
+
 def summed(y):
     return jnp.sum(jnp.sin(y)), y
 
@@ -233,6 +254,36 @@ def test_positions_are_those_of_the_call_or_of_the_context(tmp_path):
     assert {path[-1] for path in silent} <= {"beta"}
 
 
+ATTENDING = {
+    "Attention": lambda: SelfAttention(Attention, nnx.Rngs(0)),
+    "AttentionScores": lambda: SelfAttention(AttentionScores, nnx.Rngs(0)),
+    "MultiHeadAttention": lambda: multi_head(decode=False),
+}
+
+
+@pytest.mark.parametrize("positions", [POSITIONS, POSITIONS[1:], POSITIONS[1]], ids=["rows", "row", "places"])
+@pytest.mark.parametrize("attention", ATTENDING)
+def test_tokens_reach_attention_that_is_called_beside_the_models_own_call(attention, positions):
+    net = moved(adapt(Encoder(ATTENDING[attention]()), DAA, nnx.Rngs(1)))
+    for call in (net.encode, net.attn):
+        counted = call(X)
+        with tokens(positions):
+            expected = net(X)
+            np.testing.assert_allclose(call(X), expected, rtol=1e-6, atol=1e-6)
+        assert float(jnp.abs(expected - counted).max()) > 1e-3
+        with pytest.raises(DataError, match=r"attention over \(2, 5\)"), tokens(jnp.arange(6)):
+            call(X)
+
+
+def test_tokens_reach_flaxs_attention_of_one_row_without_an_axis_of_rows():
+    net = moved(adapt(Encoder(multi_head(decode=False)), DAA, nnx.Rngs(1)))
+    for positions in (POSITIONS[1], POSITIONS[1:]):
+        with tokens(positions):
+            np.testing.assert_allclose(net.attn(X[0]), net(X[:1])[0], rtol=1e-6, atol=1e-6)
+    with pytest.raises(DataError, match=r"positions \(2, 5\)"), tokens(POSITIONS):
+        net.attn(X[0])
+
+
 traces: list[None] = []
 
 
@@ -336,6 +387,7 @@ full = lambda: adapt(Words(), FULL, nnx.Rngs(0))
         (lambda: adapt(multi_head(decode=False), FULL, nnx.Rngs(0)), ModelError, "daa_position_bias"),
         (lambda: full().out(jnp.ones((2, 5, 8))), ModelError, "no adapted model"),
         (lambda: full()(X, jnp.arange(6)), DataError, "Position ids"),
+        (lambda: adapt(Telling(Attention, nnx.Rngs(0)), DAA, nnx.Rngs(1))(X), ModelError, "around an"),
         (lambda: Attention(2)(HEADS[:, -1:], HEADS, HEADS), DataError, "call AttentionScores"),
         (lambda: Attention(1)(HEADS, HEADS, HEADS), ConfigError, "num_heads=1"),
         (lambda: Attention(2)(HEADS[0, 0], HEADS, HEADS), ConfigError, "num_heads=2"),
@@ -352,6 +404,7 @@ full = lambda: adapt(Words(), FULL, nnx.Rngs(0))
         "two biases",
         "outside",
         "shape",
+        "within the call",
         "cache",
         "heads",
         "one axis of heads",

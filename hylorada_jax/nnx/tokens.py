@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.math.position import check_positions
 from hylorada_jax.models.ids import check_structure_ids
 from hylorada_jax.modules.checks import check_structure
@@ -64,8 +64,9 @@ def tokens(
     """A context that gives an adapted model its tokens' positions where its own call does not.
 
     A model whose call takes ``positions`` or ``position_ids`` needs no context for these. Without either they
-    count 0, 1, 2 … in each row, which a KV cache or packed documents make wrong. Open it inside the compiled
-    function: around one, other positions recompile it.
+    count 0, 1, 2 … in each row, which a KV cache or packed documents make wrong. A part of the model that is
+    called by itself, or another method, knows no positions but the context's, whatever arguments it takes.
+    Open it inside the compiled function: around one, other positions recompile it.
 
     Args:
         position_ids: of the tokens.
@@ -74,6 +75,7 @@ def tokens(
 
     Raises:
         DataError: they are not one of each for every token, or an id is below 0.
+        ModelError: an adapted model is being called, whose layers know their tokens already.
 
     Example:
         >>> from flax import nnx
@@ -88,6 +90,12 @@ def tokens(
 
     Source: method.md §§1, 2, 5.
     """
+    if _PASS.get() is not None:
+        raise ModelError(
+            "tokens() is around an adapted model's call, which computes once what its layers read of them.",
+            "tokens() within that call",
+            "Open it where the model is called, or give Attention its positions=.",
+        )
     check_structure_ids(structure_ids)
     given = Tokens(
         *(None if x is None else jnp.asarray(x) for x in (position_ids, structure_ids, structure_positions))
@@ -157,6 +165,17 @@ def current() -> Pass:
     return _PASS.get() or Pass()
 
 
+def known_positions(shape: tuple[int, ...]) -> Array | None:
+    """The positions that somebody has given the tokens of an attention [batch, seq]; None: they count.
+
+    They are those of the model's call; outside of one, those of the context around, as for a call.
+    """
+    if (now := _PASS.get()) is not None:
+        return None if now.counted else now.positions
+    given = (_GIVEN.get() or Tokens()).position_ids
+    return None if given is None else _in_rows(given, shape)
+
+
 def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tokens, bool]:
     """What is known of the tokens that a model is called with.
 
@@ -180,8 +199,12 @@ def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) ->
     positions = own if given.position_ids is None else given.position_ids
     if counted := positions is None:
         positions = jnp.arange(shape[1])
-    positions = jnp.asarray(positions)
-    if positions.shape in ((shape[1],), (1, shape[1])):
-        positions = jnp.broadcast_to(positions, shape)
+    positions = _in_rows(jnp.asarray(positions), shape)
     check_positions(positions, shape)
     return given._replace(position_ids=positions), counted
+
+
+def _in_rows(positions: Array, shape: tuple[int, ...]) -> Array:
+    """Positions of tokens [batch, seq]: those of one row for every row, and any others as they are."""
+    one = positions.shape in ((shape[1],), (1, shape[1]))
+    return jnp.broadcast_to(positions, shape) if one else positions
