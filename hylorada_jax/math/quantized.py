@@ -155,8 +155,19 @@ def split_name(name: str) -> tuple[Any, str | None]:
 
 
 def dtype_of(params: Any) -> Any:
-    """What a model of these parameters computes in: codes are no numbers."""
-    return next(leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    """What a model of these parameters computes in: codes are no numbers. Of no parameters it is float32.
+
+    Raises:
+        ModelError: there are parameters, and none of them is a floating-point number.
+
+    Example:
+        >>> dtype_of({"codes": jnp.ones(2, jnp.int8), "scale": jnp.ones(2, jnp.bfloat16)}).name
+        'bfloat16'
+    """
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+    if floating := [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]:
+        return floating[0]
+    return float_dtype(dtypes[0] if dtypes else jnp.float32)
 
 
 def _nf4(codes: Array, dtype: DTypeLike) -> Array:

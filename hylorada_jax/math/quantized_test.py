@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hylorada_jax.errors import ConfigError
-from hylorada_jax.math.quantized import KINDS, as_array, dot_general, quantized
+from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.math.quantized import KINDS, as_array, dot_general, dtype_of, quantized
 
 qwix = pytest.importorskip("qwix")
 AXES = (((1,), (0,)), ((), ()))
@@ -79,3 +79,6 @@ def test_what_cannot_be_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ConfigError, match=r"hylorada\[quantized\]"):
         quantized(kernel(), "int8", "float32")
+    for dtype in ("int8", "complex64"):
+        with pytest.raises(ModelError, match=f"floating-point numbers(.|\n)*{dtype}"):
+            dtype_of({"kernel": jnp.ones(2, dtype)})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -105,9 +106,10 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
         The same model.
 
     Raises:
-        ModelError: it is no NNX module, is adapted already, has no module to adapt or one that lacks what
-            its class is registered by; or the config asks for what its attention does not let in, or for a
-            scaled bias in a module of a registered class; or explicit mesh axes cut a kernel within d_out.
+        ModelError: it is no NNX module, is adapted already, has no module to adapt, one that lacks what its
+            class is registered by, or one without floating-point numbers; or the config asks for what its
+            attention does not let in, or for a scaled bias in a module of a registered class; or explicit
+            mesh axes cut a kernel within d_out.
         TargetError: a target matches no layer; near matches are named.
         ConfigError: ``rngs`` are none, or lack a stream; or stacked layers would be adapted differently.
 
@@ -198,6 +200,12 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
                 "What is adapted holds its weight as an nnx.Param, or as qwix's array of one.",
                 f"{name}, a {type(here.kernel).__name__} of {type(here.kernel).__module__}",
                 "Adapt the model as it was before it was quantised.",
+            )
+        if not (is_quantized(here.kernel) or jnp.issubdtype(here.kernel.dtype, jnp.floating)):
+            raise ModelError(
+                "What is adapted holds floating-point numbers.",
+                f"{name}, {here.kernel.dtype}",
+                "Adapt the model in float32 or bfloat16, or exclude_modules=[its name].",
             )
         explicit = jax.sharding.get_abstract_mesh().explicit_axes
         if here.form and explicit and not here.form.is_mergeable(kernel := numbers(value_of(here.kernel))):

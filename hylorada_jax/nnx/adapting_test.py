@@ -355,6 +355,10 @@ def with_kernel(kernel):
     return net
 
 
+def with_numbers(dtype):
+    return with_kernel(nnx.Param(jnp.ones((6, 5), dtype)))
+
+
 def with_foreign_bias():
     net = made("foreign")[0]
     net.mlp.down_proj.bias = nnx.data(nnx.Param(jnp.ones(6)))
@@ -402,6 +406,8 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         (NET, aimed("don_proj"), RNGS, TargetError, r"Near matches: down_proj"),
         (adapted, aimed("all-linear"), RNGS, ModelError, "unload"),
         (lambda: with_kernel(Packed()), aimed("all-linear"), RNGS, ModelError, "quantised"),
+        (lambda: with_numbers("int8"), aimed("all-linear"), RNGS, ModelError, r"mlp\.down_proj, int8"),
+        (lambda: with_numbers("complex64"), config_of("lora"), RNGS, ModelError, "down_proj, complex64"),
         (with_foreign_bias, config_of("dora", magnitude_scales_bias=True), RNGS, ModelError, "with a bias"),
         (with_attribute, aimed("all-linear"), RNGS, ModelError, "has lora_A"),
         (lambda: Net(Unlike(w=None)), aimed("all-linear"), RNGS, ModelError, "has no einsum_str\n"),
@@ -418,6 +424,8 @@ NET, RNGS = (lambda: made("Linear")[0]), (lambda: nnx.Rngs(0))
         "targets",
         "twice",
         "quantised",
+        "integers",
+        "complex numbers",
         "a bias of its own",
         "taken",
         "no equation",

@@ -19,7 +19,7 @@ from hylorada_jax.nnx import (
     save_adapter,
     unload,
 )
-from hylorada_jax.nnx.adapting_test import METHODS, config_of, made, moved
+from hylorada_jax.nnx.adapting_test import METHODS, config_of, made, moved, with_numbers
 from hylorada_jax.saved.adapter_files import write_adapter
 from hylorada_jax.saved.base_identity import base_identity
 
@@ -55,8 +55,9 @@ class Renamed(nnx.Module):
         (lambda: Renamed(nnx.Rngs(0)), CheckpointError),
         (lambda: adapt(made("Linear")[0], config_of("lora"), nnx.Rngs(0)), ModelError),
         (lambda: "model", ModelError),
+        (lambda: with_numbers("int8"), ModelError),
     ],
-    ids=["shapes", "paths", "adapted", "no model"],
+    ids=["shapes", "paths", "adapted", "no model", "integers"],
 )
 def test_an_adapter_of_another_model_is_refused_and_nothing_changes(model, error, tmp_path):
     config = HyLoRADAConfig(method="lora", lora_rank=2, target_modules="all-linear")
