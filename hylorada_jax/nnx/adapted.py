@@ -210,9 +210,8 @@ def set_class(thing: Any, cls: type) -> None:
     object.__setattr__(thing, "__class__", cls)
 
 
-def dropout(rate: float, rngs: nnx.Rngs | None, layers: int | None) -> nnx.Dropout:
-    """The dropout of an adapter, off without rngs; of stacked layers each has a key of its own."""
-    deterministic, rngs = rngs is None, nnx.Rngs(0) if rngs is None else rngs
+def dropout(rate: float, rngs: nnx.Rngs, layers: int | None, *, deterministic: bool) -> nnx.Dropout:
+    """The dropout of an adapter; of stacked layers each has a key of its own."""
     made = nnx.Dropout(rate, deterministic=deterministic, rngs=rngs if rate and layers is None else None)
     if rate and layers is not None:
         made.rngs = rngs["dropout"].split(layers)

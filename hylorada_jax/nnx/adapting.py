@@ -280,6 +280,8 @@ def attach(
 ) -> None:
     """Puts the leaves of an adapter tree on the modules that :func:`plan_on` found; no rngs: to infer."""
     config = adaptation.config
+    drawn = nnx.Rngs(0) if rngs is None else rngs  # one for all layers: their masks are not the same
+    off = rngs is None
     for site in adaptation.sites:
         if site.component == STRUCTURE_ENCODER:
             model.structure_encoder = nnx.Dict()
@@ -289,9 +291,9 @@ def attach(
             settings = getattr(module, "adapter_settings", Settings())
             module.adapter_settings = _settings(site, settings, config)
         if site.component == "linear":
-            module.lora_dropout = dropout(config.lora_dropout, rngs, layers)
+            module.lora_dropout = dropout(config.lora_dropout, drawn, layers, deterministic=off)
         elif site.component == "sparse":
-            module.sparse_dropout = dropout(config.sparse_dropout, rngs, layers)
+            module.sparse_dropout = dropout(config.sparse_dropout, drawn, layers, deterministic=off)
         for leaf in site.leaves:
             if site.component != "unfrozen":
                 setattr(module, leaf, AdapterParam(node[leaf], component=site.component))
@@ -308,7 +310,7 @@ def attach(
         opened = in_attention and here.kind.role in ATTENTIONS
         if opened:
             here.module.adaptation = adaptation
-            if rngs is None and here.kind.role == "attention":
+            if off and here.kind.role == "attention":
                 here.module.deterministic = True  # no groups, as no dropout, until model.train()
         if opened or (path in sites and here.kind.role not in ATTENTIONS):
             set_class(here.module, adapted_class(_MIXINS[here.kind.role], plain_class(type(here.module))))

@@ -41,6 +41,21 @@ def test_a_saved_adapter_is_loaded_bit_for_bit(layer, method, tmp_path):
         save_adapter(net, tmp_path)
 
 
+@pytest.mark.parametrize("rngs", [None, nnx.Rngs(5)], ids=["without rngs", "with rngs"])
+def test_layers_of_a_loaded_adapter_drop_units_each_of_its_own(rngs, tmp_path):
+    layers = lambda: nnx.Sequential(*(nnx.Linear(64, 64, rngs=nnx.Rngs(0)) for _ in range(3)))
+    config = HyLoRADAConfig(method="lora", target_modules="all-linear", lora_dropout=0.5)
+    save_adapter(adapt(layers(), config, nnx.Rngs(1)), tmp_path)
+    net = load_adapter(layers(), tmp_path, rngs=rngs)
+    x = jnp.ones((8, 64))
+    assert (rngs is None) == all(bool(jnp.all(layer.lora_dropout(x) == x)) for layer in net.layers)
+    net.train()
+    first, second, third = (layer.lora_dropout(x) > 0 for layer in net.layers)
+    for one, other in ((first, second), (first, third), (second, third)):
+        # 512 independent ones agree in 256 ± 11; the same ones in all.
+        assert 0.3 < float((one == other).mean()) < 0.7
+
+
 class Renamed(nnx.Module):
     """The layer of a Net at another path."""
 
