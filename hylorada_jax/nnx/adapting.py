@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -265,6 +265,23 @@ def module_of(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
     return model if site.component in _OF_THE_MODEL else found[site.module.path].module
 
 
+def changed_modules(
+    config: HyLoRADAConfig, sites: Sequence[Site], found: Mapping[Path, Found]
+) -> dict[Path, Found]:
+    """The modules whose calls adapters change: those of the sites, and all attention where it is adapted."""
+    paths = {site.module.path for site in sites}
+    in_attention = _in_attention(config)
+    return {
+        path: here
+        for path, here in found.items()
+        if (in_attention if here.kind.role in ATTENTIONS else path in paths)
+    }
+
+
+def _in_attention(config: HyLoRADAConfig) -> bool:
+    return bool(config.daa_enabled or config.s2_attn_enabled)
+
+
 def _holder(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
     """What has a site's leaves as its attributes: the module, or in it the structure encoder."""
     module = module_of(model, found, site)
@@ -304,17 +321,13 @@ def attach(
             variable.set_metadata(component=site.component, base=(type(variable), variable[...].dtype))
             set_class(variable, AdapterParam)
             variable.set_value(node[leaf])
-    in_attention = config.daa_enabled or config.s2_attn_enabled
-    sites = {site.module.path for site in adaptation.sites}
-    for path, here in found.items():
-        opened = in_attention and here.kind.role in ATTENTIONS
-        if opened:
+    for here in changed_modules(config, adaptation.sites, found).values():
+        if here.kind.role in ATTENTIONS:
             here.module.adaptation = adaptation
             if off and here.kind.role == "attention":
                 here.module.deterministic = True  # no groups, as no dropout, until model.train()
-        if opened or (path in sites and here.kind.role not in ATTENTIONS):
-            set_class(here.module, adapted_class(_MIXINS[here.kind.role], plain_class(type(here.module))))
-    if in_attention or config.position_bias_enabled or config.use_hylorada_v2:
+        set_class(here.module, adapted_class(_MIXINS[here.kind.role], plain_class(type(here.module))))
+    if _in_attention(config) or config.position_bias_enabled or config.use_hylorada_v2:
         cls: Any = type(model)
         set_class(model, adapted_class(AdaptedModel, cls))
     model.hylorada = adaptation

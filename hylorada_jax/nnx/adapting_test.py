@@ -148,6 +148,43 @@ def test_a_fresh_adapter_changes_nothing_every_leaf_learns_and_merged_is_unmerge
             assert str(jax.tree.structure(nnx.state(net))) == str(jax.tree.structure(structure))
 
 
+class Noted(nnx.Sequential):
+    """Two layers; the model and the second one, which no adapter is on, have attributes of their own."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        super().__init__(nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs))
+        self.adaptation = self.layers[1].lora_dropout = "the author's"
+
+
+@pytest.mark.parametrize("method", ["lora", "hylorada"])
+def test_what_is_taken_off_while_it_is_disabled_stays_off(method):
+    config = HyLoRADAConfig(method=method, lora_rank=2, target_modules="layers.0", daa_enabled=False)
+    attributes = lambda net: [sorted(vars(module)) for module in (net, *net.layers)]
+    x, take_off = jax.random.normal(jax.random.key(1), (1, 3, 6)), merge if method == "lora" else unload
+    net = moved(adapt(Noted(), config, nnx.Rngs(1)))
+    expected = net(x) if take_off is merge else Noted()(x)
+    with disabled(net):
+        take_off(net)
+        np.testing.assert_allclose(net(x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(net(x), expected, rtol=1e-5, atol=1e-6)
+    assert attributes(net) == attributes(Noted())
+    assert [type(module) for module in (net, *net.layers)] == [Noted, nnx.Linear, nnx.Linear]
+    # And what is put on anew within is on, and only that.
+    adapt(net, config, nnx.Rngs(1))
+    with disabled(net):
+        other = HyLoRADAConfig(method="lora", lora_rank=2, target_modules="layers.1")
+        net.layers[1] = nnx.Linear(6, 6, rngs=nnx.Rngs(2))
+        moved(adapt(unload(net), other, nnx.Rngs(1)))
+        expected = net(x)
+    np.testing.assert_array_equal(net(x), expected)
+    copy = nnx.clone(net)
+    with disabled(net):
+        within = nnx.clone(net)
+    np.testing.assert_array_equal(net(x), expected)
+    assert attributes(unload(within)) == attributes(unload(copy))
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "hylorada_v1"])
 def test_a_linear_layer_is_linens_adapter(method):
     net, x = made("Linear")

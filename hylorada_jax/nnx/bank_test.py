@@ -65,12 +65,18 @@ def test_what_the_context_gives_goes_along_with_its_row():
         bank(X, adapters=["default"] * 4)
 
 
-def test_within_disabled_every_row_is_the_bases():
+def test_within_disabled_every_row_is_the_bases(tmp_path):
     net, x = made("Linear")
     before = output(net, x)
     bank = AdapterBank(moved(adapt(net, config_of("lora"), nnx.Rngs(0))))
+    adapted = output(net, x)
+    save_adapter(net, tmp_path, chat_template="{{ messages }}")
+    bank.load("saved", tmp_path)
     with disabled(net):
         np.testing.assert_array_equal(bank(x, adapters=["default", None]), before)
+        bank.switch("saved")  # with another chat template, and the same adapters
+        np.testing.assert_array_equal(output(net, x), before)
+    np.testing.assert_array_equal(output(net, x), adapted)
 
 
 def test_a_function_that_is_compiled_around_the_call_leaves_the_bank_as_it_was():

@@ -14,6 +14,7 @@ from hylorada_jax.nnx.adapting import (
     Adaptation,
     adaptation_of,
     adapters_of,
+    changed_modules,
     module_of,
     own_attributes,
     tree_of,
@@ -134,8 +135,10 @@ def disabled(model: _Model) -> Iterator[_Model]:
     try:
         yield model
     finally:
-        for key, module in modules.items():
-            set_class(module, classes[key])
+        # What was merged or unloaded within, and perhaps adapted anew, has the classes that it should have.
+        if getattr(getattr(model, "hylorada", None), "sites", None) is adaptation.sites:
+            for key, module in modules.items():
+                set_class(module, classes[key])
 
 
 def unload(model: _Model) -> _Model:
@@ -164,14 +167,16 @@ def unload(model: _Model) -> _Model:
 
 
 def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
+    """Takes off all that was put on: by what was adapted, for disabled modules have their plain classes."""
     for site in adaptation.sites:
         for name in own_attributes(site):
             delattr(module_of(model, found, site), name)
-    for module in _adapted(model, found):
+    for here in changed_modules(adaptation.config, adaptation.sites, found).values():
         for name in ASIDE:
-            if hasattr(module, name):
-                delattr(module, name)
-        set_class(module, plain_class(type(module)))
+            if hasattr(here.module, name):
+                delattr(here.module, name)
+        set_class(here.module, plain_class(type(here.module)))
+    set_class(model, plain_class(type(model)))
     del model.hylorada
 
 
