@@ -11,6 +11,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.nnx import (
     AdapterParam,
+    HyLoRADALinear,
     HyLoRADAUnified,
     PositionalDAA,
     PositionBias,
@@ -50,6 +51,27 @@ def test_its_steps_are_those_of_the_trainers_optimizer():
     # Two programs: a few float32 roundings of each step.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, tree)
     np.testing.assert_array_equal(net.mlp.down_proj.kernel[...], kernel)
+
+
+class Named(nnx.Module):
+    """A network whose author has called the layer by the method's name."""
+
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(jnp.eye(4))
+        self.hylorada = HyLoRADALinear(4, 4, rank=2, rngs=rngs)
+
+    def __call__(self, x):
+        weight = self.kernel[...].T
+        return self.hylorada(x, x @ weight.T, weight)
+
+
+def test_a_network_may_call_its_own_layer_hylorada():
+    net, x = Named(nnx.Rngs(0)), jnp.linspace(-1.0, 2.0, 8).reshape(2, 4)
+    optimizer = nnx.Optimizer(net, make_optimizer(net, TRAINING), wrt=AdapterParam)
+    loss = lambda net: jnp.mean((net(x) - 1) ** 2)
+    before = loss(net)
+    optimizer.update(net, nnx.grad(loss, argnums=WRT)(net))
+    assert loss(net) < before
 
 
 class Own(nnx.Module):
