@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,7 +12,7 @@ from jax import Array
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
-from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER
+from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER, leaf_of
 from hylorada_jax.math import sparse
 from hylorada_jax.nnx.adapted import (
     Adapted,
@@ -108,8 +108,8 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
     Raises:
         ModelError: it is no NNX module, is adapted already, has no module to adapt, one that lacks what its
             class is registered by, or one without floating-point numbers; or the config asks for what its
-            attention does not let in, or for a scaled bias in a module of a registered class; or explicit
-            mesh axes cut a kernel within d_out.
+            attention does not let in, or for a scaled bias in a module of a registered class; or an
+            attribute has an adapter's name; or explicit mesh axes cut a kernel within d_out.
         TargetError: a target matches no layer; near matches are named.
         ConfigError: ``rngs`` are none, or lack a stream; or stacked layers would be adapted differently.
 
@@ -156,7 +156,10 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
         modules: the model's, of :func:`hylorada_jax.nnx.finding.find_modules`.
         found: each of them by its path, from there too.
     """
-    if adapted := sorted(".".join(path) for path, here in found.items() if isinstance(here.module, Adapted)):
+    adapted = sorted(".".join(path) for path, here in found.items() if isinstance(here.module, Adapted))
+    if isinstance(getattr(model, "hylorada", None), Adaptation):  # or disabled, where no module shows it
+        adapted = adapted or ["the model"]
+    if adapted:
         raise ModelError(
             "A module is adapted once.",
             f"{adapted[0]} and {len(adapted) - 1} more are adapted already",
@@ -170,14 +173,8 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
             "Register the class of its linear layers: hylorada_jax.nnx.register_einsum.",
         )
     sites = plan(modules, config)
+    _refuse_taken(model, config, sites, found)
     for site in sites:
-        new = (*own_attributes(site), *(() if site.component in _OF_THE_MODEL else ASIDE))
-        if taken := [name for name in new if hasattr(module_of(model, found, site), name)]:
-            raise ModelError(
-                "The names of an adapter's leaves are free in the modules that it adapts.",
-                f"{'.'.join(site.module.path) or 'the model'} has {', '.join(taken)}",
-                "Exclude the module, exclude_modules=[its name], or rename the attribute.",
-            )
         if site.component not in ("linear", "sparse", "unfrozen"):
             continue
         if len(site.layers) != len(site.module.names) or len(set(site.scales)) > 1:
@@ -253,6 +250,25 @@ def _refuse_closed(model: Any, modules: Modules, found: Mapping[Path, Found], co
             f"{type(model).__name__}, which is its own attention",
             "Put the attention into a module, or set daa_position_bias=False.",
         )
+
+
+def _refuse_taken(
+    model: Any, config: HyLoRADAConfig, sites: Sequence[Site], found: Mapping[Path, Found]
+) -> None:
+    """Refuses attributes of the author's with the names of what adapters, or :func:`resolve`, put there."""
+    new: list[tuple[Path, Any, Iterable[str]]] = [((), model, ["hylorada"])]
+    for site in sites:
+        leaves = site.leaves if site.component in ("linear", "sparse") else ()
+        resolved = [name for leaf in leaves if (name := leaf_of(site.component, leaf).resolved)]
+        new.append((site.module.path, module_of(model, found, site), [*own_attributes(site), *resolved]))
+    new += [(path, here.module, ASIDE) for path, here in changed_modules(config, sites, found).items()]
+    for path, module, names in new:
+        if taken := [name for name in dict.fromkeys(names) if hasattr(module, name)]:
+            raise ModelError(
+                "The names of an adapter's leaves, and of what lies beside them, are free in what it adapts.",
+                f"{'.'.join(path) or 'the model'} has {', '.join(taken)}",
+                "Exclude the module, exclude_modules=[its name], or rename the attribute.",
+            )
 
 
 def own_attributes(site: Site) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from hylorada_jax.leaves import KINDS
 from hylorada_jax.modules import linear as linen_layers
 from hylorada_jax.nnx import (
     AdapterParam,
+    Attention,
     adapt,
     disabled,
     load_adapter,
@@ -406,6 +407,57 @@ def with_attribute():
     net = NET()
     net.mlp.down_proj.lora_A = 1
     return net
+
+
+class Own(Attention):
+    """Attention with an attribute of its own."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.adaptation = 3
+
+
+def with_attributes(place, **attributes):
+    mlp = nnx.Dict(down_proj=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    net = Outer(nnx.Dict(mlp=mlp, attn=nnx.Dict(scores=Own())))
+    for name, value in attributes.items():
+        setattr(place(net), name, value)
+    return net
+
+
+S2 = HyLoRADAConfig(method="longlora", target_modules="down_proj", train_embeddings=False, train_norms=False)
+
+
+@pytest.mark.parametrize(
+    ("net", "config", "match"),
+    [
+        (with_attributes(lambda net: net, hylorada=3), config_of("lora"), "the model has hylorada"),
+        (
+            with_attributes(lambda net: net.inner.mlp.down_proj, mask=3),
+            config_of("sparse"),
+            r"inner\.mlp\.down_proj has mask",
+        ),
+        (
+            with_attributes(lambda net: net.inner.mlp.down_proj, column_scale=3),
+            config_of("dora"),
+            r"inner\.mlp\.down_proj has column_scale",
+        ),
+        (with_attributes(lambda net: net), S2, r"inner\.attn has adaptation"),
+    ],
+    ids=["the model's", "a sparse adapter's", "a resolved one's", "attention's"],
+)
+def test_an_attribute_that_an_adapter_would_take_is_refused_and_stays(net, config, match):
+    before = nnx.graphdef(net)
+    with pytest.raises(ModelError, match=match):
+        adapt(net, config, nnx.Rngs(0))
+    assert nnx.graphdef(net) == before
+
+
+def test_a_disabled_model_is_adapted_already():
+    net = adapted()
+    with disabled(net), pytest.raises(ModelError, match="adapted once"):
+        adapt(net, config_of("sparse"), nnx.Rngs(0))
+    assert net.hylorada.config.method == "lora"
 
 
 class Doubling(nnx.Linear):
