@@ -284,6 +284,20 @@ def test_tokens_reach_flaxs_attention_of_one_row_without_an_axis_of_rows():
         net.attn(X[0])
 
 
+def test_members_of_an_ensemble_share_the_models_position_bias():
+    """As docs/nnx.md says: what serves a whole model has no axis of members."""
+    make = nnx.vmap(lambda rngs: Net(Attention, rngs), in_axes=0, out_axes=0)
+    net = moved(adapt(make(nnx.Rngs(0).split(3)), FULL, nnx.Rngs(1)))
+    shared = lambda path, leaf: path[0] in ("position_bias", "structure_encoder")
+    axes = nnx.StateAxes({shared: None, ...: 0})
+    together = nnx.jit(nnx.vmap(lambda net, x, p: net(x, p), in_axes=(axes, None, None)))(net, X, POSITIONS)
+    graph, one, own = nnx.split(net, shared, ...)
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(one)) == {"position_bias": (64,)}
+    for i in range(3):
+        member = nnx.merge(graph, one, jax.tree.map(lambda leaf, i=i: leaf[i], own))
+        np.testing.assert_allclose(together[i], run(member, X, POSITIONS), rtol=1e-5, atol=1e-6)
+
+
 traces: list[None] = []
 
 
