@@ -53,9 +53,16 @@ class DirectAttentionAdapter(nn.Module):
             scores: S.
             soft_cap: bound of α·S, where the model has one for its logits.
 
+        Returns:
+            [batch, heads, query, key], in the scores' dtype.
+
         Raises:
             ConfigError: the scores have another number of heads.
         """
+        return self._adapted(scores, soft_cap).to(scores.dtype)
+
+    def _adapted(self, scores: Tensor, soft_cap: float | None) -> Tensor:
+        """cap(α·S) + β, at least as wide as the parameters."""
         if scores.ndim != 4 or scores.shape[1] != self.num_heads:
             raise ConfigError(
                 f"{type(self).__name__}: scores are [batch, num_heads, query, key].",
@@ -110,14 +117,14 @@ class PositionalDAA(DirectAttentionAdapter):
             soft_cap: bound of α·S, where the model has one for its logits.
 
         Returns:
-            [batch, heads, query, key].
+            [batch, heads, query, key], in the scores' dtype.
 
         Raises:
             ConfigError: the scores have another number of heads.
             DataError: positions are negative, have another shape, or are missing where queries and keys are
                 not the same tokens.
         """
-        scaled = super().forward(scores, soft_cap=soft_cap)
+        adapted = self._adapted(scores, soft_cap)
         batch, _, queries, keys = scores.shape
         if query_positions is None and key_positions is None and queries == keys:
             query_positions = key_positions = default_positions(batch, keys)
@@ -132,7 +139,7 @@ class PositionalDAA(DirectAttentionAdapter):
         check_positions(key_positions, batch, keys)
         distance = query_positions[:, :, None] - key_positions[:, None, :]
         buckets = torch.from_numpy(relative_buckets(distance.numpy(force=True)))
-        return scaled + self.position_bias[buckets].permute(0, 3, 1, 2)
+        return (adapted + self.position_bias[buckets].permute(0, 3, 1, 2)).to(scores.dtype)
 
 
 def capped(scores: Tensor, soft_cap: float | None) -> Tensor:

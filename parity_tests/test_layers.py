@@ -105,6 +105,27 @@ def test_drawn(name, dtype, draw):
         check(name, draw, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_output_has_the_same_dtype_in_both_frameworks(name, dtype):
+    """Beside leaves in float32, which are wider than hidden states in bfloat16."""
+    case = LAYERS[name].case(Draw())
+    hidden = (*case.differentiated, "base_weight")
+    inputs = {key: torch.as_tensor(value) for key, value in case.inputs.items() if np.ndim(value)}
+    options = {key: value for key, value in case.inputs.items() if key not in inputs}
+    of_torch = {
+        key: value.to(getattr(torch, dtype if key in hidden else "float32"))
+        if value.is_floating_point()
+        else value
+        for key, value in inputs.items()
+    }
+    y = case.reference.float()(**of_torch, **options)
+    run, arguments = jax_side(case, dtype)
+    with precision(dtype):
+        expected = jax.eval_shape(run, *arguments)["y"]
+    assert str(y.dtype) == f"torch.{expected.dtype}"
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_second_call_compiles_nothing_and_eager_is_jit(name):
     case = LAYERS[name].case(Draw())
