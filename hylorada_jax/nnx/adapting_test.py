@@ -324,6 +324,18 @@ class Words(nnx.Module):
         return self.out.attend(self.norm(self.q_proj(self.embed(ids))))
 
 
+def test_what_trains_is_as_wide_as_its_own_numbers():
+    with jax.enable_x64(True):
+        net, ids = Words(jnp.dtype("float64"), rngs=nnx.Rngs(0)), jnp.array([[1, 2, 2, 6]])
+        net.norm = nnx.LayerNorm(4, param_dtype="bfloat16", rngs=nnx.Rngs(0))
+        # The first leaf that is read, of the embedding or of whatever comes before it, does not decide.
+        net.a_proj = nnx.Linear(4, 4, param_dtype="float32", rngs=nnx.Rngs(0))
+        before = output(net, ids)
+        adapt(net, HyLoRADAConfig(method="longlora", s2_attn_enabled=False, target_modules="a_proj"), RNGS())
+        np.testing.assert_array_equal(output(net, ids), before, strict=True)
+        assert (net.embed.embedding.dtype, net.norm.scale.dtype) == ("float64", "float32")
+
+
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", False), ("bfloat16", True)])
 def test_embeddings_and_norms_train_themselves(dtype, apart):
     net, ids = Words(jnp.dtype(dtype), apart=apart, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 2, 6]])

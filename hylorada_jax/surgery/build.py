@@ -88,7 +88,8 @@ def build_adapters(
         seed: of the random leaves.
 
     Returns:
-        Nested dict with the model's paths; leaves named as in method.md, in at least float32.
+        Nested dict with the model's paths; leaves named as in method.md, in at least float32. Those of the
+        base are as wide as they were, or float32.
     """
     dtype = jnp.promote_types(dtype_of(params), jnp.float32)
     tree: Adapters = {}
@@ -96,7 +97,8 @@ def build_adapters(
         if site.component == "unfrozen":
             node = subtree(params, site.module.path)
             # A copy, even where the dtype is right: a training step consumes its adapters.
-            leaves = {leaf: jnp.array(node[leaf], dtype=dtype, copy=True) for leaf in site.leaves}
+            own = {leaf: jnp.promote_types(node[leaf].dtype, jnp.float32) for leaf in site.leaves}
+            leaves = {leaf: jnp.array(node[leaf], dtype=own[leaf], copy=True) for leaf in site.leaves}
         else:
             names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
             keys = _keys(jax.random.key(seed), names)
