@@ -14,7 +14,11 @@ import transformers
 from jinja2.defaults import DEFAULT_FILTERS
 from tokenizers import models
 
-from hylorada_jax.errors import DataError
+from hylorada_jax.cli.shared import variables_of
+from hylorada_jax.data.columns import OtherNames
+from hylorada_jax.data.examples import Conversation
+from hylorada_jax.data.formats import read_row
+from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.tokenizer import Tokenizer, load_tokenizer
 
 CHAT: list[dict[str, Any]] = [
@@ -241,3 +245,28 @@ def test_the_template_is_found_where_transformers_finds_it(config, files, tmp_pa
 def test_templates_without_a_default_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"templates rag, and no default"):
         Tokenizer(tokenizer(), TOKENS, {"rag": "r"}).apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_what_a_conversation_says_itself_is_not_given_beside_it(name):
+    value: Any = {"messages": CHAT, "tools": TOOLS, "add_generation_prompt": False}[name]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer(), chat_template="x")
+
+    def call(**beside: Any) -> str:
+        return theirs.apply_chat_template(
+            CHAT, tools=None, add_generation_prompt=True, tokenize=False, **beside
+        )
+
+    assert call(mode=value) == "x"
+    with pytest.raises(TypeError, match="multiple values"):
+        call(**{name: value})
+    with pytest.raises(ConfigError, match=rf"must not name messages, tools[\s\S]*received: {name}\n"):
+        variables_of(json.dumps({"mode": 1, name: value}))
+    row = {"messages": CHAT, "kwargs": {"mode": 1, name: value}}
+    kwargs = OtherNames({"chat_template_kwargs": "kwargs"})
+    with pytest.raises(DataError, match=rf"received: file:7: kwargs with {name}\n.*column tools"):
+        read_row(row, "file:7", "messages", kwargs)
+    # Either may say what is free, and the row its tools.
+    found = read_row(row | {"kwargs": {"mode": 1}, "tools": TOOLS}, "file:7", "messages", kwargs)
+    assert isinstance(found, Conversation)
+    assert (found.tools, found.variables) == (TOOLS, variables_of('{"mode": 1}'))

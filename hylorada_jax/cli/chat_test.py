@@ -246,7 +246,7 @@ def test_the_template_gets_the_variables_that_are_given(monkeypatch, capsys):
     tokenizer = bytewise()
     tokenizer = dataclasses.replace(tokenizer, chat_template="{{ how }}" + TEMPLATE)
     talk = talk_with(model, tokenizer=tokenizer)
-    talk.variables = variables_of('{"how": "*", "add_generation_prompt": false}')
+    talk.variables = variables_of('{"how": "*"}')
     say(monkeypatch, talk, "Hi")
     assert model.asked == ["*[user]Hi[assistant]"]
     for wrong in ("{", "[1]"):

@@ -215,7 +215,13 @@ def tokenizer_of(model: str, template: str | None) -> "Tokenizer":
 
 
 def variables_of(chat_template_kwargs: str | None) -> dict[str, Any]:
-    """What a chat template is given beside the messages."""
+    """What a chat template is given beside the messages.
+
+    Raises:
+        ConfigError: it is not a JSON object, or has what a template gets with the messages themselves.
+    """
+    from hylorada_jax.models.chat_template import OF_THE_CONVERSATION, not_beside
+
     rule = "--chat-template-kwargs must be a JSON object."
     remedy = """For example --chat-template-kwargs '{"enable_thinking": false}'."""
     try:
@@ -224,6 +230,12 @@ def variables_of(chat_template_kwargs: str | None) -> dict[str, Any]:
         raise ConfigError(rule, f"{shown(chat_template_kwargs)}: {error}", remedy) from error
     if not isinstance(found, dict):
         raise ConfigError(rule, shown(chat_template_kwargs), remedy)
+    if names := not_beside(found):
+        raise ConfigError(
+            f"--chat-template-kwargs must not name {', '.join(OF_THE_CONVERSATION)}, which a chat has.",
+            names,
+            "Leave them out; rows with a column tools are answered by generate --messages.",
+        )
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
+from hylorada_jax.models.chat_template import OF_THE_CONVERSATION, not_beside
 from hylorada_jax.text import cut, parse_json, shown, well_formed
 
 Format = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
@@ -216,8 +217,15 @@ class RowReader(NamedTuple):
             for number, (message, train) in enumerate(zip(messages, trains, strict=True))
         ]
         tools = self.json("tools", list, "a list of tools, or JSON of it")
-        variables = self.json("chat_template_kwargs", dict, "a mapping, or JSON of it")
-        return Conversation(self.place, messages, answers, tools or None, variables or {})
+        variables = self.json("chat_template_kwargs", dict, "a mapping, or JSON of it") or {}
+        if names_taken := not_beside(variables):
+            called = self.called("chat_template_kwargs")
+            raise DataError(
+                f"The column {called} must not name {', '.join(OF_THE_CONVERSATION)}, which the row has.",
+                f"{self.place}: {called} with {names_taken}",
+                f"Give tools as the row's column {self.called('tools')}, and leave the other names out.",
+            )
+        return Conversation(self.place, messages, answers, tools or None, variables)
 
 
 def with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

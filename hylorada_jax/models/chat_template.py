@@ -16,6 +16,8 @@ TEMPLATE_NAME = "chat_template.jinja"
 """The file of a template beside a tokenizer's, as transformers names it."""
 MAX_TEMPLATE = 2**18
 """The characters of a template: ten times the longest that is known."""
+OF_THE_CONVERSATION = ("messages", "tools", "add_generation_prompt")
+"""The variables of a template that each rendering has from its conversation, whatever is given beside it."""
 # Most of a template's variables are of these types, and each turn of a conversation brings them again.
 _SIMPLE = {str, bool, float, type(None)}
 # Where models' templates look for a turn's reasoning; the first is the newest name.
@@ -102,6 +104,24 @@ def render_each(
                 result = result.at(_short([message.get("role") for message in requests[number].messages]))
             found[number] = result
     return [result for result in found if result is not None]
+
+
+def not_beside(variables: Mapping[str, Any]) -> str:
+    """The names of those variables that a template has from the conversation itself.
+
+    Args:
+        variables: to be given beside the messages.
+
+    Returns:
+        The names; "" where there are none.
+
+    Example:
+        >>> not_beside({"enable_thinking": False, "tools": []})
+        'tools'
+
+    Source: transformers 5.24, ``apply_chat_template``, for which each is an argument of its own.
+    """
+    return ", ".join(name for name in OF_THE_CONVERSATION if name in variables)
 
 
 def read_template(file: str | Path) -> str:
