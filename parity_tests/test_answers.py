@@ -7,6 +7,7 @@ behind it ends where generation stops.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import threading
@@ -18,6 +19,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hylorada_jax.data.answers import score_answers
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.examples import Completion, Conversation, Document
 from hylorada_jax.data.tokenization import prepare, tokenize
@@ -169,6 +171,52 @@ def test_what_a_template_marks_is_what_transformers_masks(tag, chat):
         np.testing.assert_array_equal(document.tokens[:shared], plain.tokens)
         np.testing.assert_array_equal(mask(document)[:shared], mask(plain))
         assert not mask(document)[shared:].any()
+
+
+def refusing(condition: str) -> str:
+    """ChatML, which refuses some conversations."""
+    return f"{{% if {condition} %}}{{{{ raise_exception('no') }}}}{{% endif %}}" + CHATML.template
+
+
+# Templates by what a conversation must have for them, or by how they write an answer.
+ASKING: dict[str, Any] = {
+    "a system message": refusing("messages[0].role != 'system'"),
+    "a variable": refusing("mode is not defined"),
+    "tools": refusing("not tools"),
+    "a second question": refusing("messages | length < 4"),
+    "tools by name": {"tool_use": CHATML.template},
+    "another end with tools": CHATML.template.replace(
+        "}}<|im_end|>", "}}{{ '<|endoftext|>' if tools else '<|im_end|>' }}"
+    ),
+    "in capitals": CHATML.template.replace("m.content", "m.content | upper"),
+    "with a capital": CHATML.template.replace("m.content", "m.content | capitalize"),
+    "trimmed": CHATML.template.replace("m.content", "m.content | trim"),
+    "behind a thought": CHATML.template.replace("{{ m.content", "<think></think><|im_start|>{{ m.content"),
+    "marked": _TAGGED_TURN.replace("TURN", TAGGED["the turn"]),
+    "marked before a token": _TAGGED_TURN.replace("TURN", TAGGED["the turn"] + "<|endoftext|>"),
+}
+# Which of them no conversation shows that is made up.
+UNKNOWN = ("a variable", "a second question", "another end with tools")
+
+
+@pytest.mark.parametrize(
+    ("name", "tools"), [(name, TOOLS) for name in ASKING] + [(n, None) for n in ASKING if "tools" not in n]
+)
+def test_the_answer_that_is_asked_for_ends_where_training_ends_it(name, tools):
+    made = dataclasses.replace(pair(CHATML)[0], chat_template=ASKING[name])
+    messages, variables = CHATS["system, two turns, a question"], {"mode": "x"}
+    chat = conversation([*messages, SAID[0]], tools, **variables)
+    for end in ("", "<|im_end|>", "<|endoftext|>"):  # as of a base model
+        ends = tuple(made.encode(end))
+        tokenizer = dataclasses.replace(made, end_token_ids=ends)
+        (found,) = score_answers([chat], tokenizer, "last")
+        assert not isinstance(found, DataError)
+        last = [token for token, scored in zip(found[-1].ids, found[-1].scored, strict=True) if scored][-1]
+        assert last in made.special_ids
+        expected = tuple(dict.fromkeys([*ends, last]))
+        assert tokenizer.chat_ends(messages, tools, variables) == expected
+        if name not in UNKNOWN:
+            assert tokenizer.chat_end_ids == expected
 
 
 def scored_texts(tokenizer: Tokenizer, documents: Any) -> list[str]:

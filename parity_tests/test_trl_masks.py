@@ -78,7 +78,8 @@ def test_a_call_that_openais_template_writes_is_read_as_one(said):
     message = {"role": "assistant", "content": "", **said, "tool_calls": [CALL]}
     prompt = prompt_of(theirs, ASKED[:1], tools=TOOLS)
     whole = theirs.apply_chat_template([ASKED[0], message], tools=TOOLS, return_dict=False)
-    answer = as_message(answer_text(tokenizer, prompt, whole[len(prompt) :]))
+    ends = tokenizer.chat_ends(ASKED[:1], TOOLS)
+    answer = as_message(answer_text(tokenizer, prompt, whole[len(prompt) :], ends))
     assert whole[: len(prompt)] == prompt
     assert answer.pop("tool_calls") == [CALL]
     # What is said before a call is written as what is thought.

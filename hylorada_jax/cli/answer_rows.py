@@ -1,6 +1,7 @@
 """The rows of a file of conversations, each answered by a model."""
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import remark
+from hylorada_jax.text import to_json
 
 if TYPE_CHECKING:
     from jax import Array
@@ -80,6 +82,19 @@ def prompts_of(
     ]
 
 
+def ends_of(chats: Sequence[Conversation], tokenizer: "Tokenizer") -> tuple[int, ...]:
+    """The tokens at which the answer to any of the conversations ends, for they are generated together.
+
+    A template is asked once for all of the same roles and variables, with tools or without them.
+    """
+    alike: dict[tuple[Any, ...], Conversation] = {}
+    for chat in chats:
+        roles = tuple(message["role"] for message in chat.messages)
+        alike.setdefault((roles, bool(chat.tools), to_json(dict(chat.variables))), chat)
+    ends = (tokenizer.chat_ends(chat.messages, chat.tools, chat.variables) for chat in alike.values())
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(ends)))
+
+
 def answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -122,7 +137,7 @@ def answers(
                 raise error.at(f"answers {first + 1} to {rows[-1] + 1}") from error
             for row, tokens in zip(rows, found[: len(rows)], strict=True):
                 cut += is_cut(tokens, settings)
-                yield answer_text(tokenizer, prompts[row], tokens)
+                yield answer_text(tokenizer, prompts[row], tokens, settings["eos_token_id"] or ())
             bar.update(len(rows))
     tell_cut(cut, len(prompts), settings)
 

@@ -98,7 +98,6 @@ def chat(
     ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, read, variables)
     rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=ANSWER_TOKENS)
     check_settings([ids], rng=rng, **settings)
-    settings["eos_token_id"] = tokenizer.chat_end_ids or None
     talk = Talk(
         loaded(model, adapter, weights, placement, verbose=verbose),
         tokenizer,

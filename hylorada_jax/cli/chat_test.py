@@ -254,6 +254,30 @@ def test_the_template_gets_the_variables_that_are_given(monkeypatch, capsys):
         assert (status, "must be a JSON object" in err) == (2, True)
 
 
+def test_an_answer_stops_where_the_template_of_this_conversation_ends_it(monkeypatch, capsys):
+    tokenizer = bytewise()
+    tokenizer.backend.add_special_tokens(["<turn>", "<call>"])
+    template = "{% if not mode %}{{ raise_exception('no mode') }}{% endif %}" + TEMPLATE.replace(
+        "m.content }}", "m.content }}{{ '<call>' if messages[0].role == 'system' else '<turn>' }}"
+    )
+    tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+    turn, call = tokenizer.encode("<turn><call>")
+    assert tokenizer.chat_end_ids == (END,)  # without a mode it is not known
+
+    class Ending(Scripted):
+        def stream(self, prompt, **settings):
+            self.settings.append(settings)
+            yield [*tokenizer.encode(self.answers.pop(0)), turn]
+
+    model = Ending("A", "B")
+    talk = talk_with(model, tokenizer=tokenizer)
+    talk.variables = {"mode": "x"}
+    say(monkeypatch, talk, "Hi", "/system S", "Ho")
+    assert [settings["eos_token_id"] for settings in model.settings] == [(END, turn), (END, call)]
+    assert [m["content"] for m in talk.messages] == ["Hi", "A", "Ho", "B<turn>"]  # ended by another
+    assert capsys.readouterr().out == "A\nB<turn>\n"
+
+
 def test_a_closed_stdin_is_an_error_of_ours(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     status, _, err = run(monkeypatch, capsys, "chat")

@@ -630,7 +630,7 @@ def test_a_last_batch_of_fewer_compiles_nothing_and_its_answers_are_the_same(cha
     key = jax.random.key(0)
     settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "eos_token_id": None}
     expected = [
-        answer_text(tokenizer, prompt, tokens)
+        answer_text(tokenizer, prompt, tokens, ())
         for first in (0, 2, 4)
         for prompt, tokens in zip(
             prompts[first : first + 2],

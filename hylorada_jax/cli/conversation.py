@@ -32,7 +32,7 @@ class Talk:
         structure: that an adapter reads.
         context: tokens of a prompt and its answer, at most; None for any number.
         rng: of the sampling; each answer has a key of its own.
-        settings: of ``model.stream``.
+        settings: of ``model.stream``, without those of an answer: its end tokens, and its key.
         variables: what the template is given beside the messages.
         system: what the system's message says, or "".
         messages: what was said.
@@ -66,7 +66,9 @@ class Talk:
         system = [{"role": "system", "content": self.system}] if self.system else []
         asks = [*system, *self.messages, asked]
         prompt, structure_ids = chat_of(asks, self.tokenizer, self.structure, self.variables)
+        ends = self.tokenizer.chat_ends(asks, variables=self.variables)
         settings = self.settings | {"rng": jax.random.fold_in(self.rng, len(self.messages))}
+        settings["eos_token_id"] = ends or None
         if self.context is not None:
             room = self.context - self.begins(len(prompt))
             if room < 1 or len(prompt) > self.context:
@@ -83,10 +85,10 @@ class Talk:
         try:
             for tokens in self.model.stream(prompt, **settings):
                 ids += tokens
-                printer.show(answer_text(self.tokenizer, prompt, ids))
+                printer.show(answer_text(self.tokenizer, prompt, ids, ends))
         except KeyboardInterrupt:
             pass
-        said = answer_text(self.tokenizer, prompt, ids)
+        said = answer_text(self.tokenizer, prompt, ids, ends)
         printer.show(said, last=True)
         if ids:
             self.messages += [asked, as_message(said)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hylorada_jax.cli.answer_rows import answers, asked, is_cut, prompts_of, tell_cut, write
+from hylorada_jax.cli.answer_rows import answers, asked, ends_of, is_cut, prompts_of, tell_cut, write
 from hylorada_jax.cli.sampling import AS_IT_IS, PROMPT_TOKENS, Sampling, answer_tokens
 from hylorada_jax.cli.shared import (
     BaseDtype,
@@ -122,8 +122,12 @@ def generate(
         if not ids:
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
         prompts, structure_ids = [ids], None if depths is None else [depths]
+        ends = tokenizer.end_token_ids
+        if chat:
+            ends = tokenizer.chat_ends([{"role": "user", "content": prompt}], variables=variables)
     else:
         prompts, structure_ids = prompts_of(chats, tokenizer, read)
+        ends = ends_of(chats, tokenizer)
 
     chat = chat or chats is not None
     rng = jax.random.key(seed)
@@ -134,7 +138,7 @@ def generate(
     check_prompts(prompts, base.token_limit)
     check_room(base, prompts, settings["max_new_tokens"])
     warn_of_length(base, longest_row(base, longest, settings["max_new_tokens"]))
-    settings["eos_token_id"] = (tokenizer.chat_end_ids if chat else tokenizer.end_token_ids) or None
+    settings["eos_token_id"] = ends or None
     inputs = {} if structure_ids is None else {"structure_ids": structure_ids}
     generator = loaded(model, adapter, weights, placement, verbose=verbose)
     if chats is not None:
@@ -142,7 +146,7 @@ def generate(
         return
     (tokens,) = generator.generate(prompts, rng=rng, **inputs, **settings)
     if chat:
-        show(answer_text(tokenizer, prompts[0], tokens))
+        show(answer_text(tokenizer, prompts[0], tokens, ends))
         tell_cut(is_cut(tokens, settings), 1, settings)
     else:
         show(with_answer(prompt or "", tokenizer, prompts[0], tokens))

@@ -35,7 +35,10 @@ def samples(
             for a text to continue.
     """
     ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat)
-    prompt += "" if chat is None else "\n\n"
+    ends = tokenizer.end_token_ids
+    if chat is not None:
+        ends = tokenizer.chat_ends([{"role": "user", "content": prompt}], variables=chat)
+        prompt += "\n\n"
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):
         begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]
@@ -44,7 +47,6 @@ def samples(
         structure_ids = structure_ids and structure_ids[: len(begin)] + structure_ids[cut]
     if not ids:
         return prompt, prompt
-    ends = tokenizer.end_token_ids if chat is None else tokenizer.chat_end_ids
     inputs = {} if structure_ids is None else {"structure_ids": [structure_ids]}
 
     def written(adapters: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hylorada_jax.data.columns import with_arguments
@@ -22,15 +22,18 @@ _CHANNEL = re.compile(r"<\|channel\|>(\w+)")
 _CALLED = re.compile(r"\bto=functions\.(\S+?)(?=[\s<]|\Z)")
 
 
-def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+def answer_text(
+    tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], ends: Collection[int]
+) -> str:
     """The text of an answer: without the token that ends it, with all others, as those around a call.
 
     Args:
         tokenizer: the model's.
         prompt: the token ids that asked for it.
         ids: those that the model gave.
+        ends: the tokens at which it ends, from :meth:`Tokenizer.chat_ends`.
     """
-    said = ids[:-1] if ids and ids[-1] in tokenizer.chat_end_ids else ids
+    said = ids[:-1] if ids and ids[-1] in ends else ids
     return tokenizer.decode_answer(prompt, said, skip_special_tokens=False)
 
 

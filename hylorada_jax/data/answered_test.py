@@ -22,7 +22,8 @@ def test_special_tokens_are_part_of_an_answer_but_for_its_end():
     end = tokenizer.encode("</s>")
     for text in ("<call>f</s><call>", "ü", ""):
         ids = tokenizer.encode(text)
-        assert answer_text(tokenizer, prompt, ids) == answer_text(tokenizer, prompt, ids + end) == text
+        for said in (ids, ids + end):
+            assert answer_text(tokenizer, prompt, said, tokenizer.chat_end_ids) == text
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import tokenizers
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.models.chat_template import Request, render
+from hylorada_jax.models.chat_template import Request, render, render_each
 from hylorada_jax.models.end_tokens import end_tokens
 from hylorada_jax.models.families import is_encoder_decoder
 from hylorada_jax.models.segments import Specials, encode_segments, specials_of
@@ -26,7 +27,17 @@ _CLEANED = {
 }  # fmt: skip
 
 
-_ANSWER = "an answer"
+# Two answers that end otherwise, however a template writes them: what follows both is no part of them.
+_ANSWERS = ("an answer", "a reply")
+_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}
+_SYSTEM, _USER = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
+# What a template may ask for before it writes a turn, where no conversation is at hand.
+_CONVERSATIONS: tuple[tuple[Sequence[Mapping[str, Any]], Any], ...] = (
+    ([_USER], None),
+    ([_SYSTEM, _USER], None),
+    ([_SYSTEM, _USER], [_TOOL]),
+    ([_USER], [_TOOL]),
+)
 
 
 class Encoded(NamedTuple):
@@ -98,18 +109,56 @@ class Tokenizer:
     def chat_end_ids(self) -> tuple[int, ...]:
         """The tokens at which an answer in a chat ends: ``end_token_ids``, and what ends a turn otherwise.
 
-        A base model's own end is not always that of its template, or of one that it was given.
+        A base model's own end is not always that of its template, or of one that it was given. A template
+        that asks for variables refuses what is tried here; :meth:`chat_ends` knows the conversation.
         """
-        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+        tried = (self._ends_behind(messages, tools, {}) for messages, tools in _CONVERSATIONS)
+        return next((ends for ends in tried if ends is not None), self.end_token_ids)
+
+    def chat_ends(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> tuple[int, ...]:
+        """The tokens at which the answer to a conversation ends: ``end_token_ids``, and what ends its turn.
+
+        Args:
+            messages: the conversation, without the answer.
+            tools, variables: as for :meth:`apply_chat_template`.
+
+        Returns:
+            The token ids; ``chat_end_ids`` where the template refuses an answer there.
+
+        Example:
+            asked = [{"role": "user", "content": "1 + 1?"}]
+            load_tokenizer("smollm2-135m").chat_ends(asked)
+        """
+        ends = self._ends_behind(messages, tools, variables)
+        return self.chat_end_ids if ends is None else ends
+
+    def _ends_behind(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any]
+    ) -> tuple[int, ...] | None:
+        """As :meth:`chat_ends`; None where the template refuses an answer, or leaves it out."""
+        given = {**self.special_tokens, **variables, "add_generation_prompt": False}
+        chats = [[*messages, {"role": "assistant", "content": answer}] for answer in _ANSWERS]
         try:
-            text = self.apply_chat_template(asked, add_generation_prompt=False)
+            found = render_each(self.chat_template, [Request(chat, given, tools) for chat in chats])
         except DataError:
-            return self.end_token_ids
-        _, answer, rest = text.rpartition(_ANSWER)
-        after = self.encode(rest) if answer else []
-        if set(after) & {*self.end_token_ids}:
-            return self.end_token_ids
-        return *self.end_token_ids, *[token for token in after if token in self.special_ids][-1:]
+            return None
+        rendered = [each for each in found if not isinstance(each, DataError)]
+        if len(rendered) < len(chats) or rendered[0].text == rendered[1].text:
+            return None
+        # Training ends a turn in what a template marks as generated, where that has an end.
+        marked = [text[: spans[-1][1]] if spans else text for text, spans in rendered]
+        for texts in (marked, [each.text for each in rendered]):
+            after = self.encode(_common_end(*texts))
+            if set(after) & {*self.end_token_ids}:
+                break
+            if special := [token for token in after if token in self.special_ids]:
+                return *self.end_token_ids, special[-1]
+        return self.end_token_ids
 
     def _special_id(self, role: str) -> int | None:
         text = self.special_tokens.get(role)
@@ -282,6 +331,18 @@ class Tokenizer:
         """
         given = {**self.special_tokens, "add_generation_prompt": add_generation_prompt, **variables}
         return render(self.chat_template, Request(messages, given, tools))
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest text with which both end.
+
+    Example:
+        >>> _common_end("an answer<|im_end|>", "a reply<|im_end|>")
+        '<|im_end|>'
+    """
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    size = next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(one), len(other)))
+    return one[len(one) - size :]
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
