@@ -170,10 +170,14 @@ def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | No
     Args:
         chats: what was asked.
         found: the answers.
-        output: a new file, or None for stdout.
+        output: a new file, made with the first answer; None for stdout.
     """
-    with contextlib.nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout if output is None else None
         for chat, text in zip(chats, found, strict=True):
+            if file is None:  # with something to write: an empty file would be in the way of the next run
+                assert output is not None
+                file = stack.enter_context(output.open("x", encoding="utf-8"))
             said = [
                 message if counts or message["role"] != "assistant" else {**message, "train": False}
                 for message, counts in zip(chat.messages, chat.answers, strict=True)

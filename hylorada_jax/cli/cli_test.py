@@ -601,6 +601,21 @@ def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
         )
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_file_of_answers_is_there_when_it_has_one(tmp_path, before):
+    output = tmp_path / "said.jsonl"
+    asked = [Conversation("", [{"role": "user", "content": text}], [False]) for text in "ab"]
+
+    def answers():
+        yield from ["A"] * before
+        raise generation.not_finite("at new token 1 of prompt 1")
+
+    with pytest.raises(NonFiniteError):
+        write(asked, answers(), output)
+    assert [*tmp_path.iterdir()] == [output] * before  # else the run that is corrected would be refused
+    assert not before or len(output.read_text().splitlines()) == before
+
+
 def test_each_of_several_conversations_has_its_structure():
     template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
