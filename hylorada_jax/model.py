@@ -19,7 +19,7 @@ from hylorada_jax.math.quantized import dtype_name, dtype_of, size_of
 from hylorada_jax.models.base_model import BaseModel, vocab_size
 from hylorada_jax.models.causal_lm import CausalLM, DecodeStep
 from hylorada_jax.models.generate import pad_left
-from hylorada_jax.models.ids import check_batch, check_prompts, check_structure_ids
+from hylorada_jax.models.ids import check_batch, check_prompts, check_structure_ids, length_of
 from hylorada_jax.models.placed import fitted, placed
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.models.weights_digest import tree_digest
@@ -461,10 +461,11 @@ class HyLoRADAModel:
         variables: dict[str, Any] = {"params": self._params(resolved, None), COLLECTION: resolved}
         if structure_ids is not None:
             self._check_encoder(_STRUCTURE_IDS)
-            if [len(ids) for ids in structure_ids] != [len(prompt) for prompt in prompts]:
+            lengths = [length_of(ids) for ids in structure_ids]
+            if lengths != [len(prompt) for prompt in prompts]:
                 raise DataError(
                     "structure_ids must have one value per token of each prompt.",
-                    f"lengths {[len(i) for i in structure_ids]} for {[len(p) for p in prompts]}",
+                    f"lengths {lengths} for {[len(p) for p in prompts]}",
                     "Give a list like each prompt.",
                 )
             for ids in structure_ids:

@@ -104,8 +104,30 @@ def check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
                 f"prompt {number}: {prompt!r}",
                 "Encode each text first: [tokenizer.encode(text)].",
             )
+        if length_of(prompt) is None:
+            raise DataError(
+                "A prompt is one list of token ids.",
+                f"prompt {number}: a list of lists, or an array of more than one axis",
+                "Give the ids of each text as a prompt of its own.",
+            )
         if len(prompt):
             check_tokens(prompt, limit, f"prompt {number}")
+
+
+def length_of(ids: Any) -> int | None:
+    """The length of one list of ids; None for what is not one, as a number or a list of lists.
+
+    Args:
+        ids: a list or an array; its values are not read.
+
+    Example:
+        >>> length_of([3, 12]), length_of([[3, 12]]), length_of(3)
+        (2, None, None)
+    """
+    axes = getattr(ids, "ndim", None)
+    if axes is None:
+        axes = 0 if not np.iterable(ids) else 2 if any(np.iterable(each) for each in ids) else 1
+    return len(ids) if axes == 1 else None
 
 
 def check_structure_ids(ids: Any) -> None:

@@ -179,3 +179,30 @@ def test_a_tokenizer_of_another_model_is_refused_by_the_retrieval_probe():
 def test_the_other_tables_of_an_encoder_are_looked_at_too(kind, inputs, said):
     with pytest.raises(DataError, match=said):
         forward(kind, jnp.array([[1, 2]]), **inputs)
+
+
+ONE = {
+    "a list of lists": [[1, 2]],
+    "of several lengths": [[1, 2], [3]],
+    "texts": ["ab"],
+    "an array": np.ones((1, 2), int),
+    "of jax": jnp.ones((1, 2), int),
+    "arrays": [np.ones(2, int)],
+}
+
+
+@pytest.mark.parametrize("prompt", ONE.values(), ids=ONE)
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_a_prompt_is_one_list_of_tokens(prompt, how):
+    """Refused at the call, and not by who reads the first token."""
+    for model in (base(), adapted(), hf("GPT2LMHeadModel")):
+        with pytest.raises(DataError, match=r"one list of token ids[\s\S]*received: prompt 0"):
+            model.stream(prompt, max_new_tokens=1) if how == "stream" else model.generate(
+                [prompt], max_new_tokens=1
+            )
+
+
+def test_the_structure_of_a_prompt_is_one_list_too():
+    for wrong in ([[0]], [[0], [0, 0]], np.zeros((1, 1), int), 0):
+        with pytest.raises(DataError, match="structure_ids must have one value per token"):
+            adapted().stream([1], structure_ids=wrong, max_new_tokens=1)
