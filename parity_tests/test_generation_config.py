@@ -1,6 +1,7 @@
 """The settings of a generation_config.json choose among the tokens as transformers does with them."""
 
 import json
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,3 +50,32 @@ def test_logits_become_what_transformers_samples_from(said, tmp_path):
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
     # Two float32 operations on each logit.
     np.testing.assert_allclose(found, expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"max_length": 9}, "max_length"),
+        ({"max_time": 1e-9}, "max_time"),
+        ({"max_length": 9, "max_time": 1e-9}, "max_length, max_time"),
+        ({"max_length": 9, "max_new_tokens": 12}, ""),
+        ({"max_length": 20}, ""),  # what transformers takes by itself
+        ({}, ""),
+    ],
+)
+def test_what_ends_an_answer_early_in_transformers_is_named(said, named, tmp_path):
+    CONFIG.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    model, ids = transformers.LlamaForCausalLM(CONFIG).eval(), torch.tensor([[5, 6, 7]])
+
+    def length(settings: dict[str, Any]) -> int:
+        # A file has none of a text's ends, so that nothing else ends it.
+        model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=None, **settings)
+        return model.generate(ids, do_sample=False).shape[1]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = generation_defaults(tmp_path)
+    messages = [str(warning.message).partition("not heeded: ")[2] for warning in caught]
+    assert messages == [named] * bool(named)
+    assert (length(said) == length(ours)) == (not named)

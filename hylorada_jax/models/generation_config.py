@@ -52,6 +52,7 @@ _UNHEEDED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": ([],),
     "diversity_penalty": (0,),
+    "dola_layers": (),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,),
     "epsilon_cutoff": (0,),
@@ -60,6 +61,8 @@ _UNHEEDED: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "guidance_scale": (1,),
+    "max_length": (20,),  # transformers' own, which counts where a file says nothing too
+    "max_time": (),
     "min_length": (0,),
     "min_new_tokens": (0,),
     "no_repeat_ngram_size": (0,),
@@ -68,6 +71,7 @@ _UNHEEDED: dict[str, tuple[Any, ...]] = {
     "sequence_bias": ({},),
     "stop_strings": ([],),
     "suppress_tokens": ([],),
+    "token_healing": (False,),
     "top_h": (),
     "typical_p": (1,),
     "watermarking_config": (),
@@ -147,7 +151,9 @@ def generation_defaults(name: str | Path) -> dict[str, Any]:
         ours = source.config.get("model_type") in DECODERS
         # Without the file, the version of transformers that has Flax classes reads config.json.
         said = read_generation_config(source) or ({} if ours else source.config)
-        heeded = () if ours else Constraints.__struct_fields__
+        heeded = set() if ours else {*Constraints.__struct_fields__}
+        if said.get("max_new_tokens") is not None:  # which takes precedence
+            heeded.add("max_length")
         unheeded = [
             key
             for key, off in _UNHEEDED.items()
