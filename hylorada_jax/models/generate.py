@@ -75,7 +75,7 @@ def generate(
     """
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     how |= {"repetition_penalty": repetition_penalty, "rng": rng}
-    check_settings(prompts, max_new_tokens=max_new_tokens, **how)
+    check_settings(prompts, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **how)
     at_once, chosen = max_new_tokens, sampling(**how)
     rounds = _rounds(
         decode, init_cache, variables, prompts, max_new_tokens, at_once, eos_token_id, holds, chosen
@@ -110,7 +110,7 @@ def stream(
     Raises:
         ConfigError, DataError: as in :func:`generate`, and here, not in the iterator.
     """
-    check_settings([prompt], max_new_tokens=max_new_tokens, **how)
+    check_settings([prompt], max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **how)
     at_once, chosen = _AT_ONCE, sampling(**how)
     return _new(
         _rounds(decode, init_cache, variables, [prompt], max_new_tokens, at_once, eos_token_id, holds, chosen)

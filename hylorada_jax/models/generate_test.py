@@ -318,7 +318,20 @@ def test_filter_keeps_ties_and_at_least_one():
         ([], {}, DataError, "prompt"),
         ([[1], []], {}, DataError, r"\[1, 0\]"),
         ([[1]], {"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
-        ([[1]], {"max_new_tokens": 2.5}, ConfigError, "max_new_tokens"),
+        *(
+            ([[1]], {"max_new_tokens": value}, ConfigError, "max_new_tokens")
+            for value in (2.5, "5", None, 2**31, 2**33, 10**21, np.int64(2**40))
+        ),
+        *(
+            ([[1]], {"eos_token_id": value}, ConfigError, "eos_token_id")
+            for value in (2**31, 2**40, 10**21, 1.5, "</s>", ["</s>"], [1, 2.0], [[1]], [None])
+        ),
+        *(
+            ([[1]], {name: value, "rng": jax.random.key(0)}, ConfigError, f"{name} must be a number")
+            for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+            for value in ("0.5", [0.5], np.ones(1))
+        ),
+        ([[1]], {"temperature": None}, ConfigError, "temperature must be a number"),
         ([[1]], {"temperature": -1.0}, ConfigError, "temperature"),
         ([[1]], {"temperature": float("nan")}, ConfigError, "temperature"),
         ([[1]], {"temperature": 1.0}, ConfigError, "rng"),
@@ -340,3 +353,12 @@ def test_filter_keeps_ties_and_at_least_one():
 def test_settings_that_cannot_be_meant_are_refused(prompts, settings, error, words):
     with pytest.raises(error, match=words):
         run(prompts, **{"max_new_tokens": 4, **settings})
+
+
+@pytest.mark.parametrize(
+    "form", [int, np.int64, jnp.int32, lambda end: jnp.array([end, -1]), lambda end: [end]]
+)
+def test_an_end_is_taken_in_every_form(form):
+    (row,) = run([[5]], max_new_tokens=9, eos_token_id=())
+    assert run([[5]], max_new_tokens=9, eos_token_id=form(row[3])) == [row[: row.index(row[3]) + 1]]
+    assert run([[5]], max_new_tokens=9, eos_token_id=-1) == [row]

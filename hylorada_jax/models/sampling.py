@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.models.ids import INT32
+from hylorada_jax.text import shown
 
 # Below this temperature the softmax of float32 logits is their argmax, and the division would overflow.
 _GREEDY = 1e-30
@@ -164,6 +167,7 @@ def check_settings(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     rng: Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> None:
     """Raises on settings that cannot be meant."""
     if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
@@ -172,11 +176,19 @@ def check_settings(
             f"lengths {[len(prompt) for prompt in prompts]}",
             "Begin an empty text with the tokenizer's begin-of-text token.",
         )
+    for name, value in (
+        ("temperature", temperature),
+        ("top_p", top_p),
+        ("min_p", min_p),
+        ("repetition_penalty", repetition_penalty),
+    ):
+        if not (value is None and name != "temperature") and not _is_number(value):
+            raise ConfigError(f"{name} must be a number.", shown(value), "Give one.")
     infinity = float("inf")
     for wrong, rule, received in (
         (
-            not (isinstance(max_new_tokens, int | np.integer) and max_new_tokens >= 1),
-            "max_new_tokens must be an integer, at least 1.",
+            not (isinstance(max_new_tokens, int | np.integer) and 1 <= max_new_tokens < INT32),
+            "max_new_tokens must be an integer, at least 1 and below 2³¹.",
             max_new_tokens,
         ),
         (
@@ -199,5 +211,23 @@ def check_settings(
     ):
         if wrong:
             raise ConfigError(rule, received, "Choose a value in this range.")
+    # One that no model has, such as −1, ends nothing.
+    ends = [] if eos_token_id is None else eos_token_id if np.iterable(eos_token_id) else [eos_token_id]
+    for end in ends:
+        if not _is_int32(end):
+            rule = "eos_token_id must be a token's id, or a list of them."
+            raise ConfigError(rule, shown(end), "Give tokenizer.end_token_ids, or () for none.")
     if temperature > 0 and rng is None:
         raise ConfigError("Sampling needs a random key.", "rng=None", "Pass rng=jax.random.key(seed).")
+
+
+def _is_number(value: object) -> bool:
+    # An array of one number is one as well, of numpy or of a device.
+    return isinstance(value, int | float | np.number) or getattr(value, "ndim", None) == 0
+
+
+def _is_int32(value: Any) -> bool:
+    try:
+        return -INT32 <= operator.index(value) < INT32
+    except TypeError:
+        return False

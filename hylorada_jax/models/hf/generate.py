@@ -39,7 +39,7 @@ def generate(
         ModelError: a constraint of the generation config is of another type, or out of bounds.
         NonFiniteError: a logit is NaN or infinite.
     """
-    check_settings(prompts, max_new_tokens=max_new_tokens, **how)
+    check_settings(prompts, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **how)
     check_room(base, prompts, max_new_tokens)
     rules = constraints(own_constraints(model), model.config.vocab_size, base.name)
     ends = tuple(np.atleast_1d(eos_token_id).tolist())
