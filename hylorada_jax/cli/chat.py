@@ -6,14 +6,13 @@ import io
 import sys
 from pathlib import Path
 
-from hylorada_jax.cli.conversation import Talk, converse
+from hylorada_jax.cli.conversation import Talk, converse, opening
 from hylorada_jax.cli.sampling import ANSWER_TOKENS, AS_IT_IS, Sampling
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
     GivenStructure,
     base_of,
-    chat_of,
     check_adapter,
     context_of,
     generating,
@@ -49,8 +48,9 @@ def chat(
 ) -> None:
     """Talk with a model: each line is a message, and answers are streamed.
 
-    /system TEXT sets the system message, /reset starts over, /help lists these, and /quit or the end of the
-    input leaves. Ctrl-C stops an answer. Pipes are read line by line: `echo Hi. | hylorada chat`.
+    /system TEXT sets the system message, /reset starts over with the same one, /help lists these, and /quit
+    or the end of the input leaves. Ctrl-C stops an answer. Pipes are read
+    line by line: `echo Hi. | hylorada chat`.
 
     Args:
         model: smollm2-135m (the packaged weights), a directory, a .gguf file, or a Hub name [the adapter's
@@ -95,7 +95,7 @@ def chat(
             "Give another number, or none.",
         )
     tokenizer = tokenizer_of(model, template)
-    ids, _ = chat_of([{"role": "user", "content": "Hello."}], tokenizer, read, variables)
+    ids = opening(tokenizer, variables)
     rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=ANSWER_TOKENS)
     check_settings([ids], rng=rng, **settings)
     talk = Talk(

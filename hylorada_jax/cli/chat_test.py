@@ -139,6 +139,82 @@ def test_a_conversation_that_fills_the_context_is_refused_and_goes_on_after_a_re
         say(monkeypatch, talk, "/resett")
 
 
+_NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+_A_SYSTEM = _NO_SYSTEM.replace("==", "!=", 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "lines", "last", "remedy", "carried_out"),
+    [
+        # Each leaves 24 tokens to the template's 15, what is said, and the answer.
+        (TEMPLATE, ["Hi"], "Ho", "Start over with /reset, which keeps", ["/reset", "Ho"]),
+        (TEMPLATE, [], "x" * 9, "Write a shorter message.", ["x"]),
+        (
+            TEMPLATE,
+            ["/system s"],
+            "Ho",
+            "Take the system message away with /system alone.",
+            ["/system", "Ho"],
+        ),
+        (
+            TEMPLATE,
+            ["Hi", "/system s"],
+            "Ho",
+            "Start over with /reset, and take the system message away with /system alone.",
+            ["/reset", "/system", "Ho"],
+        ),
+        (
+            TEMPLATE,
+            ["Hi", "/system s"],
+            "x" * 9,
+            "Start over with /reset, take the system message away with /system alone, and write a shorter",
+            ["/reset", "/system", "x"],
+        ),
+        (TEMPLATE, ["Hi"], "x" * 9, "Start over with /reset, and write a shorter", ["/reset", "x"]),
+        (_NO_SYSTEM, ["/system s"], "Ho", "Take the system message away", ["/system", "Ho"]),
+        (
+            _NO_SYSTEM,
+            ["Hi", "/system s"],
+            "Ho",
+            "Start over with /reset, and take",
+            ["/reset", "/system", "H"],
+        ),
+    ],
+)
+def test_the_remedy_for_a_message_that_is_not_answered_works(
+    template, lines, last, remedy, carried_out, monkeypatch, capsys
+):
+    model = Scripted("abc", "d")
+    tokenizer = dataclasses.replace(bytewise(), chat_template=template)
+    talk = talk_with(model, context=24, tokenizer=tokenizer)
+    say(monkeypatch, talk, *lines)
+    with pytest.raises(DataError) as error:
+        say(monkeypatch, talk, last)
+    assert error.value.remedy.startswith(remedy)
+    asked = len(model.asked)
+    say(monkeypatch, talk, *carried_out)
+    assert len(model.asked) == asked + 1
+
+
+def test_a_context_without_room_for_any_message_says_so(monkeypatch):
+    with pytest.raises(DataError, match="a larger --max-context"):
+        say(monkeypatch, talk_with(Scripted(), context=9), "Hi")
+
+
+def test_a_template_may_ask_for_a_system_message(chatting, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.jinja").write_text(_A_SYSTEM)
+    command = ("chat", "--model", chatting, "--max-new-tokens", 3, "--chat-template", tmp_path / "own.jinja")
+    for lines, said in (
+        ("Hi\n", "Give a system message with /system TEXT."),
+        ("/system S\nHi\n/reset\nHo\n", ""),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        status, out, err = run(monkeypatch, capsys, *command)
+        assert (status, said in err, bool(out)) == (2 if said else 0, True, not said), err
+    (tmp_path / "own.jinja").write_text("{{ raise_exception('never') }}")
+    assert "never" in run(monkeypatch, capsys, *command)[2]
+
+
 @pytest.mark.parametrize(("at", "said"), [(0, None), (1, "a"), (3, "ab"), (4, "abé")])
 def test_an_interrupted_answer_stays_as_far_as_it_was_said(at, said, monkeypatch, capsys):
     def interrupt(now):

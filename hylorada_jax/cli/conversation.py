@@ -1,6 +1,7 @@
 """A conversation on a terminal, or with a pipe."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /system TEXT  how the model shall answer; without TEXT, as it likes
-/reset        forget what was said
+/reset        forget what was said; the system message stays
 /quit         leave; so does the end of the input (Ctrl-D)
 Ctrl-C        stop an answer; what was said of it stays said
 A message that begins with / is written with a space in front."""
@@ -62,20 +63,21 @@ class Talk:
 
         from hylorada_jax.data.answered import answer_text, as_message
 
-        asked = {"role": "user", "content": text}
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        asks = [*system, *self.messages, asked]
-        prompt, structure_ids = chat_of(asks, self.tokenizer, self.structure, self.variables)
+        asks = _asks(self.system, self.messages, text)
+        try:
+            prompt, structure_ids = chat_of(asks, self.tokenizer, self.structure, self.variables)
+        except DataError as error:
+            raise DataError(error.rule, error.received, self._remedy(text) or error.remedy) from error
         ends = self.tokenizer.chat_ends(asks, variables=self.variables)
         settings = self.settings | {"rng": jax.random.fold_in(self.rng, len(self.messages))}
         settings["eos_token_id"] = ends or None
         if self.context is not None:
-            room = self.context - self.begins(len(prompt))
-            if room < 1 or len(prompt) > self.context:
+            room = self._room(len(prompt), self.context)
+            if room < 1:
                 raise DataError(
                     f"A conversation and its answer must fit into {self.context} tokens.",
                     f"{len(prompt)} tokens, and none of an answer",
-                    "Start over with /reset.",
+                    self._remedy(text) or "Start again with a larger --max-context, or another model.",
                 )
             settings["max_new_tokens"] = min(room, settings["max_new_tokens"])
         if structure_ids is not None:
@@ -91,7 +93,54 @@ class Talk:
         said = answer_text(self.tokenizer, prompt, ids, ends)
         printer.show(said, last=True)
         if ids:
-            self.messages += [asked, as_message(said)]
+            self.messages += [asks[-1], as_message(said)]
+
+    def _room(self, length: int, context: int) -> int:
+        """The tokens that an answer to a prompt may have; 0 or less where it does not fit."""
+        return 0 if length > context else context - self.begins(length)
+
+    def _remedy(self, text: str) -> str | None:
+        """What makes a message, or a shorter one, such that it can be answered; None: nothing here does."""
+        away = "take the system message away with /system alone"
+        for remedy, system, messages, said in (
+            ("Start over with /reset, which keeps the system message.", self.system, [], text),
+            (f"{away.capitalize()}.", "", self.messages, text),
+            (f"Start over with /reset, and {away}.", "", [], text),
+            ("Give a system message with /system TEXT.", self.system or "s", self.messages, text),
+            ("Write a shorter message.", self.system, self.messages, "a"),
+            ("Start over with /reset, and write a shorter message.", self.system, [], "a"),
+            (f"Start over with /reset, {away}, and write a shorter message.", "", [], "a"),
+        ):
+            if self._answers(_asks(system, messages, said)):
+                return remedy
+        return None
+
+    def _answers(self, asks: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the template takes a conversation, and there is room for an answer."""
+        try:
+            prompt, _ = chat_of(asks, self.tokenizer, None, self.variables)
+        except DataError:
+            return False
+        return self.context is None or self._room(len(prompt), self.context) >= 1
+
+
+def opening(tokenizer: "Tokenizer", variables: Mapping[str, Any]) -> list[int]:
+    """The token ids of a prompt that begins a conversation, with a system message where one is asked for.
+
+    Raises:
+        DataError: the template takes neither.
+    """
+    try:
+        return chat_of(_asks("", [], "Hello."), tokenizer, None, variables)[0]
+    except DataError as error:
+        with contextlib.suppress(DataError):
+            return chat_of(_asks("s", [], "Hello."), tokenizer, None, variables)[0]
+        raise error
+
+
+def _asks(system: str, messages: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *messages, {"role": "user", "content": text}]
 
 
 class _Printer:
