@@ -12,7 +12,7 @@ from hylorada_jax.cli.flags import flag_of, in_flags
 from hylorada_jax.cli.joining import ALONE, Processes
 from hylorada_jax.cli.reading import AS_IT_IS, Reading, Source, sources_of
 from hylorada_jax.cli.recipe import recipe_of
-from hylorada_jax.cli.sample import samples
+from hylorada_jax.cli.sample import sample_of, samples
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
@@ -104,7 +104,8 @@ def finetune(
         dtype: dtype of the frozen weights and the computation; the adapter is float32.
         base_dtype: quantise the frozen linear layers to int8 or nf4, for a half or a quarter of bfloat16's
             memory; with +head, an untied output head too.
-        prompt: text to continue, or to answer in a chat, before and after training; empty for none.
+        prompt: text to continue, or to answer in a chat with the system message and the tools of the first
+            conversation, before and after training; empty for none.
         offline: take Hugging Face Hub files from the local cache, without contacting the Hub.
         verbose: list on stderr the parameters that the mesh does not divide evenly and so replicates.
         recipe: a .json or .yaml file of these options by name; options given beside it take precedence.
@@ -156,7 +157,7 @@ def finetune(
     train, held_out = reading.prepare_both(sources, tokenizer, config.seq_len, read)
     what = f"held-out perplexity{reading.counted(sources)}"
     firsts = [row for source in sources for row in source.train[:1] if isinstance(row, Conversation)]
-    chat = firsts[0].variables if firsts else None
+    sample = sample_of(prompt, tokenizer, read, firsts[0] if firsts else None) if prompt else None
     del sources  # in training they are tokens alone
     check_data(train, held_out, vocab_size(empty), settings, config)
     base = loaded(model, None, weights, placement if mesh else None)
@@ -180,8 +181,8 @@ def finetune(
     figures = (result.perplexity_before, result.perplexity_after)
     before, after = ("unknown" if figure is None else f"{figure:.3f}" for figure in figures)  # a log was lost
     print(f"{what}  before {before}  after {after}")
-    if prompt:
-        before, after = samples(adapted, start, prompt, tokenizer, read, chat=chat)
+    if sample:
+        before, after = samples(adapted, start, sample, tokenizer)
         show(f"\n--- sample, before ---\n{before}")
         show(f"\n--- sample, after ----\n{after}\n")
     if config.keep == "best":

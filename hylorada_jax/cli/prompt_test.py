@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from hylorada_jax.cli.cli_test import run
-from hylorada_jax.cli.sample import samples
+from hylorada_jax.cli.sample import sample_of, samples
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
@@ -139,7 +139,7 @@ def test_a_sample_ends_where_the_positions_of_the_model_do(words):
     backend.add_special_tokens(["<s>"])
     tokenizer, model = Tokenizer(backend, {"bos_token": "<s>"}), Limited()
     text = " ".join(f"w{1 + i % 8}" for i in range(words))
-    before, after = samples(model, 8, text, tokenizer, None)
+    before, after = samples(model, 8, sample_of(text, tokenizer, None), tokenizer)
     # The text whole where it fits, its end where it does not, and at least a word more.
     kept = words if words < 31 else 15
     assert model.prompt == [0, *tokenizer.encode(text)[-kept:]]

@@ -1,9 +1,12 @@
 """What a model writes before and after it is trained."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hylorada_jax.cli.answer_rows import prompts_of
 from hylorada_jax.cli.shared import prompt_of, with_answer
+from hylorada_jax.data.examples import Conversation
+from hylorada_jax.errors import DataError
 from hylorada_jax.structure.code import Domain
 
 if TYPE_CHECKING:
@@ -12,33 +15,64 @@ if TYPE_CHECKING:
 _NEW_TOKENS = 64
 
 
-def samples(
-    model: Any,
-    start: Any,
-    prompt: str,
-    tokenizer: "Tokenizer",
-    structure: Domain | None,
-    *,
-    chat: Mapping[str, Any] | None = None,
-) -> tuple[str, str]:
-    """The prompt as a model continues or answers it with the adapters of before training, and with its own.
+class Sample(NamedTuple):
+    """What a model is to continue or to answer.
+
+    Attributes:
+        text: as a user gave it, and what stands between it and an answer.
+        ids: its tokens, with those of the template around it in a chat.
+        structure_ids: what an adapter reads beside them, or None.
+        ends: the tokens at which a continuation or an answer ends.
+    """
+
+    text: str
+    ids: list[int]
+    structure_ids: list[int] | None
+    ends: tuple[int, ...]
+
+
+def sample_of(
+    prompt: str, tokenizer: "Tokenizer", structure: Domain | None, like: Conversation | None = None
+) -> Sample:
+    """A text to continue, or a user's message to answer as in a conversation of the training data.
+
+    Args:
+        prompt: some text.
+        tokenizer: the model's.
+        structure: whose ids the model reads beside the tokens.
+        like: the conversation whose system message, tools and template variables it has; None for a text to
+            continue.
+
+    Raises:
+        DataError: the chat template refuses it.
+    """
+    if like is None:
+        return Sample(prompt, *prompt_of(prompt, tokenizer, structure), tokenizer.end_token_ids)
+    begun = itertools.takewhile(lambda message: message["role"] in ("system", "developer"), like.messages)
+    asks = Conversation(
+        "--prompt", [*begun, {"role": "user", "content": prompt}], [], like.tools, like.variables
+    )
+    try:
+        (ids,), structures = prompts_of([asks], tokenizer, structure)
+    except DataError as error:
+        remedy = f'{error.remedy} Or leave the sample out: --prompt "".'
+        raise DataError(error.rule, error.received, remedy) from error
+    ends = tokenizer.chat_ends(asks.messages, asks.tools, asks.variables)
+    return Sample(f"{prompt}\n\n", ids, structures[0] if structures else None, ends)
+
+
+def samples(model: Any, start: Any, sample: Sample, tokenizer: "Tokenizer") -> tuple[str, str]:
+    """The sample as a model continues or answers it with the adapters of before training, and with its own.
 
     Where a model's positions end, a sample ends too; of a prompt that alone is longer, the end is continued.
 
     Args:
         model: a HyLoRADAModel, trained.
         start: its adapters before.
-        prompt: some text.
+        sample: from :func:`sample_of`.
         tokenizer: the model's.
-        structure: whose ids the model reads beside the tokens.
-        chat: the prompt is a user's message, and this what the model's chat template is given beside it; None
-            for a text to continue.
     """
-    ids, structure_ids = prompt_of(prompt, tokenizer, structure, chat)
-    ends = tokenizer.end_token_ids
-    if chat is not None:
-        ends = tokenizer.chat_ends([{"role": "user", "content": prompt}], variables=chat)
-        prompt += "\n\n"
+    prompt, ids, structure_ids, ends = sample
     kept, new = room(len(ids), model.base.position_limit)
     if kept < len(ids):
         begin = ids[: ids[0] == tokenizer.bos_token_id and kept > 1]

@@ -8,10 +8,13 @@ import sys
 from typing import Any
 from unittest import mock
 
+import pytest
 from tokenizers import Tokenizer
 
 from hylorada_jax.cli.cli_test import chats, run
-from hylorada_jax.cli.sample import samples
+from hylorada_jax.cli.sample import sample_of, samples
+from hylorada_jax.data.examples import Conversation
+from hylorada_jax.errors import DataError
 from hylorada_jax.models.tokenizer import load_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
@@ -109,5 +112,16 @@ def test_answers_end_where_the_template_ends_those_of_each_conversation(
     # What is written before and after training is an answer in a chat too.
     trained = mock.Mock(generate=generate, base=mock.Mock(position_limit=None))
     tokenizer = dataclasses.replace(load_tokenizer(model), chat_template=template.read_text())
-    samples(trained, None, "a", tokenizer, None, chat={"mode": "user"})
+    samples(
+        trained,
+        None,
+        sample_of("a", tokenizer, None, Conversation("", user, [], None, {"mode": "user"})),
+        tokenizer,
+    )
     assert ends[1:] == [(own, turn)] * 2
+    # It is asked as in the training data: with their system message and tools.
+    row = Conversation("", calling["messages"], [], calling["tools"], {"mode": "system"})
+    sample = sample_of("what", tokenizer, None, row)
+    assert (backend.decode(sample.ids), sample.ends) == ("swhat", (own, call))
+    with pytest.raises(DataError, match='leave the sample out: --prompt ""'):
+        sample_of("what", tokenizer, None, row._replace(messages=user))
