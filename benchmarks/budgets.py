@@ -130,9 +130,8 @@ def _left(found: dict[int, list[Row]]) -> str:
 def _texts(rows: Sequence[Row]) -> str:
     """What the errors over texts are of, in words."""
     run = next(run for row in rows for run in row.runs)
-    _, tokens = _losses([run])
-    single = len({number for number, *_ in run["result"]["passages"]}) == 1
-    return f"{len(tokens)} windows of one document" if single else f"{len(tokens)} documents"
+    count = len(_losses([run])[1])
+    return f"{count} windows of one document" if _is_single(run) else f"{count} documents"
 
 
 def ranks(rows: Sequence[Row]) -> str:
@@ -177,11 +176,16 @@ def _losses(runs: Sequence[Record]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Summed losses [runs, documents] and scored tokens [documents]; of one document, of its windows."""
     passages = np.array([run["result"]["passages"] for run in runs], float)  # [runs, passages, 3]
     documents = passages[0, :, 0]
-    if len(set(documents)) == 1:
+    if _is_single(runs[0]):
         documents = np.arange(len(documents))
     _, at = np.unique(documents, return_inverse=True)
     nll = np.stack([np.bincount(at, losses) for losses in passages[:, :, 1]])
     return nll, np.bincount(at, passages[0, :, 2])
+
+
+def _is_single(run: Record) -> bool:
+    """The test text is one document."""
+    return len({number for number, *_ in run["result"]["passages"]}) == 1
 
 
 def search(runs: Sequence[Record]) -> str:

@@ -212,8 +212,7 @@ def table(runs: list[Record]) -> str:
         f"tested on {settings['samples']} others at each of ten depths. "
         f"{over_seeds(max(map(len, found.values())))}. Effects are differences of exp(loss "
         f"of the answer) to {WITHOUT}'s, with {WORDS} {settings['samples']} numbers asked for, each at all "
-        f"depths. "
-        f"{measured_on(runs)}\n"
+        f"depths. {measured_on(runs)}\n"
     )
 
 

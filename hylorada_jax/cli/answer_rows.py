@@ -172,12 +172,10 @@ def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | No
         found: the answers.
         output: a new file, made with the first answer; None for stdout.
     """
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout if output is None else None
-        for chat, text in zip(chats, found, strict=True):
-            if file is None:  # with something to write: an empty file would be in the way of the next run
-                assert output is not None
-                file = stack.enter_context(output.open("x", encoding="utf-8"))
+    answered = zip(chats, found, strict=True)
+    first = [*itertools.islice(answered, 1)]  # before the file: an empty one would be in the next run's way
+    with contextlib.nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
+        for chat, text in itertools.chain(first, answered):
             said = [
                 message if counts or message["role"] != "assistant" else {**message, "train": False}
                 for message, counts in zip(chat.messages, chat.answers, strict=True)

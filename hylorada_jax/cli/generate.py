@@ -10,6 +10,7 @@ from hylorada_jax.cli.shared import (
     Dtype,
     GivenStructure,
     base_of,
+    chat_of,
     check_adapter,
     context_of,
     generating,
@@ -118,13 +119,16 @@ def generate(
     tokenizer = tokenizer_of(model, template)
     if chats is None:
         assert prompt is not None
-        ids, depths = prompt_of(prompt, tokenizer, read, variables if chat else None)
+        if chat:
+            asks = [{"role": "user", "content": prompt}]
+            ids, depths = chat_of(asks, tokenizer, read, variables)
+            ends = tokenizer.chat_ends(asks, variables=variables)
+        else:
+            ids, depths = prompt_of(prompt, tokenizer, read)
+            ends = tokenizer.end_token_ids
         if not ids:
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
         prompts, structure_ids = [ids], None if depths is None else [depths]
-        ends = tokenizer.end_token_ids
-        if chat:
-            ends = tokenizer.chat_ends([{"role": "user", "content": prompt}], variables=variables)
     else:
         prompts, structure_ids = prompts_of(chats, tokenizer, read)
         ends = ends_of(chats, tokenizer)

@@ -3,8 +3,7 @@
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hylorada_jax.cli.answer_rows import prompts_of
-from hylorada_jax.cli.shared import prompt_of, with_answer
+from hylorada_jax.cli.shared import chat_of, prompt_of, with_answer
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
 from hylorada_jax.structure.code import Domain
@@ -49,16 +48,14 @@ def sample_of(
     if like is None:
         return Sample(prompt, *prompt_of(prompt, tokenizer, structure), tokenizer.end_token_ids)
     begun = itertools.takewhile(lambda message: message["role"] in ("system", "developer"), like.messages)
-    asks = Conversation(
-        "--prompt", [*begun, {"role": "user", "content": prompt}], [], like.tools, like.variables
-    )
+    asks = [*begun, {"role": "user", "content": prompt}]
     try:
-        (ids,), structures = prompts_of([asks], tokenizer, structure)
+        ids, structure_ids = chat_of(asks, tokenizer, structure, like.variables, like.tools)
     except DataError as error:
         remedy = f'{error.remedy} Or leave the sample out: --prompt "".'
         raise DataError(error.rule, error.received, remedy) from error
-    ends = tokenizer.chat_ends(asks.messages, asks.tools, asks.variables)
-    return Sample(f"{prompt}\n\n", ids, structures[0] if structures else None, ends)
+    ends = tokenizer.chat_ends(asks, like.tools, like.variables)
+    return Sample(f"{prompt}\n\n", ids, structure_ids, ends)
 
 
 def samples(model: Any, start: Any, sample: Sample, tokenizer: "Tokenizer") -> tuple[str, str]:

@@ -240,21 +240,9 @@ def variables_of(chat_template_kwargs: str | None) -> dict[str, Any]:
 
 
 def prompt_of(
-    text: str,
-    tokenizer: "Tokenizer",
-    structure: Domain | None,
-    chat: Mapping[str, Any] | None = None,
+    text: str, tokenizer: "Tokenizer", structure: Domain | None
 ) -> tuple[list[int], list[int] | None]:
-    """The token ids of a prompt, or of what asks for an answer to it, and their structure if it is read.
-
-    Args:
-        text: the prompt.
-        tokenizer: the model's.
-        structure: that an adapter reads.
-        chat: what the template is given beside the prompt as a user's message; None for a text to continue.
-    """
-    if chat is not None:
-        return chat_of([{"role": "user", "content": text}], tokenizer, structure, chat)
+    """The token ids of a text to continue, and their structure where it is read."""
     ids, offsets = tokenizer.encode_prompt(text)
     if structure is None:
         return ids, None
@@ -282,13 +270,14 @@ def chat_of(
     tokenizer: "Tokenizer",
     structure: Domain | None,
     variables: Mapping[str, Any] = MappingProxyType({}),
+    tools: list[Any] | None = None,
 ) -> tuple[list[int], list[int] | None]:
     """The token ids that ask for an answer to a conversation, and their structure where it is read."""
     from hylorada_jax.data.answers import request_of
     from hylorada_jax.data.examples import Conversation
     from hylorada_jax.models.chat_template import render
 
-    asked = Conversation("", [{**message} for message in messages], [], None, {**variables})
+    asked = Conversation("", [{**message} for message in messages], [], tools, {**variables})
     text = render(tokenizer.chat_template, request_of(asked, tokenizer, opening=True))  # with its bos token
     ids, offsets = tokenizer.encode_with_offsets(text)
     if structure is None:

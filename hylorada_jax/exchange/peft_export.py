@@ -79,9 +79,9 @@ def export_peft(
     )
     linear = [site for site in model.sites if site.component == "linear"]
     adapter = (model.sites, tensors, model.base.params, model.frozen["constants"])
-    made = collapse(*adapter)
     if _is_dora(model.config):
         _refuse_vanishing(vanishing_layers(*adapter))
+    made = collapse(*adapter)
     unfrozen = layout.tensor_shapes([site for site in model.sites if site.component == "unfrozen"])
     whole = {name: tensors[name] for name in unfrozen}
     if model.config.train_embeddings and model.base.config.tie_word_embeddings:

@@ -176,13 +176,10 @@ def check_settings(
             f"lengths {[len(prompt) for prompt in prompts]}",
             "Begin an empty text with the tokenizer's begin-of-text token.",
         )
-    for name, value in (
-        ("temperature", temperature),
-        ("top_p", top_p),
-        ("min_p", min_p),
-        ("repetition_penalty", repetition_penalty),
-    ):
-        if not (value is None and name != "temperature") and not _is_number(value):
+    optional = {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    given = {name: value for name, value in optional.items() if value is not None}
+    for name, value in {"temperature": temperature, **given}.items():
+        if not _is_number(value):
             raise ConfigError(f"{name} must be a number.", shown(value), "Give one.")
     infinity = float("inf")
     for wrong, rule, received in (

@@ -157,7 +157,7 @@ def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping
         found: each of them by its path, from there too.
     """
     adapted = sorted(".".join(path) for path, here in found.items() if isinstance(here.module, Adapted))
-    if isinstance(getattr(model, "hylorada", None), Adaptation):  # or disabled, where no module shows it
+    if known_adaptation(model) is not None:  # or disabled, where no module shows it
         adapted = adapted or ["the model"]
     if adapted:
         raise ModelError(
@@ -361,10 +361,16 @@ def _settings(site: Site, settings: Settings, config: HyLoRADAConfig) -> Setting
     return settings._replace(units_on=units_on, temperature=config.sparse_temperature)
 
 
+def known_adaptation(module: Any) -> Adaptation | None:
+    """What :func:`adapt` has done to a module; None where it has not, whatever else is called `hylorada`."""
+    found = getattr(module, "hylorada", None)
+    return found if isinstance(found, Adaptation) else None
+
+
 def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
     """What :func:`adapt` has done to a model; a ModelError where it has not."""
     found = find_modules(model)[1]
-    if not isinstance(adaptation := getattr(model, "hylorada", None), Adaptation):
+    if (adaptation := known_adaptation(model)) is None:
         raise ModelError(
             "This takes a model that was adapted, as a whole.",
             f"{type(model).__name__}, which was not",

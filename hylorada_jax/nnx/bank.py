@@ -15,7 +15,7 @@ from jax import Array
 from hylorada_jax.errors import DataError, ModelError
 from hylorada_jax.leaves import leaf_at
 from hylorada_jax.nnx.adapted import Adapted
-from hylorada_jax.nnx.adapting import Adaptation, adaptation_of
+from hylorada_jax.nnx.adapting import Adaptation, adaptation_of, known_adaptation
 from hylorada_jax.nnx.files import load_adapter
 from hylorada_jax.nnx.resolving import resolve
 from hylorada_jax.nnx.taking_off import unload
@@ -187,7 +187,8 @@ class AdapterBank:
     def _is_disabled(self) -> bool:
         """The model is within :func:`disabled`: adapted, but its modules have their plain classes."""
         modules = (module for _, module in nnx.iter_modules(self.model, graph=True))
-        return hasattr(self.model, "hylorada") and not any(isinstance(each, Adapted) for each in modules)
+        is_adapted = known_adaptation(self.model) is not None
+        return is_adapted and not any(isinstance(each, Adapted) for each in modules)
 
     def _resolved(self) -> tuple[nnx.State, nnx.State]:
         """The resolved adapters with an axis in front, first none and then all; and what is not theirs."""

@@ -9,7 +9,7 @@ from flax import nnx
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.leaves import leaf_of
-from hylorada_jax.nnx.adapting import Adaptation
+from hylorada_jax.nnx.adapting import known_adaptation
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.training.config import TrainingConfig
 from hylorada_jax.training.optimizer import optimizer_of, peak_rates
@@ -75,8 +75,7 @@ def make_optimizer(
 def _config_of(model: Any, training: TrainingConfig) -> HyLoRADAConfig:
     """That of the model, or of its parts where they were adapted one by one."""
     modules = (module for _, module in nnx.iter_modules(model, graph=True))
-    done = (getattr(module, "hylorada", None) for module in modules)  # which may be a layer of the author's
-    adapted = [adaptation.config for adaptation in done if isinstance(adaptation, Adaptation)]
+    adapted = [found.config for module in modules if (found := known_adaptation(module)) is not None]
     by_rates = {tuple(peak_rates(training, config).items()): config for config in adapted}
     if len(by_rates) > 1:
         raise ConfigError(

@@ -15,6 +15,7 @@ from hylorada_jax.nnx.adapting import (
     adaptation_of,
     adapters_of,
     changed_modules,
+    known_adaptation,
     module_of,
     own_attributes,
     tree_of,
@@ -136,7 +137,8 @@ def disabled(model: _Model) -> Iterator[_Model]:
         yield model
     finally:
         # What was merged or unloaded within, and perhaps adapted anew, has the classes that it should have.
-        if getattr(getattr(model, "hylorada", None), "sites", None) is adaptation.sites:
+        now = known_adaptation(model)
+        if now is not None and now.sites is adaptation.sites:
             for key, module in modules.items():
                 set_class(module, classes[key])
 
