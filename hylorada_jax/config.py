@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -511,6 +512,29 @@ class HyLoRADAConfig:
             # A preset's gain is for orthogonal rows; Kaiming's have that length.
             return dataclasses.replace(config, lora_A_gain=1.0)
         return config
+
+
+def check_linear_layer(layer: str, in_features: int, out_features: int, rank: int, alpha: float) -> None:
+    """Refuse sizes and an α that no linear adapter can have; the layers of both packages ask.
+
+    Args:
+        layer: its class's name, for the error.
+        in_features: d_in.
+        out_features: d_out.
+        rank: r.
+        alpha: α.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    sizes = in_features, out_features, rank
+    if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+        raise ConfigError(
+            f"{layer}: in_features, out_features and rank are whole numbers ≥ 1.",
+            ", ".join(map(repr, sizes)),
+            "Give the sizes of the frozen layer, and a rank of 1 or more.",
+        )
+    _require(math.isfinite(alpha) and alpha > 0, f"{layer}: alpha must be finite and > 0.", alpha)
 
 
 def check_lora_a(init: object, gain: object) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hylorada_jax.config import check_dropout, check_lora_a
+from hylorada_jax.config import check_dropout, check_linear_layer, check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_torch.position import PositionBias, check_positions
 
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ConfigError: a size is below 1, or dropout or the start of A is unknown or out of range.
+        ConfigError: a size is below 1, or alpha, dropout or the start of A is unknown or out of range.
 
     Example:
         >>> weight = torch.eye(3)
@@ -81,12 +81,7 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if min(in_features, out_features, rank) < 1:
-            raise ConfigError(
-                f"{type(self).__name__}: in_features, out_features and rank must be ≥ 1.",
-                f"{in_features}, {out_features}, {rank}",
-                "Give the sizes of the frozen layer, and a rank of 1 or more.",
-            )
+        check_linear_layer(type(self).__name__, in_features, out_features, rank, alpha)
         check_lora_a(lora_A_init, lora_A_gain)
         check_dropout(dropout)
         self.in_features, self.out_features = in_features, out_features

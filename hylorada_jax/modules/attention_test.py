@@ -52,6 +52,8 @@ def test_daa_without_positions_counts_from_zero():
 
 
 def test_daa_refuses_what_does_not_fit():
+    with pytest.raises(ConfigError, match="num_heads must be ≥ 1"):
+        PositionalDAA(0).init(KEY, jnp.ones((1, 0, 2, 2)))
     with pytest.raises(ConfigError, match="num_heads=5"):
         DirectAttentionAdapter(5).init(KEY, jnp.ones((1, 4, 2, 2)))
     with pytest.raises(DataError, match="Pass both"):

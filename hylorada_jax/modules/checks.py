@@ -5,20 +5,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hylorada_jax.config import check_lora_a
+from hylorada_jax.config import check_linear_layer, check_lora_a
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.math import structure
 from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, check_positions
 
 
 def check_linear(layer: Any) -> None:
-    """Refuses the sizes of a linear adapter, or a start of its lora_A, that there are not."""
-    if min(layer.in_features, layer.out_features, layer.rank) < 1:
-        raise ConfigError(
-            f"{type(layer).__name__}: in_features, out_features and rank must be ≥ 1.",
-            f"{layer.in_features}, {layer.out_features}, {layer.rank}",
-            "Give the sizes of the frozen layer, and a rank of 1 or more.",
-        )
+    """Refuses the sizes of a linear adapter, its alpha, or a start of its lora_A, that there are not."""
+    check_linear_layer(type(layer).__name__, layer.in_features, layer.out_features, layer.rank, layer.alpha)
     check_lora_a(layer.lora_A_init, layer.lora_A_gain)
 
 
@@ -31,6 +26,16 @@ def check_linear_call(layer: Any, x: Array, base_output: Array, base_weight: Arr
             f"{type(layer).__name__}({d_in}, {d_out}): x is [..., {d_in}], base_output [..., {d_out}] and "
             f"base_weight [{d_out}, {d_in}].",
             f"x {x.shape}, base_output {base_output.shape}, base_weight {base_weight.shape}",
+            "Give the sizes of the frozen layer, and kernel.T as base_weight.",
+        )
+
+
+def check_weight(layer: Any, base_weight: Array) -> None:
+    """Refuses a weight that is not of a linear adapter's sizes."""
+    if base_weight.shape != (expected := (layer.out_features, layer.in_features)):
+        raise ConfigError(
+            f"{type(layer).__name__}{expected[::-1]}: base_weight is {list(expected)}.",
+            f"base_weight {base_weight.shape}",
             "Give the sizes of the frozen layer, and kernel.T as base_weight.",
         )
 
@@ -82,8 +87,16 @@ def check_buckets(num_buckets: int) -> None:
         raise ConfigError(rule, num_buckets, f"The default is {NUM_BUCKETS}.")
 
 
+def check_heads(layer: Any) -> None:
+    """Refuses a number of heads that no attention has."""
+    if layer.num_heads < 1:
+        rule = f"{type(layer).__name__}: num_heads must be ≥ 1."
+        raise ConfigError(rule, layer.num_heads, "Give the number of query heads.")
+
+
 def check_scores(layer: Any, scores: Array) -> None:
     """Refuses attention scores of another number of heads."""
+    check_heads(layer)
     if scores.ndim != 4 or scores.shape[1] != layer.num_heads:
         raise ConfigError(
             f"{type(layer).__name__}: scores are [batch, num_heads, query, key].",

@@ -32,6 +32,7 @@ from hylorada_jax.modules.checks import (
     check_linear,
     check_linear_call,
     check_prior,
+    check_weight,
     refuse_prior,
     token_positions,
 )
@@ -178,6 +179,9 @@ class DoRALinear(_LinearAdapter):
         Args:
             base_weight: W.
 
+        Raises:
+            ConfigError: W has another shape.
+
         Example:
             >>> import jax, jax.numpy as jnp
             >>> x, W = jnp.ones((2, 3)), jnp.ones((4, 3))
@@ -187,7 +191,9 @@ class DoRALinear(_LinearAdapter):
             >>> bool(jnp.array_equal(layer.apply(params, x, x @ (4 * W).T, 4 * W), x @ (4 * W).T))
             True
         """
-        norm = low_rank.safe_sqrt(low_rank.row_norm_squared(jnp.asarray(base_weight)))
+        base_weight = jnp.asarray(base_weight)
+        check_weight(self, base_weight)
+        norm = low_rank.safe_sqrt(low_rank.row_norm_squared(base_weight))
         self.put_variable("params", "magnitude", norm)
 
 

@@ -176,9 +176,13 @@ def test_the_start_of_a_is_a_setting_and_the_sizes_are_checked(kind):
         {"lora_A_gain": 0.0},
         {"lora_A_gain": np.inf},
         {"dropout": 1.0},
+        {"alpha": np.nan},
+        {"alpha": 0.0},
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             start(**wrong)
+    with pytest.raises(ConfigError, match=r"whole numbers ≥ 1[\s\S]*received: 5, 3, 2\.0"):
+        kind(5, 3, rank=2.0).init(*given)
     for sizes in ((3, 5), (5, 4), (0, 3)):
         with pytest.raises(ConfigError, match=f"{kind.__name__}.*(≥ 1|base_weight)"):
             kind(*sizes, rank=2).init(*given)
@@ -187,6 +191,9 @@ def test_the_start_of_a_is_a_setting_and_the_sizes_are_checked(kind):
 def test_bad_input_is_refused():
     x, weight = jnp.ones((1, 2, 3)), jnp.ones((4, 3))
     base, key = x @ weight.T, jax.random.key(0)
+    dora = DoRALinear(3, 4, rank=2)
+    with pytest.raises(ConfigError, match=r"DoRALinear\(3, 4\): base_weight is \[4, 3\]"):
+        dora.apply(dora.init(key, x, base, weight), weight[:3], method="init_magnitude", mutable="params")
     with pytest.raises(ConfigError, match="HyLoRADAv2Linear"):
         HyLoRADALinear(3, 4, rank=2).init(key, x, base, weight, jnp.ones((1, 2, 32)))
     with pytest.raises(DataError, match=r"\(1, 2, 31\)"):

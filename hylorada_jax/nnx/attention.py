@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from hylorada_jax.math.attention import DAA
 from hylorada_jax.math.position import NUM_BUCKETS
 from hylorada_jax.modules.attention import scaled_and_shifted, shifted_sparse_attention
-from hylorada_jax.modules.checks import check_scores
+from hylorada_jax.modules.checks import check_heads, check_scores
 from hylorada_jax.nnx.variables import AdapterParam
 
 
@@ -28,6 +28,7 @@ class DirectAttentionAdapter(nnx.Module):
 
     def __init__(self, num_heads: int, per_head: bool = True, *, rngs: nnx.Rngs | None = None) -> None:
         self.num_heads = num_heads
+        check_heads(self)
         heads = num_heads if per_head else 1
         self.alpha = AdapterParam(jnp.ones(heads), component="daa")
         self.beta = AdapterParam(jnp.zeros(heads), component="daa")

@@ -26,6 +26,7 @@ from hylorada_jax.modules.checks import (
     check_linear,
     check_linear_call,
     check_prior,
+    check_weight,
     refuse_prior,
     token_positions,
 )
@@ -159,13 +160,18 @@ class DoRALinear(LoRALinear):
         Args:
             base_weight: W.
 
+        Raises:
+            ConfigError: W has another shape.
+
         Example:
             >>> layer = DoRALinear(3, 2, rngs=nnx.Rngs(0))
             >>> layer.init_magnitude(jnp.array([[3.0, 4.0, 0.0], [0.0, 0.0, 1.0]]))
             >>> layer.magnitude[...].tolist()
             [5.0, 1.0]
         """
-        self.magnitude[...] = low_rank.safe_sqrt(low_rank.row_norm_squared(jnp.asarray(base_weight)))
+        base_weight = jnp.asarray(base_weight)
+        check_weight(self, base_weight)
+        self.magnitude[...] = low_rank.safe_sqrt(low_rank.row_norm_squared(base_weight))
         self.has_met_a_weight = True
 
     def _leaves(self, base_weight: Array) -> dict[str, Array]:
