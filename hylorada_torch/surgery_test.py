@@ -47,7 +47,9 @@ def refused(name, config):
     """What does not apply to the models that are not causal."""
     if name in CAUSAL_MODELS:
         return False
-    return config.s2_attn_enabled or (name == "t5" and config.use_hylorada_v2)
+    return config.s2_attn_enabled or (
+        name == "t5" and (config.use_hylorada_v2 or config.position_bias_enabled)
+    )
 
 
 MAIN = ("gpt2", "llama", "qwen2")
@@ -60,6 +62,7 @@ IDENTITY = [
     ),
     ("roberta", "hylorada_v2"),
     *((name, case) for name in ("bert", "t5") for case in ("hylorada", "sparse", "embeddings", "norms")),
+    ("t5", "lorada"),
 ]
 
 
@@ -81,7 +84,7 @@ def test_an_attached_model_computes_what_it_did_before(name, case):
 
 ALIVE = [
     *((name, case) for name in MAIN for case in CONFIGS),
-    *((name, case) for name in ("bert", "t5") for case in ("hylorada", "sparse")),
+    *(("bert", "hylorada"), ("bert", "sparse"), ("t5", "daa, shared by the heads"), ("t5", "sparse")),
 ]
 
 

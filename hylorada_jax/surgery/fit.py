@@ -24,19 +24,19 @@ def fit(
     Raises:
         TargetError: a pattern matches nothing, or there is no MLP whose last layer is known by name.
         ModelError: the model has nothing that a component could attach to, or cannot do what it asks for.
-        ConfigError: shifted sparse attention is on, and a layer has a single head; or a structure prior is
-            asked for, and the model is an encoder-decoder.
+        ConfigError: shifted sparse attention is on, and a layer has a single head; or a position bias or a
+            structure prior is asked for, and the model is an encoder-decoder.
     """
     modules = modules_of(base) if modules is None else modules
     sites = plan(modules, config)
     if config.position_bias_enabled or config.use_hylorada_v2:
+        if base.is_encoder_decoder:  # whose cross-attentions have keys of the one and queries of the other
+            raise ConfigError(
+                "A position bias and a structure prior belong to one sequence of tokens.",
+                f"method={config.method!r} for {base.name}, an encoder-decoder",
+                "Choose another method, such as hylorada_v1.",
+            )
         require_positions(modules.take_positions, base.name)
-    if config.use_hylorada_v2 and base.is_encoder_decoder:
-        raise ConfigError(
-            "A structure prior belongs to one sequence of tokens.",
-            f"method={config.method!r} for {base.name}, an encoder-decoder",
-            "Choose another method.",
-        )
     if config.s2_attn_enabled:
         require_groups(base, base.name)
         if any(module.heads < 2 for module in modules.attentions):

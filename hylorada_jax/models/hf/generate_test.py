@@ -137,9 +137,10 @@ def test_an_encoder_and_a_decoder_have_a_table_of_positions_each(pairs):
             ours.generate([[8], prompt], max_new_tokens=new)
 
 
-def test_a_structure_prior_is_refused_for_an_encoder_decoder(pairs):
-    """As in hylorada_torch: the structure of the encoder's tokens would be read of the decoder's."""
-    config = HyLoRADAConfig(method="hylorada_v2", lora_rank=2)
-    with pytest.raises(ConfigError, match="belongs to one sequence of tokens"):
+@pytest.mark.parametrize("method", ["hylorada", "hylorada_v2"])
+def test_what_depends_on_the_token_is_refused_for_an_encoder_decoder(pairs, method):
+    """As in hylorada_torch: of the encoder's tokens, that of the decoder's would be read."""
+    config = HyLoRADAConfig(method=method, lora_rank=2, daa_enabled=False)
+    with pytest.raises(ConfigError, match="belong to one sequence of tokens"):
         HyLoRADAModel(pairs["bart"][1], config)
     HyLoRADAModel(pairs["gpt2"][1], config)
