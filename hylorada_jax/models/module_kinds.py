@@ -88,6 +88,13 @@ def kind_of(context: Any) -> ModuleKind | None:
     return None if cls is None else _KINDS[cls]
 
 
+def registered_class(module: nn.Module) -> type[nn.Module]:
+    """The class by which a module is what :func:`kind_of` finds."""
+    cls = _first_of(type(module), _KINDS)
+    assert cls is not None  # kind_of found it
+    return cls
+
+
 def called_class(context: Any, classes: Collection[type]) -> type | None:
     """The first of a module's classes, in Python's order, that is one of these; None where there is none.
 
@@ -97,10 +104,14 @@ def called_class(context: Any, classes: Collection[type]) -> type | None:
         context: of an interceptor (``nn.intercept_methods``).
         classes: what to look for.
     """
-    found = next((cls for cls in type(context.module).__mro__ if cls in classes), None)
+    found = _first_of(type(context.module), classes)
     # flax binds the method by a partial, and wraps that of the class.
     called = inspect.unwrap(context.orig_method.func)
     return found if found is not None and called is inspect.unwrap(found.__call__) else None
+
+
+def _first_of(own: type, classes: Collection[type]) -> Any:
+    return next((cls for cls in own.__mro__ if cls in classes), None)
 
 
 register(nn.Dense, "linear")

@@ -15,7 +15,7 @@ from hylorada_jax.leaves import Kind, leaf_of
 from hylorada_jax.math import linear_adapter, low_rank, sparse, structure
 from hylorada_jax.math.quantized import dtype_of
 from hylorada_jax.surgery.layout import rank_padding
-from hylorada_jax.surgery.modules import subtree, with_leaves
+from hylorada_jax.surgery.modules import require_arrays, subtree, with_leaves
 from hylorada_jax.surgery.plan import DROPOUT_RATE, Site
 from hylorada_jax.trees import Adapters, Constants, Params
 
@@ -34,7 +34,12 @@ def build_constants(sites: Sequence[Site], params: Params, config: HyLoRADAConfi
         Nested dict: the path of each linear adapter → {"norm": n₀² = ‖W‖² [d_out], "scale": s []}, with an
         axis [layers] in front for a stacked module, in at least float32; and at the top ``DROPOUT_RATE`` [],
         where there is dropout.
+
+    Raises:
+        ConfigError: the parameters lie in flax's boxes.
+        ModelError: a kernel to adapt holds no floating-point numbers.
     """
+    require_arrays(params, "parameters of nn.with_partitioning, or its like")
     linears = [site for site in sites if site.component == "linear"]
 
     @jax.jit

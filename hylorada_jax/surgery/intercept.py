@@ -9,6 +9,7 @@ from typing import Any, assert_never
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import DenyList
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -17,7 +18,7 @@ from hylorada_jax.errors import ModelError
 from hylorada_jax.leaves import LEAVES, POSITION_BIAS, STRUCTURE_ENCODER
 from hylorada_jax.math import experts, linear_adapter, low_rank, position, quantized, sparse, structure
 from hylorada_jax.models.dense import dot_general, promote_dtype
-from hylorada_jax.models.module_kinds import kind_of
+from hylorada_jax.models.module_kinds import kind_of, registered_class
 from hylorada_jax.surgery.modules import as_it_lies, require_positions, takes_positions
 from hylorada_jax.surgery.plan import DROPOUT_RATE
 from hylorada_jax.trees import COLLECTION, Resolved, Tree
@@ -205,7 +206,15 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
         if not takes_positions(context.orig_method):
             return None
         given = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
-        positions, shape = given.get("position_ids"), given["input_ids"].shape
+        ids, positions = given.get("input_ids"), given.get("position_ids")
+        shape = jnp.shape(positions if ids is None else ids)
+        if len(shape) != 2 or (ids is None and positions is None):
+            raise ModelError(
+                "Positions are those of the tokens that the model is called with, [batch, seq].",
+                f"{type(context.module).__name__} with input_ids {None if ids is None else shape}, "
+                f"position_ids {None if positions is None else jnp.shape(positions)}",
+                "Give input_ids [batch, seq], or position_ids [batch, seq] beside embeddings.",
+            )
         if positions is None:
             positions = jnp.arange(shape[1])
         positions = jnp.broadcast_to(positions, shape)
@@ -225,7 +234,9 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
 
     def _embedded(self, module: Any, ids: Array) -> Array:
         """What ``nn.Embed`` gives, rounded after the lookup: rounded before, its gradient would be too."""
-        rows = jnp.take(module.get_variable(COLLECTION, "embedding"), ids, axis=0)
+        table = module.get_variable(COLLECTION, "embedding")
+        # Of a single row, flax gives that row whatever the id.
+        rows = jnp.take(table, jnp.zeros_like(ids) if len(table) == 1 else ids, axis=0)
         return rows.astype(module.dtype or self._dtype or module.get_variable("params", "embedding").dtype)
 
     def _with_trained(self, module: Any, method: str, x: Array, *more: Any, **options: Any) -> Any:
@@ -247,11 +258,14 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             return variables | {"params": variables["params"] | own}
 
         def call(inner: Any) -> Any:
-            return getattr(inner, method)(*arguments, **options)
+            # What a subclass does around it is running already.
+            cls = registered_class(inner) if method == "__call__" else type(inner)
+            return getattr(cls, method)(inner, *arguments, **options)
 
         self._own_call = module.path
         try:
-            return nn.map_variables(call, "params", put)(module)
+            # The call outside is captured, with the output that is adapted.
+            return nn.map_variables(call, "params", put, variables=DenyList("intermediates"))(module)
         finally:
             self._own_call = None
 
@@ -317,7 +331,7 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
     ) -> Array:
         if not self._train or rate is None:
             return x
-        if not module.has_rng(DROPOUT_RNG):
+        if not (module.has_rng(DROPOUT_RNG) or module.has_rng("params")):  # which flax makes others of
             raise ModelError(
                 "A module that has adapters must be given the random numbers 'dropout' in training.",
                 f"{'.'.join(module.path)} was called without them",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -106,19 +107,123 @@ def test_a_recurrent_network_is_adapted_and_merged():
 @pytest.mark.parametrize(("name", "axes"), [
     ("blocks", {"variable_axes": {"params": 0}}),
     ("layers", {"variable_axes": {"params": 1}}),
-    ("layers", {"variable_broadcast": "params"}),
-], ids=["name", "axis", "shared"])  # fmt: skip
+], ids=["name", "axis"])  # fmt: skip
 def test_stacked_layers_that_cannot_be_told_apart_are_refused(name, axes):
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
-            scan = nn.scan(Block, split_rngs={"params": "variable_axes" in axes}, length=3, **axes)
+            scan = nn.scan(Block, split_rngs={"params": True}, length=3, **axes)
             return scan(name=name)(x, None)[0]
 
     with pytest.raises(
         ConfigError, match=rf"submodule named layers[\s\S]*{name}\.fc reads a kernel \(4, 4\)"
     ):
         find_modules(lambda key: Scanned().init(key, X)["params"])
+
+
+class Shared(nn.Module):
+    """One layer, three times."""
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"variable_broadcast": ("params", "hylorada"), "split_rngs": {"params": False}}
+        return nn.scan(Block, length=3, **axes)(name="layers")(x, None)[0]
+
+
+class Embedded(nn.Module):
+    """A submodule named layers, of no stack, which reads ids."""
+
+    def setup(self):
+        self.layers = nn.Sequential([nn.Embed(7, WIDTH), nn.LayerNorm(), nn.Dense(WIDTH)])
+
+    def __call__(self, ids):
+        return self.layers(ids)
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        (Shared(), ["layers.fc"]),
+        (Embedded(), [f"layers.layers_{number}" for number in (2, 0, 1)]),
+    ],
+    ids=["shared", "sequential"],
+)
+def test_a_layer_that_reads_its_leaves_whole_is_no_stack(network, names):
+    x, config = (IDS, UNFROZEN) if isinstance(network, Embedded) else (X, V1)
+    modules = find_modules(lambda key: network.init(key, x)["params"])
+    assert [name for site in plan(modules, config) for name in site.names] == names
+    _, fresh, adapted, merged = attach(network, x, config)
+    # float32, some roundings of numbers of about 10.
+    np.testing.assert_allclose(adapted(moved(fresh)), merged(moved(fresh)), rtol=1e-5, atol=1e-5)
+
+
+class TwiceGeneral(nn.DenseGeneral):
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class TwiceDense(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class TwiceNorm(nn.LayerNorm):
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x) + self.param("offset", nn.initializers.ones, (WIDTH,))
+
+
+class TwiceEmbed(nn.Embed):
+    @nn.compact
+    def __call__(self, ids):
+        return 2 * super().__call__(ids) + self.param("offset", nn.initializers.ones, (WIDTH,))
+
+
+class Subclasses(nn.Module):
+    """A layer of each class that computes around ``super().__call__``."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = TwiceNorm(name="norm")(TwiceEmbed(7, WIDTH, name="table")(ids))
+        x = TwiceGeneral(WIDTH, name="general")(x)
+        # Not jax's function, so a product of its own.
+        return TwiceDense(WIDTH, name="own", dot_general=partial(jax.lax.dot_general))(x)
+
+
+def test_what_a_subclass_computes_around_its_class_is_computed_once():
+    params, fresh, adapted, merged = attach(Subclasses(), IDS, UNFROZEN)
+    np.testing.assert_array_equal(adapted(fresh), Subclasses().apply({"params": params}, IDS))
+    adapters = moved(fresh)
+    # float32, some roundings of numbers of about 50.
+    np.testing.assert_allclose(adapted(adapters), merged(adapters), rtol=1e-5, atol=1e-4)
+    # A leaf that we do not know is no leaf that trains.
+    assert {name: set(fresh[name]) for name in ("norm", "table")} == {
+        "norm": {"scale", "bias"},
+        "table": {"embedding"},
+    }
+
+
+def test_what_a_module_returns_is_captured_once_and_adapted():
+    network = nn.Sequential([nn.DenseGeneral(WIDTH), nn.LayerNorm()])
+    params, fresh, _, _ = attach(network, config=NORMS)
+    leaves = resolve(
+        sites := plan(find_modules(lambda key: network.init(key, X)["params"]), NORMS),
+        moved(fresh),
+        params,
+        build.build_constants(sites, params, NORMS),
+        NORMS,
+    )
+    with adapt(leaves, NORMS):
+        y, state = network.apply({"params": params, "hylorada": leaves}, X, capture_intermediates=True)
+        within = nn.DenseGeneral(WIDTH).apply(
+            {"params": params["layers_0"], "hylorada": leaves["layers_0"]}, X
+        )
+    captured = state["intermediates"]
+    for name, expected in {"layers_0": within, "layers_1": y}.items():
+        (got,) = captured[name]["__call__"]
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_a_network_within_nn_jit_is_refused():
@@ -161,7 +266,85 @@ def test_parameters_in_boxes_are_refused():
     init = lambda key: network.init(key, X)["params"]
     with pytest.raises(ConfigError, match=r"meta\.unbox"):
         find_modules(init)
-    assert find_modules(lambda key: nn.meta.unbox(init(key))).linear_names == [""]
+    unboxed = lambda key: nn.meta.unbox(init(key))
+    assert find_modules(unboxed).linear_names == [""]
+    sites, key = plan(find_modules(unboxed), V1), jax.random.key(0)
+    constants = build.build_constants(sites, unboxed(key), V1)
+    adapters = build.build_adapters(sites, constants, unboxed(key), V1)
+    for use in (
+        lambda params: build.build_constants(sites, params, V1),
+        lambda params: resolve(sites, adapters, params, constants, V1),
+    ):
+        use(unboxed(key))
+        with pytest.raises(ConfigError, match=r"meta\.unbox"):
+            use(init(key))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64"])
+def test_numbers_that_are_not_floating_are_refused(dtype):
+    """As in NNX: an int8 kernel would be merged in whole numbers."""
+    network = nn.Sequential(
+        [nn.Dense(WIDTH), nn.Dense(WIDTH, param_dtype=dtype, kernel_init=nn.initializers.ones)]
+    )
+    with pytest.raises(ModelError, match=rf"floating[\s\S]*received: layers_1, {dtype}"):
+        attach(network)
+
+
+def test_an_embedding_of_a_single_row_gives_it_for_every_id():
+    network = nn.Sequential([nn.Embed(1, WIDTH), nn.Dense(WIDTH)])
+    params, fresh, adapted, _ = attach(network, IDS, UNFROZEN_ALONE)
+    np.testing.assert_array_equal(adapted(fresh), network.apply({"params": params}, IDS))
+
+
+class Positioned(nn.Module):
+    """A model that is called with tokens, or with what they are embedded in, and their positions."""
+
+    @nn.compact
+    def __call__(self, input_ids=None, position_ids=None, inputs_embeds=None):
+        x = nn.Embed(7, WIDTH, name="table")(input_ids) if inputs_embeds is None else inputs_embeds
+        return nn.Dense(WIDTH, name="fc")(x)
+
+
+def test_positions_come_with_tokens_or_beside_embeddings():
+    network = Positioned()
+    init = lambda key: network.init(key, IDS)["params"]
+    config = HyLoRADAConfig(
+        lora_rank=2, target_modules="all-linear", lora_A_init="kaiming", daa_enabled=False
+    )
+    sites, params = plan(find_modules(init), config), init(jax.random.key(0))
+    constants = build.build_constants(sites, params, config)
+    fresh = build.build_adapters(sites, constants, params, config)
+    leaves = resolve(sites, moved(fresh), params, constants, config)
+
+    def output(**inputs):
+        with adapt(leaves, config):
+            return network.apply({"params": params, "hylorada": leaves}, **inputs)
+
+    places = jnp.array([[0, 1, 2], [9, 30, 31]])
+    embedded = params["table"]["embedding"][IDS]
+    expected = output(input_ids=IDS, position_ids=places)
+    assert np.abs(expected - output(input_ids=IDS)).max() > 1e-3
+    np.testing.assert_array_equal(output(inputs_embeds=embedded, position_ids=places), expected)
+    for inputs in ({"inputs_embeds": embedded}, {"input_ids": IDS[0]}, {"input_ids": None}):
+        with pytest.raises(ModelError, match=r"\[batch, seq\][\s\S]*received: Positioned with input_ids"):
+            output(**inputs)
+    with pytest.raises(ModelError, match="called with input_ids and position_ids"), adapt(leaves, config):
+        nn.Dense(WIDTH).apply({"params": params["fc"], "hylorada": leaves["fc"]}, X)
+
+
+def test_one_key_serves_dropout_as_in_flax():
+    config = dataclasses.replace(LORA, lora_dropout=0.5)
+    network = nn.Dense(WIDTH)
+    params, fresh, _, _ = attach(network, config=config)
+    leaves = {"lora_A": fresh["lora_A"], "scaled_B": jnp.ones((WIDTH, 2)), "dropout_rate": jnp.array(0.5)}
+
+    def output(rngs):
+        with adapt(leaves, config, train=True):
+            return network.apply({"params": params, "hylorada": leaves}, X, rngs=rngs)
+
+    keys = jax.random.key(0), jax.random.key(1)
+    assert np.abs(output(keys[0]) - output(keys[1])).max() > 1e-3
+    np.testing.assert_array_equal(output(keys[0]), output({"params": keys[0]}))
 
 
 def test_adapters_of_another_rank_are_refused():
@@ -245,6 +428,7 @@ class Tied(nn.Module):
 IDS = jnp.array([[0, 3, 5], [2, 2, 6]])
 NORMS = dataclasses.replace(V1, train_norms=True)
 UNFROZEN = dataclasses.replace(NORMS, train_embeddings=True)
+UNFROZEN_ALONE = dataclasses.replace(V1, train_embeddings=True)
 
 
 def test_embeddings_and_norms_train_beside_the_bases_parameters():

@@ -15,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.tree_util import Partial
 
 from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.leaves import LEAVES
 from hylorada_jax.math.quantized import as_array
 from hylorada_jax.models.base_model import BaseModel
 from hylorada_jax.models.families import HEADS, RELATIVE_POSITIONS, that_can
@@ -23,12 +24,15 @@ from hylorada_jax.models.module_kinds import ModuleKind, kind_of
 from hylorada_jax.models.stacks import names_in_stack
 from hylorada_jax.placement.shards import on_shards
 from hylorada_jax.surgery.targets import is_cross
-from hylorada_jax.trees import Params, Tree
+from hylorada_jax.trees import Params, Tree, is_quantized
 
 Path = tuple[str, ...]
 
 # jax's caches answer for one value of it only: with a new one an interceptor sees what was traced before.
 _looked_at = jax.make_user_context(None)
+
+# What an embedding or a norm is known to have; what a subclass adds stays as it is.
+_UNFROZEN = {leaf.name for leaf in LEAVES if leaf.component == "unfrozen"}
 
 # nn.scan stacks the parameters of this submodule along a first axis, one slice per layer.
 SCANNED = "layers"
@@ -84,7 +88,15 @@ class Linear(Module):
 
     def reader(self, params: Params, layer: Array | int = 0) -> Partial:
         """What gives :meth:`weight` where it is called, from the kernels of all layers."""
-        return Partial(self._weight, subtree(params, self.path)["kernel"], layer)
+        kernel = subtree(params, self.path)["kernel"]
+        require_arrays(kernel, f"a box around {'.'.join((*self.path, 'kernel'))}")
+        if not (is_quantized(kernel) or jnp.issubdtype(kernel.dtype, jnp.floating)):
+            raise ModelError(
+                "What is adapted holds floating-point numbers.",
+                f"{'.'.join(self.path)}, {kernel.dtype}",
+                "Adapt the network in float32 or bfloat16, or exclude_modules=[its name].",
+            )
+        return Partial(self._weight, kernel, layer)
 
     def _weight(self, kernel: Any, layer: Array | int) -> Array:
         if self.stacked:
@@ -184,9 +196,24 @@ def require_positions(found: bool, received: object) -> None:
     """Raises a ModelError for a layer that needs the tokens' positions, where none are found."""
     if not found:
         raise ModelError(
-            "A layer whose update depends on the position needs a model that takes position_ids.",
+            "A layer whose update depends on the position needs a model that is called with input_ids and "
+            "position_ids, arguments of these names.",
             received,
             f"Choose method='hylorada_v1', or a model of type {that_can('segments')}.",
+        )
+
+
+def require_arrays(params: Any, received: object) -> None:
+    """Raises a ConfigError for parameters in flax's boxes."""
+
+    def is_boxed(leaf: Any) -> bool:
+        return isinstance(leaf, nn.meta.AxisMetadata)
+
+    if any(map(is_boxed, jax.tree.leaves(params, is_leaf=is_boxed))):
+        raise ConfigError(
+            "Parameters must be arrays, without the axes that flax keeps beside them.",
+            received,
+            "Give flax.linen.meta.unbox of what init returns, here and wherever params are taken.",
         )
 
 
@@ -246,7 +273,7 @@ def _refuse_jitted(init: Callable[[Array], Any]) -> None:
 
 
 def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int, ...]]) -> Modules:
-    called: dict[Path, tuple[nn.Module, ModuleKind, tuple[int, ...] | None]] = {}
+    called: dict[Path, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]] = {}
     taking: set[Path] = set()
     others: dict[Path, str] = {}
     wrapped: list[tuple[Path, str]] = []
@@ -255,12 +282,13 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
         if takes_positions(context.orig_method):
             taking.add(context.module.path)
         output, module = next_fun(*args, **kwargs), context.module
-        kernel = module.get_variable("params", "kernel", None)
+        own = module.variables.get("params", {}).items()
+        read = {name: _shape(leaf) for name, leaf in own if not isinstance(leaf, Mapping)}
         if (kind := kind_of(context)) is not None and not getattr(module, "batch_dims", ()):
-            called[module.path] = module, kind, getattr(kernel, "shape", None)
+            called[module.path] = module, kind, read
         elif isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             wrapped.append((module.layer_instance.path, type(module).__name__))
-        elif kernel is not None:
+        elif "kernel" in read:
             others[module.path] = f"{'.'.join(module.path)} ({type(module).__name__})"
         return output
 
@@ -269,15 +297,7 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
     with nn.intercept_methods(record):
         shapes = jax.eval_shape(lambda key: init(key), jax.random.key(0))
 
-    def is_boxed(leaf: Any) -> bool:
-        return isinstance(leaf, nn.meta.AxisMetadata)
-
-    if any(map(is_boxed, jax.tree.leaves(shapes, is_leaf=is_boxed))):
-        raise ConfigError(
-            "Parameters must be arrays, without the axes that flax keeps beside them.",
-            "a network made with nn.with_partitioning, or its like",
-            "Give flax.linen.meta.unbox of what init returns, here and wherever params are taken.",
-        )
+    require_arrays(shapes, "a network made with nn.with_partitioning, or its like")
     within = shapes.get("params") if isinstance(shapes, Mapping) else None
     if isinstance(within, Mapping) and all(path[:1] != ("params",) for path in (*called, *others)):
         raise ConfigError(
@@ -296,16 +316,18 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
             others[path] = f"{'.'.join(path)} ({wrapper})"
             del called[path]
     for path in sorted(called):
-        module, kind, kernel = called[path]
+        module, kind, read = called[path]
         leaves = _leaves(shapes, path)
-        names, stacked = _names(path, leaves, layer_numbers)
-        own = {leaf[0]: shape[1:] if stacked else shape for leaf, shape in leaves.items() if len(leaf) == 1}
+        lie = {leaf[0]: shape for leaf, shape in leaves.items() if len(leaf) == 1}
+        names, stacked = _names(path, leaves, layer_numbers, is_whole=bool(read) and read == lie)
+        own = {name: shape[1:] if stacked else shape for name, shape in lie.items()}
+        trains = tuple((name, shape) for name, shape in own.items() if name in _UNFROZEN)
         match kind.role:
             case "linear":
                 # A tied head runs as a Dense on another module's kernel: it has no leaf, and is left out.
                 if "kernel" in own or (path and leaves):
-                    if kernel is not None and kernel != own.get("kernel"):
-                        raise _wrongly_stacked(module, kernel, leaves)
+                    if "kernel" in read and read["kernel"] != own.get("kernel"):
+                        raise _wrongly_stacked(module, read["kernel"], leaves)
                     sizes = _sizes(module, own, kind.out_in)
                     linears.append(Linear(path, names, stacked, *sizes, kind.out_in))
             case "experts":
@@ -316,11 +338,11 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
                 if not is_cross(".".join(path)):
                     attentions.append(Attention(path, names, stacked, module.config.num_attention_heads))
             case "embedding":
-                if own and path[-1] not in (*RELATIVE_POSITIONS, *HEADS):
-                    embeddings.append(Holder(path, names, stacked, tuple(own.items())))
+                if trains and path[-1] not in (*RELATIVE_POSITIONS, *HEADS):
+                    embeddings.append(Holder(path, names, stacked, trains))
             case "norm":
-                if own:
-                    norms.append(Holder(path, names, stacked, tuple(own.items())))
+                if trains:
+                    norms.append(Holder(path, names, stacked, trains))
             case _:
                 assert_never(kind.role)
     unknown = tuple(others[path] for path in sorted(others.keys() - called.keys()))
@@ -341,6 +363,11 @@ def _wrongly_stacked(
         f'Use variable_axes={{"params": 0, "hylorada": 0}}, and name="{SCANNED}"; '
         "or give a submodule whose parameters are shared another name.",
     )
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """Of an array, perhaps in one of flax's boxes, which are trees of one leaf."""
+    return jax.tree.leaves(leaf)[0].shape
 
 
 def _sizes(module: nn.Module, own: Mapping[str, tuple[int, ...]], out_in: bool) -> tuple[int, int]:
@@ -368,16 +395,20 @@ def _leaves(shapes: Any, path: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def _names(
-    path: Path, leaves: Mapping[Path, tuple[int, ...]], layer_numbers: Mapping[Path, tuple[int, ...]]
+    path: Path,
+    leaves: Mapping[Path, tuple[int, ...]],
+    layer_numbers: Mapping[Path, tuple[int, ...]],
+    is_whole: bool,
 ) -> tuple[tuple[str, ...], bool]:
     """The module's full names, and whether its leaves are stacked.
 
     nn.scan's submodule has no number in its path: HF's Flax models write "layers" too, but number the blocks.
+    A stack has no layer that reads its leaves as they lie, whole.
     """
     if (names := names_in_stack(path, layer_numbers)) is not None:
         return names, True
     after = path[path.index(SCANNED) + 1 :] if SCANNED in path else None
-    if after is None or not leaves or (after and after[0].isdigit()):
+    if after is None or not leaves or is_whole or (after and after[0].isdigit()):
         return (".".join(path),), False
     return layer_names(path, next(iter(leaves.values()))[0]), True
 
