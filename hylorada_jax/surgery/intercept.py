@@ -207,12 +207,13 @@ class adapt:  # noqa: N801 - reads as a verb: `with adapt(resolved, config):`
             return None
         given = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
         ids, positions = given.get("input_ids"), given.get("position_ids")
-        shape = jnp.shape(positions if ids is None else ids)
-        if len(shape) != 2 or (ids is None and positions is None):
+        tokens: Any = positions if ids is None else ids
+        shape = () if tokens is None else jnp.shape(tokens)
+        if len(shape) != 2:
             raise ModelError(
                 "Positions are those of the tokens that the model is called with, [batch, seq].",
-                f"{type(context.module).__name__} with input_ids {None if ids is None else shape}, "
-                f"position_ids {None if positions is None else jnp.shape(positions)}",
+                f"{type(context.module).__name__} with "
+                + ("neither" if tokens is None else f"{'position' if ids is None else 'input'}_ids {shape}"),
                 "Give input_ids [batch, seq], or position_ids [batch, seq] beside embeddings.",
             )
         if positions is None:
