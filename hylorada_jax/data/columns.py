@@ -193,6 +193,20 @@ class RowReader(NamedTuple):
                 raise self.error(column, expected, f"{where}.tool_calls: {shown(call)}")
         return [with_arguments(call) for call in calls]
 
+    def refuse_of_messages(self) -> None:
+        """Raises a DataError where a text comes with what only messages can have, and would be lost."""
+        given = {
+            "system": self.optional("system"),
+            "tools": self.tools(),
+            "chat_template_kwargs": self.variables(),
+        }
+        if own := [name for name, value in given.items() if value]:
+            raise DataError(
+                "A prompt and a completion that are text have no system message, tools or template.",
+                f"{self.place}: {names([*map(self.called, own)])}",
+                "Write prompt and completion as lists of messages, or take the column away.",
+            )
+
     def conversation(self, messages: list[dict[str, Any]], first: int = 0) -> Conversation:
         """The conversation; its answers are the assistant's from a message on that are not left out.
 
@@ -216,8 +230,7 @@ class RowReader(NamedTuple):
             message["role"] == "assistant" and train and number >= first
             for number, (message, train) in enumerate(zip(messages, trains, strict=True))
         ]
-        tools = self.json("tools", list, "a list of tools, or JSON of it")
-        variables = self.json("chat_template_kwargs", dict, "a mapping, or JSON of it") or {}
+        variables = self.variables()
         if names_taken := not_beside(variables):
             called = self.called("chat_template_kwargs")
             raise DataError(
@@ -225,7 +238,15 @@ class RowReader(NamedTuple):
                 f"{self.place}: {called} with {names_taken}",
                 f"Give tools as the row's column {self.called('tools')}, and leave the other names out.",
             )
-        return Conversation(self.place, messages, answers, tools or None, variables)
+        return Conversation(self.place, messages, answers, self.tools(), variables)
+
+    def tools(self) -> list[Any] | None:
+        """The row's tools; None where it has none."""
+        return self.json("tools", list, "a list of tools, or JSON of it") or None
+
+    def variables(self) -> dict[str, Any]:
+        """What the row has for its template."""
+        return self.json("chat_template_kwargs", dict, "a mapping, or JSON of it") or {}
 
 
 def with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def read_row(
             if isinstance(read.value("prompt"), str) and not (
                 read.are_messages("prompt") and read.are_messages("completion")
             ):
+                read.refuse_of_messages()
                 return Completion(place, read.text("prompt") or "", read.text("completion") or "")
             prompt, completion = (read.messages(column) for column in ("prompt", "completion"))
             return read.conversation(prompt + completion, first=len(prompt))

@@ -23,6 +23,11 @@ ROWS: dict[str, Any] = {
     "blank": ({"text": " \n"}, "text", None),
     "null": ({"text": None}, "text", None),
     "prompt": ({"prompt": "a ", "completion": "b"}, "prompt-completion", Completion("row", "a ", "b")),
+    "prompt beside what says nothing": (
+        {"prompt": "a ", "completion": "b", "system": "", "tools": "[]", "chat_template_kwargs": None},
+        "prompt-completion",
+        Completion("row", "a ", "b"),
+    ),
     "prompt of messages": (
         {"prompt": [USER, SAID, USER], "completion": [SAID]},
         "prompt-completion",
@@ -174,6 +179,15 @@ WRONG: dict[str, Any] = {
     "no column": ("text", {"body": "a"}, "the column text[\\s\\S]*row: columns body"),
     "a number": ("text", {"text": 5}, "column text must hold text[\\s\\S]*row: 5 of type int"),
     "half of it": ("prompt-completion", {"prompt": "a", "completion": None}, "completion must[\\s\\S]*null"),
+    "a text and a system": (
+        "prompt-completion", {"prompt": "a", "completion": "b", "system": "s"},
+        r"no system message[\s\S]*row: system\n[\s\S]*lists of messages",
+    ),
+    "a text, tools and a template": (
+        "prompt-completion",
+        {"prompt": "a", "completion": "b", "tools": json.dumps(TOOLS), "chat_template_kwargs": {"a": 1}},
+        r"no system message[\s\S]*row: tools, chat_template_kwargs\n",
+    ),
     "mixed": ("prompt-completion", {"prompt": [USER], "completion": "a"}, "completion must[\\s\\S]*row"),
     "not JSON": ("messages", {"messages": "a"}, "messages must[\\s\\S]*row: messages: Expecting value"),
     "no messages": ("messages", {"messages": []}, "a list of messages[\\s\\S]*row: \\[\\]"),
