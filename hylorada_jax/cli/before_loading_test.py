@@ -123,9 +123,13 @@ FINETUNE = [
     ("opt", (*ALONE, "--s2-attn"), "Shifted sparse attention needs"),
     ("opt", (*ALONE, "--daa"), "daa_enabled needs"),
     ("opt", (*ALONE, "--seq-len", "64"), "Positions of this model lie below 32"),
-    ("bloom", (*ALONE, "--method", "hylorada_v2", "--targets", "query_key_value"), "takes position_ids"),
+    (
+        "bloom",
+        (*ALONE, "--method", "hylorada_v2", "--targets", "query_key_value"),
+        "input_ids and position_ids",
+    ),
     ("bert", ("--seq-len", "32"), "The built-in loss needs a causal language model"),
-    ("t5", (*ALONE, "--method", "hylorada", "--no-daa"), "takes position_ids"),
+    ("t5", (*ALONE, "--method", "hylorada", "--no-daa"), "belong to one sequence"),
 ]
 TEMPLATE = ("--chat-template", "chat.jinja")
 OTHERS = [
@@ -163,7 +167,7 @@ OTHERS = [
     ("export-peft", "llama", ("--adapter", "daa adapter"), "daa: "),
     ("params", "one head", ("--s2-attn",), "halves the heads"),
     ("params", "opt", ("--s2-attn",), "Shifted sparse attention needs"),
-    ("params", "t5", ("--method", "hylorada", "--no-daa"), "takes position_ids"),
+    ("params", "t5", ("--method", "hylorada", "--no-daa"), "belong to one sequence"),
 ]
 
 
@@ -271,6 +275,19 @@ def test_texts_longer_than_the_model_has_seen_are_announced(command, place, tmp_
     assert status == 2  # there are no weights
 
 
+def test_new_tokens_that_nobody_counted_fit_the_models_positions(place, monkeypatch, capsys):
+    require_flax("gpt2")
+    command = ("generate", "--model", place / "gpt2", "--prompt")
+    for options, said in (
+        (("a" * 20,), "safetensors"),  # there are no weights
+        (("a" * 20, "--chat", "--chat-template", place / "chat.jinja"), "safetensors"),
+        (("a" * 33,), "Cut the rows to 32 tokens"),
+        (("a" * 20, "--max-new-tokens", 13), "Ask for 12 new tokens at most"),
+    ):
+        status, _, err = run(monkeypatch, capsys, *command, *options)
+        assert (status, said in err) == (2, True), err
+
+
 @pytest.mark.usefixtures("weights")
 def test_an_adapter_of_peft_that_does_not_fit_is_reported_and_not_the_weights(
     place, tmp_path, monkeypatch, capsys
@@ -349,7 +366,7 @@ def test_the_trainer_refuses_before_it_looks_at_data_or_weights(model, changes, 
 def test_a_model_without_positions_is_refused_when_it_is_adapted(model, method, place):
     require_flax(model)
     settings = HyLoRADAConfig(method=method, daa_enabled=False, target_modules="all-linear")
-    with pytest.raises(ModelError, match="takes position_ids"):
+    with pytest.raises(HyLoRADAError, match=r"called with input_ids|belong to one sequence"):
         HyLoRADAModel(empty_model(place / model), settings)
 
 

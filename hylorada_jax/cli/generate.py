@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hylorada_jax.cli.answer_rows import answers, asked, ends_of, is_cut, prompts_of, tell_cut, write
-from hylorada_jax.cli.sampling import AS_IT_IS, PROMPT_TOKENS, Sampling, answer_tokens
+from hylorada_jax.cli.sampling import ANSWER_TOKENS, AS_IT_IS, PROMPT_TOKENS, Sampling, new_tokens
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
@@ -136,8 +136,9 @@ def generate(
     chat = chat or chats is not None
     rng = jax.random.key(seed)
     longest = max(map(len, prompts))
-    most = answer_tokens(context_of(base), answer_begins(base, longest)) if chat else PROMPT_TOKENS
-    settings: dict[str, Any] = sampling.settings(model if chat else None, most)
+    most = ANSWER_TOKENS if chat else PROMPT_TOKENS
+    room = new_tokens(most, answer_begins(base, longest), base.position_limit, context_of(base))
+    settings: dict[str, Any] = sampling.settings(model if chat else None, room)
     check_settings(prompts, rng=rng, **settings)
     check_prompts(prompts, base.token_limit)
     check_room(base, prompts, settings["max_new_tokens"])

@@ -18,18 +18,24 @@ PROMPT_TOKENS = 64
 """Those of a prompt that is continued."""
 
 
-def answer_tokens(context: int | None, before: int) -> int:
-    """ANSWER_TOKENS, or as many as there is room for behind the longest prompt; at least PROMPT_TOKENS.
+def new_tokens(most: int, before: int, limit: int | None, seen: int | None) -> int:
+    """``most``, or as many as there is room for behind the longest prompt.
 
     Args:
-        context: tokens of a row, at most; None for any number.
-        before: those in front of an answer in its row: of the longest prompt, or of a decoder's start.
+        most: ANSWER_TOKENS or PROMPT_TOKENS.
+        before: tokens in front of the new ones in their row: of the longest prompt, or of a decoder's start.
+        limit: tokens of a row for which the model has positions; None for any number.
+        seen: those of the rows that it was trained on; it may get more, and always gets PROMPT_TOKENS.
 
     Example:
-        >>> answer_tokens(None, 100), answer_tokens(1024, 100), answer_tokens(1024, 1000)
-        (1024, 924, 64)
+        >>> new_tokens(1024, 100, None, None), new_tokens(1024, 100, None, 1024)
+        (1024, 924)
+        >>> new_tokens(1024, 1000, None, 1024), new_tokens(1024, 1000, 1024, 1024)
+        (64, 24)
     """
-    return ANSWER_TOKENS if context is None else max(PROMPT_TOKENS, min(ANSWER_TOKENS, context - before))
+    if limit is not None:
+        return max(1, min(most, limit - before))
+    return most if seen is None else min(most, max(PROMPT_TOKENS, seen - before))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

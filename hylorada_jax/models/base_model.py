@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 from jax import Array
 
-from hylorada_jax.errors import ConfigError, ModelError
+from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.models.families import that_can
 from hylorada_jax.models.positions import check_range
 from hylorada_jax.trees import Params
@@ -164,8 +164,16 @@ def check_room(base: BaseModel, prompts: Sequence[Sequence[int]], new: int) -> N
         prompts: token ids.
         new: tokens of an answer, at most.
     """
-    longest = longest_row(base, max(map(len, prompts)), new)
-    check_range((len(prompts), longest), limit=base.position_limit)
+    prompt, limit = max(map(len, prompts)), base.position_limit
+    try:
+        check_range((len(prompts), longest_row(base, prompt, new)), limit=limit)
+    except DataError as error:
+        if limit is None or (left := limit - answer_begins(base, prompt)) < 1 or prompt > limit:
+            raise
+        remedy = (
+            f"Ask for {left} new tokens at most (max_new_tokens), or choose a model with a longer context."
+        )
+        raise DataError(error.rule, error.received, remedy) from error
 
 
 def vocab_size(base: BaseModel) -> int:
