@@ -141,8 +141,9 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
 
 
 def _attention(path: Path, here: Found, linears: list[Linear]) -> Attention:
-    """An attention module, which is stacked as the layers in it are."""
+    """An attention module, which is stacked as the layers in it are, or those beside the model's own."""
     beside = [linear for linear in linears if linear.path[: len(path)] == path]
+    beside = beside or [linear for linear in linears if linear.path[:-1] == path[:-1]]
     if path and beside and all(linear.stacked for linear in beside):
         return Attention(path, layer_names(path, len(beside[0].names)), True, here.module.num_heads)
     return Attention(path, (".".join(path),), False, here.module.num_heads)

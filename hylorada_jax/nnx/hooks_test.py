@@ -298,6 +298,28 @@ def test_members_of_an_ensemble_share_the_models_position_bias():
         np.testing.assert_allclose(together[i], run(member, X, POSITIONS), rtol=1e-5, atol=1e-6)
 
 
+class Attending(nnx.Module):
+    """The page's, whose attention is an attribute of the model's own."""
+
+    def __init__(self, rngs):
+        self.qkv, self.attention = nnx.LinearGeneral(6, (3, 2, 3), rngs=rngs), Attention(2)
+
+    def __call__(self, x):
+        return self.attention(*jnp.moveaxis(self.qkv(x), 2, 0))
+
+
+def test_members_of_an_ensemble_have_attentions_of_their_own():
+    make = nnx.vmap(lambda rngs: Attending(rngs), in_axes=0, out_axes=0)
+    config = HyLoRADAConfig(method="lorada", lora_rank=2, target_modules="all-linear")
+    net = moved(adapt(make(nnx.Rngs(0).split(3)), config, nnx.Rngs(1)))
+    together = nnx.vmap(lambda net, x: net(x), in_axes=(0, None))(net, X)
+    graph, own = nnx.split(net)
+    assert own["attention"]["alpha"].shape == (3, 2)
+    for i in range(3):
+        member = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], own))
+        np.testing.assert_allclose(together[i], member(X), rtol=1e-5, atol=1e-6)
+
+
 traces: list[None] = []
 
 
