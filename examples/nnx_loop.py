@@ -109,7 +109,7 @@ def train(model, ids, directory, steps=20):
         return value
 
     losses = [float(step(model, optimizer)) for _ in range(steps)]
-    save_adapter(model, directory)
+    save_adapter(model, directory, overwrite=True)
     return losses
 
 

@@ -51,7 +51,7 @@ def train(base, ids, directory, steps=8):
         model.adapters, state, value = step(model.adapters, state, model.frozen, key)
         losses.append(float(value))
         print(f"loss {losses[-1]:.3f}")
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, overwrite=True)
     return losses
 
 

@@ -127,8 +127,9 @@ class HyLoRADAConfig:
     gives ``dora``, ``use_hylorada=False`` gives ``lora``, ``use_hylorada=True`` gives ``hylorada_v1`` (with
     ``position_bias_enabled=True`` ``hylorada``), and nothing at all gives ``hylorada``.
 
-    Settings may come from a stranger's file, so all are bounded: ranks and widths by 65,536, other numbers by
-    a million, the patterns of one setting by 2,000 of together 100,000 characters.
+    Settings may come from a stranger's file, so all are bounded: ranks and widths by 65,536,
+    structure_seq_len by 2³⁰, other numbers by a million, the patterns of one setting by 2,000 of together
+    100,000 characters.
 
     Args:
         method: lora, dora, lorada, longlora, sparse, hylorada_v1, hylorada_v2 or hylorada. For another one
@@ -169,7 +170,7 @@ class HyLoRADAConfig:
         sparse_dropout: probability in [0, 1) of dropping one of the units in training.
         s2_attn_enabled: shifted sparse attention in training; evaluation and generation attend in full.
         s2_group_size: G, tokens per group; None: a quarter of the row, as LongLoRA has it.
-        s2_shift_ratio: half of the heads see groups shifted by this part of G, in (0, 1).
+        s2_shift_ratio: half of the heads see groups shifted by this part of G, in (0, 1): k/n with n ≤ 1,024.
         train_embeddings: train the token (and position) embeddings themselves.
         train_norms: train the norms themselves.
         structure_dim: width of the structure prior.

@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def test_the_loop_of_ones_own_learns_its_batch_and_saves_the_adapter(tmp_path, c
     shape = {"model_type": "llama", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24}
     shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
     base = CausalLM.from_config(DecoderConfig.from_hf(shape), jax.random.key(0))
-    losses = train(base, jax.random.randint(jax.random.key(1), (2, 12), 0, 29), tmp_path / "run", steps=20)
+    ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 29)
+    train(base, ids, tmp_path / "run", steps=1)  # and a second time, into the same place
+    losses = train(base, ids, tmp_path / "run", steps=20)
     assert losses[-1] < losses[0] - 0.1
     loaded = HyLoRADAModel.from_pretrained(base, tmp_path / "run")
     # A fresh adapter changes nothing; this one has learned something, and that was saved.
@@ -112,6 +115,15 @@ def test_what_a_page_points_to_is_there(page):
     files = re.findall(r"`([\w./]+\.(?:py|md|toml|txt))`", text) if page.parent == ROOT else []
     places = (ROOT, ROOT / "hylorada_jax", ROOT / "hylorada_jax/models")
     assert [name for name in files if not any((place / name).exists() for place in places)] == []
+
+
+def test_every_extra_of_a_user_is_named_on_a_page():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pages = "".join(
+        page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    )
+    named = {name for group in re.findall(r"\[([\w,]+)\]\"", pages) for name in group.split(",")}
+    assert set(extras["optional-dependencies"]) - named <= {"benchmarks", "test", "dev"}
 
 
 @pytest.mark.apart

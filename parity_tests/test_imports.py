@@ -11,11 +11,11 @@ import pytest
 
 JAX = Path(__file__).parents[1] / "hylorada_jax"
 # A room imports from those above it and from itself, also within its functions.
-ROOMS = [
-    "text", "terminal", "portions", "exact", "leaves", "trees", "errors", "seeds", "shapes", "placement",
-    "io", "config", "math", "modules", "structure", "models", "surgery", "saved", "model", "adapter_bank",
-    "exchange", "data", "evaluation", "training", "planning", "nnx", "cli", "__main__",
-]  # fmt: skip
+_TABLE = (
+    (JAX.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| room of")[2].split("\n\n")[0]
+)
+_FIRST = "".join(line.split("|")[1] for line in _TABLE.splitlines()[2:])
+ROOMS = [*re.findall(r"`(\w+)/?`", _FIRST), "__main__"]
 
 
 def loaded_by(statement, watched):

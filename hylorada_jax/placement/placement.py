@@ -37,7 +37,7 @@ _ADAPTERS: tuple[Rule, ...] = tuple(
 RULES: tuple[Rule, ...] = (
     (r"((q|k|v|qkv|gate|up|gate_up)_proj|w1|w3)/kernel|experts/gate_up_proj", (FSDP, TENSOR)),
     (r"((o|down)_proj|w2)/kernel|experts/down_proj", (TENSOR, FSDP)),
-    (r"kernel", (FSDP, None)),  # routers, and all of Hugging Face's Flax models
+    (r"kernel", (FSDP, None)),  # routers, and most of Hugging Face's Flax models
     (r"embedding", (TENSOR, FSDP)),  # the head's too
     *_ADAPTERS,
 )
