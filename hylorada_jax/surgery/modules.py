@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, assert_never
 
 import flax.linen as nn
@@ -217,16 +216,12 @@ def require_arrays(params: Any, received: object) -> None:
         )
 
 
-def find_modules(
-    init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int, ...]] = MappingProxyType({})
-) -> Modules:
+def find_modules(init: Callable[[Array], Any]) -> Modules:
     """The modules that a model's initialisation calls and that a component can attach to.
 
     Args:
         init: key → parameter tree, which calls every module once. It is traced, not run: no memory is
-            taken for the weights. It must not be jitted, or jax may answer from its cache.
-        layer_numbers: the numbers of the layers in each stack of parameters, by its path, as a base model
-            has them; a stack that it does not name is one named "layers", of all layers.
+            taken for the weights.
 
     Returns:
         Linear modules with a kernel of their own, self-attentions, embeddings but not the output head, norms;
@@ -248,7 +243,7 @@ def find_modules(
     """
     init = inspect.unwrap(init)  # a jitted one, to which jax may know the answer
     _refuse_jitted(init)
-    return _found(init, layer_numbers)
+    return _found(init, {})
 
 
 def _refuse_jitted(init: Callable[[Array], Any]) -> None:
