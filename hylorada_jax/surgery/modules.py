@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import flax.linen as nn
 import jax
@@ -267,10 +267,27 @@ def _refuse_jitted(init: Callable[[Array], Any]) -> None:
         )
 
 
-def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int, ...]]) -> Modules:
-    called: dict[Path, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]] = {}
-    taking: set[Path] = set()
+class _Called(NamedTuple):
+    """What a model's initialisation calls, by path, and the shapes that it returns.
+
+    Attributes:
+        shapes: of the parameters.
+        modules: those that a component can attach to: each, its kind, and the shapes of the leaves of its
+            own that it reads.
+        others: names of modules with a kernel that none can attach to.
+        take_positions: some module is called with the tokens' positions.
+    """
+
+    shapes: Any
+    modules: dict[Path, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]]
+    others: dict[Path, str]
+    take_positions: bool
+
+
+def _called(init: Callable[[Array], Any]) -> _Called:
+    modules: dict[Path, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]] = {}
     others: dict[Path, str] = {}
+    taking: set[Path] = set()
     wrapped: list[tuple[Path, str]] = []
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -280,7 +297,7 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
         own = module.variables.get("params", {}).items()
         read = {name: _shape(leaf) for name, leaf in own if not isinstance(leaf, Mapping)}
         if (kind := kind_of(context)) is not None and not getattr(module, "batch_dims", ()):
-            called[module.path] = module, kind, read
+            modules[module.path] = module, kind, read
         elif isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             wrapped.append((module.layer_instance.path, type(module).__name__))
         elif "kernel" in read:
@@ -291,28 +308,38 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
     # would see nothing.
     with nn.intercept_methods(record):
         shapes = jax.eval_shape(lambda key: init(key), jax.random.key(0))
+    for outer, wrapper in wrapped:  # the kernels that these layers read are others than those in the tree
+        for path in [path for path in modules if path[: len(outer)] == outer]:
+            if modules[path][1].role == "linear":
+                others[path] = f"{'.'.join(path)} ({wrapper})"
+                del modules[path]
+    return _Called(shapes, modules, others, bool(taking))
 
+
+def _refuse_other_trees(called: _Called) -> None:
+    """Refuses what an initialisation returns, where it is not a tree of parameters alone."""
+
+    shapes, paths = called.shapes, (*called.modules, *called.others)
     require_arrays(shapes, "a network made with nn.with_partitioning, or its like")
     within = shapes.get("params") if isinstance(shapes, Mapping) else None
-    if isinstance(within, Mapping) and all(path[:1] != ("params",) for path in (*called, *others)):
+    if isinstance(within, Mapping) and all(path[:1] != ("params",) for path in paths):
         raise ConfigError(
             "init returns the parameters, and no other collection.",
             f"the collections {', '.join(shapes)}",
             'Give lambda key: network.init(key, x)["params"], and these wherever params are taken.',
         )
+
+
+def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int, ...]]) -> Modules:
+    called = _called(init)
+    _refuse_other_trees(called)
     linears: list[Linear] = []
     attentions: list[Attention] = []
     embeddings: list[Holder] = []
     norms: list[Holder] = []
-    for outer, wrapper in wrapped:  # the kernels that these layers read are others than those in the tree
-        for path in [
-            path for path in called if path[: len(outer)] == outer and called[path][1].role == "linear"
-        ]:
-            others[path] = f"{'.'.join(path)} ({wrapper})"
-            del called[path]
-    for path in sorted(called):
-        module, kind, read = called[path]
-        leaves = _leaves(shapes, path)
+    for path in sorted(called.modules):
+        module, kind, read = called.modules[path]
+        leaves = _leaves(called.shapes, path)
         lie = {leaf[0]: shape for leaf, shape in leaves.items() if len(leaf) == 1}
         names, stacked = _names(path, leaves, layer_numbers, is_whole=bool(read) and read == lie)
         own = {name: shape[1:] if stacked else shape for name, shape in lie.items()}
@@ -340,8 +367,9 @@ def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int,
                     norms.append(Holder(path, names, stacked, trains))
             case _:
                 assert_never(kind.role)
-    unknown = tuple(others[path] for path in sorted(others.keys() - called.keys()))
-    return Modules(tuple(linears), tuple(attentions), tuple(embeddings), tuple(norms), bool(taking), unknown)
+    others = tuple(called.others[path] for path in sorted(called.others.keys() - called.modules.keys()))
+    found = tuple(linears), tuple(attentions), tuple(embeddings), tuple(norms)
+    return Modules(*found, called.take_positions, others)
 
 
 def modules_of(base: BaseModel) -> Modules:
