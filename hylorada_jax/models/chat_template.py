@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from hylorada_jax.errors import DataError
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import read_bounded
-from hylorada_jax.models.template_process import SECONDS, Rendered, run_template
+from hylorada_jax.models.template_process import Rendered, run_template
 from hylorada_jax.text import cut
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -38,13 +38,12 @@ class Request(NamedTuple):
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
-def render(template: str | Mapping[str, str] | None, request: Request, *, seconds: float = SECONDS) -> str:
+def render(template: str | Mapping[str, str] | None, request: Request) -> str:
     """The text of a conversation: :func:`render_each` of one.
 
     Args:
         template: the model's, or its templates by name.
         request: the conversation.
-        seconds: to render it in.
 
     Returns:
         The text.
@@ -58,14 +57,14 @@ def render(template: str | Mapping[str, str] | None, request: Request, *, second
         ...        Request([{"role": "user", "content": "Hi"}], {}))
         '[user] Hi'
     """
-    (found,) = render_each(template, [request], seconds=seconds)
+    (found,) = render_each(template, [request])
     if isinstance(found, DataError):
         raise found
     return found.text
 
 
 def render_each(
-    template: str | Mapping[str, str] | None, requests: Sequence[Request], *, seconds: float = SECONDS
+    template: str | Mapping[str, str] | None, requests: Sequence[Request]
 ) -> list[Rendered | DataError]:
     """The texts of conversations, and what of them the template says an assistant wrote.
 
@@ -75,7 +74,6 @@ def render_each(
         template: the model's, or its templates by name: "tool_use" is taken where there are tools, else
             "default".
         requests: the conversations.
-        seconds: to render one in.
 
     Returns:
         For each, what is rendered or the error: there are no messages, they hold what JSON does not have,
@@ -99,7 +97,7 @@ def render_each(
         except DataError as error:
             found[number] = error
     for source, given in by_source.items():
-        for number, result in zip(given, run_template(source, [*given.values()], seconds), strict=True):
+        for number, result in zip(given, run_template(source, [*given.values()]), strict=True):
             if isinstance(result, DataError):
                 result = result.at(_short([message.get("role") for message in requests[number].messages]))
             found[number] = result
