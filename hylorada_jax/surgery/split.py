@@ -3,6 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
+
 from hylorada_jax.surgery.modules import Path
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.trees import Tree
@@ -30,18 +32,9 @@ def split(tree: Tree, paths: Collection[Path]) -> tuple[dict[str, Any], dict[str
         >>> split({"a": {"b": 1, "c": 2}}, [("a", "c")])
         ({'a': {'b': 1}}, {'a': {'c': 2}})
     """
-    stays, taken = dict(tree), {}
-    for key in {path[0] for path in paths}:
-        below = [path[1:] for path in paths if path[0] == key]
-        if () in below:
-            taken[key] = stays.pop(key)
-            continue
-        rest, taken[key] = split(tree[key], below)
-        if rest:
-            stays[key] = rest
-        else:
-            del stays[key]
-    return stays, taken
+    stays = flatten_dict(tree, keep_empty_nodes=True)
+    taken = {path: stays.pop(path) for path in paths}
+    return unflatten_dict(stays), unflatten_dict(taken)
 
 
 def join(one: Tree, other: Tree) -> dict[str, Any]:
@@ -58,8 +51,4 @@ def join(one: Tree, other: Tree) -> dict[str, Any]:
         >>> join({"a": {"b": 1}}, {"a": {"c": 2}})
         {'a': {'b': 1, 'c': 2}}
     """
-    joined = dict(one)
-    for key, value in other.items():
-        both = isinstance(value, dict) and key in joined
-        joined[key] = join(joined[key], value) if both else value
-    return joined
+    return unflatten_dict(flatten_dict(one, keep_empty_nodes=True) | flatten_dict(other))
