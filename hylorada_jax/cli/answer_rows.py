@@ -34,15 +34,13 @@ def asked(source: str, variables: Mapping[str, Any]) -> list[Conversation]:
     Raises:
         DataError: it cannot be read, or has texts or completions.
     """
-    rows = load_documents(source)
-    chats = [row for row in rows if isinstance(row, Conversation)]
-    if len(chats) < len(rows):
-        raise DataError(
-            "What is answered must be conversations.",
-            f"{source}, whose rows are {type(rows[0]).__name__.lower()}s",
-            "Give rows of messages.",
-        )
-    return [_asked(chat._replace(variables={**variables, **chat.variables})) for chat in chats]
+    chats = []
+    for row in load_documents(source):
+        if not isinstance(row, Conversation):
+            received = f"{row.name}: a {type(row).__name__.lower()}"
+            raise DataError("What is answered must be conversations.", received, "Give rows of messages.")
+        chats.append(_asked(row._replace(variables={**variables, **row.variables})))
+    return chats
 
 
 def _asked(chat: Conversation) -> Conversation:

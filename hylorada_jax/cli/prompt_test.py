@@ -8,9 +8,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from hylorada_jax.cli.answer_rows import asked
 from hylorada_jax.cli.cli_test import run
 from hylorada_jax.cli.sample import sample_of, samples
 from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.errors import DataError
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.loading import load_model
 from hylorada_jax.models.positions import check_range
@@ -146,3 +148,14 @@ def test_a_sample_ends_where_the_positions_of_the_model_do(words):
     begun = text if kept == words else "…" + tokenizer.decode(model.prompt)
     assert (before, after) == (begun + " w8" * (31 - kept), begun + " w9" * (31 - kept))
     assert model.adapters == 9
+
+
+def test_what_is_answered_is_refused_by_the_row_that_is_no_conversation(tmp_path):
+    said = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    rows = [{"prompt": said[0], "completion": said[1]}, {"prompt": "c", "completion": "d"}]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"mixed\.jsonl:2: a completion"):
+        asked(str(file), {})
+    file.write_text(json.dumps(rows[0]))
+    assert [chat.messages for chat in asked(str(file), {})] == [said[0]]
