@@ -99,7 +99,7 @@ def chat(
     rng, settings = jax.random.key(seed), sampling.settings(model, max_new_tokens=ANSWER_TOKENS)
     check_settings([ids], rng=rng, **settings)
     talk = Talk(
-        loaded(model, adapter, weights, placement, verbose=verbose),
+        loaded(model, saved, weights, placement, verbose=verbose),
         tokenizer,
         read,
         max_context or context_of(base),

@@ -111,7 +111,7 @@ def evaluate(
         to = sys.stderr if json else None  # stdout has the one JSON object
         tokens += reading.prepare(source.held_out, tokenizer, seq_len, read, "rows", to=to)
     documents = as_documents(tokens, vocab, "evaluation", has_encoder=read is not None)
-    found = loaded(model, adapter, weights, placement, check_weights=check_weights, verbose=verbose)
+    found = loaded(model, saved, weights, placement, check_weights=check_weights, verbose=verbose)
     if are_several():
         params = found.params if saved is None else found.base.params
         agree({"adapter": saved and saved.weights_sha256, "weights": tree_digest(params)})

@@ -145,7 +145,7 @@ def generate(
     warn_of_length(base, longest_row(base, longest, settings["max_new_tokens"]))
     settings["eos_token_id"] = ends or None
     inputs = {} if structure_ids is None else {"structure_ids": structure_ids}
-    generator = loaded(model, adapter, weights, placement, verbose=verbose)
+    generator = loaded(model, saved, weights, placement, verbose=verbose)
     if chats is not None:
         write(chats, answers(generator, prompts, inputs, tokenizer, batch_size, rng, **settings), output)
         return

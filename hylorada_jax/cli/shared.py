@@ -290,7 +290,7 @@ def chat_of(
 
 def loaded(
     model: str,
-    adapter: Path | None,
+    saved: "SavedAdapter | None",
     dtype: str,
     placement: "Placement | None",
     *,
@@ -306,8 +306,8 @@ def loaded(
     of_computation, base_dtype = split_name(dtype)
     base = as_base(load_model(model, dtype=of_computation, base_dtype=base_dtype, placement=placement))
     found: Any = base
-    if adapter is not None:
-        found = HyLoRADAModel.from_pretrained(base, adapter, check_weights=check_weights)
+    if saved is not None:
+        found = HyLoRADAModel.from_pretrained(base, saved, check_weights=check_weights)
     if verbose and placement is not None:
         tell_undivided(placement, found)
     return found
