@@ -318,7 +318,6 @@ def _called(init: Callable[[Array], Any]) -> _Called:
 
 def _refuse_other_trees(called: _Called) -> None:
     """Refuses what an initialisation returns, where it is not a tree of parameters alone."""
-
     shapes, paths = called.shapes, (*called.modules, *called.others)
     require_arrays(shapes, "a network made with nn.with_partitioning, or its like")
     within = shapes.get("params") if isinstance(shapes, Mapping) else None
