@@ -18,7 +18,7 @@ from benchmarks.trainables import Adapted, Full
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
 from hylorada_jax.data.loading import mixed_batches
-from hylorada_jax.data.packing import Rows, spread
+from hylorada_jax.data.packing import Rows, default_stride, spread
 from hylorada_jax.errors import DataError, NonFiniteError
 from hylorada_jax.evaluation.lost_in_the_middle import evaluate_lost_in_the_middle
 from hylorada_jax.evaluation.perplexity import PerplexityEvaluator, perplexity
@@ -210,7 +210,7 @@ class Evaluation:
     def _passages(self) -> list[tuple[int, float, int]]:
         """Of each window of the test text: the document's number, the sum of its losses, scored tokens."""
         seq_len, batch_size = self._experiment.seq_len, self._experiment.batch_size
-        rows = Rows(self._test, seq_len, stride=max(1, seq_len // 2))
+        rows = Rows(self._test, seq_len, stride=default_stride(seq_len))
         found = []
         for batch, losses in self._sweep(rows, batch_size, max_tokens=self._experiment.test_tokens):
             scored = np.where(batch["targets"] >= 0, batch["segment_ids"], 0)

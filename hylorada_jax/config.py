@@ -73,19 +73,6 @@ _SIZES = {
     "structure_seq_len": 2**30,
 }
 
-_NUMBERS = (
-    "lora_alpha",
-    "lora_dropout",
-    "lora_A_gain",
-    "gate_init",
-    "residual_init",
-    "lora_plus_ratio",
-    "sparse_topk_ratio",
-    "sparse_temperature",
-    "sparse_dropout",
-    "s2_shift_ratio",
-)
-
 TRAINING_ONLY = frozenset({
     "lora_dropout", "lora_A_init", "lora_A_gain", "gate_init", "residual_init", "detach_norm",
     "lora_plus_enabled", "lora_plus_ratio", "sparse_temperature", "sparse_dropout", "s2_attn_enabled",
@@ -243,8 +230,9 @@ class HyLoRADAConfig:
         # As pairs, so that a config can be hashed.
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _is_size))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _is_positive))
-        for name in _NUMBERS:
-            self._set(name, _number(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            if field.type == "float":
+                self._set(field.name, _number(field.name, getattr(self, field.name)))
         self._resolve_method()
         if self.detach_norm is None:
             self._set("detach_norm", bool(self.use_dora))
@@ -304,14 +292,10 @@ class HyLoRADAConfig:
             )
         if self.s2_group_size is not None:
             self.s2_groups(1)
-        for name in (
-            "use_rslora",
-            "detach_norm",
-            "magnitude_scales_bias",
-            "lora_plus_enabled",
-            "daa_per_head",
-        ):
-            _require(isinstance(getattr(self, name), bool), f"{name} must be a bool.", getattr(self, name))
+        for field in dataclasses.fields(self):
+            if field.type == "bool" or field.name == "detach_norm":
+                value = getattr(self, field.name)
+                _require(isinstance(value, bool), f"{field.name} must be a bool.", value)
         for name, allowed in (
             ("rank_strategy", RANK_STRATEGIES),
             ("structure_encoder_type", STRUCTURE_ENCODERS),
@@ -396,7 +380,7 @@ class HyLoRADAConfig:
         Returns:
             s, as a Python float.
         """
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return update_scale(rank, alpha, self.use_rslora)
 
     def layer_rank(self, layer: int, num_layers: int) -> int:
         """The rank at a depth: ⌊r·(1 − ½·t)⌋, at least 2 (or r, if that is less).
@@ -513,6 +497,11 @@ class HyLoRADAConfig:
             # A preset's gain is for orthogonal rows; Kaiming's have that length.
             return dataclasses.replace(config, lora_A_gain=1.0)
         return config
+
+
+def update_scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    """s = α/r or, with rsLoRA, α/√r."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def check_linear_layer(layer: str, in_features: int, out_features: int, rank: int, alpha: float) -> None:

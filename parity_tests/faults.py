@@ -149,8 +149,8 @@ _OF_JAX = [
     ),
     *_faults(
         "v1",
-        "hylorada_jax.modules.linear",
-        ("rsLoRA divides by r", "(math.sqrt(layer.rank) if layer.use_rslora else layer.rank)", "layer.rank"),
+        "hylorada_jax.config",  # whose formula the reference has by itself
+        ("rsLoRA divides by r", "alpha / (math.sqrt(rank) if use_rslora else rank)", "alpha / rank"),
     ),
     # NNX
     *_faults(

@@ -76,7 +76,7 @@ def evaluate(
     """
     given = {**locals()}
 
-    from hylorada_jax.data.packing import check_windows
+    from hylorada_jax.data.packing import check_windows, default_stride
 
     check_windows(seq_len, stride, max_tokens, batch_size)
     sources = [
@@ -132,7 +132,7 @@ def evaluate(
         "loss": measured.loss,
         "tokens": measured.tokens,
         "seq_len": seq_len,
-        "stride": stride or max(1, seq_len // 2),
+        "stride": stride or default_stride(seq_len),
     }
     print_result(
         result,

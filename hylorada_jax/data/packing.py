@@ -126,6 +126,11 @@ def check_windows(
         raise ConfigError("A batch must have a row.", f"batch_size {batch_size}", "Give at least 1.")
 
 
+def default_stride(seq_len: int) -> int:
+    """That of windows which overlap by half, so that every token is scored behind others."""
+    return max(1, seq_len // 2)
+
+
 def spread(rows: Sequence[Batch] | Rows, tokens: int) -> list[Batch]:
     """As many rows as hold about so many tokens, spread evenly over all of them.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hylorada_jax.data.document import as_documents
-from hylorada_jax.data.packing import Rows
+from hylorada_jax.data.packing import Rows, default_stride
 from hylorada_jax.evaluation.sweep import loss_sweep
 from hylorada_jax.models.base_model import vocab_size
 from hylorada_jax.models.positions import check_range
@@ -84,7 +84,7 @@ class PerplexityEvaluator:
         self._rows = Rows(
             as_documents(documents, vocab, "evaluation", has_encoder=scored.has_encoder),
             seq_len,
-            stride=max(1, seq_len // 2) if stride is None else stride,
+            stride=default_stride(seq_len) if stride is None else stride,
             packing=scored.base.supports_segments if packing is None else packing,
         )
         self._batch_size, self._max_tokens = batch_size, max_tokens

@@ -77,7 +77,13 @@ def read_json(
     Raises:
         HyLoRADAError: of the class given: it cannot be read, is too large, or is no JSON object.
     """
-    content = read_bounded(path, rule, error, remedy, limit=limit)
+    return as_object(read_bounded(path, rule, error, remedy, limit=limit), path, rule, error, remedy)
+
+
+def as_object(
+    content: bytes, path: Path, rule: str, error: type[HyLoRADAError], remedy: str
+) -> dict[str, Any]:
+    """:func:`read_json` of content that was read."""
     try:
         value = parse_json(content.decode())
     except ValueError as cause:

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.reading import checked
+from hylorada_jax.math.rope import default_frequencies, llama3_frequencies
 from hylorada_jax.models.families import DECODERS
 from hylorada_jax.models.families.family import GGUF
 from hylorada_jax.models.gguf_header import REMEDY, GGUFFile
@@ -268,17 +269,11 @@ def _llama3_scaling(gguf: GGUFFile, theta: float, head_dim: int) -> dict[str, An
     """Llama 3's scaling; a GGUF keeps only the factor per frequency: guess its four numbers, then check."""
     factors = GGUFWeights(gguf).read(_FREQUENCIES).astype(np.float64)
     factor = float(factors.max())
-    scaling = {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    original, own = 8192, {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     with np.errstate(all="ignore"):  # of factors that are not numbers
-        expected = 1 / ((1 - smooth) / factor + smooth)
+        expected = default_frequencies(head_dim, theta, np.float64) / llama3_frequencies(
+            head_dim, theta, np.float64, original=original, **own
+        )
     # The tensor is float32; the converter computes it in float32 from a wavelength with 7 digits.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise ModelError(
@@ -286,7 +281,7 @@ def _llama3_scaling(gguf: GGUFFile, theta: float, head_dim: int) -> dict[str, An
             f"{gguf.path}: rope_freqs.weight = {np.array2string(factors, precision=4, threshold=8)}",
             "Load the original Hugging Face directory instead.",
         )
-    return scaling
+    return {"rope_type": "llama3", **own, "original_max_position_embeddings": original}
 
 
 class GGUFWeights:

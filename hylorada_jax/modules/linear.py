@@ -16,7 +16,6 @@ computes it once per optimizer step instead.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from hylorada_jax.config import check_dropout
+from hylorada_jax.config import check_dropout, update_scale
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.modules.checks import (
@@ -37,11 +36,6 @@ from hylorada_jax.modules.checks import (
     token_positions,
 )
 from hylorada_jax.modules.position import PositionBias
-
-
-def scale(layer: Any) -> float:
-    """s = α/r, or α/√r with ``use_rslora``."""
-    return layer.alpha / (math.sqrt(layer.rank) if layer.use_rslora else layer.rank)
 
 
 class _LinearAdapter(nn.Module):
@@ -88,7 +82,7 @@ class _LinearAdapter(nn.Module):
             nn.Dropout(self.dropout)(x, deterministic=deterministic),
             base_output,
             base_weight,
-            scale(self),
+            update_scale(self.rank, self.alpha, self.use_rslora),
             detach_norm=detach_norm,
             factor=factor,
         )

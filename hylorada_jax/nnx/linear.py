@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from hylorada_jax.config import update_scale
 from hylorada_jax.leaves import KINDS, Kind
 from hylorada_jax.math import linear_adapter, low_rank
 from hylorada_jax.modules.checks import (
@@ -30,7 +31,6 @@ from hylorada_jax.modules.checks import (
     refuse_prior,
     token_positions,
 )
-from hylorada_jax.modules.linear import scale
 from hylorada_jax.nnx.position import PositionBias
 from hylorada_jax.nnx.streams import checked_dropout
 from hylorada_jax.nnx.variables import AdapterParam
@@ -109,7 +109,7 @@ class LoRALinear(nnx.Module):
             self.dropout(x, deterministic=deterministic),
             base_output,
             base_weight,
-            scale(self),
+            update_scale(self.rank, self.alpha, self.use_rslora),
             detach_norm=self.detach_norm,
             factor=factor,
         )

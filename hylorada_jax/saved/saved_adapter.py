@@ -21,7 +21,7 @@ from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, HyLoRADAError
 from hylorada_jax.io.files import any_path, kind_of
-from hylorada_jax.io.reading import checked, read_bounded, read_json
+from hylorada_jax.io.reading import as_object, checked, read_bounded
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
@@ -174,7 +174,8 @@ def base_name(adapter: str | Path | SavedAdapter) -> str:
 
 def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
     try:
-        body = read_json(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+        content = read_bounded(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+        body = as_object(content, path, _RULE, CheckpointError, _REMEDY)
     except CheckpointError as unread:
         if not (own := _adapter_of_run(path.parent)):
             raise
@@ -191,7 +192,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
             "Load it with the version of hylorada that wrote it.",
         )
         raise _with_versions(error, body)
-    if not _is_intact(path, body):  # before its keys: what a damaged file says, no version has said
+    if not _is_intact(content, body):  # before its keys: what a damaged file says, no version has said
         raise CheckpointError(
             rule, f"{path}, whose checksum differs", "It was cut or altered: copy it again."
         )
@@ -212,11 +213,11 @@ def _adapter_of_run(directory: Path) -> Path | None:
         return None
 
 
-def _is_intact(path: Path, body: Mapping[str, Any]) -> bool:
+def _is_intact(content: bytes, body: Mapping[str, Any]) -> bool:
     """Whether a config file is, byte for byte, what is written of its values, so that nothing is altered."""
     rest = {key: value for key, value in body.items() if key != "sha256"}
     try:
-        return render(rest) == read_bounded(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+        return render(rest) == content
     except RecursionError:  # nested as deeply as can just be read
         return False
 
