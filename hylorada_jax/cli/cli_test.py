@@ -685,7 +685,7 @@ def test_conversations_are_answered_row_by_row_as_one_alone(chatting, tmp_path, 
     for wrong in (("--prompt", "a", "--messages", tmp_path / "asked.jsonl"), ()):
         assert "Either a prompt or messages" in run(monkeypatch, capsys, *command, *wrong)[2]
     status, _, err = run(monkeypatch, capsys, *command, "--messages", chatting / "texts.txt")
-    assert (status, "rows are documents" in err) == (2, True)
+    assert (status, "texts.txt: a document" in err) == (2, True), err
 
 
 def test_an_answer_has_the_room_of_one_in_a_chat_and_those_that_are_cut_are_counted(
