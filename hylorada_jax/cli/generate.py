@@ -137,7 +137,8 @@ def generate(
     rng = jax.random.key(seed)
     longest = max(map(len, prompts))
     most = ANSWER_TOKENS if chat else PROMPT_TOKENS
-    room = new_tokens(most, answer_begins(base, longest), base.position_limit, context_of(base))
+    least = PROMPT_TOKENS if base.position_limit is None else 1
+    room = new_tokens(most, answer_begins(base, longest), context_of(base), least)
     settings: dict[str, Any] = sampling.settings(model if chat else None, room)
     check_settings(prompts, rng=rng, **settings)
     check_prompts(prompts, base.token_limit)

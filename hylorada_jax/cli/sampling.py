@@ -18,24 +18,22 @@ PROMPT_TOKENS = 64
 """Those of a prompt that is continued."""
 
 
-def new_tokens(most: int, before: int, limit: int | None, seen: int | None) -> int:
+def new_tokens(most: int, before: int, context: int | None, least: int) -> int:
     """``most``, or as many as there is room for behind the longest prompt.
 
     Args:
         most: ANSWER_TOKENS or PROMPT_TOKENS.
         before: tokens in front of the new ones in their row: of the longest prompt, or of a decoder's start.
-        limit: tokens of a row for which the model has positions; None for any number.
-        seen: those of the rows that it was trained on; it may get more, and always gets PROMPT_TOKENS.
+        context: tokens of a row; None for any number.
+        least: new tokens where there is no room: PROMPT_TOKENS, if the model can go on beyond its context.
 
     Example:
-        >>> new_tokens(1024, 100, None, None), new_tokens(1024, 100, None, 1024)
+        >>> new_tokens(1024, 100, None, 64), new_tokens(1024, 100, 1024, 64)
         (1024, 924)
-        >>> new_tokens(1024, 1000, None, 1024), new_tokens(1024, 1000, 1024, 1024)
+        >>> new_tokens(1024, 1000, 1024, 64), new_tokens(1024, 1000, 1024, 1)
         (64, 24)
     """
-    if limit is not None:
-        return max(1, min(most, limit - before))
-    return most if seen is None else min(most, max(PROMPT_TOKENS, seen - before))
+    return most if context is None else min(most, max(least, context - before))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
