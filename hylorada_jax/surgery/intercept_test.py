@@ -27,14 +27,21 @@ SPARSE = HyLoRADAConfig(method="sparse", sparse_adapter_dim=3)
 X = jax.random.normal(jax.random.key(1), (2, 3, WIDTH))
 
 
-def attach(network, x=X, config=V1):
-    """params, fresh adapters, and functions of adapters: the network's output with them, and merged."""
+def prepare(network, x=X, config=V1):
+    """sites, params, fresh adapters, and the function that resolves adapters."""
     init = lambda key: network.init(key, x)["params"]
     sites, params = plan(find_modules(init), config), jax.jit(init)(jax.random.key(0))
     constants = build.build_constants(sites, params, config)
 
     def resolved(adapters):
         return resolve(sites, adapters, params, constants, config)
+
+    return sites, params, build.build_adapters(sites, constants, params, config), resolved
+
+
+def attach(network, x=X, config=V1):
+    """params, fresh adapters, and functions of adapters: the network's output with them, and merged."""
+    sites, params, fresh, resolved = prepare(network, x, config)
 
     def adapted(adapters):
         leaves = resolved(adapters)
@@ -44,7 +51,7 @@ def attach(network, x=X, config=V1):
     def merged(adapters):
         return network.apply({"params": merge(sites, resolved(adapters), params, config)}, x)
 
-    return params, build.build_adapters(sites, constants, params, config), adapted, merged
+    return params, fresh, adapted, merged
 
 
 def moved(adapters):
@@ -207,14 +214,8 @@ def test_what_a_subclass_computes_around_its_class_is_computed_once():
 
 def test_what_a_module_returns_is_captured_once_and_adapted():
     network = nn.Sequential([nn.DenseGeneral(WIDTH), nn.LayerNorm()])
-    params, fresh, _, _ = attach(network, config=NORMS)
-    leaves = resolve(
-        sites := plan(find_modules(lambda key: network.init(key, X)["params"]), NORMS),
-        moved(fresh),
-        params,
-        build.build_constants(sites, params, NORMS),
-        NORMS,
-    )
+    _, params, fresh, resolved = prepare(network, config=NORMS)
+    leaves = resolved(moved(fresh))
     with adapt(leaves, NORMS):
         y, state = network.apply({"params": params, "hylorada": leaves}, X, capture_intermediates=True)
         within = nn.DenseGeneral(WIDTH).apply(
@@ -307,14 +308,11 @@ class Positioned(nn.Module):
 
 def test_positions_come_with_tokens_or_beside_embeddings():
     network = Positioned()
-    init = lambda key: network.init(key, IDS)["params"]
     config = HyLoRADAConfig(
         lora_rank=2, target_modules="all-linear", lora_A_init="kaiming", daa_enabled=False
     )
-    sites, params = plan(find_modules(init), config), init(jax.random.key(0))
-    constants = build.build_constants(sites, params, config)
-    fresh = build.build_adapters(sites, constants, params, config)
-    leaves = resolve(sites, moved(fresh), params, constants, config)
+    _, params, fresh, resolved = prepare(network, IDS, config)
+    leaves = resolved(moved(fresh))
 
     def output(**inputs):
         with adapt(leaves, config):
@@ -337,7 +335,7 @@ def test_positions_come_with_tokens_or_beside_embeddings():
 def test_one_key_serves_dropout_as_in_flax():
     config = dataclasses.replace(LORA, lora_dropout=0.5)
     network = nn.Dense(WIDTH)
-    params, fresh, _, _ = attach(network, config=config)
+    _, params, fresh, _ = prepare(network, config=config)
     leaves = {"lora_A": fresh["lora_A"], "scaled_B": jnp.ones((WIDTH, 2)), "dropout_rate": jnp.array(0.5)}
 
     def output(rngs):
