@@ -370,6 +370,16 @@ class HyLoRADAConfig:
             )
         return size, int(size * ratio)
 
+    @property
+    def depends_on_token(self) -> bool:
+        """Whether an update depends on its token's position or structure.
+
+        Example:
+            >>> [HyLoRADAConfig(method=name).depends_on_token for name in ("hylorada_v1", "hylorada")]
+            [False, True]
+        """
+        return bool(self.position_bias_enabled or self.use_hylorada_v2)
+
     def scale(self, rank: int, alpha: float) -> float:
         """s of a layer: α/r or, with rsLoRA, α/√r.
 

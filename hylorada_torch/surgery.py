@@ -141,8 +141,7 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
         raise ModelError(
             "A model is adapted once.", "a model with adapters attached", "Load the base model afresh."
         )
-    by_token = config.position_bias_enabled or config.use_hylorada_v2
-    if by_token and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if config.depends_on_token and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ConfigError(
             "A position bias and a structure prior belong to one sequence of tokens.",
             f"method={config.method!r} for an encoder-decoder model",
@@ -151,7 +150,7 @@ def attach_adapters(model: nn.Module, config: HyLoRADAConfig, *, seed: int = 0) 
     names = [name for name, _ in linears_of(model)]
     ranks = layer_ranks(select_targets(names, config), names, config)
     experts = [name for name in ranks if "expert" in name]
-    if experts and by_token:
+    if experts and config.depends_on_token:
         raise ConfigError(
             "In the reference the update of an expert does not depend on its tokens' positions.",
             f"method={config.method!r} for {short(experts)}",

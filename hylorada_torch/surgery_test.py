@@ -47,9 +47,7 @@ def refused(name, config):
     """What does not apply to the models that are not causal."""
     if name in CAUSAL_MODELS:
         return False
-    return config.s2_attn_enabled or (
-        name == "t5" and (config.use_hylorada_v2 or config.position_bias_enabled)
-    )
+    return config.s2_attn_enabled or (name == "t5" and config.depends_on_token)
 
 
 MAIN = ("gpt2", "llama", "qwen2")

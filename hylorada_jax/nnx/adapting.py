@@ -343,7 +343,7 @@ def attach(
             if off and here.kind.role == "attention":
                 here.module.deterministic = True  # no groups, as no dropout, until model.train()
         set_class(here.module, adapted_class(_MIXINS[here.kind.role], plain_class(type(here.module))))
-    if _in_attention(config) or config.position_bias_enabled or config.use_hylorada_v2:
+    if _in_attention(config) or config.depends_on_token:
         cls: Any = type(model)
         set_class(model, adapted_class(AdaptedModel, cls))
     model.hylorada = adaptation

@@ -29,7 +29,7 @@ def fit(
     """
     modules = modules_of(base) if modules is None else modules
     sites = plan(modules, config)
-    if config.position_bias_enabled or config.use_hylorada_v2:
+    if config.depends_on_token:
         if base.is_encoder_decoder:  # whose cross-attentions have keys of the one and queries of the other
             raise ConfigError(
                 "A position bias and a structure prior belong to one sequence of tokens.",
