@@ -85,6 +85,12 @@ def test_nnx_layers_take_torchs_arguments_in_the_same_order(name):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("name", ["num_periods", "hiden_size"])
+def test_an_nnx_encoder_takes_no_setting_that_it_does_not_have(name):
+    with pytest.raises(TypeError, match=rf"StructureEncoder.*'{name}'"):
+        hylorada_jax.nnx.StructureEncoder(rngs=nnx.Rngs(0), **{name: 2})
+
+
 def check(name, draw, dtype):
     found = measure_layer(name, draw, dtype)
     assert all(error <= budget for error, budget in found.values()), found

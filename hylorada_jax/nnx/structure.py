@@ -35,6 +35,16 @@ class StructureEncoder(nnx.Module):
         max_structure_types: int = 64,
         *,
         rngs: nnx.Rngs,
+    ) -> None:
+        self._fill(hidden_size, encoding_dim, num_buckets, max_structure_types, rngs)
+
+    def _fill(
+        self,
+        hidden_size: int,
+        encoding_dim: int,
+        num_buckets: int,
+        max_structure_types: int,
+        rngs: nnx.Rngs,
         **periods: int,
     ) -> None:
         self.hidden_size, self.encoding_dim, self.num_buckets = hidden_size, encoding_dim, num_buckets
@@ -116,6 +126,5 @@ class TemporalStructureEncoder(StructureEncoder):
         rngs: nnx.Rngs,
     ) -> None:
         check_periods(num_periods)
-        super().__init__(
-            hidden_size, encoding_dim, num_buckets, max_structure_types, rngs=rngs, num_periods=num_periods
-        )
+        sizes = hidden_size, encoding_dim, num_buckets, max_structure_types
+        self._fill(*sizes, rngs, num_periods=num_periods)
