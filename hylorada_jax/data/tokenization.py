@@ -63,7 +63,7 @@ def tokenize(
 
     Args:
         examples: from :func:`load_documents`.
-        tokenizer: the model's, from :func:`load_tokenizer`; truncation and padding are switched off in it.
+        tokenizer: the model's, from :func:`load_tokenizer`.
         structure: the documents' domain, for a model with a structure encoder: "code", Python source, whose
             ``structure_ids`` are nesting depths (:func:`hylorada_jax.structure.code.character_depths`), 0 for
             a token that stands for no character, and in a conversation for all but its blocks of code; None
@@ -89,7 +89,6 @@ def tokenize(
     """
     require_one_of("score", score, get_args(Score))
     examples = _checked(examples)
-    _take_limits_off(tokenizer)
     unparsed: list[str] = []
     found = _tokenized(examples, tokenizer, structure, score, skipped, unparsed)
     documents = [document for each in found for document in each or ()]
@@ -135,7 +134,6 @@ def prepare(
     require_one_of("overlength", overlength, get_args(Overlength))
     check_windows(seq_len)
     examples = _checked(examples)
-    _take_limits_off(tokenizer)
     options = {"seq_len": seq_len, "structure": structure, "score": score, "overlength": overlength}
     key = cache.key_of(examples, tokenizer, options) if keep and cache.directory() else ""
     if key and (found := cache.read(key)):
@@ -227,7 +225,7 @@ def _tokenized(
         raise ConfigError("structure must be code.", repr(structure), remedy)
     texts = _texts([example for example in examples if isinstance(example, Document)], tokenizer)
     others = [example for example in examples if not isinstance(example, Document)]
-    # Closed, it has ended its thread: nobody else may use a tokenizer whose limits are being taken off.
+    # Closed, it has ended its thread, also where a row is refused.
     with contextlib.closing(
         score_answers(others, tokenizer, score, offsets=structure is not None)
     ) as answers:
@@ -264,12 +262,6 @@ def _checked(examples: Iterable[Example]) -> list[Example]:
                 'Read rows of your own too: load_documents([{"text": …}]).',
             )
     return found
-
-
-def _take_limits_off(tokenizer: Tokenizer) -> None:
-    """Many tokenizer.json files carry the truncation of somebody's training run."""
-    tokenizer.backend.no_truncation()
-    tokenizer.backend.no_padding()
 
 
 def _warn(unparsed: Sequence[str], examples: Sequence[Example]) -> None:

@@ -20,7 +20,9 @@ def test_documents_become_tokens_with_one_end_and_uncut():
     backend.enable_truncation(2)
     backend.enable_padding(length=9)
     documents = [Document("x", "a b a c"), Document("y", "b </s>"), Document("z", "b")]
-    found = tokenize(documents, Tokenizer(backend, {"eos_token": "</s>"}))
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    assert tokenizer.encode_prompt("a b a c").ids == [1, 2, 1, 0]
+    found = tokenize(documents, tokenizer)
     assert [document.tokens.tolist() for document in found] == [[1, 2, 1, 0, 3], [2, 3], [2, 3]]
     assert [document.name for document in found] == ["x", "y", "z"]
     assert [document.tokens.tolist() for document in tokenize(documents[2:], Tokenizer(backend))] == [[2]]

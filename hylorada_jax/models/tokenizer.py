@@ -59,7 +59,7 @@ class Tokenizer:
     What its files say may be found not to work at a certain text only: a ModelError then.
 
     Args:
-        backend: the tokenizer of the tokenizers library.
+        backend: the tokenizer of the tokenizers library; truncation and padding are switched off in it.
         special_tokens: the text of the special tokens by role: bos_token, eos_token, pad_token …
         chat_template: the jinja2 template of the model's chat format, or its templates by name, if any.
         end_token_ids: the tokens at which a generated text ends: those that the model's files name, and
@@ -74,6 +74,11 @@ class Tokenizer:
     end_token_ids: tuple[int, ...] = ()
     cleans_up: bool = False
     encoder_decoder: bool = False
+
+    def __post_init__(self) -> None:
+        # Many tokenizer.json files carry those of somebody's training run, which cut long texts in silence.
+        self.backend.no_truncation()
+        self.backend.no_padding()
 
     @property
     def bos_token_id(self) -> int | None:

@@ -120,9 +120,6 @@ def _read(path: Path, file: Path, config: Mapping[str, Any]) -> TokenizerFiles:
         backend.pre_tokenizer.add_prefix_space = prefix
     elif prefix is False and kind in _ADDING:
         backend = read_backend(file, prefix=False)
-    # What was set when the tokenizer was saved would cut long texts in silence.
-    backend.no_truncation()
-    backend.no_padding()
     settings, added = _tokens(path, settings, backend)
     # A default that the vocabulary lacks is not added to it: the model's embedding has no row for it.
     for role, text in _DEFAULTS.get(kind, {}).items():
