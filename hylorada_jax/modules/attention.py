@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float, Int
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.math.attention import DAA, leaf_shapes
 from hylorada_jax.math.groups import attend, shifted_patterns
-from hylorada_jax.math.position import check_positions
 from hylorada_jax.math.relative_bias import relative_bias
-from hylorada_jax.modules.checks import check_scores, score_positions
+from hylorada_jax.modules.checks import check_scores, score_positions, token_positions
 from hylorada_jax.shapes import check_attention
 
 
@@ -179,10 +178,7 @@ def shifted_sparse_attention(
     query, key, value = (jnp.asarray(given) for given in (query, key, value))
     check_attention(query, key, value, segment_ids=segment_ids, key_valid=key_valid)
     tokens = query.shape[:2]
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens[1]), tokens)
-    positions = jnp.asarray(positions)
-    check_positions(positions, tokens)
+    positions = token_positions(positions, tokens)
     # Its settings are the config's, which knows which of them fit.
     settings = HyLoRADAConfig(method="longlora", s2_group_size=group_size, s2_shift_ratio=shift_ratio)
     patterns = shifted_patterns(

@@ -108,19 +108,15 @@ def check_scores(layer: Any, scores: Array) -> None:
 def score_positions(scores: Array, query_positions: Any, key_positions: Any) -> tuple[Array, Array]:
     """The checked positions of queries and keys; of self-attention without any they are 0, 1, 2 …"""
     batch, _, queries, keys = scores.shape
-    if query_positions is None and key_positions is None and queries == keys:
-        query_positions = key_positions = jnp.broadcast_to(jnp.arange(keys), (batch, keys))
-    elif query_positions is None or key_positions is None:
+    alone = query_positions is None and key_positions is None and queries == keys
+    if not alone and (query_positions is None or key_positions is None):
         raise DataError(
             "PositionalDAA needs the positions of queries and keys, or of neither in self-attention.",
             f"{queries} queries, {keys} keys, query_positions={query_positions}, "
             f"key_positions={key_positions}",
             "Pass both; with a KV cache the queries stand after the keys of earlier tokens.",
         )
-    query_positions, key_positions = jnp.asarray(query_positions), jnp.asarray(key_positions)
-    check_positions(query_positions, (batch, queries))
-    check_positions(key_positions, (batch, keys))
-    return query_positions, key_positions
+    return token_positions(query_positions, (batch, queries)), token_positions(key_positions, (batch, keys))
 
 
 def check_sparse(layer: Any) -> None:
