@@ -247,10 +247,10 @@ def test_what_does_not_fit_is_refused_and_the_bank_stays_as_it_was(tmp_path):
     with pytest.raises(ConfigError, match=r"not replaced unasked(\n|.)*'tall'"):
         bank.add("tall", adapters)
     with pytest.raises(ConfigError, match="not replaced unasked"):
-        bank.load("small", tmp_path / "own")
-    with pytest.raises(ConfigError, match=r"default, tall, small\.\n.*'tal'\n.*Did you mean tall"):
+        bank.load("small", tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"'tal'\n.*Did you mean tall"):
         bank.switch("tal")
-    with pytest.raises(ConfigError, match="Add or load it first"):
+    with pytest.raises(ConfigError, match=r"Known: default, tall, small\."):
         bank.remove("zzz")
     with pytest.raises(ConfigError, match="active adapter"):
         bank.remove("default")

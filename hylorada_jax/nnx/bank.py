@@ -106,6 +106,7 @@ class AdapterBank:
             ConfigError: the name is taken.
             CheckpointError: the adapter is damaged, was trained on another base, or has another config.
         """
+        self._named.check_new(name)
         ours = adaptation_of(self.model)[0]
         saved = open_adapter(directory).on(ours.modules.linear_names)
         check_config(

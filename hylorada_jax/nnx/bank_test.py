@@ -120,12 +120,13 @@ def test_an_adapter_outlives_the_arrays_that_it_was_added_from():
         (lambda bank: bank.switch("defalt"), ConfigError, "Did you mean default"),
         (lambda bank: bank.remove("default"), ConfigError, "active"),
         (lambda bank: bank.add("default", nnx.state(bank.model, AdapterParam)), ConfigError, "unasked"),
+        (lambda bank: bank.load("default", "absent"), ConfigError, "unasked"),
         (lambda bank: bank.add("other", nnx.state(bank.model, nnx.BatchStat)), CheckpointError, "missing"),
         (lambda bank: bank(jnp.ones((2, 6)), adapters=["default"]), DataError, "1 adapters"),
         (lambda bank: bank([[1.0] * 6], adapters=["default"]), DataError, "a list"),
         (lambda bank: AdapterBank(resolve(bank.model)), ModelError, "resolved"),
     ],
-    ids=["unknown", "active", "taken", "other leaves", "rows", "a list", "resolved"],
+    ids=["unknown", "active", "taken", "taken, not read", "other leaves", "rows", "a list", "resolved"],
 )
 def test_what_a_bank_cannot_do_is_refused(call, error, match):
     with pytest.raises(error, match=match):

@@ -1,6 +1,5 @@
 """Adapters by name, one of them active: what the banks of Linen and of NNX models have in common."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from hylorada_jax.config import TRAINING_ONLY, HyLoRADAConfig
-from hylorada_jax.errors import CheckpointError, ConfigError, DataError
+from hylorada_jax.errors import CheckpointError, ConfigError, DataError, near
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.text import shown
 
@@ -67,12 +66,8 @@ class NamedAdapters:
     def check_known(self, name: str) -> None:
         """A ConfigError for a name that no adapter has."""
         if name not in self.by_name:
-            near = difflib.get_close_matches(str(name), self.by_name)
-            raise ConfigError(
-                f"An adapter must be in the bank, which has {', '.join(self.by_name)}.",
-                repr(name),
-                f"Did you mean {' or '.join(near)}?" if near else "Add or load it first.",
-            )
+            remedy = f"{near(name, self.by_name)} Others are added or loaded first."
+            raise ConfigError("An adapter must be in the bank.", shown(name), remedy)
 
 
 def check_config(theirs: HyLoRADAConfig, ours: HyLoRADAConfig, remedy: str) -> None:
