@@ -126,7 +126,7 @@ class Benchmark:
         self._experiment, self._directory, self._command = experiment, directory, command
         self._keep_adapters = keep_adapters
         empty = as_base(empty_model(experiment.model))
-        require_segments(empty)
+        require_segments(empty, empty.name)
         check_range((experiment.batch_size, experiment.seq_len), limit=empty.position_limit)
         for variant in experiment.variants:
             if (config := variant.candidates[0].config) is not None:

@@ -144,7 +144,7 @@ class Search:
         if not 0 < settings["epochs"] < math.inf:
             raise ConfigError("epochs must be positive.", settings["epochs"], "Correct it.")
         empty = as_base(empty_model(settings["model"]))
-        require_segments(empty)
+        require_segments(empty, empty.name)
         check_range((settings["batch_size"], settings["seq_len"]), limit=empty.position_limit)
         fit(empty, HyLoRADAConfig(method=settings["method"]))
         tokenizer = load_tokenizer(settings["model"])

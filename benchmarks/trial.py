@@ -88,7 +88,7 @@ class Runner:
             NonFiniteError: a loss became NaN or infinite.
             ConfigError: the model cannot keep the documents of a row apart.
         """
-        require_segments(trainable.model.base)
+        require_segments(base := trainable.model.base, base.name)
         adapters = trainable.start(training.seed)
         optimizer = trainable.optimizer(adapters, training)
         state = init_state(adapters, optimizer, training.seed)

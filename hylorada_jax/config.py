@@ -43,6 +43,9 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The rule of every refusal of structure.
+READS_STRUCTURE = "Structure is read by the structure encoder, which only method hylorada_v2 has."
+
 _SWITCHES = (
     "use_dora",
     "use_hylorada",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.config import READS_STRUCTURE, HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_jax.math.quantized import dtype_name, dtype_of, size_of
 from hylorada_jax.models.base_model import BaseModel, vocab_size
@@ -390,8 +390,8 @@ class HyLoRADAModel:
     def _check_encoder(self, name: str) -> None:
         if not self.has_encoder:
             raise ConfigError(
-                f"{name} are read by the structure encoder, which only method='hylorada_v2' has.",
-                f"method={self.config.method!r}",
+                READS_STRUCTURE,
+                f"{name} for method={self.config.method!r}",
                 f"Choose method='hylorada_v2', or leave {name} out.",
             )
 

@@ -119,7 +119,7 @@ FINETUNE = [
     ("gpt2", ("--s2-attn", "--seq-len", "64"), "Positions of this model lie below 32"),
     ("gpt2", ("--remat", "full"), "Rematerialisation"),
     ("gpt2 unscaled", (), "scale_attn_weights"),
-    ("opt", PACKED, "Packing needs"),
+    ("opt", PACKED, "Packed documents need"),
     ("opt", (*ALONE, "--s2-attn"), "Shifted sparse attention needs"),
     ("opt", (*ALONE, "--daa"), "daa_enabled needs"),
     ("opt", (*ALONE, "--seq-len", "64"), "Positions of this model lie below 32"),

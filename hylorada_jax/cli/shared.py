@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from hylorada_jax.config import HyLoRADAConfig
+from hylorada_jax.config import READS_STRUCTURE, HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, ConfigError, ModelError
 from hylorada_jax.io import hub
 from hylorada_jax.io.files import kind_of, refuse_unusable, user_path
@@ -146,7 +146,7 @@ def structure_of(
         return None
     if config is None or not config.use_hylorada_v2:
         raise ConfigError(
-            "Structure is read by the structure encoder, which only method hylorada_v2 has.",
+            READS_STRUCTURE,
             f"--structure {given} for " + ("no adapter" if config is None else f"method {config.method}"),
             "Choose hylorada_v2, or leave --structure out.",
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hylorada_jax.config import READS_STRUCTURE
 from hylorada_jax.errors import ConfigError, DataError
 from hylorada_jax.models.ids import INT32, outside
 
@@ -98,7 +99,7 @@ def as_documents(data: Sequence[Any], vocab: int, what: str, *, has_encoder: boo
         having = sum(getattr(document, name) is not None for document in documents)
         if having and not has_encoder:
             raise ConfigError(
-                f"{name} need a model with a structure encoder.",
+                READS_STRUCTURE,
                 f"{name} of the {what} data, for a model without one",
                 "Choose method='hylorada_v2', or give no structure.",
             )

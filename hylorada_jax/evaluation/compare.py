@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hylorada_jax.config import READS_STRUCTURE
 from hylorada_jax.data.document import as_record
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.evaluation.lost_in_the_middle import LostInTheMiddle, evaluate_lost_in_the_middle
@@ -77,7 +78,7 @@ def compare_models(
     has_structure = any(document.has_structure for document in structured)
     if has_structure and not any(sweep.model.has_encoder for sweep in sweeps.values()):
         raise ConfigError(
-            "Structure is read by the structure encoder, which only hylorada_v2 has.",
+            READS_STRUCTURE,
             ", ".join(models),
             "Leave it out of the documents.",
         )

@@ -105,13 +105,14 @@ class BaseModel(Protocol):
         """(prompt, …) → the new tokens of one, as they come."""
 
 
-def require_segments(base: BaseModel) -> None:
+def require_segments(base: BaseModel, received: object) -> None:
     """Raises a ConfigError for a model that would let the documents of a packed row see each other."""
     if not base.supports_segments:
         raise ConfigError(
-            "Packing needs a model that keeps packed documents apart.",
-            f"{base.name} knows no segment_ids",
-            "Set packing=False, or load the model into our own decoder.",
+            "Packed documents need a model that keeps them apart.",
+            received,
+            "Give each document a row of its own (packing=False), or choose a model of type "
+            f"{that_can('segments')}.",
         )
 
 

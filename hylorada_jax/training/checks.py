@@ -47,7 +47,7 @@ def check_training(base: BaseModel, config: TrainingConfig) -> Placement:
         )
     vocab_size(base)  # asks for the head
     if config.packing:
-        require_segments(base)
+        require_segments(base, f"packing=True for {base.name}")
     check_range((config.batch_size, config.seq_len), limit=base.position_limit)
     placement = placement_of(base.params) or fitted(Placement(parse_mesh(config.mesh)), base)
     if config.mesh and mesh_sizes(config.mesh, placement.mesh.size) != placement.mesh.shape:

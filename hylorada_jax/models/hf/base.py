@@ -18,8 +18,8 @@ from transformers.models.t5.modeling_flax_t5 import FlaxT5LayerNorm
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io.hub import recorded_name
 from hylorada_jax.math.position import default_positions
-from hylorada_jax.models.base_model import require_generation, require_groups
-from hylorada_jax.models.families import flax_of, that_can
+from hylorada_jax.models.base_model import require_generation, require_groups, require_segments
+from hylorada_jax.models.families import flax_of
 from hylorada_jax.models.families.family import Flax
 from hylorada_jax.models.hf.bound import bind
 from hylorada_jax.models.hf.faults import check_hf_flax
@@ -215,7 +215,8 @@ class HFFlaxModel:
             The output of the model's class, with `.logits` where it has a head.
 
         Raises:
-            ModelError: packed documents or groups, which most of these models cannot keep apart.
+            ConfigError: packed documents, which most of these models cannot keep apart.
+            ModelError: groups of tokens, likewise.
             DataError: a token id or a position that the model's table does not have. Ids are read where
                 their values are known; under ``jax.jit`` or the like one outside goes unnoticed, and the
                 output means nothing.
@@ -245,13 +246,8 @@ class HFFlaxModel:
                 check_tokens(inputs[name], rows, name)
 
     def _check_support(self, segment_ids: Any, groups: Any) -> None:
-        if segment_ids is not None and not self.supports_segments:
-            raise ModelError(
-                "Packed documents need a model that keeps them apart.",
-                f"segment_ids for {type(self.model).__name__}",
-                "Use one document per row (padding instead of packing), or a model of type "
-                f"{that_can('segments')}.",
-            )
+        if segment_ids is not None:
+            require_segments(self, f"segment_ids for {type(self.model).__name__}")
         if groups is not None:
             require_groups(self, f"groups={groups} for {type(self.model).__name__}")
 

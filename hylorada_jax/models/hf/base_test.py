@@ -7,7 +7,7 @@ import pytest
 
 transformers = pytest.importorskip("hylorada_jax.models.hf.loading", exc_type=ImportError).transformers
 
-from hylorada_jax.errors import DataError, ModelError, NonFiniteError  # noqa: E402
+from hylorada_jax.errors import ConfigError, DataError, ModelError, NonFiniteError  # noqa: E402
 from hylorada_jax.models.hf.base import HFFlaxModel  # noqa: E402
 from hylorada_jax.surgery.modules import find_modules  # noqa: E402
 
@@ -160,7 +160,7 @@ def test_families_without_a_plain_head_still_run():
 
 def test_what_cannot_be_done_is_refused():
     ours = HFFlaxModel.wrap(tiny("GPTNeoForCausalLM"))
-    with pytest.raises(ModelError, match="Packed documents"):
+    with pytest.raises(ConfigError, match="Packed documents"):
         ours(IDS, segment_ids=jnp.ones_like(IDS))
     with pytest.raises(ModelError, match=r"received: groups=\(4, 2\) for FlaxGPTNeoForCausalLM"):
         ours.forward({"params": ours.params}, IDS, groups=(4, 2))
