@@ -11,6 +11,8 @@ from hylorada_jax.cli.flags import flag_of
 from hylorada_jax.cli.shared import BaseDtype, puts_offline
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.models.packaged import PACKAGED_MODEL
+from hylorada_jax.terminal import show
+from hylorada_jax.text import to_json
 from hylorada_jax.training.config import RematPolicy
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def plan(
     meshes = [each.strip() or copies for each in mesh] or sensible_meshes(base, settings, devices)
     remats = [each for each in REMATS if not remat or each in remat]
     if topology == HERE:
-        compilers = compiling.for_here(config, settings, seq_len, base_dtype)
+        compilers = compiling.for_here(base, settings, seq_len)
     else:
         compilers = compiling.for_topology(topology, config, settings, seq_len, base_dtype)
     found: list[Row] = []
@@ -101,7 +103,7 @@ def plan(
     winner = best(found)
     command = None if winner is None else _command(model, adapter, base_dtype, seq_len, winner)
     if json:
-        _print_json(devices, found, command)
+        show(to_json(_record(devices, found, command)))
         return
     print(table.UNITS)
     if winner is None or command is None:
@@ -167,16 +169,13 @@ def _command(model: str, adapter: AdapterOptions, base_dtype: str | None, seq_le
     return shlex.join([*words, "--base-dtype", base_dtype] if base_dtype else words)
 
 
-def _print_json(devices: "Devices", rows: "list[Row]", command: str | None) -> None:
-    import json
-
+def _record(devices: "Devices", rows: "list[Row]", command: str | None) -> dict[str, Any]:
     from hylorada_jax.planning.plan import as_record
 
-    record = {
+    return {
         "topology": devices.name,
         "devices": devices.chips,
         "chip": None if devices.chip is None else devices.chip._asdict(),
         "rows": [as_record(row) for row in rows],
         "best": command,
     }
-    print(json.dumps(record))

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, HyLoRADAError
 from hylorada_jax.planning.cases import Case, Figures
 from hylorada_jax.planning.libtpu import libtpu_directory
+
+if TYPE_CHECKING:
+    from hylorada_jax.models.causal_lm import CausalLM
 
 Compile = Callable[[Case], Figures]
 
@@ -76,14 +79,10 @@ def for_topology(
 
 
 @contextlib.contextmanager
-def for_here(
-    config: dict[str, Any], adapter: HyLoRADAConfig, seq_len: int, base_dtype: str | None = None
-) -> Iterator[Compile]:
-    """What compiles steps of a bfloat16 base for the devices of this process; as :func:`for_topology`."""
+def for_here(base: "CausalLM", adapter: HyLoRADAConfig, seq_len: int) -> Iterator[Compile]:
+    """What compiles steps of a base of shapes for the devices of this process; as :func:`for_topology`."""
     import jax
 
-    from hylorada_jax.models.decoder_config import DecoderConfig
-    from hylorada_jax.planning.programs import base_of_shapes, figures_of
+    from hylorada_jax.planning.programs import figures_of
 
-    base = base_of_shapes(DecoderConfig.from_hf(config), base_dtype)
     yield lambda case: figures_of(base, adapter, seq_len, jax.devices(), case)
