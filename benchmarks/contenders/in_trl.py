@@ -10,8 +10,7 @@ from typing import Any
 
 from benchmarks.contenders.chats import Row, tagged_tokenizer
 from benchmarks.contenders.in_torch import torch_base, torch_device
-from benchmarks.contenders.setting import ALPHA, RANK, Contender, Setting
-from hylorada_jax.config import QKVO
+from benchmarks.contenders.setting import Contender, Setting
 
 
 def dataset(rows: list[Row]) -> Any:
@@ -76,7 +75,10 @@ def sft(use_dora: bool, setting: Setting, rows: list[Row], **options: Any) -> tu
         "optim": "adamw_torch_fused",
     }
     adapter = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, use_dora=use_dora, target_modules=[f"{role}_proj" for role in QKVO]
+        r=setting.rank,
+        lora_alpha=setting.alpha,
+        use_dora=use_dora,
+        target_modules=list(setting.adapted),
     )
     trainer = _trainer(torch_base(setting), tokenizer(setting.model), dataset(rows), options, adapter)
     trainable = sum(leaf.numel() for leaf in trainer.model.parameters() if leaf.requires_grad)
