@@ -54,7 +54,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     ),
-    # The next four load into our own decoder. Llama: biases everywhere, an untied head.
+    # What follows loads into our own decoder. Llama: biases everywhere, an untied head.
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             **_SIZES, head_dim=6, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,

@@ -1,8 +1,8 @@
 """One layer of our decoder.
 
-Every linear layer is a plain ``nn.Dense`` with HF's name, so that adapters attach from outside, by
-intercepting its call; its kernel may be quantised. Attention finds its direct adaptation in the collection
-``hylorada``.
+Every linear layer but a mixture's is a plain ``nn.Dense`` with HF's name, so that adapters attach from
+outside, by intercepting its call; its kernel may be quantised. Attention finds its direct adaptation in the
+collection ``hylorada``.
 """
 
 from __future__ import annotations

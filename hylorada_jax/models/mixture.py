@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of a layer's MLP: a router, and experts of which each token has a few."""
+"""A mixture of experts, in a layer's MLP's place or beside it: a router, and a few experts for each token."""
 
 from __future__ import annotations
 
