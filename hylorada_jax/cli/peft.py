@@ -6,6 +6,7 @@ from typing import Literal
 
 from hylorada_jax.cli.shared import Dtype, base_of, puts_offline, unloaded
 from hylorada_jax.errors import DataError
+from hylorada_jax.io.bucket import url_of
 from hylorada_jax.leaves import Part
 from hylorada_jax.terminal import show
 
@@ -43,6 +44,7 @@ def export_peft(
     from hylorada_jax.models.chat_template import TEMPLATE_NAME
     from hylorada_jax.models.tokenizer import load_tokenizer
     from hylorada_jax.saved.opening import open_on
+    from hylorada_jax.surgery.merge import acting_leaves
 
     refuse_taken(output, ())
     name = base_of(adapter, model)
@@ -62,12 +64,13 @@ def export_peft(
         tokens = [ids]
     adapted = HyLoRADAModel.from_pretrained(load_model(name, dtype=dtype, base_dtype=base_dtype), saved)
     export(adapted, output, drop=drop, sample=tokens)
-    for component in drop if tokens else ():
+    acting = {part for part, _, _ in acting_leaves(adapted.sites)}
+    for component in sorted(acting.intersection(drop)) if tokens else ():
         print(
             f"dropped {component}: the logits change by {effect(adapted, component, tokens):.2%}",
             file=sys.stderr,
         )
-    show(str(output))
+    show(url_of(output) or str(output))
 
 
 @puts_offline
@@ -101,4 +104,4 @@ def import_peft(
     check_import(saved, unloaded(model, dtype), method)  # before the model is loaded
     saved.tensors()
     read(load_model(model, dtype=dtype), saved, method=method).save_pretrained(output)
-    show(str(output))
+    show(url_of(output) or str(output))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,18 +11,19 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 from msgspec import Meta
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as dump_safetensors
 
 from hylorada_jax.config import MAX_NUMBER, MAX_PATTERN_LENGTH, MAX_PATTERNS, MAX_SIZE
 from hylorada_jax.errors import CheckpointError, ConfigError
-from hylorada_jax.io.files import any_path, kind_of, user_path
-from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.io.files import any_path, kind_of
+from hylorada_jax.io.hub import fetched_first
+from hylorada_jax.io.reading import checked, read_bounded, read_json
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.leaves import LEAVES
 from hylorada_jax.models.chat_template import TEMPLATE_NAME, read_template
 from hylorada_jax.models.families import family_of
-from hylorada_jax.models.inside import file_inside
 from hylorada_jax.models.text_part import text_name
 from hylorada_jax.saved.adapter_files import (
     CONFIG_NAME,
@@ -34,7 +36,7 @@ from hylorada_jax.saved.adapter_files import (
 from hylorada_jax.saved.saved_adapter import MAX_CONFIG_BYTES
 from hylorada_jax.text import short, shown
 
-_WHOLE = f"{WEIGHTS_NAME} must be a complete safetensors file."
+_WHOLE, _REMEDY = f"{WEIGHTS_NAME} must be a complete safetensors file.", "Copy it again."
 _PREFIX = "base_model.model."
 _LEAVES = {leaf.name: leaf.peft for leaf in LEAVES if leaf.peft}
 # VeLoRA's, which only its backward pass reads.
@@ -170,11 +172,12 @@ class SavedPeft:
         Raises:
             CheckpointError: they cannot be read, or hold non-finite values.
         """
+        raw = read_bounded(self.path, _WHOLE, CheckpointError, _REMEDY, limit=sys.maxsize)
         try:
-            with safe_open(self.path, framework="numpy") as file:
-                tensors = {name: _at_least_float32(file.get_tensor(n)) for name, n in self.names.items()}
-        except (SafetensorError, OSError, TypeError, KeyError) as error:
-            raise CheckpointError(_WHOLE, f"{self.path}: {error}", "Copy it again.") from error
+            found = load_safetensors(raw)
+            tensors = {name: _at_least_float32(found[theirs]) for name, theirs in self.names.items()}
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(_WHOLE, f"{self.path}: {error}", _REMEDY) from error
         check_finite(tensors)
         return tensors
 
@@ -191,37 +194,38 @@ def open_peft(directory: str | Path) -> SavedPeft:
         ConfigError: a setting asks for what this library does not have; it is named.
         DataError: a chat template beside it cannot be read, or is not jinja.
     """
-    directory = user_path(directory)
+    directory = any_path(directory)
     settings = _read_settings(adapter_file(directory, CONFIG_NAME))
     path = adapter_file(directory, WEIGHTS_NAME)
-    if not path.is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
+    if kind_of(path) is None:
+        pickled = kind_of(directory / "adapter_model.bin")
         raise CheckpointError(
             f"An adapter of PEFT holds its tensors in {WEIGHTS_NAME}.",
             f"{directory}: {'adapter_model.bin, a pickle, which runs code when read' if pickled else 'none'}",
             "Save it with PEFT's save_pretrained(directory, safe_serialization=True).",
         )
-    header = read_header(path, _WHOLE, CheckpointError, "Copy it again.")
+    header = read_header(path, _WHOLE, CheckpointError, _REMEDY)
     theirs = {name: known for name, known in header.items() if not name.endswith(_OF_TRAINING)}
     if alien := [f"{name} {dtype}" for name, (dtype, _) in theirs.items() if dtype not in _FLOATS]:
         raise CheckpointError("An adapter holds floating-point tensors.", short(alien), "Save it with PEFT.")
     names = {_our_name(name, path): name for name in theirs}
     if twice := sorted(theirs.keys() - names.values()):
         raise CheckpointError("An adapter holds a tensor once.", short(twice), "Save it with PEFT.")
-    template = file_inside(directory, TEMPLATE_NAME, CheckpointError)
+    template = adapter_file(directory, TEMPLATE_NAME)
     return SavedPeft(
         path,
         settings,
         {ours: theirs[name][1] for ours, name in names.items()},
         names,
-        None if template is None else read_template(template),
+        read_template(template) if kind_of(template) else None,
     )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """What the config says, for what we read; refuses the rest where it says something."""
     rule = f"An adapter of PEFT has an {CONFIG_NAME}."
-    found = read_json(path, rule, CheckpointError, "Check the path.", limit=MAX_CONFIG_BYTES)
+    remedy = fetched_first(path.parent, "Check the path.")
+    found = read_json(path, rule, CheckpointError, remedy, limit=MAX_CONFIG_BYTES)
     if found.get("format") == "hylorada":
         raise CheckpointError(
             "An adapter of PEFT is to be read.", f"{path}, one of this library's", "Use it as it is."

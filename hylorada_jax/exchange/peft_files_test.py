@@ -15,9 +15,11 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, HyLoRADAError
 from hylorada_jax.exchange.peft_files import SavedPeft, open_peft
 from hylorada_jax.exchange.peft_import import check_import, import_peft
+from hylorada_jax.io.files import any_path
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.saved.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.saved.saved_adapter_test import CONFIG_FILES, DEEP, WEIGHTS, safetensors
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -51,6 +53,27 @@ def refused(saved, base, *said):
     assert all(part in str(error.value) for part in said), str(error.value)
     assert len(str(error.value)) < 3000
     assert error.value.remedy
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_an_adapter_in_a_bucket_is_read_as_one_here(template, saved, base, bucket):
+    if template is not None:
+        (saved / "chat_template.jinja").write_text(template)
+    url = f"gs://bucket/{'with' if template else 'without'}"
+    for file in saved.iterdir():
+        (any_path(url) / file.name).write_bytes(file.read_bytes())
+    here, there = (import_peft(base, place) for place in (saved, url))
+    assert there.chat_template == here.chat_template == template
+    jax.tree.map(np.testing.assert_array_equal, there.adapters, here.adapters)
+
+
+@pytest.mark.parametrize(("name", "fetched"), [("owner/lora", True), ("runs/owner/lora", False)])
+def test_an_adapter_that_is_not_here_may_be_on_the_hub(name, fetched, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for opened in (open_peft, open_adapter):
+        with pytest.raises(CheckpointError, match="no such file") as error:
+            opened(name)
+        assert ("hf download owner/lora --local-dir" in error.value.remedy) == fetched
 
 
 def test_a_chat_template_beside_an_adapter_is_its_own(saved, base):

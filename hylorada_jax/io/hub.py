@@ -19,6 +19,21 @@ def is_hub_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not os.path.exists(user_path(name))
 
 
+def fetched_first(directory: Path, remedy: str) -> str:
+    """The remedy for an adapter's files that are not in a directory, which may be a Hub name.
+
+    Args:
+        directory: as the user gave it.
+        remedy: for one that is not.
+
+    Example:
+        >>> fetched_first(Path("owner/adapter"), "Check the path.")
+        'Check the path. One on the Hub is fetched first: `hf download owner/adapter --local-dir DIRECTORY`.'
+    """
+    fetching = f" One on the Hub is fetched first: `hf download {directory} --local-dir DIRECTORY`."
+    return remedy + fetching * is_hub_name(str(directory))
+
+
 def recorded_name(name: str) -> str:
     """The name of a base model as adapters record it: elsewhere the Hub is not to be asked for a path here.
 

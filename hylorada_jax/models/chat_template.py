@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.io.files import user_path
+from hylorada_jax.io.files import any_path
 from hylorada_jax.io.reading import read_bounded
 from hylorada_jax.models.template_process import Rendered, run_template
 from hylorada_jax.text import cut
@@ -132,7 +132,7 @@ def read_template(file: str | Path) -> str:
         DataError: it cannot be read, is too long, or is not jinja.
     """
     rule, remedy = "A chat template must be a file of jinja, in UTF-8.", "Correct it, or give another file."
-    content = read_bounded(user_path(file), rule, DataError, remedy, limit=4 * MAX_TEMPLATE)
+    content = read_bounded(any_path(file), rule, DataError, remedy, limit=4 * MAX_TEMPLATE)
     try:
         source = _choose(content.decode("utf-8-sig"), None)
     except UnicodeDecodeError as error:

@@ -21,6 +21,7 @@ from hylorada_jax import __version__
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import CheckpointError, HyLoRADAError
 from hylorada_jax.io.files import any_path, kind_of
+from hylorada_jax.io.hub import fetched_first
 from hylorada_jax.io.reading import as_object, checked, read_bounded
 from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.saved.adapter_files import (
@@ -174,7 +175,8 @@ def base_name(adapter: str | Path | SavedAdapter) -> str:
 
 def _read_config(path: Path) -> tuple[dict[str, Any], HyLoRADAConfig]:
     try:
-        content = read_bounded(path, _RULE, CheckpointError, _REMEDY, limit=MAX_CONFIG_BYTES)
+        remedy = fetched_first(path.parent, _REMEDY)
+        content = read_bounded(path, _RULE, CheckpointError, remedy, limit=MAX_CONFIG_BYTES)
         body = as_object(content, path, _RULE, CheckpointError, _REMEDY)
     except CheckpointError as unread:
         if not (own := _adapter_of_run(path.parent)):
