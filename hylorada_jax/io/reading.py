@@ -14,6 +14,8 @@ from hylorada_jax.text import parse_json, shown
 
 MAX_JSON_BYTES = 16 * 2**20
 """Far more than any config or index has; what Python builds of it stays within some hundred MiB."""
+NOT_YOURS = "Make it readable (chmod), or ask its owner."
+"""The remedy for a file or a directory that the user may not read."""
 
 T = TypeVar("T")
 
@@ -41,7 +43,13 @@ def read_bounded(
     except (OSError, ValueError) as cause:  # a ValueError for a null character in the name
         if isinstance(cause, HyLoRADAError):
             raise
-        raise error(rule, f"{path}: {getattr(cause, 'strerror', None) or cause}", remedy) from cause
+        raise error(rule, *unread(path, cause, remedy)) from cause
+
+
+def unread(path: Path, cause: Exception, remedy: str) -> tuple[str, str]:
+    """What was received in place of a file's content, and the remedy: a copy may be no more readable."""
+    received = f"{path}: {getattr(cause, 'strerror', None) or cause}"
+    return received, NOT_YOURS if isinstance(cause, PermissionError) else remedy
 
 
 def _read_bounded(path: Path, rule: str, error: type[HyLoRADAError], remedy: str, limit: int) -> bytes:

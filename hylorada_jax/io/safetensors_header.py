@@ -6,6 +6,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from hylorada_jax.errors import HyLoRADAError
 from hylorada_jax.io import bucket
+from hylorada_jax.io.reading import unread
 
 # A quarter of a million tensors: an adapter on all experts of a large mixture has tens of thousands.
 _MAX_HEADER_BYTES = 2**25
@@ -48,4 +49,4 @@ def read_header(
     except (SafetensorError, OSError, ValueError, MemoryError) as cause:  # the last, of no address space
         if isinstance(cause, HyLoRADAError):
             raise
-        raise error(rule, f"{path}: {getattr(cause, 'strerror', None) or cause}", remedy) from cause
+        raise error(rule, *unread(path, cause, remedy)) from cause

@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from msgspec import Meta
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.io.reading import checked
+from hylorada_jax.io.reading import checked, unread
 
 REMEDY = "Convert or download it again."
 
@@ -146,8 +146,9 @@ def read_gguf(path: Path) -> GGUFFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, _Cursor(data))
     except OSError as error:
-        reason = error.strerror or error
-        raise ModelError("A .gguf file must be readable.", f"{path}: {reason}", "Check its place.") from error
+        raise ModelError(
+            "A .gguf file must be readable.", *unread(path, error, "Check its place.")
+        ) from error
     except _DamagedError as error:
         raise ModelError(
             "The header of a GGUF file must be complete and well formed.",

@@ -11,8 +11,9 @@ from msgspec import Meta, Struct
 
 from hylorada_jax.errors import ModelError
 from hylorada_jax.io import hub
+from hylorada_jax.io.bucket import url_of
 from hylorada_jax.io.files import user_path
-from hylorada_jax.io.reading import checked, read_json
+from hylorada_jax.io.reading import NOT_YOURS, checked, read_json
 from hylorada_jax.models.bounds import REMEDY, RULE
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
@@ -111,7 +112,9 @@ def find_source(name: str | Path, *, config_only: bool = False) -> Source:
     raise ModelError(
         f"A base model must be '{PACKAGED_MODEL}', a directory, a .gguf file, or a Hub name (owner/model).",
         f"{name!r}: no such directory or file, and no Hub name",
-        _near(path),
+        _near(path)
+        if url_of(name) is None
+        else "Choose a directory that the bucket is mounted on (gcsfuse).",
     )
 
 
@@ -132,6 +135,8 @@ def _from_gguf(name: str, path: Path) -> Source:
 
 
 def _from_directory(name: str, path: Path, config_only: bool, *, fetched: bool = False) -> Source:
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise ModelError("A model directory must be readable.", f"{path}: Permission denied", NOT_YOURS)
     config_file = file_inside(path, "config.json")
     # Many who publish a .gguf file put a config.json beside it. Of a Hub name safetensors may yet be fetched.
     if config_file is None or not (fetched or any(path.glob("*.safetensors*"))):

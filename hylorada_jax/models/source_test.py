@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,16 @@ def test_a_name_that_is_nothing_lists_what_is_near(tmp_path):
         find_source("smollm2_135m")
     with pytest.raises(ModelError, match=r"single file must be a \.gguf"):
         find_source(__file__)
+    with pytest.raises(ModelError, match=r"gs://bucket/base'[\s\S]*gcsfuse"):
+        find_source("gs://bucket/base")
+
+
+def test_a_directory_that_may_not_be_read_is_not_called_empty(tmp_path, monkeypatch):
+    path = make_directory(tmp_path / "m", "model.safetensors")
+    make_directory(tmp_path / "m2")
+    monkeypatch.setattr(os, "access", lambda place, mode: place != path)
+    with pytest.raises(ModelError, match=r"Permission denied\n.*ask its owner"):
+        find_source(path)
 
 
 def test_the_packaged_weights_name_their_package_when_absent(monkeypatch):
