@@ -19,12 +19,12 @@ from hylorada_jax.placement.shards import in_use
 from hylorada_jax.saved.opening import open_on
 from hylorada_jax.surgery import layout
 from hylorada_jax.surgery.modules import subtree
-from hylorada_jax.surgery.named import NamedAdapters, check_config
+from hylorada_jax.surgery.named import Bank, NamedAdapters, check_config
 from hylorada_jax.surgery.split import unfrozen_paths
 from hylorada_jax.trees import Adapters, Frozen, Resolved, by_name, is_traced
 
 
-class AdapterBank:
+class AdapterBank(Bank):
     """Several adapters of one config on one frozen base model, by name.
 
         y_i = (x_i Wᵀ + s·(x_i Aₖᵀ) Bₖᵀ·p)·cₖ + bias          row i of a batch with its adapter k = k(i)
@@ -67,16 +67,6 @@ class AdapterBank:
         self._rows = jax.jit(functools.partial(apply_rows, model))
         self._resolve = jax.jit(model.resolve)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters' names, in the order in which they came."""
-        return tuple(self._named.by_name)
-
-    @property
-    def active(self) -> str:
-        """The name of the adapter that ``model`` has."""
-        return self._named.active
-
     def add(self, name: str, adapters: Adapters) -> None:
         """Adds an adapter under a new name; the active one stays active.
 
@@ -115,10 +105,6 @@ class AdapterBank:
         )
         self._named.by_name[name] = self._fitted(layout.unflatten(self.model.sites, saved.tensors()))
         self._named.beside[name] = saved.chat_template, saved.structure
-
-    def remove(self, name: str) -> None:
-        """Drops an adapter; a ConfigError for one that is not there, or is active."""
-        self._named.remove(name)
 
     def switch(self, name: str) -> None:
         """Makes an adapter the model's, without compiling anew; a ConfigError for one that is not there.

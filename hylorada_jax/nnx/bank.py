@@ -24,11 +24,11 @@ from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.saved.saved_adapter import open_adapter
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery.layout import check_keys
-from hylorada_jax.surgery.named import NamedAdapters, check_config
+from hylorada_jax.surgery.named import Bank, NamedAdapters, check_config
 from hylorada_jax.trees import is_traced
 
 
-class AdapterBank:
+class AdapterBank(Bank):
     """Several adapters of one config on one NNX model, by name.
 
         y_i = (x_i Wᵀ + s·(x_i Aₖᵀ) Bₖᵀ·p)·cₖ + bias          row i of a batch with its adapter k = k(i)
@@ -66,16 +66,6 @@ class AdapterBank:
         called: Any = resolve(model)
         called.eval()
         self._graph = nnx.graphdef(called)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters' names, in the order in which they came."""
-        return tuple(self._named.by_name)
-
-    @property
-    def active(self) -> str:
-        """The name of the adapter that the model has."""
-        return self._named.active
 
     def add(self, name: str, state: nnx.State) -> None:
         """Adds an adapter under a new name; the active one stays active.
@@ -117,10 +107,6 @@ class AdapterBank:
         )
         self.add(name, _state(load_adapter(unload(nnx.clone(self.model)), saved, base_config=base_config)))
         self._named.beside[name] = saved.chat_template, saved.structure
-
-    def remove(self, name: str) -> None:
-        """Drops an adapter; a ConfigError for one that is not there, or is active."""
-        self._named.remove(name)
 
     def switch(self, name: str) -> None:
         """Makes an adapter the model's; a ConfigError for one that is not there.

@@ -30,13 +30,6 @@ class NamedAdapters:
         self.active = "default"
         self.beside: dict[str, tuple[str | None, Domain | None]] = {}
 
-    def remove(self, name: str) -> None:
-        """Drops an adapter; a ConfigError for one that is not there, or is active."""
-        self.check_known(name)
-        if name == self.active:
-            raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
-        del self.by_name[name], self.beside[name]
-
     def index(self, adapters: Sequence[str | None]) -> Array:
         """The place of each row's adapter, int [batch]: 0 for None, then in their order.
 
@@ -68,6 +61,30 @@ class NamedAdapters:
         if name not in self.by_name:
             remedy = f"{near(name, self.by_name)} Others are added or loaded first."
             raise ConfigError("An adapter must be in the bank.", shown(name), remedy)
+
+
+class Bank:
+    """What a bank shows of its adapters and does with them, whatever the model."""
+
+    _named: NamedAdapters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in the order in which they came."""
+        return tuple(self._named.by_name)
+
+    @property
+    def active(self) -> str:
+        """The name of the adapter that the model has."""
+        return self._named.active
+
+    def remove(self, name: str) -> None:
+        """Drops an adapter; a ConfigError for one that is not there, or is active."""
+        named = self._named
+        named.check_known(name)
+        if name == named.active:
+            raise ConfigError("The active adapter stays.", repr(name), "Switch to another one first.")
+        del named.by_name[name], named.beside[name]
 
 
 def check_config(theirs: HyLoRADAConfig, ours: HyLoRADAConfig, remedy: str) -> None:
