@@ -27,7 +27,7 @@ from hylorada_jax.surgery.collapse import collapse, vanishing_layers, without
 from hylorada_jax.surgery.merge import live_parts
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
-from hylorada_jax.surgery.targets import patterns_of, shortest_targets
+from hylorada_jax.surgery.short_patterns import patterns_of, shortest_targets
 from hylorada_jax.text import short
 
 

@@ -20,7 +20,8 @@ from hylorada_jax.surgery.collapse import expand
 from hylorada_jax.surgery.layout import check_keys
 from hylorada_jax.surgery.modules import Modules, modules_of
 from hylorada_jax.surgery.patterns import matches
-from hylorada_jax.surgery.targets import is_head, patterns_of
+from hylorada_jax.surgery.short_patterns import patterns_of
+from hylorada_jax.surgery.targets import is_head
 from hylorada_jax.text import short
 
 
