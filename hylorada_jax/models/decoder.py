@@ -76,7 +76,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch query hidden"], KVCache | None]:
         """Hidden states after the final norm; see ``DecoderLM.hidden``."""
         c, length = self.config, input_ids.shape[1]
-        x = _embedded(self.embed_tokens, input_ids, c.embedding_scale)
+        x = _embedded(self.embed_tokens, input_ids, c.embedding_scale, c.embedding_scale_rounded)
         start = jnp.int32(0) if cache is None else cache.length
         slots = start + jnp.arange(length, dtype=jnp.int32)
         key_slots, key_positions = slots, position_ids
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
     ) -> Float[Array, "layers batch query width"]:
         """What each layer is given of each token, (norm(projection(x)/√hidden) + √width·embedding)/√2."""
         c = self.config
-        table = _embedded(self.embed_tokens_per_layer, input_ids, width**0.5)
+        table = _embedded(self.embed_tokens_per_layer, input_ids, width**0.5, c.embedding_scale_rounded)
         projected = scaled(self.per_layer_model_projection(x), c.hidden_size**-0.5)
         shape = *input_ids.shape, c.num_hidden_layers, width
         given = self.per_layer_projection_norm(projected.reshape(shape)) + table.reshape(shape)
@@ -126,12 +126,12 @@ class Decoder(nn.Module):
 
 
 def _embedded(
-    embed: nn.Embed, ids: Int[Array, "batch query"], scale: float
+    embed: nn.Embed, ids: Int[Array, "batch query"], scale: float, rounded: bool
 ) -> Float[Array, "batch query width"]:
-    """The rows of a table, scaled by a number that is rounded to their dtype before, as Gemma was trained."""
+    """The rows of a table, scaled by a number, which may be rounded to their dtype before."""
     # Devices that share the table each look up their part of the width, of the rows of all of them.
     x = cut(embed(cut(ids, DATA)), DATA, None, FSDP)
-    return cut(x * jnp.asarray(scale, x.dtype), ROWS)
+    return cut(x * jnp.asarray(scale, x.dtype) if rounded else scaled(x, scale), ROWS)
 
 
 class DecoderLM(nn.Module):

@@ -109,6 +109,7 @@ class DecoderConfig(Options):
             there; None: as in the others.
         unrotated_layers: for each layer, whether it does without rotary positions; empty: none does.
         embedding_scale: what the embeddings are multiplied by.
+        embedding_scale_rounded: it is rounded to the embeddings' dtype before.
         residual_scale: what attention and MLP are multiplied by before they are added.
         attention_scale: of the logits of attention; None: 1/√head_dim.
         attention_soft_cap: the bound of these logits, which they approach as a tanh; None: none.

@@ -161,6 +161,30 @@ def test_padding_gives_finite_logits_and_gradients():
 
 
 @pytest.mark.parametrize(
+    ("family", "said"), [("gemma2", {}), ("granite", {"embedding_multiplier": 2.7})]
+)
+def test_embeddings_are_scaled_in_bfloat16_as_in_torch(family, said):
+    """Gemma's scale is a tensor in the model's dtype, Granite's a number of Python's."""
+    torch = pytest.importorskip("torch")
+    sizes = {"vocab_size": 64, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DecoderConfig.from_hf(
+        {"model_type": family, "hidden_size": 20, "num_key_value_heads": 1, "head_dim": 4, **sizes, **said}
+    )
+    # Without its kernels the model is its embeddings and its last norm.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0 if path[-1].key == "kernel" else leaf,
+        init_params(config, jax.random.key(0), jnp.bfloat16),
+    )
+    base = CausalLM(DecoderLM(config), params, config, "tiny")
+    table = torch.tensor(np.asarray(params["model"]["embed_tokens"]["embedding"], np.float32)).bfloat16()
+    scale = {"gemma2": torch.tensor(20**0.5, dtype=torch.bfloat16), "granite": 2.7}[family]
+    scaled = jnp.asarray((table * scale).float().numpy(), jnp.bfloat16)
+    expected = norm(config).apply({"params": params["model"]["norm"]}, scaled[None])
+    found = base.hidden({"params": params}, jnp.arange(64)[None])
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
     ("module", "width", "count"),
     [(lambda config: MLP(config, 48), 48, 2), (norm, 32, 1)],
     ids=["MLP", "norm"],

@@ -26,8 +26,9 @@ HASHED_ROPE = (
     "beta_fast", "beta_slow", "truncate", "attention_factor",
 )  # fmt: skip
 # A later field enters the hash where it is not at its default, under which a model computes what it did
-# before there was the field; these never do, for they change no number of a trained model's evaluation.
-UNHASHED = ("initializer_range", "eos_token_ids")
+# before there was the field; these never do, for they change no number of a trained model's evaluation, or
+# follow from model_type.
+UNHASHED = ("initializer_range", "eos_token_ids", "embedding_scale_rounded")
 
 # The same in transformers' configs: parts of names.
 _IDLE = ("initializer", "dropout", "pdrop", "use_cache", "token_id", "summary_", "gradient_checkpointing")

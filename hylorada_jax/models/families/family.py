@@ -112,6 +112,7 @@ class Options:
     sliding_rope_theta: float | None = None
     unrotated_layers: tuple[bool, ...] = ()
     embedding_scale: float = 1.0
+    embedding_scale_rounded: bool = False
     residual_scale: float = 1.0
     attention_scale: float | None = None
     attention_soft_cap: float | None = None

@@ -43,6 +43,7 @@ def shared(keys: GemmaKeys, window: int | None, layers: tuple[bool, ...], **othe
         norm_offset=1.0,
         norm_rounded_last=True,
         embedding_scale=math.sqrt(keys.hidden_size),
+        embedding_scale_rounded=True,
         sliding_window=window,
         sliding_layers=layers,
         **others,

@@ -150,6 +150,7 @@ def options(keys: Gemma4Keys) -> Options:
         shared_kv_layers=shared,
         shared_kv_mlp=2 * keys.intermediate_size if shared and keys.use_double_wide_mlp else None,
         embedding_scale=keys.hidden_size**0.5,
+        embedding_scale_rounded=True,
         attention_scale=1.0,
         logit_soft_cap=keys.final_logit_softcapping,
         sliding_window=window,
