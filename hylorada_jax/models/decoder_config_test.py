@@ -35,6 +35,10 @@ def test_gemmas_gelu_is_its_approximation_as_in_transformers_5():
             {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
             "sliding_attention",
         ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            "for each type of layer",
+        ),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "longrope", "type": "linear", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"factor": 2.0}}, "rope type"),
@@ -72,6 +76,14 @@ def test_a_family_may_have_what_others_are_refused_for(monkeypatch):
     assert DecoderConfig.from_hf(capped).model_type == "capped"
     with pytest.raises(ModelError, match="final_logit_softcapping"):
         DecoderConfig.from_hf({**capped, "final_logit_softcapping": 30.0})
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_gpt_oss_is_stretched_where_its_config_says_nothing_of_it(key):
+    """transformers 5 reads an empty dictionary so, and 4.57 not at all."""
+    said = {"model_type": "gpt_oss", "num_hidden_layers": 2}
+    assert DecoderConfig.from_hf({**said, key: {}}) == DecoderConfig.from_hf(said)
+    assert DecoderConfig.from_hf(said).rope_scaling.rope_type == "yarn"
 
 
 def test_settings_that_mean_off_are_accepted():

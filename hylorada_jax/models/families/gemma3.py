@@ -12,6 +12,7 @@ from hylorada_jax.io.reading import checked
 from hylorada_jax.models.bounds import REMEDY, RULE, Multiplier, Positions, Theta, Vocabulary
 from hylorada_jax.models.families import gemma2
 from hylorada_jax.models.families.family import GGUF, QK_NORMS, Decoder, Family, Options
+from hylorada_jax.text import shown
 
 
 class Gemma3Keys(gemma2.Gemma2Keys, frozen=True, kw_only=True):
@@ -41,17 +42,23 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
     A rope_scaling beside them is of the layers without a window, over what they say themselves.
 
     Raises:
-        ModelError: the parameters of a type of layer are not a dictionary; or layers with a window have more
-            than a base, which no Gemma 3 has.
+        ModelError: the parameters are of no type of layer, or those of one are not a dictionary; or layers
+            with a window have more than a base, which no Gemma 3 has.
     """
     where = "rope_parameters"
     rope, scaling = said.get(where), said.get("rope_scaling")
-    if not isinstance(rope, Mapping) or not {"full_attention", "sliding_attention"} & rope.keys():
+    if not rope or not isinstance(rope, Mapping):  # another type is refused by its own name
         return said
+    if not set(_Rope.__struct_fields__) & rope.keys():
+        raise ModelError(
+            "Gemma 3 has its rope_parameters for each type of layer (transformers ignores others).",
+            f"rope_parameters={shown(rope)}",
+            "Write them into rope_parameters.full_attention, or remove them.",
+        )
     each = checked(rope, _Rope, RULE, ModelError, REMEDY, where)
     full, local = each.full_attention or {}, each.sliding_attention or {}
     said = {key: value for key, value in said.items() if key != where}
-    if isinstance(scaling, Mapping):  # another type is refused by its own name
+    if isinstance(scaling, Mapping):
         full = {**full, **scaling}
         del said["rope_scaling"]
     if full:

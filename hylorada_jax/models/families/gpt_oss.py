@@ -43,8 +43,12 @@ _ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_p
 
 
 def settings(said: dict[str, Any]) -> dict[str, Any]:
-    """With transformers' own stretch of the wavelengths, where the config says nothing of one."""
-    return said if {"rope_scaling", "rope_parameters"} & said.keys() else {**said, "rope_scaling": _ROPE}
+    """With transformers' own stretch of the wavelengths, where the config says nothing of one.
+
+    A null says that there is none, as transformers 4 reads it; transformers 5 stretches them then too.
+    """
+    speaks = any(said.get(key, {}) != {} for key in ("rope_scaling", "rope_parameters"))
+    return said if speaks else {**said, "rope_scaling": _ROPE}
 
 
 def options(keys: GptOssKeys) -> Options:
