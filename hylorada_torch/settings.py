@@ -44,7 +44,7 @@ def rising_steps(training: TrainingConfig) -> int:
 
 
 def layer_ranks(selected: Sequence[str], names: Sequence[str], config: HyLoRADAConfig) -> dict[str, int]:
-    """The rank of every adapted layer: ``rank_pattern``'s, or by its depth ⌊r·(1 − ½·t)⌋, at least 2.
+    """The rank of every adapted layer: ``rank_pattern``'s, or by its depth ⌊r·(1 − ½·t)⌋, at least min(r, 2).
 
     With i the layer and L their number, t is min(i, L−1−i)/(L/2) for ``importance``, i/(L−1) for
     ``decreasing``, and 0 for ``uniform`` and outside the numbered blocks.
