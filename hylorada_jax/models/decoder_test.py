@@ -160,9 +160,7 @@ def test_padding_gives_finite_logits_and_gradients():
     assert all(jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(slopes)))
 
 
-@pytest.mark.parametrize(
-    ("family", "said"), [("gemma2", {}), ("granite", {"embedding_multiplier": 2.7})]
-)
+@pytest.mark.parametrize(("family", "said"), [("gemma2", {}), ("granite", {"embedding_multiplier": 2.7})])
 def test_embeddings_are_scaled_in_bfloat16_as_in_torch(family, said):
     """Gemma's scale is a tensor in the model's dtype, Granite's a number of Python's."""
     torch = pytest.importorskip("torch")
