@@ -196,11 +196,12 @@ class Placement:
     def check_rows(self, batch_size: int, microbatches: int) -> None:
         """Refuses batches whose rows cannot be divided; a ConfigError."""
         if batch_size // microbatches % self.rows:
+            fewer = ", fewer microbatches" if microbatches > 1 and batch_size % self.rows == 0 else ""
             raise ConfigError(
                 "The mesh's data × fsdp, over which rows are divided, must divide batch_size / microbatches.",
                 f"{batch_size} / {microbatches} = {batch_size // microbatches} rows, {self}",
-                f"Choose a batch_size that is a multiple of {self.rows * microbatches}, fewer microbatches "
-                "or a larger tensor.",
+                f"Choose a batch_size that is a multiple of {self.rows * microbatches}{fewer} or a larger "
+                "tensor.",
             )
 
     def __str__(self) -> str:

@@ -1,5 +1,10 @@
 """Oracle: the table of rules, written out for one model."""
 
+import functools
+import re
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import pytest
 from flax.traverse_util import flatten_dict
@@ -154,3 +159,19 @@ def test_on_the_only_device_nothing_is_copied(model):
     kernel = lambda tree: tree["model"]["embed_tokens"]["embedding"]
     put = Placement(parse_mesh()).put(model.base.params)
     assert kernel(put).unsafe_buffer_pointer() == kernel(model.base.params).unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize(("batch", "microbatches"), [(4, 1), (8, 2), (12, 3)])
+def test_rows_that_do_not_divide_are_refused_with_what_would_do(batch, microbatches):
+    placement: Any = SimpleNamespace(rows=8)
+    check = functools.partial(Placement.check_rows, placement)
+    with pytest.raises(ConfigError, match="must divide batch_size / microbatches") as error:
+        check(batch, microbatches)
+    multiple = int(re.findall(r"multiple of (\d+)", error.value.remedy)[0])
+    check(multiple, microbatches)
+    try:
+        check(batch, 1)
+        does = True
+    except ConfigError:
+        does = False
+    assert ("fewer microbatches" in error.value.remedy) == does

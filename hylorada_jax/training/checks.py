@@ -108,11 +108,11 @@ def check_data(
         ConfigError: nothing in the adapter reads structure.
     """
     has_encoder = bool(adapter.use_hylorada_v2)
-    if eval_data is None and config.needs_evaluations:
+    if eval_data is None and config.eval_every is not None:
         raise DataError(
-            "Keeping the best and patience need held-out data.",
-            f"keep={config.keep}, patience={config.patience}, eval_data=None",
-            "Give held-out documents too.",
+            "Evaluations on the way, as keeping the best and patience need them, are of held-out data.",
+            f"eval_every={config.eval_every}, keep={config.keep}, patience={config.patience}, eval_data=None",
+            "Give held-out documents too, or leave eval_every out.",
         )
     mixture = as_mixture(train_data)
     documents = as_documents(mixture.documents, vocab, "training", has_encoder=has_encoder)

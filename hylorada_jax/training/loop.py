@@ -66,6 +66,7 @@ class Loop:
     evaluator: PerplexityEvaluator | None
     interrupted: bool = False
     _speed: Speed = dataclasses.field(default_factory=Speed)
+    _compiled: bool = False
 
     def __post_init__(self) -> None:
         # At once: asked of the device after a step, one would wait for the step that was begun meanwhile.
@@ -128,6 +129,7 @@ class Loop:
                     self._look_at(pending, bar)
                     pending = None
                     self._save(state, batches)
+                    self._speed.restart()
                 if stops:
                     self._stop(step)
             self.interrupted = interrupted.is_set()
@@ -185,6 +187,9 @@ class Loop:
         speed = self._speed.add(round(computed_here * done.batch["row"].size * self.config.seq_len))
         if done.step % self.config.log_every == 0 or done.step == self.config.steps:
             self.log.write({"step": done.step, **values, "tokens_per_second": round(speed, 1)})
+        if not self._compiled:  # most of the first one's time was the compiler's
+            self._compiled = True
+            self._speed.restart()
         bar.update()
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:,.0f} tokens/s")
 

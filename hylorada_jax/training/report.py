@@ -82,9 +82,10 @@ class Board(Protocol):
 class MetricsLog:
     """The lines of metrics.jsonl, also sent to TensorBoard where that is installed.
 
-    A line is an object with ``step`` and either the metrics of a training step with ``tokens_per_second``, or
-    ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``; null stands for a number that is infinite. Use as
-    a context manager. Of several processes each has the lines, and the first writes and sends them.
+    A line is an object with ``step`` and either the metrics of a training step with ``tokens_per_second``
+    (the first of a process has the compiler's time in it), or ``eval_loss``, ``eval_perplexity`` and
+    ``eval_tokens``; null stands for a number that is infinite. Use as a context manager. Of several processes
+    each has the lines, and the first writes and sends them.
 
     Args:
         path: metrics.jsonl; what it holds is kept up to ``last_step``.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -120,6 +121,33 @@ def reference(tmp_path_factory):
     """A run that nothing disturbs."""
     directory = tmp_path_factory.mktemp("reference") / "run"
     return directory, *train(directory)
+
+
+def test_the_speed_is_of_training_alone_and_not_of_compiling_and_saving(tmp_path, monkeypatch):
+    now, seconds = [0.0], itertools.chain([100.0], itertools.repeat(1.0))
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
+    trainer = HyLoRADATrainer(
+        tiny_model(), texts(), None, settings(tmp_path / "run", steps=8, checkpoint_every=4, eval_every=None)
+    )
+    step, save = trainer.choice.step, Checkpoints.save
+
+    def timed_step(*given):
+        now[0] += next(seconds)
+        return step(*given)
+
+    def timed_save(*given, **more):
+        now[0] += 50.0
+        return save(*given, **more)
+
+    trainer.choice = trainer.choice._replace(step=timed_step)
+    monkeypatch.setattr(Checkpoints, "save", timed_save)
+    trainer.train()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    tokens = 4 * 16  # of a step, which takes a second
+    speeds = {record["step"]: record["tokens_per_second"] for record in records}
+    assert speeds[1] < tokens / 50
+    # A step is looked at when the next has been begun, and the last before a save at once.
+    assert [speeds[2], speeds[8]] == pytest.approx([tokens, tokens], rel=0.1)
 
 
 def test_epochs_pass_over_the_rows(tmp_path):
@@ -644,10 +672,12 @@ def test_unusable_settings_and_data_are_refused_before_any_work(tmp_path):
     model = tiny_model()
 
     def refused(kind, match, train_data=None, eval_data=None, model=model, **changes):
+        given = {"eval_every": 3 if eval_data else None, **changes}
         with pytest.raises(kind, match=match):
-            HyLoRADATrainer(model, train_data or texts(), eval_data, settings(tmp_path / "run", **changes))
+            HyLoRADATrainer(model, train_data or texts(), eval_data, settings(tmp_path / "run", **given))
         assert not (tmp_path / "run").exists()
 
+    refused(DataError, "eval_every=3, .*eval_data=None", eval_every=3)
     refused(DataError, "fill a row", [np.arange(9)])
     refused(DataError, "vocabulary", [np.arange(40)])
     refused(DataError, "Tokenize", ["some text"])
