@@ -197,8 +197,8 @@ def open_peft(directory: str | Path) -> SavedPeft:
     directory = any_path(directory)
     settings = _read_settings(adapter_file(directory, CONFIG_NAME))
     path = adapter_file(directory, WEIGHTS_NAME)
-    if kind_of(path) is None:
-        pickled = kind_of(directory / "adapter_model.bin")
+    if not _may_be_there(path):
+        pickled = _may_be_there(directory / "adapter_model.bin")
         raise CheckpointError(
             f"An adapter of PEFT holds its tensors in {WEIGHTS_NAME}.",
             f"{directory}: {'adapter_model.bin, a pickle, which runs code when read' if pickled else 'none'}",
@@ -217,8 +217,16 @@ def open_peft(directory: str | Path) -> SavedPeft:
         settings,
         {ours: theirs[name][1] for ours, name in names.items()},
         names,
-        read_template(template) if kind_of(template) else None,
+        read_template(template) if _may_be_there(template) else None,
     )
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether there is something at a path; yes where that cannot be known, for reading it says why."""
+    try:
+        return kind_of(path) is not None
+    except OSError:
+        return True
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
