@@ -211,7 +211,7 @@ def _pickled(received: object) -> ModelError:
 
 
 def _listing(path: Path) -> str:
-    names = sorted(os.listdir(path)) if os.access(path, os.R_OK) else []
+    names = sorted(os.listdir(path))
     return ", ".join(names[:12]) + (f", … ({len(names)} files)" if len(names) > 12 else "") or "empty"
 
 

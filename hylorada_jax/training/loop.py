@@ -129,6 +129,7 @@ class Loop:
                     self._look_at(pending, bar)
                     pending = None
                     self._save(state, batches)
+                if pending is None:  # there was a pause that was no training
                     self._speed.restart()
                 if stops:
                     self._stop(step)
@@ -166,7 +167,6 @@ class Loop:
         self.log.write({"step": step, **result})
         if self.config.progress:
             tqdm.write(f"step {step}: held-out perplexity {found.perplexity:.3f} on {found.tokens:,} tokens")
-        self._speed.restart()
 
     def _look_at(self, done: _Pending | None, bar: tqdm) -> None:
         """Waits for a step, checks and reports it; nothing where there is none."""
