@@ -14,7 +14,6 @@ from hylorada_jax.data.answered import answer_text, as_message
 from hylorada_jax.data.corpus import load_documents
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError, NonFiniteError
-from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import remark
 from hylorada_jax.text import to_json
 
@@ -48,36 +47,6 @@ def _asked(chat: Conversation) -> Conversation:
     if last["role"] != "assistant" or not before:
         return chat
     return chat._replace(messages=before, answers=chat.answers[:-1])
-
-
-def prompts_of(
-    chats: Sequence[Conversation], tokenizer: "Tokenizer", structure: Domain | None
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    """The token ids that ask for an answer to each conversation, and their structure where it is read.
-
-    Raises:
-        DataError: the model's chat template refuses one; it is named.
-    """
-    from hylorada_jax.data.answers import request_of
-    from hylorada_jax.models.chat_template import render_each
-
-    requests = [request_of(chat, tokenizer, opening=True) for chat in chats]
-    texts = []
-    for chat, rendered in zip(chats, render_each(tokenizer.chat_template, requests), strict=True):
-        if isinstance(rendered, DataError):
-            raise rendered.at(chat.name)
-        texts.append(rendered.text)
-    encoded = tokenizer.encode_each(texts, offsets=structure is not None)
-    prompts = [each.ids for each in encoded]
-    if structure is None:
-        return prompts, None
-
-    from hylorada_jax.data.tokenization import conversation_depths
-
-    return prompts, [
-        conversation_depths(text, *each, tokenizer)[0].tolist()
-        for text, each in zip(texts, encoded, strict=True)
-    ]
 
 
 def ends_of(chats: Sequence[Conversation], tokenizer: "Tokenizer") -> tuple[int, ...]:

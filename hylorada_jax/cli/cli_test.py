@@ -16,9 +16,9 @@ import tyro
 from safetensors.numpy import load_file, save_file
 
 from hylorada_jax.cli.adapter import AdapterOptions
-from hylorada_jax.cli.answer_rows import answers, prompts_of, write
+from hylorada_jax.cli.answer_rows import answers, write
 from hylorada_jax.cli.main import COMMANDS, main, unwrapped
-from hylorada_jax.cli.shared import chat_of
+from hylorada_jax.cli.prompts import chat_of, chats_of
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.answered import answer_text
 from hylorada_jax.data.examples import Conversation
@@ -621,7 +621,7 @@ def test_each_of_several_conversations_has_its_structure():
     tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
     texts = ("say w3", "```python\nif a:\n    b(c)\n```", "say w5")
     asked = [Conversation("", [{"role": "user", "content": text}], [False]) for text in texts]
-    prompts, depths = prompts_of(asked, tokenizer, "code")
+    prompts, depths = chats_of(asked, tokenizer, "code")
     assert depths is not None
     assert [*zip(prompts, depths, strict=True)] == [chat_of(a.messages, tokenizer, "code") for a in asked]
     assert [max(some) for some in depths] == [0, 2, 0]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hylorada_jax.cli.shared import chat_of
+from hylorada_jax.cli.prompts import chat_of
 from hylorada_jax.errors import ConfigError, DataError, HyLoRADAError
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.terminal import on_terminal, printable

@@ -3,28 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from hylorada_jax.cli.answer_rows import answers, asked, ends_of, is_cut, prompts_of, tell_cut, write
+from hylorada_jax.cli.answer_rows import answers, asked, ends_of, is_cut, tell_cut, write
+from hylorada_jax.cli.prompts import chat_of, chats_of, prompt_of, with_answer
 from hylorada_jax.cli.sampling import ANSWER_TOKENS, AS_IT_IS, PROMPT_TOKENS, Sampling, new_tokens
 from hylorada_jax.cli.shared import (
     BaseDtype,
     Dtype,
     GivenStructure,
     base_of,
-    chat_of,
     check_adapter,
     context_of,
     generating,
     loaded,
     output_file,
     placement_for,
-    prompt_of,
     puts_offline,
     template_of,
     tokenizer_of,
     variables_of,
     warn_of_length,
     weights_in,
-    with_answer,
 )
 from hylorada_jax.data.answered import answer_text
 from hylorada_jax.errors import ConfigError, DataError
@@ -130,7 +128,7 @@ def generate(
             raise DataError("A prompt must have at least one token.", repr(prompt), "Give some text.")
         prompts, structure_ids = [ids], None if depths is None else [depths]
     else:
-        prompts, structure_ids = prompts_of(chats, tokenizer, read)
+        prompts, structure_ids = chats_of(chats, tokenizer, read)
         ends = ends_of(chats, tokenizer)
 
     chat = chat or chats is not None

@@ -3,7 +3,7 @@
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hylorada_jax.cli.shared import chat_of, prompt_of, with_answer
+from hylorada_jax.cli.prompts import chat_of, prompt_of, with_answer
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
 from hylorada_jax.structure.code import Domain

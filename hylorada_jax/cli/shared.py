@@ -5,9 +5,8 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hylorada_jax.config import READS_STRUCTURE, HyLoRADAConfig
@@ -237,55 +236,6 @@ def variables_of(chat_template_kwargs: str | None) -> dict[str, Any]:
             "Leave them out; rows with a column tools are answered by generate --messages.",
         )
     return found
-
-
-def prompt_of(
-    text: str, tokenizer: "Tokenizer", structure: Domain | None
-) -> tuple[list[int], list[int] | None]:
-    """The token ids of a text to continue, and their structure where it is read."""
-    ids, offsets = tokenizer.encode_prompt(text)
-    if structure is None:
-        return ids, None
-
-    from hylorada_jax.structure.code import token_depths
-
-    return ids, token_depths(text, offsets)[0].tolist()
-
-
-def with_answer(text: str, tokenizer: "Tokenizer", prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """What is shown of an answer: the prompt as it goes on, or what an encoder-decoder has made of it.
-
-    Args:
-        text: the prompt.
-        tokenizer: the model's.
-        prompt: its token ids.
-        tokens: those of the answer.
-    """
-    answer = tokenizer.decode_answer(prompt, tokens)
-    return answer if tokenizer.encoder_decoder else text + answer
-
-
-def chat_of(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: "Tokenizer",
-    structure: Domain | None,
-    variables: Mapping[str, Any] = MappingProxyType({}),
-    tools: list[Any] | None = None,
-) -> tuple[list[int], list[int] | None]:
-    """The token ids that ask for an answer to a conversation, and their structure where it is read."""
-    from hylorada_jax.data.answers import request_of
-    from hylorada_jax.data.examples import Conversation
-    from hylorada_jax.models.chat_template import render
-
-    asked = Conversation("", [{**message} for message in messages], [], tools, {**variables})
-    text = render(tokenizer.chat_template, request_of(asked, tokenizer, opening=True))  # with its bos token
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    if structure is None:
-        return ids, None
-
-    from hylorada_jax.data.tokenization import conversation_depths
-
-    return ids, conversation_depths(text, ids, offsets, tokenizer)[0].tolist()
 
 
 def loaded(
