@@ -9,9 +9,6 @@ import tyro
 from hylorada_jax.cli.flags import flag_of
 from hylorada_jax.errors import ConfigError
 
-# Each with the value that filters nothing.
-_OF_SAMPLING = {"top_k": 0, "top_p": 1, "min_p": 0}
-
 ANSWER_TOKENS = 1024
 """New tokens of an answer in a chat, at most, where neither the user nor the model says it."""
 PROMPT_TOKENS = 64
@@ -66,13 +63,13 @@ class SamplingOptions:
         Raises:
             ConfigError: tokens are to be filtered, and the most likely one is taken.
         """
-        from hylorada_jax.models.generation_config import generation_defaults
+        from hylorada_jax.models.generation_config import FILTERS, OFF, generation_defaults
 
         given = {name: value for name, value in vars(self).items() if value is not None}
         own = {} if model is None else generation_defaults(model)
         chosen = {"max_new_tokens": max_new_tokens, "temperature": 0.0, **own, **given}
         if not chosen["temperature"] and (
-            idle := [name for name, value in given.items() if value != _OF_SAMPLING.get(name, value)]
+            idle := [name for name in FILTERS if name in given and given[name] != OFF[name]]
         ):
             raise ConfigError(
                 "Tokens are filtered where they are sampled, at a temperature above 0.",
@@ -82,7 +79,7 @@ class SamplingOptions:
         heeded = {
             name: value
             for name, value in own.items()
-            if name not in given and (chosen["temperature"] or name not in _OF_SAMPLING)
+            if name not in given and (chosen["temperature"] or name not in FILTERS)
         }
         if heeded:
             said = ", ".join(f"{name} {value:g}" for name, value in heeded.items())

@@ -43,8 +43,11 @@ class Constraints(Struct, frozen=True):
 
 
 _OF_TOKENS = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
+OFF = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+"""The values that change no logits."""
 # Those that have an effect only where tokens are sampled.
-_FILTERS = ("temperature", "top_k", "top_p", "min_p")
+FILTERS = ("top_k", "top_p", "min_p")
+_OF_SAMPLING = ("temperature", *FILTERS)
 # What transformers takes where a file that asks for sampling does not say.
 _SAMPLED = {"temperature": 1.0, "top_k": 50}
 # Settings that change the answers and are not heeded, with the values that mean "off".
@@ -173,9 +176,8 @@ def generation_defaults(name: str | Path) -> dict[str, Any]:
     if found.do_sample:
         given |= {key: value for key, value in _SAMPLED.items() if given[key] is None}
     else:
-        given |= dict.fromkeys(_FILTERS)
-    off = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
-    return {key: value for key, value in given.items() if value is not None and value != off.get(key)}
+        given |= dict.fromkeys(_OF_SAMPLING)
+    return {key: value for key, value in given.items() if value is not None and value != OFF.get(key)}
 
 
 def as_generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,4 +192,4 @@ def as_generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if settings.get("temperature"):
         return {"do_sample": True, "top_k": 0, **settings}  # without a top_k, a reader takes one of its own
-    return {key: value for key, value in settings.items() if key not in _FILTERS}
+    return {key: value for key, value in settings.items() if key not in _OF_SAMPLING}
