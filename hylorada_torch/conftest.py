@@ -75,10 +75,10 @@ MODELS: dict[str, Callable[..., Any]] = CAUSAL_MODELS | {
 INPUT_IDS = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-def base_model(name, attn_implementation="sdpa"):
+def base_model(name, attn_implementation="sdpa", **settings):
     """A small random model in float64 whose biases are not zero."""
     torch.manual_seed(0)
-    model = MODELS[name](attn_implementation=attn_implementation).double().eval()
+    model = MODELS[name](attn_implementation=attn_implementation, **settings).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

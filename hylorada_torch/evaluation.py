@@ -1,7 +1,7 @@
 """The measures, written to be read: one window at a time."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +48,26 @@ def evaluate_perplexity(
     return torch.cat(losses).double().mean().exp().item()  # inf where a float has no larger number
 
 
+class LostInTheMiddle(NamedTuple):
+    """The result of `evaluate_lost_in_the_middle`.
+
+    Attributes:
+        perplexity: LiM PPL, the mean over the tenths.
+        buckets: perplexities of the ten tenths.
+        middle: that of the middle third.
+        ends: that of the first and the last third together.
+    """
+
+    perplexity: float
+    buckets: list[float]
+    middle: float
+    ends: float
+
+
 def evaluate_lost_in_the_middle(
     model: Any, documents: Sequence[Any], *, seq_len: int = 1024
-) -> tuple[float, list[float]]:
-    """LiM PPL, the mean of the perplexities of the ten tenths of all whole windows.
+) -> LostInTheMiddle:
+    """LiM PPL, the mean of the perplexities of the ten tenths of all whole windows; and those of its thirds.
 
     Args:
         model: called with input_ids [1, seq], gives ``.logits``.
@@ -59,7 +75,7 @@ def evaluate_lost_in_the_middle(
         seq_len: predictions per window.
 
     Returns:
-        LiM PPL, and the perplexities of the ten tenths.
+        The perplexities; of a part, exp of the mean loss of its tokens.
 
     Raises:
         ConfigError: a window is shorter than the ten tenths.
@@ -83,9 +99,11 @@ def evaluate_lost_in_the_middle(
             f"no document of {seq_len + 1} tokens",
             "Give longer documents or a smaller seq_len.",
         )
-    tenths = torch.stack(windows).double().mean(0).tensor_split(10)
-    buckets = [tenth.mean().exp().item() for tenth in tenths]
-    return sum(buckets) / 10, buckets
+    losses = torch.stack(windows).double().mean(0)
+    buckets = [tenth.mean().exp().item() for tenth in losses.tensor_split(10)]
+    first, middle, last = losses.tensor_split(3)
+    ends = torch.cat([first, last])
+    return LostInTheMiddle(sum(buckets) / 10, buckets, middle.mean().exp().item(), ends.mean().exp().item())
 
 
 @torch.no_grad()

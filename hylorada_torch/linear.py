@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hylorada_jax.config import check_dropout, check_linear_layer, check_lora_a
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_torch.position import PositionBias, check_positions
 
 # Row norms are kept above this, so that a zero row of W gives a finite c and a finite gradient.
@@ -100,6 +100,44 @@ class LoRALinear(nn.Module):
         """c [d_out], the factor of each output feature; LoRA has none, so 1."""
         return self.lora_B.new_ones(base_weight.shape[0])
 
+    def updated_weight(self, base_weight: Tensor) -> Tensor:
+        """W + s·B A [d_out, d_in]."""
+        return base_weight + self.scaling * self.lora_B @ self.lora_A
+
+    def depends_on_token(self) -> bool:
+        """Whether p may be another number than 1."""
+        return False
+
+    def merged_weight(self, base_weight: Tensor) -> Tensor:
+        """The weight of a plain layer that computes the same: W' = c ⊙ (W + s·B A).
+
+        Args:
+            base_weight: W [d_out, d_in].
+
+        Returns:
+            W' [d_out, d_in]. A bias that the adapter scales becomes c ⊙ bias.
+
+        Raises:
+            ModelError: the update depends on the token.
+
+        Example:
+            >>> LoRALinear(3, 3, rank=2).merged_weight(torch.eye(3)).equal(torch.eye(3))
+            True
+
+        Reference:
+            method.md, section 1, Merging.
+        """
+        self._refuse_scaled_tokens()
+        return self.column_scale(base_weight)[:, None] * self.updated_weight(base_weight)
+
+    def _refuse_scaled_tokens(self) -> None:
+        if self.depends_on_token():
+            raise ModelError(
+                "One weight stands for an adapter whose update is the same for every token.",
+                f"{type(self).__name__} with a scale of each token",
+                "Keep the adapter beside the weight.",
+            )
+
     def forward(
         self, x: Tensor, base_output: Tensor, base_weight: Tensor, structure_prior: Tensor | None = None
     ) -> Tensor:
@@ -151,6 +189,7 @@ class DoRALinear(LoRALinear):
     """LoRA whose updated weight has rows of learned length.
 
     c = (1−β)·m / n + β,  n = ‖W + s·B A‖,  m = g·m' + (1−g)·m₀,  m₀ = ‖W‖, with g = 1 and β = 0: c = m' / n.
+    n is kept above ε·m₀, the rounding of W's numbers, and above `NORM_FLOOR`.
 
     Trainable: LoRA's, and ``magnitude`` m' [out_features], which starts at m₀ of the weight that the layer
     first meets, in `init_magnitude` or in a call. Until then it is NaN, also in a state dict.
@@ -221,14 +260,45 @@ class DoRALinear(LoRALinear):
 
     def column_scale(self, base_weight: Tensor) -> Tensor:
         """c = (1−β)·m / n + β."""
+        _, (beta, rest_of_beta) = self.gates()
+        m, n = self._lengths(base_weight)
+        return rest_of_beta * m / n + beta
+
+    def collapsed_magnitude(self, base_weight: Tensor) -> Tensor:
+        """The magnitude with which a DoRA adapter of the same A, B and s computes the same.
+
+        c ⊙ n = (1−β)·m + β·n
+
+        Args:
+            base_weight: W [d_out, d_in].
+
+        Returns:
+            [d_out].
+
+        Raises:
+            ModelError: the update depends on the token.
+
+        Example:
+            >>> HyLoRADALinear(3, 3, rank=2).collapsed_magnitude(torch.eye(3)).detach()
+            tensor([1., 1., 1.])
+
+        Reference:
+            method.md, section 1, Collapse.
+        """
+        self._refuse_scaled_tokens()
+        _, (beta, rest_of_beta) = self.gates()
+        m, n = self._lengths(base_weight)
+        return rest_of_beta * m + beta * n
+
+    def _lengths(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """m and n: the length that each row shall have where β is 0, and that which it has."""
         self._meet(base_weight)
-        (g, rest_of_g), (beta, rest_of_beta) = self.gates()
+        (g, rest_of_g), _ = self.gates()
         initial = row_norm(base_weight)
-        n = row_norm(base_weight + self.scaling * self.lora_B @ self.lora_A)
+        n = row_norm(self.updated_weight(base_weight))
         n = n.maximum(torch.finfo(n.dtype).eps * initial)  # a shorter row is nothing but rounding
         n = n.detach() if self.detach_norm else n
-        m = g * self.magnitude + rest_of_g * initial
-        return rest_of_beta * m / n + beta
+        return g * self.magnitude + rest_of_g * initial, n
 
 
 class HyLoRADALinear(DoRALinear):
@@ -330,6 +400,10 @@ class HyLoRADAv2Linear(HyLoRADALinear):
         super().__init__(in_features, out_features, rank, alpha, dropout, **hylorada)
         self.scale_from_structure = nn.Parameter(self.magnitude.new_zeros(structure_dim))
 
+    def depends_on_token(self) -> bool:
+        """Whether p may be another number than 1."""
+        return bool(self.scale_from_structure.any())
+
     def forward(
         self, x: Tensor, base_output: Tensor, base_weight: Tensor, structure_prior: Tensor | None = None
     ) -> Tensor:
@@ -406,6 +480,10 @@ class HyLoRADAUnified(HyLoRADALinear):
         super().__init__(in_features, out_features, rank, alpha, dropout, **hylorada)
         self.position_bias = position_bias
         self.position_scale = nn.Parameter(self.magnitude.new_tensor(0.0))
+
+    def depends_on_token(self) -> bool:
+        """Whether p may be another number than 1."""
+        return self.position_bias is not None and bool(self.position_bias.position_bias.any())
 
     def forward(
         self, x: Tensor, base_output: Tensor, base_weight: Tensor, positions: Tensor | None = None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hylorada_jax.errors import ConfigError, DataError
+from hylorada_jax.errors import ConfigError, DataError, ModelError
 from hylorada_torch.linear import (
     DoRALinear,
     HyLoRADALinear,
@@ -213,11 +213,24 @@ def test_a_trained_adapter_collapses_to_a_dora_adapter():
     dora, *_ = case(DoRALinear)
     copy_shared(adapter, dora)
     with torch.no_grad():
-        (g, rest_of_g), (beta, rest_of_beta) = adapter.gates()
-        n = (weight + adapter.scaling * adapter.lora_B @ adapter.lora_A).norm(dim=1)
-        m = g * adapter.magnitude + rest_of_g * weight.norm(dim=1)
-        dora.magnitude.copy_(rest_of_beta * m + beta * n)
+        dora.magnitude.copy_(adapter.collapsed_magnitude(weight))
     assert_close(dora(x, base, weight), adapter(x, base, weight))
+    assert_close(x @ adapter.merged_weight(weight).T, adapter(x, base, weight))
+
+
+@pytest.mark.parametrize("kind", [HyLoRADAv2Linear, HyLoRADAUnified])
+def test_what_depends_on_the_token_is_neither_merged_nor_collapsed(kind):
+    shared = PositionBias(dtype=torch.float64)
+    adapter, x, base, weight = case(kind, **({"position_bias": shared} if kind is HyLoRADAUnified else {}))
+    live = shared.position_bias if kind is HyLoRADAUnified else adapter.scale_from_structure
+    with torch.no_grad():
+        live.zero_()
+    assert_close(x @ adapter.merged_weight(weight).T, adapter(x, base, weight))
+    with torch.no_grad():
+        live[3] = 0.5
+    for refused in (adapter.merged_weight, adapter.collapsed_magnitude):
+        with pytest.raises(ModelError, match=kind.__name__):
+            refused(weight)
 
 
 def test_a_gate_that_is_all_but_shut_keeps_its_digits():

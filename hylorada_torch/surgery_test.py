@@ -10,7 +10,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from hylorada_jax.config import METHODS, HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError, TargetError
 from hylorada_torch.conftest import CAUSAL_MODELS, INPUT_IDS, MODELS, base_model, randomize
+from hylorada_torch.linear import HyLoRADALinear
 from hylorada_torch.model import HyLoRADAModel
+from hylorada_torch.sparse import SparseAdapter
 from hylorada_torch.surgery import AdaptedLinear, attach_adapters
 
 # Every method, and every component alone on LoRA.
@@ -196,13 +198,49 @@ def test_the_adapted_model_is_the_merged_model(name, scales_bias):
             target, adapter = merged.get_submodule(layer_name), layer.adapter
             conv1d = not isinstance(target, nn.Linear)
             weight = target.weight.T if conv1d else target.weight
-            scale = adapter.column_scale(weight)
-            updated = scale[:, None] * (weight + adapter.scaling * adapter.lora_B @ adapter.lora_A)
+            scale, updated = adapter.column_scale(weight), adapter.merged_weight(weight)
             target.weight.copy_(updated.T if conv1d else updated)
             if scales_bias and target.bias is not None:
                 target.bias.mul_(scale)
     # Rounding of a few float64 matrix products, logits of order 1.
     torch.testing.assert_close(model(INPUT_IDS).logits, merged(INPUT_IDS).logits, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_and_gates_of_a_config_reach_every_layer():
+    config = HyLoRADAConfig(
+        method="hylorada", lora_dropout=0.25, sparse_enabled=True, sparse_dropout=0.5, gate_init=0.25,
+        residual_init=-0.75,
+    )  # fmt: skip
+    parts = [*HyLoRADAModel(base_model("gpt2"), config).modules()]
+    linears = [part for part in parts if isinstance(part, HyLoRADALinear)]
+    assert {layer.dropout.p for layer in linears} == {0.25}
+    assert {part.dropout.p for part in parts if isinstance(part, SparseAdapter)} == {0.5}
+    assert {(layer.magnitude_gate.item(), layer.residual_weight.item()) for layer in linears} == {
+        (0.25, -0.75)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"attention_dropout": 0.5}),
+        ("bert", {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0}),
+    ],
+)
+def test_an_adapted_attention_drops_the_weights_that_transformers_drops(name, settings):
+    base = base_model(name, "eager", **settings)
+    model = HyLoRADAModel(
+        copy.deepcopy(base), HyLoRADAConfig(method="lorada", target_modules=("all-linear",))
+    )
+
+    def trained(network):
+        network.train()
+        torch.manual_seed(3)
+        return logits(network, name)
+
+    assert not torch.allclose(trained(base), logits(base.eval(), name))
+    # Llama's eager attention computes its softmax in float32.
+    torch.testing.assert_close(trained(model), trained(base), rtol=1e-6, atol=1e-6)
 
 
 def test_only_the_adapters_train():

@@ -215,6 +215,17 @@ def test_gates_start_where_the_settings_say(leaves):
         assert np.all(np.asarray(found[name][...].tolist()) == start)
 
 
+@pytest.mark.parametrize("name", ["DoRALinear", "HyLoRADALinear", "HyLoRADAv2Linear", "HyLoRADAUnified"])
+def test_the_norm_is_detached_by_default_as_method_md_says(name):
+    made = (
+        getattr(hylorada_jax, name)(3, 4),
+        getattr(hylorada_jax.nnx, name)(3, 4, rngs=nnx.Rngs(0)),
+        getattr(hylorada_torch, name)(3, 4),
+    )
+    # Section 1; for DoRA as its paper and PEFT.
+    assert [layer.detach_norm for layer in made] == [name == "DoRALinear"] * 3
+
+
 def test_the_nudge_of_the_structure_buckets():
     """Up to 200 buckets the 1e-6 in their logarithm decides at 163 and 188 alone, one distance each."""
     offsets = np.array([-505, 504, 505])

@@ -87,16 +87,17 @@ def test_what_peft_cannot_express_is_refused_by_name_or_dropped_deliberately(com
         with pytest.raises(ModelError, match=rf"{component}: .*\n[\s\S]*--drop {component}"):
             export_peft(model, tmp_path)
         share = effect(model, component, ids)
+        before, whole = jax_logits(model, family), np.asarray(model(ids).logits)
         with pytest.raises(ModelError, match=rf"{component}: .* by {share:.2%}"):
             export_peft(model, tmp_path, sample=ids)
         assert not list(tmp_path.iterdir())
         export_peft(model, tmp_path, drop=[component])
         dropped = without(model.sites, layout.flatten(model.sites, model.adapters), [component])
-        before = jax_logits(model, family)
         model.adapters = layout.unflatten(model.sites, dropped)
-        expected = jax_logits(model, family)
+        expected, rest = jax_logits(model, family), np.asarray(model(ids).logits)
     assert relative_error(peft_logits(family, tmp_path), expected) <= LOGITS["float64"]
     assert relative_error(expected, before) > 1e-3
+    assert share == pytest.approx(np.linalg.norm(rest - whole) / np.linalg.norm(whole), rel=1e-9)
 
 
 def test_what_cannot_be_exported_at_all_is_refused(tmp_path):
