@@ -30,6 +30,8 @@ def import_peft(
 ) -> HyLoRADAModel:
     """A model that carries an adapter PEFT has saved, and goes on training from there.
 
+    DoRA's dropout, where the file has one, then acts before A alone; PEFT's acts before the frozen layer too.
+
     Args:
         base_model: the model it was trained on, as for :class:`HyLoRADAModel`.
         directory: holds PEFT's adapter_config.json and adapter_model.safetensors; or what

@@ -221,6 +221,8 @@ class TrainingConfig:
             >>> plus = HyLoRADAConfig(lora_plus_enabled=True, lora_plus_ratio=10.0)
             >>> TrainingConfig(output="runs/a").rate_for(plus)
             0.0004
+            >>> TrainingConfig(output="runs/a").rate_for(HyLoRADAConfig(train_norms=True))
+            0.0005
         """
         if self.learning_rate is not None:
             return self.learning_rate

@@ -69,6 +69,10 @@ def test_a_rate_that_is_not_given_suits_the_adapter():
     assert make(learning_rate=1.0).rate_for(plus) == 1
 
 
+def test_gradients_are_clipped_as_method_md_says():
+    assert make().max_grad_norm == 1.0  # section 7
+
+
 def test_numbers_may_be_numpys():
     given = make(steps=np.int64(5), learning_rate=np.float32(0.5), eval_every=np.int32(2))
     assert given == make(steps=5, learning_rate=0.5, eval_every=2)
