@@ -203,8 +203,8 @@ _OF_JAX = [
         ("middle counts as before it", "num_buckets * (offset >= 0)", "num_buckets * (offset > 0)"),
         (
             "tanh missing",
-            'jnp.tanh(jnp.take(position_bias, buckets, mode="clip"))',
-            'jnp.take(position_bias, buckets, mode="clip")',
+            "jnp.tanh(looked_up(position_bias, buckets))",
+            "looked_up(position_bias, buckets)",
         ),
     ),
     *_faults(

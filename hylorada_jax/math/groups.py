@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.math.attention import DAA, attention, check_heads
+from hylorada_jax.math.explicit import rows_folded
 from hylorada_jax.math.pattern import Pattern
 
 
@@ -135,7 +136,7 @@ def _over(pattern: Pattern, query: Array, key: Array, value: Array, **options: A
     query, key, value = (_to_groups(x, size, pattern.front) for x in (query, key, value))
     attended = attention(query, key, value, pattern, **options)
     groups = -(-(pattern.front + length) // size)
-    rows = attended.reshape(batch, groups * size, *attended.shape[2:])
+    rows = rows_folded(attended, batch, groups * size, *attended.shape[2:])
     return jax.lax.slice_in_dim(rows, pattern.front, pattern.front + length, axis=1)
 
 
@@ -143,4 +144,4 @@ def _to_groups(x: Array, size: int, front: int) -> Array:
     """[batch, seq, …] → [batch · groups, size, …], zeros in front of the first and after the last token."""
     back = -(front + x.shape[1]) % size
     padded = jnp.pad(x, [(0, 0), (front, back)] + [(0, 0)] * (x.ndim - 2))
-    return padded.reshape(-1, size, *x.shape[2:])
+    return rows_folded(padded, len(x) * padded.shape[1] // size, size, *x.shape[2:])

@@ -12,6 +12,8 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from hylorada_jax.math.explicit import explicit_axes
+
 
 def called(function: Callable[..., Array], *arguments: Any, spec: PartitionSpec) -> Array:
     """function(*arguments).
@@ -25,7 +27,7 @@ def called(function: Callable[..., Array], *arguments: Any, spec: PartitionSpec)
         >>> called(jax.numpy.add, jax.numpy.ones(2), jax.numpy.ones(2), spec=jax.P()).tolist()
         [2.0, 2.0]
     """
-    if jax.sharding.get_abstract_mesh().explicit_axes:
+    if explicit_axes():
         return jax.sharding.auto_axes(function, out_sharding=spec)(*arguments)
     varying = frozenset().union(*map(_varying, jax.tree.leaves(arguments)))
     return function(*jax.tree.map(lambda x: _cast(x, varying), arguments))

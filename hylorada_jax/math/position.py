@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int, Integer, UInt
 
 from hylorada_jax.errors import DataError
+from hylorada_jax.math.explicit import looked_up
 
 NUM_BUCKETS = 64
 MAX_DISTANCE = 32768
@@ -115,7 +116,7 @@ def offset_buckets(
     """
     limit = MAX_DISTANCE - 1
     index = jnp.clip(offset, -limit, limit).astype(jnp.int32) + limit
-    return jnp.take(jnp.asarray(table), index, mode="clip")
+    return looked_up(jnp.asarray(table), index)
 
 
 def default_positions(
@@ -204,5 +205,5 @@ def position_factor(
     Source: method.md §§1–2.
     """
     index = jnp.clip(positions.astype(jnp.int32), 0, MAX_DISTANCE - 1)
-    buckets = jnp.take(jnp.asarray(position_buckets(len(position_bias))), index, mode="clip")
-    return jnp.tanh(jnp.take(position_bias, buckets, mode="clip"))
+    buckets = looked_up(jnp.asarray(position_buckets(len(position_bias))), index)
+    return jnp.tanh(looked_up(position_bias, buckets))

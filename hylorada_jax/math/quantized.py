@@ -92,11 +92,15 @@ def as_array(kernel: Kernel) -> Array:
 def plain(params: Any) -> Any:
     """A parameter tree with numbers in the place of quantised kernels; other leaves are shared."""
     return jax.tree.map(
-        lambda leaf: _jitted_as_array(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
+        lambda leaf: _numbers(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized
     )
 
 
-_jitted_as_array = jax.jit(as_array)
+def _numbers(leaf: QArray) -> Array:
+    if isinstance(leaf.qvalue, jax.core.Tracer):
+        return as_array(leaf)
+    # Left to itself the compiler may put all of them on every device of a mesh.
+    return jax.jit(as_array, out_shardings=leaf.qvalue.sharding)(leaf)
 
 
 def size_of(params: Any) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Integer
 
+from hylorada_jax.math.explicit import looked_up
 from hylorada_jax.math.position import MAX_DISTANCE, NUM_BUCKETS, offset_buckets, relative_buckets
 
 Bias = Callable[[Array, Array, Array], Array]
@@ -50,7 +51,7 @@ def gathered(table: Array, query_positions: Array, key_positions: Array) -> Arra
     """:func:`relative_bias` by looking every bucket up."""
     offset = query_positions[:, :, None] - key_positions[:, None, :]
     buckets = offset_buckets(relative_buckets(), offset)
-    return jnp.moveaxis(jnp.take(table, buckets, axis=0, mode="clip"), -1, 1)
+    return jnp.moveaxis(looked_up(table, buckets), -1, 1)
 
 
 def selected(table: Array, query_positions: Array, key_positions: Array) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from hylorada_jax.math.explicit import looked_up
 from hylorada_jax.math.low_rank import kaiming_init
 from hylorada_jax.math.position import NUM_BUCKETS, offset_buckets, structure_buckets
 
@@ -140,10 +141,10 @@ def structure_prior(
     buckets = offset_buckets(structure_buckets(table.shape[0] // 2), jnp.floor(positions) - seq_len // 2)
     frequencies = jnp.abs(leaves["freq_scale"]) * jnp.asarray(falling(len(leaves["freq_scale"])), dtype)
     place = positions.astype(dtype)[..., None]
-    e = jnp.take(table, buckets, axis=0, mode="clip")
+    e = looked_up(table, buckets)
     e = e + _waves(place * frequencies)
     if structure_ids is not None:
-        e = e + jnp.take(leaves["structure_embeddings"], structure_ids, axis=0, mode="clip")
+        e = e + looked_up(leaves["structure_embeddings"], structure_ids)
     if "periods" in leaves:
         calendar = _waves(2 * jnp.pi * place / jnp.abs(leaves["periods"]))
         e = e + calendar @ leaves["period_weight"].T
