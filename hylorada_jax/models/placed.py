@@ -17,13 +17,13 @@ def fitted(placement: Placement, model: Any) -> Placement:
 
     Args:
         placement: of any model.
-        model: perhaps without its weights. Hugging Face's Flax models have no rule that cuts heads.
+        model: perhaps without its weights. The heads of Hugging Face's Flax models are not known.
 
     Raises:
         ConfigError: the mesh's axis tensor does not divide the heads.
     """
     if not isinstance(model, CausalLM):
-        return placement
+        return placement.for_unknown_heads()
     return placement.for_heads(model.config.num_attention_heads, model.config.kv_heads_in_common)
 
 

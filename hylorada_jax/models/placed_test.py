@@ -18,6 +18,7 @@ import hylorada_jax.model
 from hylorada_jax.adapter_bank import AdapterBank
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.evaluation.perplexity import evaluate_perplexity
+from hylorada_jax.math.quantized import plain
 from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models import decoder_layer
 from hylorada_jax.models.causal_lm import CausalLM
@@ -209,6 +210,13 @@ def quantised_facts(directory, placement=None):
     }
 
 
+def odd_tiles_facts(placement):
+    """How the numbers of a kernel of five tiles are cut, and how the kernel was."""
+    params = placement.put({"q_proj": {"kernel": jnp.ones((2, 20, 8))}})
+    kernels = params, plain(quantize(params, "nf4"))
+    return [kernel["q_proj"]["kernel"].addressable_shards[0].data.shape for kernel in kernels]
+
+
 def turned_facts(directory, placement):
     """Whether tensors [experts, out, in] are read as their leaf has them, and the largest part read."""
     tensors = np.arange(2 * 3 * 8 * 16, dtype=np.float32).reshape(2, 3, 8, 16)
@@ -234,6 +242,7 @@ def measure(directory):
     if importlib.util.find_spec("qwix"):
         placement = Placement(parse_mesh(COMPUTED[0]))
         found["quantised"] = [quantised_facts(directory, place) for place in (placement, None)]
+        found["odd tiles"] = odd_tiles_facts(Placement(parse_mesh("fsdp=2,tensor=2,data=2")))
     found["turned"] = turned_facts(Path(directory) / "adapter", Placement(parse_mesh("fsdp=2,tensor=4")))
     found["default"] = {}
     params = load_model(directory).params
@@ -335,6 +344,7 @@ def test_a_quantised_model_on_a_mesh_is_that_on_one_device(found):
     assert (ours["share"], alone["share"]) == (4, 1)
     assert ours["cut alike"]
     np.testing.assert_allclose(ours["logits"], alone["logits"], rtol=0, atol=1e-4)
+    assert found["odd tiles"] == [[2, 10, 4]] * 2
 
 
 def test_of_turned_experts_each_device_reads_its_share(found):

@@ -4,7 +4,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+import jax
 from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
@@ -84,9 +87,15 @@ def _merge_linear(site: Site, here: Found, adapters: Adapters, config: HyLoRADAC
     resolved = resolve((site,), adapters, params, constants, config)
     merged = subtree(merging.merge((site,), resolved, params, config), site.module.path)
     assert here.form is not None
-    here.kernel.set_value(here.form.kernel_of(merged["kernel"], here.kernel.shape))
+    _replace(here.kernel, here.form.kernel_of(merged["kernel"], here.kernel.shape))
     if config.magnitude_scales_bias and "bias" in merged:
-        here.module.bias.set_value(merged["bias"].reshape(here.module.bias.shape))
+        _replace(here.module.bias, merged["bias"].reshape(here.module.bias.shape))
+
+
+def _replace(variable: Any, value: Array) -> None:
+    """Gives a variable another value where the one before lies: the compiler may have put it everywhere."""
+    place = None if isinstance(value, jax.core.Tracer) else getattr(variable[...], "sharding", None)
+    variable.set_value(jax.device_put(value, place) if isinstance(place, NamedSharding) else value)
 
 
 def _refuse_unmergeable(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:

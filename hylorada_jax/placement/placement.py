@@ -42,6 +42,7 @@ RULES: tuple[Rule, ...] = (
     *_ADAPTERS,
 )
 _WHOLE_HEADS: Rule = (r"(k|v|qkv)_proj/kernel", (FSDP, None))
+_UNKNOWN_HEADS: Rule = (r"(q|k|v|qkv)_proj/kernel", (FSDP, None))
 
 
 def parse_mesh(text: str = "") -> Mesh:
@@ -192,6 +193,10 @@ class Placement:
         if kv_heads % tensor == 0 or _WHOLE_HEADS in self.rules:
             return self
         return replace(self, rules=(_WHOLE_HEADS, *self.rules))
+
+    def for_unknown_heads(self) -> Placement:
+        """The placement for layers of nobody knows how many heads, of which none is cut."""
+        return self if _UNKNOWN_HEADS in self.rules else replace(self, rules=(_UNKNOWN_HEADS, *self.rules))
 
     def check_rows(self, batch_size: int, microbatches: int) -> None:
         """Refuses batches whose rows cannot be divided; a ConfigError."""

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.model import HyLoRADAModel
-from hylorada_jax.models.causal_lm import CausalLM
+from hylorada_jax.models.causal_lm import CausalLM, param_shapes
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.models.placed import fitted
 from hylorada_jax.placement.axes import AXES, mesh_sizes
 from hylorada_jax.placement.placement import RULES, Placement, check_processes, parse_mesh, specs_of
 from hylorada_jax.training.config import TrainingConfig
@@ -69,6 +70,23 @@ def test_weights_are_cut_by_their_role_and_never_along_depth(model):
             P(),
         ),
     }
+
+
+def test_where_heads_are_not_known_none_is_cut():
+    kernels = {f"{name}_proj": {"kernel": jax.ShapeDtypeStruct((8, 8), "float32")} for name in "qkv"}
+    rules = fitted(Placement(parse_mesh()), object()).rules  # as of Hugging Face's BART and OPT
+    assert specs_of(kernels, rules, SIZES) == {name: {"kernel": P("fsdp")} for name in kernels}
+
+
+def test_gemma4s_tables_are_cut_as_embeddings_and_the_layers_around_them_along_their_inputs():
+    shape = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8}
+    shape |= {"vocab_size": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 8}
+    config = DecoderConfig.from_hf(shape | {"model_type": "gemma4_text", "num_hidden_layers": 2})
+    found = specs(param_shapes(config, "float32"))
+    assert found["embed_tokens_per_layer/embedding"] == P("tensor", "fsdp")
+    around = {path: spec for path, spec in found.items() if "per_layer_" in path and "kernel" in path}
+    assert len(around) == 3
+    assert {axis for spec in around.values() for axis in spec} == {None, "fsdp"}
 
 
 def test_adapters_are_cut_by_rules_of_their_own(model):

@@ -52,7 +52,7 @@ def own_rows(mesh: Mesh | None, rows: int) -> list[int]:
     """
     if mesh is None:
         return [*range(rows)]
-    places = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((rows,))
+    places = _over_rows(mesh).addressable_devices_indices_map((rows,))
     return sorted({row for index in places.values() if index for row in range(rows)[index[0]]})
 
 
@@ -64,7 +64,7 @@ def shard_rows(batch: Any) -> Any:
     """
     if not _sizes():
         return jax.device_put(batch)
-    place = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(ROWS))
+    place = _over_rows(jax.sharding.get_mesh())
     if place.is_fully_addressable:
         return jax.device_put(batch, place)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
@@ -124,13 +124,18 @@ def on_rows(run: Callable[..., Array], x: Array, shared: Any, *others: Array) ->
         shared: what all rows have; gathered, but for what is cut over tensor.
         others: more arrays over rows.
     """
-    if not _sizes():
+    if not (sizes := _sizes()):
         return run(x, shared, *others)
-    own = _spec(x.shape[:1], (ROWS,))
+    own, axes = _spec(x.shape[:1], (ROWS,)), {*ROWS} & {*sizes}
     specs = own, PartitionSpec(), *(own for _ in others)
-    return jax.shard_map(run, in_specs=specs, out_specs=own, axis_names={*ROWS}, check_vma=False)(
+    return jax.shard_map(run, in_specs=specs, out_specs=own, axis_names=axes, check_vma=False)(
         x, shared, *others
     )
+
+
+def _over_rows(mesh: Mesh) -> NamedSharding:
+    """How a batch lies on a mesh, which may be a user's own without one of the axes."""
+    return NamedSharding(mesh, as_spec([tuple(axis for axis in ROWS if axis in mesh.axis_names)]))
 
 
 def _spec(shape: Sequence[int], axes: tuple[Axis, ...]) -> PartitionSpec:

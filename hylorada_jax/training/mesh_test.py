@@ -30,7 +30,6 @@ from hylorada_jax.model import HyLoRADAModel
 from hylorada_jax.models.batch import computed
 from hylorada_jax.models.causal_lm import CausalLM
 from hylorada_jax.models.decoder_config import DecoderConfig
-from hylorada_jax.placement.axes import AXES
 from hylorada_jax.placement.placement import AUTO, Placement, parse_mesh
 from hylorada_jax.placement.shards import in_use, shard_rows
 from hylorada_jax.training.checks import check_training
@@ -144,9 +143,9 @@ def furthest(ours, theirs):
 
 
 def trainer_on(count, output, *, memory=None, **settings):
-    """A trainer on the first of the devices."""
-    devices = np.array(jax.devices()[:count]).reshape(1, count, 1)
-    model = model_of("lora", Placement(Mesh(devices, AXES, axis_types=AUTO)))
+    """A trainer on the first of the devices, on a mesh of one axis as a user may make it."""
+    mesh = Mesh(np.array(jax.devices()[:count]), ("fsdp",), axis_types=AUTO[:1])
+    model = model_of("lora", Placement(mesh))
     config = dataclasses.replace(TRAINING, output=output, steps=6, progress=False, **settings)
     return HyLoRADATrainer(model, documents(), None, config, memory=memory), model
 

@@ -1,14 +1,14 @@
-"""On explicit mesh axes a model has the outputs and the gradients that it has on one device."""
+"""On a mesh a model has the outputs, the gradients and the places that it has on one device or had before."""
 
 ON_FOUR_DEVICES = """
-import sys
+import contextlib, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from hylorada_jax import HyLoRADAConfig
 from hylorada_jax.errors import ModelError
 from hylorada_jax.nnx import AdapterParam, Attention, AttentionScores, adapt
-from hylorada_jax.nnx import load_adapter, merge, resolve, save_adapter
+from hylorada_jax.nnx import load_adapter, merge, resolve, save_adapter, tokens
 
 class Net(nnx.Module):
     def __init__(self, hook, rngs):
@@ -40,6 +40,34 @@ for hook in (Attention, AttentionScores):
         found = gradient(adapted(net), place(x, "data", None, None))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
+class Placed(nnx.Module):  # whose call has the positions, which are cut as the rows are
+    def __init__(self, rngs):
+        self.query, self.key, self.value = (nnx.LinearGeneral(8, (2, 4), rngs=rngs) for _ in range(3))
+        self.attention = Attention(2)
+
+    def __call__(self, x, positions):
+        return self.attention(*(layer(x) for layer in (self.query, self.key, self.value)))
+
+def loss_of(net, x, positions):
+    with tokens(structure_ids=positions % 5) if net.encoded else contextlib.nullcontext():
+        return jnp.sum(net(x, positions) ** 2)
+
+gradient_of = nnx.jit(nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, AdapterParam)))
+positions = jnp.array([[0, 1, 2, 0, 1, 900], [0, 1, 2, 3, 4, 5]])
+for method in ("hylorada", "hylorada_v2", "longlora"):
+    found = []
+    for cut in (lambda a: a, lambda a: place(a, "data", *(None,) * (a.ndim - 1))):
+        with jax.set_mesh(mesh) if found else contextlib.nullcontext():
+            config = HyLoRADAConfig(
+                method=method, lora_rank=2, target_modules="all-linear", s2_group_size=4, train_norms=False,
+                train_embeddings=False,
+            )
+            net = adapt(Placed(nnx.Rngs(0)), config, nnx.Rngs(2))
+            net.encoded = method == "hylorada_v2"
+            nnx.update(net, jax.tree.map(lambda leaf: leaf + 0.1, nnx.state(net, AdapterParam)))
+            found.append(gradient_of(net, cut(x), cut(positions)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
+
 class MLP(nnx.Module):  # of which the first layer has its outputs cut, the second its inputs
     def __init__(self):
         self.up, self.down = (nnx.Linear(*size, rngs=nnx.Rngs(0)) for size in ((8, 16), (16, 8)))
@@ -68,6 +96,18 @@ with jax.set_mesh(mesh):
         found = made()(place(x, "data", None, None), out_sharding=P("data", None, None))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
+# An auto mesh cuts within a fused kernel too.
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+fused = nnx.Sequential(nnx.LinearGeneral(8, (3, 2, 4), rngs=nnx.Rngs(0)))
+layer = fused.layers[0]
+for leaf in (layer.kernel, layer.bias):
+    leaf.set_value(place(leaf[...], "model", None))
+cuts = lambda: [leaf[...].sharding.spec for leaf in (layer.kernel, layer.bias)]
+config = HyLoRADAConfig(method="dora", target_modules="all-linear", magnitude_scales_bias=True)
+before = cuts(), merge(adapt(fused, config, nnx.Rngs(2))) and cuts()
+assert before[0] == before[1] == [P(None, None, "model", None), P(None, "model", None)], before
+
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 with jax.set_mesh(mesh):
     fused = nnx.List([nnx.LinearGeneral(8, (3, 2, 4), use_bias=False, rngs=nnx.Rngs(0))])
     fused[0].kernel.set_value(place(fused[0].kernel[...], "model", None))
