@@ -106,9 +106,10 @@ def dataset_rows(
             yield as_row(values, place.format(number))
         return
     plain = rows.with_format(None)  # lists and dictionaries, and no arrays
-    wanted = [name for name in plain.column_names or () if name in columns]
+    header = plain.column_names or ()
+    wanted = [name for name in header if name in columns]
     for number, values in enumerate(plain.select_columns(wanted) if wanted else plain):
-        yield Row(place.format(number), arrow_row(values))
+        yield Row(place.format(number), arrow_row(values, header or values))
 
 
 def _files(dataset: HubDataset) -> list[Path]:

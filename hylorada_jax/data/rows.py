@@ -10,7 +10,7 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
@@ -245,7 +245,7 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
                     place = f"{path}[{number}]"
                     # Columns that nobody asked for are named alone: what is in them may have no value.
                     one = batch.slice(at, 1)  # alone, so that an error is of this row
-                    row = _arrow_values(one, place) if chosen else Row(place, dict.fromkeys(header))
+                    row = _arrow_values(one, place, header) if chosen else Row(place, dict.fromkeys(header))
                     expanded += 64 + (_size(row.values) if isinstance(row, Row) else 0)
                     if expanded > limit:
                         raise _expands("A parquet file", place, expanded, limit)
@@ -259,7 +259,7 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
         raise DataError(rule, f"{path}: {error}", "Copy or download it again.") from error
 
 
-def _arrow_values(row: Any, place: str) -> Row | DataError:
+def _arrow_values(row: Any, place: str, header: Sequence[str]) -> Row | DataError:
     """A row of a batch that has one; the error where Python has no value for what is in it."""
     try:
         (values,) = row.to_pylist(maps_as_pydicts="strict")
@@ -268,7 +268,7 @@ def _arrow_values(row: Any, place: str) -> Row | DataError:
     except (ValueError, OverflowError, KeyError) as error:
         rule = "In a parquet file times are of the years 1 to 9999, and names of a struct or map differ."
         return DataError(rule, f"{place}: {error}", "Correct or remove the row, or write times as text.")
-    return Row(place, arrow_row(values))
+    return Row(place, arrow_row(values, header))
 
 
 def _batches(rows: Any, columns: Sequence[str], path: Path, limit: int) -> Iterator[Any]:
@@ -284,13 +284,13 @@ def _batches(rows: Any, columns: Sequence[str], path: Path, limit: int) -> Itera
         yield from rows.iter_batches(batch, row_groups=[group], columns=[*columns])
 
 
-def arrow_row(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of arrow's, all columns with it, also where they are null.
+def arrow_row(values: Mapping[str, Any], header: Iterable[str]) -> dict[str, Any]:
+    """A row of arrow's with all columns of a header, also where they are null or were not read.
 
     Within a column are no nulls: arrow gives every struct in it the fields of all. Dates and times, which
     JSON has none of, are text.
     """
-    return {name: _as_json(value) for name, value in values.items()}
+    return {name: _as_json(values.get(name)) for name in header}
 
 
 def _as_json(value: Any) -> Any:

@@ -238,6 +238,7 @@ def test_parquet_without_texts_is_refused_by_what_it_has(tmp_path):
         ({"text": [{"a": "b"}]}, "of type dict"),
         ({"text": arrow.nulls(2)}, "text in it"),
         ({"body": ["a"], "n": [1]}, "columns body, n"),
+        ({"prompt": ["a"], "chosen": ["b"], "n": [1]}, "columns prompt, chosen, n"),
         ({"text": cut}, r"a\.parquet\[1\]: invalid start byte"),
     ):
         parquet.write_table(arrow.table(columns), path)

@@ -115,7 +115,7 @@ def refuse_unusable(directory: Path, *, in_bucket: bool = False) -> None:
         if not place.is_dir():
             found = f"{place} is a {kind}" + (" that leads to no directory" if kind == "link" else "")
         elif not os.access(place, os.R_OK | os.W_OK | os.X_OK):
-            found = f"{place}: {os.strerror(errno.EACCES)}"
+            found = f"{place}: no permission to write there, or a file system that is read-only"
         else:
             return
     except OSError as error:

@@ -9,7 +9,7 @@ import pytest
 from flax import linen, nnx
 
 from hylorada_jax.config import HyLoRADAConfig
-from hylorada_jax.errors import ConfigError, ModelError, TargetError
+from hylorada_jax.errors import ConfigError, DataError, ModelError, TargetError
 from hylorada_jax.leaves import KINDS
 from hylorada_jax.modules import linear as linen_layers
 from hylorada_jax.nnx import (
@@ -308,6 +308,10 @@ def test_positions_are_found_among_whatever_a_call_takes():
         counted = net(x)
     np.testing.assert_array_equal(net(x), counted)
     assert np.abs(expected - counted).max() > 1e-4
+    with pytest.raises(
+        DataError, match=r"positions of the model's call: shape \(2, 3, 4\)[\s\S]*another name"
+    ):
+        net(x, positions=x)  # coordinates, perhaps
 
 
 class Words(nnx.Module):

@@ -191,7 +191,8 @@ def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) ->
     given = _GIVEN.get() or Tokens()
     bound = inspect.signature(call).bind(None, *arguments, **options)
     named = bound.arguments | bound.kwargs  # those of **kwargs too
-    own = next((named[name] for name in _POSITIONS if named.get(name) is not None), None)
+    found = ((name, named[name]) for name in _POSITIONS if named.get(name) is not None)
+    name, own = next(found, ("", None))
     arrays = [value for value in (*bound.args, *bound.kwargs.values()) if getattr(value, "ndim", 0) >= 2]
     if not arrays:
         return given, False
@@ -200,7 +201,13 @@ def tokens_of(call: Any, arguments: tuple[Any, ...], options: dict[str, Any]) ->
     if counted := positions is None:
         positions = jnp.arange(shape[1])
     positions = _in_rows(jnp.asarray(positions), shape)
-    check_positions(positions, shape)
+    try:
+        check_positions(positions, shape)
+    except DataError as error:
+        if given.position_ids is not None:
+            raise
+        remedy = f"{error.remedy} An argument that means something else needs another name."
+        raise DataError(error.rule, f"{name} of the model's call: {error.received}", remedy) from None
     return given._replace(position_ids=positions), counted
 
 

@@ -1,5 +1,7 @@
 """Modules are known by their classes: flax's, subclasses, registered ones, and no look-alikes."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -162,6 +164,12 @@ def test_all_linear_says_what_it_leaves_out_by_its_name_and_that_can_be_named():
     assert site.names == ("fc",)
     sites = plan(modules, HyLoRADAConfig(method="lora", target_modules=("all-linear", "score")))
     assert [site.names for site in sites] == [("fc",), ("score",)]
+
+
+def test_where_no_layer_is_known_the_error_names_what_there_is():
+    modules = find(functools.partial(nn.Einsum, (WIDTH, 4), "nd,do->no"))
+    with pytest.raises(TargetError, match=r"without any; it has layer0 \(Einsum\)"):
+        plan(modules, HyLoRADAConfig(method="lora", target_modules="all-linear"))
 
 
 @pytest.mark.parametrize("network", [nn.Dense(3), nn.Sequential([nn.Dense(3), nn.BatchNorm(True)])])

@@ -150,7 +150,7 @@ def _everywhere(component: Component, module: Module, shapes: Shapes) -> Site:
 
 def _linear_sites(modules: Modules, config: HyLoRADAConfig, kind: Kind) -> list[Site]:
     names = modules.linear_names
-    selected = select_targets(names, config, heads=not modules.of_base)
+    selected = select_targets(names, config, heads=not modules.of_base, others=modules.others)
     every = ALL_LINEAR in (config.target_modules or ())
     if every and not modules.of_base and (left := left_out(set(names).difference(selected))):
         warnings.warn(

@@ -14,11 +14,14 @@ from hylorada_jax.errors import TargetError
 from hylorada_jax.models.families import CROSS_ATTENTIONS, HEADS, MLP_OUTPUTS, ROLES, ROUTERS
 from hylorada_jax.surgery.patterns import matches
 from hylorada_jax.surgery.short_patterns import patterns_of
+from hylorada_jax.text import short
 
 ALL_LINEAR = "all-linear"
 
 
-def select_targets(names: Sequence[str], config: HyLoRADAConfig, *, heads: bool = False) -> list[str]:
+def select_targets(
+    names: Sequence[str], config: HyLoRADAConfig, *, heads: bool = False, others: Sequence[str] = ()
+) -> list[str]:
     """The names of the layers to adapt, in the order of ``names``.
 
     A pattern matches a layer by its full name, by the end of its name after a dot ("q_proj" matches
@@ -29,6 +32,7 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig, *, heads: bool 
         names: the full names of all linear layers of a model.
         config: its ``target_modules``, ``exclude_modules`` and ``roles`` are read.
         heads: whether what has the name of an output head may be adapted, where it is named.
+        others: what the error names where there are no layers: modules that nothing can be attached to.
 
     Returns:
         The selected names.
@@ -46,8 +50,8 @@ def select_targets(names: Sequence[str], config: HyLoRADAConfig, *, heads: bool 
     if targets and not names:
         raise TargetError(
             "A model to adapt has linear layers of a class that is known.",
-            "a model without any",
-            "In Flax, make the class of its linear layers known by hylorada_jax.register_linear.",
+            "a model without any" + (f"; it has {short(others)}" if others else ""),
+            "In Flax, make the class of its linear layers known by register_linear, in NNX by register_einsum.",
         )
     chosen: set[str] = set().union(*_matching(targets, names))
     chosen -= set().union(*_matching(config.exclude_modules, names))
@@ -297,8 +301,8 @@ def _endings(names: Sequence[str]) -> list[str]:
 
 def _suggestion(pattern: str, names: Sequence[str]) -> str:
     endings = _endings(names)
-    short = sorted({ending.rsplit(".", 1)[-1] for ending in endings})
-    near = difflib.get_close_matches(pattern, sorted({*short, *endings}), n=5, cutoff=0.5)
+    lasts = {ending.rsplit(".", 1)[-1] for ending in endings}
+    near = difflib.get_close_matches(pattern, sorted({*lasts, *endings}), n=5, cutoff=0.5)
     return (
         f"Near matches: {', '.join(near)}. " if near else ""
     ) + f"The model's linear layers: {', '.join(endings)}."
