@@ -327,7 +327,11 @@ _OF_JAX = [
         ("middle rounded up", "- seq_len // 2", "- (seq_len + 1) // 2"),
         ("|freq_scale| without its modulus", 'jnp.abs(leaves["freq_scale"])', 'leaves["freq_scale"]'),
         ("frequencies by D", "np.arange(count) / count", "np.arange(count) / (2 * count)"),
-        ("structure ids wrap", 'structure_ids, axis=0, mode="clip"', 'structure_ids, axis=0, mode="wrap"'),
+        (
+            "structure ids wrap",
+            'looked_up(leaves["structure_embeddings"], structure_ids)',
+            'looked_up(ids := leaves["structure_embeddings"], structure_ids % len(ids))',
+        ),
         ("ε of the norm", "NORM_EPSILON = 1e-5", "NORM_EPSILON = 1e-6"),
         ("gate without its sigmoid", 'jax.nn.sigmoid(leaves["gate"])', 'leaves["gate"]'),
     ),

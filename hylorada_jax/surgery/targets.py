@@ -51,7 +51,7 @@ def select_targets(
         raise TargetError(
             "A model to adapt has linear layers of a class that is known.",
             "a model without any" + (f"; it has {short(others)}" if others else ""),
-            "In Flax, make the class of its linear layers known by register_linear, in NNX by register_einsum.",
+            "In Flax, make the class of its linear layers known: register_linear, or register_einsum in NNX.",
         )
     chosen: set[str] = set().union(*_matching(targets, names))
     chosen -= set().union(*_matching(config.exclude_modules, names))
