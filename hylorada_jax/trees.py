@@ -14,6 +14,9 @@ COLLECTION = "hylorada"
 Tree: TypeAlias = Mapping[str, Any]
 """A nested mapping of any kind, or one node of a tree."""
 
+TreePath: TypeAlias = tuple[str, ...]
+"""The keys that lead to a leaf or a node."""
+
 Params: TypeAlias = dict[str, Any]
 """The base's parameters: W, biases, embeddings, norms."""
 

@@ -70,6 +70,20 @@ def test_peft_wraps_what_was_exported_for_its_task(family, wrapper, tmp_path):
     assert json.loads((tmp_path / CONFIG_NAME).read_text())["base_model_name_or_path"] == model.base.name
 
 
+def test_alpha_goes_into_the_file_as_it_was_set(tmp_path):
+    config = HyLoRADAConfig(
+        method="lora",
+        lora_rank=2,
+        use_rslora=True,
+        target_modules=("q_proj", "v_proj"),
+        alpha_pattern={"q_proj": 7},
+    )
+    export_peft(adapted("llama", config, "float32"), tmp_path)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["alpha_pattern"] == {
+        "q_proj": 7
+    }  # 7/√2·√2 is not
+
+
 TOKENWISE: dict[str, Any] = {
     "daa": ("llama", CONFIGS["lorada"]),
     "sparse": ("llama", dataclasses.replace(CONFIGS["dora"], sparse_enabled=True, sparse_adapter_dim=4)),

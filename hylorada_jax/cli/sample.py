@@ -4,14 +4,13 @@ import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hylorada_jax.cli.prompts import chat_of, prompt_of, with_answer
+from hylorada_jax.cli.sampling import PROMPT_TOKENS
 from hylorada_jax.data.examples import Conversation
 from hylorada_jax.errors import DataError
 from hylorada_jax.structure.code import Domain
 
 if TYPE_CHECKING:
     from hylorada_jax.models.tokenizer import Tokenizer
-
-_NEW_TOKENS = 64
 
 
 class Sample(NamedTuple):
@@ -100,9 +99,9 @@ def room(length: int, limit: int | None) -> tuple[int, int]:
         >>> room(8, None), room(8, 40), room(100, 40), room(40, 40)
         ((8, 64), (8, 32), (20, 20), (20, 20))
     """
-    if limit is None or length + _NEW_TOKENS <= limit:
-        return length, _NEW_TOKENS
+    if limit is None or length + PROMPT_TOKENS <= limit:
+        return length, PROMPT_TOKENS
     if length < limit:
         return length, limit - length
-    new = min(_NEW_TOKENS, -(-limit // 2))
+    new = min(PROMPT_TOKENS, -(-limit // 2))
     return limit - new, new

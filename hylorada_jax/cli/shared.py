@@ -77,11 +77,10 @@ def base_of(adapter: "Path | SavedAdapter | None", given: str | None) -> str:
     """
     if given is not None or adapter is None:
         return given or PACKAGED_MODEL
-    from hylorada_jax.io.hub import is_hub_name
     from hylorada_jax.saved.saved_adapter import base_name
 
     name = base_name(adapter)
-    place = ", from the Hugging Face Hub" if is_hub_name(name) else ""
+    place = ", from the Hugging Face Hub" if hub.is_hub_name(name) else ""
     remark(f"base model from the adapter: {one_line(name)}{place}")
     if not place and name != PACKAGED_MODEL and not os.path.exists(user_path(name)):
         raise ModelError(

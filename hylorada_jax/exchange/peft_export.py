@@ -28,6 +28,7 @@ from hylorada_jax.surgery.merge import live_parts
 from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.short_patterns import patterns_of, shortest_targets
+from hylorada_jax.surgery.targets import layer_alphas
 from hylorada_jax.text import short
 
 
@@ -201,12 +202,10 @@ def _settings(model: HyLoRADAModel, linear: list[Site], whole: list[str]) -> dic
     """What PEFT's LoraConfig is made from."""
     config, kinds = model.config, {site.linear.kernel_is_out_in for site in linear}
     theirs = names_in_peft(model.base.inside)
-    ranks = {theirs(name): rank for site in linear for name, rank in zip(site.names, site.ranks, strict=True)}
-    scales = {theirs(name): s for site in linear for name, s in zip(site.names, site.scales, strict=True)}
-    alphas = {
-        name: _alpha(scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name]), config)
-        for name, scale in scales.items()
-    }
+    own = {name: rank for site in linear for name, rank in zip(site.names, site.ranks, strict=True)}
+    ranks = {theirs(name): rank for name, rank in own.items()}
+    found = layer_alphas(own, model.linear_names, config)
+    alphas = {theirs(name): _alpha(alpha, config) for name, alpha in found.items()}
     return {
         "peft_type": "LORA",
         "task_type": family_of(model.base.config.model_type).task,
@@ -246,7 +245,7 @@ def _is_dora(config: HyLoRADAConfig) -> bool:
 
 
 def _alpha(found: float, config: HyLoRADAConfig) -> float | int:
-    """α as it was set: s·r is it to rounding."""
+    """α as it was set: in its ratio to the rank it is that to rounding."""
     return _plain(config.lora_alpha if math.isclose(found, config.lora_alpha, rel_tol=1e-12) else found)
 
 

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hylorada_jax.math.pattern import Pattern
+from hylorada_jax.math.scaled_sum import nonzero
 from hylorada_jax.placement.axes import TENSOR
 
-# The segment of padding, and of what fills rows up to whole blocks; documents count from 0.
+# The segment of padding, and of what fills rows up to whole blocks; documents have numbers from 0 on.
 FILLING = -1
 
 
@@ -97,8 +98,7 @@ def _scaled(
 
 
 def _scaled_forward(query: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
-    # Of a scale of 0 the product would not tell what was scaled.
-    scale = jnp.where(jnp.abs(scale) < 1e-30, 1e-30, scale)[:, None, None]
+    scale = nonzero(scale)[:, None, None]
     product = (query * scale).astype(query.dtype)
     return product, (product, scale)
 

@@ -63,7 +63,7 @@ def relative_buckets() -> UInt[np.ndarray, " offset"]:
     """
     offset = np.arange(1 - MAX_DISTANCE, MAX_DISTANCE)
     side = NUM_BUCKETS // 2
-    return (_distance_buckets(offset, side, 0.0) + side * (offset < 0)).astype(np.uint8)
+    return (distance_buckets(offset, side) + side * (offset < 0)).astype(np.uint8)
 
 
 @functools.cache
@@ -86,14 +86,16 @@ def structure_buckets(num_buckets: int = NUM_BUCKETS) -> UInt[np.ndarray, " offs
     Source: method.md §2.
     """
     offset = np.arange(1 - MAX_DISTANCE, MAX_DISTANCE)
-    buckets = _distance_buckets(offset, num_buckets, 1e-6) + num_buckets * (offset >= 0)
+    buckets = distance_buckets(offset, num_buckets, 1e-6) + num_buckets * (offset >= 0)
     return buckets.astype(np.min_scalar_type(2 * num_buckets))
 
 
-def _distance_buckets(offset: np.ndarray, count: int, nudge: float) -> np.ndarray:
-    # One bucket per distance up to half of the count, then logarithmically wider ones.
+def distance_buckets(
+    offset: np.ndarray, count: int, nudge: float = 0.0, max_distance: int = MAX_DISTANCE
+) -> np.ndarray:
+    """One bucket per distance up to half of the count, then logarithmically wider ones."""
     distance, exact = np.abs(offset), count // 2
-    ratio = np.log(np.maximum(distance / exact, 1.0) + nudge) / np.log(MAX_DISTANCE / exact)
+    ratio = np.log(np.maximum(distance / exact, 1.0) + nudge) / np.log(max_distance / exact)
     far = exact + np.floor(ratio * (count - exact))
     return np.where(distance < exact, distance, np.minimum(far, count - 1))
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from hylorada_jax.math.own_derivative import called
 from hylorada_jax.math.remat import named_output
 
-# In place of a c of 0, of which y would not tell what was scaled.
+# In place of a scale of 0.
 _LEAST = 1e-30
 
 
@@ -61,13 +61,23 @@ def rounded(x: Float[Array, "*any"], dtype: DTypeLike) -> Float[Array, "*any"]:
     return jax.lax.optimization_barrier(narrow) if narrow.dtype.itemsize < 4 else narrow
 
 
+def nonzero(scale: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """A scale by which its product can be divided, to tell what was scaled.
+
+    Example:
+        >>> nonzero(jnp.array([2.0, 0.0])).tolist()[0]
+        2.0
+    """
+    return jnp.where(jnp.abs(scale) < _LEAST, _LEAST, scale)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled_sum(written: bool, base: Array, delta: Array, scale: Array) -> Array:
     return _forward(written, base, delta, scale)[0]
 
 
 def _forward(written: bool, base: Array, delta: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
-    scale = jnp.where(jnp.abs(scale) < _LEAST, _LEAST, scale)
+    scale = nonzero(scale)
     y = base.astype(delta.dtype) + delta
     y = y * scale
     y = named_output(rounded(y, base.dtype) if written else y.astype(base.dtype))

@@ -14,6 +14,8 @@ from hylorada_jax.text import cut
 
 TEMPLATE_NAME = "chat_template.jinja"
 """The file of a template beside a tokenizer's, as transformers names it."""
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
+"""Those of further templates, by whose names they are called."""
 MAX_TEMPLATE = 2**18
 """The characters of a template: ten times the longest that is known."""
 OF_THE_CONVERSATION = ("messages", "tools", "add_generation_prompt")

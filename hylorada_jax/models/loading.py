@@ -36,14 +36,13 @@ from hylorada_jax.models.stacks import names_in_stack
 from hylorada_jax.models.weights import (
     SafetensorsWeights,
     Slot,
-    TreePath,
     Weights,
     check_match,
     check_tied,
     load_tree,
 )
 from hylorada_jax.placement.placement import Placement
-from hylorada_jax.trees import is_quantized
+from hylorada_jax.trees import TreePath, is_quantized
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel

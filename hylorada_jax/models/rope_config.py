@@ -79,7 +79,7 @@ _KINDS: dict[str, type[Struct]] = {
 }  # fmt: skip
 _FORMERLY = {"su": "longrope"}
 _TYPES = ("rope_type", "type")
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +160,9 @@ class RopeScaling:
                 "Take a version of the model with one of these, or set rope_scaling to null for short texts.",
             )
         if kind in ("llama3", "yarn", "longrope"):
-            given[_ORIGINAL] = original or given.get(_ORIGINAL, max_positions)
-        elif given.get(_ORIGINAL) == max_positions:
-            del given[_ORIGINAL]  # says nothing new; transformers would ignore another number
+            given[ORIGINAL] = original or given.get(ORIGINAL, max_positions)
+        elif given.get(ORIGINAL) == max_positions:
+            del given[ORIGINAL]  # says nothing new; transformers would ignore another number
         if kind == "yarn" and "truncate" in (raw or {}):
             given.setdefault("truncate", False)
         takes = ", ".join(_KINDS[kind].__struct_fields__)
@@ -238,7 +238,7 @@ def _longrope(keys: _LongRope, max_positions: int) -> dict[str, Any]:
     stretch = max_positions / original
     own = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return {
-        _ORIGINAL: original,
+        ORIGINAL: original,
         "attention_factor": keys.attention_factor or own,
         "short_factors": tuple(keys.short_factor),
         "long_factors": tuple(keys.long_factor),
@@ -257,7 +257,7 @@ def _yarn(keys: _Yarn, max_positions: int) -> dict[str, Any]:
     if keys.mscale and keys.mscale_all_dim:
         attention_factor = temperature(keys.mscale) / temperature(keys.mscale_all_dim)
     return {
-        _ORIGINAL: keys.original_max_position_embeddings,
+        ORIGINAL: keys.original_max_position_embeddings,
         "factor": factor,
         "beta_fast": keys.beta_fast or 32.0,
         "beta_slow": keys.beta_slow or 1.0,

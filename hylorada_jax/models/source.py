@@ -15,6 +15,7 @@ from hylorada_jax.io.bucket import url_of
 from hylorada_jax.io.files import user_path
 from hylorada_jax.io.reading import NOT_YOURS, checked, read_json
 from hylorada_jax.models.bounds import REMEDY, RULE
+from hylorada_jax.models.chat_template import MORE_TEMPLATES, TEMPLATE_NAME
 from hylorada_jax.models.gguf import gguf_config
 from hylorada_jax.models.gguf_header import GGUFFile, read_gguf
 from hylorada_jax.models.inside import file_inside, files_inside
@@ -23,7 +24,7 @@ from hylorada_jax.models.text_part import text_config, text_name
 from hylorada_jax.models.weights import tensor_names
 from hylorada_jax.terminal import one_line, say_once
 
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+TEMPLATE_FILES = (TEMPLATE_NAME, "chat_template.json", MORE_TEMPLATES)
 # What a model directory holds beside its weights and config.json, and what a merged model takes along: the
 # tokenizer in all its formats, the chat templates, and the settings of generation and of a processor.
 SMALL_FILES = (

@@ -15,11 +15,10 @@ from itertools import groupby
 from typing import NamedTuple
 
 from hylorada_jax.models.decoder_config import DecoderConfig
+from hylorada_jax.trees import TreePath
 
 LAYERS = ("model", "layers")
 """Where the layers are in the parameter tree."""
-
-Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Stack:
     """
 
     index: int
-    path: Path
+    path: TreePath
     config: DecoderConfig
     numbers: tuple[int, ...]
     together: int
@@ -107,7 +106,7 @@ def stacks_of(config: DecoderConfig) -> tuple[Stack, ...]:
     return tuple(stack for part in parts_of(config) for stack in part.stacks)
 
 
-def layer_numbers(config: DecoderConfig) -> dict[Path, tuple[int, ...]]:
+def layer_numbers(config: DecoderConfig) -> dict[TreePath, tuple[int, ...]]:
     """The numbers of the layers in each stack, by its path.
 
     Example:
@@ -118,7 +117,7 @@ def layer_numbers(config: DecoderConfig) -> dict[Path, tuple[int, ...]]:
     return {stack.path: stack.numbers for stack in stacks_of(config)}
 
 
-def names_in_stack(path: Path, numbers: Mapping[Path, tuple[int, ...]]) -> tuple[str, ...] | None:
+def names_in_stack(path: TreePath, numbers: Mapping[TreePath, tuple[int, ...]]) -> tuple[str, ...] | None:
     """HF's names of a module, or a leaf, of stacked layers; None of one that is in no stack.
 
     Args:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from hylorada_jax.errors import ModelError
-from hylorada_jax.models.chat_template import TEMPLATE_NAME
+from hylorada_jax.models.chat_template import MORE_TEMPLATES, TEMPLATE_NAME
 from hylorada_jax.models.families import family_of
 from hylorada_jax.models.inside import file_inside, files_inside
 from hylorada_jax.models.tokenizer_backend import read_backend, refusing
@@ -224,7 +224,7 @@ def _as_token(token: Any, special: bool = True) -> AddedToken:
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     """Of files of their own, where there are any, else of tokenizer_config.json: one, or several by name."""
-    files = files_inside(path, TEMPLATE_NAME, "additional_chat_templates/*.jinja")
+    files = files_inside(path, TEMPLATE_NAME, MORE_TEMPLATES)
     if files:
         found = {"default" if file.parent == path else file.stem: read_text(file) for file in files}
         return found["default"] if found.keys() == {"default"} else found

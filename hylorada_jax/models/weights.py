@@ -19,6 +19,7 @@ from hylorada_jax.io.safetensors_header import read_header
 from hylorada_jax.models.text_part import text_name
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.text import short
+from hylorada_jax.trees import TreePath
 
 _MAX_AXES = 8
 _RULE = "A safetensors file must be complete and well formed."
@@ -26,7 +27,6 @@ _REMEDY = "The file is truncated or damaged: download it again."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 _T = TypeVar("_T")
-TreePath = tuple[str, ...]
 Part = tuple[slice, ...]
 """A slice along each axis of a tensor; an empty one is all of it."""
 # Constants that old checkpoints carry as tensors, and transformers computes: masks, positions, frequencies.

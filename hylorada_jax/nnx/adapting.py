@@ -34,9 +34,9 @@ from hylorada_jax.nnx.streams import check_streams
 from hylorada_jax.nnx.variables import AdapterParam
 from hylorada_jax.structure.code import Domain
 from hylorada_jax.surgery import build
-from hylorada_jax.surgery.modules import Modules, Path, subtree, with_leaves
+from hylorada_jax.surgery.modules import Modules, subtree, with_leaves
 from hylorada_jax.surgery.plan import Site, plan
-from hylorada_jax.trees import Adapters, Constants
+from hylorada_jax.trees import Adapters, Constants, TreePath
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
@@ -145,7 +145,9 @@ def adapt(model: _Model, config: HyLoRADAConfig, rngs: nnx.Rngs) -> _Model:
     return model
 
 
-def plan_on(model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping[Path, Found]) -> Adaptation:
+def plan_on(
+    model: Any, config: HyLoRADAConfig, modules: Modules, found: Mapping[TreePath, Found]
+) -> Adaptation:
     """What a config adapts in a model that is not adapted; changes nothing.
 
     Errors: as :func:`adapt`.
@@ -224,7 +226,9 @@ def check_rngs(rngs: Any, adaptation: Adaptation, *streams: str) -> None:
     check_streams(rngs, *streams)
 
 
-def _refuse_closed(model: Any, modules: Modules, found: Mapping[Path, Found], config: HyLoRADAConfig) -> None:
+def _refuse_closed(
+    model: Any, modules: Modules, found: Mapping[TreePath, Found], config: HyLoRADAConfig
+) -> None:
     """Refuses what acts in attention, where the model's does not let it in."""
     roles = {found[attention.path].kind.role for attention in modules.attentions}
     refused = []
@@ -253,10 +257,10 @@ def _refuse_closed(model: Any, modules: Modules, found: Mapping[Path, Found], co
 
 
 def _refuse_taken(
-    model: Any, config: HyLoRADAConfig, sites: Sequence[Site], found: Mapping[Path, Found]
+    model: Any, config: HyLoRADAConfig, sites: Sequence[Site], found: Mapping[TreePath, Found]
 ) -> None:
     """Refuses attributes of the author's with the names of what adapters, or :func:`resolve`, put there."""
-    new: list[tuple[Path, Any, Iterable[str]]] = [((), model, ["hylorada"])]
+    new: list[tuple[TreePath, Any, Iterable[str]]] = [((), model, ["hylorada"])]
     for site in sites:
         leaves = site.leaves if site.component in ("linear", "sparse") else ()
         resolved = [name for leaf in leaves if (name := leaf_of(site.component, leaf).resolved)]
@@ -276,14 +280,14 @@ def own_attributes(site: Site) -> tuple[str, ...]:
     return {"unfrozen": (), STRUCTURE_ENCODER: (STRUCTURE_ENCODER,)}.get(site.component, site.leaves)
 
 
-def module_of(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
+def module_of(model: Any, found: Mapping[TreePath, Found], site: Site) -> Any:
     """The module that a site's leaves lie in; for what serves the whole model that is the model."""
     return model if site.component in _OF_THE_MODEL else found[site.module.path].module
 
 
 def changed_modules(
-    config: HyLoRADAConfig, sites: Sequence[Site], found: Mapping[Path, Found]
-) -> dict[Path, Found]:
+    config: HyLoRADAConfig, sites: Sequence[Site], found: Mapping[TreePath, Found]
+) -> dict[TreePath, Found]:
     """The modules whose calls adapters change: those of the sites, and all attention where it is adapted."""
     paths = {site.module.path for site in sites}
     in_attention = _in_attention(config)
@@ -298,7 +302,7 @@ def _in_attention(config: HyLoRADAConfig) -> bool:
     return bool(config.daa_enabled or config.s2_attn_enabled)
 
 
-def _holder(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
+def _holder(model: Any, found: Mapping[TreePath, Found], site: Site) -> Any:
     """What has a site's leaves as its attributes: the module, or in it the structure encoder."""
     module = module_of(model, found, site)
     return module.structure_encoder if site.component == STRUCTURE_ENCODER else module
@@ -307,7 +311,7 @@ def _holder(model: Any, found: Mapping[Path, Found], site: Site) -> Any:
 def attach(
     model: Any,
     adaptation: Adaptation,
-    found: Mapping[Path, Found],
+    found: Mapping[TreePath, Found],
     adapters: Adapters,
     rngs: nnx.Rngs | None,
 ) -> None:
@@ -367,7 +371,7 @@ def known_adaptation(module: Any) -> Adaptation | None:
     return found if isinstance(found, Adaptation) else None
 
 
-def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
+def adaptation_of(model: Any) -> tuple[Adaptation, dict[TreePath, Found]]:
     """What :func:`adapt` has done to a model; a ModelError where it has not."""
     found = find_modules(model)[1]
     if (adaptation := known_adaptation(model)) is None:
@@ -385,9 +389,9 @@ def adaptation_of(model: Any) -> tuple[Adaptation, dict[Path, Found]]:
     return adaptation, found
 
 
-def adapters_of(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> Adapters:
+def adapters_of(model: Any, adaptation: Adaptation, found: Mapping[TreePath, Found]) -> Adapters:
     """The adapters of a model, as the tree of the surgery; a ModelError for layers stacked afterwards."""
-    leaves: dict[Path, dict[str, Array]] = {}
+    leaves: dict[TreePath, dict[str, Array]] = {}
     for site in adaptation.sites:
         module = _holder(model, found, site)
         own = {leaf: getattr(module, leaf)[...] for leaf in site.leaves}
@@ -403,7 +407,7 @@ def adapters_of(model: Any, adaptation: Adaptation, found: Mapping[Path, Found])
     return tree_of(leaves)
 
 
-def tree_of(leaves: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+def tree_of(leaves: Mapping[TreePath, Mapping[str, Any]]) -> dict[str, Any]:
     """The leaves of modules by path, as the nested tree of the surgery."""
     tree: dict[str, Any] = {}
     for path, node in leaves.items():

@@ -13,7 +13,8 @@ from hylorada_jax.nnx.adapted import plain_class
 from hylorada_jax.nnx.kinds import ATTENTIONS, Contraction, Kind, axes_of, contraction, kind_of
 from hylorada_jax.nnx.peers import names_of
 from hylorada_jax.nnx.quantized import numbers, value_of
-from hylorada_jax.surgery.modules import Attention, Holder, Linear, Modules, Path, layer_names
+from hylorada_jax.surgery.modules import Attention, Holder, Linear, Modules, layer_names
+from hylorada_jax.trees import TreePath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Found:
         return flat | {"kernel": kernel}
 
 
-def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
+def find_modules(model: Any) -> tuple[Modules, dict[TreePath, Found]]:
     """The modules of a model that a component can attach to; a shared one once, by its first path.
 
     Args:
@@ -75,12 +76,12 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
             type(model).__name__,
             "Give the NNX model itself. A Linen model is adapted by hylorada_jax.HyLoRADAModel.",
         )
-    found: dict[Path, Found] = {}
+    found: dict[TreePath, Found] = {}
     linears: list[Linear] = []
     embeddings: list[Holder] = []
     norms: list[Holder] = []
     others: list[str] = []
-    attentions: dict[Path, Found] = {}
+    attentions: dict[TreePath, Found] = {}
     named = names_of(model)
     modules = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model, graph=True)}
     wrappers = [
@@ -140,7 +141,7 @@ def find_modules(model: Any) -> tuple[Modules, dict[Path, Found]]:
     return parts, found | attentions
 
 
-def _attention(path: Path, here: Found, linears: list[Linear]) -> Attention:
+def _attention(path: TreePath, here: Found, linears: list[Linear]) -> Attention:
     """An attention module, which is stacked as the layers in it are, or those beside the model's own."""
     beside = [linear for linear in linears if linear.path[: len(path)] == path]
     beside = beside or [linear for linear in linears if linear.path[:-1] == path[:-1]]
@@ -149,7 +150,7 @@ def _attention(path: Path, here: Found, linears: list[Linear]) -> Attention:
     return Attention(path, (".".join(path),), False, here.module.num_heads)
 
 
-def _names(path: Path, module: Any, shape: tuple[int, ...], axes: int) -> tuple[tuple[str, ...], bool]:
+def _names(path: TreePath, module: Any, shape: tuple[int, ...], axes: int) -> tuple[tuple[str, ...], bool]:
     """The module's full names, and whether its leaves have an axis of layers in front, as of ``nnx.vmap``."""
     own = _own_shape(module)
     if len(shape) == axes and own in (None, shape):

@@ -27,10 +27,10 @@ from hylorada_jax.nnx.finding import Found
 from hylorada_jax.nnx.quantized import is_quantized
 from hylorada_jax.surgery import build
 from hylorada_jax.surgery import merge as merging
-from hylorada_jax.surgery.modules import Path, subtree
+from hylorada_jax.surgery.modules import subtree
 from hylorada_jax.surgery.plan import Site
 from hylorada_jax.surgery.resolve import resolve
-from hylorada_jax.trees import Adapters
+from hylorada_jax.trees import Adapters, TreePath
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
@@ -98,7 +98,7 @@ def _replace(variable: Any, value: Array) -> None:
     variable.set_value(jax.device_put(value, place) if isinstance(place, NamedSharding) else value)
 
 
-def _refuse_unmergeable(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
+def _refuse_unmergeable(model: Any, adaptation: Adaptation, found: Mapping[TreePath, Found]) -> None:
     paths = {site.module.path for site in adaptation.sites if site.component == "linear"}
     if codes := [".".join(path) for path in sorted(paths) if is_quantized(found[path].kernel)]:
         raise ModelError(
@@ -177,7 +177,7 @@ def unload(model: _Model) -> _Model:
     return model
 
 
-def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> None:
+def _strip(model: Any, adaptation: Adaptation, found: Mapping[TreePath, Found]) -> None:
     """Takes off all that was put on: by what was adapted, for disabled modules have their plain classes."""
     for site in adaptation.sites:
         for name in own_attributes(site):
@@ -191,7 +191,7 @@ def _strip(model: Any, adaptation: Adaptation, found: Mapping[Path, Found]) -> N
     del model.hylorada
 
 
-def _adapted(model: Any, found: Mapping[Path, Found]) -> list[Any]:
+def _adapted(model: Any, found: Mapping[TreePath, Found]) -> list[Any]:
     modules = (model, *(here.module for here in found.values()))
     return [module for module in modules if isinstance(module, Adapted)]
 

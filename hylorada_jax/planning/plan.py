@@ -134,14 +134,15 @@ def plan(
     """
     model = model_of_shapes(base, adapter)
     for mesh in meshes:
-        beside = beside_step(model, placement_on(mesh, devices.chips, base))
+        placement = placement_on(mesh, devices.chips, base)
+        beside = beside_step(model, placement)
         arguments = argument_bytes(base, adapter, mesh, devices.chips)
         least = beside + arguments
         for number in rows:
             for remat in remats:
                 case = Case(mesh, remat, number)
                 if devices.memory is not None and least > devices.memory:
-                    batch = number * placement_on(mesh, devices.chips, base).rows
+                    batch = number * placement.rows
                     figures = Figures(case, batch, argument_bytes=arguments, needed_bytes=least)
                 elif (figures := compiled(case)).refused and figures.temp_bytes is not None:
                     needed = least + figures.temp_bytes

@@ -1,7 +1,8 @@
 """The process that compiles for TPUs: a line of JSON in for each case, and one out.
 
     {"config": …, "adapter": …, "seq_len": …, "topology": …, "base_dtype": …}    once
-    {"mesh": …, "remat": …, "rows": …}    →    {"figures": …} or {"error": [rule, received, remedy]}
+    {"mesh": …, "remat": …, "rows": …, "microbatches": …}    →    {"figures": …}, or
+                                                                  {"error": [rule, received, remedy]}
 
 It is a process of its own because JAX, once it can import libtpu, looks for a TPU.
 """

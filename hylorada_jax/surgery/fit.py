@@ -1,4 +1,4 @@
-"""Whether a config or a saved adapter fits a base model, as shapes can tell: before any weight is read."""
+"""Whether a config fits a base model, as shapes can tell: before any weight is read."""
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError

@@ -23,9 +23,7 @@ from hylorada_jax.models.module_kinds import ModuleKind, kind_of
 from hylorada_jax.models.stacks import names_in_stack
 from hylorada_jax.placement.shards import on_shards
 from hylorada_jax.surgery.targets import is_cross
-from hylorada_jax.trees import Params, Tree, is_quantized
-
-Path = tuple[str, ...]
+from hylorada_jax.trees import Params, Tree, TreePath, is_quantized
 
 # jax's caches answer for one value of it only: with a new one an interceptor sees what was traced before.
 _looked_at = jax.make_user_context(None)
@@ -47,7 +45,7 @@ class Module:
         stacked: the leaves have a leading layer axis, of experts' layers followed by one of experts.
     """
 
-    path: Path
+    path: TreePath
     names: tuple[str, ...]
     stacked: bool
 
@@ -110,7 +108,7 @@ def _at(leaf: Array, layer: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def as_it_lies(kernel: Any, path: Path) -> Any:
+def as_it_lies(kernel: Any, path: TreePath) -> Any:
     """The kernel of a layer, perhaps quantised, in the order of memory that it has among the parameters.
 
     Left to choose, a TPU's compiler turns the kernels of all layers over, in a copy, before a loop over them.
@@ -169,14 +167,14 @@ class Modules:
         return [name for module in self.linears for name in module.names]
 
 
-def subtree(tree: Tree, path: Path) -> Any:
+def subtree(tree: Tree, path: TreePath) -> Any:
     """The node of a nested mapping at a path."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def with_leaves(tree: Tree, path: Path, leaves: Tree) -> dict[str, Any]:
+def with_leaves(tree: Tree, path: TreePath, leaves: Tree) -> dict[str, Any]:
     """The tree with ``leaves`` put into the node at ``path``; the given tree is left as it was.
 
     The leaves that are not replaced are shared with it.
@@ -248,7 +246,7 @@ def find_modules(init: Callable[[Array], Any]) -> Modules:
 
 def _refuse_jitted(init: Callable[[Array], Any]) -> None:
     """Traces twice: the second time jax answers for what is within nn.jit, and no interceptor sees it."""
-    seen: list[set[Path]] = []
+    seen: list[set[TreePath]] = []
 
     def see(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if kind_of(context) is not None:
@@ -279,16 +277,16 @@ class _Called(NamedTuple):
     """
 
     shapes: Any
-    modules: dict[Path, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]]
-    others: dict[Path, str]
+    modules: dict[TreePath, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]]
+    others: dict[TreePath, str]
     take_positions: bool
 
 
 def _called(init: Callable[[Array], Any]) -> _Called:
-    modules: dict[Path, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]] = {}
-    others: dict[Path, str] = {}
-    taking: set[Path] = set()
-    wrapped: list[tuple[Path, str]] = []
+    modules: dict[TreePath, tuple[nn.Module, ModuleKind, dict[str, tuple[int, ...]]]] = {}
+    others: dict[TreePath, str] = {}
+    taking: set[TreePath] = set()
+    wrapped: list[tuple[TreePath, str]] = []
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if takes_positions(context.orig_method):
@@ -329,7 +327,7 @@ def _refuse_other_trees(called: _Called) -> None:
         )
 
 
-def _found(init: Callable[[Array], Any], layer_numbers: Mapping[Path, tuple[int, ...]]) -> Modules:
+def _found(init: Callable[[Array], Any], layer_numbers: Mapping[TreePath, tuple[int, ...]]) -> Modules:
     called = _called(init)
     _refuse_other_trees(called)
     linears: list[Linear] = []
@@ -377,7 +375,7 @@ def modules_of(base: BaseModel) -> Modules:
 
 
 def _wrongly_stacked(
-    module: nn.Module, kernel: tuple[int, ...], leaves: Mapping[Path, tuple[int, ...]]
+    module: nn.Module, kernel: tuple[int, ...], leaves: Mapping[TreePath, tuple[int, ...]]
 ) -> ConfigError:
     return ConfigError(
         f"Layers under nn.scan or nn.vmap are a submodule named {SCANNED}, with parameters along axis 0.",
@@ -407,7 +405,7 @@ def _sizes(module: nn.Module, own: Mapping[str, tuple[int, ...]], out_in: bool) 
     return (kernel[1], kernel[0]) if out_in else (kernel[0], kernel[1])
 
 
-def _leaves(shapes: Any, path: Path) -> dict[Path, tuple[int, ...]]:
+def _leaves(shapes: Any, path: TreePath) -> dict[TreePath, tuple[int, ...]]:
     """The leaves below a path, {path from there: shape}."""
     try:
         below = jax.tree_util.tree_flatten_with_path(subtree(shapes, path))[0]
@@ -417,9 +415,9 @@ def _leaves(shapes: Any, path: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def _names(
-    path: Path,
-    leaves: Mapping[Path, tuple[int, ...]],
-    layer_numbers: Mapping[Path, tuple[int, ...]],
+    path: TreePath,
+    leaves: Mapping[TreePath, tuple[int, ...]],
+    layer_numbers: Mapping[TreePath, tuple[int, ...]],
     is_whole: bool,
 ) -> tuple[tuple[str, ...], bool]:
     """The module's full names, and whether its leaves are stacked.
@@ -435,7 +433,7 @@ def _names(
     return layer_names(path, next(iter(leaves.values()))[0]), True
 
 
-def layer_names(path: Path, depth: int) -> tuple[str, ...]:
+def layer_names(path: TreePath, depth: int) -> tuple[str, ...]:
     """The full names of a module of stacked layers, whose path has no number.
 
     Example:

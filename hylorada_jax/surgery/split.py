@@ -5,17 +5,16 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hylorada_jax.surgery.modules import Path
 from hylorada_jax.surgery.plan import Site
-from hylorada_jax.trees import Tree
+from hylorada_jax.trees import Tree, TreePath
 
 
-def unfrozen_paths(sites: Sequence[Site]) -> list[Path]:
+def unfrozen_paths(sites: Sequence[Site]) -> list[TreePath]:
     """The paths of the leaves that move from the frozen to the trainable tree."""
     return [(*s.module.path, leaf) for s in sites if s.component == "unfrozen" for leaf in s.leaves]
 
 
-def split(tree: Tree, paths: Collection[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(tree: Tree, paths: Collection[TreePath]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tree without some leaves, and a tree of these leaves alone; :func:`join` is the inverse.
 
     Args:

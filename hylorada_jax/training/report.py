@@ -15,6 +15,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from hylorada_jax.errors import CheckpointError
+from hylorada_jax.evaluation.perplexity import perplexity
 from hylorada_jax.io import bucket
 from hylorada_jax.io.files import make_directory, write_figure, write_whole
 from hylorada_jax.io.reading import checked
@@ -208,7 +209,7 @@ def plot_losses(records: Sequence[Record], path: Path) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
         axes.plot(steps, _running_mean(losses), color="tab:blue", linewidth=2, label="training, running mean")
     if held_out:
-        first, last = (math.exp(min(loss, 700)) for _, loss in (held_out[0], held_out[-1]))
+        first, last = (perplexity(loss) for _, loss in (held_out[0], held_out[-1]))
         label = f"held out, perplexity {first:.2f} to {last:.2f}"
         axes.plot(*zip(*held_out, strict=True), color="tab:red", marker="o", linewidth=1, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")

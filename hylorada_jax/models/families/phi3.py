@@ -7,9 +7,7 @@ from msgspec import Meta
 
 from hylorada_jax.models.bounds import Epsilon, Positions, Tokens, Vocabulary, Width
 from hylorada_jax.models.families.family import GGUF, Decoder, Family, Keys, Options, alike
-from hylorada_jax.models.rope_config import partial_rotary_factor
-
-_ORIGINAL = "original_max_position_embeddings"
+from hylorada_jax.models.rope_config import ORIGINAL, partial_rotary_factor
 
 
 class Phi3Keys(Keys, frozen=True, kw_only=True):
@@ -32,7 +30,7 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
     The length that LongRoPE stretches is 4096 tokens where config.json does not say it beside the rope
     parameters: transformers passes over the one among them.
     """
-    said = {_ORIGINAL: 4096, **said, "partial_rotary_factor": partial_rotary_factor(said)}
+    said = {ORIGINAL: 4096, **said, "partial_rotary_factor": partial_rotary_factor(said)}
     for key in ("rope_scaling", "rope_parameters"):
         rope = said.get(key)
         if isinstance(rope, Mapping) and (rope.get("rope_type") or rope.get("type")) == "yarn":
@@ -43,8 +41,8 @@ def settings(said: dict[str, Any]) -> dict[str, Any]:
 def _from_gguf(said: dict[str, Any]) -> dict[str, Any]:
     """Without a window where its length is 0; the length that LongRoPE stretches where config.json has it."""
     found: dict[str, Any] = {"sliding_window": said.get("sliding_window") or None}
-    if original := (said["rope_scaling"] or {}).get(_ORIGINAL):
-        found[_ORIGINAL] = original
+    if original := (said["rope_scaling"] or {}).get(ORIGINAL):
+        found[ORIGINAL] = original
     return found
 
 

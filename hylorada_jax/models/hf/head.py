@@ -9,8 +9,7 @@ from transformers import FlaxPreTrainedModel
 from hylorada_jax.errors import ModelError
 from hylorada_jax.math.loss import logits
 from hylorada_jax.models.families import family_of, flax_of, that_can
-from hylorada_jax.models.weights import TreePath
-from hylorada_jax.trees import COLLECTION
+from hylorada_jax.trees import COLLECTION, TreePath
 
 
 def embedding_path(model: FlaxPreTrainedModel) -> TreePath:

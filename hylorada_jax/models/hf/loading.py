@@ -27,7 +27,6 @@ from hylorada_jax.models.source import Source
 from hylorada_jax.models.weights import (
     CONSTANTS,
     Slot,
-    TreePath,
     Weights,
     check_match,
     check_tied,
@@ -37,6 +36,7 @@ from hylorada_jax.models.weights import (
 from hylorada_jax.placement.placement import Placement
 from hylorada_jax.terminal import brief
 from hylorada_jax.text import short
+from hylorada_jax.trees import TreePath
 
 
 def empty_model(source: Source, dtype: np.dtype) -> FlaxPreTrainedModel:

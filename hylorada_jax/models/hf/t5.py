@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Int
 from transformers.models.t5.modeling_flax_t5 import FlaxT5Attention
 
+from hylorada_jax.math.position import distance_buckets
+
 
 def relative_buckets(
     queries: int, keys: int, *, bidirectional: bool, num_buckets: int, max_distance: int
@@ -39,11 +41,8 @@ def relative_buckets(
     """
     offset = np.arange(keys)[None, :] - np.arange(queries)[:, None]
     side = num_buckets // 2 if bidirectional else num_buckets
-    distance = np.abs(offset) if bidirectional else np.maximum(-offset, 0)
-    exact = side // 2
-    ratio = np.log(np.maximum(distance / exact, 1.0)) / np.log(max_distance / exact)
-    far = np.minimum(exact + np.floor(ratio * (side - exact)), side - 1)
-    own = np.where(distance < exact, distance, far)
+    before = offset if bidirectional else np.minimum(offset, 0)
+    own = distance_buckets(before, side, max_distance=max_distance)
     return (own + side * (offset > 0) * bidirectional).astype(np.int32)
 
 
