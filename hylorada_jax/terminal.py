@@ -103,6 +103,11 @@ def on_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def in_colour() -> bool:
+    """Whether stdout is a terminal that shows colours, to somebody who wants them (no-color.org)."""
+    return on_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def remark(line: str) -> None:
     """Prints a line to stderr, beside a command's result; not after :func:`keep_quiet`.
 

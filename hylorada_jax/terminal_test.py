@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from hylorada_jax.errors import DataError
-from hylorada_jax.terminal import brief, one_line, printable, show
+from hylorada_jax.terminal import brief, in_colour, one_line, printable, show
 
 # Signs of Arabic, Syriac and Kaithi that enclose numbers, and the frames of hieroglyphs.
 SEEN = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
@@ -104,6 +104,25 @@ def test_data_is_altered_on_a_terminal_only(capsys, monkeypatch, is_terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     show("漢\x1b[2J\n\u202e")
     assert capsys.readouterr().out == ("漢\\x1b[2J\n\\u202e\n" if is_terminal else "漢\x1b[2J\n\u202e\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "coloured"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),  # no-color.org: present and not empty
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colours_are_for_who_sees_and_wants_them(monkeypatch, terminal, variables, coloured):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    for name, value in ({"TERM": "xterm"} | variables).items():
+        monkeypatch.setenv(name, value)
+    if "NO_COLOR" not in variables:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+    assert in_colour() == coloured
 
 
 @pytest.mark.parametrize(("disable", "shown"), [("", True), ("1", False)])

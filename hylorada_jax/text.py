@@ -4,7 +4,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,11 +33,12 @@ def well_formed(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """What a JSON text says.
 
     Args:
         text: JSON, with or without a byte order mark.
+        pairs: makes the value of an object, of whose keys some may be there twice; None: a dict of the last.
 
     Returns:
         Python's equivalent.
@@ -50,7 +51,7 @@ def parse_json(text: str) -> Any:
         {'text': 'a'}
     """
     try:
-        return json.loads(text.removeprefix("\ufeff"))
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=pairs)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,25 @@ EVERYTHING_IN_JAX = "import hylorada_jax\n[getattr(hylorada_jax, name) for name 
 )
 def test_importing_a_package_loads_one_framework(statement, watched, loaded):
     assert loaded_by(statement, watched) == loaded
+
+
+def test_of_parity_tests_the_wheel_has_what_the_command_imports():
+    settings = tomllib.loads((JAX.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    left_out = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"]
+    here = Path(__file__).parent
+    shipped = {
+        path.stem
+        for path in here.glob("*.py")
+        if not any(path.match(pattern) or f"parity_tests/{path.name}" == pattern for pattern in left_out)
+    }
+    found, reached = {"__init__", "report"}, set[str]()
+    while new := found - reached:
+        reached |= new
+        texts = [(here / f"{name}.py").read_text(encoding="utf-8") for name in new]
+        found |= {
+            name for text in texts for name in re.findall(r"from parity_tests(?:\.| import )(\w+)", text)
+        }
+    assert shipped == reached
 
 
 def test_the_layers_need_nothing_of_the_tools():

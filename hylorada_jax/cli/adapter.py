@@ -45,7 +45,7 @@ class AdapterOptions:
         config: a HyLoRADAConfig as JSON, in place of a preset; options given beside it take precedence.
         rank: rank of the update, r [8].
         alpha: scale of the update, α [2r; with a config file, in the file's ratio to r].
-        dropout: probability of dropping inputs of the low-rank path [0].
+        dropout: probability of dropping inputs of the low-rank path [0; 0.05 with the preset documented].
         lora_A_init: start of lora_A, orthogonal or kaiming [kaiming for lora, dora, lorada, longlora].
         lora_A_gain: factor of lora_A's start [recommended: 0.577 for an orthogonal one, else 1].
         lora_plus: train lora_B at ten times the rate of lora_A [off; on with the preset documented].
@@ -54,7 +54,7 @@ class AdapterOptions:
         position_bias: scale the update by a learned function of the position; on with the method hylorada.
         daa: direct attention adaptation: a scale and a shift of every head's logits.
         daa_position_bias: with --daa, a learned bias for every distance.
-        sparse: a sparse adapter after every MLP block.
+        sparse: a sparse adapter after every MLP block; on with the method sparse and the preset documented.
         s2_attn: shifted sparse attention, in training only.
         train_embeddings: train the embeddings themselves.
         train_norms: train the norms themselves.

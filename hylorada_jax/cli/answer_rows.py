@@ -1,5 +1,6 @@
 """The rows of a file of conversations, each answered by a model."""
 
+import codecs
 import contextlib
 import itertools
 import json
@@ -142,6 +143,7 @@ def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | No
     answered = zip(chats, found, strict=True)
     first = [*itertools.islice(answered, 1)]  # before the file: an empty one would be in the next run's way
     with contextlib.nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
+        in_utf8 = codecs.lookup(file.encoding or "utf-8").name == "utf-8"
         for chat, text in itertools.chain(first, answered):
             said = [
                 message if counts or message["role"] != "assistant" else {**message, "train": False}
@@ -152,6 +154,7 @@ def write(chats: Sequence[Conversation], found: Iterable[str], output: Path | No
                 row["tools"] = chat.tools
             if chat.variables:
                 row["chat_template_kwargs"] = chat.variables
+            line = json.dumps(row, ensure_ascii=not in_utf8)
             # A lone surrogate, which has no UTF-8, is written as JSON escapes it.
-            line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode()
+            line = line.encode(errors="backslashreplace").decode()
             print(line, file=file, flush=True)

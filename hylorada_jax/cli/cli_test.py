@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import math
 import os
@@ -599,6 +600,17 @@ def test_what_was_answered_before_an_interrupt_is_in_the_file(tmp_path):
         assert read_row(json.loads(line), "", "messages") == chat._replace(
             messages=said, answers=[*chat.answers, True]
         )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "utf-16"])
+def test_answers_are_json_in_whatever_stdout_is_encoded(encoding, monkeypatch):
+    written = io.BytesIO()
+    stdout = io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    write([Conversation("", [{"role": "user", "content": "é 😀"}], [False])], ["ü \ud83d"], None)
+    stdout.flush()
+    said = json.loads(written.getvalue().decode(encoding))["messages"]
+    assert [message["content"] for message in said] == ["é 😀", "ü \ud83d"]
 
 
 @pytest.mark.parametrize("before", [0, 1])

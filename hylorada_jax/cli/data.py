@@ -9,7 +9,7 @@ from hylorada_jax.cli.shared import puts_offline, template_of, tokenizer_of
 from hylorada_jax.data.corpus import PYTHON_STDLIB
 from hylorada_jax.errors import ConfigError
 from hylorada_jax.models.packaged import PACKAGED_MODEL
-from hylorada_jax.terminal import on_terminal, one_line, printable
+from hylorada_jax.terminal import in_colour, on_terminal, one_line, printable
 from hylorada_jax.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -65,13 +65,12 @@ def data(
 
 def _marked(tokenizer: "Tokenizer", ids: list[int], scored: list[bool]) -> str:
     """The text of tokens, special ones written out, with marks around what is scored."""
-    in_colour = on_terminal()
-    start, stop = ("\x1b[32m", "\x1b[0m") if in_colour else ("⟦", "⟧")
+    start, stop = ("\x1b[32m", "\x1b[0m") if in_colour() else ("⟦", "⟧")
     parts, at = [], 0
     for counts, run in groupby(scored):
         size = len([*run])
         text = tokenizer.decode_continuation(ids[:at], ids[at : at + size], skip_special_tokens=False)
-        text = printable(text) if in_colour else text  # its own escapes are not obeyed
+        text = printable(text) if on_terminal() else text  # its own escapes are not obeyed
         parts.append(f"{start}{text}{stop}" if counts else text)
         at += size
     return "".join(parts)

@@ -2,9 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hylorada_jax.errors import ConfigError
 
@@ -26,6 +26,16 @@ def options_of(command: Callable[..., None]) -> dict[str, tuple[Any, ...]]:
     hints = {name: hint for name, hint in get_type_hints(inspect.unwrap(command)).items() if name != "return"}
     groups = [get_type_hints(h) if is_dataclass(h) else {name: h} for name, h in hints.items()]
     return {flag_of(name): (hint, *get_args(hint)) for group in groups for name, hint in group.items()}
+
+
+def takes_several(types: Collection[Any]) -> bool:
+    """Whether an option of such types has as many values as are given.
+
+    Example:
+        >>> takes_several([tuple[str, ...], None]), takes_several([str])
+        (True, False)
+    """
+    return tuple in (get_origin(each) or each for each in types)
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
@@ -52,6 +62,30 @@ def refuse_empty(arguments: Sequence[str]) -> None:
         if given and not value and option and flag_of(option) not in _MAY_BE_EMPTY:
             rule = f"The value of {option} must not be empty."
             raise ConfigError(rule, f'{option} ""', f"Give one, or leave {option} out.")
+
+
+def refuse_repeated(arguments: Sequence[str], known: Mapping[str, Collection[Any]]) -> None:
+    """Raises a ConfigError for an option of several values that is there twice: only the last would count.
+
+    Args:
+        arguments: of a command.
+        known: its options, and the types of each.
+
+    Example:
+        >>> known = {"--data": (tuple[str, ...],), "--steps": (int,)}
+        >>> refuse_repeated(["finetune", "--steps", "1", "--steps", "2"], known)
+        >>> refuse_repeated(["finetune", "--data", "a", "--data", "b"], known)
+        Traceback (most recent call last):
+        ...
+        hylorada_jax.errors.ConfigError: An option of several values must be given once.
+          received: --data twice
+          remedy:   Give all of its values behind one --data.
+    """
+    given = [flag_of(argument.partition("=")[0]) for argument in arguments if argument.startswith("--")]
+    for option in dict.fromkeys(given):
+        if given.count(option) > 1 and takes_several(known.get(option, ())):
+            rule = "An option of several values must be given once."
+            raise ConfigError(rule, f"{option} twice", f"Give all of its values behind one {option}.")
 
 
 def in_flags(error: ConfigError, flags: Mapping[str, str]) -> ConfigError:

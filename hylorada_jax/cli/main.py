@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from hylorada_jax.cli.chat import chat
 from hylorada_jax.cli.data import data
 from hylorada_jax.cli.evaluate import evaluate
 from hylorada_jax.cli.finetune import finetune
-from hylorada_jax.cli.flags import options_of, refuse_empty
+from hylorada_jax.cli.flags import options_of, refuse_empty, refuse_repeated
 from hylorada_jax.cli.generate import generate
 from hylorada_jax.cli.help_text import unwrapped
 from hylorada_jax.cli.inspect import inspect
@@ -55,6 +57,9 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(ValueError):  # not the main thread, which alone is interrupted
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
     before = warnings.formatwarning
     # A line, without the place in our source that it came from.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {brief(message)}\n"
@@ -81,6 +86,14 @@ def main() -> None:
         warnings.formatwarning = before
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    """Python's own handler; but in jaxlib's initialisation, in C++, its exception would abort the process."""
+    spec = getattr(sys.modules.get("jax"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        os._exit(_fail("interrupted", 130))
+    signal.default_int_handler(number, frame)
+
+
 def _run() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"hylorada {__version__}")
@@ -88,6 +101,8 @@ def _run() -> None:
     given = sys.argv[1:]
     if given and not given[0].startswith("-") and given[0].replace("_", "-") not in COMMANDS:
         raise ConfigError("The first word must be a command.", given[0], near(given[0], COMMANDS))
+    if given and (command := COMMANDS.get(given[0].replace("_", "-"))):
+        refuse_repeated(given, options_of(command))
     arguments, recipe = expanded(given, options_of(finetune)), named_recipe(given)
     try:
         refuse_empty(arguments)

@@ -61,6 +61,26 @@ def test_the_version_is_that_of_the_package(monkeypatch, capsys):
     assert capsys.readouterr().out == f"hylorada {version('hylorada')}\n"
 
 
+INTERRUPTED = """
+import enum, os, signal, sys
+import hylorada_jax.__main__
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
+call = enum.EnumType.__call__
+def interrupting(*arguments, **options):
+    if sys._getframe(1).f_code.co_name == "_call_with_frames_removed":  # from jaxlib's initialisation, in C++
+        os.kill(os.getpid(), signal.SIGINT)
+    return call(*arguments, **options)
+enum.EnumType.__call__ = interrupting
+sys.argv = ["hylorada", "params"]
+hylorada_jax.__main__.main()
+"""
+
+
+def test_an_interrupt_while_jax_is_imported_ends_the_command_like_any_other():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_output_that_nobody_reads_ends_the_command_without_a_traceback():
     reading, writing = os.pipe()
     os.close(reading)
@@ -83,6 +103,11 @@ def test_output_that_nobody_reads_ends_the_command_without_a_traceback():
         (("params", "--daa-position-bias"), "remedy:   Set --daa too"),
         (("finetune", "--output", ""), '--output ""'),
         (("evaluate", "--data", "a.txt", "--adapter="), "or leave --adapter out"),
+        (("finetune", "--output", "a", "--data", "a.txt", "--data=b.txt"), "behind one --data"),
+        (
+            ("export-peft", "--adapter", "a", "--output", "b", "--drop", "daa", "--drop", "sparse"),
+            "one --drop",
+        ),
         (
             ("finetune", "--output", "a", "--recipe", "empty.yaml"),
             'an option beside it: --data ""',

@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_origin
+from typing import Any
 
 import yaml
 
 from hylorada_jax.cli.adapter import AdapterOptions
-from hylorada_jax.cli.flags import flag_of
+from hylorada_jax.cli.flags import flag_of, takes_several
 from hylorada_jax.cli.reading import DataOptions
 from hylorada_jax.errors import ConfigError, near
 from hylorada_jax.io.files import user_path
@@ -52,6 +52,19 @@ class _PlainYaml(yaml.SafeLoader):
         if number and len(node.value) > _MAX_DIGITS:
             raise _not_plain(event, f"a number of {len(node.value):,} characters")
         return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _once([(self.construct_object(key, deep), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The keys with their values, none of which is there twice: the last would silently count."""
+    names = [flag_of(key) for key, _ in pairs if isinstance(key, str)]
+    if twice := [key for key, _ in pairs if isinstance(key, str) and names.count(flag_of(key)) > 1]:
+        rule = "A recipe must have each option once."
+        raise ConfigError(rule, " and ".join(map(shown, twice)), "Leave one of them out.")
+    return dict(pairs)
 
 
 def _not_plain(event: yaml.Event, found: str) -> ConfigError:
@@ -162,7 +175,7 @@ def _read(path: Path) -> dict[str, Any]:
     content = read_bounded(path, _RULE, ConfigError, _REMEDY, limit=limit)
     try:
         text = content.decode()
-        options = parse_json(text) if is_json else yaml.load(text, _PlainYaml)
+        options = parse_json(text, _once) if is_json else yaml.load(text, _PlainYaml)
     except ConfigError as error:
         raise error.at(str(path)) from None
     except Exception as error:  # yaml's constructors raise any
@@ -192,10 +205,10 @@ def _option(name: str, option: str, value: Any, types: Collection[Any]) -> Itera
             raise ConfigError(rule, f"{name}: {shown(value)}", "Correct this option.")
         case None | int() | float() | str():
             yield f"{option}={value}"
-        case [] if tuple in (get_origin(each) or each for each in types):  # as if it were left out
+        case [] if takes_several(types):  # as if it were left out
             return
         case list() if value and all(isinstance(item, str) for item in value):
-            if tuple not in (get_origin(each) or each for each in types):
+            if not takes_several(types):
                 rule = "In a recipe, only options that take several values are lists."
                 raise ConfigError(rule, f"{name}: {shown(value)}", "Give one value.")
             if options := [item for item in value if item.startswith("-")]:

@@ -23,6 +23,8 @@ from hylorada_jax.text import parse_json
 _LIMIT, _WHOLE = 2**26, 2**30
 # What a small parquet or .gz file may expand to, and any file per byte: one string may fill a million rows.
 _EXPANDED, _EXPANSION = 2**27, 100
+# Bytes that Python takes for a list or a mapping at least.
+_OBJECT = 64
 
 
 class Row(NamedTuple):
@@ -246,7 +248,7 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row | DataEr
                     # Columns that nobody asked for are named alone: what is in them may have no value.
                     one = batch.slice(at, 1)  # alone, so that an error is of this row
                     row = _arrow_values(one, place, header) if chosen else Row(place, dict.fromkeys(header))
-                    expanded += 64 + (_size(row.values) if isinstance(row, Row) else 0)
+                    expanded += _size(row.values) if isinstance(row, Row) else _OBJECT
                     if expanded > limit:
                         raise _expands("A parquet file", place, expanded, limit)
                     yield row
@@ -274,12 +276,12 @@ def _arrow_values(row: Any, place: str, header: Sequence[str]) -> Row | DataErro
 def _batches(rows: Any, columns: Sequence[str], path: Path, limit: int) -> Iterator[Any]:
     """The rows of a parquet file, so many at a time that they fit in memory if each is as long as can be."""
     for group in range(rows.num_row_groups):
-        leaves = map(rows.metadata.row_group(group).column, range(len(rows.schema)))
-        size = sum(
-            leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns
-        )
-        if size > limit:
-            raise _expands("A parquet file", f"{path}, row group {group}", size, limit)
+        every = map(rows.metadata.row_group(group).column, range(len(rows.schema)))
+        leaves = [leaf for leaf in every if leaf.path_in_schema.split(".")[0] in columns]
+        size = sum(leaf.total_uncompressed_size for leaf in leaves)
+        # Of nothing, such as empty lists, the file may have any number in some bytes.
+        if (most := max(size, _OBJECT * sum(leaf.num_values for leaf in leaves))) > limit:
+            raise _expands("A parquet file", f"{path}, row group {group}", most, limit)
         batch = max(1, min(1024, _EXPANDED // max(1, size)))
         yield from rows.iter_batches(batch, row_groups=[group], columns=[*columns])
 
@@ -306,9 +308,9 @@ def _as_json(value: Any) -> Any:
 
 def _size(value: Any) -> int:
     """About what Python takes for a row's values."""
-    if isinstance(value, Mapping):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 8
+    if isinstance(value, Mapping | list):
+        return _OBJECT + sum(map(_size, value.values() if isinstance(value, Mapping) else value))
+    return len(value) if isinstance(value, str) else 8
 
 
 def _expands(what: str, place: str, size: int, limit: int) -> DataError:
