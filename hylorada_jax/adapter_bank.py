@@ -132,7 +132,8 @@ class AdapterBank(Bank):
             input_ids: int [batch, seq].
             adapters: the adapter's name for each row; None for a row that has none, which gives the base
                 model's numbers to rounding (``model.disable_adapter()`` gives its bits, for all rows).
-                Absent: the active adapter for all rows, as in calling the model.
+                Absent: the active adapter for all rows, as in calling the model. With names each row is
+                rotated as if it were called alone, which differs with LongRoPE and dynamic NTK.
             inputs: attention_mask, position_ids, segment_ids, structure_ids, structure_positions
                 [batch, seq], as in calling the model.
 

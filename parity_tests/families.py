@@ -159,7 +159,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         transformers.Gemma2Config(
             **_SIZES, head_dim=6, attention_bias=True, query_pre_attn_scalar=10, sliding_window=4,
             attn_logit_softcapping=0.5, final_logit_softcapping=2.0, hidden_activation="gelu",
-            rope_scaling={"rope_type": "linear", "factor": 3.0}, attn_implementation="eager",
+            rope_scaling={"rope_type": "linear", "factor": 3.0},
         )
     ),
     # Norms of queries and keys in the place of the soft caps; two bases of rotary positions.
@@ -289,7 +289,12 @@ def jax_base(family: str, dtype: str) -> Any:
 
 def torch_base(family: str, dtype: str) -> Any:
     """A fresh torch model of the same numbers, in float64; to be called within `all_in_float64`."""
-    model = FAMILIES[family]().from_pretrained(saved(family, dtype).name, dtype=torch.float64).eval()
+    # transformers' own choice of attention, sdpa, leaves Gemma 2's soft cap out.
+    attention = "eager" if family == "gemma2" else None
+    model = FAMILIES[family]().from_pretrained(
+        saved(family, dtype).name, dtype=torch.float64, attn_implementation=attention
+    )
+    model.eval()
     if hasattr(model, "set_experts_implementation"):  # transformers 5's own choice has no float64
         model.set_experts_implementation("eager")
     return model

@@ -19,6 +19,7 @@ from parity_tests.models import (
     CONFIGS,
     FULLEST,
     MATRIX,
+    base_errors,
     budgets,
     build,
     errors,
@@ -42,6 +43,12 @@ def test_every_attention_of_hugging_faces_that_is_ours_is_registered():
     attention = pytest.importorskip("hylorada_jax.models.hf.attention", exc_type=ImportError)
     theirs = [cls.__name__.removeprefix("Flax").lower() for cls in attention.ATTENTIONS]
     assert [next(f for f in HF_FLAX if name.startswith(f)) for name in theirs] == list(HF_FLAX)
+
+
+@pytest.mark.slow
+def test_the_oracle_has_gemma_2s_soft_caps():
+    """Which transformers' own choice of attention drops; the reference's DAA would hide it."""
+    assert max(base_errors("gemma2", "float64").values()) <= MODEL["float64"]
 
 
 # Beside transformers 5, what the reference hooks into: each family once, and what models are given beside

@@ -54,7 +54,8 @@ class PerplexityEvaluator:
         documents: a :class:`TokenizedDocument` or a sequence of token ids per document.
         seq_len: tokens per window.
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
-        batch_size: rows at a time; rounded up to a multiple of the devices.
+        batch_size: rows at a time; rounded up to a multiple of the devices. With LongRoPE and dynamic NTK the
+            longest of them decides how all are rotated.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
         packing: short documents share a row, isolated from each other; None: if the model can do that.
 
@@ -139,7 +140,8 @@ def evaluate_perplexity(
         documents: a :class:`TokenizedDocument` or a sequence of token ids per document.
         seq_len: tokens per window.
         stride: tokens between windows, 1 … seq_len; None takes half of ``seq_len``.
-        batch_size: rows at a time.
+        batch_size: rows at a time. With LongRoPE and dynamic NTK the longest of them decides how all are
+            rotated, and the perplexity depends on it.
         max_tokens: evaluate on rows of about this many tokens, spread evenly; None takes all.
         packing: short documents share a row, isolated from each other; None: if the model can do that.
         progress: show a progress bar on stderr.

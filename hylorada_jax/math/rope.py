@@ -2,9 +2,9 @@
 
 Every variant returns the angular frequencies ω_i, i = 0 … head_dim/2 − 1, of RoFormer (Su et al.,
 arXiv:2104.09864 §3.2.2); the stretched ones are those of transformers' ``ROPE_INIT_FUNCTIONS``. The host
-computes them, all but dynamic NTK, whose base depends on the positions of the batch. In float32 they are
-rounded step by step like those that models are trained with: at position 8000, one unit in the last place
-turns a head by up to 5e-4 radians.
+computes them, all but those of dynamic NTK beyond the context, whose base depends on the positions of the
+batch. In float32 they are rounded step by step like those that models are trained with: at position 8000, one
+unit in the last place turns a head by up to 5e-4 radians.
 """
 
 from __future__ import annotations
@@ -116,10 +116,11 @@ def dynamic_frequencies(
     Returns:
         [head_dim // 2] radians per token.
     """
-    length = jnp.maximum(jnp.max(positions) + 1, max_positions).astype(dtype)
-    stretch = factor * length / max_positions - (factor - 1)
+    length = jnp.maximum(jnp.max(positions) + 1, max_positions)
+    stretch = factor * length.astype(dtype) / max_positions - (factor - 1)
     base = theta * stretch ** (head_dim / (head_dim - 2))
-    return 1 / base ** jnp.asarray(np.arange(0, head_dim, 2) / head_dim, dtype)
+    stretched = 1 / base ** jnp.asarray(np.arange(0, head_dim, 2) / head_dim, dtype)
+    return jnp.where(length > max_positions, stretched, default_frequencies(head_dim, theta, dtype))
 
 
 def llama3_frequencies(

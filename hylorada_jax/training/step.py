@@ -74,7 +74,8 @@ def make_train_step(
     The column scales are resolved once, and the gradient of what they were resolved to is pulled back once,
     however many microbatches there are. Loss and gradient are means over all scored tokens of the step, and
     what dropout drops of a row depends on the seed, the step and the row's place in the batch: the number of
-    microbatches changes neither.
+    microbatches changes neither, unless a call's longest text decides how all of it is rotated (LongRoPE,
+    dynamic NTK), for a microbatch is a call.
 
     Args:
         model: what trains; its frozen tree is an argument of the step, not a constant of the program.
