@@ -93,7 +93,25 @@ def structure_buckets(num_buckets: int = NUM_BUCKETS) -> UInt[np.ndarray, " offs
 def distance_buckets(
     offset: np.ndarray, count: int, nudge: float = 0.0, max_distance: int = MAX_DISTANCE
 ) -> np.ndarray:
-    """One bucket per distance up to half of the count, then logarithmically wider ones."""
+    """The bucket of each offset's distance: one for each up to half of them, then logarithmically wider ones.
+
+        a if a < X else min(X + ⌊ln(a/X + nudge)/ln(M/X)·(N−X)⌋, N−1),   a = |offset|,  X = N/2
+
+    Args:
+        offset: integers.
+        count: N.
+        nudge: added before the logarithm.
+        max_distance: M, from which on all are in the last.
+
+    Returns:
+        Whole numbers in [0, N).
+
+    Example:
+        >>> distance_buckets(np.array([-3, 40, 10**6]), 32).tolist()
+        [3.0, 17.0, 31.0]
+
+    Source: Raffel et al. 2020, §2.1.
+    """
     distance, exact = np.abs(offset), count // 2
     ratio = np.log(np.maximum(distance / exact, 1.0) + nudge) / np.log(max_distance / exact)
     far = exact + np.floor(ratio * (count - exact))
