@@ -260,8 +260,9 @@ class DoRALinear(LoRALinear):
 
     def column_scale(self, base_weight: Tensor) -> Tensor:
         """c = (1−β)·m / n + β."""
-        _, (beta, rest_of_beta) = self.gates()
-        m, n = self._lengths(base_weight)
+        self._meet(base_weight)
+        (g, rest_of_g), (beta, rest_of_beta) = self.gates()
+        m, n = g * self.magnitude + rest_of_g * row_norm(base_weight), self._norm(base_weight)
         return rest_of_beta * m / n + beta
 
     def collapsed_magnitude(self, base_weight: Tensor) -> Tensor:
@@ -286,19 +287,13 @@ class DoRALinear(LoRALinear):
             method.md, section 1, Collapse.
         """
         self._refuse_scaled_tokens()
-        _, (beta, rest_of_beta) = self.gates()
-        m, n = self._lengths(base_weight)
-        return rest_of_beta * m + beta * n
+        return self.column_scale(base_weight) * self._norm(base_weight)
 
-    def _lengths(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """m and n: the length that each row shall have where β is 0, and that which it has."""
-        self._meet(base_weight)
-        (g, rest_of_g), _ = self.gates()
-        initial = row_norm(base_weight)
+    def _norm(self, base_weight: Tensor) -> Tensor:
+        """n, of which a row shorter than its rounding is nothing but that."""
         n = row_norm(self.updated_weight(base_weight))
-        n = n.maximum(torch.finfo(n.dtype).eps * initial)  # a shorter row is nothing but rounding
-        n = n.detach() if self.detach_norm else n
-        return g * self.magnitude + rest_of_g * initial, n
+        n = n.maximum(torch.finfo(n.dtype).eps * row_norm(base_weight))
+        return n.detach() if self.detach_norm else n
 
 
 class HyLoRADALinear(DoRALinear):

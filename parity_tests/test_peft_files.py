@@ -71,17 +71,13 @@ def test_peft_wraps_what_was_exported_for_its_task(family, wrapper, tmp_path):
 
 
 def test_alpha_goes_into_the_file_as_it_was_set(tmp_path):
+    set_to = {"q_proj": 7}  # and 7/√2·√2 is another float
+    targets = ("q_proj", "v_proj")
     config = HyLoRADAConfig(
-        method="lora",
-        lora_rank=2,
-        use_rslora=True,
-        target_modules=("q_proj", "v_proj"),
-        alpha_pattern={"q_proj": 7},
+        method="lora", lora_rank=2, use_rslora=True, target_modules=targets, alpha_pattern=set_to
     )
     export_peft(adapted("llama", config, "float32"), tmp_path)
-    assert json.loads((tmp_path / CONFIG_NAME).read_text())["alpha_pattern"] == {
-        "q_proj": 7
-    }  # 7/√2·√2 is not
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["alpha_pattern"] == set_to
 
 
 TOKENWISE: dict[str, Any] = {

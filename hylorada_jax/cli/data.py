@@ -66,11 +66,12 @@ def data(
 def _marked(tokenizer: "Tokenizer", ids: list[int], scored: list[bool]) -> str:
     """The text of tokens, special ones written out, with marks around what is scored."""
     start, stop = ("\x1b[32m", "\x1b[0m") if in_colour() else ("⟦", "⟧")
+    is_obeyed = on_terminal()  # what the text itself has of escapes
     parts, at = [], 0
     for counts, run in groupby(scored):
         size = len([*run])
         text = tokenizer.decode_continuation(ids[:at], ids[at : at + size], skip_special_tokens=False)
-        text = printable(text) if on_terminal() else text  # its own escapes are not obeyed
+        text = printable(text) if is_obeyed else text
         parts.append(f"{start}{text}{stop}" if counts else text)
         at += size
     return "".join(parts)

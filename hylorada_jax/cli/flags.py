@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -82,8 +83,8 @@ def refuse_repeated(arguments: Sequence[str], known: Mapping[str, Collection[Any
           remedy:   Give all of its values behind one --data.
     """
     given = [flag_of(argument.partition("=")[0]) for argument in arguments if argument.startswith("--")]
-    for option in dict.fromkeys(given):
-        if given.count(option) > 1 and takes_several(known.get(option, ())):
+    for option, count in Counter(given).items():
+        if count > 1 and takes_several(known.get(option, ())):
             rule = "An option of several values must be given once."
             raise ConfigError(rule, f"{option} twice", f"Give all of its values behind one {option}.")
 

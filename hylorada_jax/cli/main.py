@@ -101,9 +101,9 @@ def _run() -> None:
     given = sys.argv[1:]
     if given and not given[0].startswith("-") and given[0].replace("_", "-") not in COMMANDS:
         raise ConfigError("The first word must be a command.", given[0], near(given[0], COMMANDS))
-    if given and (command := COMMANDS.get(given[0].replace("_", "-"))):
-        refuse_repeated(given, options_of(command))
-    arguments, recipe = expanded(given, options_of(finetune)), named_recipe(given)
+    known = options_of(COMMANDS.get("".join(given[:1]).replace("_", "-"), finetune))
+    refuse_repeated(given, known)
+    arguments, recipe = expanded(given, known), named_recipe(given)
     try:
         refuse_empty(arguments)
         tyro.extras.subcommand_cli_from_dict(

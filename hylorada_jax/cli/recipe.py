@@ -1,5 +1,6 @@
 """A whole run in one file: the options of ``hylorada finetune`` as JSON or YAML."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -60,8 +61,9 @@ class _PlainYaml(yaml.SafeLoader):
 
 def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     """The keys with their values, none of which is there twice: the last would silently count."""
-    names = [flag_of(key) for key, _ in pairs if isinstance(key, str)]
-    if twice := [key for key, _ in pairs if isinstance(key, str) and names.count(flag_of(key)) > 1]:
+    keys = [key for key, _ in pairs if isinstance(key, str)]
+    counts = Counter(map(flag_of, keys))
+    if twice := [key for key in keys if counts[flag_of(key)] > 1]:
         rule = "A recipe must have each option once."
         raise ConfigError(rule, " and ".join(map(shown, twice)), "Leave one of them out.")
     return dict(pairs)
@@ -106,7 +108,7 @@ def expanded(arguments: Sequence[str], known: Mapping[str, Collection[Any]]) -> 
 
     Args:
         arguments: of the program; only ``finetune`` has a recipe.
-        known: the options of ``finetune``, and the types of each.
+        known: the options of the command, and the types of each.
 
     Returns:
         The same, or more of them.

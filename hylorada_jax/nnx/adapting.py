@@ -14,6 +14,7 @@ from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.errors import ConfigError, ModelError
 from hylorada_jax.leaves import POSITION_BIAS, STRUCTURE_ENCODER, leaf_of
 from hylorada_jax.math import sparse
+from hylorada_jax.math.explicit import explicit_axes
 from hylorada_jax.nnx.adapted import (
     Adapted,
     AdaptedEmbed,
@@ -206,8 +207,8 @@ def plan_on(
                 f"{name}, {here.kernel.dtype}",
                 "Adapt the model in float32 or bfloat16, or exclude_modules=[its name].",
             )
-        explicit = jax.sharding.get_abstract_mesh().explicit_axes
-        if here.form and explicit and not here.form.is_mergeable(kernel := numbers(value_of(here.kernel))):
+        form = here.form if explicit_axes() else None
+        if form and not form.is_mergeable(kernel := numbers(value_of(here.kernel))):
             raise ModelError(
                 "On explicit mesh axes a kernel is cut over the first axis of its inputs or its outputs, as "
                 "its matrix can be.",

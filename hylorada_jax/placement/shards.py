@@ -43,6 +43,16 @@ def in_use(tree: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
+def over_rows(mesh: Mesh) -> NamedSharding:
+    """How a batch lies on a mesh, which may be a user's own without one of the axes.
+
+    Example:
+        >>> tuple(over_rows(jax.make_mesh((1,), ("fsdp",))).spec)
+        ('fsdp',)
+    """
+    return NamedSharding(mesh, as_spec([tuple(axis for axis in ROWS if axis in mesh.axis_names)]))
+
+
 def own_rows(mesh: Mesh | None, rows: int) -> list[int]:
     """Those of the rows of a batch that this process's devices compute; of one process, all.
 
@@ -52,7 +62,7 @@ def own_rows(mesh: Mesh | None, rows: int) -> list[int]:
     """
     if mesh is None:
         return [*range(rows)]
-    places = _over_rows(mesh).addressable_devices_indices_map((rows,))
+    places = over_rows(mesh).addressable_devices_indices_map((rows,))
     return sorted({row for index in places.values() if index for row in range(rows)[index[0]]})
 
 
@@ -64,7 +74,7 @@ def shard_rows(batch: Any) -> Any:
     """
     if not _sizes():
         return jax.device_put(batch)
-    place = _over_rows(jax.sharding.get_mesh())
+    place = over_rows(jax.sharding.get_mesh())
     if place.is_fully_addressable:
         return jax.device_put(batch, place)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
@@ -131,11 +141,6 @@ def on_rows(run: Callable[..., Array], x: Array, shared: Any, *others: Array) ->
     return jax.shard_map(run, in_specs=specs, out_specs=own, axis_names=axes, check_vma=False)(
         x, shared, *others
     )
-
-
-def _over_rows(mesh: Mesh) -> NamedSharding:
-    """How a batch lies on a mesh, which may be a user's own without one of the axes."""
-    return NamedSharding(mesh, as_spec([tuple(axis for axis in ROWS if axis in mesh.axis_names)]))
 
 
 def _spec(shape: Sequence[int], axes: tuple[Axis, ...]) -> PartitionSpec:

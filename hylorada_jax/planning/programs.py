@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.topologies import get_topology_desc
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from hylorada_jax.config import HyLoRADAConfig
 from hylorada_jax.data.document import TokenizedDocument
@@ -25,8 +25,9 @@ from hylorada_jax.models.decoder import DecoderLM
 from hylorada_jax.models.decoder_config import DecoderConfig
 from hylorada_jax.models.placed import fitted
 from hylorada_jax.models.quantize import shapes_kept
-from hylorada_jax.placement.axes import AXES, ROWS, mesh_sizes
+from hylorada_jax.placement.axes import AXES, mesh_sizes
 from hylorada_jax.placement.placement import AUTO, Placement
+from hylorada_jax.placement.shards import over_rows
 from hylorada_jax.planning.cases import Case, Figures
 from hylorada_jax.planning.chips import parse_topology
 from hylorada_jax.planning.collectives import collectives, sent_bytes
@@ -104,7 +105,7 @@ def step_arguments(
     ids = np.zeros(training.seq_len + 1, np.int32)
     document = TokenizedDocument(ids, structure_ids=ids if model.has_encoder else None)
     (row,) = Rows([document], training.seq_len)
-    own = NamedSharding(placement.mesh, PartitionSpec(ROWS))
+    own = over_rows(placement.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((training.batch_size, *x.shape), x.dtype, sharding=own)
         for name, x in computed(row).items()
